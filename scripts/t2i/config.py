@@ -1,0 +1,257 @@
+"""Settings: defaults <- recipe <- command line. Imports neither torch nor diffusers, so that `--help` answers at once.
+
+A recipe is a YAML file with the sections of `Recipe`. The comment behind each field is its help text. Names are those of
+diffusers' training scripts; where ours differ, theirs are accepted as aliases.
+"""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+
+from t2i.runs import UserError
+
+Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def _alias(*names: str) -> Any:
+    return tyro.conf.arg(aliases=[f"--{name}" for name in names])
+
+
+@dataclass
+class DataConfig:
+    """The captioned images."""
+
+    dataset: Annotated[str | None, _alias("dataset_name", "train_data_dir")] = None  # Hub id, dataset folder or imagefolder
+    dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
+    image_column: str = "image"  # column that holds the images
+    caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
+    caption_template: str = "a photo of a {label}, a type of flower"  # caption of an image that has only a label
+    resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
+    random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.05  # share taken by content hash where a data set has no validation split
+    split_seed: int = 0  # another number gives another validation split
+    max_train_samples: Count | None = None  # use this many training images at most
+    max_bad_share: Share = 0.05  # share of images that may be undecodable before the run ends
+    cache_dir: str = ".cache/t2i"  # prepared images, latents and text embeddings, by content
+
+
+@dataclass
+class VaeConfig:
+    """The autoencoder."""
+
+    vae: Annotated[str | None, _alias("pretrained_vae_model_name_or_path")] = None  # run folder, path or Hub id; None: built from the numbers below
+    vae_revision: str | None = None  # branch, tag or commit of a Hub VAE
+    vae_channels: list[Count] = field(default_factory=lambda: [32, 64, 96])  # channels a level; each further level halves the side
+    vae_layers: Count = 1  # residual layers a level
+    latent_channels: Count = 4  # channels of the latents
+
+
+@dataclass
+class UnetConfig:
+    """The denoiser, what it is conditioned on, and the noise."""
+
+    pretrained_model_name_or_path: str | None = None  # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
+    text_encoder: str | None = None  # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
+    text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
+    text_hidden_size: Count = 128  # width of a built text encoder
+    text_layers: Count = 2  # layers of a built text encoder
+    text_max_length: Annotated[int, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
+    unet_channels: list[Count] = field(default_factory=lambda: [192, 384, 576])  # channels a level
+    unet_layers: Count = 2  # residual and attention layers a level
+    down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(default_factory=lambda: ["CrossAttnDownBlock2D"] * 3)  # a level each; the way up mirrors it
+    attention_head_dim: Count = 8  # attention heads a level (diffusers' name for their number)
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # what the UNet predicts
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"  # of the 1,000 noise levels
+    rescale_betas_zero_snr: Flag = False  # last noise level is pure noise (arXiv:2305.08891); needs v_prediction
+
+
+@dataclass
+class TrainConfig:
+    """What both training scripts share."""
+
+    output_dir: str | None = None  # run folder
+    seed: Natural = 0  # of weights, order, noise, timesteps, dropout
+    train_batch_size: Count = 16  # images a process and step
+    gradient_accumulation_steps: Count = 1  # steps a weight update
+    max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
+    num_train_epochs: Positive = 100.0  # passes over the training images, if max_train_steps is None
+    learning_rate: Positive = 1e-4  # at its highest
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = "cosine"  # diffusers' schedules
+    lr_warmup_steps: Natural = 500  # updates of linear warm-up
+    adam_beta1: BelowOne = 0.9  # AdamW
+    adam_beta2: BelowOne = 0.999  # AdamW
+    adam_weight_decay: NonNegative = 1e-2  # AdamW
+    adam_epsilon: Positive = 1e-8  # AdamW
+    max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
+    use_ema: Flag = True  # keep an exponential moving average of the weights (fp32) and save it
+    ema_decay: Share = 0.9999  # at its highest; warm-up: min(this, (1 + n) / (10 + n)) at update n
+    gradient_checkpointing: Flag = False  # less memory, about a third more time
+    channels_last: Flag = False  # NHWC memory layout
+    compile: Flag = False  # torch.compile the trained model
+    allow_tf32: Flag = False  # TF32 matrix products on Ampere GPUs and later
+    validation_steps: Count = 500  # updates between validations
+    logging_steps: Count = 10  # updates between logged losses
+    report_to: Literal["mlflow", "none"] = "mlflow"  # where curves and pictures go
+    experiment: str = "t2i"  # MLflow experiment
+    run_name: str | None = None  # MLflow run; None: name of output_dir
+
+
+@dataclass
+class TrainVaeConfig(TrainConfig):
+    """Training of the autoencoder."""
+
+    train_batch_size: Count = 8  # images a process and step
+    vae_train_part: Literal["all", "decoder"] = "all"  # decoder: latents stay as they are, so caches and UNets stay valid
+    crop_size: Count | None = None  # px; train on random crops of this side (validation on whole images); None: whole images
+    kl_weight: NonNegative = 1e-6  # weight of KL(posterior || N(0, 1)), mean over pixels as in the reconstruction term
+    l1_weight: NonNegative = 0.0  # weight of the absolute error
+    mse_weight: NonNegative = 1.0  # weight of the squared error
+    ssim_weight: NonNegative = 0.1  # weight of the structural term, 1 - SSIM
+
+
+@dataclass
+class TrainUnetConfig(TrainConfig):
+    """Training of the denoiser."""
+
+    snr_gamma: Positive | None = None  # min-SNR loss weights (arXiv:2303.09556), usually 5; None: none
+    proportion_empty_prompts: Share = 0.1  # captions dropped, sample by sample, for classifier-free guidance
+    checkpointing_steps: Count = 500  # updates between checkpoints
+    checkpoints_total_limit: Count | None = None  # checkpoints kept, the newest; None: all
+    resume_from_checkpoint: str | None = "latest"  # latest, or a checkpoint folder's name; None: start anew
+    validation_prompts: list[str] = field(default_factory=list)  # prompts drawn at each validation
+    validation_images: Natural = 256  # validation images that the loss is measured on, at most
+    guidance_scale: NonNegative = 7.5  # of those pictures
+    num_inference_steps: Count = 30  # of those pictures
+    save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation of checkpoints over guidance scales."""
+
+    model: str | None = None  # run folder of train_unet.py
+    checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
+    guidance_scales: list[NonNegative] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
+    num_inference_steps: Count = 30  # DDIM steps
+    sweep_prompts: Count = 32  # prompts a checkpoint and scale; the best pair is chosen on them
+    report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
+    eval_batch_size: Count = 32  # pictures at once
+    eval_seed: Natural = 1000  # of prompts, noise and classifier
+    classifier_steps: Natural = 1000  # training steps of the classifier that reads the pictures; 0: no classifier
+    classifier_drawings: Count = 6000  # drawings it is trained on, for drawn flowers
+    kid_network: str | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
+    clip: str | None = None  # CLIP (path or Hub id) for the CLIP score; None: not measured
+
+
+@dataclass
+class Recipe:
+    """All settings of an experiment, a section each; every script checks all sections and uses its own."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    unet: UnetConfig = field(default_factory=UnetConfig)
+    train_vae: TrainVaeConfig = field(default_factory=TrainVaeConfig)
+    train_unet: TrainUnetConfig = field(default_factory=TrainUnetConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe: a YAML file, or the name of one in scripts/recipes.
+
+    Raises `UserError` naming the file and key for a missing file, unknown section or key, or a wrong value.
+    """
+    path = Path(name) if Path(name).suffix else RECIPES / f"{name}.yaml"
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(f"recipe {name} cannot be read; give a YAML file, or one of: {known}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sections or {}, dict):
+        raise UserError(f"{path} must hold sections ({', '.join(_fields(Recipe))}), not a {type(sections).__name__}")
+    values = {}
+    for section, keys in (sections or {}).items():
+        cls = _fields(Recipe).get(_known(section, _fields(Recipe), f"section in {path}"))
+        if not isinstance(keys or {}, dict):
+            raise UserError(f"{path}: section {section} must hold keys and values, not {keys!r}")
+        for key in keys or {}:
+            _known(key, _fields(cls), f"key in section {section} of {path}")
+        values[section] = _checked(cls, keys or {}, f"{path}, section {section}")
+    return Recipe(**values)
+
+
+def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:
+    """Defaults <- recipe (`--config`) <- command line, for the given sections of `Recipe`.
+
+    Exits with code 2 on an unknown option, naming the nearest known one; raises `UserError` on a wrong value.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    config = _option(argv, "config")
+    recipe = load_recipe(config) if config else Recipe()
+    members: list[Any] = [("config", str | None, field(default=None))]
+    members += [(name, _fields(Recipe)[name], field(default=getattr(recipe, name))) for name in sections]
+    for name, cls, default in members[1:]:
+        default.default_factory, default.default = (lambda value=default.default: value), dataclasses.MISSING
+    chosen = parse_options(dataclasses.make_dataclass("Options", members), doc, argv, default_config=config)
+    for name in sections:
+        checked = _checked(_fields(Recipe)[name], dataclasses.asdict(getattr(chosen, name)), "the command line")
+        setattr(recipe, name, checked)
+    return recipe
+
+
+def parse_options(cls: type, doc: str, argv: list[str] | None = None, default_config: str | None = None) -> Any:
+    """Parse the command line into the dataclass `cls`: flat options, underscores, groups by nested dataclass."""
+    return tyro.cli(
+        cls, args=argv, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    )
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved settings as plain data, a dictionary a section."""
+    return dataclasses.asdict(recipe)
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    return {item.name: item.type for item in dataclasses.fields(cls)}
+
+
+def _known(key: Any, known: dict[str, Any], what: str) -> Any:
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+        raise UserError(f"unknown {what}: {key!r}; did you mean {near[0] if near else sorted(known)[0]!r}?")
+    return key
+
+
+def _checked(cls: Any, values: dict[str, Any], where: str) -> Any:
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {first['msg']}") from None
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    value = None
+    for index, word in enumerate(argv):
+        if word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+        elif word == f"--{name}" and index + 1 < len(argv):
+            value = argv[index + 1]
+    return value

@@ -1,0 +1,93 @@
+"""The mathematics of diffusion training: pure tensors. Schedulers and models come as arguments; nothing here reads files.
+
+Randomness is stateless: what a sample gets at a step is a function of (seed, step, sample), so that it does not depend
+on the batch's order, on the number of processes, or on what ran before.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TIMESTEP_BANDS = 4  # validation loss is reported for each quarter of the noise levels
+_MASK = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from integers, by the SplitMix64 finaliser (Steele, Lea, Flood 2014) over each in turn."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+@dataclass
+class Draws:
+    """What chance decides for a batch of B samples."""
+
+    noise: torch.Tensor  # [B, C, H, W] float32, standard normal
+    posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal: where in the VAE's posterior the latents lie
+    timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps)
+    uniform: torch.Tensor  # [B, 2] float32 in [0, 1): for the flip, for the dropped caption
+
+
+def draw(seed: int, step: int, samples: list[int], shape: tuple[int, int, int], num_train_timesteps: int) -> Draws:
+    """Noise, timesteps and coin tosses of a batch, each sample's a function of (seed, step, sample) alone."""
+    noise = torch.empty(len(samples), 2, *shape)
+    timesteps = torch.empty(len(samples), dtype=torch.int64)
+    uniform = torch.empty(len(samples), 2)
+    generator = torch.Generator()
+    for row, sample in enumerate(samples):
+        generator.manual_seed(mix(seed, step, sample))
+        noise[row].normal_(generator=generator)
+        timesteps[row].random_(0, num_train_timesteps, generator=generator)
+        uniform[row].uniform_(generator=generator)
+    return Draws(noise[:, 0], noise[:, 1], timesteps, uniform)
+
+
+def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
+    """One fixed timestep in each of the `TIMESTEP_BANDS` bands for a validation image, spread evenly by its number."""
+    width = num_train_timesteps // TIMESTEP_BANDS
+    offset = int(((sample * 0.6180339887498949) % 1.0) * width)  # golden ratio: even for any number of images
+    return [band * width + offset for band in range(TIMESTEP_BANDS)]
+
+
+def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Raw latents [B, C, H, W] from cached moments [B, 2C, H, W] (mean, log-variance) and standard normal noise."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+
+
+def min_snr_weights(scheduler: Any, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Loss weights [B] of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4): min(SNR, gamma) in x0 space."""
+    alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas / (1 - alphas)
+    clipped = snr.clamp(max=gamma)
+    return clipped / (snr + 1) if scheduler.config.prediction_type == "v_prediction" else clipped / snr
+
+
+def denoising_loss(
+    unet: Any,
+    scheduler: Any,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """Squared error [B] of the UNet's prediction at the given noise levels, weighted by min-SNR if `snr_gamma` is given.
+
+    latents, noise: [B, C, H, W], scaled latents; timesteps: [B] int64; encoder_hidden_states: [B, L, D].
+    The target is the noise (Ho et al., arXiv:2006.11239) or the velocity (Salimans and Ho, arXiv:2202.00512).
+    """
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    prediction = unet(noisy, timesteps, encoder_hidden_states).sample
+    loss = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        loss = loss * min_snr_weights(scheduler, timesteps, snr_gamma)
+    return loss

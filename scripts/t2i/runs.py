@@ -1,0 +1,139 @@
+"""Run folders: their JSON files, hashes, state and reuse. Imports no torch, so that listing runs stays fast."""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A user's mistake: one sentence that names the file, key or value and the mend. Scripts print it and exit with 2."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: finished checkpoints and caches are kept; the same command goes on from them", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def hash_json(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json", ".txt")) -> str:
+    """Hash of a model folder: names and contents of its weights, configs and vocabularies (16 hex digits)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes)
+    return hash_json([[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically: a reader sees the old text or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raise `UserError` naming it when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give a folder that holds it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); delete it or restore it from a backup") from None
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process and of its ended children, in bytes (`getrusage` counts KiB on Linux)."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+class RunFolder:
+    """The state of one run in `run.json`: its identity, status, seconds a stage and results.
+
+    `identity` is everything that decides the result (resolved settings, hashes of the inputs). A folder whose
+    identity is the same is reused when finished and gone on with when not; another identity is refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.folder = folder
+        self.file = folder / "run.json"
+        self.state: dict[str, Any] = {"status": "running", "identity": identity, "seconds": {}}
+        if self.file.is_file():
+            earlier = read_json(self.file)
+            _refuse_other_identity(folder, earlier.get("identity", {}), identity)
+            self.state = earlier
+
+    @property
+    def finished(self) -> bool:
+        return self.state["status"] == "finished"
+
+    def save(self, **results: Any) -> None:
+        """Add `results` to `run.json`."""
+        self.state.update(results)
+        write_json(self.file, self.state)
+
+    def finish(self, **results: Any) -> None:
+        """Mark the run as finished, with its results and peak memory."""
+        peak = max(peak_rss_bytes(), self.state.get("peak_rss_bytes", 0))
+        self.save(status="finished", peak_rss_bytes=peak, **results)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to `seconds[stage]`."""
+        start = time.perf_counter()
+        yield
+        seconds = self.state["seconds"]
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
+
+
+def _refuse_other_identity(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changed:
+        shown = "; ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now" for key in changed[:4])
+        raise UserError(
+            f"{folder} holds another run ({shown}); give another --output_dir, or delete that folder to start anew"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first (`checkpoint-000500`: the number is the step)."""
+    found = [path for path in run.glob("checkpoint-*") if (path / "state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
