@@ -31,14 +31,14 @@ class Draws:
     noise: torch.Tensor  # [B, C, H, W] float32, standard normal
     posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal: where in the VAE's posterior the latents lie
     timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps)
-    uniform: torch.Tensor  # [B, 2] float32 in [0, 1): for the flip, for the dropped caption
+    uniform: torch.Tensor  # [B, 4] float32 in [0, 1): for the flip, the dropped caption, the crop's y and x
 
 
 def draw(seed: int, step: int, samples: list[int], shape: tuple[int, int, int], num_train_timesteps: int) -> Draws:
     """Noise, timesteps and coin tosses of a batch, each sample's a function of (seed, step, sample) alone."""
     noise = torch.empty(len(samples), 2, *shape)
     timesteps = torch.empty(len(samples), dtype=torch.int64)
-    uniform = torch.empty(len(samples), 2)
+    uniform = torch.empty(len(samples), 4)
     generator = torch.Generator()
     for row, sample in enumerate(samples):
         generator.manual_seed(mix(seed, step, sample))

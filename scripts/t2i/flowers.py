@@ -28,7 +28,7 @@ COMBINED = ("petal_color", "center_color", "background", "petal_count")  # what 
 HELD_OUT_SHARE = 0.2  # share of those combinations that training never sees
 MIN_SIZE, MAX_SIZE = 32, 512  # px; below, thirteen petals cannot be told apart; above, painting takes too long
 SUPERSAMPLING = 2  # painted pixels a side for each pixel of the picture
-BACKDROP_SIZE = 32  # px; the background is this coarse and enlarged smoothly, which is what makes it out of focus
+BACKDROP_SIZE = 64  # px; the background is painted this coarse, blurred and enlarged: out of focus, alike at every size
 COUNT_WORDS = {3: "three", 5: "five", 8: "eight", 13: "thirteen"}
 
 # Colors of a petal from its base over its middle to its tip, sRGB 0..255.
@@ -216,54 +216,55 @@ def _frame(angle: float, length: float) -> np.ndarray:
 
 
 def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
-    """Background, float32 [96, 96, 3]: a gradient with soft clouds, sun, or lights."""
-    size = 3 * BACKDROP_SIZE
-    at = _grid(size)
+    """Background, float32 [64, 64, 3]: a gradient with soft clouds, sun, or lights."""
+    at = _grid(BACKDROP_SIZE)
     stops, colors = zip(*GRADIENTS[background])
     shift = rng.uniform(-0.04, 0.04)
     column = np.stack([np.interp(at + shift, stops, np.float32(colors)[:, i] / 255) for i in range(3)], 1)
-    canvas = np.repeat(column.astype(np.float32)[:, None], size, 1)
+    canvas = np.repeat(column.astype(np.float32)[:, None], BACKDROP_SIZE, 1)
 
-    def blob(x: float, y: float, width: float, height: float, color: tuple, strength: float, hard: float) -> None:
-        """Blends in one ellipse: hard 1 is a Gaussian, larger ones are discs with soft rims."""
-        squared = ((at - x) / width)[None] ** 2 + ((at - y) / height)[:, None] ** 2
-        weight = (strength * np.exp(-(squared**hard)))[..., None]
+    def blob(x: float, y: float, width: float, height: float, color: tuple, strength: float, disc: bool = False) -> None:
+        """Blends in one ellipse, a Gaussian or a disc with a soft rim."""
+        squared = np.square((at - x) / width)[None] + np.square((at - y) / height)[:, None]
+        weight = (strength * np.exp(-(squared * squared * squared) if disc else -squared))[..., None]
         canvas[...] += weight * (np.float32(color) / 255 - canvas)
 
     if background == "meadow":
-        blob(rng.uniform(0.1, 0.9), 0.0, 0.5, 0.3, (226, 240, 160), 0.7, 1)  # sunlight
+        blob(rng.uniform(0.1, 0.9), 0.0, 0.5, 0.3, (226, 240, 160), 0.7)  # sunlight
         for _ in range(7):
             color = ((210, 230, 120), (86, 156, 62), (240, 240, 180))[rng.integers(3)]
             r = rng.uniform(0.05, 0.12)
-            blob(rng.random(), rng.uniform(0, 0.9), r, r, color, rng.uniform(0.25, 0.5), 3)
+            blob(rng.random(), rng.uniform(0, 0.9), r, r, color, rng.uniform(0.25, 0.5), disc=True)
     elif background == "sky":
         for _ in range(3):
             x, y = rng.random(), rng.uniform(0.05, 0.95)
             for _ in range(3):
                 blob(x + rng.uniform(-0.16, 0.16), y + rng.uniform(-0.03, 0.03), rng.uniform(0.1, 0.2),
-                     rng.uniform(0.04, 0.08), (244, 249, 255), 0.6, 1)
+                     rng.uniform(0.04, 0.08), (244, 249, 255), 0.6)
     elif background == "sunset":
         x = rng.uniform(0.12, 0.88)
-        blob(x, 0.72, 0.45, 0.22, (255, 214, 130), 0.8, 1)  # glow
-        blob(x, 0.69, 0.09, 0.09, (255, 246, 206), 0.95, 3)  # sun
-        blob(rng.random(), 0.98, 0.5, 0.18, (58, 30, 54), 0.9, 2)  # hills
-        blob(rng.random(), 0.16, 0.4, 0.05, (238, 140, 130), 0.6, 1)  # cloud
+        blob(x, 0.72, 0.45, 0.22, (255, 214, 130), 0.8)  # glow
+        blob(x, 0.69, 0.09, 0.09, (255, 246, 206), 0.95, disc=True)  # sun
+        blob(rng.random(), 0.98, 0.5, 0.18, (58, 30, 54), 0.9, disc=True)  # hills
+        blob(rng.random(), 0.16, 0.4, 0.05, (238, 140, 130), 0.6)  # cloud
     else:
-        blob(0.5, 0.45, 0.55, 0.5, (46, 66, 128), 0.75, 1)  # moonlight
+        blob(0.5, 0.45, 0.55, 0.5, (46, 66, 128), 0.75)  # moonlight
         for _ in range(8):
             color = ((255, 214, 140), (150, 190, 255), (190, 160, 240))[rng.integers(3)]
             r = rng.uniform(0.025, 0.07)
-            blob(rng.random(), rng.random(), r, r, color, rng.uniform(0.25, 0.55), 3)
+            blob(rng.random(), rng.random(), r, r, color, rng.uniform(0.25, 0.55), disc=True)
     return canvas
 
 
 def _enlarge(backdrop: np.ndarray, size: int) -> np.ndarray:
     """Backdrop out of focus, float32 [size, size, 3]."""
-    channels = []
-    for channel in np.moveaxis(backdrop, 2, 0):
-        coarse = Image.fromarray(np.ascontiguousarray(channel)).reduce(backdrop.shape[0] // BACKDROP_SIZE)
-        channels.append(np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)))
-    return np.stack(channels, -1)
+    for _ in range(2):  # a Gaussian by two binomial filters; without it the enlarged pixels would show as blocks
+        for axis in (0, 1):
+            padded = np.pad(backdrop, [(2, 2) if i == axis else (0, 0) for i in range(3)], "edge")
+            l2, l1, here, r1, r2 = (np.take(padded, range(i, i + backdrop.shape[axis]), axis) for i in range(5))
+            backdrop = (l2 + r2) * np.float32(1 / 16) + (l1 + r1) * np.float32(1 / 4) + here * np.float32(3 / 8)
+    channels = [Image.fromarray(np.ascontiguousarray(backdrop[..., i])) for i in range(3)]
+    return np.stack([np.asarray(c.resize((size, size), Image.Resampling.BICUBIC)) for c in channels], -1)
 
 
 def _window(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple:
@@ -308,17 +309,18 @@ def _petal(
     q = (c * px + d * py + np.float32(bend) * u * (1 - u)) * np.float32(1 / w)  # -1..1 across
     q_abs, q_squared = np.abs(q), q * q
 
-    widest = {"round": 0.64, "pointed": 0.52, "notched": 0.72}[shape]
+    widest = {"round": 0.64, "pointed": 0.48, "notched": 0.72}[shape]
     beyond = np.maximum(u - widest, 0) * np.float32(1 / (1 - widest))
     lower = np.minimum(u * np.float32(1 / widest), 1) - 1
     base = 1 - np.float32(0.75) * lower * lower  # half-width below the widest place
     if shape == "round":
         inside = base - np.sqrt(q_squared + beyond * beyond)
     elif shape == "pointed":
-        inside = base - beyond * (np.float32(0.55) + np.float32(0.45) * beyond) - q_abs
+        inside = base - beyond * (np.float32(0.4) + beyond * (np.float32(1.8) - np.float32(1.2) * beyond)) - q_abs
     else:
-        inside = base - np.sqrt(np.sqrt(q_squared * q_squared + beyond**4))
-        depth, reach = np.float32(0.24), np.float32(0.7)
+        inside = base - np.sqrt(np.sqrt(q_squared * q_squared + np.square(beyond * beyond)))
+        # Shallow in narrow petals: otherwise each would count as two.
+        depth, reach = np.float32(min(0.24, 0.6 * w)), np.float32(0.7)
         slope = float(np.hypot(1, depth / (reach * w)))
         inside = np.minimum(inside, (1 - depth - u + q_abs * (depth / reach)) * np.float32(1 / (w * slope)))
     scale = float(np.sqrt(abs(np.linalg.det(frame)))) * w  # picture units in one unit of `inside`
@@ -338,7 +340,7 @@ def _petal(
     cover = cover[..., None]
     if below is not None:
         mask = _window(below, x + left, y + top, x + right, y + bottom)[0]
-        part *= 1 - shadow[..., None] * (np.float32(0.12) + np.float32(0.5) * mask)
+        part *= 1 - shadow[..., None] * (np.float32(0.06) + np.float32(0.56) * mask)
         np.maximum(mask, cover, out=mask)
     part += cover * (color - part)
 

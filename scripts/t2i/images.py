@@ -32,7 +32,7 @@ ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # px, read from the header before decoding; a 64-megapixel phone photo (9248 x 6936) is still in
 MAX_BYTES = 2**28  # bytes of one file; keeps a mistaken archive or video out of memory
 MIN_SIDE = 8  # px; below that it is a tracking pixel or an icon, and upscaling it teaches blur
-TRANSFORM_VERSION = "1: rgb over white, center square, lanczos"  # part of every cache's hash: change it with any rule here
+TRANSFORM_VERSION = "1: rgb over white, center square, lanczos"  # in every cache's hash: change it with any rule here
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # a half-grey photo must be quarantined, not trained on
 # MAX_PIXELS is checked below, and is lower than the size at which Pillow would start to warn.
@@ -40,9 +40,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _SIGNATURES = (  # (offset, bytes, name), to name what a file is without running its decoder
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD"), (0, b"\0\0\1\0", "ICO"), (0, b"\0\0\2\0", "CUR"),
-    (0, b"%PDF", "PDF"), (0, b"%!PS", "EPS"), (4, b"ftypavif", "AVIF"), (4, b"ftypheic", "HEIC"), (4, b"ftypheix", "HEIC"),
-    (4, b"ftypmif1", "HEIF"), (4, b"ftyp", "MP4 or MOV"), (0, b"\0\0\0\x0cjP", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD"), (0, b"\0\0\1\0", "ICO"),
+    (0, b"%PDF", "PDF"), (0, b"%!PS", "EPS"), (4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIC"), (4, b"ftypmif1", "HEIF"),
+    (4, b"ftyp", "MP4 or MOV"), (0, b"\0\0\0\x0cjP", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL", "JPEG XL"), (0, b"DDS ", "DDS"), (0, b"qoif", "QOI"),
     (0, b"PK\x03\x04", "ZIP"), (0, b"\x1f\x8b", "gzip"), (0, b"icns", "ICNS"), (0, b"II+\0", "BigTIFF"),
     (0, b"P4\n", "PBM"), (0, b"P5\n", "PGM"), (0, b"P6\n", "PPM"), (0, b"\x01\xda", "SGI"), (0, b"FORM", "IFF"),
@@ -108,7 +108,7 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
         raise BadImage(_describe(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError …
+    except Exception as error:  # noqa: BLE001 - decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError …
         detail = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(f"{'truncated' if 'truncated' in detail.lower() else 'damaged'}: {detail}") from None
 
@@ -116,8 +116,8 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
 def fit(image: Image.Image, resolution: int) -> np.ndarray:
     """The centre square of an RGB image, as uint8 [resolution, resolution, 3], 0 to 255.
 
-    The same as scaling the shorter side to `resolution` (antialiased, Lanczos; upscaled where it is smaller) and cropping
-    the centre, but cut first, so that an image of 8 x 8,000,000 px never becomes one of 128 x 128,000,000.
+    The same as scaling the shorter side to `resolution` (antialiased, Lanczos; upscaled where it is smaller) and
+    cropping the centre, but cut first, so that an image of 8 x 8,000,000 px never becomes one of 128 x 128,000,000.
     """
     width, height = image.size
     side = min(width, height)
@@ -130,7 +130,7 @@ def fit(image: Image.Image, resolution: int) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # noqa: BLE001 - a broken EXIF block says nothing about the pixels
         return image
 
 

@@ -1,9 +1,7 @@
 """Figures about pictures: a small classifier that reads them, prompt following, memorisation, diversity, PSNR, SSIM, KID and
 CLIP score. Pictures are uint8 arrays [N, H, W, 3] (RGB, 0..255) unless a function says otherwise; no torchvision is needed."""
 
-import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -3,6 +3,7 @@
 Weights are safetensors alone; no code from outside is run.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from t2i.config import UnetConfig, VaeConfig
-from t2i.runs import UserError, hash_folder
+from t2i.runs import UserError, hash_json
 
 
 def locate(source: str, part: str) -> tuple[str, str]:
@@ -219,7 +220,40 @@ def build_pipeline(
     return pipeline
 
 
-def model_hash(model: Any, folder: Path) -> str:
-    """Save a model into `folder` and hash its files: the identity that caches and provenance go by."""
-    model.save_pretrained(folder)
-    return hash_folder(folder)
+def hash_model(model: Any) -> str:
+    """Identity of a model: hash of its weights' names, types and bytes and of its architecture (16 hex digits).
+
+    Notes of a library in the config (its version, where a model was loaded from) do not count.
+    """
+    digest = hashlib.sha256()
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    passing = {"transformers_version", "dtype", "torch_dtype", "architectures"}
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in passing}
+    digest.update(hash_json(json.loads(json.dumps(kept, default=str))).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def hash_tokenizer(tokenizer: CLIPTokenizer) -> str:
+    """Identity of a tokenizer: hash of its vocabulary, merges and length."""
+    return hash_json([tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length])
+
+
+class Autoencoder(torch.nn.Module):
+    """The VAE as one module for training: pixels [B, 3, R, R] and noise [B, C, h, w] -> (reconstruction, mean, log-variance)."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Pixels a side for each latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

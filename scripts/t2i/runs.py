@@ -100,6 +100,12 @@ class RunFolder:
     def finished(self) -> bool:
         return self.state["status"] == "finished"
 
+    def start(self, config: str, quarantine: list[dict[str, str]]) -> None:
+        """Write what is known before the first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
+        write_text(self.folder / "config.yaml", config)
+        write_text(self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine))
+        self.save(quarantined=len(quarantine))
+
     def save(self, **results: Any) -> None:
         """Add `results` to `run.json`."""
         self.state.update(results)

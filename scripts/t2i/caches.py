@@ -1,0 +1,130 @@
+"""Latents and text embeddings, computed once and kept by content.
+
+A cache's folder is named by a hash of the weights that made it, of the transform, and of the images or captions: a stale
+one cannot be read by mistake. Arrays are `.npy` files, memory-mapped, so that memory does not grow with the data set.
+What is stored is unscaled: the posterior's mean and log-variance; hidden states, each distinct caption once.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from t2i.models import encode_captions
+from t2i.runs import UserError, hash_json, write_json
+
+NULL_CAPTION = ""  # what a dropped caption becomes, and what the stock pipeline guides away from
+
+
+@dataclass
+class TextCache:
+    """Embeddings of distinct captions."""
+
+    embeddings: np.ndarray  # [M, L, D] float16, memory-mapped; row 0 is the empty caption's
+    rows: np.ndarray  # [N] int64: the row of each sample's caption
+
+
+def cache_latents(
+    pixels: np.ndarray,
+    identity: dict[str, Any],
+    vae: Any,
+    cache_dir: str,
+    *,
+    flip: bool,
+    batch_size: int = 32,
+    say: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Posterior moments of images: float32 [N, F, 2C, h, w], memory-mapped; F = 2 where mirrored images are cached too.
+
+    pixels: uint8 [N, R, R, 3]; identity: the hashes of the images and of the VAE. The VAE must be in evaluation mode.
+    """
+    count, resolution = pixels.shape[0], pixels.shape[1]
+    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = (count, 2 if flip else 1, 2 * vae.config.latent_channels, side, side)
+
+    @torch.no_grad()
+    def fill(latents: np.ndarray) -> None:
+        for start in tqdm(range(0, count, batch_size), desc="latents", unit="batch"):
+            images = to_pixels(pixels[start : start + batch_size]).to(vae.device, vae.dtype)
+            for mirrored in range(shape[1]):
+                posterior = vae.encode(images.flip(3) if mirrored else images).latent_dist
+                moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
+                latents[start : start + batch_size, mirrored] = moments.float().cpu().numpy()
+
+    key = hash_json({"kind": "latents", "shape": shape, **identity})
+    return _cached(Path(cache_dir) / "latents" / key, shape, "float32", f"latents of {count} images", fill, say)
+
+
+def cache_text(
+    captions: Iterable[str],
+    identity: dict[str, Any],
+    text_encoder: Any,
+    tokenizer: Any,
+    cache_dir: str,
+    *,
+    batch_size: int = 32,
+    say: Callable[[str], None] = print,
+) -> TextCache:
+    """Hidden states of distinct captions, and which of them belongs to each sample.
+
+    identity: the hash of text encoder and tokenizer. Row 0 is the empty caption's.
+    """
+    numbers: dict[str, int] = {NULL_CAPTION: 0}
+    rows = np.fromiter((numbers.setdefault(caption, len(numbers)) for caption in captions), dtype=np.int64)
+    distinct = list(numbers)
+    shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
+
+    def fill(embeddings: np.ndarray) -> None:
+        for start in tqdm(range(0, len(distinct), batch_size), desc="text embeddings", unit="batch"):
+            hidden = encode_captions(text_encoder, tokenizer, distinct[start : start + batch_size])
+            embeddings[start : start + batch_size] = hidden.float().cpu().numpy()
+
+    key = hash_json({"kind": "text", "captions": hash_json(distinct), **identity})
+    what = f"embeddings of {len(distinct)} distinct captions"
+    return TextCache(_cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say), rows)
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, R, R, 3] to float32 [B, 3, R, R] in [-1, 1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def to_images(pixels: torch.Tensor) -> np.ndarray:
+    """float [B, 3, R, R] in [-1, 1] to uint8 [B, R, R, 3]."""
+    return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _cached(
+    folder: Path, shape: tuple[int, ...], dtype: str, what: str, fill: Callable[[np.ndarray], None], say: Callable[[str], None]
+) -> np.ndarray:
+    """The array in `folder`, made by `fill` when missing. One process of a host makes it; the others wait for the lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            say(f"reusing {what} in {folder}")
+        else:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            free = shutil.disk_usage(folder.parent).free
+            if size > free:
+                raise UserError(f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f}; give another --cache_dir")
+            say(f"computing {what}: {size / 1e6:.1f} MB in {folder}")
+            part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
+            part.mkdir()
+            try:
+                array = np.lib.format.open_memmap(part / "array.npy", mode="w+", dtype=dtype, shape=shape)
+                fill(array)
+                array.flush()
+                del array
+                write_json(part / "cache.json", {"what": what, "shape": shape})
+                os.replace(part, folder)  # appears whole or not at all
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return np.load(folder / "array.npy", mmap_mode="r", allow_pickle=False)

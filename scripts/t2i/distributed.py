@@ -1,0 +1,33 @@
+"""What must stand before `Accelerator` is made."""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+from t2i.config import TrainConfig
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' notes that no user can act on off the terminal; their warnings about real trouble stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # image processors without torchvision
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # accelerate's wrapper hides the optimiser's step
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """The `Accelerator` of a training script: processes and precision come from the launcher, the rest from the recipe."""
+    quiet_libraries()
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+    )
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(config.seed)
+    return accelerator

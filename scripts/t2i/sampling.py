@@ -1,0 +1,155 @@
+"""The one door to pictures: which weights, seeds, batches, PNG parameters, grids.
+
+A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from t2i.runs import UserError, checkpoint_folders
+
+# the names people type, for the classes that diffusers has; any other of its class names works too
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    scheduler: str | None = None,
+    device: str | torch.device = "cpu",
+    weights: str = "ema",
+    revision: str | None = None,
+) -> StableDiffusionPipeline:
+    """The stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
+
+    scheduler: a key of `SCHEDULERS` or a class name of diffusers; None keeps the saved one (DDIM). weights: "ema" or "raw",
+    for checkpoints. Raises `UserError` for a folder that is none of these.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        pipeline = _load_folder(folder, weights)
+    elif folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
+        raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
+    else:
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(model), revision=revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model") from None
+    if scheduler:
+        pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
+    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    if (folder / "model_index.json").is_file():
+        return StableDiffusionPipeline.from_pretrained(folder, **options)
+    if (folder / "state.json").is_file():  # a checkpoint: its UNet, and what the run's pipeline shares
+        part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
+        unet = UNet2DConditionModel.from_pretrained(folder / part, use_safetensors=True)
+        return StableDiffusionPipeline.from_pretrained(folder.parent / "pipeline", unet=unet, **options)
+    if (folder / "run.json").is_file():
+        if (folder / "pipeline" / "unet").is_dir() and weights == "ema":
+            return _load_folder(folder / "pipeline", weights)
+        checkpoints = checkpoint_folders(folder)
+        if checkpoints:
+            return _load_folder(checkpoints[-1], weights)
+        raise UserError(f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps")
+    raise UserError(f"{folder} is neither a run folder, a checkpoint nor a pipeline (no run.json, state.json or model_index.json)")
+
+
+def _scheduler_class(name: str) -> Any:
+    cls = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
+    if not (name.lower() in SCHEDULERS or name.endswith("Scheduler")) or not hasattr(cls, "from_config"):
+        raise UserError(f"unknown scheduler {name!r}; take one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers")
+    return cls
+
+
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompt: str = "",
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 30,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> np.ndarray:
+    """Pictures uint8 [N, R, R, 3], picture i from `prompts[i]` and `seeds[i]` (0 to 2**63 - 1).
+
+    Noise is drawn on the CPU from the picture's own seed: the same picture, to within 1/255, whatever the batch.
+    """
+    pictures = []
+    bar = tqdm(total=len(prompts), desc="pictures", unit="picture", disable=not progress, mininterval=0.5)
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        made = pipeline(
+            part,
+            negative_prompt=[negative_prompt] * len(part),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            output_type="np",
+        ).images
+        pictures.append((made * 255).round().astype(np.uint8))
+        bar.update(len(part))
+    bar.close()
+    return np.concatenate(pictures)
+
+
+def save_picture(path: Path, picture: np.ndarray, parameters: dict[str, Any]) -> None:
+    """Save uint8 [R, R, 3] as PNG with its parameters as JSON in the text field `parameters`."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
+    Image.fromarray(picture).save(path, pnginfo=info)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters that `save_picture` wrote; empty for a picture without."""
+    with Image.open(path) as image:
+        return json.loads(getattr(image, "text", {}).get("parameters", "{}"))
+
+
+def picture_grid(pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
+    """Pictures uint8 [N, R, R, 3] in rows of `columns`, left to right, with a line of text under each if `labels` is given."""
+    side, gap = pictures.shape[1] * scale, 2
+    line = 12 if labels else 0
+    rows = -(-len(pictures) // columns)
+    grid = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + line + gap) - gap), "white")
+    pen = ImageDraw.Draw(grid)
+    for number, picture in enumerate(pictures):
+        x, y = (number % columns) * (side + gap), (number // columns) * (side + line + gap)
+        image = Image.fromarray(picture)
+        grid.paste(image.resize((side, side), Image.Resampling.LANCZOS) if scale > 1 else image, (x, y))
+        if labels:
+            text = labels[number]
+            while text and pen.textlength(text) > side:
+                text = text[:-1]
+            pen.text((x + 1, y + side), text, fill="black")
+    return grid

@@ -1,0 +1,336 @@
+"""Train the denoiser on cached latents and text embeddings, and save a pipeline that stock diffusers loads.
+
+accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_unet.py --config scripts/recipes/demo.yaml \
+    --dataset outputs/demo/dataset --vae outputs/demo/vae --output_dir outputs/demo/unet
+
+Neither VAE nor text encoder is in memory during the loop: what they say of the data set is computed once and cached.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.config import Recipe, TrainUnetConfig, parse, to_dict
+from t2i.runs import RunFolder, UserError, append_jsonl, run_main, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from t2i.caches import TextCache
+
+VALIDATION_SEED = 20231  # of the noise that every run's validation loss is measured with
+TRACKED = 50  # last logged losses whose mean is the run's final train loss
+
+
+def main() -> None:
+    recipe = parse(("data", "vae", "unet", "train_unet"), __doc__ or "")
+    config = recipe.train_unet
+    if not recipe.data.dataset:
+        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    folder = Path(config.output_dir or "outputs/unet")
+
+    # accelerator
+    from t2i.distributed import make_accelerator
+
+    accelerator = make_accelerator(config)
+
+    # data
+    import torch
+    import yaml
+    from diffusers.training_utils import EMAModel
+    from t2i import checkpoints, data, diffusion, models, tracking, training
+    from tqdm import tqdm
+
+    scheduler = models.build_noise_scheduler(recipe.unet)
+    splits = data.load_splits(recipe.data)
+    count = len(splits.train)
+    steps = training.total_steps(config, count, accelerator.num_processes)
+
+    # models
+    frozen, hashes = load_frozen(recipe, splits)
+    inputs = {"dataset_hash": splits.fingerprint, **hashes}
+    run = RunFolder(folder, training.identity(recipe.data, recipe.unet, config, steps=steps, **inputs))
+    if run.finished:
+        accelerator.print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
+        return
+    if accelerator.is_main_process:
+        run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
+        provenance = {**inputs, "dataset": training.dataset_name(recipe.data), "code": training.code_revision()}
+        write_json(folder / "provenance.json", provenance)
+        for part, model in frozen.items():
+            model.save_pretrained(folder / "pipeline" / part)
+    accelerator.wait_for_everyone()
+    unet = make_unet(recipe, frozen)
+    with run.timed("cache"):
+        caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
+    scaling_factor = frozen["vae"].config.scaling_factor
+    frozen.clear()  # VAE and text encoder leave the memory
+    tracker = None
+    if accelerator.is_main_process and config.report_to == "mlflow":
+        name = config.run_name or folder.name
+        tracker = tracking.Tracker(folder, experiment=config.experiment, run_name=name, config=to_dict(recipe), tags=inputs)
+    if config.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.to(accelerator.device).train()
+
+    # optimiser
+    parameters = list(unet.parameters())
+    optimizer, schedule = training.build_optimizer(parameters, config, steps)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+
+    # prepare
+    model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+
+    # resume
+    start = 0
+    checkpoint = checkpoints.find_checkpoint(folder, config.resume_from_checkpoint)
+    if checkpoint:
+        start = checkpoints.load_checkpoint(checkpoint, unet, ema, optimizer)["step"]
+        schedule.last_epoch = start - 1
+        schedule.step()
+        accelerator.print(f"going on from {checkpoint}")
+    batch = config.train_batch_size * accelerator.num_processes
+    accelerator.print(
+        f"{steps} steps of {batch} x {config.gradient_accumulation_steps} samples out of {count} "
+        f"({steps * batch * config.gradient_accumulation_steps / count:.1f} epochs), "
+        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, precision {accelerator.mixed_precision}"
+    )
+
+    # loop
+    losses: list[float] = []
+    latest: dict[str, float] = {}
+    with run.timed("train"):
+        progress = tqdm(
+            range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
+            disable=not accelerator.is_local_main_process, mininterval=1.0,
+        )  # fmt: skip
+        for step in progress:
+            for micro in range(config.gradient_accumulation_steps):
+                number = step * config.gradient_accumulation_steps + micro
+                latents, noise, timesteps, context = make_batch(caches, config, recipe, scaling_factor, number, accelerator)
+                with accelerator.accumulate(model):
+                    loss = diffusion.denoising_loss(model, scheduler, latents, noise, timesteps, context, config.snr_gamma).mean()
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            schedule.step()
+            if ema and not accelerator.optimizer_step_was_skipped:
+                ema.step(parameters)
+            done = step + 1
+            if done % config.logging_steps == 0 or done == steps:
+                row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
+                training.require_finite(row["train_loss"], done, config.learning_rate)
+                losses.append(row["train_loss"])
+                progress.set_postfix(loss=f"{sum(losses[-TRACKED:]) / len(losses[-TRACKED:]):.4f}", **latest)
+                record(row, done, folder, tracker, accelerator.is_main_process)
+            if done % config.validation_steps == 0 or done == steps:
+                with training.averaged(ema, parameters):
+                    row = validation_loss(unet, scheduler, caches, scaling_factor, config.validation_images, accelerator)
+                    if accelerator.is_main_process and config.validation_prompts:
+                        draw_samples(unet, scheduler, folder, config, tracker, done)
+                latest = {"val": round(row["val_loss"], 4)}
+                record(row, done, folder, tracker, accelerator.is_main_process)
+            if accelerator.is_main_process and (done % config.checkpointing_steps == 0 or done == steps):
+                average = ema.shadow_params if ema else None
+                checkpoints.save_checkpoint(folder, done, unet, average, optimizer, {}, config.checkpoints_total_limit)
+
+    # finish
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    if ema and not config.save_raw_weights:
+        ema.copy_to(parameters)
+    assemble(unet.cpu(), scheduler, folder).save_pretrained(folder / "pipeline", safe_serialization=True)
+    results = {"train_loss": sum(losses[-TRACKED:]) / len(losses[-TRACKED:]), **row}
+    run.finish(
+        **results, steps=steps, train_images=count, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
+        machine=training.machine(), output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
+        tracking=tracker.where if tracker else None,
+    )  # fmt: skip
+    if tracker:
+        tracker.finish()
+    print(f"pipeline in {folder / 'pipeline'}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")
+
+
+def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """VAE, text encoder and tokenizer, and their hashes. A text encoder that no option names is built from the recipe."""
+    from t2i import models
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    base, unet = recipe.unet.pretrained_model_name_or_path, recipe.unet
+    vae_source, text_source = recipe.vae.vae or base, unet.text_encoder or base
+    if not vae_source:
+        raise UserError("no VAE: give --vae with the run folder of train_vae.py, a path or a Hub id such as stabilityai/sd-vae-ft-mse")
+    vae = models.load_vae(vae_source, recipe.vae.vae_revision)
+    if text_source:
+        text_encoder = models.load_part(CLIPTextModel, text_source, "text_encoder", unet.text_encoder_revision).eval()
+        tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", unet.text_encoder_revision)
+    else:
+        text_encoder, tokenizer = models.build_text_encoder(unet, splits.train.rows["caption"], recipe.train_unet.seed)
+    hashes = {
+        "vae_hash": models.hash_model(vae),
+        "text_encoder_hash": models.hash_model(text_encoder),
+        "tokenizer_hash": models.hash_tokenizer(tokenizer),
+    }
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, hashes
+
+
+def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
+    """The UNet to train: new, of the recipe's size, or the one of `pretrained_model_name_or_path`."""
+    from diffusers import UNet2DConditionModel
+    from t2i import models
+
+    base, vae = recipe.unet.pretrained_model_name_or_path, frozen["vae"]
+    if base:
+        return models.load_part(UNet2DConditionModel, base, "unet").float()
+    side, factor = recipe.data.resolution, models.vae_factor(vae)
+    if side % factor:
+        raise UserError(f"resolution {side} is not a multiple of {factor}, the VAE's factor; choose {side // factor * factor}")
+    context = frozen["text_encoder"].config.hidden_size
+    return models.build_unet(recipe.unet, side // factor, vae.config.latent_channels, context)
+
+
+def cache_inputs(
+    recipe: Recipe, splits: Any, frozen: dict[str, Any], hashes: dict[str, str], accelerator: Any
+) -> dict[str, Any]:
+    """Latents and text embeddings of the training and validation splits: `{split: (latents, text)}`; reports long captions."""
+    from t2i import caches, data
+
+    cached = {}
+    vae, text_encoder = frozen["vae"].to(accelerator.device), frozen["text_encoder"].to(accelerator.device)
+    for name in ("train", "validation"):
+        split = getattr(splits, name)
+        captions = split.rows["caption"]
+        long = data.count_long_captions(captions, frozen["tokenizer"])
+        if long["over"]:
+            accelerator.print(f"{long['over']} of {len(split)} {name} captions exceed {long['limit']} tokens and are cut")
+        text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"]}
+        text = caches.cache_text(
+            captions, text_identity, text_encoder, frozen["tokenizer"], recipe.data.cache_dir, say=accelerator.print
+        )
+        latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"]}
+        flip = recipe.data.random_flip and name == "train"
+        latents = caches.cache_latents(
+            split.pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, say=accelerator.print
+        )
+        cached[name] = (latents, text)
+    return cached
+
+
+def make_batch(
+    caches: dict[str, Any], config: TrainUnetConfig, recipe: Recipe, scaling_factor: float, number: int, accelerator: Any
+) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
+    """This process's share of batch `number`, on the device: scaled latents, noise, timesteps, encoder hidden states.
+
+    Each caption is dropped by a coin toss of its own, to the embedding of the empty caption, which sampling uses as well.
+    """
+    from t2i.data import batch_indices
+    from t2i.diffusion import draw
+
+    latents, text = caches["train"]
+    world, rank = accelerator.num_processes, accelerator.process_index
+    indices = batch_indices(len(latents), config.train_batch_size * world, config.seed, number)[rank::world]
+    side = latents.shape[-1]
+    draws = draw(config.seed, number, indices.tolist(), (latents.shape[2] // 2, side, side), 1000)
+    flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
+    dropped = draws.uniform[:, 1].numpy() < config.proportion_empty_prompts
+    rows = text.rows[indices]
+    rows[dropped] = 0
+    return to_device(latents[indices, flips], draws.posterior_noise, draws.noise, draws.timesteps, text, rows, scaling_factor, accelerator)
+
+
+def to_device(
+    moments: "np.ndarray", posterior_noise: "torch.Tensor", noise: "torch.Tensor", timesteps: "torch.Tensor",
+    text: "TextCache", rows: "np.ndarray", scaling_factor: float, accelerator: Any,
+) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":  # fmt: skip
+    """Scaled latents [B, C, h, w] from cached moments, noise, timesteps [B], encoder hidden states [B, L, D], on the device."""
+    import torch
+    from t2i.diffusion import sample_posterior
+
+    device = accelerator.device
+    latents = scaling_factor * sample_posterior(torch.from_numpy(moments), posterior_noise)
+    context = torch.from_numpy(text.embeddings[rows]).float()
+    return latents.to(device), noise.to(device), timesteps.to(device), context.to(device)
+
+
+def validation_loss(
+    unet: Any, scheduler: Any, caches: dict[str, Any], scaling_factor: float, limit: int, accelerator: Any
+) -> dict[str, float]:
+    """Unweighted loss on validation images with fixed noise: the mean, and per quarter of the noise levels.
+
+    Every run of the same data sees the same noise at the same timesteps, so that two runs compare.
+    """
+    import numpy as np
+    import torch
+    from t2i.diffusion import TIMESTEP_BANDS, denoising_loss, draw, validation_timesteps
+
+    latents, text = caches["validation"]
+    side, world, rank = latents.shape[-1], accelerator.num_processes, accelerator.process_index
+    sums, counted = torch.zeros(TIMESTEP_BANDS), 0
+    unet.eval()
+    for start in range(0, min(limit, len(latents)), 32):
+        indices = np.arange(start, min(start + 32, limit, len(latents)))[rank::world]
+        counted += len(indices)
+        if not len(indices):
+            continue
+        levels = torch.tensor([validation_timesteps(index, 1000) for index in indices])
+        for band in range(TIMESTEP_BANDS):
+            draws = draw(VALIDATION_SEED, band, indices.tolist(), (latents.shape[2] // 2, side, side), 1000)
+            batch = to_device(
+                latents[indices, 0], draws.posterior_noise, draws.noise, levels[:, band], text, text.rows[indices],
+                scaling_factor, accelerator,
+            )  # fmt: skip
+            with torch.no_grad(), accelerator.autocast():
+                sums[band] += denoising_loss(unet, scheduler, *batch).sum().cpu()
+    unet.train()
+    total = accelerator.reduce(torch.tensor([*sums.tolist(), counted]).to(accelerator.device)).cpu()
+    bands = (total[:-1] / total[-1]).tolist()
+    width = 1000 // TIMESTEP_BANDS
+    named = {f"val_loss_{band * width}_{(band + 1) * width}": value for band, value in enumerate(bands)}
+    return {"val_loss": sum(bands) / TIMESTEP_BANDS, **named}
+
+
+def draw_samples(unet: Any, scheduler: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
+    """Pictures of the validation prompts with fixed seeds, kept in samples/ and logged. VAE and text encoder load and go."""
+    from t2i import sampling
+
+    unet.eval()
+    pipeline = assemble(unet, scheduler, folder).to(unet.device)
+    prompts = config.validation_prompts
+    pictures = sampling.generate(
+        pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps, progress=False,
+    )  # fmt: skip
+    unet.train()
+    grid = sampling.picture_grid(pictures, columns=min(8, len(prompts)))
+    (folder / "samples").mkdir(exist_ok=True)
+    grid.save(folder / "samples" / f"step-{step:06d}.png")
+    if tracker:
+        tracker.log_image(grid, "samples", step)
+
+
+def assemble(unet: Any, scheduler: Any, folder: Path) -> Any:
+    """The stock pipeline of `unet` and the parts that were saved in `pipeline/` at the start."""
+    from t2i import models
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    parts = str(folder / "pipeline")
+    text_encoder = models.load_part(CLIPTextModel, parts, "text_encoder")
+    tokenizer = models.load_part(CLIPTokenizer, parts, "tokenizer")
+    return models.build_pipeline(models.load_vae(parts), text_encoder, tokenizer, unet, scheduler)
+
+
+def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
+    """Keep a row of metrics in metrics.jsonl and send it to MLflow."""
+    if is_main:
+        append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
+    if tracker:
+        tracker.log_metrics(row, step)
+
+
+if __name__ == "__main__":
+    run_main(main)

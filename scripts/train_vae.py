@@ -1,0 +1,257 @@
+"""Train or fine-tune the autoencoder, measure its latents, and save it for stock diffusers.
+
+accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_vae.py --config scripts/recipes/demo.yaml \
+    --dataset outputs/demo/dataset --output_dir outputs/demo/vae
+
+Without --vae the recipe's small autoencoder is trained from scratch; with it, that one is fine-tuned.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.config import TrainVaeConfig, parse, to_dict
+from t2i.runs import RunFolder, UserError, append_jsonl, run_main
+
+if TYPE_CHECKING:
+    import torch
+    from t2i.data import Split
+
+
+def main() -> None:
+    recipe = parse(("data", "vae", "train_vae"), __doc__ or "")
+    config = recipe.train_vae
+    if not recipe.data.dataset:
+        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    folder = Path(config.output_dir or "outputs/vae")
+
+    # accelerator
+    from t2i.distributed import make_accelerator
+
+    accelerator = make_accelerator(config)
+
+    # data
+    import torch
+    import yaml
+    from diffusers.training_utils import EMAModel
+    from t2i import data, models, tracking, training
+    from tqdm import tqdm
+
+    splits = data.load_splits(recipe.data)
+    train = splits.train
+
+    # models
+    vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
+    factor = models.vae_factor(vae)
+    for name, side in (("resolution", recipe.data.resolution), ("crop_size", config.crop_size or factor)):
+        if side % factor or side > recipe.data.resolution:
+            raise UserError(f"{name} {side} must be a multiple of {factor}, the VAE's factor, and at most the resolution")
+    inputs = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
+    steps = training.total_steps(config, len(train), accelerator.num_processes)
+    run = RunFolder(folder, training.identity(recipe.data, recipe.vae, config, steps=steps, **inputs))
+    if run.finished:
+        accelerator.print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
+        return
+    tracker = None
+    if accelerator.is_main_process:
+        run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
+        if config.report_to == "mlflow":
+            name = config.run_name or folder.name
+            tracker = tracking.Tracker(folder, experiment=config.experiment, run_name=name, config=to_dict(recipe))
+    if config.channels_last:
+        vae = vae.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if config.vae_train_part == "decoder":
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+    vae.to(accelerator.device).train()
+    before = measure(vae, splits.validation)
+
+    # optimiser
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer, schedule = training.build_optimizer(parameters, config, steps)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+
+    # prepare
+    module = models.Autoencoder(vae)
+    autoencoder, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
+    accelerator.print(
+        f"{steps} steps of {config.train_batch_size} x {accelerator.num_processes} images out of {len(train)}; "
+        f"validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
+    )
+
+    # loop
+    with run.timed("train"):
+        progress = tqdm(range(steps), desc="VAE", unit="step", disable=not accelerator.is_local_main_process, mininterval=1.0)
+        for step in progress:
+            for micro in range(config.gradient_accumulation_steps):
+                number = step * config.gradient_accumulation_steps + micro
+                pixels, noise = make_batch(train, config, recipe.data.random_flip, number, vae, accelerator)
+                with accelerator.accumulate(autoencoder):
+                    reconstruction, mean, log_variance = autoencoder(pixels, noise)
+                    terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
+                    accelerator.backward(terms["train_loss"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            schedule.step()
+            if ema:
+                ema.step(parameters)
+            if (step + 1) % config.logging_steps == 0 or step + 1 == steps:
+                row = {name: value.item() for name, value in terms.items()} | {"lr": schedule.get_last_lr()[0]}
+                training.require_finite(row["train_loss"], step + 1, config.learning_rate)
+                progress.set_postfix(loss=f"{row['train_loss']:.4f}")
+                if accelerator.is_main_process:
+                    append_jsonl(folder / "metrics.jsonl", {"step": step + 1, **row})
+                if tracker:
+                    tracker.log_metrics(row, step + 1)
+            if (step + 1) % config.validation_steps == 0 and step + 1 < steps and accelerator.is_main_process:
+                with training.averaged(ema, parameters):
+                    validate(vae, splits.validation, folder, tracker, step + 1)
+
+    # finish
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    if ema:
+        ema.copy_to(parameters)
+    with run.timed("measure"):
+        vae.eval()
+        normalise_latents(vae, train, fold=recipe.vae.vae is None, rescale=config.vae_train_part == "all")
+        vae.save_pretrained(folder / "vae")
+        after = validate(vae, splits.validation, folder, tracker, steps)
+        test = measure(vae, splits.test) if splits.test else {}
+    results = {
+        **after,
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"test_{name}": value for name, value in test.items()},
+    }
+    run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
+    if tracker:
+        tracker.log_metrics(results, steps)
+        tracker.finish()
+    shown = f", {test['psnr_db']:.2f} dB on test" if test else ""
+    print(
+        f"VAE in {folder / 'vae'}: {before['psnr_db']:.2f} -> {after['psnr_db']:.2f} dB, "
+        f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{shown}; scaling_factor {vae.config.scaling_factor:.4f}"
+    )
+
+
+def make_batch(
+    train: "Split", config: TrainVaeConfig, flip: bool, number: int, vae: Any, accelerator: Any
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """This process's share of batch `number`: pixels [B, 3, S, S] in [-1, 1] and posterior noise, both on the device."""
+    import numpy as np
+    import torch
+    from t2i.caches import to_pixels
+    from t2i.data import batch_indices
+    from t2i.diffusion import draw
+    from t2i.models import vae_factor
+
+    world, rank = accelerator.num_processes, accelerator.process_index
+    indices = batch_indices(len(train), config.train_batch_size * world, config.seed, number)[rank::world]
+    images = train.pixels[indices]
+    side, size = images.shape[1], config.crop_size or images.shape[1]
+    latent = size // vae_factor(vae)
+    draws = draw(config.seed, number, indices.tolist(), (vae.config.latent_channels, latent, latent), 1)
+    if size < side:
+        corners = (draws.uniform[:, 2:] * (side - size + 1)).int().tolist()
+        images = np.stack([image[y : y + size, x : x + size] for image, (y, x) in zip(images, corners, strict=True)])
+    pixels = to_pixels(images)
+    if flip:
+        pixels = torch.where(draws.uniform[:, 0].view(-1, 1, 1, 1) < 0.5, pixels.flip(3), pixels)
+    if config.channels_last:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return pixels.to(accelerator.device), draws.posterior_noise.to(accelerator.device)
+
+
+def loss_terms(
+    reconstruction: "torch.Tensor", pixels: "torch.Tensor", mean: "torch.Tensor", log_variance: "torch.Tensor", config: TrainVaeConfig
+) -> dict[str, "torch.Tensor"]:
+    """Reconstruction, structure and KL terms, and `train_loss`, their weighted sum; each a scalar, mean over pixel values.
+
+    The KL term is the closed form of KL(N(mean, variance) || N(0, 1)) (Kingma and Welling, arXiv:1312.6114, appendix B).
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    error = reconstruction - pixels
+    terms = {"mse": error.square().mean(), "l1": error.abs().mean()}
+    log_variance = log_variance.clamp(-30.0, 20.0)
+    terms["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum() / pixels.numel()
+    loss = config.mse_weight * terms["mse"] + config.l1_weight * terms["l1"] + config.kl_weight * terms["kl"]
+    if config.ssim_weight:
+        terms["dssim"] = 1.0 - ssim(reconstruction, pixels, data_range=2.0, gaussian_kernel=False, kernel_size=7)
+        loss = loss + config.ssim_weight * terms["dssim"]
+    return {"train_loss": loss, **terms}
+
+
+def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
+    """PSNR in dB and SSIM of reconstructions from posterior means, mean over at most `limit` images."""
+    import torch
+    from t2i import metrics
+    from t2i.caches import to_pixels
+
+    psnr, ssim = [], []
+    with torch.no_grad():
+        for start in range(0, min(limit, len(split)), 32):
+            pixels = to_pixels(split.pixels[start : min(start + 32, limit)]).to(vae.device)
+            reconstruction = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
+            psnr.append(metrics.psnr(reconstruction, pixels))
+            ssim.append(metrics.ssim(reconstruction, pixels))
+    return {"psnr_db": torch.cat(psnr).mean().item(), "ssim": torch.cat(ssim).mean().item()}
+
+
+def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) -> dict[str, float]:
+    """Measure on the validation split; keep and log a picture of originals over reconstructions."""
+    import numpy as np
+    import torch
+    from t2i.caches import to_images, to_pixels
+    from t2i.sampling import picture_grid
+
+    figures = measure(vae, split)
+    pixels = to_pixels(split.pixels[:8]).to(vae.device)
+    with torch.no_grad():
+        reconstruction = to_images(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
+    grid = picture_grid(np.concatenate([split.pixels[:8], reconstruction]), columns=len(reconstruction))
+    (folder / "samples").mkdir(exist_ok=True)
+    grid.save(folder / "samples" / f"reconstructions-{step:06d}.png")
+    append_jsonl(folder / "metrics.jsonl", {"step": step, **{f"val_{name}": value for name, value in figures.items()}})
+    if tracker:
+        tracker.log_metrics({f"val_{name}": value for name, value in figures.items()}, step)
+        tracker.log_image(grid, "reconstructions", step)
+    return figures
+
+
+def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, limit: int = 2048) -> None:
+    """Measure raw latents of training images and write their scale into the VAE's config.
+
+    fold: first give each channel mean 0 and deviation 1 by folding into the 1x1 convolutions (new VAEs alone: it changes
+    what latents mean). rescale: write `scaling_factor` = 1 / deviation; False keeps latents and UNets of before valid.
+    """
+    import torch
+    from t2i.caches import to_pixels
+    from t2i.models import fold_normalisation
+
+    @torch.no_grad()
+    def deviations() -> tuple[torch.Tensor, torch.Tensor]:
+        means, variances = [], []
+        for start in range(0, min(limit, len(train)), 32):
+            posterior = vae.encode(to_pixels(train.pixels[start : min(start + 32, limit)]).to(vae.device)).latent_dist
+            means.append(posterior.mean.float().movedim(1, 0).flatten(1))
+            variances.append(posterior.var.float().movedim(1, 0).flatten(1))
+        mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
+        return mean.mean(1), (mean.var(1) + variance.mean(1)).sqrt()  # law of total variance
+
+    mean, std = deviations()
+    if fold:
+        fold_normalisation(vae, mean, std)
+        mean, std = deviations()
+    if rescale:
+        total = (std.square().mean() + mean.var(unbiased=False)).sqrt()
+        vae.register_to_config(scaling_factor=1.0 / total.item())
+
+
+if __name__ == "__main__":
+    run_main(main)
