@@ -37,7 +37,7 @@ def main() -> None:
     import torch
     import yaml
     from diffusers.training_utils import EMAModel
-    from t2i import checkpoints, data, diffusion, models, tracking, training
+    from t2i import checkpoints, data, diffusion, models, training
     from tqdm import tqdm
 
     scheduler = models.build_noise_scheduler(recipe.unet)
@@ -66,6 +66,8 @@ def main() -> None:
     frozen.clear()  # VAE and text encoder leave the memory
     tracker = None
     if accelerator.is_main_process and config.report_to == "mlflow":
+        from t2i import tracking
+
         name = config.run_name or folder.name
         tracker = tracking.Tracker(folder, experiment=config.experiment, run_name=name, config=to_dict(recipe), tags=inputs)
     if config.channels_last:
@@ -149,7 +151,7 @@ def main() -> None:
     run.finish(
         **results, steps=steps, train_images=count, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
         machine=training.machine(), output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
-        tracking=tracker.where if tracker else None,
+        tracking=tracker.view if tracker else None,
     )  # fmt: skip
     if tracker:
         tracker.finish()

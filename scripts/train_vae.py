@@ -33,7 +33,7 @@ def main() -> None:
     import torch
     import yaml
     from diffusers.training_utils import EMAModel
-    from t2i import data, models, tracking, training
+    from t2i import data, models, training
     from tqdm import tqdm
 
     splits = data.load_splits(recipe.data)
@@ -55,6 +55,8 @@ def main() -> None:
     if accelerator.is_main_process:
         run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
         if config.report_to == "mlflow":
+            from t2i import tracking
+
             name = config.run_name or folder.name
             tracker = tracking.Tracker(folder, experiment=config.experiment, run_name=name, config=to_dict(recipe))
     if config.channels_last:

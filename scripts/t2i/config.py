@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -25,6 +26,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
+T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -204,22 +206,23 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     argv = sys.argv[1:] if argv is None else argv
     config = _option(argv, "config")
     recipe = load_recipe(config) if config else Recipe()
-    members: list[Any] = [("config", str | None, field(default=None))]
-    members += [(name, _fields(Recipe)[name], field(default=getattr(recipe, name))) for name in sections]
-    for name, cls, default in members[1:]:
-        default.default_factory, default.default = (lambda value=default.default: value), dataclasses.MISSING
-    chosen = parse_options(dataclasses.make_dataclass("Options", members), doc, argv, default_config=config)
+    config_type = Annotated[str | None, tyro.conf.arg(help="recipe: a YAML file, or the name of one in scripts/recipes")]
+    members: list[Any] = [("config", config_type, field(default=None))]
+    members += [(name, _fields(Recipe)[name], field(default_factory=partial(getattr, recipe, name))) for name in sections]
+    chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
     for name in sections:
-        checked = _checked(_fields(Recipe)[name], dataclasses.asdict(getattr(chosen, name)), "the command line")
-        setattr(recipe, name, checked)
+        setattr(recipe, name, check_options(getattr(chosen, name)))
     return recipe
 
 
-def parse_options(cls: type, doc: str, argv: list[str] | None = None, default_config: str | None = None) -> Any:
+def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Parse the command line into the dataclass `cls`: flat options, underscores, groups by nested dataclass."""
-    return tyro.cli(
-        cls, args=argv, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    )
+    return tyro.cli(cls, args=argv, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def check_options(options: T) -> T:
+    """Check the ranges of a parsed dataclass; raise `UserError` naming the option."""
+    return _checked(type(options), dataclasses.asdict(options), "the command line")  # type: ignore[call-overload]
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def _fields(cls: Any) -> dict[str, Any]:
 def _known(key: Any, known: dict[str, Any], what: str) -> Any:
     if key not in known:
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-        raise UserError(f"unknown {what}: {key!r}; did you mean {near[0] if near else sorted(known)[0]!r}?")
+        raise UserError(f"unknown {what}: {key!r}; did you mean {near[0] if near else min(known)!r}?")
     return key
 
 

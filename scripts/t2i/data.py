@@ -4,7 +4,7 @@
 
 | input | captions |
 |---|---|
-| Hub id, or a folder with Parquet shards (see `save_dataset_folder`) | column `caption`, else `text`, else from the label |
+| Hub id, folder with Parquet shards (`save_dataset_folder`) | column `caption`, else `text`, else from the label |
 | `[train/]<class>/x.jpg` | from the class name, by `caption_template` |
 | images with `metadata.jsonl` or `metadata.csv` (`file_name`, …) | column `caption`, else `text`, else from `label` |
 | images with `x.txt` beside `x.jpg` | the text file |
@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -78,6 +78,9 @@ class Split:
     pixels: np.ndarray
     rows: datasets.Dataset
     fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
 
 
 @dataclass
@@ -135,13 +138,16 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
             say(f"reusing the prepared images of {source.name} in {folder}")
         else:
             _build(source, cfg, folder, say)
+            pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
     report = read_json(folder / "report.json")
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     _check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
-    splits = {name: _open_split(folder, name, report["splits"].get(name)) for name in ("train", "validation", "test")}
-    if splits["train"] is None:
-        raise UserError(f"{source.name} has no usable training image; see {folder / 'quarantine.jsonl'}")
-    return Splits(**splits, quarantine=quarantine, fingerprint=key, report=report)
+    train, validation, test = (
+        _open_split(folder, name, report["splits"].get(name)) for name in ("train", "validation", "test")
+    )
+    if train is None:
+        raise UserError(f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} says why")
+    return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
 
 
 def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split | None:
@@ -159,9 +165,9 @@ def _check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, li
     if share > limit:
         shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
         raise UserError(
-            f"{len(quarantine):,} of {found:,} images of {name} ({share:.1%}) cannot be used, more than the {limit:.1%} "
-            f"allowed: {shown}{', …' if len(quarantine) > 3 else ''}; all are listed in {listing}; mend or remove them, "
-            "or raise --max_bad_share"
+            f"{len(quarantine):,} of {found:,} images of {name} ({share:.1%}) cannot be used, more than the "
+            f"{limit:.1%} allowed: {shown}{', …' if len(quarantine) > 3 else ''}; all are listed in {listing}; "
+            "mend or remove them, or raise --max_bad_share"
         )
 
 
@@ -191,7 +197,7 @@ def _list_files(folder: Path) -> list[str]:
     found, seen = [], set()
     for current, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(current)
-        if real in seen:  # a link to a folder above
+        if real in seen:  # a link to a folder above, or one more link to the same folder
             folders.clear()
             continue
         seen.add(real)
@@ -285,7 +291,6 @@ def _folder_columns(
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, Any], list[dict[str, str]]]:
     """Columns by split (image; where known caption, label, the metadata's), notes, and what cannot be listed."""
     columns: dict[str, dict[str, list[Any]]] = {}
-    notes: dict[str, Any] = {}
     quarantine: list[dict[str, str]] = []
 
     def split_of(file: str) -> str | None:
@@ -295,14 +300,18 @@ def _folder_columns(
     described = tuple(str(PurePosixPath(file).parent) for file in metadata)
     if len(set(described)) < len(described):
         raise UserError(f"{name} has metadata.jsonl and metadata.csv in one folder; keep one of them")
-    listed = set()
+    listed, outside = set(), 0
     for file in metadata:
         for line, row in _metadata_rows(folder / file):
             target = _inside(
                 str(PurePosixPath(file).parent), row.pop("file_name", None), f"{folder / file}, line {line}", row
             )
             listed.add(target)
-            _add_row(columns, split_of(target), {**row, "image": target})
+            split = split_of(target)
+            if split is None:
+                outside += 1
+            else:
+                _add_row(columns, split, {**row, "image": target})
 
     sidecars = {file for file in files if file.endswith(".txt")}
     images = [file for file in files if _may_be_image(file) and not _is_below(file, described)]
@@ -316,19 +325,17 @@ def _folder_columns(
                 {"file": shown, "split": split or "none", "reason": "unreadable: the file's name is not UTF-8"}
             )
         elif split is None:
-            notes["files_outside_splits"] = notes.get("files_outside_splits", 0) + 1
+            outside += 1
         else:
-            row: dict[str, Any] = {"image": file}
+            known: dict[str, Any] = {"image": file}
             beside = str(PurePosixPath(file).with_suffix(".txt"))
             if beside in sidecars:
-                row["caption"] = (folder / beside).read_text(encoding="utf-8-sig", errors="replace")[:10_000]
+                known["caption"] = _read_sidecar(folder / beside)
             if use_labels and (label := _class_of(file, has_train)) is not None:
-                row["label"] = label
-            _add_row(columns, split, row)
+                known["label"] = label
+            _add_row(columns, split, known)
     unlisted = sum(_may_be_image(file) and _is_below(file, described) and file not in listed for file in files)
-    if unlisted:
-        notes["files_not_in_metadata"] = unlisted
-    columns.pop("none", None)
+    notes = {"files_not_in_metadata": unlisted, "files_outside_splits": outside}
     if "train" not in columns:
         columns.clear()
     return columns, notes, quarantine
@@ -360,13 +367,22 @@ def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
     if not isinstance(target, str) or not target:
         raise UserError(f"{where} has no file_name (it has {', '.join(map(str, row)) or 'nothing'}); add it")
     path = PurePosixPath(target.replace("\\", "/"))
+    if "\0" in target or not _is_utf8(target):
+        raise UserError(f"{where} has the file_name {target!r}, which no file can have; mend it")
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", target):
         raise UserError(f"{where} names {target!r}, which is outside its folder; name files below it only")
     return str(PurePosixPath(base) / path)
 
 
-def _add_row(columns: dict[str, dict[str, list[Any]]], split: str | None, row: dict[str, Any]) -> None:
-    part = columns.setdefault(split or "none", {"image": []})
+def _read_sidecar(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"the caption file {path} cannot be read ({error.strerror}); mend or remove it") from None
+
+
+def _add_row(columns: dict[str, dict[str, list[Any]]], split: str, row: dict[str, Any]) -> None:
+    part = columns.setdefault(split, {"image": []})
     count = len(part["image"])
     for key in row.keys() - part.keys():
         part[key] = [None] * count
@@ -493,7 +509,7 @@ def _build_in(part: Path, source: _Source, cfg: DataConfig, folder: Path, say: C
         order = _hash_order(digests["train"], cfg.split_seed)
         train, validation = _choose(order, cfg, "validation" in candidates)
         chosen = {"train": ("train", train), "validation": ("train", validation)}
-        for split in candidates.keys() - {"train"}:
+        for split in [name for name in candidates if name != "train"]:
             chosen[split] = (split, np.arange(len(candidates[split])))
         count = sum(len(indices) for _, indices in chosen.values())
         size = count * cfg.resolution**2 * 3
@@ -515,8 +531,6 @@ def _build_in(part: Path, source: _Source, cfg: DataConfig, folder: Path, say: C
     if splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
         raise UserError(f"all captions of {source.name} are empty; {_CAPTION_MEND}")
     found = count + len(source.quarantine)
-    if not splits["train"]["images"]:  # says more than an empty split would
-        _check_bad_share(source.name, quarantine, found, 0.0, folder / "quarantine.jsonl")
     left_out = len(candidates["train"]) - len(train) - len(validation)
     report = {
         "dataset": source.name,
@@ -659,7 +673,7 @@ def _write_rows(
     path: Path, rows: datasets.Dataset, kept: np.ndarray, digests: np.ndarray, split: str, cfg: DataConfig,
     columns: tuple[str | None, str | None],
 ) -> int:  # fmt: skip
-    """Write id, file, caption, label and the other plain columns of `rows[kept]`; returns the number of empty captions."""
+    """Write id, file, caption, label and other plain columns of `rows[kept]`; returns the number of empty captions."""
     caption, label = columns
     taken = {"id", "file", "caption", "label", "labels", cfg.image_column, caption, label}
     text = datasets.Value("string")
@@ -676,8 +690,7 @@ def _write_rows(
         for start in range(0, len(kept), ROWS_PER_BATCH):
             chosen = kept[start : start + ROWS_PER_BATCH]
             part = rows.select(chosen)
-            # The table's own column: reading it through the Dataset would copy every image's bytes.
-            paths = _struct_paths(part, cfg.image_column)
+            paths = _image_paths(part, cfg.image_column)
             batch = part.remove_columns([cfg.image_column])[:] if len(needed) > 1 else {}
             batch = {key: [_plain(rows.features[key], value) for value in values] for key, values in batch.items()}
             if caption:
@@ -696,12 +709,11 @@ def _write_rows(
     return empty
 
 
-def _struct_paths(rows: datasets.Dataset, column: str) -> list[str | None]:
-    return [
-        path
-        for batch in rows.with_format("arrow").iter(100)
-        for path in batch[column].combine_chunks().field("path").to_pylist()
-    ]
+def _image_paths(rows: datasets.Dataset, column: str) -> list[str | None]:
+    """The images' paths, read in Arrow, where their bytes need not become Python objects."""
+    images = rows.select_columns([column]).with_format("arrow")
+    parts = (batch[column].combine_chunks().field("path") for batch in images.iter(100))
+    return [path for part in parts for path in part.to_pylist()]
 
 
 def _is_plain(kind: Any) -> bool:
@@ -727,7 +739,7 @@ def _from_label(label: str | None, template: str) -> str:
 
 
 def count_long_captions(captions: Iterable[str], tokenizer: Any) -> dict[str, int]:
-    """How many captions the tokenizer would cut: `limit` and `longest` (tokens, with start and end), `over` (captions)."""
+    """How many captions the tokenizer cuts: `limit` and `longest` (tokens, with start and end), `over` (captions)."""
     limit, over, longest = int(tokenizer.model_max_length), 0, 0
     batch: list[str] = []
     for caption in chain(captions, [None]):
@@ -780,8 +792,8 @@ def save_dataset_folder(
 
     `splits`: rows by split, consumed once and one after the other, so generators keep memory small. A row has `image`
     (encoded bytes, a file's path as Path, a PIL image, or uint8 [H, W, 3]; the latter two become PNG), `caption`, and
-    further columns, the same in each row. `features` is found from the first row where None. `card_text`: the card, with
-    or without YAML front matter, to which the splits and columns are added. The folder appears complete, by one rename.
+    further columns, the same in each row. `features` is found from the first row where None. `card_text`: the card,
+    with or without YAML front matter; splits and columns are added to it. The folder appears complete, by one rename.
 
     Returns the rows written a split. Raises UserError where `folder` exists and is not empty.
     """
@@ -874,6 +886,6 @@ def _card(text: str, features: datasets.Features, infos: dict[str, dict[str, Any
         dataset_size=size,
     )
     datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(card.data)
-    files: Sequence[dict[str, str]] = [{"split": split, "path": f"data/{split}-*"} for split in infos]
+    files = [{"split": split, "path": f"data/{split}-*"} for split in infos]
     card.data["configs"] = [{"config_name": "default", "data_files": files}]
     return str(card)

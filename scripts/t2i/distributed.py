@@ -1,6 +1,5 @@
 """What must stand before `Accelerator` is made."""
 
-import logging
 import os
 import warnings
 from typing import Any
@@ -11,8 +10,11 @@ from t2i.config import TrainConfig
 def quiet_libraries() -> None:
     """Keep libraries' notes that no user can act on off the terminal; their warnings about real trouble stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # image processors without torchvision
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading a model: a second at most
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # accelerate's wrapper hides the optimiser's step
 
 

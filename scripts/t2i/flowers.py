@@ -25,10 +25,13 @@ ATTRIBUTES: dict[str, tuple] = {
     "arrangement": ("single", "bud", "pair"),
 }
 COMBINED = ("petal_color", "center_color", "background", "petal_count")  # what the held-out combinations are made of
+VERSION = 1  # of the drawing: another one draws other pictures from the same seed
 HELD_OUT_SHARE = 0.2  # share of those combinations that training never sees
 MIN_SIZE, MAX_SIZE = 32, 512  # px; below, thirteen petals cannot be told apart; above, painting takes too long
 SUPERSAMPLING = 2  # painted pixels a side for each pixel of the picture
 BACKDROP_SIZE = 64  # px; the background is painted this coarse, blurred and enlarged: out of focus, alike at every size
+SHADOW = 0.022  # reach of the soft shadow around a petal, in picture sides
+BLUR = 0.022  # standard deviation of that blur, in picture sides
 COUNT_WORDS = {3: "three", 5: "five", 8: "eight", 13: "thirteen"}
 
 # Colors of a petal from its base over its middle to its tip, sRGB 0..255.
@@ -53,8 +56,14 @@ LEAF = ((30, 70, 24), (62, 124, 44), (122, 176, 80))
 GRADIENTS = {
     "meadow": ((0.0, (176, 214, 120)), (0.45, (118, 178, 78)), (1.0, (58, 122, 48))),
     "sky": ((0.0, (86, 156, 226)), (0.6, (142, 198, 242)), (1.0, (190, 224, 248))),
-    "sunset": ((0.0, (98, 66, 122)), (0.35, (206, 106, 118)), (0.62, (250, 168, 104)), (0.74, (255, 212, 140)),
-               (0.8, (176, 92, 86)), (1.0, (82, 46, 66))),
+    "sunset": (
+        (0.0, (98, 66, 122)),
+        (0.35, (206, 106, 118)),
+        (0.62, (250, 168, 104)),
+        (0.74, (255, 212, 140)),
+        (0.8, (176, 92, 86)),
+        (1.0, (82, 46, 66)),
+    ),
     "night": ((0.0, (8, 10, 34)), (0.5, (18, 26, 66)), (1.0, (10, 16, 40))),
 }
 TINTS = {"meadow": (1.0, 1.0, 0.98), "sky": (1.0, 1.0, 1.0), "sunset": (1.02, 0.97, 0.93), "night": (0.9, 0.93, 1.0)}
@@ -87,7 +96,9 @@ def is_held_out(attributes: dict) -> bool:
 
 @cache
 def _combinations(held_out: bool) -> tuple[dict, ...]:
-    every = (dict(zip(COMBINED, values)) for values in itertools.product(*(ATTRIBUTES[name] for name in COMBINED)))
+    every = (
+        dict(zip(COMBINED, values, strict=True)) for values in itertools.product(*map(ATTRIBUTES.__getitem__, COMBINED))
+    )
     return tuple(combination for combination in every if is_held_out(combination) == held_out)
 
 
@@ -104,8 +115,10 @@ def sample_attributes(rng: np.random.Generator, held_out: bool = False) -> dict:
 
 def caption(attributes: dict, rng: np.random.Generator) -> str:
     """One of several phrasings, each naming every attribute in at most 22 words."""
-    parts = [f"{COUNT_WORDS[attributes['petal_count']]} {attributes['petal_shape']} petals",
-             f"a {attributes['center_color']} center"]
+    parts = [
+        f"{COUNT_WORDS[attributes['petal_count']]} {attributes['petal_shape']} petals",
+        f"a {attributes['center_color']} center",
+    ]
     if rng.random() < 0.3:
         parts.reverse()
     if attributes["arrangement"] == "bud":
@@ -145,7 +158,7 @@ def prompts(n: int, seed: int, held_out: bool = False) -> list[tuple[dict, str]]
 def draw_many(
     seed: int, start: int, count: int, size: int, held_out: bool = False, workers: int = 1
 ) -> Iterator[tuple[dict, np.ndarray, str]]:
-    """Yields `drawing(seed, i, size, held_out)` for i in start..start+count-1, in order, whatever the number of workers."""
+    """Yields `drawing(seed, i, size, held_out)` for i in start..start+count-1, in order, the same with any workers."""
     one = partial(drawing, seed, size=size, held_out=held_out)
     if workers <= 1:
         yield from map(one, range(start, start + count))
@@ -157,12 +170,12 @@ def draw_many(
 
 
 def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Paints one scene: uint8 [size, size, 3], sRGB. Raises UserError for a size outside 32..512 px or an unknown value."""
+    """Paints one scene: uint8 [size, size, 3], sRGB. Raises UserError for a size not in 32..512 px or a wrong value."""
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UserError(f"size {size} of a drawing must lie between {MIN_SIZE} and {MAX_SIZE} px")
     for name, values in ATTRIBUTES.items():
         if attributes.get(name) not in values:
-            raise UserError(f"{name} {attributes.get(name)!r} of a drawing must be one of {', '.join(map(str, values))}")
+            raise UserError(f"{name} {attributes.get(name)!r} of a drawing is not one of {', '.join(map(str, values))}")
     alone = attributes["arrangement"] == "single"
     side = 1.0 if rng.random() < 0.5 else -1.0  # where the bud or the second flower stands
     radius = rng.uniform(0.37, 0.42) if alone else rng.uniform(0.34, 0.37)
@@ -187,10 +200,11 @@ def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
         along = (height - y) / (1.0 - y)
         angle = -np.pi / 2 + direction * rng.uniform(0.8, 1.15)
         at = x + (foot - x) * along**1.5
-        _petal(canvas, at, height, _frame(angle, rng.uniform(0.26, 0.34)), 0.24, "pointed", _ramp(LEAF), 1.0, 0.1, detail)
+        frame = _frame(angle, rng.uniform(0.26, 0.34))
+        _petal(canvas, at, height, frame, 0.24, "pointed", _ramp(LEAF), 1.0, 0.1, detail)
     _flower(canvas, x, y, radius, attributes, rng, detail)
 
-    canvas *= np.float32(TINTS[attributes["background"]])
+    canvas *= np.array(TINTS[attributes["background"]], np.float32)
     image = Image.fromarray(np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8))
     return np.asarray(image.reduce(SUPERSAMPLING))
 
@@ -204,9 +218,9 @@ def _grid(size: int) -> np.ndarray:
 @cache
 def _ramp(colors: tuple) -> np.ndarray:
     """Colors from base to tip, float32 [256, 3], 0..1."""
-    stops = np.float32((0.1, 0.62, 1.0))
+    stops = (0.1, 0.62, 1.0)
     at = np.linspace(0, 1, 256)
-    return np.stack([np.interp(at, stops, np.float32(colors)[:, i] / 255) for i in range(3)], 1).astype(np.float32)
+    return np.stack([np.interp(at, stops, np.array(colors)[:, i] / 255) for i in range(3)], 1).astype(np.float32)
 
 
 def _frame(angle: float, length: float) -> np.ndarray:
@@ -215,19 +229,28 @@ def _frame(angle: float, length: float) -> np.ndarray:
     return length * np.array([[c, -s], [s, c]])
 
 
+def _inverse(frame: np.ndarray) -> tuple[float, float, float, float, float]:
+    """Inverse of a frame, row by row, and the length of its unit in the picture (np.linalg is slow on 2 x 2)."""
+    (a, b), (c, d) = frame.tolist()
+    determinant = a * d - b * c
+    return d / determinant, -b / determinant, -c / determinant, a / determinant, abs(determinant) ** 0.5
+
+
 def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
     """Background, float32 [64, 64, 3]: a gradient with soft clouds, sun, or lights."""
     at = _grid(BACKDROP_SIZE)
-    stops, colors = zip(*GRADIENTS[background])
+    stops, colors = zip(*GRADIENTS[background], strict=True)
     shift = rng.uniform(-0.04, 0.04)
-    column = np.stack([np.interp(at + shift, stops, np.float32(colors)[:, i] / 255) for i in range(3)], 1)
+    column = np.stack([np.interp(at + shift, stops, np.array(colors)[:, i] / 255) for i in range(3)], 1)
     canvas = np.repeat(column.astype(np.float32)[:, None], BACKDROP_SIZE, 1)
 
-    def blob(x: float, y: float, width: float, height: float, color: tuple, strength: float, disc: bool = False) -> None:
+    def blob(
+        x: float, y: float, width: float, height: float, color: tuple, strength: float, disc: bool = False
+    ) -> None:
         """Blends in one ellipse, a Gaussian or a disc with a soft rim."""
         squared = np.square((at - x) / width)[None] + np.square((at - y) / height)[:, None]
         weight = (strength * np.exp(-(squared * squared * squared) if disc else -squared))[..., None]
-        canvas[...] += weight * (np.float32(color) / 255 - canvas)
+        canvas[...] += weight * (np.array(color, np.float32) / 255 - canvas)
 
     if background == "meadow":
         blob(rng.uniform(0.1, 0.9), 0.0, 0.5, 0.3, (226, 240, 160), 0.7)  # sunlight
@@ -239,8 +262,14 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
         for _ in range(3):
             x, y = rng.random(), rng.uniform(0.05, 0.95)
             for _ in range(3):
-                blob(x + rng.uniform(-0.16, 0.16), y + rng.uniform(-0.03, 0.03), rng.uniform(0.1, 0.2),
-                     rng.uniform(0.04, 0.08), (244, 249, 255), 0.6)
+                blob(
+                    x + rng.uniform(-0.16, 0.16),
+                    y + rng.uniform(-0.03, 0.03),
+                    rng.uniform(0.1, 0.2),
+                    rng.uniform(0.04, 0.08),
+                    (244, 249, 255),
+                    0.6,
+                )
     elif background == "sunset":
         x = rng.uniform(0.12, 0.88)
         blob(x, 0.72, 0.45, 0.22, (255, 214, 130), 0.8)  # glow
@@ -256,24 +285,27 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
     return canvas
 
 
+@cache
+def _lens(size: int) -> np.ndarray:
+    """Weights that blur (Gaussian) and enlarge one axis of the backdrop at once, float32 [size, 64]."""
+    distance = _grid(size)[:, None] - _grid(BACKDROP_SIZE)[None]
+    weights = np.exp(-0.5 * np.square(distance / np.float32(BLUR)))
+    return weights / weights.sum(1, keepdims=True)
+
+
 def _enlarge(backdrop: np.ndarray, size: int) -> np.ndarray:
     """Backdrop out of focus, float32 [size, size, 3]."""
-    for _ in range(2):  # a Gaussian by two binomial filters; without it the enlarged pixels would show as blocks
-        for axis in (0, 1):
-            padded = np.pad(backdrop, [(2, 2) if i == axis else (0, 0) for i in range(3)], "edge")
-            l2, l1, here, r1, r2 = (np.take(padded, range(i, i + backdrop.shape[axis]), axis) for i in range(5))
-            backdrop = (l2 + r2) * np.float32(1 / 16) + (l1 + r1) * np.float32(1 / 4) + here * np.float32(3 / 8)
-    channels = [Image.fromarray(np.ascontiguousarray(backdrop[..., i])) for i in range(3)]
-    return np.stack([np.asarray(c.resize((size, size), Image.Resampling.BICUBIC)) for c in channels], -1)
+    planes = _lens(size) @ np.moveaxis(backdrop, 2, 0) @ _lens(size).T
+    return np.ascontiguousarray(np.moveaxis(planes, 0, 2))
 
 
 def _window(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple:
     """Part of the canvas inside a box of unit coordinates, and its pixels' x [1, w] and y [h, 1]."""
     size = canvas.shape[0]
-    l, t = max(0, int(left * size)), max(0, int(top * size))
-    r, b = max(l, min(size, int(right * size) + 2)), max(t, min(size, int(bottom * size) + 2))
+    x0, y0 = max(0, int(left * size)), max(0, int(top * size))
+    x1, y1 = max(x0, min(size, int(right * size) + 2)), max(y0, min(size, int(bottom * size) + 2))
     at = _grid(size)
-    return canvas[t:b, l:r], at[None, l:r], at[t:b, None]
+    return canvas[y0:y1, x0:x1], at[None, x0:x1], at[y0:y1, None]
 
 
 def _stem(canvas: np.ndarray, x: float, y: float, foot: float, half_width: float) -> None:
@@ -284,12 +316,21 @@ def _stem(canvas: np.ndarray, x: float, y: float, foot: float, half_width: float
     across = (px - (x + (foot - x) * along)) / half_width
     cover = np.clip((1 - np.abs(across)) * (half_width * canvas.shape[0]) + 0.5, 0, 1)[..., None]
     shade = np.clip(0.62 - 0.3 * across, 0.2, 1.0)[..., None]
-    part += cover * (shade * np.float32((0.36, 0.68, 0.26)) - part)
+    part += cover * (shade * np.array((0.36, 0.68, 0.26), np.float32) - part)
 
 
 def _petal(
-    canvas: np.ndarray, x: float, y: float, frame: np.ndarray, half_width: float, shape: str, ramp: np.ndarray,
-    light: float, bend: float, detail: float, below: np.ndarray | None = None,
+    canvas: np.ndarray,
+    x: float,
+    y: float,
+    frame: np.ndarray,
+    half_width: float,
+    shape: str,
+    ramp: np.ndarray,
+    light: float,
+    bend: float,
+    detail: float,
+    below: np.ndarray | None = None,
 ) -> None:
     """Paints one petal (or leaf) that starts at (x, y), with its soft shadow on the petals `below`.
 
@@ -299,11 +340,11 @@ def _petal(
     """
     size = canvas.shape[0]
     w = half_width
-    corners = frame @ np.array([[0, 0, 1.04, 1.04], [-w, w, -w, w]]) * 1.12
-    left, top = corners.min(1)
-    right, bottom = corners.max(1)
+    corners = frame @ np.array([[0, 0, 1, 1], [-w, w, -w, w]])
+    left, top = corners.min(1) - 2 * SHADOW
+    right, bottom = corners.max(1) + 2 * SHADOW
     part, px, py = _window(canvas, x + left, y + top, x + right, y + bottom)
-    (a, b), (c, d) = np.linalg.inv(frame).astype(np.float32)
+    a, b, c, d, unit = _inverse(frame)
     px, py = px - np.float32(x), py - np.float32(y)
     u = a * px + b * py  # 0 at the base, 1 at the tip
     q = (c * px + d * py + np.float32(bend) * u * (1 - u)) * np.float32(1 / w)  # -1..1 across
@@ -316,17 +357,19 @@ def _petal(
     if shape == "round":
         inside = base - np.sqrt(q_squared + beyond * beyond)
     elif shape == "pointed":
-        inside = base - beyond * (np.float32(0.4) + beyond * (np.float32(1.8) - np.float32(1.2) * beyond)) - q_abs
+        near = np.minimum(beyond, 1)  # the cubic holds up to the tip; past it the width must go on falling
+        taper = near * near * (np.float32(2.1) - np.float32(1.1) * near) + (beyond - near)
+        inside = base - taper - q_abs
     else:
         inside = base - np.sqrt(np.sqrt(q_squared * q_squared + np.square(beyond * beyond)))
         # Shallow in narrow petals: otherwise each would count as two.
         depth, reach = np.float32(min(0.24, 0.6 * w)), np.float32(0.7)
         slope = float(np.hypot(1, depth / (reach * w)))
         inside = np.minimum(inside, (1 - depth - u + q_abs * (depth / reach)) * np.float32(1 / (w * slope)))
-    scale = float(np.sqrt(abs(np.linalg.det(frame)))) * w  # picture units in one unit of `inside`
+    scale = unit * w  # picture units in one unit of `inside`
 
     cover = np.clip(inside * np.float32(scale * size) + 0.5, 0, 1)
-    shadow = np.exp(-np.square(np.minimum(inside, 0) * np.float32(scale / 0.022)))
+    shadow = np.exp(-np.square(np.minimum(inside, 0) * np.float32(scale / SHADOW)))
     shade = np.float32(light) * (1 - np.float32(0.16) * q_squared + np.float32(0.07) * q)
     shade -= np.float32(0.14) * np.exp(-q_squared * np.float32(1 / 0.006)) * np.clip(1.1 - u, 0, 1)
     if detail > 0.3:
@@ -368,7 +411,8 @@ def _flower(
 def _florets(size: int) -> np.ndarray:
     """Heights 0..1 of the florets of a center seen from above, float32 [size, size]: Vogel's phyllotaxis.
 
-    Floret k stands at radius sqrt(k / n) and angle k times the golden angle (H. Vogel, Mathematical Biosciences 44, 1979).
+    Floret k stands at radius sqrt(k / n) and angle k times the golden angle
+    (H. Vogel, Mathematical Biosciences 44, 1979).
     """
     n = 55
     at = _grid(size) * 2 - 1
@@ -380,14 +424,12 @@ def _florets(size: int) -> np.ndarray:
     return heights
 
 
-def _center(
-    canvas: np.ndarray, x: float, y: float, frame: np.ndarray, turn: float, color: str, detail: float
-) -> None:
+def _center(canvas: np.ndarray, x: float, y: float, frame: np.ndarray, turn: float, color: str, detail: float) -> None:
     """Paints the center: a dark soft rim on the petals, then a dome of florets."""
     size = canvas.shape[0]
     reach = 1.6 * float(np.abs(frame).sum(1).max())
     part, px, py = _window(canvas, x - reach, y - reach, x + reach, y + reach)
-    (a, b), (c, d) = np.linalg.inv(frame).astype(np.float32)
+    a, b, c, d, unit = _inverse(frame)
     px, py = px - np.float32(x), py - np.float32(y)
     across, down = a * px + b * py, c * px + d * py
     distance = np.sqrt(across * across + down * down)
@@ -401,9 +443,9 @@ def _center(
     row = np.clip((cos * down - sin * across + 1) * half, 0, heights.shape[0] - 1).astype(np.intp)
     contrast = 0.35 + 0.65 * detail
     height = (np.float32(contrast) * heights[row, column] + np.float32((1 - contrast) * 0.55))[..., None]
-    gaps, dots = np.float32(CENTERS[color]) / 255
+    gaps, dots = np.array(CENTERS[color], np.float32) / 255
     dome = 1 - np.float32(0.32) * np.minimum(distance, 1) ** 2 - np.float32(0.14) * (across + down)
-    cover = np.clip((1 - distance) * np.float32(size * np.sqrt(abs(np.linalg.det(frame)))) + 0.5, 0, 1)[..., None]
+    cover = np.clip((1 - distance) * np.float32(size * unit) + 0.5, 0, 1)[..., None]
     part += cover * ((gaps + (dots - gaps) * height) * (np.float32(1.1) * dome[..., None]) - part)
 
 

@@ -41,8 +41,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _SIGNATURES = (  # (offset, bytes, name), to name what a file is without running its decoder
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD"), (0, b"\0\0\1\0", "ICO"),
-    (0, b"%PDF", "PDF"), (0, b"%!PS", "EPS"), (4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIC"), (4, b"ftypmif1", "HEIF"),
-    (4, b"ftyp", "MP4 or MOV"), (0, b"\0\0\0\x0cjP", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"%PDF", "PDF"), (0, b"%!PS", "EPS"), (4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIF"), (4, b"ftyp", "MP4 or MOV"), (0, b"\0\0\0\x0cjP", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL", "JPEG XL"), (0, b"DDS ", "DDS"), (0, b"qoif", "QOI"),
     (0, b"PK\x03\x04", "ZIP"), (0, b"\x1f\x8b", "gzip"), (0, b"icns", "ICNS"), (0, b"II+\0", "BigTIFF"),
     (0, b"P4\n", "PBM"), (0, b"P5\n", "PGM"), (0, b"P6\n", "PPM"), (0, b"\x01\xda", "SGI"), (0, b"FORM", "IFF"),
@@ -75,8 +75,8 @@ def read_image_file(path: str | Path) -> bytes:
     except FileNotFoundError:
         dangling = os.path.islink(path)
         raise BadImage("missing file: the link points to nothing" if dangling else "missing file") from None
-    except OSError as error:
-        raise BadImage(f"unreadable: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise BadImage(f"unreadable: {getattr(error, 'strerror', None) or error}") from None
 
 
 def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> Image.Image:
@@ -108,7 +108,7 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
         raise BadImage(_describe(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from None
-    except Exception as error:  # noqa: BLE001 - decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError …
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError …
         detail = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(f"{'truncated' if 'truncated' in detail.lower() else 'damaged'}: {detail}") from None
 
@@ -130,7 +130,7 @@ def fit(image: Image.Image, resolution: int) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - a broken EXIF block says nothing about the pixels
+    except Exception:  # a broken EXIF block says nothing about the pixels
         return image
 
 

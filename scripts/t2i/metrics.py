@@ -1,8 +1,12 @@
-"""Figures about pictures: a small classifier that reads them, prompt following, memorisation, diversity, PSNR, SSIM, KID and
-CLIP score. Pictures are uint8 arrays [N, H, W, 3] (RGB, 0..255) unless a function says otherwise; no torchvision is needed."""
+"""Figures about pictures: a small classifier that reads them, prompt following, memorisation, diversity, PSNR, SSIM,
+KID and CLIP score. Pictures are uint8 arrays [N, H, W, 3] (RGB, 0..255) unless a function says otherwise; no
+torchvision is needed.
+"""
 
-import json
+import contextlib
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +15,10 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
 from t2i.runs import UserError, read_json, write_json
@@ -31,8 +38,7 @@ class Block(nn.Module):
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        nn.init.zeros_(self.convs[-1].weight)  # starts as the shortcut alone: trains faster
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             pool = nn.AvgPool2d(stride) if stride != 1 else nn.Identity()
             self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
@@ -53,7 +59,9 @@ class Classifier(nn.Module):
         self.resolution, self.width = resolution, width
         widths = [width, 2 * width, 4 * width, 8 * width]
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, 2 if resolution >= 48 else 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            nn.Conv2d(3, width, 3, 2 if resolution >= 48 else 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
         )
         pairs = zip([width, *widths], widths, strict=False)
         self.blocks = nn.Sequential(*(Block(i, o, 1 if n == 0 else 2) for n, (i, o) in enumerate(pairs)))
@@ -71,7 +79,9 @@ class Classifier(nn.Module):
         """Write config.json and model.safetensors into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        safetensors.torch.save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
         write_json(folder / "config.json", {"heads": self.heads, "resolution": self.resolution, "width": self.width})
 
     @classmethod
@@ -81,8 +91,10 @@ class Classifier(nn.Module):
         try:
             model = cls(**read_json(folder / "config.json"))
             model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        except (OSError, json.JSONDecodeError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder} holds no classifier that can be read ({error}); remove it to train another.") from error
+        except (OSError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no classifier that can be read ({error}); remove it to train another."
+            ) from error
         return model.eval()
 
 
@@ -95,7 +107,9 @@ def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu")
 
 
 def _augment(x: Tensor, strong: bool) -> Tensor:
-    """Random shifts, brightness, blur and noise; with `strong` (few photos) also flips, crops, colours and erased rectangles."""
+    """Random shifts, brightness, blur and noise; with `strong` (few photos) also flips, crops, colours and erased
+    rectangles.
+    """
     count, _, size, _ = x.shape
     device = x.device
 
@@ -105,8 +119,8 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
     # one affine map per picture: zoom (area 0.4 to 1 of the picture when strong), shift, turn and flip
     area = uniform(0.4, 1) if strong else uniform(0.85, 1.1)
     stretch = uniform(-0.2, 0.2).exp() if strong else torch.ones(count, device=device)
-    turn = uniform(-0.25, 0.25) if strong else torch.zeros(count, device=device)
-    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if strong else torch.ones(count, device=device)
+    turn = uniform(-0.3, 0.3)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     wide, high = area.sqrt() * stretch, area.sqrt() / stretch
     reach = (1 - area.sqrt()).clamp(min=0) + 0.06
     cos, sin = turn.cos(), turn.sin()
@@ -117,10 +131,12 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
         ],
         1,
     )
-    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False
+    )
 
     # pictures that a model makes are softer than its training images: half of each batch loses detail
-    small = int(torch.randint(round(size * 0.35), size, ()))
+    small = int(torch.randint(round(size * 0.45), size, ()))
     half = F.interpolate(x[: count // 2], (small, small), mode="bilinear", antialias=True, align_corners=False)
     x = torch.cat([F.interpolate(half, (size, size), mode="bicubic", align_corners=False), x[count // 2 :]])
 
@@ -156,12 +172,12 @@ def train_classifier(
     """Train a classifier on `pixels` (uint8 [N, R, R, 3]) and `labels` (name -> int64 [N], indices into `heads[name]`).
 
     AdamW on a one-cycle schedule, label smoothing 0.05; the same arguments give the same weights on the same machine.
-    `augment=False` suits thousands of drawings (small shifts, brightness, blur and noise only), `augment=True` suits hundreds of
-    photos (flips, crops, colours, erasing and mixup as well). Returns the model in eval mode.
+    `augment=False` suits thousands of drawings (small shifts, brightness, blur and noise only), `augment=True` suits
+    hundreds of photos (flips, crops, colours, erasing and mixup as well). Returns the model in eval mode.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Classifier(heads, pixels.shape[1], width).to(device, memory_format=torch.channels_last)
+        model = Classifier(heads, pixels.shape[1], width).to(device)
         targets = {name: torch.as_tensor(labels[name], dtype=torch.int64) for name in model.heads}
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
@@ -170,7 +186,9 @@ def train_classifier(
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
         model.train()
-        for rows in tqdm(_batches(len(pixels), batch_size, steps), total=steps, desc="classifier", disable=not progress):
+        for rows in tqdm(
+            _batches(len(pixels), batch_size, steps), total=steps, desc="classifier", disable=not progress
+        ):
             x = _augment(to_tensor(pixels[rows.numpy()], pixels.shape[1], device), augment)
             wanted = {name: target[rows].to(device) for name, target in targets.items()}
             share, other = 1.0, torch.arange(len(rows))
@@ -178,11 +196,12 @@ def train_classifier(
                 share, other = float(torch.distributions.Beta(0.3, 0.3).sample()), torch.randperm(len(rows))
                 x = share * x + (1 - share) * x[other]
             logits = model(x)
-            loss = sum(
+            losses = [
                 share * F.cross_entropy(logits[name], y, label_smoothing=0.05)
                 + (1 - share) * F.cross_entropy(logits[name], y[other], label_smoothing=0.05)
                 for name, y in wanted.items()
-            )
+            ]
+            loss = torch.stack(losses).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 2.0)
@@ -203,7 +222,9 @@ def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _read(classifier: Classifier, pixels: np.ndarray, batch_size: int = 256) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _read(
+    classifier: Classifier, pixels: np.ndarray, batch_size: int = 256
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     device = next(classifier.parameters()).device
     classifier.eval()
     for start in range(0, len(pixels), batch_size):
@@ -212,7 +233,9 @@ def _read(classifier: Classifier, pixels: np.ndarray, batch_size: int = 256) -> 
 
 
 def predict(classifier: Classifier, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Most likely value of every head: name -> int64 [N], indices into `classifier.heads[name]`. Pictures may be of any size."""
+    """Most likely value of every head: name -> int64 [N], indices into `classifier.heads[name]`. Pictures may be of any
+    size.
+    """
     parts = [values for _, values in _read(classifier, pixels)]
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in classifier.heads}
 
@@ -233,7 +256,8 @@ def prompt_following(
 ) -> dict[str, float]:
     """Share (0 to 1) of `pictures` that show what was asked for, per head, and "all": every head right at once.
 
-    `wanted[i]` are the values asked of picture i, such as {"petal_color": "red", "petal_count": 5}; other keys are ignored.
+    `wanted[i]` are the values asked of picture i, such as {"petal_color": "red", "petal_count": 5}; other keys are
+    ignored.
     """
     found = predict(classifier, pictures)
     right = {
@@ -242,3 +266,242 @@ def prompt_following(
     }
     shares = {name: float(r.mean()) for name, r in right.items()}
     return {**shares, "all": float(np.logical_and.reduce(list(right.values())).mean())}
+
+
+def pixel_embedding(pixels: np.ndarray, size: int = 16) -> Tensor:
+    """Pictures as `size` x `size` thumbnails in [-1, 1]: [N, 3 * size^2], float32; blind to fine detail, hence to
+    softness.
+    """
+    parts = [to_tensor(pixels[start : start + 512], size).flatten(1) for start in range(0, len(pixels), 512)]
+    return torch.cat(parts)
+
+
+def _nearest(queries: Tensor, train: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """The `neighbours` smallest L2 distances [M, k] from each query to rows of `train`, and those rows' numbers [M, k].
+
+    Works in blocks of 256 x 4,096, so memory does not grow with the training set.
+    """
+    distances, rows = [], []
+    for some in queries.split(256):
+        best = torch.full((len(some), 0), torch.inf)
+        where = torch.zeros((len(some), 0), dtype=torch.int64)
+        for start in range(0, len(train), 4096):
+            block = torch.cdist(some, train[start : start + 4096])
+            index = torch.arange(start, start + block.shape[1]).expand_as(block)
+            best, keep = torch.cat([best, block], 1).topk(
+                min(neighbours, best.shape[1] + block.shape[1]), largest=False
+            )
+            where = torch.cat([where, index], 1).gather(1, keep)
+        distances.append(best)
+        rows.append(where)
+    return torch.cat(distances), torch.cat(rows)
+
+
+def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance [M] of each picture to its nearest training image over the mean to its 50 nearest; that image's number
+    [M].
+    """
+    thumbnails = pixel_embedding(pictures)
+    near, rows = _nearest(thumbnails, train, 50)
+    mirrored = thumbnails.unflatten(1, (3, 16, 16)).flip(3).flatten(1)  # training flips images: a copy may be mirrored
+    near_mirrored, rows_mirrored = _nearest(mirrored, train, 50)
+    distances = torch.cat([near, near_mirrored], 1)
+    first, column = distances.min(1)
+    row = torch.cat([rows, rows_mirrored], 1).gather(1, column[:, None])[:, 0]
+    return first / distances.topk(near.shape[1], largest=False).values.mean(1).clamp(min=1e-12), row
+
+
+def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """Do generated pictures lie nearer to training images than unseen real images do? All uint8 [N, H, W, 3].
+
+    Distances are L2 between 16 x 16 thumbnails, mirrored or not: a classifier trained on the same images would set its
+    training images apart from unseen ones, and softness does not reach thumbnails. The distance to the nearest training
+    image is divided by the mean distance to the 50 nearest (Carlini et al., 2023, "Extracting Training Data from
+    Diffusion Models", section 4.2), because plain or pale pictures lie nearer to all images, while a copy stands out
+    from its own neighbourhood.
+
+    Returns "median_ratio": median relative distance of the generated over that of the held-out (1 = as far);
+    "share_closer": share of generated pictures below the 1st percentile of the held-out ones (about 0.01 by chance);
+    "probability_closer": chance that a generated picture is relatively nearer than a held-out one (AUC; 0.5 = no
+    difference); "near_copies" and "near_copies_held_out": shares of relative distance under 0.5. Where the latter is
+    above 0 the data set itself holds near-duplicates across its splits (several photos of one plant), and
+    "share_closer" is blind: compare these two instead. "nearest": int64 [M], each picture's nearest training image;
+    "relative_distance": float32 [M]. Raises UserError if a set is too small.
+    """
+    if len(train) < 2 or len(held_out) == 0 or len(generated) == 0:
+        raise UserError("memorisation needs at least 2 training images, 1 held-out image and 1 generated picture")
+    thumbnails = pixel_embedding(train)
+    ours, rows = _relative_distances(generated, thumbnails)
+    theirs, _ = _relative_distances(held_out, thumbnails)
+    ordered = theirs.sort().values
+    below = torch.searchsorted(ordered, ours)  # held-out images nearer than this picture
+    level = torch.searchsorted(ordered, ours, right=True)  # the same, and ties
+    return {
+        "median_ratio": float(ours.median() / theirs.median().clamp(min=1e-12)),
+        "share_closer": float((ours < theirs.quantile(0.01)).float().mean()),
+        "probability_closer": float(1 - (below + level).float().mean() / (2 * len(ordered))),
+        "near_copies": float((ours < 0.5).float().mean()),
+        "near_copies_held_out": float((theirs < 0.5).float().mean()),
+        "nearest": rows.numpy(),
+        "relative_distance": ours.numpy(),
+    }
+
+
+def _spread(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
+    """Mean over groups of the mean L2 distance between two members of a group."""
+    names = np.array([str(group) for group in groups])
+    means = []
+    for name in sorted(only):
+        members = embeddings[
+            torch.from_numpy(np.flatnonzero(names == name)[:512])
+        ].float()  # 512 bounds the distance matrix
+        means.append(float(torch.pdist(members).mean()))
+    return float(np.mean(means))
+
+
+def diversity(
+    generated: Tensor, real: Tensor, groups: Sequence[Any] | None = None, real_groups: Sequence[Any] | None = None
+) -> dict[str, float]:
+    """How much pictures of one group (one prompt, species, color) differ from each other, beside real images of that
+    group.
+
+    `generated` and `real` are embeddings [M, F] and [N, F]; groups name each row's group (None: all rows are one
+    group). Returns "generated" and "real", mean pairwise L2 distances over the groups with two members or more on both
+    sides, and "ratio", their quotient (1 = as diverse as real images, 0 = all alike). Raises UserError if no group can
+    be compared.
+    """
+    groups = [""] * len(generated) if groups is None else groups
+    real_groups = [""] * len(real) if real_groups is None else real_groups
+    counts = [Counter(str(group) for group in names) for names in (groups, real_groups)]
+    shared = {name for name in counts[0] if counts[0][name] > 1 and counts[1][name] > 1}
+    if not shared:
+        raise UserError(
+            "diversity needs a group with at least 2 generated and 2 real pictures; generate more per prompt"
+        )
+    ours, theirs = _spread(generated, groups, shared), _spread(real, real_groups, shared)
+    return {"generated": ours, "real": theirs, "ratio": ours / max(theirs, 1e-12)}
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, [B], of floats [B, 3, H, W] in [-1, 1] (so the data range is 2): 10 log10(4 /
+    MSE).
+    """
+    return peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity, [B], of floats [B, 3, H, W] in [-1, 1] (data range 2); 11x11 Gaussian window (Wang et al.,
+    2004).
+    """
+    similarity = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
+    return torch.as_tensor(similarity).reshape(len(a))
+
+
+@contextlib.contextmanager
+def _loading(name: str, use: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises many kinds; whichever it is, the user's answer is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} cannot be loaded {use} ({reason}); "
+            "give a folder or Hub id with safetensors weights, or leave it out"
+        ) from error
+
+
+class _VisionFeatures(nn.Module):
+    """A transformers vision model as a function of uint8 pictures [B, 3, H, W] -> features [B, F]."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        with _loading(name, "as the feature network of KID"):
+            self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            self.model = AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        images = [Image.fromarray(p) for p in pictures.permute(0, 2, 3, 1).cpu().numpy()]
+        inputs = self.processor(images=images, return_tensors="pt").to(next(self.model.parameters()).device)
+        vision = getattr(self.model, "vision_model", self.model)  # of CLIP and its like only the half that sees
+        output = vision(**inputs)
+        pooled = getattr(output, "pooler_output", None)
+        return (pooled if pooled is not None else output.last_hidden_state.mean(1)).flatten(1).float().cpu()
+
+
+class _ClassifierFeatures(nn.Module):
+    """Our classifier as a function of uint8 pictures [B, 3, H, W] -> features [B, F]."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return classifier_features(self.classifier, pictures.permute(0, 2, 3, 1).numpy())
+
+
+def kid(
+    real: np.ndarray, generated: np.ndarray, network: str | os.PathLike | Classifier | None, *, seed: int = 0
+) -> dict[str, Any] | None:
+    """Kernel Inception Distance (Binkowski et al., 2018): squared MMD of features under a cubic kernel; 0 = same
+    distribution.
+
+    `network` is a Hub id or folder of a transformers vision or CLIP model (safetensors), or a `Classifier`; None: not
+    measured, returns None. Otherwise returns "mean" and "std" over 50 random subsets, "subset_size", and "features",
+    which says what network it was: values compare only where that is the same, and none compares with a KID on
+    Inception-v3. Raises UserError if the network cannot be loaded.
+    """
+    if network is None:
+        return None
+    if min(len(real), len(generated)) < 2:
+        raise UserError("KID needs at least 2 real and 2 generated pictures")
+    features: nn.Module
+    if isinstance(network, Classifier):
+        features, name = _ClassifierFeatures(network), "features of the suite's own classifier"
+    else:
+        features, name = _VisionFeatures(str(network)), str(network)
+    size = min(len(real), len(generated), 1000)
+    if min(len(real), len(generated)) > 100:
+        size = min(size, min(len(real), len(generated)) // 2)  # subsets that differ, so that std says something
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": intended
+        metric = KernelInceptionDistance(feature=features, subsets=50, subset_size=size)
+        torch.manual_seed(seed)
+        for pictures, is_real in ((real, True), (generated, False)):
+            for start in range(0, len(pictures), 64):
+                batch = torch.from_numpy(np.array(pictures[start : start + 64])).permute(0, 3, 1, 2)
+                metric.update(batch, real=is_real)
+        mean, std = metric.compute()
+    return {"mean": float(mean), "std": float(std), "subset_size": size, "features": name}
+
+
+@torch.no_grad()
+def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.PathLike | None) -> dict[str, Any] | None:
+    """CLIP score: mean over pairs of 100 * max(cosine(picture, prompt), 0) (Hessel et al., 2021, with torchmetrics'
+    factor).
+
+    `clip` is a Hub id or folder of a CLIP model with tokenizer and image processor (safetensors); None: not measured,
+    returns None. Prompts beyond the tokenizer's limit are cut. Raises UserError if the model cannot be loaded.
+    """
+    if clip is None:
+        return None
+    from transformers import CLIPModel, CLIPProcessor
+
+    name = str(clip)
+    with _loading(name, "as the CLIP model"):
+        processor = CLIPProcessor.from_pretrained(name)
+        model = CLIPModel.from_pretrained(name, use_safetensors=True).eval()
+    scores = []
+    for start in range(0, len(pictures), 32):
+        inputs = processor(
+            text=list(prompts[start : start + 32]),
+            images=[Image.fromarray(np.asarray(p)) for p in pictures[start : start + 32]],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=model.config.text_config.max_position_embeddings,
+        )
+        output = model(**inputs)
+        scores.append(100 * F.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0))
+    return {"mean": float(torch.cat(scores).mean()), "pictures": len(pictures), "model": name}

@@ -199,6 +199,7 @@ def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         timestep_spacing="trailing",  # inference starts at the last noise level (arXiv:2305.08891)
         clip_sample=False,
+        steps_offset=1,  # as Stable Diffusion; not used with trailing spacing
     )
 
 

@@ -1,0 +1,316 @@
+"""Evaluate checkpoints over guidance scales: what the pictures show, how diverse they are, whether they copy.
+
+python scripts/evaluate_checkpoints.py --model outputs/demo/unet
+
+Each checkpoint draws the same few prompts at each guidance scale; the best pair is chosen on them, and reported on other
+prompts. Writes evaluation/ into the run folder and the model card into its pipeline.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.config import EvaluateConfig, load_recipe, parse
+from t2i.runs import RunFolder, UserError, checkpoint_folders, read_json, run_main, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+REPORT_SEED = 1_000_000  # added to the seeds of the reported pictures, so that they are others than the sweep's
+
+
+@dataclass
+class Prompts:
+    """What to draw, and what the pictures should show."""
+
+    texts: list[str]
+    wanted: list[dict[str, Any]]  # attribute -> value, of each prompt; empty where a data set has no labels
+    held_out: list[bool]  # whether the combination of attributes never occurred in training
+
+
+def main() -> None:
+    recipe = parse(("data", "evaluate"), __doc__ or "")
+    config = recipe.evaluate
+    if not config.model:
+        raise UserError("no model: give --model with the run folder of train_unet.py")
+    run = Path(config.model)
+    training = read_json(run / "run.json")
+    if not recipe.data.dataset:
+        recipe.data = load_recipe(str(run / "config.yaml")).data
+    checkpoints = choose_checkpoints(run, config)
+
+    from t2i.distributed import quiet_libraries
+
+    quiet_libraries()
+    from t2i import cards, data, tracking
+    from t2i.training import identity
+
+    splits = data.load_splits(recipe.data)
+    folder = run / "evaluation"
+    inputs = {"dataset_hash": splits.fingerprint, "checkpoints": checkpoints, "unet_hash": training.get("output_unet_hash")}
+    state = RunFolder(folder, identity(config, **inputs))
+    if state.finished:
+        print(f"reusing the finished evaluation in {folder}")
+        print_cells(state.state["cells"])
+        return
+    folder.mkdir(exist_ok=True)
+
+    # classifier
+    kind = kind_of(splits)
+    with state.timed("classifier"):
+        classifier, accuracy = prepare_classifier(kind, splits, config, folder)
+
+    # sweep
+    cells: list[dict[str, Any]] = []
+    prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed)
+    with state.timed("sweep"):
+        for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
+            pictures = draw(run / checkpoint, prompts, scale, config, config.eval_seed)
+            figures = measure(pictures, prompts, classifier, splits, config)
+            grid = f"grid-{checkpoint}-{scale:g}.png"
+            save_grid(pictures, folder / grid)
+            val_loss = logged_loss(run, checkpoint)
+            cells.append({"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures})
+    best = max(cells, key=score)
+
+    # report
+    prompts = make_prompts(kind, splits, recipe, config.report_prompts, config.eval_seed + 1)
+    scale = best["guidance_scale"]
+    with state.timed("report"):
+        pictures = draw(run / best["checkpoint"], prompts, scale, config, config.eval_seed + REPORT_SEED)
+        figures = measure(pictures, prompts, classifier, splits, config)
+    save_grid(pictures, folder / "report.png", 64)
+    report = {
+        "guidance_scale": scale,
+        "checkpoint": best["checkpoint"],
+        "prompts": len(prompts.texts),
+        "num_inference_steps": config.num_inference_steps,
+        "probe_accuracy": accuracy,
+        **figures,
+        "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
+        "prompt_following_seen": following_of(pictures, prompts, classifier, False),
+        **time_one_picture(run / best["checkpoint"], prompts.texts[0], config, scale),
+    }
+    results = {"report": report, "cells": cells}
+    state.finish(**results)
+    write_json(folder / "evaluation.json", {**results, "identity": state.state["identity"], "seconds": state.state["seconds"]})
+    cards.write_model_card(run, results)
+    if recipe.train_unet.report_to == "mlflow":
+        track(run, results, tracking)
+    print_cells(cells)
+    print_report(report, folder)
+
+
+def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
+    """The named checkpoints of the run, or all of them, oldest first."""
+    known = [path.name for path in checkpoint_folders(run)]
+    if not known:
+        raise UserError(f"{run} holds no checkpoint; train with scripts/train_unet.py --output_dir {run}")
+    for name in config.checkpoints:
+        if name not in known:
+            raise UserError(f"checkpoint {name} is not in {run}; there are: {', '.join(known)}")
+    return config.checkpoints or known
+
+
+def kind_of(splits: Any) -> str:
+    """`drawn` where the data set has the attributes of drawn flowers, `labelled` where it has labels, else `captioned`."""
+    from t2i import flowers
+
+    columns = splits.train.rows.column_names
+    if set(flowers.ATTRIBUTES) <= set(columns):
+        return "drawn"
+    return "labelled" if "label" in columns and len(set(splits.train.rows["label"])) > 1 else "captioned"
+
+
+def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
+    """The classifier that reads the pictures, and its accuracy on images it never saw.
+
+    drawn: it learns from drawings of its own and is tested on the data set's held-out combinations. labelled: it learns
+    the labels of the training images and is tested on the test split (else the validation split).
+    """
+    import numpy as np
+    from t2i import flowers, metrics
+
+    if kind == "captioned" or not config.classifier_steps:
+        return None, {}
+    unseen = splits.test or splits.validation
+    if kind == "drawn":
+        heads = {name: list(flowers.ATTRIBUTES[name]) for name in flowers.COMBINED}
+        size, count = splits.train.pixels.shape[1], config.classifier_drawings
+        pixels = np.empty((count, size, size, 3), np.uint8)
+        attributes = []
+        for held_out, start, end in ((False, 0, count // 2), (True, count // 2, count)):
+            drawn = flowers.draw_many(config.eval_seed, start, end - start, size, held_out, workers=2)
+            for number, (known, image, _) in enumerate(drawn, start):
+                pixels[number] = image
+                attributes.append(known)
+    else:
+        heads = {"label": sorted(set(splits.train.rows["label"]))}
+        pixels, attributes = splits.train.pixels, [{"label": label} for label in splits.train.rows["label"]]
+    classifier = metrics.train_classifier(
+        pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=64, seed=config.eval_seed,
+        augment=kind == "labelled",
+    )  # fmt: skip
+    classifier.save(folder / "classifier")
+    truth = [dict(zip(heads, values, strict=True)) for values in zip(*(unseen.rows[name] for name in heads), strict=True)]
+    return classifier, metrics.accuracy(classifier, unseen.pixels, encode(heads, truth))
+
+
+def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "dict[str, np.ndarray]":
+    """Attribute values as indices into `heads`: name -> int64 [N]; unknown values become -1."""
+    import numpy as np
+
+    index = {name: {value: number for number, value in enumerate(values)} for name, values in heads.items()}
+    return {name: np.array([index[name].get(known[name], -1) for known in attributes]) for name in heads}
+
+
+def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int) -> Prompts:
+    """`count` prompts: of drawn flowers, half of held-out combinations; by label in turn; or captions of unseen images."""
+    from t2i import flowers
+
+    if kind == "drawn":
+        pairs = [(pair, held) for held in (False, True) for pair in flowers.prompts(count // 2 + (count % 2 and not held), seed, held)]
+        return Prompts([text for (_, text), _ in pairs], [known for (known, _), _ in pairs], [held for _, held in pairs])
+    if kind == "labelled":
+        labels = sorted(set(splits.train.rows["label"]))
+        chosen = [labels[number % len(labels)] for number in range(count)]
+        texts = [recipe.data.caption_template.format(label=data_label(label)) for label in chosen]
+        return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
+    captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
+    texts = [captions[(seed + number) % len(captions)] for number in range(count)]
+    return Prompts(texts, [], [False] * count)
+
+
+def data_label(label: str) -> str:
+    """A label as captions write it."""
+    return label.replace("_", " ").replace("-", " ")
+
+
+def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
+    """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
+    from t2i import sampling
+
+    pipeline = sampling.load_pipeline(checkpoint)
+    print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
+    return sampling.generate(
+        pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
+        num_inference_steps=config.num_inference_steps, batch_size=config.eval_batch_size,
+    )  # fmt: skip
+
+
+def measure(
+    pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, config: EvaluateConfig
+) -> dict[str, Any]:
+    """The figures of one set of pictures; None for what is not measured."""
+    from t2i import metrics
+
+    unseen = (splits.test or splits.validation).pixels
+    copies = metrics.memorisation(pictures, splits.train.pixels, unseen)
+    return {
+        "prompt_following": metrics.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
+        "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)},
+        "diversity": metrics.diversity(metrics.pixel_embedding(pictures), metrics.pixel_embedding(unseen)),
+        "kid": metrics.kid(unseen[:1000], pictures, config.kid_network or classifier),
+        "clip_score": metrics.clip_score(pictures, prompts.texts, config.clip),
+    }
+
+
+def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
+    """Prompt following on the prompts of held-out (or seen) attribute combinations alone."""
+    from t2i import metrics
+
+    rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
+    if classifier is None or not any(prompts.held_out):
+        return None
+    return metrics.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows])
+
+
+def score(cell: dict[str, Any]) -> float:
+    """What the best checkpoint and scale are chosen by: mean prompt following; without a classifier, validation loss."""
+    following = cell["prompt_following"]
+    if following:
+        shares = [share for name, share in following.items() if name != "all"]
+        return sum(shares) / len(shares)
+    return -(cell["val_loss"] if cell["val_loss"] is not None else float("inf"))
+
+
+def logged_loss(run: Path, checkpoint: str) -> float | None:
+    """The validation loss that training logged at the checkpoint's step."""
+    import json
+
+    step = int(checkpoint.removeprefix("checkpoint-"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["val_loss"] for row in rows if row["step"] == step and "val_loss" in row]
+    return losses[-1] if losses else None
+
+
+def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scale: float) -> dict[str, float | None]:
+    """Seconds for a single picture, second of two, on the CPU and on a GPU if there is one."""
+    import torch
+    from t2i import sampling
+
+    seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
+    for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        pipeline = sampling.load_pipeline(checkpoint, device=device)
+        for _ in range(2):
+            start = time.perf_counter()
+            sampling.generate(
+                pipeline, [prompt], [0], guidance_scale=scale, num_inference_steps=config.num_inference_steps, progress=False
+            )
+            seconds[f"seconds_per_picture_{name}"] = round(time.perf_counter() - start, 3)
+    return seconds
+
+
+def save_grid(pictures: "np.ndarray", path: Path, count: int = 32) -> None:
+    """The first pictures as one PNG, eight a row."""
+    from t2i import sampling
+
+    sampling.picture_grid(pictures[:count], columns=8, scale=max(1, 128 // pictures.shape[1])).save(path)
+
+
+def track(run: Path, results: dict[str, Any], tracking: Any) -> None:
+    """Send the figures and grids to the training's MLflow run."""
+    from PIL import Image
+
+    tracker = tracking.Tracker(run, experiment="t2i", run_name=run.name, config={})
+    for cell in results["cells"]:
+        step = int(cell["checkpoint"].removeprefix("checkpoint-"))
+        name = f"guidance_{cell['guidance_scale']:g}"
+        figures = {**(cell["prompt_following"] or {}), "memorisation": cell["memorisation"]["share_closer"]}
+        figures |= {"kid": cell["kid"]["mean"]} if cell["kid"] else {}
+        tracker.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step)
+        tracker.log_image(Image.open(run / "evaluation" / cell["grid"]), name, step)
+    final = results["report"]["prompt_following"] or {}
+    tracker.log_metrics({f"report/{key}": value for key, value in final.items()}, 0)
+    tracker.log_artifact(run / "evaluation" / "evaluation.json")
+    tracker.log_artifact(run / "pipeline" / "README.md")
+    tracker.finish()
+
+
+def print_cells(cells: list[dict[str, Any]]) -> None:
+    """A line a checkpoint and scale."""
+    heads = list(cells[0]["prompt_following"] or {})
+    print(f"\n{'checkpoint':<20}{'guidance':>9}{'val loss':>10}" + "".join(f"{head:>15}" for head in heads) + f"{'KID':>9}{'closer':>8}")
+    for cell in cells:
+        shares = "".join(f"{cell['prompt_following'][head]:>15.1%}" for head in heads)
+        loss = f"{cell['val_loss']:.4f}" if cell["val_loss"] is not None else "-"
+        kid = f"{cell['kid']['mean']:.4f}" if cell["kid"] else "-"
+        print(f"{cell['checkpoint']:<20}{cell['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{cell['memorisation']['share_closer']:>8.1%}")
+
+
+def print_report(report: dict[str, Any], folder: Path) -> None:
+    """The chosen pair on its own prompts."""
+    print(f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}; on {report['prompts']} other prompts:")
+    for head, share in (report["prompt_following"] or {}).items():
+        known = report["probe_accuracy"].get(head)
+        print(f"  {head:<16}{share:>8.1%}" + (f"   (classifier alone, on unseen images: {known:.1%})" if known is not None else ""))
+    print(f"  memorisation: {report['memorisation']['share_closer']:.1%} closer to a training image than 99 % of unseen images are")
+    print(f"pictures: {folder}/*.png")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,703 @@
+"""MLflow that never stops or slows a training run.
+
+Everything is first appended to `<run_dir>/mlflow_spool.jsonl` (pictures and files go to `<run_dir>/mlflow_spool/`);
+a daemon thread sends it on. The training loop pays for one short write. A server that is down costs seconds at the
+start; its records stay in the spool and arrive once, in order, when it is back: in this process, or at the next start
+on the same folder. What is sent twice because an answer was lost is the same row or file there: times and names are
+fixed when it is recorded.
+
+The default server is `sqlite:///mlflow.db` in the working directory, with artifacts in `mlruns/` beside the database.
+`MLFLOW_TRACKING_URI` names another; a user and password in its URL are used for the connection and recorded nowhere.
+"""
+
+import atexit
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+import numpy as np
+from PIL import Image
+
+from t2i.runs import UserError, write_json
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+SPOOL_FILE = "mlflow_spool.jsonl"
+SPOOL_FOLDER = "mlflow_spool"
+
+SEND_EVERY_S = 2.0  # sending holds the interpreter for about 20 ms: 1 % of this
+RETRY_AT_MOST_EVERY_S = 30.0  # seconds between attempts at a server that stays down
+START_WAIT_S = 5.0  # longest wait for a server's first answer
+START_WAIT_DATABASE_S = 60.0  # a new database makes its tables in about 5 s, longer where the machine is busy
+FINISH_WAIT_S = 10.0
+
+# Limits of an MLflow server.
+METRICS_A_BATCH = 1000
+PARAMS_A_BATCH = 100
+KEY_CHARACTERS = 250
+PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 5000
+
+TEXT_SUFFIXES = {".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".csv", ".log", ".toml", ".ini", ".cfg"}
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+REDACTED = "[redacted]"
+_SECRET_ENDINGS = ("token", "secret", "password", "passwd", "passphrase", "credential", "apikey")
+_SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key")}
+_HARMLESS_LAST_WORDS = {"file", "path", "dir", "folder", "sock", "length", "count", "type", "name", "index", "limit"}
+_SPECIAL_TOKENS = {"bos", "eos", "unk", "pad", "cls", "sep", "mask"}  # a tokenizer's `pad_token` is no secret
+_NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_HARMLESS_VALUE = re.compile(r"(?i)[-+]?[\d.]+(e[-+]?\d+)?|true|false|null|none|~|\[redacted\]|\[?|\{|<.*>")
+_URL_USER = re.compile(r"(?<=://)[^\s/?#'\"<>]+(?=@)")
+_URL_QUERY = re.compile(r"(?i)([?&](?:key|sig|signature|x-(?:amz|goog)-(?:signature|credential))=)[^&\s\"'#]+")
+_ASSIGNMENT = re.compile(  # `name: value`, `name=value`, `--name value`
+    r"(?i)((?<![\w.-])[\w.-]*?(?:token|secret|passw|passphrase|credential|(?:api|access|private|account)[_-]?key)"
+    r"[\w.-]*(?:[\"']?[ \t]*[:=][ \t]*|[ \t]+(?=[^-\s])))"
+    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;&})]+)"
+)
+_TOKEN_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|gh[oprsu]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|sk-[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
+    r"|(?i:(?<=bearer )|(?<=authorization: basic ))[\w.~+/=-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
+    re.DOTALL,
+)
+_url_passwords: set[str] = set()  # of tracking URLs that this process was given
+
+
+def _is_secret_name(name: str) -> bool:
+    words = [word.lower() for word in _NAME_WORDS.findall(name)]
+    if not words or words[-1] in _HARMLESS_LAST_WORDS or _SPECIAL_TOKENS & set(words):
+        return False
+    return any(word.removesuffix("s").endswith(_SECRET_ENDINGS) and word != "tokens" for word in words) or any(
+        pair in _SECRET_PAIRS for pair in pairwise(words)
+    )
+
+
+def _secret_values() -> list[str]:
+    """Values that are secret wherever they occur: of variables with a secret name, and passwords in variables' URLs."""
+    values = set(_url_passwords)
+    for name, value in os.environ.items():
+        if _is_secret_name(name):
+            values.add(value)
+        for user in _URL_USER.findall(value):
+            values.add(user.partition(":")[2])
+    values = {value for value in values if len(value) >= 8 and not value.startswith(REDACTED)}
+    forms = {form for value in values for form in (value, quote(value, safe=""), json.dumps(value)[1:-1])}
+    return sorted(forms, key=len, reverse=True)
+
+
+def _redact_assignment(match: re.Match[str]) -> str:
+    name, value = match.groups()
+    bare = value.strip("\"'")
+    is_assigned = name.startswith("-") or name.rstrip().endswith((":", "="))  # not a sentence about a token
+    if not is_assigned or not _is_secret_name(name) or _HARMLESS_VALUE.fullmatch(bare):
+        return match.group()
+    mark = value[0] if value[0] in "\"'" else ""
+    return f"{name}{mark}{REDACTED}{mark}"
+
+
+def redact(text: str) -> str:
+    """`text` with every secret replaced by "[redacted]".
+
+    Secret are: values of environment variables whose name looks secret (token, secret, password, api_key, access_key,
+    credential; 8 characters or more), users and passwords in URLs, tokens in queries, values assigned to secret names
+    (`hub_token: x`, `--hub_token x`), and tokens known by their shape (Hugging Face, AWS, GitHub, JWT, private keys).
+    """
+    for value in _secret_values():
+        text = text.replace(value, REDACTED)
+    text = _URL_USER.sub(REDACTED, text)
+    text = _URL_QUERY.sub(rf"\g<1>{REDACTED}", text)
+    text = _ASSIGNMENT.sub(_redact_assignment, text)
+    return _TOKEN_SHAPES.sub(REDACTED, text)
+
+
+def redact_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested config with "[redacted]" for the values of secret names and for secrets within other texts."""
+    return {key: _redact_value(str(key), value) for key, value in config.items()}
+
+
+def _redact_value(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redact_config(value)
+    if isinstance(value, list | tuple):
+        return [_redact_value(key, item) for item in value]
+    if isinstance(value, str | Path):
+        harmless = _HARMLESS_VALUE.fullmatch(str(value)) or not _is_secret_name(key)
+        return redact(str(value)) if harmless else REDACTED
+    return value
+
+
+def _say(text: str) -> None:
+    from tqdm import tqdm  # its write leaves progress bars whole
+
+    tqdm.write(redact(text), file=sys.stderr)
+
+
+# --- Where to send ---------------------------------------------------------------------------------------------------
+
+
+def _resolve_uri(tracking_uri: str | None) -> str:
+    """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file") and not uri.startswith("databricks"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={redact(uri)} is no server that MLflow 3 can write to; "
+            "give http(s)://host:port or sqlite:///file.db"
+        )
+    if parts.password:
+        _url_passwords.update({parts.password, unquote(parts.password)})
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    if parts.password:
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    if os.environ.get("MLFLOW_TRACKING_URI") == uri:
+        os.environ["MLFLOW_TRACKING_URI"] = bare  # child processes find the password in the other two
+    return bare
+
+
+def _database_file(uri: str) -> Path | None:
+    """The file of a SQLite tracking URI, absolute; None for other servers."""
+    return Path(unquote(uri.removeprefix("sqlite:///"))).absolute() if uri.startswith("sqlite:///") else None
+
+
+def _import_mlflow() -> Any:
+    """MLflow, quiet, and giving up on a dead server at once: the spool retries. What the user has set stays."""
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",  # else it prints a line for each of 60 database migrations
+    }.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    return mlflow
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold a lock file between processes; yields False when another holds it and `wait` is False.
+
+    A POSIX record lock: workers forked while it is held do not keep it, and it goes when the process is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
+
+
+# --- Sending the spool -----------------------------------------------------------------------------------------------
+
+
+class _Sender:
+    """Sends a run folder's spool to one server and keeps, in `mlflow_spool/state.json`, how far it has come."""
+
+    def __init__(self, run_dir: Path, uri: str):
+        self.spool = run_dir / SPOOL_FILE
+        self.folder = run_dir / SPOOL_FOLDER
+        self.uri = uri
+        self.found_run = threading.Event()  # set once the run is known to exist on the server
+        self._client: Any = None
+        self._state: dict[str, Any] = {}
+        self._retry_set_aside = True
+
+    @property
+    def run_id(self) -> str | None:
+        return self._state.get("run_id")
+
+    @property
+    def experiment_id(self) -> str | None:
+        return self._state.get("experiment_id")
+
+    def pending(self) -> int:
+        """Number of records not sent yet."""
+        state = self._load_state()
+        return sum(1 for _ in _read_spool(self.spool, state["offset"])) + len(state["set_aside"])
+
+    def send(self) -> None:
+        """Send all that is not sent yet; raises what MLflow raises when the server does not take it."""
+        with _locked(self.folder / "lock", wait=False) as alone:
+            if not alone:
+                raise RuntimeError("another process is sending the records of this folder")
+            self._state = self._load_state()
+            everything_sent = self.spool.stat().st_size == self._state["offset"]
+            if everything_sent and self.found_run.is_set() and not self._retry_set_aside:
+                return
+            self._find_run()
+            metrics: list[dict[str, Any]] = []
+            end = self._state["offset"]
+            for record, after in _read_spool(self.spool, end):
+                if record["kind"] != "metrics" or sum(len(row["values"]) for row in metrics) >= METRICS_A_BATCH:
+                    self._send_metrics(metrics, end)
+                    metrics = []
+                if record["kind"] == "metrics":
+                    metrics.append(record)
+                else:
+                    self._send_record(record)
+                    self._advance(after)
+                end = after
+            self._send_metrics(metrics, end)
+            if self._retry_set_aside:
+                self._retry_set_aside = False
+                self._send_set_aside()
+
+    def _load_state(self) -> dict[str, Any]:
+        fresh = {"spool_id": self._start()["spool_id"], "uri": redact(self.uri), "run_id": None, "experiment_id": None}
+        try:
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            same = (state["spool_id"], state["uri"]) == (fresh["spool_id"], fresh["uri"])
+            same = same and state["offset"] <= self.spool.stat().st_size
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False  # a first start, or a damaged file: all is sent again, which changes nothing on the server
+        # Another server gets the whole history; the spool keeps it.
+        return state if same else {**fresh, "offset": 0, "set_aside": []}
+
+    def _start(self) -> dict[str, Any]:
+        for record, _ in _read_spool(self.spool, 0):
+            if record["kind"] == "start":
+                return record
+        raise RuntimeError(f"{self.spool} has no start record")
+
+    def _advance(self, offset: int) -> None:
+        self._state["offset"] = offset
+        write_json(self.folder / "state.json", self._state)
+
+    def _connect(self) -> None:
+        mlflow = _import_mlflow()
+        database = _database_file(self.uri)
+        if database is None:
+            self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            return
+        # Two runs that make the tables of the same new database at the same time break each other.
+        with _locked(database.with_name(f"{database.name}.lock"), wait=True):
+            client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")
+            client.search_experiments(max_results=1)  # makes the tables
+        self._client = client
+
+    def _find_run(self) -> None:
+        """Have the run on the server: the one of the state, the one with this spool's tag, or a new one."""
+        if self._client is None:
+            self._connect()
+        if self.found_run.is_set():
+            return
+        from mlflow.exceptions import MlflowException
+
+        if self._state["run_id"]:
+            try:
+                self._client.get_run(self._state["run_id"])
+                self.found_run.set()
+                return
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self._state.update(run_id=None, offset=0, set_aside=[])  # a server set up anew gets everything again
+        start = self._start()
+        experiment_id = self._find_experiment(start["experiment"])
+        # The answer to an earlier request may have been lost: never make a second run for the same spool.
+        found = self._client.search_runs([experiment_id], f"tags.`t2i.spool_id` = '{start['spool_id']}'", max_results=1)
+        tags = {"t2i.spool_id": start["spool_id"]}
+        run = found[0] if found else self._client.create_run(experiment_id, start["time"], tags, start["run_name"])
+        self._state.update(run_id=run.info.run_id, experiment_id=experiment_id)
+        self._advance(self._state["offset"])
+        self.found_run.set()
+
+    def _find_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            database = _database_file(self.uri)
+            folder = re.sub(r"[^\w.-]", "_", name)
+            location = (database.parent / "mlruns" / folder).as_uri() if database else None
+            try:
+                return self._client.create_experiment(name, artifact_location=location)
+            except MlflowException:  # another run may have made it meanwhile
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return experiment.experiment_id
+
+    def _send_metrics(self, records: list[dict[str, Any]], end: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, float(value), record["time"], record["step"])
+            for record in records
+            for key, value in record["values"].items()
+        ]
+        for first in range(0, len(metrics), METRICS_A_BATCH):
+            self._log_batch(metrics=metrics[first : first + METRICS_A_BATCH])
+        if records:
+            self._advance(end)
+
+    def _send_record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "start":
+            self._send_start(record)
+        elif record["kind"] == "finish":
+            self._retry_set_aside = True
+            self._client.set_terminated(self.run_id, record["status"], record["time"])
+        else:
+            self._send_file(record)
+
+    def _send_start(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(key, value) for key, value in record["params"].items() if key not in known]
+        # MLflow's parameters never change: what a resumed run was given anew stands in its tags.
+        tags = record["tags"] | {f"resumed.{k}": v for k, v in record["params"].items() if known.get(k, v) != v}
+        for first in range(0, len(new), PARAMS_A_BATCH):
+            self._log_batch(params=new[first : first + PARAMS_A_BATCH])
+        rows = [RunTag(_key(key), _cut(value, TAG_CHARACTERS)) for key, value in tags.items()]
+        for first in range(0, len(rows), PARAMS_A_BATCH):
+            self._log_batch(tags=rows[first : first + PARAMS_A_BATCH])
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def _log_batch(self, **entities: list[Any]) -> None:
+        """`log_batch`; when the server refuses a batch for one bad row, the others are logged without it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_batch(self.run_id, **entities)
+        except MlflowException as error:
+            self._check_run(error)
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            for kind, rows in entities.items():
+                for row in rows:
+                    try:
+                        self._client.log_batch(self.run_id, **{kind: [row]})
+                    except MlflowException as refusal:
+                        if refusal.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                            raise
+                        _say(f"MLflow refused {kind} {row.key}: {_first_line(refusal)}")
+
+    def _check_run(self, error: Exception) -> None:
+        """Raise when the run is gone or deleted: its records wait in the spool."""
+        self.found_run.clear()  # looked up again at the next attempt, unless the next line finds it
+        if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
+            raise RuntimeError(f"run {self.run_id} was deleted there; restore it, or its records stay here") from error
+        self.found_run.set()
+
+    def _send_set_aside(self) -> None:
+        records = self._state["set_aside"]
+        self._state["set_aside"] = []
+        for record in records:
+            self._send_file(record)
+        self._advance(self._state["offset"])  # only now: a server that dies in between finds all of them here again
+
+    def _send_file(self, record: dict[str, Any]) -> None:
+        """Upload a picture or a file. One that the artifact store does not take is set aside for the next start, so
+        that a store which is wrongly set up does not hold back the curves."""
+        path = self.folder / record["file"]
+        if not path.is_file():
+            _say(f"{path} is gone and is not sent to MLflow")
+            return
+        try:
+            self._client.log_artifact(self.run_id, str(path), record["folder"] or None)
+            if record["kind"] == "image":
+                # The names that mlflow.log_image gives: its picture grid shows the small copy, and reads the tag.
+                small = path.with_name(f"{path.stem}+compressed.webp")
+                with Image.open(path) as image:
+                    image.thumbnail((256, 256))
+                    image.save(small)
+                self._client.log_artifact(self.run_id, str(small), record["folder"])
+                self._client.set_tag(self.run_id, "mlflow.loggedImages", "True")
+        except Exception as error:
+            self._check_run(error)  # raises when it is the whole server that does not answer
+            self._state["set_aside"].append(record)
+            _say(f"MLflow's artifact store did not take {path.name} ({_first_line(error)}); it is tried again later")
+
+
+def _read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Records of a spool from a byte offset on, each with the offset after it. A torn last line is left for later."""
+    with open(spool, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                record = json.loads(line)
+                record["kind"]
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by the death of an earlier process
+            yield record, offset
+
+
+def _ends_torn(path: Path) -> bool:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return size > 0 and file.read(1) != b"\n"
+
+
+def _copy_redacted(source: Path, target: Path) -> None:
+    """Copy a file; a text file without its secrets."""
+    if source.suffix.lower() in TEXT_SUFFIXES:
+        try:
+            target.write_text(redact(source.read_text(encoding="utf-8")), encoding="utf-8")
+            return
+        except UnicodeDecodeError:
+            pass
+    shutil.copyfile(source, target)
+
+
+def _first_line(error: BaseException) -> str:
+    """The telling part of an error in one line."""
+    text = str(error)
+    cause = re.search(r"\[Errno -?\d+\] ([\w ,'-]+)|(timed out)|Response body: '?(.{1,160})", text)
+    told = next(filter(None, cause.groups())) if cause else text.strip().partition("\n")[0][:200]
+    return told.strip() or type(error).__name__
+
+
+def _cut(text: str, limit: int) -> str:
+    mark = f" … [cut at {limit} characters]"
+    return text if len(text) <= limit else text[: limit - len(mark)] + mark
+
+
+def _key(key: str) -> str:
+    """A key that MLflow takes: letters, digits, `_-. :/`, no empty path parts, at most 250 characters."""
+    parts = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", key).split("/")
+    return "/".join(part for part in parts if part.strip(".") != "")[:KEY_CHARACTERS] or "_"
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            rows |= _flatten(value, f"{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            rows[_key(name)] = _cut(text, PARAM_CHARACTERS)
+    return rows
+
+
+# --- What a script uses ----------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """One run in MLflow. The main rank makes one, logs, and calls `finish` last; a process that ends without it marks
+    its run as FAILED.
+
+    A Tracker on a folder that was tracked before goes on with the same run, and sends what is left from then.
+
+    Args:
+        run_dir: the run folder; the spool lives in it.
+        experiment, run_name: as MLflow shows them.
+        config: the resolved config, nested; logged as parameters `section.key`, without secrets.
+        tags: more of the run's tags.
+        tracking_uri: the server; by default `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the working directory.
+
+    Raises:
+        UserError: the URI is a plain folder, which MLflow 3 does not write to any more.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        experiment: str,
+        run_name: str,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None,
+        tracking_uri: str | None = None,
+    ):
+        uri = _resolve_uri(tracking_uri)
+        self._sender = _Sender(run_dir, uri)
+        self._warned = False
+        self._lost_records = False
+        self._finished = False
+        self._wake = threading.Event()
+        self._turn = threading.Condition()
+        self._attempts = {"sent": -1.0, "failed": -1.0}  # when the last attempt that ended so had begun, monotonic s
+        run_dir.mkdir(parents=True, exist_ok=True)
+        spool_id = self._open_spool()
+        source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+        self._append(
+            kind="start",
+            spool_id=spool_id,
+            experiment=redact(experiment),
+            run_name=redact(run_name),
+            params=_flatten(redact_config(config)),
+            tags={str(key): str(value) for key, value in redact_config(source | dict(tags or {})).items()},
+        )
+        _import_mlflow()  # here rather than in the thread: two threads importing at once may see half-made modules
+        atexit.register(self.finish, "FAILED")
+        threading.Thread(target=self._send_until_finished, name="mlflow", daemon=True).start()
+        wait_s = START_WAIT_S if _database_file(uri) is None else START_WAIT_DATABASE_S
+        with self._turn:
+            answered = self._turn.wait_for(
+                lambda: self._sender.found_run.is_set() or max(self._attempts.values()) >= 0, wait_s
+            )
+        if not answered:
+            self._warn(f"has not answered within {wait_s:.0f} s")
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI without user and password."""
+        return redact(self._sender.uri)
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None while the server has not been reached, and where tracking is off."""
+        return self._sender.run_id
+
+    @property
+    def view(self) -> str:
+        """Where to look: the run's address on a server, or the command that opens a local database."""
+        if not self.uri.startswith("http"):
+            return f"mlflow ui --backend-store-uri {self.uri}"
+        address = f"{self.uri.rstrip('/')}/#/experiments"
+        return f"{address}/{self._sender.experiment_id}/runs/{self.run_id}" if self.run_id else address
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers of one step; NaN and infinity are kept as MLflow keeps them. Takes well under 1 ms."""
+        values = {_key(key): float(value) for key, value in metrics.items()}
+        self._append(kind="metrics", step=int(step), values=values)
+
+    def log_image(self, image: np.ndarray | Image.Image, name: str, step: int) -> None:
+        """Record a picture (uint8 [H, W, 3] or [H, W], or a PIL image) for MLflow's grid of pictures by step."""
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        if picture.mode not in ("RGB", "RGBA", "L"):
+            picture = picture.convert("RGB")
+        key = re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name).replace("/", "~")[:100]
+        now = time.time_ns() // 1_000_000
+        # mlflow.log_image makes this name when it sends, so that sending twice would show the picture twice.
+        file = f"images/{key}+step+{int(step)}+timestamp+{now}+{uuid.uuid4()}.png"
+        with self._disk():
+            target = self._sender.folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+            self._append(kind="image", time=now, step=int(step), file=file, folder="images")
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Record a file, or every file of a folder, under `folder` of the run's artifacts.
+
+        Files are copied, so that they may change or go afterwards; text files are copied without their secrets.
+        """
+        for source in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
+            inner = source.relative_to(path.parent).parent.as_posix() if path.is_dir() else ""
+            with self._disk():
+                file = f"artifacts/{uuid.uuid4().hex}/{source.name}"
+                target = self._sender.folder / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _copy_redacted(source, target)
+                target_folder = "/".join(part for part in (folder.strip("/"), inner) if part)
+                self._append(kind="artifact", file=file, folder=target_folder)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run as "FINISHED", "FAILED" or "KILLED" and wait, at most 10 s, until all is sent. The last call."""
+        if self._finished:
+            return
+        self._append(kind="finish", status=status)
+        self._finished = True
+        began = time.monotonic()
+        self._wake.set()
+        with self._turn:
+            self._turn.wait_for(lambda: max(self._attempts.values()) >= began, FINISH_WAIT_S)
+        left = 0
+        with self._disk():
+            left = self._sender.pending()
+        if left:
+            _say(
+                f"MLflow at {self.uri}: records not sent yet: {left}; they are kept in {self._sender.spool} "
+                "and sent at the next start on this folder"
+            )
+
+    def _open_spool(self) -> str:
+        """Open the spool for appending; returns its id, a new one when the spool is new."""
+        spool = self._sender.spool
+        earlier = (record for record, _ in _read_spool(spool, 0)) if spool.is_file() else iter(())
+        spool_id = next((record["spool_id"] for record in earlier if record["kind"] == "start"), uuid.uuid4().hex)
+        self._file = os.open(spool, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if _ends_torn(spool):
+            os.write(self._file, b"\n")  # a line torn by the death of an earlier process stands alone
+        return spool_id
+
+    def _append(self, *, kind: str, **fields: Any) -> None:
+        # One write call of a whole line: it is in the system's hands when it returns, and outlives this process.
+        record = {"kind": kind, "time": time.time_ns() // 1_000_000, **fields}
+        with self._disk():
+            os.write(self._file, json.dumps(record).encode() + b"\n")
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A full disk costs records, never the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost_records:
+                self._lost_records = True
+                _say(f"warning: records for MLflow are lost: {error}")
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _say(
+                f"warning: MLflow at {self.uri} {why}; the run goes on, its records are kept in {self._sender.spool} "
+                "and sent when the server answers"
+            )
+
+    def _send_until_finished(self) -> None:
+        delay = 1.0
+        while True:
+            began = time.monotonic()
+            finished = self._finished
+            try:
+                self._sender.send()
+                outcome, pause, delay = "sent", SEND_EVERY_S, 1.0
+                if self._warned:
+                    self._warned = False
+                    _say(f"MLflow at {self.uri} answers: the records kept meanwhile are sent")
+            except Exception as error:
+                self._warn(f"does not take records ({_first_line(error)})")
+                outcome, pause, delay = "failed", delay, min(2 * delay, RETRY_AT_MOST_EVERY_S)
+            with self._turn:
+                self._attempts[outcome] = began
+                self._turn.notify_all()
+            if finished and outcome == "sent":
+                return
+            self._wake.wait(pause)
+            self._wake.clear()
+
+
+def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
+    """Send what a run folder's spool still holds; returns how many records are left (0: all is sent).
+
+    Raises:
+        UserError: the folder has no spool.
+    """
+    if not (run_dir / SPOOL_FILE).is_file():
+        raise UserError(f"{run_dir / SPOOL_FILE} is missing; give the folder of a run that was tracked")
+    sender = _Sender(run_dir, _resolve_uri(tracking_uri))
+    try:
+        sender.send()
+    except Exception as error:
+        _say(f"MLflow at {sender.uri} does not take records ({_first_line(error)})")
+    return sender.pending()

@@ -1,0 +1,250 @@
+"""Metrics: the classifier learns, known values come out, copies are found, and networks load from a folder."""
+
+import numpy as np
+import pytest
+import torch
+from t2i import metrics
+from t2i.runs import UserError
+
+COLORS = {"red": (200, 30, 40), "blue": (40, 60, 200), "white": (230, 230, 225)}
+HEADS = {"color": list(COLORS), "side": [1, 2]}
+
+
+def discs(count: int, size: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Colored discs on noisy ground, in the upper (1) or lower (2) half."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(60, 120, (count, size, size, 3), dtype=np.uint8)
+    labels = {"color": rng.integers(3, size=count), "side": rng.integers(2, size=count)}
+    rows, columns = np.mgrid[:size, :size] / size
+    for i in range(count):
+        y, x = (0.3, 0.7)[labels["side"][i]] + rng.uniform(-0.05, 0.05), rng.uniform(0.3, 0.7)
+        inside = (rows - y) ** 2 + (columns - x) ** 2 < rng.uniform(0.15, 0.22) ** 2
+        pixels[i][inside] = list(COLORS.values())[labels["color"][i]]
+    return pixels, labels
+
+
+@pytest.fixture(scope="module")
+def classifier() -> metrics.Classifier:
+    pixels, labels = discs(240, 32, seed=0)
+    return metrics.train_classifier(
+        pixels, labels, HEADS, steps=60, batch_size=32, seed=0, augment=False, width=8, progress=False
+    )
+
+
+def test_classifier_learns_both_heads_and_reads_other_sizes(classifier: metrics.Classifier) -> None:
+    pixels, labels = discs(120, 32, seed=1)
+    found = metrics.accuracy(classifier, pixels, labels)
+    assert min(found.values()) >= 0.95, found
+    larger = pixels.repeat(2, 1).repeat(2, 2)
+    assert min(metrics.accuracy(classifier, larger, labels).values()) >= 0.95
+    wrong = {"color": (labels["color"] + 1) % 3}
+    assert metrics.accuracy(classifier, pixels, wrong)["color"] <= 0.05
+
+
+def test_prompt_following_counts_values_not_indices(classifier: metrics.Classifier) -> None:
+    pixels, labels = discs(60, 32, seed=2)
+    wanted = [
+        {"color": HEADS["color"][c], "side": HEADS["side"][s], "shape": "disc"}
+        for c, s in zip(labels["color"], labels["side"], strict=True)
+    ]
+    for i in range(30):  # half of the prompts ask for the other side
+        wanted[i]["side"] = 3 - wanted[i]["side"]
+    shares = metrics.prompt_following(classifier, pixels, wanted)
+    assert shares["color"] >= 0.95
+    assert shares["side"] == pytest.approx(0.5, abs=0.05)
+    assert shares["all"] == pytest.approx(0.5, abs=0.06)
+
+
+def test_training_repeats_by_seed_and_leaves_the_callers_generator_alone() -> None:
+    pixels, labels = discs(40, 32, seed=3)
+    torch.manual_seed(7)
+    untouched = torch.rand(1)
+
+    def train(seed: int) -> torch.Tensor:
+        model = metrics.train_classifier(
+            pixels, labels, HEADS, steps=3, batch_size=16, seed=seed, augment=True, width=8, progress=False
+        )
+        return metrics.classifier_features(model, pixels[:4])
+
+    torch.manual_seed(7)
+    first = train(0)
+    assert torch.equal(torch.rand(1), untouched)
+    assert torch.equal(train(0), first)
+    assert not torch.equal(train(1), first)
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128])
+def test_classifier_shapes_and_round_trip(resolution: int, tmp_path) -> None:
+    model = metrics.Classifier(HEADS, resolution, width=8).eval()
+    x = torch.rand(2, 3, resolution, resolution) * 2 - 1
+    logits = model(x)
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {"color": (2, 3), "side": (2, 2)}
+    assert model.features(x).shape == (2, 64)
+    model.save(tmp_path)
+    again = metrics.Classifier.load(tmp_path)
+    assert again.heads == HEADS
+    assert torch.equal(again(x)["color"], logits["color"])
+
+
+def test_load_names_what_is_wrong(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        metrics.Classifier.load(tmp_path)
+    metrics.Classifier(HEADS, 32, width=8).save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="no classifier"):
+        metrics.Classifier.load(tmp_path)
+
+
+def test_augment_keeps_shape_and_range_and_gives_strong_more_change() -> None:
+    pixels, _ = discs(32, 32, seed=4)
+    x = metrics.to_tensor(pixels, 32)
+    assert x.shape == (32, 3, 32, 32)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    torch.manual_seed(0)
+    change = {strong: (metrics._augment(x, strong) - x).abs().mean().item() for strong in (False, True)}
+    assert 0.01 < change[False] < change[True] < 1
+
+
+def test_psnr_and_ssim_known_values() -> None:
+    torch.manual_seed(0)
+    a = torch.rand(3, 3, 32, 32) - 0.5
+    b = a + torch.tensor([0.02, 0.2, 0.4]).view(3, 1, 1, 1)
+    expected = 10 * torch.log10(4 / torch.tensor([0.02, 0.2, 0.4]) ** 2)
+    torch.testing.assert_close(metrics.psnr(a, b), expected, rtol=1e-4, atol=1e-3)
+    assert torch.isinf(metrics.psnr(a, a)).all()
+    torch.testing.assert_close(metrics.ssim(a, a), torch.ones(3))
+    noise = torch.randn_like(a)
+    close, far = metrics.ssim(a, a + 0.02 * noise), metrics.ssim(a, a + 0.3 * noise)
+    assert close.shape == (3,)
+    assert (close > 0.98).all()
+    assert (far < 0.9).all()
+    # two flat pictures: only the luminance term is left, (2 x y + c1) / (x^2 + y^2 + c1), c1 = (0.01 * 2)^2
+    flat = metrics.ssim(torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.25))
+    assert flat.item() == pytest.approx((0.25 + 4e-4) / (0.3125 + 4e-4), abs=1e-3)
+    assert metrics.ssim(a[:1], b[:1]).shape == (1,)
+
+
+def test_memorisation_flags_copies_and_passes_fresh_pictures() -> None:
+    rng = np.random.default_rng(0)
+
+    def scenes(count: int) -> np.ndarray:  # smooth random scenes: 6 x 6 colors enlarged
+        small = torch.from_numpy(rng.random((count, 3, 6, 6), dtype=np.float32))
+        large = torch.nn.functional.interpolate(small, (32, 32), mode="bicubic").clamp(0, 1)
+        return (large * 255).byte().permute(0, 2, 3, 1).numpy()
+
+    train, held_out, fresh = scenes(400), scenes(200), scenes(200)
+    chosen = rng.permutation(400)[:100]
+    noisy = np.clip(train[chosen] + rng.normal(0, 12, train[chosen].shape), 0, 255).astype(np.uint8)
+    honest = metrics.memorisation(fresh, train, held_out)
+    assert honest["share_closer"] <= 0.06
+    assert honest["median_ratio"] == pytest.approx(1, abs=0.05)
+    assert honest["probability_closer"] == pytest.approx(0.5, abs=0.1)
+    assert honest["near_copies"] == honest["near_copies_held_out"] == 0
+    for copies in (noisy, noisy[:, :, ::-1]):  # a mirrored copy is a copy too
+        caught = metrics.memorisation(copies, train, held_out)
+        assert caught["share_closer"] == caught["near_copies"] == 1.0
+        assert caught["probability_closer"] == pytest.approx(1)
+        assert caught["median_ratio"] < 0.5
+        assert np.array_equal(caught["nearest"], chosen)
+    pale = (fresh * 0.6 + 50).astype(np.uint8)  # nearer to everything, a copy of nothing
+    assert metrics.memorisation(pale, train, held_out)["share_closer"] <= 0.05
+    with pytest.raises(UserError, match="held-out"):
+        metrics.memorisation(fresh, train, held_out[:0])
+
+
+def test_nearest_in_blocks_equals_the_full_search() -> None:
+    torch.manual_seed(0)
+    train, queries = torch.randn(9000, 5), torch.randn(300, 5)
+    distances, rows = metrics._nearest(queries, train, 7)
+    full = torch.cdist(queries, train).topk(7, largest=False)
+    torch.testing.assert_close(distances, full.values, rtol=1e-3, atol=1e-3)
+    assert (rows[:, 0] == full.indices[:, 0]).all()
+
+
+def test_diversity_is_one_for_the_real_thing_and_zero_for_one_picture_repeated() -> None:
+    torch.manual_seed(0)
+    centers = torch.tensor([[0.0] * 8, [50.0] * 8])
+    groups = [0, 1] * 100
+    real, fresh = (centers.repeat(100, 1) + torch.randn(200, 8) for _ in range(2))
+    assert metrics.diversity(fresh, real, groups, groups)["ratio"] == pytest.approx(1, abs=0.05)
+    assert metrics.diversity(centers.repeat(100, 1), real, groups, groups)["ratio"] == pytest.approx(0, abs=1e-5)
+    assert metrics.diversity(centers.repeat(100, 1), real)["ratio"] > 0.9  # without groups the two prompts differ
+    with pytest.raises(UserError, match="group"):
+        metrics.diversity(fresh, real, [f"only {i}" for i in range(200)], groups)
+
+
+def test_kid_on_own_classifier(classifier: metrics.Classifier) -> None:
+    real, labels = discs(160, 32, seed=5)
+    same, _ = discs(160, 32, seed=6)
+    equal = metrics.kid(real, same, classifier)
+    red = metrics.kid(real, real[labels["color"] == 0], classifier)
+    assert equal is not None
+    assert red is not None
+    assert abs(equal["mean"]) < 0.1 * red["mean"]
+    assert "classifier" in equal["features"]
+    assert metrics.kid(real, same, classifier) == equal
+    assert metrics.kid(real, same, None) is None
+    with pytest.raises(UserError, match="at least 2"):
+        metrics.kid(real, same[:1], classifier)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> str:
+    """A CLIP of random weights, saved as transformers saves one."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocab = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[], model_max_length=16)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(vocab), "max_position_embeddings": 16, "bos_token_id": 52, "eos_token_id": 53}
+    config = CLIPConfig(
+        text_config=small | text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=16
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_score_equals_the_cosine_by_hand(clip_folder: str) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    pictures, _ = discs(5, 48, seed=7)
+    prompts = ["red", "a blue disc", "white", "red and blue", "x" * 60]  # the last one exceeds the tokenizer's 16
+    score = metrics.clip_score(pictures, prompts, clip_folder)
+    assert score is not None
+    assert score["pictures"] == 5
+    model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
+    with torch.no_grad():
+        inputs = processor(text=prompts[:1], images=[pictures[0]], return_tensors="pt")
+        by_hand = 100 * model(**inputs).logits_per_image.item() / model.logit_scale.exp().item()
+    one = metrics.clip_score(pictures[:1], prompts[:1], clip_folder)
+    assert one is not None
+    assert one["mean"] == pytest.approx(max(by_hand, 0), abs=1e-3)
+    assert metrics.clip_score(pictures, prompts, None) is None
+
+
+def test_kid_on_a_network_from_a_folder(clip_folder: str) -> None:
+    real, labels = discs(80, 32, seed=8)
+    same, _ = discs(80, 32, seed=9)
+    equal = metrics.kid(real, same, clip_folder)
+    blue = metrics.kid(real, real[labels["color"] == 1], clip_folder)
+    assert equal is not None
+    assert blue is not None
+    assert equal["features"] == clip_folder
+    assert abs(equal["mean"]) < 0.3 * blue["mean"]
+
+
+def test_networks_that_cannot_be_had_are_one_sentence(tmp_path) -> None:
+    pixels, _ = discs(4, 32, seed=0)
+    missing = str(tmp_path / "missing")
+    with pytest.raises(UserError, match="feature network of KID"):
+        metrics.kid(pixels, pixels, missing)
+    with pytest.raises(UserError, match="CLIP model") as caught:
+        metrics.clip_score(pixels, ["a"] * 4, missing)
+    assert "\n" not in str(caught.value)

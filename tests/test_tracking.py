@@ -1,0 +1,363 @@
+"""Tracking: what is recorded arrives once whatever the server does, and secrets arrive nowhere."""
+
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2i import tracking
+from t2i.runs import UserError
+
+SCRIPTS = Path(tracking.__file__).parents[1]
+CONFIG = {"data": {"resolution": 64}, "train_unet": {"learning_rate": 1e-4, "betas": [0.9, 0.999]}}
+CANARY = "canary-5f1c9e77"  # a secret given in each of the ways below
+PASSWORD = "pass-canary-0b2d"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("URI", "USERNAME", "PASSWORD"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    folder = tmp_path_factory.mktemp("database")
+    SqlAlchemyStore(f"sqlite:///{folder}/mlflow.db", str(folder / "mlruns"))
+    return folder / "mlflow.db"
+
+
+def client(uri: str | None = None):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri or f"sqlite:///{Path.cwd()}/mlflow.db")
+
+
+def points(run_id: str, key: str, uri: str | None = None) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client(uri).get_metric_history(run_id, key)]
+
+
+def files(run_id: str, folder: str = "", uri: str | None = None) -> list[str]:
+    return sorted(Path(file.path).name for file in client(uri).list_artifacts(run_id, folder) if not file.is_dir)
+
+
+def start(run: Path = Path("run"), config: dict = CONFIG, **options) -> tracking.Tracker:
+    return tracking.Tracker(run, experiment="flowers", run_name="first", config=config, **options)
+
+
+def picture() -> np.ndarray:
+    return np.full((40, 60, 3), 128, np.uint8)
+
+
+# --- A local database ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_recorded_in_the_database_beside_its_artifacts(empty_database: Path) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    many = {f"p{index}": index for index in range(250)}
+    tracker = start(config=CONFIG | {"many": many, "prompts": {"long": "x" * 7000}}, tags={"dataset": "abc"})
+    tracker.log_metrics({"train loss (mean)": 0.5, "broken": math.nan, "huge": math.inf}, 1)
+    tracker.log_image(picture(), "samples/fixed", 3)
+    Path("notes.txt").write_text("as it was")
+    tracker.log_artifact(Path("notes.txt"), "texts")
+    Path("notes.txt").write_text("changed later")
+    tracker.finish()
+
+    run = client().get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train_unet.betas"] == "[0.9, 0.999]"
+    assert len(run.data.params) == 3 + 250 + 1
+    assert len(run.data.params["prompts.long"]) == tracking.PARAM_CHARACTERS
+    assert run.data.params["prompts.long"].endswith("[cut at 6000 characters]")
+    assert run.data.tags["dataset"] == "abc"
+    assert points(run.info.run_id, "train loss _mean_") == [(1, 0.5)]
+    assert math.isnan(run.data.metrics["broken"])
+    assert run.data.metrics["huge"] > 1e308
+    assert tracker.view == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    stored = list(Path("mlruns").rglob("notes.txt"))
+    assert [path.read_text() for path in stored] == ["as it was"]
+
+
+def test_pictures_carry_the_names_that_mlflow_gives_them(empty_database: Path) -> None:
+    """MLflow's page finds a run's pictures by their names: what log_image writes must look the same."""
+    shutil.copy(empty_database, "mlflow.db")
+    tracker = start()
+    tracker.log_image(picture(), "samples/fixed", 3)
+    tracker.finish()
+    other = client().create_run(client().get_run(tracker.run_id).info.experiment_id).info.run_id
+    client().log_image(other, picture(), key="samples/fixed", step=3)
+
+    def shape(name: str) -> list[str]:
+        parts = name.removesuffix("+compressed.webp").removesuffix(".png").split("+")
+        assert parts[4].isdigit()
+        return [*parts[:4], str(len(parts[5])), name[-4:]]
+
+    ours, theirs = files(tracker.run_id, "images"), files(other, "images")
+    assert [shape(name) for name in ours] == [shape(name) for name in theirs]
+    tag = "mlflow.loggedImages"
+    assert client().get_run(tracker.run_id).data.tags[tag] == client().get_run(other).data.tags[tag]
+
+
+def test_a_resumed_run_goes_on_in_the_same_run(empty_database: Path) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    first = start()
+    first.log_metrics({"loss": 1.0}, 1)
+    first.finish("KILLED")
+    with open("run/mlflow_spool.jsonl", "a") as file:
+        file.write('{"kind": "metrics", "ti')  # the last words of a process that died while writing
+    second = start(config={"data": {"resolution": 128}, "new": 1})
+    assert client().get_run(second.run_id).info.status == "RUNNING"
+    second.log_metrics({"loss": 0.5}, 2)
+    second.finish()
+    assert second.run_id == first.run_id
+    assert points(first.run_id, "loss") == [(1, 1.0), (2, 0.5)]
+    run = client().get_run(first.run_id)
+    assert (run.data.params["data.resolution"], run.data.tags["resumed.data.resolution"]) == ("64", "128")
+    assert run.data.params["new"] == "1"
+
+
+def test_sending_everything_twice_changes_nothing(empty_database: Path) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    tracker = start()
+    for step in range(1500):  # more than one batch
+        tracker.log_metrics({"loss": 1 / (step + 1), "broken": math.nan}, step)
+    tracker.log_image(picture(), "samples", 3)
+    tracker.finish()
+    before = points(tracker.run_id, "loss"), files(tracker.run_id, "images")
+    Path("run/mlflow_spool/state.json").unlink()  # as if no answer had arrived
+
+    assert tracking.replay(Path("run")) == 0
+    assert len(client().search_runs(["1"])) == 1
+    assert (points(tracker.run_id, "loss"), files(tracker.run_id, "images")) == before
+    assert before[0] == [(step, 1 / (step + 1)) for step in range(1500)]
+    assert len(points(tracker.run_id, "broken")) == 1500
+
+
+def test_an_artifact_store_out_of_order_holds_back_no_curve(
+    empty_database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    Path("mlruns").write_text("a file where the folder of all artifacts should be")
+    tracker = start()
+    tracker.log_image(picture(), "samples", 3)
+    tracker.log_metrics({"loss": 0.5}, 3)
+    tracker.finish()
+    assert points(tracker.run_id, "loss") == [(3, 0.5)]
+    assert "records not sent yet: 1" in capsys.readouterr().err
+    Path("mlruns").unlink()
+    assert tracking.replay(Path("run")) == 0
+    assert len(files(tracker.run_id, "images")) == 2
+
+
+def test_a_plain_folder_is_refused_with_the_mend() -> None:
+    with pytest.raises(UserError, match=r"sqlite:///file\.db"):
+        start(tracking_uri="./mlruns")
+    with pytest.raises(UserError, match="tracked"):
+        tracking.replay(Path("run"))
+
+
+# --- A server that comes and goes ------------------------------------------------------------------------------------
+
+
+class Server:
+    """A real `mlflow server` on a port of its own, with the database and the artifacts in `folder`."""
+
+    def __init__(self, folder: Path, database: Path):
+        self.folder = folder
+        shutil.copy(database, folder / "mlflow.db")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
+        command += ["--artifacts-destination", "store", "--port", str(self.port), "--workers", "1"]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # which nothing here needs
+        with open(self.folder / "server.log", "a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), empty_database)
+    yield server
+    server.kill()
+
+
+DIES = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from t2i import tracking
+canary = os.environ["HF_TOKEN"]
+endpoint = "https://hub.example/?access_token=" + canary
+config = {"hub": {"hub_token": canary, "endpoint": endpoint}, "data": {"name": "a"}}
+began = time.monotonic()
+tracker = tracking.Tracker(Path("run"), experiment="flowers", run_name="dies", config=config,
+                           tags={"command": " ".join(sys.argv), "note": "x" + canary + "y"})
+print(tracker.uri, tracker.view, tracker.run_id)
+for step in range(5):
+    tracker.log_metrics({"loss": step / 2}, step)
+tracker.log_image(np.zeros((8, 8, 3), np.uint8), "samples", 4)
+Path("config.yaml").write_text(f"hub_token: {canary}\\nurl: {sys.argv[1]}\\nlearning_rate: 0.1\\n")
+tracker.log_artifact(Path("config.yaml"))
+Path("config.yaml").unlink()
+tracker.finish()
+print("seconds", time.monotonic() - began, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_server_that_is_down_costs_seconds_and_gets_everything_later_once_and_no_secret(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = server.uri.replace("://", f"://flora:{PASSWORD}@")
+    secrets = {"HF_TOKEN": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY, "MLFLOW_TRACKING_URI": address}
+    command = [sys.executable, "-c", DIES, address]
+    environment = os.environ | secrets | {"PYTHONPATH": str(SCRIPTS)}
+    died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    printed = died.stdout + died.stderr
+    assert float(died.stdout.split()[-1]) < 15
+    assert f"MLflow at {server.uri} does not take records (Connection refused)" in died.stderr
+    assert died.stderr.count("warning") == 1
+    assert "records not sent yet: 9" in died.stderr
+
+    server.start()
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    assert tracking.replay(Path("run")) == 0
+    assert tracking.replay(Path("run")) == 0
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PASSWORD  # the connection has it
+    run = client(server.uri).search_runs(["1"], "attributes.run_name = 'dies'")
+    assert [one.info.status for one in run] == ["FINISHED"]
+    assert points(run[0].info.run_id, "loss", server.uri) == [(step, step / 2) for step in range(5)]
+    assert len(files(run[0].info.run_id, "images", server.uri)) == 2
+    assert run[0].data.params["data.name"] == "a"
+    stored = next((server.folder / "store").rglob("config.yaml")).read_text()
+    assert "learning_rate: 0.1" in stored
+
+    everything = {"printed": printed.encode()}
+    for folder in (tmp_path, server.folder):
+        everything |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(name.endswith("mlflow.db") for name in everything)
+    leaks = [name for name, data in everything.items() if CANARY.encode() in data or PASSWORD.encode() in data]
+    assert leaks == []
+
+
+def test_a_server_killed_midway_gets_the_rest_when_it_is_back(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if server.process is None:
+        server.start()
+    tracker = start(tracking_uri=server.uri)
+    assert tracker.view == f"{server.uri}/#/experiments/1/runs/{tracker.run_id}"
+    tracker.log_metrics({"loss": 0.0}, 0)
+    for _ in range(100):
+        if points(tracker.run_id, "loss", server.uri):
+            break
+        time.sleep(0.1)
+    server.kill()
+    for step in range(1, 4):
+        tracker.log_metrics({"loss": float(step)}, step)
+    tracker.log_image(picture(), "samples", 3)
+    began = time.monotonic()
+    tracker.finish("FAILED")
+    assert time.monotonic() - began < 12
+    said = capsys.readouterr().err
+    assert said.count("warning: MLflow at") == 1
+    assert "records not sent yet: 5" in said
+
+    resumed = start(tracking_uri=server.uri)  # the server is still down
+    assert resumed.run_id == tracker.run_id
+    resumed.log_metrics({"loss": 4.0}, 4)
+    server.start()
+    resumed.finish()
+    assert tracking.replay(Path("run"), server.uri) == 0
+    assert points(tracker.run_id, "loss", server.uri) == [(step, float(step)) for step in range(5)]
+    assert len(files(tracker.run_id, "images", server.uri)) == 2
+    assert client(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://me:s3cretpw@host/path",
+        "https://s3cretpw@host/path",
+        "https://host/a?x=1&access_token=s3cretpw&y=2",
+        "https://bucket/a?X-Amz-Signature=s3cretpw",
+        "hub_token: s3cretpw",
+        '{"api_key": "s3cretpw and more"}',
+        "train.py --use_ema --hub_token s3cretpw --steps 5",
+        "train.py --password=s3cretpw",
+        "secretKey = 's3cretpw'",
+        "Authorization: Bearer s3cretpw",
+        "got hf_s3cretpwABCDEFGHIJKL from the hub",
+    ],
+)
+def test_secrets_are_taken_out_of_texts(text: str) -> None:
+    assert "s3cretpw" not in tracking.redact(text)
+    assert tracking.REDACTED in tracking.redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "num_tokens: 77",
+        "bos_token: <|startoftext|>",
+        "tokenizer: openai/clip-vit-large-patch14",
+        "hub_token: null",
+        "https://dagshub.com/me/flowers.mlflow/#/experiments/0",
+        "a sentence about a token that is no secret",
+        "learning_rate: 0.0001\nvalue_key: image",
+    ],
+)
+def test_other_texts_stay_as_they_are(text: str) -> None:
+    assert tracking.redact(text) == text
+
+
+def test_values_of_secret_variables_are_taken_out_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123-plain/looking")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:swordfish-42@host/db")
+    config = {"a": {"list": ["x0123-plain/lookingx"]}, "b": "0123-plain%2Flooking", "c": 5, "d": "swordfish-42"}
+    assert tracking.redact_config(config) == {
+        "a": {"list": ["x[redacted]x"]},
+        "b": "[redacted]",
+        "c": 5,
+        "d": "[redacted]",
+    }
