@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from t2i import metrics
 from t2i.runs import UserError
 
@@ -167,7 +168,7 @@ def test_diversity_is_one_for_the_real_thing_and_zero_for_one_picture_repeated()
     centers = torch.tensor([[0.0] * 8, [50.0] * 8])
     groups = [0, 1] * 100
     real, fresh = (centers.repeat(100, 1) + torch.randn(200, 8) for _ in range(2))
-    assert metrics.diversity(fresh, real, groups, groups)["ratio"] == pytest.approx(1, abs=0.05)
+    assert metrics.diversity(fresh, real, groups, groups)["ratio"] == pytest.approx(1, abs=0.1)
     assert metrics.diversity(centers.repeat(100, 1), real, groups, groups)["ratio"] == pytest.approx(0, abs=1e-5)
     assert metrics.diversity(centers.repeat(100, 1), real)["ratio"] > 0.9  # without groups the two prompts differ
     with pytest.raises(UserError, match="group"):
