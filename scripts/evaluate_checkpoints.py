@@ -18,6 +18,7 @@ from t2i.runs import RunFolder, UserError, checkpoint_folders, read_json, run_ma
 if TYPE_CHECKING:
     import numpy as np
 
+NEAR_COPY = 0.1  # relative distance to the nearest training image under which an image is the same photo
 REPORT_SEED = 1_000_000  # added to the seeds of the reported pictures, so that they are others than the sweep's
 
 
@@ -49,7 +50,11 @@ def main() -> None:
 
     splits = data.load_splits(recipe.data)
     folder = run / "evaluation"
-    inputs = {"dataset_hash": splits.fingerprint, "checkpoints": checkpoints, "unet_hash": training.get("output_unet_hash")}
+    inputs = {
+        "dataset_hash": splits.fingerprint,
+        "checkpoints": checkpoints,
+        "unet_hash": training.get("output_unet_hash"),
+    }
     state = RunFolder(folder, identity(config, **inputs))
     if state.finished:
         print(f"reusing the finished evaluation in {folder}")
@@ -59,6 +64,7 @@ def main() -> None:
 
     # classifier
     kind = kind_of(splits)
+    unseen, leaked = unseen_images(splits)
     with state.timed("classifier"):
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
 
@@ -68,19 +74,21 @@ def main() -> None:
     with state.timed("sweep"):
         for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
             pictures = draw(run / checkpoint, prompts, scale, config, config.eval_seed)
-            figures = measure(pictures, prompts, classifier, splits, config)
+            figures = measure(pictures, prompts, classifier, splits, unseen, config)
             grid = f"grid-{checkpoint}-{scale:g}.png"
             save_grid(pictures, folder / grid)
             val_loss = logged_loss(run, checkpoint)
-            cells.append({"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures})
-    best = max(cells, key=score)
+            cells.append(
+                {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
+            )
+    best = max(cells, key=lambda cell: (round(score(cell), 3), cell["checkpoint"]))  # of equals the later
 
     # report
     prompts = make_prompts(kind, splits, recipe, config.report_prompts, config.eval_seed + 1)
     scale = best["guidance_scale"]
     with state.timed("report"):
         pictures = draw(run / best["checkpoint"], prompts, scale, config, config.eval_seed + REPORT_SEED)
-        figures = measure(pictures, prompts, classifier, splits, config)
+        figures = measure(pictures, prompts, classifier, splits, unseen, config)
     save_grid(pictures, folder / "report.png", 64)
     report = {
         "guidance_scale": scale,
@@ -88,6 +96,8 @@ def main() -> None:
         "prompts": len(prompts.texts),
         "num_inference_steps": config.num_inference_steps,
         "probe_accuracy": accuracy,
+        "unseen_images": len(unseen),
+        "near_copies_left_out": leaked,
         **figures,
         "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
@@ -95,7 +105,9 @@ def main() -> None:
     }
     results = {"report": report, "cells": cells}
     state.finish(**results)
-    write_json(folder / "evaluation.json", {**results, "identity": state.state["identity"], "seconds": state.state["seconds"]})
+    write_json(
+        folder / "evaluation.json", {**results, "identity": state.state["identity"], "seconds": state.state["seconds"]}
+    )
     cards.write_model_card(run, results)
     if recipe.train_unet.report_to == "mlflow":
         track(run, results, tracking)
@@ -131,6 +143,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     the labels of the training images and is tested on the test split (else the validation split).
     """
     import numpy as np
+
     from t2i import flowers, metrics
 
     if kind == "captioned" or not config.classifier_steps:
@@ -150,12 +163,24 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
         heads = {"label": sorted(set(splits.train.rows["label"]))}
         pixels, attributes = splits.train.pixels, [{"label": label} for label in splits.train.rows["label"]]
     classifier = metrics.train_classifier(
-        pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=64, seed=config.eval_seed,
+        pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=32, seed=config.eval_seed,
         augment=kind == "labelled",
     )  # fmt: skip
     classifier.save(folder / "classifier")
-    truth = [dict(zip(heads, values, strict=True)) for values in zip(*(unseen.rows[name] for name in heads), strict=True)]
+    truth = [
+        dict(zip(heads, values, strict=True)) for values in zip(*(unseen.rows[name] for name in heads), strict=True)
+    ]
     return classifier, metrics.accuracy(classifier, unseen.pixels, encode(heads, truth))
+
+
+def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
+    """Images that training never saw, uint8 [N, R, R, 3], without those that are near-copies of training images; their number."""
+    from t2i import metrics
+
+    pixels = (splits.test or splits.validation).pixels
+    distance = metrics.memorisation(pixels, splits.train.pixels, pixels)["relative_distance"]
+    fresh = distance > NEAR_COPY
+    return pixels[fresh], int((~fresh).sum())
 
 
 def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "dict[str, np.ndarray]":
@@ -171,8 +196,14 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int) -> 
     from t2i import flowers
 
     if kind == "drawn":
-        pairs = [(pair, held) for held in (False, True) for pair in flowers.prompts(count // 2 + (count % 2 and not held), seed, held)]
-        return Prompts([text for (_, text), _ in pairs], [known for (known, _), _ in pairs], [held for _, held in pairs])
+        pairs = [
+            (pair, held)
+            for held in (False, True)
+            for pair in flowers.prompts(count // 2 + (count % 2 and not held), seed, held)
+        ]
+        return Prompts(
+            [text for (_, text), _ in pairs], [known for (known, _), _ in pairs], [held for _, held in pairs]
+        )
     if kind == "labelled":
         labels = sorted(set(splits.train.rows["label"]))
         chosen = [labels[number % len(labels)] for number in range(count)]
@@ -201,12 +232,11 @@ def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfi
 
 
 def measure(
-    pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, config: EvaluateConfig
+    pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, unseen: "np.ndarray", config: EvaluateConfig
 ) -> dict[str, Any]:
     """The figures of one set of pictures; None for what is not measured."""
     from t2i import metrics
 
-    unseen = (splits.test or splits.validation).pixels
     copies = metrics.memorisation(pictures, splits.train.pixels, unseen)
     return {
         "prompt_following": metrics.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
@@ -249,6 +279,7 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scale: float) -> dict[str, float | None]:
     """Seconds for a single picture, second of two, on the CPU and on a GPU if there is one."""
     import torch
+
     from t2i import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
@@ -259,7 +290,12 @@ def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scal
         for _ in range(2):
             start = time.perf_counter()
             sampling.generate(
-                pipeline, [prompt], [0], guidance_scale=scale, num_inference_steps=config.num_inference_steps, progress=False
+                pipeline,
+                [prompt],
+                [0],
+                guidance_scale=scale,
+                num_inference_steps=config.num_inference_steps,
+                progress=False,
             )
             seconds[f"seconds_per_picture_{name}"] = round(time.perf_counter() - start, 3)
     return seconds
@@ -294,21 +330,34 @@ def track(run: Path, results: dict[str, Any], tracking: Any) -> None:
 def print_cells(cells: list[dict[str, Any]]) -> None:
     """A line a checkpoint and scale."""
     heads = list(cells[0]["prompt_following"] or {})
-    print(f"\n{'checkpoint':<20}{'guidance':>9}{'val loss':>10}" + "".join(f"{head:>15}" for head in heads) + f"{'KID':>9}{'closer':>8}")
+    print(
+        f"\n{'checkpoint':<20}{'guidance':>9}{'val loss':>10}"
+        + "".join(f"{head:>15}" for head in heads)
+        + f"{'KID':>9}{'closer':>8}"
+    )
     for cell in cells:
         shares = "".join(f"{cell['prompt_following'][head]:>15.1%}" for head in heads)
         loss = f"{cell['val_loss']:.4f}" if cell["val_loss"] is not None else "-"
         kid = f"{cell['kid']['mean']:.4f}" if cell["kid"] else "-"
-        print(f"{cell['checkpoint']:<20}{cell['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{cell['memorisation']['share_closer']:>8.1%}")
+        print(
+            f"{cell['checkpoint']:<20}{cell['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{cell['memorisation']['share_closer']:>8.1%}"
+        )
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """The chosen pair on its own prompts."""
-    print(f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}; on {report['prompts']} other prompts:")
+    print(
+        f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}; on {report['prompts']} other prompts:"
+    )
     for head, share in (report["prompt_following"] or {}).items():
         known = report["probe_accuracy"].get(head)
-        print(f"  {head:<16}{share:>8.1%}" + (f"   (classifier alone, on unseen images: {known:.1%})" if known is not None else ""))
-    print(f"  memorisation: {report['memorisation']['share_closer']:.1%} closer to a training image than 99 % of unseen images are")
+        print(
+            f"  {head:<16}{share:>8.1%}"
+            + (f"   (classifier alone, on unseen images: {known:.1%})" if known is not None else "")
+        )
+    print(
+        f"  memorisation: {report['memorisation']['share_closer']:.1%} closer to a training image than 99 % of unseen images are"
+    )
     print(f"pictures: {folder}/*.png")
 
 

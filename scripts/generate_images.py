@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
+
 from t2i.config import Count, Flag, Natural, NonNegative, check_options, parse_options
 from t2i.runs import UserError, run_main
 
@@ -26,7 +27,9 @@ class Options:
     negative_prompt: str = ""  # what to stay away from
     guidance_scale: NonNegative = 7.5  # how strongly to follow the prompt; 1: without guidance
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30  # denoising steps
-    scheduler: str = "ddim"  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers
+    scheduler: str = (
+        "ddim"  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers
+    )
     seed: Natural = 0  # of the first picture; each further picture of a prompt takes the next
     num_images_per_prompt: Count = 1  # pictures a prompt
     batch_size: Count = 8  # pictures at once
@@ -42,6 +45,7 @@ def main() -> None:
 
     quiet_libraries()
     import torch
+
     from t2i import sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,7 +82,9 @@ def read_prompts(options: Options) -> list[str]:
         try:
             lines = Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt_file {options.prompt_file} cannot be read ({error}); give a UTF-8 text file, a prompt a line") from None
+            raise UserError(
+                f"prompt_file {options.prompt_file} cannot be read ({error}); give a UTF-8 text file, a prompt a line"
+            ) from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError('no prompt: give --prompt "a red flower", or --prompt_file with a prompt a line')

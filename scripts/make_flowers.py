@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+
 from t2i.config import check_options, parse_options
 from t2i.runs import RunFolder, UserError, run_main
 
@@ -32,9 +33,10 @@ class Options:
 
 def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
+    from tqdm import tqdm
+
     from t2i import flowers
     from t2i.data import save_dataset_folder
-    from tqdm import tqdm
 
     folder = Path(options.output_dir)
     wanted = {"count": options.count, "validation_count": options.validation_count, "test_count": options.test_count,
@@ -49,7 +51,9 @@ def main() -> None:
 
     def rows(start: int, count: int, held_out: bool, name: str) -> Iterator[dict[str, Any]]:
         drawn = flowers.draw_many(options.seed, start, count, options.size, held_out, options.workers)
-        for attributes, image, caption in tqdm(drawn, total=count, desc=f"drawing {name}", unit="flower", mininterval=0.5):
+        for attributes, image, caption in tqdm(
+            drawn, total=count, desc=f"drawing {name}", unit="flower", mininterval=0.5
+        ):
             yield {"image": image, "caption": caption, **attributes}
 
     first, second = options.count, options.count + options.validation_count

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
 from t2i.config import check_options, load_recipe, parse_options
 from t2i.runs import UserError, hash_json, read_json, run_main, write_json
 
@@ -27,7 +28,9 @@ class Options:
 
     config: str = "demo"  # recipe: a YAML file, or the name of one in scripts/recipes
     output_dir: str = "outputs/demo"  # everything goes below it
-    dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None  # Hub id, dataset folder or imagefolder; None: flowers are drawn
+    dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = (
+        None  # Hub id, dataset folder or imagefolder; None: flowers are drawn
+    )
     accelerate_config: str = "accelerate_configs/cpu.yaml"  # machine, processes and precision of the trainings
 
 
@@ -49,7 +52,8 @@ def main() -> None:
         "training the autoencoder", launch(options, "train_vae.py", *common, "--output_dir", vae)
     )
     seconds["train_unet"] = stage(
-        "caching, then training the denoiser", launch(options, "train_unet.py", *common, "--vae", vae, "--output_dir", unet)
+        "caching, then training the denoiser",
+        launch(options, "train_unet.py", *common, "--vae", vae, "--output_dir", unet),
     )
     seconds["evaluate"] = stage("evaluating", python("evaluate_checkpoints.py", *common, "--model", unet))
 
@@ -63,7 +67,14 @@ def python(script: str, *arguments: str) -> list[str]:
 
 
 def launch(options: Options, script: str, *arguments: str) -> list[str]:
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", options.accelerate_config]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        options.accelerate_config,
+    ]
     return [*accelerate, str(SCRIPTS / script), *arguments]
 
 
@@ -73,7 +84,9 @@ def stage(title: str, command: list[str]) -> float:
     start = time.perf_counter()
     code = subprocess.run(command).returncode
     if code:
-        raise UserError(f"{title} ended with exit code {code}; mend what it said above and run the same command again: finished stages are kept")
+        raise UserError(
+            f"{title} ended with exit code {code}; mend what it said above and run the same command again: finished stages are kept"
+        )
     return round(time.perf_counter() - start, 1)
 
 

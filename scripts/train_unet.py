@@ -15,6 +15,7 @@ from t2i.runs import RunFolder, UserError, append_jsonl, run_main, write_json
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
     from t2i.caches import TextCache
 
 VALIDATION_SEED = 20231  # of the noise that every run's validation loss is measured with
@@ -37,8 +38,9 @@ def main() -> None:
     import torch
     import yaml
     from diffusers.training_utils import EMAModel
-    from t2i import checkpoints, data, diffusion, models, training
     from tqdm import tqdm
+
+    from t2i import checkpoints, data, diffusion, models, training
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data)
@@ -69,7 +71,9 @@ def main() -> None:
         from t2i import tracking
 
         name = config.run_name or folder.name
-        tracker = tracking.Tracker(folder, experiment=config.experiment, run_name=name, config=to_dict(recipe), tags=inputs)
+        tracker = tracking.Tracker(
+            folder, experiment=config.experiment, run_name=name, config=to_dict(recipe), tags=inputs
+        )
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -111,9 +115,13 @@ def main() -> None:
         for step in progress:
             for micro in range(config.gradient_accumulation_steps):
                 number = step * config.gradient_accumulation_steps + micro
-                latents, noise, timesteps, context = make_batch(caches, config, recipe, scaling_factor, number, accelerator)
+                latents, noise, timesteps, context = make_batch(
+                    caches, config, recipe, scaling_factor, number, accelerator
+                )
                 with accelerator.accumulate(model):
-                    loss = diffusion.denoising_loss(model, scheduler, latents, noise, timesteps, context, config.snr_gamma).mean()
+                    loss = diffusion.denoising_loss(
+                        model, scheduler, latents, noise, timesteps, context, config.snr_gamma
+                    ).mean()
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -131,7 +139,9 @@ def main() -> None:
                 record(row, done, folder, tracker, accelerator.is_main_process)
             if done % config.validation_steps == 0 or done == steps:
                 with training.averaged(ema, parameters):
-                    row = validation_loss(unet, scheduler, caches, scaling_factor, config.validation_images, accelerator)
+                    row = validation_loss(
+                        unet, scheduler, caches, scaling_factor, config.validation_images, accelerator
+                    )
                     if accelerator.is_main_process and config.validation_prompts:
                         draw_samples(unet, scheduler, folder, config, tracker, done)
                 latest = {"val": round(row["val_loss"], 4)}
@@ -155,18 +165,23 @@ def main() -> None:
     )  # fmt: skip
     if tracker:
         tracker.finish()
-    print(f"pipeline in {folder / 'pipeline'}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")
+    print(
+        f"pipeline in {folder / 'pipeline'}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}"
+    )
 
 
 def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """VAE, text encoder and tokenizer, and their hashes. A text encoder that no option names is built from the recipe."""
-    from t2i import models
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from t2i import models
 
     base, unet = recipe.unet.pretrained_model_name_or_path, recipe.unet
     vae_source, text_source = recipe.vae.vae or base, unet.text_encoder or base
     if not vae_source:
-        raise UserError("no VAE: give --vae with the run folder of train_vae.py, a path or a Hub id such as stabilityai/sd-vae-ft-mse")
+        raise UserError(
+            "no VAE: give --vae with the run folder of train_vae.py, a path or a Hub id such as stabilityai/sd-vae-ft-mse"
+        )
     vae = models.load_vae(vae_source, recipe.vae.vae_revision)
     if text_source:
         text_encoder = models.load_part(CLIPTextModel, text_source, "text_encoder", unet.text_encoder_revision).eval()
@@ -184,6 +199,7 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
 def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     """The UNet to train: new, of the recipe's size, or the one of `pretrained_model_name_or_path`."""
     from diffusers import UNet2DConditionModel
+
     from t2i import models
 
     base, vae = recipe.unet.pretrained_model_name_or_path, frozen["vae"]
@@ -191,7 +207,9 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
         return models.load_part(UNet2DConditionModel, base, "unet").float()
     side, factor = recipe.data.resolution, models.vae_factor(vae)
     if side % factor:
-        raise UserError(f"resolution {side} is not a multiple of {factor}, the VAE's factor; choose {side // factor * factor}")
+        raise UserError(
+            f"resolution {side} is not a multiple of {factor}, the VAE's factor; choose {side // factor * factor}"
+        )
     context = frozen["text_encoder"].config.hidden_size
     return models.build_unet(recipe.unet, side // factor, vae.config.latent_channels, context)
 
@@ -209,7 +227,9 @@ def cache_inputs(
         captions = split.rows["caption"]
         long = data.count_long_captions(captions, frozen["tokenizer"])
         if long["over"]:
-            accelerator.print(f"{long['over']} of {len(split)} {name} captions exceed {long['limit']} tokens and are cut")
+            accelerator.print(
+                f"{long['over']} of {len(split)} {name} captions exceed {long['limit']} tokens and are cut"
+            )
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"]}
         text = caches.cache_text(
             captions, text_identity, text_encoder, frozen["tokenizer"], recipe.data.cache_dir, say=accelerator.print
@@ -224,7 +244,12 @@ def cache_inputs(
 
 
 def make_batch(
-    caches: dict[str, Any], config: TrainUnetConfig, recipe: Recipe, scaling_factor: float, number: int, accelerator: Any
+    caches: dict[str, Any],
+    config: TrainUnetConfig,
+    recipe: Recipe,
+    scaling_factor: float,
+    number: int,
+    accelerator: Any,
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
     """This process's share of batch `number`, on the device: scaled latents, noise, timesteps, encoder hidden states.
 
@@ -242,7 +267,16 @@ def make_batch(
     dropped = draws.uniform[:, 1].numpy() < config.proportion_empty_prompts
     rows = text.rows[indices]
     rows[dropped] = 0
-    return to_device(latents[indices, flips], draws.posterior_noise, draws.noise, draws.timesteps, text, rows, scaling_factor, accelerator)
+    return to_device(
+        latents[indices, flips],
+        draws.posterior_noise,
+        draws.noise,
+        draws.timesteps,
+        text,
+        rows,
+        scaling_factor,
+        accelerator,
+    )
 
 
 def to_device(
@@ -251,6 +285,7 @@ def to_device(
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":  # fmt: skip
     """Scaled latents [B, C, h, w] from cached moments, noise, timesteps [B], encoder hidden states [B, L, D], on the device."""
     import torch
+
     from t2i.diffusion import sample_posterior
 
     device = accelerator.device
@@ -268,6 +303,7 @@ def validation_loss(
     """
     import numpy as np
     import torch
+
     from t2i.diffusion import TIMESTEP_BANDS, denoising_loss, draw, validation_timesteps
 
     latents, text = caches["validation"]
@@ -317,8 +353,9 @@ def draw_samples(unet: Any, scheduler: Any, folder: Path, config: TrainUnetConfi
 
 def assemble(unet: Any, scheduler: Any, folder: Path) -> Any:
     """The stock pipeline of `unet` and the parts that were saved in `pipeline/` at the start."""
-    from t2i import models
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from t2i import models
 
     parts = str(folder / "pipeline")
     text_encoder = models.load_part(CLIPTextModel, parts, "text_encoder")

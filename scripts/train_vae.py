@@ -14,6 +14,7 @@ from t2i.runs import RunFolder, UserError, append_jsonl, run_main
 
 if TYPE_CHECKING:
     import torch
+
     from t2i.data import Split
 
 
@@ -33,8 +34,9 @@ def main() -> None:
     import torch
     import yaml
     from diffusers.training_utils import EMAModel
-    from t2i import data, models, training
     from tqdm import tqdm
+
+    from t2i import data, models, training
 
     splits = data.load_splits(recipe.data)
     train = splits.train
@@ -44,7 +46,9 @@ def main() -> None:
     factor = models.vae_factor(vae)
     for name, side in (("resolution", recipe.data.resolution), ("crop_size", config.crop_size or factor)):
         if side % factor or side > recipe.data.resolution:
-            raise UserError(f"{name} {side} must be a multiple of {factor}, the VAE's factor, and at most the resolution")
+            raise UserError(
+                f"{name} {side} must be a multiple of {factor}, the VAE's factor, and at most the resolution"
+            )
     inputs = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
     steps = training.total_steps(config, len(train), accelerator.num_processes)
     run = RunFolder(folder, training.identity(recipe.data, recipe.vae, config, steps=steps, **inputs))
@@ -85,7 +89,9 @@ def main() -> None:
 
     # loop
     with run.timed("train"):
-        progress = tqdm(range(steps), desc="VAE", unit="step", disable=not accelerator.is_local_main_process, mininterval=1.0)
+        progress = tqdm(
+            range(steps), desc="VAE", unit="step", disable=not accelerator.is_local_main_process, mininterval=1.0
+        )
         for step in progress:
             for micro in range(config.gradient_accumulation_steps):
                 number = step * config.gradient_accumulation_steps + micro
@@ -147,6 +153,7 @@ def make_batch(
     """This process's share of batch `number`: pixels [B, 3, S, S] in [-1, 1] and posterior noise, both on the device."""
     import numpy as np
     import torch
+
     from t2i.caches import to_pixels
     from t2i.data import batch_indices
     from t2i.diffusion import draw
@@ -170,7 +177,11 @@ def make_batch(
 
 
 def loss_terms(
-    reconstruction: "torch.Tensor", pixels: "torch.Tensor", mean: "torch.Tensor", log_variance: "torch.Tensor", config: TrainVaeConfig
+    reconstruction: "torch.Tensor",
+    pixels: "torch.Tensor",
+    mean: "torch.Tensor",
+    log_variance: "torch.Tensor",
+    config: TrainVaeConfig,
 ) -> dict[str, "torch.Tensor"]:
     """Reconstruction, structure and KL terms, and `train_loss`, their weighted sum; each a scalar, mean over pixel values.
 
@@ -192,6 +203,7 @@ def loss_terms(
 def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
     """PSNR in dB and SSIM of reconstructions from posterior means, mean over at most `limit` images."""
     import torch
+
     from t2i import metrics
     from t2i.caches import to_pixels
 
@@ -209,6 +221,7 @@ def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) ->
     """Measure on the validation split; keep and log a picture of originals over reconstructions."""
     import numpy as np
     import torch
+
     from t2i.caches import to_images, to_pixels
     from t2i.sampling import picture_grid
 
@@ -233,6 +246,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
     what latents mean). rescale: write `scaling_factor` = 1 / deviation; False keeps latents and UNets of before valid.
     """
     import torch
+
     from t2i.caches import to_pixels
     from t2i.models import fold_normalisation
 

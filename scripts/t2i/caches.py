@@ -103,7 +103,12 @@ def to_images(pixels: torch.Tensor) -> np.ndarray:
 
 
 def _cached(
-    folder: Path, shape: tuple[int, ...], dtype: str, what: str, fill: Callable[[np.ndarray], None], say: Callable[[str], None]
+    folder: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    what: str,
+    fill: Callable[[np.ndarray], None],
+    say: Callable[[str], None],
 ) -> np.ndarray:
     """The array in `folder`, made by `fill` when missing. One process of a host makes it; the others wait for the lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +119,9 @@ def _cached(
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             free = shutil.disk_usage(folder.parent).free
             if size > free:
-                raise UserError(f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f}; give another --cache_dir")
+                raise UserError(
+                    f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f}; give another --cache_dir"
+                )
             say(f"computing {what}: {size / 1e6:.1f} MB in {folder}")
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
             part.mkdir()

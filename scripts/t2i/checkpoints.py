@@ -15,7 +15,13 @@ from t2i.runs import UserError, checkpoint_folders, read_json, write_json
 
 
 def save_checkpoint(
-    run: Path, step: int, unet: Any, average: list[torch.Tensor] | None, optimizer: Any, state: dict[str, Any], limit: int | None
+    run: Path,
+    step: int,
+    unet: Any,
+    average: list[torch.Tensor] | None,
+    optimizer: Any,
+    state: dict[str, Any],
+    limit: int | None,
 ) -> Path:
     """Write `checkpoint-<step>` beside its final place and rename it; then remove the oldest beyond `limit`.
 
@@ -39,7 +45,9 @@ def save_checkpoint(
             shutil.rmtree(folder)
         os.replace(part, folder)
     except OSError as error:
-        raise UserError(f"checkpoint {folder} cannot be written ({error}); earlier checkpoints are whole, make room and start again") from None
+        raise UserError(
+            f"checkpoint {folder} cannot be written ({error}); earlier checkpoints are whole, make room and start again"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     for old in checkpoint_folders(run)[: -limit if limit else 0]:

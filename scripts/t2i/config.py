@@ -38,14 +38,18 @@ def _alias(*names: str) -> Any:
 class DataConfig:
     """The captioned images."""
 
-    dataset: Annotated[str | None, _alias("dataset_name", "train_data_dir")] = None  # Hub id, dataset folder or imagefolder
+    dataset: Annotated[str | None, _alias("dataset_name", "train_data_dir")] = (
+        None  # Hub id, dataset folder or imagefolder
+    )
     dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
     image_column: str = "image"  # column that holds the images
     caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
     caption_template: str = "a photo of a {label}, a type of flower"  # caption of an image that has only a label
     resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
-    validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.05  # share taken by content hash where a data set has no validation split
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = (
+        0.05  # share taken by content hash where a data set has no validation split
+    )
     split_seed: int = 0  # another number gives another validation split
     max_train_samples: Count | None = None  # use this many training images at most
     max_bad_share: Share = 0.05  # share of images that may be undecodable before the run ends
@@ -56,9 +60,13 @@ class DataConfig:
 class VaeConfig:
     """The autoencoder."""
 
-    vae: Annotated[str | None, _alias("pretrained_vae_model_name_or_path")] = None  # run folder, path or Hub id; None: built from the numbers below
+    vae: Annotated[str | None, _alias("pretrained_vae_model_name_or_path")] = (
+        None  # run folder, path or Hub id; None: built from the numbers below
+    )
     vae_revision: str | None = None  # branch, tag or commit of a Hub VAE
-    vae_channels: list[Count] = field(default_factory=lambda: [32, 64, 96])  # channels a level; each further level halves the side
+    vae_channels: list[Count] = field(
+        default_factory=lambda: [32, 64, 96]
+    )  # channels a level; each further level halves the side
     vae_layers: Count = 1  # residual layers a level
     latent_channels: Count = 4  # channels of the latents
 
@@ -67,18 +75,26 @@ class VaeConfig:
 class UnetConfig:
     """The denoiser, what it is conditioned on, and the noise."""
 
-    pretrained_model_name_or_path: str | None = None  # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
-    text_encoder: str | None = None  # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
+    pretrained_model_name_or_path: str | None = (
+        None  # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
+    )
+    text_encoder: str | None = (
+        None  # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
+    )
     text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
     text_hidden_size: Count = 128  # width of a built text encoder
     text_layers: Count = 2  # layers of a built text encoder
     text_max_length: Annotated[int, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
     unet_channels: list[Count] = field(default_factory=lambda: [192, 384, 576])  # channels a level
     unet_layers: Count = 2  # residual and attention layers a level
-    down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(default_factory=lambda: ["CrossAttnDownBlock2D"] * 3)  # a level each; the way up mirrors it
+    down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
+        default_factory=lambda: ["CrossAttnDownBlock2D"] * 3
+    )  # a level each; the way up mirrors it
     attention_head_dim: Count = 8  # attention heads a level (diffusers' name for their number)
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # what the UNet predicts
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"  # of the 1,000 noise levels
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = (
+        "scaled_linear"  # of the 1,000 noise levels
+    )
     rescale_betas_zero_snr: Flag = False  # last noise level is pure noise (arXiv:2305.08891); needs v_prediction
 
 
@@ -93,7 +109,9 @@ class TrainConfig:
     max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
     num_train_epochs: Positive = 100.0  # passes over the training images, if max_train_steps is None
     learning_rate: Positive = 1e-4  # at its highest
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = "cosine"  # diffusers' schedules
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "cosine"  # diffusers' schedules
     lr_warmup_steps: Natural = 500  # updates of linear warm-up
     adam_beta1: BelowOne = 0.9  # AdamW
     adam_beta2: BelowOne = 0.999  # AdamW
@@ -118,8 +136,12 @@ class TrainVaeConfig(TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # images a process and step
-    vae_train_part: Literal["all", "decoder"] = "all"  # decoder: latents stay as they are, so caches and UNets stay valid
-    crop_size: Count | None = None  # px; train on random crops of this side (validation on whole images); None: whole images
+    vae_train_part: Literal["all", "decoder"] = (
+        "all"  # decoder: latents stay as they are, so caches and UNets stay valid
+    )
+    crop_size: Count | None = (
+        None  # px; train on random crops of this side (validation on whole images); None: whole images
+    )
     kl_weight: NonNegative = 1e-6  # weight of KL(posterior || N(0, 1)), mean over pixels as in the reconstruction term
     l1_weight: NonNegative = 0.0  # weight of the absolute error
     mse_weight: NonNegative = 1.0  # weight of the squared error
@@ -150,12 +172,12 @@ class EvaluateConfig:
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
     guidance_scales: list[NonNegative] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
     num_inference_steps: Count = 30  # DDIM steps
-    sweep_prompts: Count = 32  # prompts a checkpoint and scale; the best pair is chosen on them
+    sweep_prompts: Count = 24  # prompts a checkpoint and scale; the best pair is chosen on them
     report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
     eval_batch_size: Count = 32  # pictures at once
     eval_seed: Natural = 1000  # of prompts, noise and classifier
-    classifier_steps: Natural = 1000  # training steps of the classifier that reads the pictures; 0: no classifier
-    classifier_drawings: Count = 6000  # drawings it is trained on, for drawn flowers
+    classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
+    classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
     kid_network: str | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
     clip: str | None = None  # CLIP (path or Hub id) for the CLIP score; None: not measured
 
@@ -206,9 +228,13 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     argv = sys.argv[1:] if argv is None else argv
     config = _option(argv, "config")
     recipe = load_recipe(config) if config else Recipe()
-    config_type = Annotated[str | None, tyro.conf.arg(help="recipe: a YAML file, or the name of one in scripts/recipes")]
+    config_type = Annotated[
+        str | None, tyro.conf.arg(help="recipe: a YAML file, or the name of one in scripts/recipes")
+    ]
     members: list[Any] = [("config", config_type, field(default=None))]
-    members += [(name, _fields(Recipe)[name], field(default_factory=partial(getattr, recipe, name))) for name in sections]
+    members += [
+        (name, _fields(Recipe)[name], field(default_factory=partial(getattr, recipe, name))) for name in sections
+    ]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
     for name in sections:
         setattr(recipe, name, check_options(getattr(chosen, name)))

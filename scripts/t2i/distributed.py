@@ -15,7 +15,9 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading a model: a second at most
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # accelerate's wrapper hides the optimiser's step
+    warnings.filterwarnings(
+        "ignore", message=".*lr_scheduler.step.*"
+    )  # accelerate's wrapper hides the optimiser's step
 
 
 def make_accelerator(config: TrainConfig) -> Any:

@@ -5,14 +5,19 @@ Weights are safetensors alone; no code from outside is run.
 
 import hashlib
 import json
-import math
 import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from t2i.config import UnetConfig, VaeConfig
 from t2i.runs import UserError, hash_json
@@ -29,9 +34,13 @@ def locate(source: str, part: str) -> tuple[str, str]:
             config = folder / subfolder / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
             if config.is_file():
                 return str(folder / subfolder), ""
-        raise UserError(f"{source} holds no {part} (no config.json in it, in {part}/ or in pipeline/{part}/); name its folder")
+        raise UserError(
+            f"{source} holds no {part} (no config.json in it, in {part}/ or in pipeline/{part}/); name its folder"
+        )
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise UserError(f"{source} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path of the {part}")
+        raise UserError(
+            f"{source} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path of the {part}"
+        )
     return source, part
 
 
@@ -51,13 +60,15 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
         except (OSError, ValueError, RuntimeError) as error:
             cause = cause or error
     reason = " ".join(str(cause).split())[:300]
-    raise UserError(f"the {part} {source} cannot be loaded ({reason}); give a folder or Hub id with safetensors weights")
+    raise UserError(
+        f"the {part} {source} cannot be loaded ({reason}); give a folder or Hub id with safetensors weights"
+    )
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKL:
     """A new `AutoencoderKL` of the recipe's size; each level after the first halves the side."""
     levels = len(config.vae_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -65,9 +76,26 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
         block_out_channels=tuple(config.vae_channels),
         layers_per_block=config.vae_layers,
         latent_channels=config.latent_channels,
-        norm_num_groups=math.gcd(32, *config.vae_channels),
+        norm_num_groups=_norm_groups(config.vae_channels, 16),  # smaller groups wash the colors out
         mid_block_add_attention=False,  # a convolutional VAE can learn on crops
         scaling_factor=1.0,
+    )
+    with torch.no_grad():  # start with a narrow posterior: at deviation 1 its noise drowns what the encoder says
+        vae.quant_conv.weight[config.latent_channels :] = 0.0
+        vae.quant_conv.bias[config.latent_channels :] = -7.0
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):  # start as the shortcut alone (Goyal et al., arXiv:1706.02677, 5.1)
+                module.conv2.weight.zero_()
+                module.conv2.bias.zero_()
+    return vae
+
+
+def _norm_groups(channels: list[int], least: int) -> int:
+    """Groups of GroupNorm: the most, up to 32, that divide all levels' channels and hold at least `least` of them each."""
+    return max(
+        groups
+        for groups in (1, 2, 4, 8, 16, 32)
+        if groups == 1 or (min(channels) // groups >= least and not any(n % groups for n in channels))
     )
 
 
@@ -98,27 +126,51 @@ def build_text_encoder(config: UnetConfig, captions: list[str], seed: int) -> tu
     Random features of the words suffice where captions come from one domain. Its output is standardised over the given
     captions by its last LayerNorm, so that what captions have in common does not drown what they differ in.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator(captions, trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    vocab = dict(learnt["vocab"])
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab.setdefault(symbol + "</w>", len(vocab))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[special] = len(vocab)
-    tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=config.text_max_length
-    )
+    vocab, merges = learn_bpe(captions)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text_max_length)
     text_encoder = _random_text_encoder(config, len(vocab), tokenizer, seed)
     _standardise(text_encoder, tokenizer, captions)
     return text_encoder, tokenizer
+
+
+def learn_bpe(captions: Iterable[str], limit: int = 2000) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE (Sennrich et al., arXiv:1508.07909) for `CLIPTokenizer`.
+
+    The most frequent pair is merged first, ties by the alphabet, until words of the captions are whole or `limit` merges
+    are made. The trainer of `tokenizers` breaks ties anew in each process, which would change the model's identity.
+    """
+    alphabet = bytes_to_unicode()
+    words = Counter(word for caption in captions for word in re.findall(r"[^\W\d_]+|\d|[^\s\w]+", caption.lower()))
+    pieces = {}
+    for word in words:
+        letters = [alphabet[byte] for byte in word.encode("utf-8")]
+        pieces[word] = [*letters[:-1], letters[-1] + "</w>"]
+    merges: list[tuple[str, str]] = []
+    while len(merges) < limit:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in pieces.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, parts in pieces.items():
+            if len(parts) > 1:
+                pieces[word] = _merge(parts, best)
+    symbols = sorted(alphabet.values())
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *dict.fromkeys(a + b for a, b in merges)]
+    return {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
+def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
 
 
 def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
@@ -158,7 +210,9 @@ def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, capti
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
-def build_unet(config: UnetConfig, sample_size: int, latent_channels: int, cross_attention_dim: int) -> UNet2DConditionModel:
+def build_unet(
+    config: UnetConfig, sample_size: int, latent_channels: int, cross_attention_dim: int
+) -> UNet2DConditionModel:
     """A new UNet of the recipe's size for latents [latent_channels, sample_size, sample_size]."""
     levels = len(config.unet_channels)
     if len(config.down_block_types) != levels:
@@ -179,7 +233,7 @@ def build_unet(config: UnetConfig, sample_size: int, latent_channels: int, cross
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(config.down_block_types)),
         attention_head_dim=config.attention_head_dim,
         cross_attention_dim=cross_attention_dim,
-        norm_num_groups=math.gcd(32, *config.unet_channels),
+        norm_num_groups=_norm_groups(config.unet_channels, 6),
     )
 
 
@@ -204,7 +258,11 @@ def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
 
 
 def build_pipeline(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, scheduler: Any
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: Any,
 ) -> StableDiffusionPipeline:
     """The stock pipeline, with the DDIM schedule that belongs to the training's."""
     pipeline = StableDiffusionPipeline(

@@ -24,7 +24,9 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted: finished checkpoints and caches are kept; the same command goes on from them", file=sys.stderr)
+        print(
+            "interrupted: finished checkpoints and caches are kept; the same command goes on from them", file=sys.stderr
+        )
         raise SystemExit(130) from None
 
 
@@ -103,7 +105,9 @@ class RunFolder:
     def start(self, config: str, quarantine: list[dict[str, str]]) -> None:
         """Write what is known before the first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
         write_text(self.folder / "config.yaml", config)
-        write_text(self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine))
+        write_text(
+            self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
+        )
         self.save(quarantined=len(quarantine))
 
     def save(self, **results: Any) -> None:

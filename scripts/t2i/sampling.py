@@ -58,7 +58,9 @@ def load_pipeline(
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model") from None
+            raise UserError(
+                f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model"
+            ) from None
     if scheduler:
         pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -79,14 +81,20 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         checkpoints = checkpoint_folders(folder)
         if checkpoints:
             return _load_folder(checkpoints[-1], weights)
-        raise UserError(f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps")
-    raise UserError(f"{folder} is neither a run folder, a checkpoint nor a pipeline (no run.json, state.json or model_index.json)")
+        raise UserError(
+            f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps"
+        )
+    raise UserError(
+        f"{folder} is neither a run folder, a checkpoint nor a pipeline (no run.json, state.json or model_index.json)"
+    )
 
 
 def _scheduler_class(name: str) -> Any:
     cls = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
     if not (name.lower() in SCHEDULERS or name.endswith("Scheduler")) or not hasattr(cls, "from_config"):
-        raise UserError(f"unknown scheduler {name!r}; take one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers")
+        raise UserError(
+            f"unknown scheduler {name!r}; take one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers"
+        )
     return cls
 
 
@@ -136,7 +144,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
         return json.loads(getattr(image, "text", {}).get("parameters", "{}"))
 
 
-def picture_grid(pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
+def picture_grid(
+    pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
+) -> Image.Image:
     """Pictures uint8 [N, R, R, 3] in rows of `columns`, left to right, with a line of text under each if `labels` is given."""
     side, gap = pictures.shape[1] * scale, 2
     line = 12 if labels else 0

@@ -18,8 +18,24 @@ from t2i.runs import UserError
 
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
-    *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder", "text_encoder_revision"),
-    *("pretrained_model_name_or_path", "report_to", "experiment", "run_name", "logging_steps", "checkpoints_total_limit"),
+    *(
+        "output_dir",
+        "cache_dir",
+        "dataset",
+        "dataset_revision",
+        "vae",
+        "vae_revision",
+        "text_encoder",
+        "text_encoder_revision",
+    ),
+    *(
+        "pretrained_model_name_or_path",
+        "report_to",
+        "experiment",
+        "run_name",
+        "logging_steps",
+        "checkpoints_total_limit",
+    ),
     *("validation_steps", "validation_prompts", "guidance_scale", "num_inference_steps"),
     *("resume_from_checkpoint", "max_bad_share", "image_column", "caption_column", "caption_template"),
 }  # inputs are compared by the hashes of their contents
@@ -42,7 +58,9 @@ def total_steps(config: TrainConfig, samples: int, world: int) -> int:
     return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * samples / batch))
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: TrainConfig, steps: int
+) -> tuple[torch.optim.AdamW, Any]:
     """AdamW and its learning-rate schedule, which counts weight updates."""
     optimizer = torch.optim.AdamW(
         parameters,
@@ -67,7 +85,9 @@ def dataset_name(config: DataConfig) -> str:
 def require_finite(loss: float, step: int, learning_rate: float) -> None:
     """End the run with a sentence when the loss is not a number."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}; lower --learning_rate (it is {learning_rate}) or check the data")
+        raise UserError(
+            f"the loss is {loss} at step {step}; lower --learning_rate (it is {learning_rate}) or check the data"
+        )
 
 
 @contextmanager
@@ -89,7 +109,9 @@ def code_revision() -> str:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(here.parent)) else "")

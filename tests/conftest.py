@@ -1,0 +1,99 @@
+"""What several test files share: a home without user settings, the commands, and one small finished run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+
+# small enough that every command takes seconds
+TINY = """
+data: {resolution: 32}
+vae: {vae_channels: [8, 8], vae_layers: 1}
+unet:
+  text_hidden_size: 32
+  text_layers: 1
+  text_max_length: 24
+  unet_channels: [16, 32]
+  unet_layers: 1
+  down_block_types: [DownBlock2D, CrossAttnDownBlock2D]
+  attention_head_dim: 2
+  prediction_type: v_prediction
+  rescale_betas_zero_snr: true
+train_vae: {train_batch_size: 4, max_train_steps: 12, lr_warmup_steps: 2, learning_rate: 2.0e-3, validation_steps: 6}
+train_unet:
+  train_batch_size: 4
+  max_train_steps: 8
+  lr_warmup_steps: 2
+  validation_steps: 4
+  validation_images: 8
+  checkpointing_steps: 4
+  num_inference_steps: 2
+  validation_prompts: [a red flower]
+evaluate:
+  guidance_scales: [1.0, 3.0]
+  num_inference_steps: 2
+  sweep_prompts: 4
+  report_prompts: 6
+  classifier_steps: 4
+  classifier_drawings: 64
+"""
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Environment of a subprocess: an empty home, no network for the Hub, one thread, tracking beside the test's files."""
+    home = tmp_path_factory.mktemp("home")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HF_", "ACCELERATE"))}
+    return kept | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def command(environment):
+    """Run a script as users type it; returns the finished process with its output as text."""
+
+    def run(script, *arguments, cwd, launcher=(), code=0, env=None):
+        words = [sys.executable, *launcher, str(SCRIPTS / script), *map(str, arguments)]
+        done = subprocess.run(
+            words, cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == code, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """The words before a script's name: the real accelerate launcher with the README's configuration."""
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    return ("-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory, command, launcher):
+    """A finished run of the tiny recipe by the real commands: dataset/, vae/, unet/ in a folder of its own."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "tiny.yaml").write_text(TINY)
+    command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 12, "--test_count", 12,
+            "--size", 32, "--workers", 1, cwd=folder)  # fmt: skip
+    common = ("--config", "tiny.yaml", "--dataset", "dataset")
+    folder.joinpath("vae.log").write_text(
+        command("train_vae.py", *common, "--output_dir", "vae", cwd=folder, launcher=launcher).stdout
+    )
+    folder.joinpath("unet.log").write_text(
+        command("train_unet.py", *common, "--vae", "vae", "--output_dir", "unet", cwd=folder, launcher=launcher).stdout
+    )
+    return folder
+
+
+def photos() -> Path:
+    """The real photos beside the repository, where there are some; a test that needs them is skipped otherwise."""
+    folder = ROOT.parent / "shared" / "data" / "oxford-flowers-12"
+    if not folder.is_dir():
+        pytest.skip("needs the photos in ../shared/data/oxford-flowers-12, which are not part of the project")
+    return folder

@@ -1,0 +1,192 @@
+"""The commands that users type, on models built here: train, go on, generate, evaluate, whole recipes, mistakes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from conftest import ROOT, SCRIPTS, TINY
+
+SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("*.py"))
+
+
+def report_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_training_leaves_what_it_promises(workspace):
+    vae, unet = report_of(workspace / "vae"), report_of(workspace / "unet")
+    assert vae["status"] == unet["status"] == "finished"
+    assert vae["psnr_db"] > vae["psnr_db_before"]
+    assert json.loads((workspace / "vae/vae/config.json").read_text())["scaling_factor"] == vae["scaling_factor"]
+    assert {path.name for path in (workspace / "unet").glob("checkpoint-*")} == {
+        "checkpoint-000004",
+        "checkpoint-000008",
+    }
+    rows = [json.loads(line) for line in (workspace / "unet/metrics.jsonl").read_text().splitlines()]
+    bands = {key for row in rows for key in row if key.startswith("val_loss_")}
+    assert len(bands) == 4
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert len(list((workspace / "unet/samples").glob("step-*.png"))) == 2
+    assert yaml.safe_load((workspace / "unet/config.yaml").read_text())["unet"]["unet_channels"] == [16, 32]
+    assert not [path for path in workspace.rglob("*") if path.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]
+
+
+def test_a_finished_run_is_reused_and_another_refused(workspace, command):
+    common = ("--config", "tiny.yaml", "--dataset", "dataset", "--output_dir", "vae")
+    again = command("train_vae.py", *common, cwd=workspace)
+    assert "reusing the finished VAE" in again.stdout
+    other = command("train_vae.py", *common, "--learning_rate", "0.5", cwd=workspace, code=2)
+    assert "TrainVae.learning_rate" in other.stderr
+    assert "another --output_dir" in other.stderr
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(workspace, command, tmp_path):
+    unet = tmp_path / "unet"
+    shutil.copytree(workspace / "unet", unet)
+    shutil.rmtree(unet / "checkpoint-000008")
+    state = report_of(unet)
+    (unet / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    common = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", unet)
+    done = command("train_unet.py", *common, cwd=workspace)  # plain python, where the first run was launched
+    assert "going on from" in done.stdout
+    for part in ("unet", "unet_ema"):
+        first = (workspace / "unet/checkpoint-000008" / part / "diffusion_pytorch_model.safetensors").read_bytes()
+        assert (unet / "checkpoint-000008" / part / "diffusion_pytorch_model.safetensors").read_bytes() == first
+
+
+def test_stock_diffusers_draws_the_same_picture(workspace, command, tmp_path):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    prompt = "a red flower with five petals"
+    options = ("--prompt", prompt, "a blue one", "--seed", 7, "--num_inference_steps", 3, "--output_dir", tmp_path)
+    command("generate_images.py", "--model", "unet", *options, "--grid", cwd=workspace)
+    ours = np.asarray(Image.open(tmp_path / "0000-seed7.png")).astype(int)
+    pipeline = StableDiffusionPipeline.from_pretrained(workspace / "unet/pipeline")
+    stock = pipeline(prompt, generator=torch.Generator().manual_seed(7), num_inference_steps=3, guidance_scale=7.5)
+    assert np.abs(ours - np.asarray(stock.images[0]).astype(int)).mean() <= 1
+    text = json.loads(Image.open(tmp_path / "0000-seed7.png").text["parameters"])
+    assert (text["prompt"], text["seed"], text["guidance_scale"]) == (prompt, 7, 7.5)
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_a_picture_does_not_depend_on_its_batch(workspace):
+    from t2i import sampling
+
+    pipeline = sampling.load_pipeline(workspace / "unet" / "checkpoint-000004")
+    prompts, seeds = ["a red flower", "a white flower", "a blue flower"], [3, 4, 5]
+    together = sampling.generate(pipeline, prompts, seeds, num_inference_steps=3, batch_size=3, progress=False)
+    alone = sampling.generate(pipeline, prompts, seeds, num_inference_steps=3, batch_size=1, progress=False)
+    assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
+    assert np.abs(together[0].astype(int) - together[1].astype(int)).max() > 1
+
+
+def test_evaluation_writes_figures_pictures_and_card(workspace, command):
+    from huggingface_hub import ModelCard
+
+    done = command(
+        "evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset", cwd=workspace
+    )
+    results = json.loads((workspace / "unet/evaluation/evaluation.json").read_text())
+    pairs = {(cell["checkpoint"], cell["guidance_scale"]) for cell in results["cells"]}
+    assert len(pairs) == 4
+    for cell in results["cells"]:
+        assert set(cell["prompt_following"]) == {"petal_color", "center_color", "background", "petal_count", "all"}
+        assert (workspace / "unet/evaluation" / cell["grid"]).is_file()
+    assert results["report"]["prompts"] == 6
+    assert "chosen: checkpoint-" in done.stdout
+    card = ModelCard.load(workspace / "unet/pipeline/README.md")
+    assert card.data.eval_results
+    again = command(
+        "evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset", cwd=workspace
+    )
+    assert "reusing the finished evaluation" in again.stdout
+
+
+def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = ("--config", "tiny.yaml", "--output_dir", "out", "--dataset", workspace / "dataset",
+               "--accelerate_config", ROOT / "accelerate_configs/cpu.yaml")  # fmt: skip
+    first = command("run_recipe.py", *options, cwd=tmp_path)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    for heads in ("probe_accuracy", "prompt_following"):
+        assert {"petal_color", "background", "center_color", "petal_count"} <= set(report[heads])
+        assert all(0 <= share <= 1 for share in report[heads].values())
+    assert {"train_vae", "train_unet", "evaluate"} == set(report["seconds"])
+    assert report["vae"]["psnr_db"] > 0
+    assert report["peak_rss_bytes"] > 1e8
+    assert (tmp_path / report["pipeline"] / "model_index.json").is_file()
+    assert "streamlit run dashboard" in first.stdout
+    second = command("run_recipe.py", *options, cwd=tmp_path)
+    assert second.stdout.count("reusing the finished") == 3
+    assert json.loads((tmp_path / "out/report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("script", SCRIPT_NAMES)
+def test_help_imports_no_torch(script, command, tmp_path):
+    spy = (
+        "import sys, runpy; sys.argv = [sys.argv[1], '--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    spy += "finally: print('torch' in sys.modules or 'diffusers' in sys.modules)"
+    (tmp_path / "spy.py").write_text(spy)
+    done = command(tmp_path / "spy.py", SCRIPTS / script, cwd=tmp_path, env={"PYTHONPATH": str(SCRIPTS)})
+    assert done.stdout.strip().endswith("False")
+    assert "default:" in done.stdout
+
+
+MISTAKES = [
+    ("train_unet.py", ["--dataset", "dataset"], "no VAE: give --vae"),
+    ("train_unet.py", [], "no data set: give --dataset"),
+    ("train_unet.py", ["--dataset", "nowhere/at/all"], "nowhere/at/all"),
+    ("train_unet.py", ["--config", "bad.yaml"], "did you mean 'learning_rate'?"),
+    ("train_unet.py", ["--learnin_rate", "1"], "--learning_rate"),
+    ("train_unet.py", ["--dataset", "dataset", "--rescale_betas_zero_snr"], "set prediction_type: v_prediction"),
+    ("train_vae.py", ["--dataset", "dataset", "--crop_size", "7"], "crop_size 7"),
+    ("train_vae.py", ["--max_grad_norm", "0"], "max_grad_norm"),
+    ("generate_images.py", ["--model", "unet"], "no prompt"),
+    ("generate_images.py", ["--model", "dataset", "--prompt", "x"], "neither a run folder"),
+    ("generate_images.py", ["--model", "unet", "--prompt", "x", "--scheduler", "os"], "unknown scheduler"),
+    ("evaluate_checkpoints.py", ["--model", "unet", "--checkpoints", "checkpoint-9"], "checkpoint-000004"),
+    ("make_flowers.py", ["--output_dir", "vae"], "holds other files"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "sentence"), MISTAKES)
+def test_mistakes_get_one_sentence(script, arguments, sentence, workspace, command):
+    (workspace / "bad.yaml").write_text("train_unet: {learnin_rate: 1}\n")
+    done = command(script, *arguments, cwd=workspace, code=2)
+    assert sentence in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_of_torchrun_train_the_same_samples_as_one(workspace, command):
+    common = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none", "--max_train_steps", 3,
+              "--checkpointing_steps", 3, "--logging_steps", 1)  # fmt: skip
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    env = {"ACCELERATE_USE_CPU": "true"}
+    command(
+        "train_unet.py",
+        *common,
+        "--train_batch_size",
+        2,
+        "--output_dir",
+        "two",
+        cwd=workspace,
+        launcher=torchrun,
+        env=env,
+    )
+    command("train_unet.py", *common, "--train_batch_size", 4, "--output_dir", "one", cwd=workspace, env=env)
+    norms = [
+        [
+            json.loads(line)["grad_norm"]
+            for line in (workspace / name / "metrics.jsonl").read_text().splitlines()
+            if "grad_norm" in line
+        ]
+        for name in ("one", "two")
+    ]
+    assert report_of(workspace / "two")["processes"] == 2
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-3)  # gradients are averaged over the same samples
