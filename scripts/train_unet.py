@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_unet.p
 Neither VAE nor text encoder is in memory during the loop: what they say of the data set is computed once and cached.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     import torch
 
     from t2i.caches import TextCache
+
+
+@dataclass
+class Trained:
+    """What a training step works on."""
+
+    model: Any  # the UNet as prepared
+    parameters: list[Any]
+    optimizer: Any
+    schedule: Any
+    ema: Any  # or None
+    scheduler: Any  # of the noise
+    caches: dict[str, Any]  # `{split: (latents, text)}`
+    scaling_factor: float
+
 
 VALIDATION_SEED = 20231  # of the noise that every run's validation loss is measured with
 TRACKED = 50  # last logged losses whose mean is the run's final train loss
@@ -40,7 +56,7 @@ def main() -> None:
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from t2i import checkpoints, data, diffusion, models, training
+    from t2i import checkpoints, data, models, training
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data)
@@ -88,6 +104,7 @@ def main() -> None:
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    trained = Trained(model, parameters, optimizer, schedule, ema, scheduler, caches, scaling_factor)
 
     # resume
     start = 0
@@ -113,23 +130,7 @@ def main() -> None:
             disable=not accelerator.is_local_main_process, mininterval=1.0,
         )  # fmt: skip
         for step in progress:
-            for micro in range(config.gradient_accumulation_steps):
-                number = step * config.gradient_accumulation_steps + micro
-                latents, noise, timesteps, context = make_batch(
-                    caches, config, recipe, scaling_factor, number, accelerator
-                )
-                with accelerator.accumulate(model):
-                    loss = diffusion.denoising_loss(
-                        model, scheduler, latents, noise, timesteps, context, config.snr_gamma
-                    ).mean()
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            schedule.step()
-            if ema and not accelerator.optimizer_step_was_skipped:
-                ema.step(parameters)
+            loss, norm = train_step(trained, config, step, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
@@ -243,13 +244,29 @@ def cache_inputs(
     return cached
 
 
+def train_step(
+    trained: Trained, config: TrainUnetConfig, step: int, accelerator: Any
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns loss and gradient norm."""
+    from t2i.diffusion import denoising_loss
+
+    for micro in range(config.gradient_accumulation_steps):
+        batch = make_batch(trained, config, step * config.gradient_accumulation_steps + micro, accelerator)
+        with accelerator.accumulate(trained.model):
+            loss = denoising_loss(trained.model, trained.scheduler, *batch, config.snr_gamma).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm)
+            trained.optimizer.step()
+            trained.optimizer.zero_grad()
+    trained.schedule.step()
+    if trained.ema and not accelerator.optimizer_step_was_skipped:
+        trained.ema.step(trained.parameters)
+    return loss, norm
+
+
 def make_batch(
-    caches: dict[str, Any],
-    config: TrainUnetConfig,
-    recipe: Recipe,
-    scaling_factor: float,
-    number: int,
-    accelerator: Any,
+    trained: Trained, config: TrainUnetConfig, number: int, accelerator: Any
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
     """This process's share of batch `number`, on the device: scaled latents, noise, timesteps, encoder hidden states.
 
@@ -258,24 +275,17 @@ def make_batch(
     from t2i.data import batch_indices
     from t2i.diffusion import draw
 
-    latents, text = caches["train"]
+    latents, text = trained.caches["train"]
     world, rank = accelerator.num_processes, accelerator.process_index
     indices = batch_indices(len(latents), config.train_batch_size * world, config.seed, number)[rank::world]
-    side = latents.shape[-1]
-    draws = draw(config.seed, number, indices.tolist(), (latents.shape[2] // 2, side, side), 1000)
+    shape = (latents.shape[2] // 2, *latents.shape[3:])
+    draws = draw(config.seed, number, indices.tolist(), shape, trained.scheduler.config.num_train_timesteps)
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
-    dropped = draws.uniform[:, 1].numpy() < config.proportion_empty_prompts
     rows = text.rows[indices]
-    rows[dropped] = 0
+    rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
+    moments = latents[indices, flips]
     return to_device(
-        latents[indices, flips],
-        draws.posterior_noise,
-        draws.noise,
-        draws.timesteps,
-        text,
-        rows,
-        scaling_factor,
-        accelerator,
+        moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, trained.scaling_factor, accelerator
     )
 
 

@@ -206,10 +206,10 @@ def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
 
     canvas *= np.array(TINTS[attributes["background"]], np.float32)
     image = Image.fromarray(np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8))
-    return _lens(np.asarray(image.reduce(SUPERSAMPLING)))
+    return _soften(np.asarray(image.reduce(SUPERSAMPLING)))
 
 
-def _lens(image: np.ndarray) -> np.ndarray:
+def _soften(image: np.ndarray) -> np.ndarray:
     """The softness of a lens, about half a pixel: uint8 [S, S, 3] convolved with (0.12, 0.76, 0.12) both ways."""
     soft = np.pad(image.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     soft = 0.12 * (soft[:-2] + soft[2:]) + 0.76 * soft[1:-1]

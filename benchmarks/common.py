@@ -1,0 +1,44 @@
+"""What the benchmarks share: where results are kept, with the machine and the versions that made them."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+sys.path.append(str(SCRIPTS))
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the processor, those that matter to speed
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Print a result and keep it as `results/<name>.json`, with machine and versions."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
+        platform.processor(),
+    )
+    known = next((line for line in cpu.splitlines() if line.startswith("flags")), "").split()
+    machine = {"cpu": model, "cores": os.cpu_count(), "flags": [flag for flag in FLAGS if flag in known]}
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers", "accelerate")}
+    row = {"name": name, **result, "machine": machine, "versions": {"python": platform.python_version(), **versions}}
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(row, indent=2) + "\n")
+    print(json.dumps(row))
+
+
+def run_script(script: str, *arguments: Any, cwd: Path) -> str:
+    """Run one of the suite's scripts; return its output. Raises `RuntimeError` with its last lines if it fails."""
+    words = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    done = subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} ended with {done.returncode}: {done.stdout[-1000:]} {done.stderr[-3000:]}")
+    return done.stdout

@@ -1,0 +1,106 @@
+"""Models built from a recipe: latents, tokenizer, refusals."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import SCRIPTS
+from t2i import models
+from t2i.config import UnetConfig, VaeConfig
+from t2i.runs import UserError
+
+CAPTIONS = ["a red flower with five petals, at night", "two blue flowers in a meadow", "ein weißes Veilchen!"]
+
+
+def test_folding_normalises_latents_and_leaves_reconstructions():
+    torch.manual_seed(0)
+    vae = models.build_vae(VaeConfig(vae_channels=[16, 16], latent_channels=3)).eval()
+    for parameter in vae.parameters():  # a new VAE's zeros would hide mistakes
+        torch.nn.init.normal_(parameter, std=0.1)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = torch.tensor([1.0, -2.0, 0.3]), torch.tensor([0.5, 2.0, 3.0])
+    with torch.no_grad():
+        before = vae.encode(pixels).latent_dist
+        picture = vae.decode(before.mean).sample
+        models.fold_normalisation(vae, mean, std)
+        after = vae.encode(pixels).latent_dist
+        torch.testing.assert_close(
+            after.mean, (before.mean - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(after.std, before.std / std.view(-1, 1, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_is_the_same_in_every_process():
+    code = f"import sys; sys.path.append({str(SCRIPTS)!r}); from t2i import models, config\n"
+    code += f"e, t = models.build_text_encoder(config.UnetConfig(text_hidden_size=32), {CAPTIONS!r}, 0)\n"
+    code += "print(models.hash_tokenizer(t), models.hash_model(e))"
+    answers = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(answers) == 1
+
+
+def test_the_tokenizer_survives_saving_and_knows_whole_words(tmp_path):
+    _, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=16), CAPTIONS, 0)
+    assert tokenizer.tokenize("a red flower") == ["a</w>", "red</w>", "flower</w>"]
+    tokenizer.save_pretrained(tmp_path)
+    again = models.load_part(type(tokenizer), str(tmp_path), "tokenizer")
+    assert again(CAPTIONS).input_ids == tokenizer(CAPTIONS).input_ids
+    assert again.model_max_length == 16
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=40))
+def test_the_tokenizer_takes_any_text(text):
+    tokenizer = test_the_tokenizer_takes_any_text.tokenizer
+    assert len(tokenizer([text], padding="max_length", max_length=32, truncation=True).input_ids[0]) == 32
+
+
+_, test_the_tokenizer_takes_any_text.tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32), CAPTIONS, 0)
+
+
+def test_captions_differ_and_their_embeddings_are_standardised():
+    encoder, tokenizer = models.build_text_encoder(UnetConfig(), CAPTIONS, 0)
+    hidden = models.encode_captions(encoder, tokenizer, CAPTIONS)
+    assert hidden.shape == (3, 32, 128)
+    assert abs(hidden.mean()) < 0.05
+    assert abs(hidden.std() - 1) < 0.1
+    assert (hidden[0] - hidden[1]).abs().max() > 0.5
+
+
+def test_identity_of_a_model_follows_its_weights():
+    vae = models.build_vae(VaeConfig(vae_channels=[16, 16]))
+    first = models.hash_model(vae)
+    assert models.hash_model(vae) == first
+    with torch.no_grad():
+        vae.decoder.conv_in.bias[0] += 1e-6
+    assert models.hash_model(vae) != first
+
+
+def test_refusals_name_the_mend():
+    with pytest.raises(UserError, match="v_prediction"):
+        models.build_noise_scheduler(UnetConfig(rescale_betas_zero_snr=True))
+    with pytest.raises(UserError, match="one type a level"):
+        models.build_unet(UnetConfig(unet_channels=[16, 32]), 8, 4, 32)
+    with pytest.raises(UserError, match="halved"):
+        models.build_unet(UnetConfig(unet_channels=[16, 32, 32]), 6, 4, 32)
+    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
+        models.locate("./missing", "vae")
+
+
+def test_the_recipe_flowers_is_the_model_card():
+    from t2i.config import load_recipe
+
+    recipe = load_recipe("flowers")
+    with torch.device("meta"):
+        unet = models.build_unet(recipe.unet, 16, 4, 768)
+    assert 147e6 < sum(parameter.numel() for parameter in unet.parameters()) < 149e6
+    assert recipe.vae.vae == "stabilityai/sd-vae-ft-mse"
+    assert recipe.unet.text_encoder == "openai/clip-vit-large-patch14"
+    assert (recipe.train_unet.max_grad_norm, recipe.train_unet.proportion_empty_prompts) == (0.5, 0.1)
