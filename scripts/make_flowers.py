@@ -36,7 +36,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from t2i import flowers
-    from t2i.data import save_dataset_folder
+    from t2i.dataset_folder import save_dataset_folder
 
     folder = Path(options.output_dir)
     wanted = {"count": options.count, "validation_count": options.validation_count, "test_count": options.test_count,

@@ -5,7 +5,6 @@ python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir out
 Each stage is one of the commands that the README names, printed before it runs. A finished stage is reused.
 """
 
-import resource
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from t2i.config import check_options, load_recipe, parse_options
-from t2i.runs import UserError, hash_json, read_json, run_main, write_json
+from t2i.runs import UserError, read_json, run_main, write_json
 
 SCRIPTS = Path(__file__).parent
 
@@ -39,26 +38,21 @@ def main() -> None:
     recipe = load_recipe(options.config)
     folder = Path(options.output_dir)
     dataset = options.dataset or recipe.data.dataset or str(folder / "dataset")
-    report_file = folder / "report.json"
-    earlier = read_json(report_file) if report_file.is_file() else {}
-    seconds: dict[str, float] = {}
-
     if not (options.dataset or recipe.data.dataset):
         size = str(recipe.data.resolution)
-        seconds["draw"] = stage("drawing flowers", python("make_flowers.py", "--output_dir", dataset, "--size", size))
+        drawing = python("make_flowers.py", "--output_dir", dataset, "--size", size)
+        stage("draw", "drawing flowers", drawing, folder, folder / ".dataset" / "run.json")
     common = ["--config", options.config, "--dataset", dataset]
-    vae, unet = str(folder / "vae"), str(folder / "unet")
-    seconds["train_vae"] = stage(
-        "training the autoencoder", launch(options, "train_vae.py", *common, "--output_dir", vae)
-    )
-    seconds["train_unet"] = stage(
-        "caching, then training the denoiser",
-        launch(options, "train_unet.py", *common, "--vae", vae, "--output_dir", unet),
-    )
-    seconds["evaluate"] = stage("evaluating", python("evaluate_checkpoints.py", *common, "--model", unet))
+    vae, unet = folder / "vae", folder / "unet"
+    training = launch(options, "train_vae.py", *common, "--output_dir", str(vae))
+    stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
+    training = launch(options, "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet))
+    stage("train_unet", "caching, then training the denoiser", training, folder, unet / "run.json")
+    evaluation = python("evaluate_checkpoints.py", *common, "--model", str(unet))
+    stage("evaluate", "evaluating", evaluation, folder, unet / "evaluation" / "run.json")
 
-    report = make_report(folder, seconds, earlier)
-    write_json(report_file, report)
+    report = make_report(folder)
+    write_json(folder / "report.json", report)
     print_table(report, folder)
 
 
@@ -78,33 +72,35 @@ def launch(options: Options, script: str, *arguments: str) -> list[str]:
     return [*accelerate, str(SCRIPTS / script), *arguments]
 
 
-def stage(title: str, command: list[str]) -> float:
-    """Run a stage, its output on this terminal; return its seconds. Ends this run when the stage fails."""
+def stage(name: str, title: str, command: list[str], folder: Path, marker: Path) -> None:
+    """Run a stage, its output on this terminal; keep its seconds in stages.json if it did work, which `marker` tells.
+
+    Ends this run when the stage fails.
+    """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
+    before = marker.stat().st_mtime_ns if marker.is_file() else None
     start = time.perf_counter()
     code = subprocess.run(command).returncode
     if code:
         raise UserError(
             f"{title} ended with exit code {code}; mend what it said above and run the same command again: finished stages are kept"
         )
-    return round(time.perf_counter() - start, 1)
+    if marker.stat().st_mtime_ns != before:
+        stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
+        write_json(folder / "stages.json", {**stages, name: round(time.perf_counter() - start, 1)})
 
 
-def make_report(folder: Path, seconds: dict[str, float], earlier: dict[str, Any]) -> dict[str, Any]:
-    """What the stages found, in one file. Reused stages keep the seconds and memory of the run that did the work."""
+def make_report(folder: Path) -> dict[str, Any]:
+    """What the stages found, in one file; a reused stage counts with the time and memory of the run that did its work."""
     vae, unet = read_json(folder / "vae" / "run.json"), read_json(folder / "unet" / "run.json")
-    evaluation = read_json(folder / "unet" / "evaluation" / "evaluation.json")
-    inputs = hash_json([vae["identity"], unet["identity"], evaluation["identity"]])
-    reused = earlier.get("inputs") == inputs
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    evaluation = read_json(folder / "unet" / "evaluation" / "run.json")
     return {
-        "seconds": earlier["seconds"] if reused else seconds,
-        "peak_rss_bytes": earlier["peak_rss_bytes"] if reused else peak,
+        "seconds": read_json(folder / "stages.json"),
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in (vae, unet, evaluation)),
         "vae": {key: vae.get(key) for key in ("psnr_db", "ssim", "test_psnr_db", "test_ssim")},
         "unet": {key: unet[key] for key in ("train_loss", "val_loss", "steps")},
         **evaluation["report"],
         "pipeline": str(folder / "unet" / "pipeline"),
-        "inputs": inputs,
     }
 
 
@@ -117,11 +113,10 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
     print(f"  {'VAE on validation':<28}{report['vae']['psnr_db']:8.2f} dB")
     print(f"  {'chosen guidance scale':<28}{report['guidance_scale']:8.1f}")
     print(f"  {'reads off the pictures':<28}{'right':>8}   classifier alone")
-    for name, share in report.get("prompt_following", {}).items():
+    for name, share in (report["prompt_following"] or {}).items():
         known = report["probe_accuracy"].get(name)
         print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{known:.1%}' if known is not None else ''}")
-    if report.get("memorisation"):
-        print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
+    print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
     print(f"\npictures: {folder / 'unet' / 'evaluation'}/*.png   report: {folder / 'report.json'}")
     print(f"pipeline for diffusers: {report['pipeline']}")
     print("compare checkpoints and guidance scales: .venv/bin/streamlit run dashboard   (or: make dashboard)")

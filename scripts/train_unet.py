@@ -59,7 +59,11 @@ def main() -> None:
     from t2i import checkpoints, data, models, training
 
     scheduler = models.build_noise_scheduler(recipe.unet)
-    splits = data.load_splits(recipe.data)
+    splits = data.load_splits(recipe.data, say=accelerator.print)
+    if splits.validation is None:
+        raise UserError(
+            f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
+        )
     count = len(splits.train)
     steps = training.total_steps(config, count, accelerator.num_processes)
 
@@ -83,13 +87,8 @@ def main() -> None:
     scaling_factor = frozen["vae"].config.scaling_factor
     frozen.clear()  # VAE and text encoder leave the memory
     tracker = None
-    if accelerator.is_main_process and config.report_to == "mlflow":
-        from t2i import tracking
-
-        name = config.run_name or folder.name
-        tracker = tracking.Tracker(
-            folder, experiment=config.experiment, run_name=name, config=to_dict(recipe), tags=inputs
-        )
+    if accelerator.is_main_process:
+        tracker = training.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:

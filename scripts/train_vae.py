@@ -38,7 +38,11 @@ def main() -> None:
 
     from t2i import data, models, training
 
-    splits = data.load_splits(recipe.data)
+    splits = data.load_splits(recipe.data, say=accelerator.print)
+    if splits.validation is None:
+        raise UserError(
+            f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
+        )
     train = splits.train
 
     # models
@@ -58,11 +62,7 @@ def main() -> None:
     tracker = None
     if accelerator.is_main_process:
         run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
-        if config.report_to == "mlflow":
-            from t2i import tracking
-
-            name = config.run_name or folder.name
-            tracker = tracking.Tracker(folder, experiment=config.experiment, run_name=name, config=to_dict(recipe))
+        tracker = training.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         vae = vae.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:

@@ -22,7 +22,8 @@ from PIL import Image
 
 from t2i import data
 from t2i.config import DataConfig
-from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits, save_dataset_folder
+from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits
+from t2i.dataset_folder import save_dataset_folder
 from t2i.images import decode_image, fit
 from t2i.runs import UserError
 
@@ -593,3 +594,22 @@ def test_the_real_photos(tmp_path):
     assert len(set(splits.train.rows["label"])) == 12
     assert "a photo of a colts foot, a type of flower" in set(splits.train.rows["caption"])
     assert time.perf_counter() - start < 60
+
+
+def test_number_labels_get_their_names(tmp_path: Path) -> None:
+    """As in Oxford 102 on the Hub, whose labels are the numbers of the data set's authors."""
+    folder = tmp_path / "numbers"
+    for label in ("1", "2"):
+        (folder / label).mkdir(parents=True)
+        for number in range(4):
+            color = (60 * number, 90 * int(label), 40)
+            Image.new("RGB", (16, 16), color).save(folder / label / f"{number}.png")
+    config = DataConfig(
+        dataset=str(folder),
+        resolution=16,
+        cache_dir=str(tmp_path / "cache"),
+        label_names=["pink primrose", "sweet pea"],
+    )
+    rows = data.load_splits(config).train.rows
+    assert set(rows["label"]) == {"pink primrose", "sweet pea"}
+    assert "a photo of a sweet pea, a type of flower" in rows["caption"]

@@ -120,7 +120,7 @@ def test_petals_end_at_their_tips():
 def test_petals_show_their_color():
     """Mean color of a ring through the petals is nearest to that of the named color, on every background."""
     y, x = (np.mgrid[:64, :64] + 0.5) / 64
-    ring = (np.hypot(x - 0.5, y - 0.455) > 0.17) & (np.hypot(x - 0.5, y - 0.455) < 0.27)
+    ring = (np.hypot(x - 0.5, y - 0.455) > 0.21) & (np.hypot(x - 0.5, y - 0.455) < 0.3)
     colors = {name: np.array(palette[1], float) for name, palette in flowers.PETALS.items()}
     for color, background in itertools.product(flowers.ATTRIBUTES["petal_color"], flowers.ATTRIBUTES["background"]):
         seen = np.median(picture(petal_color=color, background=background)[ring], 0)

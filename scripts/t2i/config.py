@@ -44,6 +44,7 @@ class DataConfig:
     dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
     image_column: str = "image"  # column that holds the images
     caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
+    label_names: list[str] = field(default_factory=list)  # names of labels that are numbers, from 1 on
     caption_template: str = "a photo of a {label}, a type of flower"  # caption of an image that has only a label
     resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)

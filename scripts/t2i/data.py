@@ -40,11 +40,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
-from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image
 from tqdm import tqdm
 
 from t2i.config import DataConfig
@@ -54,7 +51,6 @@ from t2i.runs import UserError, hash_json, read_json, sha256_file, write_json
 CACHE_VERSION = 1  # part of every cache key: change it with what a cache folder holds
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # Pillow and hashlib release the GIL, so threads serve
 ROWS_PER_BATCH = 1000  # rows in memory at a time while captions are written
-ROWS_PER_SHARD = 1000  # of a dataset folder; about 100 MB of photos at most
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -128,7 +124,10 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
             f"cache_dir {cfg.cache_dir} cannot be made ({error.strerror}); give another --cache_dir"
         ) from None
     source = _find_source(cfg)
-    settings = ("resolution", "image_column", "caption_column", "caption_template", "validation_fraction", "split_seed")
+    settings = (
+        *("resolution", "image_column", "caption_column", "caption_template", "label_names"),
+        *("validation_fraction", "split_seed"),
+    )
     key = hash_json(
         [CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, [getattr(cfg, s) for s in settings]]
     )
@@ -664,7 +663,7 @@ def _caption_columns(rows: datasets.Dataset, cfg: DataConfig, name: str, split: 
         if label is None:
             raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {_CAPTION_MEND}")
         kind = rows.features[label]
-        if isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string"):
+        if isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string") and not cfg.label_names:
             raise UserError(f"{name} has no captions, and its {label!r} is a number without a name; {_CAPTION_MEND}")
     return caption, label
 
@@ -693,18 +692,18 @@ def _write_rows(
             paths = _image_paths(part, cfg.image_column)
             batch = part.remove_columns([cfg.image_column])[:] if len(needed) > 1 else {}
             batch = {key: [_plain(rows.features[key], value) for value in values] for key, values in batch.items()}
+            out = {key: batch[key] for key in others}
+            if label:
+                out["label"] = [_label_name(value, cfg.label_names) for value in batch[label]]
             if caption:
                 captions = [_clean(value) for value in batch[caption]]
             elif label:
-                captions = [_from_label(value, cfg.caption_template) for value in batch[label]]
+                captions = [_from_label(value, cfg.caption_template) for value in out["label"]]
             else:
                 captions = [""] * len(chosen)
             empty += captions.count("")
-            out = {key: batch[key] for key in others}
             out |= {"id": [digests[index].tobytes().hex()[:16] for index in chosen], "caption": captions}
             out["file"] = [_shown_file(path, split, int(index)) for path, index in zip(paths, chosen, strict=True)]
-            if label:
-                out["label"] = [None if value is None else str(value) for value in batch[label]]
             writer.write_table(pa.Table.from_pydict({key: out[key] for key in schema.names}, schema=schema))
     return empty
 
@@ -731,6 +730,14 @@ def _clean(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return next((text for text in map(_clean, value) if text), "")
     return "" if value is None else " ".join(str(value).split())
+
+
+def _label_name(value: Any, names: list[str]) -> str | None:
+    """A label as text; a number from 1 on by its name in `names`, where there are names."""
+    text = None if value is None else str(value)
+    if names and text is not None and text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    return text
 
 
 def _from_label(label: str | None, template: str) -> str:
@@ -777,115 +784,3 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
         parts.append(epoch_order(n, seed, epoch)[offset : offset + end - position])
         position += len(parts[-1])
     return np.concatenate(parts)
-
-
-# Writing a dataset folder
-
-
-def save_dataset_folder(
-    folder: str | Path,
-    splits: dict[str, Iterable[dict[str, Any]]],
-    features: datasets.Features | None = None,
-    card_text: str = "",
-) -> dict[str, int]:
-    """Write `data/<split>-00000-of-0000N.parquet` and README.md, as plain `datasets.load_dataset(folder)` reads them.
-
-    `splits`: rows by split, consumed once and one after the other, so generators keep memory small. A row has `image`
-    (encoded bytes, a file's path as Path, a PIL image, or uint8 [H, W, 3]; the latter two become PNG), `caption`, and
-    further columns, the same in each row. `features` is found from the first row where None. `card_text`: the card,
-    with or without YAML front matter; splits and columns are added to it. The folder appears complete, by one rename.
-
-    Returns the rows written a split. Raises UserError where `folder` exists and is not empty.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; give another folder, or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "data").mkdir(parents=True)
-    try:
-        counts: dict[str, int] = {}
-        sizes: dict[str, int] = {}
-        for split, rows in splits.items():
-            features, counts[split], sizes[split] = _write_shards(part / "data", split, iter(rows), features)
-        if features is None:
-            raise UserError(f"there are no images to write to {folder}")
-        infos = {split: {"name": split, "num_bytes": sizes[split], "num_examples": counts[split]} for split in counts}
-        (part / "README.md").write_text(_card(card_text, features, infos), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return counts
-
-
-def _write_shards(
-    folder: Path, split: str, rows: Iterator[dict[str, Any]], features: datasets.Features | None
-) -> tuple[datasets.Features | None, int, int]:
-    count, size, shards = 0, 0, 0
-    while (first := next(rows, None)) is not None:
-        features = features or _features(first)
-        schema = features.arrow_schema
-        path = folder / f"{split}-{shards:05d}.part"
-        with pq.ParquetWriter(path, schema) as writer:
-            batch = [_encode(first, features)]
-            written = 1
-            while written < ROWS_PER_SHARD and (row := next(rows, None)) is not None:
-                batch.append(_encode(row, features))
-                written += 1
-                if len(batch) == 100:
-                    writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-                    batch = []
-            if batch:
-                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-        count, size, shards = count + written, size + path.stat().st_size, shards + 1
-    for shard in range(shards):
-        os.replace(folder / f"{split}-{shard:05d}.part", folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet")
-    return features, count, size
-
-
-def _features(row: dict[str, Any]) -> datasets.Features:
-    kinds = {bool: "bool", int: "int64", float: "float64", str: "string"}
-    found: dict[str, Any] = {}
-    for key, value in row.items():
-        if key == "image":
-            found[key] = datasets.Image()
-        elif type(value) in kinds:
-            found[key] = datasets.Value(kinds[type(value)])
-        else:
-            raise UserError(
-                f"column {key!r} holds a {type(value).__name__}; write text, numbers or truth values, or give features"
-            )
-    return datasets.Features(found)
-
-
-def _encode(row: dict[str, Any], features: datasets.Features) -> dict[str, Any]:
-    if row.keys() != features.keys():
-        raise UserError(
-            f"a row has the columns {', '.join(row)}, the first had {', '.join(features)}; give each row the same"
-        )
-    image = row["image"]
-    if isinstance(image, Path):
-        image = {"bytes": read_image_file(image), "path": image.name}
-    elif isinstance(image, bytes):
-        image = {"bytes": image, "path": None}
-    elif isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    return features.encode_example({**row, "image": image})
-
-
-def _card(text: str, features: datasets.Features, infos: dict[str, dict[str, Any]]) -> str:
-    card = DatasetCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}", ignore_metadata_errors=True)
-    size = sum(info["num_bytes"] for info in infos.values())
-    info = datasets.DatasetInfo(
-        features=features,
-        splits=datasets.SplitDict.from_split_dict(list(infos.values())),
-        download_size=size,
-        dataset_size=size,
-    )
-    datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(card.data)
-    files = [{"split": split, "path": f"data/{split}-*"} for split in infos]
-    card.data["configs"] = [{"config_name": "default", "data_files": files}]
-    return str(card)

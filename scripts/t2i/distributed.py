@@ -12,9 +12,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from transformers.utils import logging
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    logging.disable_progress_bar()  # of loading a model: a second at most
+    diffusers.utils.logging.disable_progress_bar()  # of loading a model: a second at most
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings(
         "ignore", message=".*lr_scheduler.step.*"
     )  # accelerate's wrapper hides the optimiser's step

@@ -25,7 +25,7 @@ ATTRIBUTES: dict[str, tuple] = {
     "arrangement": ("single", "bud", "pair"),
 }
 COMBINED = ("petal_color", "center_color", "background", "petal_count")  # what the held-out combinations are made of
-VERSION = 2  # of the drawing: another one draws other pictures from the same seed
+VERSION = 3  # of the drawing: another one draws other pictures from the same seed
 HELD_OUT_SHARE = 0.2  # share of those combinations that training never sees
 MIN_SIZE, MAX_SIZE = 32, 512  # px; below, thirteen petals cannot be told apart; above, painting takes too long
 SUPERSAMPLING = 2  # painted pixels a side for each pixel of the picture
@@ -47,9 +47,9 @@ PETALS = {
 }
 # Gaps between the dots and the dots of the center, sRGB 0..255.
 CENTERS = {
-    "golden": ((156, 86, 0), (255, 204, 48)),
-    "brown": ((48, 24, 10), (142, 88, 46)),
-    "green": ((52, 92, 14), (176, 214, 70)),
+    "golden": ((190, 116, 0), (255, 214, 58)),
+    "brown": ((40, 20, 8), (122, 72, 36)),
+    "green": ((66, 116, 16), (186, 226, 80)),
 }
 LEAF = ((30, 70, 24), (62, 124, 44), (122, 176, 80))
 # Sky-to-ground gradients: (height 0..1, sRGB 0..255).
@@ -401,7 +401,7 @@ def _flower(
 ) -> None:
     """Paints petals and center around (x, y), tilted a little."""
     count, shape = attributes["petal_count"], attributes["petal_shape"]
-    turn, lean = rng.uniform(0, 2 * np.pi), rng.uniform(0, np.pi)
+    turn, lean = rng.uniform(-0.15, 0.15) - np.pi / 2, rng.uniform(0, np.pi)  # one petal points up, about
     axes = _frame(lean, 1.0)
     tilt = axes @ np.diag([1.0, rng.uniform(0.86, 1.0)]) @ axes.T
     below = np.zeros((*canvas.shape[:2], 1), np.float32)
@@ -412,7 +412,7 @@ def _flower(
         light = 0.97 + 0.07 * np.cos(angle + 2.2)  # from above, left
         bend = rng.uniform(-0.08, 0.08)
         _petal(canvas, x, y, frame, HALF_WIDTHS[count], shape, ramp, light, bend, detail, below)
-    _center(canvas, x, y, radius * rng.uniform(0.29, 0.33) * tilt, turn, attributes["center_color"], detail)
+    _center(canvas, x, y, radius * rng.uniform(0.34, 0.38) * tilt, turn, attributes["center_color"], detail)
 
 
 @cache

@@ -100,7 +100,7 @@ class Classifier(nn.Module):
 
 def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [B, H, W, 3] -> floats [B, 3, size, size] in [-1, 1]; antialiased where the size changes."""
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
     return x.contiguous(memory_format=torch.channels_last)

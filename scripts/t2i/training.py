@@ -37,7 +37,7 @@ _PASSING = {
         "checkpoints_total_limit",
     ),
     *("validation_steps", "validation_prompts", "guidance_scale", "num_inference_steps"),
-    *("resume_from_checkpoint", "max_bad_share", "image_column", "caption_column", "caption_template"),
+    *("resume_from_checkpoint", "max_bad_share", "image_column", "caption_column", "caption_template", "label_names"),
 }  # inputs are compared by the hashes of their contents
 
 
@@ -68,8 +68,7 @@ def build_optimizer(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=torch.cuda.is_available(),
-        foreach=not torch.cuda.is_available(),
+        fused=True,  # one pass over memory: on two CPU cores a seventh of the time of the default
     )
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
@@ -80,6 +79,19 @@ def build_optimizer(
 def dataset_name(config: DataConfig) -> str:
     """The data set's name for messages and cards, without the folders above it."""
     return str(config.dataset).rstrip("/").split("/")[-1]
+
+
+def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
+    """The run's MLflow tracker, with its parameters, input hashes and config.yaml; None for `report_to: none`."""
+    if config.report_to == "none":
+        return None
+    from t2i.tracking import Tracker  # MLflow takes seconds to import
+
+    tracker = Tracker(
+        folder, experiment=config.experiment, run_name=config.run_name or folder.name, config=settings, tags=hashes
+    )
+    tracker.log_artifact(folder / "config.yaml")
+    return tracker
 
 
 def require_finite(loss: float, step: int, learning_rate: float) -> None:

@@ -1,0 +1,95 @@
+"""Settings: defaults <- recipe <- command line, and what is refused."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t2i.config import RECIPES, Recipe, load_recipe, parse, to_dict
+from t2i.runs import UserError
+
+SECTIONS = ("data", "vae", "unet", "train_unet")
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_survives_being_resolved(path, tmp_path):
+    loaded = load_recipe(path.stem)
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(to_dict(loaded)))
+    assert load_recipe(str(tmp_path / "resolved.yaml")) == loaded
+
+
+def test_the_command_line_wins_over_the_recipe_over_the_defaults(tmp_path):
+    path = recipe(tmp_path, "train_unet: {learning_rate: 3e-4, seed: 5}\n")
+    chosen = parse(SECTIONS, "", ["--config", path, "--seed", "7"])
+    assert (chosen.train_unet.learning_rate, chosen.train_unet.seed) == (3e-4, 7)
+    assert chosen.train_unet.adam_beta1 == 0.9
+
+
+def test_the_names_of_diffusers_scripts_are_accepted():
+    for name in ("--dataset", "--dataset_name", "--train_data_dir"):
+        assert parse(SECTIONS, "", [name, "x/y"]).data.dataset == "x/y"
+    chosen = parse(SECTIONS, "", ["--validation_prompts", "a b", "c", "--num_train_epochs", "3", "--snr_gamma", "5"])
+    assert chosen.train_unet.validation_prompts == ["a b", "c"]
+    assert (chosen.train_unet.num_train_epochs, chosen.train_unet.snr_gamma) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("trian_unet: {}\n", "did you mean 'train_unet'"),
+        ("train_unet: {learnin_rate: 1}\n", "did you mean 'learning_rate'"),
+        ("train_unet: {use_ema: 'yes'}\n", "use_ema = 'yes'"),
+        ("train_unet: {use_ema: 1}\n", "use_ema = 1"),
+        ("train_unet: {proportion_empty_prompts: 1.5}\n", "proportion_empty_prompts = 1.5"),
+        ("train_unet: 3\n", "must hold keys and values"),
+        ("- a\n", "must hold sections"),
+        ("train_unet: [\n", "not valid YAML"),
+        ("unet: {prediction_type: x0}\n", "prediction_type = 'x0'"),
+    ],
+)
+def test_mistakes_in_a_recipe_name_file_and_key(tmp_path, text, sentence):
+    with pytest.raises(UserError, match=r"recipe\.yaml") as error:
+        load_recipe(recipe(tmp_path, text))
+    assert sentence in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_known():
+    with pytest.raises(UserError, match=r"demo, flowers, photos"):
+        load_recipe("no_such")
+
+
+FIELDS = [
+    (section, item.name)
+    for section, cls in to_dict(Recipe()).items()
+    for item in dataclasses.fields(getattr(Recipe(), section))
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(FIELDS),
+    st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3)),
+)
+def test_any_value_is_taken_or_refused_in_one_sentence(tmp_path_factory, field, value):
+    section, key = field
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump({section: {key: value}}))
+    sentence = refusal(path)
+    assert sentence is None or (key in sentence and "\n" not in sentence)
+
+
+def refusal(path):
+    """What a recipe is refused with, or None."""
+    try:
+        load_recipe(str(path))
+    except UserError as error:
+        return str(error)
+    return None
