@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 train: $(READY)
 	$(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS)

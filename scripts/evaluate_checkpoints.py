@@ -221,9 +221,10 @@ def data_label(label: str) -> str:
 
 def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
+    import torch
     from t2i import sampling
 
-    pipeline = sampling.load_pipeline(checkpoint)
+    pipeline = sampling.load_pipeline(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,

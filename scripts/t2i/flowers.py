@@ -8,7 +8,9 @@ leaves, bud, petals one over another, and the center. Needs NumPy and Pillow onl
 import hashlib
 import itertools
 import multiprocessing
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
 import numpy as np
@@ -164,9 +166,25 @@ def draw_many(
         yield from map(one, range(start, start + count))
         return
     block = 64 * workers  # drawings held in memory at a time: the reader may be slower than the painters
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with _single_threaded(), multiprocessing.get_context("spawn").Pool(workers) as pool:
         for first in range(start, start + count, block):
             yield from pool.map(one, range(first, min(first + block, start + count)), chunksize=16)
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Processes started within have one BLAS thread each: two a core would wait for each other at every small product."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
