@@ -6,13 +6,16 @@ Each checkpoint draws the same few prompts at each guidance scale; the best pair
 prompts. Writes evaluation/ into the run folder and the model card into its pipeline.
 """
 
+import dataclasses
 import itertools
+import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.config import EvaluateConfig, load_recipe, parse
+from t2i.config import EvaluateConfig, load_recipe, option, parse
 from t2i.runs import RunFolder, UserError, checkpoint_folders, read_json, run_main, write_json
 
 if TYPE_CHECKING:
@@ -32,30 +35,35 @@ class Prompts:
 
 
 def main() -> None:
-    recipe = parse(("data", "evaluate"), __doc__ or "")
+    argv = sys.argv[1:]
+    model = option(argv, "model")
+    if model and not option(argv, "config") and (Path(model) / "config.yaml").is_file():
+        argv = ["--config", str(Path(model) / "config.yaml"), *argv]  # the settings that the run was trained with
+    recipe = parse(("data", "evaluate"), __doc__ or "", argv)
     config = recipe.evaluate
     if not config.model:
         raise UserError("no model: give --model with the run folder of train_unet.py")
     run = Path(config.model)
     training = read_json(run / "run.json")
+    trained = load_recipe(str(run / "config.yaml")).train_unet
     if not recipe.data.dataset:
-        recipe.data = load_recipe(str(run / "config.yaml")).data
+        raise UserError("no data set: give --dataset with the one that the model was trained on")
     checkpoints = choose_checkpoints(run, config)
 
     from t2i.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i import cards, data, tracking
-    from t2i.training import identity
+    from t2i import cards, data
 
     splits = data.load_splits(recipe.data)
     folder = run / "evaluation"
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "model"}
     inputs = {
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
         "unet_hash": training.get("output_unet_hash"),
     }
-    state = RunFolder(folder, identity(config, **inputs))
+    state = RunFolder(folder, {**settings, **inputs}, replace=True)
     if state.finished:
         print(f"reusing the finished evaluation in {folder}")
         print_cells(state.state["cells"])
@@ -70,7 +78,7 @@ def main() -> None:
 
     # sweep
     cells: list[dict[str, Any]] = []
-    prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed)
+    prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed, 0)
     with state.timed("sweep"):
         for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
             pictures = draw(run / checkpoint, prompts, scale, config, config.eval_seed)
@@ -81,10 +89,10 @@ def main() -> None:
             cells.append(
                 {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
             )
-    best = max(cells, key=lambda cell: (round(score(cell), 3), cell["checkpoint"]))  # of equals the later
+    best = choose(cells, trained.guidance_scale)
 
     # report
-    prompts = make_prompts(kind, splits, recipe, config.report_prompts, config.eval_seed + 1)
+    prompts = make_prompts(kind, splits, recipe, config.report_prompts, config.eval_seed + 1, config.sweep_prompts)
     scale = best["guidance_scale"]
     with state.timed("report"):
         pictures = draw(run / best["checkpoint"], prompts, scale, config, config.eval_seed + REPORT_SEED)
@@ -104,13 +112,11 @@ def main() -> None:
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], config, scale),
     }
     results = {"report": report, "cells": cells}
-    state.finish(**results)
-    write_json(
-        folder / "evaluation.json", {**results, "identity": state.state["identity"], "seconds": state.state["seconds"]}
-    )
+    write_json(folder / "evaluation.json", results)
     cards.write_model_card(run, results)
-    if recipe.train_unet.report_to == "mlflow":
-        track(run, results, tracking)
+    if trained.report_to == "mlflow":
+        track(run, results, trained.experiment)
+    state.finish(**results)
     print_cells(cells)
     print_report(report, folder)
 
@@ -133,7 +139,12 @@ def kind_of(splits: Any) -> str:
     columns = splits.train.rows.column_names
     if set(flowers.ATTRIBUTES) <= set(columns):
         return "drawn"
-    return "labelled" if "label" in columns and len(set(splits.train.rows["label"])) > 1 else "captioned"
+    return "labelled" if "label" in columns and len(known_labels(splits.train)) > 1 else "captioned"
+
+
+def known_labels(split: Any) -> list[str]:
+    """The labels of a split in order; images may have none."""
+    return sorted({label for label in split.rows["label"] if label is not None})
 
 
 def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
@@ -160,8 +171,11 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
                 pixels[number] = image
                 attributes.append(known)
     else:
-        heads = {"label": sorted(set(splits.train.rows["label"]))}
-        pixels, attributes = splits.train.pixels, [{"label": label} for label in splits.train.rows["label"]]
+        heads = {"label": known_labels(splits.train)}
+        labels = splits.train.rows["label"]
+        rows = np.array([row for row, label in enumerate(labels) if label is not None])
+        pixels = splits.train.pixels if len(rows) == len(splits.train) else splits.train.pixels[rows]
+        attributes = [{"label": label} for label in labels if label is not None]
     classifier = metrics.train_classifier(
         pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=32, seed=config.eval_seed,
         augment=kind == "labelled",
@@ -178,6 +192,8 @@ def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
     from t2i import metrics
 
     pixels = (splits.test or splits.validation).pixels
+    if len(splits.train) < 2:
+        return pixels, 0
     distance = metrics.memorisation(pixels, splits.train.pixels, pixels)["relative_distance"]
     fresh = distance > NEAR_COPY
     return pixels[fresh], int((~fresh).sum())
@@ -191,37 +207,35 @@ def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "di
     return {name: np.array([index[name].get(known[name], -1) for known in attributes]) for name in heads}
 
 
-def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int) -> Prompts:
-    """`count` prompts: of drawn flowers, half of held-out combinations; by label in turn; or captions of unseen images."""
-    from t2i import flowers
+def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, offset: int) -> Prompts:
+    """`count` prompts: of drawn flowers, half of held-out combinations; by label in turn; or captions of unseen images.
+
+    offset: how many captions other prompts have used before.
+    """
+    from t2i import data, flowers
 
     if kind == "drawn":
-        pairs = [
-            (pair, held)
-            for held in (False, True)
-            for pair in flowers.prompts(count // 2 + (count % 2 and not held), seed, held)
-        ]
-        return Prompts(
-            [text for (_, text), _ in pairs], [known for (known, _), _ in pairs], [held for _, held in pairs]
-        )
+        seen = flowers.prompts(count - count // 2, seed, False)
+        held_out = flowers.prompts(count // 2, seed, True)
+        texts, wanted = [text for _, text in seen + held_out], [known for known, _ in seen + held_out]
+        return Prompts(texts, wanted, [False] * len(seen) + [True] * len(held_out))
     if kind == "labelled":
-        labels = sorted(set(splits.train.rows["label"]))
+        labels = known_labels(splits.train)
         chosen = [labels[number % len(labels)] for number in range(count)]
-        texts = [recipe.data.caption_template.format(label=data_label(label)) for label in chosen]
+        texts = [data.label_caption(label, recipe.data.caption_template) for label in chosen]
         return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
-    texts = [captions[(seed + number) % len(captions)] for number in range(count)]
-    return Prompts(texts, [], [False] * count)
-
-
-def data_label(label: str) -> str:
-    """A label as captions write it."""
-    return label.replace("_", " ").replace("-", " ")
+    if not captions:
+        raise UserError(
+            f"{recipe.data.dataset} has no caption in its test or validation split; give --classifier_steps 0 and a captioned set"
+        )
+    return Prompts([captions[(offset + number) % len(captions)] for number in range(count)], [], [False] * count)
 
 
 def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
     import torch
+
     from t2i import sampling
 
     pipeline = sampling.load_pipeline(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -238,12 +252,14 @@ def measure(
     """The figures of one set of pictures; None for what is not measured."""
     from t2i import metrics
 
-    copies = metrics.memorisation(pictures, splits.train.pixels, unseen)
+    enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
+    copies = metrics.memorisation(pictures, splits.train.pixels, unseen) if enough else {}
+    ours, theirs = metrics.pixel_embedding(pictures), metrics.pixel_embedding(unseen) if enough else None
     return {
         "prompt_following": metrics.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
-        "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)},
-        "diversity": metrics.diversity(metrics.pixel_embedding(pictures), metrics.pixel_embedding(unseen)),
-        "kid": metrics.kid(unseen[:1000], pictures, config.kid_network or classifier),
+        "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
+        "diversity": metrics.diversity(ours, theirs) if enough else None,
+        "kid": metrics.kid(unseen[:1000], pictures, config.kid_network or classifier) if enough else None,
         "clip_score": metrics.clip_score(pictures, prompts.texts, config.clip),
     }
 
@@ -258,19 +274,30 @@ def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held
     return metrics.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows])
 
 
-def score(cell: dict[str, Any]) -> float:
-    """What the best checkpoint and scale are chosen by: mean prompt following; without a classifier, validation loss."""
-    following = cell["prompt_following"]
-    if following:
-        shares = [share for name, share in following.items() if name != "all"]
-        return sum(shares) / len(shares)
-    return -(cell["val_loss"] if cell["val_loss"] is not None else float("inf"))
+def choose(cells: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
+    """The best checkpoint and scale: by mean prompt following, else CLIP score; of equals the later checkpoint.
+
+    Where neither is measured nothing speaks for a scale: the one nearest the recipe's, and the lowest validation loss.
+    """
+
+    def score(cell: dict[str, Any]) -> float:
+        if cell["prompt_following"]:
+            shares = [share for name, share in cell["prompt_following"].items() if name != "all"]
+            return round(sum(shares) / len(shares), 3)
+        if cell["clip_score"]:
+            return cell["clip_score"]["mean"]
+        return -abs(cell["guidance_scale"] - guidance_scale)
+
+    def loss(cell: dict[str, Any]) -> float:
+        return -cell["val_loss"] if cell["val_loss"] is not None else float("-inf")
+
+    if cells[0]["prompt_following"] or cells[0]["clip_score"]:
+        return max(cells, key=lambda cell: (score(cell), cell["checkpoint"]))
+    return max(cells, key=lambda cell: (score(cell), loss(cell)))
 
 
 def logged_loss(run: Path, checkpoint: str) -> float | None:
     """The validation loss that training logged at the checkpoint's step."""
-    import json
-
     step = int(checkpoint.removeprefix("checkpoint-"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if row["step"] == step and "val_loss" in row]
@@ -309,15 +336,18 @@ def save_grid(pictures: "np.ndarray", path: Path, count: int = 32) -> None:
     sampling.picture_grid(pictures[:count], columns=8, scale=max(1, 128 // pictures.shape[1])).save(path)
 
 
-def track(run: Path, results: dict[str, Any], tracking: Any) -> None:
+def track(run: Path, results: dict[str, Any], experiment: str) -> None:
     """Send the figures and grids to the training's MLflow run."""
     from PIL import Image
 
-    tracker = tracking.Tracker(run, experiment="t2i", run_name=run.name, config={})
+    from t2i.tracking import Tracker
+
+    tracker = Tracker(run, experiment=experiment, run_name=run.name, config={})
     for cell in results["cells"]:
         step = int(cell["checkpoint"].removeprefix("checkpoint-"))
         name = f"guidance_{cell['guidance_scale']:g}"
-        figures = {**(cell["prompt_following"] or {}), "memorisation": cell["memorisation"]["share_closer"]}
+        figures = dict(cell["prompt_following"] or {})
+        figures |= {"memorisation": cell["memorisation"]["share_closer"]} if cell["memorisation"] else {}
         figures |= {"kid": cell["kid"]["mean"]} if cell["kid"] else {}
         tracker.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step)
         tracker.log_image(Image.open(run / "evaluation" / cell["grid"]), name, step)
@@ -340,9 +370,8 @@ def print_cells(cells: list[dict[str, Any]]) -> None:
         shares = "".join(f"{cell['prompt_following'][head]:>15.1%}" for head in heads)
         loss = f"{cell['val_loss']:.4f}" if cell["val_loss"] is not None else "-"
         kid = f"{cell['kid']['mean']:.4f}" if cell["kid"] else "-"
-        print(
-            f"{cell['checkpoint']:<20}{cell['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{cell['memorisation']['share_closer']:>8.1%}"
-        )
+        closer = f"{cell['memorisation']['share_closer']:.1%}" if cell["memorisation"] else "-"
+        print(f"{cell['checkpoint']:<20}{cell['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{closer:>8}")
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
@@ -356,9 +385,9 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
             f"  {head:<16}{share:>8.1%}"
             + (f"   (classifier alone, on unseen images: {known:.1%})" if known is not None else "")
         )
-    print(
-        f"  memorisation: {report['memorisation']['share_closer']:.1%} closer to a training image than 99 % of unseen images are"
-    )
+    if report["memorisation"]:
+        share = report["memorisation"]["share_closer"]
+        print(f"  memorisation: {share:.1%} closer to a training image than 99 % of unseen images are")
     print(f"pictures: {folder}/*.png")
 
 

@@ -116,7 +116,8 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
     for name, share in (report["prompt_following"] or {}).items():
         known = report["probe_accuracy"].get(name)
         print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{known:.1%}' if known is not None else ''}")
-    print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
+    if report["memorisation"]:
+        print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
     print(f"\npictures: {folder / 'unet' / 'evaluation'}/*.png   report: {folder / 'report.json'}")
     print(f"pipeline for diffusers: {report['pipeline']}")
     print("compare checkpoints and guidance scales: .venv/bin/streamlit run dashboard   (or: make dashboard)")

@@ -56,7 +56,7 @@ def main() -> None:
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from t2i import checkpoints, data, models, training
+    from t2i import checkpoints, data, models, sampling, training
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
@@ -69,7 +69,10 @@ def main() -> None:
 
     # models
     frozen, hashes = load_frozen(recipe, splits)
+    unet = make_unet(recipe, frozen)
     inputs = {"dataset_hash": splits.fingerprint, **hashes}
+    if recipe.unet.pretrained_model_name_or_path:
+        inputs["base_unet_hash"] = models.hash_model(unet)
     run = RunFolder(folder, training.identity(recipe.data, recipe.unet, config, steps=steps, **inputs))
     if run.finished:
         accelerator.print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
@@ -78,10 +81,9 @@ def main() -> None:
         run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
         provenance = {**inputs, "dataset": training.dataset_name(recipe.data), "code": training.code_revision()}
         write_json(folder / "provenance.json", provenance)
-        for part, model in frozen.items():
+        for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
             model.save_pretrained(folder / "pipeline" / part)
     accelerator.wait_for_everyone()
-    unet = make_unet(recipe, frozen)
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
     scaling_factor = frozen["vae"].config.scaling_factor
@@ -106,13 +108,19 @@ def main() -> None:
     trained = Trained(model, parameters, optimizer, schedule, ema, scheduler, caches, scaling_factor)
 
     # resume
-    start = 0
+    start, losses, validation = 0, [], {}
     checkpoint = checkpoints.find_checkpoint(folder, config.resume_from_checkpoint)
     if checkpoint:
-        start = checkpoints.load_checkpoint(checkpoint, unet, ema, optimizer)["step"]
+        state = checkpoints.load_checkpoint(checkpoint, unet, ema, optimizer)
+        start, losses, validation = state["step"], state["losses"], state["validation"]
         schedule.last_epoch = start - 1
         schedule.step()
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {checkpoint}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.forget_after(folder, start)
     batch = config.train_batch_size * accelerator.num_processes
     accelerator.print(
         f"{steps} steps of {batch} x {config.gradient_accumulation_steps} samples out of {count} "
@@ -121,8 +129,6 @@ def main() -> None:
     )
 
     # loop
-    losses: list[float] = []
-    latest: dict[str, float] = {}
     with run.timed("train"):
         progress = tqdm(
             range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
@@ -132,23 +138,29 @@ def main() -> None:
             loss, norm = train_step(trained, config, step, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
-                row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
-                training.require_finite(row["train_loss"], done, config.learning_rate)
-                losses.append(row["train_loss"])
-                progress.set_postfix(loss=f"{sum(losses[-TRACKED:]) / len(losses[-TRACKED:]):.4f}", **latest)
+                mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
+                row = {"train_loss": mean_loss, "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
+                training.require_finite(mean_loss, done, config.learning_rate)
+                losses = [*losses, mean_loss][-TRACKED:]
+                shown = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
+                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **shown)
                 record(row, done, folder, tracker, accelerator.is_main_process)
-            if done % config.validation_steps == 0 or done == steps:
+            saving = done % config.checkpointing_steps == 0 or done == steps
+            if saving or done % config.validation_steps == 0:  # each checkpoint has its validation loss
                 with training.averaged(ema, parameters):
-                    row = validation_loss(
+                    validation = validation_loss(
                         unet, scheduler, caches, scaling_factor, config.validation_images, accelerator
                     )
                     if accelerator.is_main_process and config.validation_prompts:
-                        draw_samples(unet, scheduler, folder, config, tracker, done)
-                latest = {"val": round(row["val_loss"], 4)}
-                record(row, done, folder, tracker, accelerator.is_main_process)
-            if accelerator.is_main_process and (done % config.checkpointing_steps == 0 or done == steps):
+                        draw_samples(unet, folder, config, tracker, done)
+                record(validation, done, folder, tracker, accelerator.is_main_process)
+            if saving and accelerator.is_main_process:
                 average = ema.shadow_params if ema else None
-                checkpoints.save_checkpoint(folder, done, unet, average, optimizer, {}, config.checkpoints_total_limit)
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                state = {"losses": losses, "validation": validation, "scaler": scaler}
+                checkpoints.save_checkpoint(
+                    folder, done, unet, average, optimizer, state, config.checkpoints_total_limit
+                )
 
     # finish
     accelerator.wait_for_everyone()
@@ -156,8 +168,8 @@ def main() -> None:
         return
     if ema and not config.save_raw_weights:
         ema.copy_to(parameters)
-    assemble(unet.cpu(), scheduler, folder).save_pretrained(folder / "pipeline", safe_serialization=True)
-    results = {"train_loss": sum(losses[-TRACKED:]) / len(losses[-TRACKED:]), **row}
+    sampling.assemble(folder / "pipeline", unet.cpu()).save_pretrained(folder / "pipeline", safe_serialization=True)
+    results = {"train_loss": sum(losses) / len(losses), **validation}
     run.finish(
         **results, steps=steps, train_images=count, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
         machine=training.machine(), output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
@@ -184,7 +196,9 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
         )
     vae = models.load_vae(vae_source, recipe.vae.vae_revision)
     if text_source:
-        text_encoder = models.load_part(CLIPTextModel, text_source, "text_encoder", unet.text_encoder_revision).eval()
+        text_encoder = (
+            models.load_part(CLIPTextModel, text_source, "text_encoder", unet.text_encoder_revision).float().eval()
+        )
         tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", unet.text_encoder_revision)
     else:
         text_encoder, tokenizer = models.build_text_encoder(unet, splits.train.rows["caption"], recipe.train_unet.seed)
@@ -198,20 +212,36 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
 
 def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     """The UNet to train: new, of the recipe's size, or the one of `pretrained_model_name_or_path`."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from t2i import models
 
-    base, vae = recipe.unet.pretrained_model_name_or_path, frozen["vae"]
-    if base:
-        return models.load_part(UNet2DConditionModel, base, "unet").float()
-    side, factor = recipe.data.resolution, models.vae_factor(vae)
+    vae, side, factor = frozen["vae"], recipe.data.resolution, models.vae_factor(frozen["vae"])
     if side % factor:
         raise UserError(
             f"resolution {side} is not a multiple of {factor}, the VAE's factor; choose {side // factor * factor}"
         )
-    context = frozen["text_encoder"].config.hidden_size
-    return models.build_unet(recipe.unet, side // factor, vae.config.latent_channels, context)
+    base, channels, context = (
+        recipe.unet.pretrained_model_name_or_path,
+        vae.config.latent_channels,
+        frozen["text_encoder"].config.hidden_size,
+    )
+    if not base:
+        return models.build_unet(recipe.unet, side // factor, channels, context)
+    unet = models.load_part(UNet2DConditionModel, base, "unet").float()
+    if (unet.config.in_channels, unet.config.cross_attention_dim) != (channels, context):
+        raise UserError(
+            f"the UNet of {base} takes {unet.config.in_channels} latent channels and text {unet.config.cross_attention_dim} wide, "
+            f"the VAE and text encoder give {channels} and {context}; leave out --vae and --text_encoder, or name its own"
+        )
+    trained = models.load_part(DDIMScheduler, base, "scheduler").config
+    for name in ("prediction_type", "beta_schedule", "rescale_betas_zero_snr"):
+        if trained.get(name, False) != getattr(recipe.unet, name):
+            raise UserError(
+                f"the UNet of {base} was trained with {name} {trained.get(name)}; set {name}: {trained.get(name)} in section unet"
+            )
+    unet.register_to_config(sample_size=side // factor)
+    return unet
 
 
 def cache_inputs(
@@ -341,12 +371,12 @@ def validation_loss(
     return {"val_loss": sum(bands) / TIMESTEP_BANDS, **named}
 
 
-def draw_samples(unet: Any, scheduler: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
+def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
     """Pictures of the validation prompts with fixed seeds, kept in samples/ and logged. VAE and text encoder load and go."""
     from t2i import sampling
 
     unet.eval()
-    pipeline = assemble(unet, scheduler, folder).to(unet.device)
+    pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)
     prompts = config.validation_prompts
     pictures = sampling.generate(
         pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
@@ -358,18 +388,6 @@ def draw_samples(unet: Any, scheduler: Any, folder: Path, config: TrainUnetConfi
     grid.save(folder / "samples" / f"step-{step:06d}.png")
     if tracker:
         tracker.log_image(grid, "samples", step)
-
-
-def assemble(unet: Any, scheduler: Any, folder: Path) -> Any:
-    """The stock pipeline of `unet` and the parts that were saved in `pipeline/` at the start."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    from t2i import models
-
-    parts = str(folder / "pipeline")
-    text_encoder = models.load_part(CLIPTextModel, parts, "text_encoder")
-    tokenizer = models.load_part(CLIPTokenizer, parts, "tokenizer")
-    return models.build_pipeline(models.load_vae(parts), text_encoder, tokenizer, unet, scheduler)
 
 
 def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:

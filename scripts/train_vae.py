@@ -62,6 +62,7 @@ def main() -> None:
     tracker = None
     if accelerator.is_main_process:
         run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts at its first step
         tracker = training.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         vae = vae.to(memory_format=torch.channels_last)

@@ -3,15 +3,17 @@
 `checkpoint-000500/` holds unet/, unet_ema/ (each as diffusers loads it), optimizer.safetensors and state.json.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from t2i.runs import UserError, checkpoint_folders, read_json, write_json
+from t2i.runs import UserError, checkpoint_folders, read_json, write_json, write_text
 
 
 def save_checkpoint(
@@ -44,7 +46,7 @@ def save_checkpoint(
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be written ({error}); earlier checkpoints are whole, make room and start again"
         ) from None
@@ -62,11 +64,22 @@ def find_checkpoint(run: Path, name: str | None) -> Path | None:
     if name == "latest":
         found = checkpoint_folders(run)
         return found[-1] if found else None
-    folder = run / Path(name).name
-    if not (folder / "state.json").is_file():
+    folder = run / name if Path(name).name == name else Path(name)
+    if folder.resolve().parent != run.resolve() or not (folder / "state.json").is_file():
         known = ", ".join(path.name for path in checkpoint_folders(run)) or "none"
         raise UserError(f"resume_from_checkpoint {name} is not a checkpoint of {run}; there are: {known}")
     return folder
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Remove checkpoints and logged metrics beyond `step`, which training is about to make anew."""
+    for folder in checkpoint_folders(run):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file():
+        rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(metrics, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
 
 
 def load_checkpoint(folder: Path, unet: Any, ema: Any, optimizer: Any) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class TrainConfig:
     """What both training scripts share."""
 
     output_dir: str | None = None  # run folder
-    seed: Natural = 0  # of weights, order, noise, timesteps, dropout
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
     train_batch_size: Count = 16  # images a process and step
     gradient_accumulation_steps: Count = 1  # steps a weight update
     max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
@@ -159,7 +159,7 @@ class TrainUnetConfig(TrainConfig):
     checkpoints_total_limit: Count | None = None  # checkpoints kept, the newest; None: all
     resume_from_checkpoint: str | None = "latest"  # latest, or a checkpoint folder's name; None: start anew
     validation_prompts: list[str] = field(default_factory=list)  # prompts drawn at each validation
-    validation_images: Natural = 256  # validation images that the loss is measured on, at most
+    validation_images: Count = 256  # validation images that the loss is measured on, at most
     guidance_scale: NonNegative = 7.5  # of those pictures
     num_inference_steps: Count = 30  # of those pictures
     save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
@@ -227,7 +227,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     Exits with code 2 on an unknown option, naming the nearest known one; raises `UserError` on a wrong value.
     """
     argv = sys.argv[1:] if argv is None else argv
-    config = _option(argv, "config")
+    config = option(argv, "config")
     recipe = load_recipe(config) if config else Recipe()
     config_type = Annotated[
         str | None, tyro.conf.arg(help="recipe: a YAML file, or the name of one in scripts/recipes")
@@ -238,7 +238,12 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     ]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
     for name in sections:
-        setattr(recipe, name, check_options(getattr(chosen, name)))
+        section, before = check_options(getattr(chosen, name)), getattr(recipe, name)
+        _let_go(section, before, "dataset", "dataset_revision")
+        _let_go(section, before, "vae", "vae_revision")
+        _let_go(section, before, "text_encoder", "text_encoder_revision")
+        _let_go(section, before, "num_train_epochs", "max_train_steps")
+        setattr(recipe, name, section)
     return recipe
 
 
@@ -277,7 +282,18 @@ def _checked(cls: Any, values: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {first['msg']}") from None
 
 
-def _option(argv: list[str], name: str) -> str | None:
+def _let_go(section: Any, before: Any, key: str, belongs: str) -> None:
+    """Where the command line changes `key` and not `belongs`, the recipe's `belongs` (a revision, say) no longer counts."""
+    if (
+        hasattr(section, key)
+        and getattr(section, key) != getattr(before, key)
+        and getattr(section, belongs) == getattr(before, belongs)
+    ):
+        setattr(section, belongs, None)
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """The last value of an option on a command line that is not parsed yet."""
     value = None
     for index, word in enumerate(argv):
         if word.startswith(f"--{name}="):

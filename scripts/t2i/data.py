@@ -698,7 +698,7 @@ def _write_rows(
             if caption:
                 captions = [_clean(value) for value in batch[caption]]
             elif label:
-                captions = [_from_label(value, cfg.caption_template) for value in out["label"]]
+                captions = [label_caption(value, cfg.caption_template) for value in out["label"]]
             else:
                 captions = [""] * len(chosen)
             empty += captions.count("")
@@ -740,7 +740,8 @@ def _label_name(value: Any, names: list[str]) -> str | None:
     return text
 
 
-def _from_label(label: str | None, template: str) -> str:
+def label_caption(label: str | None, template: str) -> str:
+    """The caption that a label gets by `template`; empty for no label."""
     words = _clean(re.sub(r"[_-]", " ", label)) if label is not None else ""
     return template.replace("{label}", words) if words else ""
 

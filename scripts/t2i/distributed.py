@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 from t2i.config import TrainConfig
+from t2i.runs import UserError
 
 
 def quiet_libraries() -> None:
@@ -29,10 +30,14 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,
-    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:  # fp16 without a GPU, and its like
+        reason = " ".join(str(error).split())
+        raise UserError(f"the launch does not fit this machine ({reason}); take accelerate_configs/cpu.yaml") from None
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(config.seed)

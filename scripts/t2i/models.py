@@ -31,7 +31,8 @@ def locate(source: str, part: str) -> tuple[str, str]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         for subfolder in ("", part, f"pipeline/{part}"):
-            config = folder / subfolder / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
+            names = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+            config = folder / subfolder / names.get(part, "config.json")
             if config.is_file():
                 return str(folder / subfolder), ""
         raise UserError(
@@ -47,7 +48,7 @@ def locate(source: str, part: str) -> tuple[str, str]:
 def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> Any:
     """Load a model or tokenizer with `cls.from_pretrained` from wherever `locate` finds it."""
     path, subfolder = locate(source, part)
-    options: dict[str, Any] = {} if cls is CLIPTokenizer else {"use_safetensors": True}
+    options: dict[str, Any] = {} if part in ("tokenizer", "scheduler") else {"use_safetensors": True}
     if os.path.isdir(path):
         attempts: tuple[str, ...] = ("",)
     else:
@@ -56,7 +57,10 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
     cause: Exception | None = None
     for attempt in attempts:
         try:
-            return cls.from_pretrained(path, subfolder=attempt, **options)
+            model = cls.from_pretrained(path, subfolder=attempt, **options)
+            if os.path.isdir(path) and hasattr(model, "register_to_config"):
+                model.register_to_config(_name_or_path="")  # a folder of this machine is nothing to publish
+            return model
         except (OSError, ValueError, RuntimeError) as error:
             cause = cause or error
     reason = " ".join(str(cause).split())[:300]
@@ -262,6 +266,11 @@ def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
     )
 
 
+def build_ddim(scheduler: DDPMScheduler) -> DDIMScheduler:
+    """The DDIM schedule that belongs to the training's."""
+    return DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
+
+
 def build_pipeline(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
@@ -269,13 +278,13 @@ def build_pipeline(
     unet: UNet2DConditionModel,
     scheduler: Any,
 ) -> StableDiffusionPipeline:
-    """The stock pipeline, with the DDIM schedule that belongs to the training's."""
+    """The stock pipeline of these parts."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -25,7 +25,8 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(
-            "interrupted: finished checkpoints and caches are kept; the same command goes on from them", file=sys.stderr
+            "interrupted: finished stages, checkpoints and caches are kept; the same command goes on from them",
+            file=sys.stderr,
         )
         raise SystemExit(130) from None
 
@@ -89,14 +90,17 @@ class RunFolder:
     identity is the same is reused when finished and gone on with when not; another identity is refused.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, identity: dict[str, Any], *, replace: bool = False):
+        """replace: results of another identity are made anew instead of refused."""
         self.folder = folder
         self.file = folder / "run.json"
         self.state: dict[str, Any] = {"status": "running", "identity": identity, "seconds": {}}
         if self.file.is_file():
             earlier = read_json(self.file)
-            _refuse_other_identity(folder, earlier.get("identity", {}), identity)
-            self.state = earlier
+            if not replace:
+                _refuse_other_identity(folder, earlier.get("identity", {}), identity)
+            if earlier.get("identity") == identity:
+                self.state = earlier
 
     @property
     def finished(self) -> bool:
@@ -124,9 +128,11 @@ class RunFolder:
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds that the block takes to `seconds[stage]`."""
         start = time.perf_counter()
-        yield
-        seconds = self.state["seconds"]
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
+        try:
+            yield
+        finally:
+            seconds = self.state["seconds"]
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
 
 
 def _refuse_other_identity(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from t2i import models
 from t2i.runs import UserError, checkpoint_folders
 
 # the names people type, for the classes that diffusers has; any other of its class names works too
@@ -64,17 +66,27 @@ def load_pipeline(
     if scheduler:
         pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {device} cannot be used ({str(error).splitlines()[0]}); give --device cpu, or leave it out"
+        ) from None
 
 
 def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
     options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     if (folder / "model_index.json").is_file():
-        return StableDiffusionPipeline.from_pretrained(folder, **options)
+        try:
+            return StableDiffusionPipeline.from_pretrained(folder, **options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
+            ) from None
     if (folder / "state.json").is_file():  # a checkpoint: its UNet, and what the run's pipeline shares
         part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
-        unet = UNet2DConditionModel.from_pretrained(folder / part, use_safetensors=True)
-        return StableDiffusionPipeline.from_pretrained(folder.parent / "pipeline", unet=unet, **options)
+        return assemble(folder.parent / "pipeline", models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
     if (folder / "run.json").is_file():
         if (folder / "pipeline" / "unet").is_dir() and weights == "ema":
             return _load_folder(folder / "pipeline", weights)
@@ -87,6 +99,14 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
     raise UserError(
         f"{folder} is neither a run folder, a checkpoint nor a pipeline (no run.json, state.json or model_index.json)"
     )
+
+
+def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The stock pipeline of `unet` and what a run's `pipeline/` holds from its first minute on: VAE, text, schedule."""
+    text_encoder = models.load_part(CLIPTextModel, str(parts), "text_encoder").float()
+    tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
+    scheduler = models.load_part(DDIMScheduler, str(parts), "scheduler")
+    return models.build_pipeline(models.load_vae(str(parts)), text_encoder, tokenizer, unet, scheduler)
 
 
 def _scheduler_class(name: str) -> Any:

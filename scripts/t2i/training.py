@@ -18,26 +18,11 @@ from t2i.runs import UserError
 
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
-    *(
-        "output_dir",
-        "cache_dir",
-        "dataset",
-        "dataset_revision",
-        "vae",
-        "vae_revision",
-        "text_encoder",
-        "text_encoder_revision",
-    ),
-    *(
-        "pretrained_model_name_or_path",
-        "report_to",
-        "experiment",
-        "run_name",
-        "logging_steps",
-        "checkpoints_total_limit",
-    ),
-    *("validation_steps", "validation_prompts", "guidance_scale", "num_inference_steps"),
-    *("resume_from_checkpoint", "max_bad_share", "image_column", "caption_column", "caption_template", "label_names"),
+    *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
+    *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
+    *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
+    *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("resume_from_checkpoint", "gradient_checkpointing", "compile", "channels_last"),
 }  # inputs are compared by the hashes of their contents
 
 
