@@ -97,7 +97,7 @@ def main() -> None:
     with state.timed("report"):
         pictures = draw(run / best["checkpoint"], prompts, scale, config, config.eval_seed + REPORT_SEED)
         figures = measure(pictures, prompts, classifier, splits, unseen, config)
-    save_grid(pictures, folder / "report.png", 64)
+    save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
         "guidance_scale": scale,
         "checkpoint": best["checkpoint"],
@@ -254,11 +254,12 @@ def measure(
 
     enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
     copies = metrics.memorisation(pictures, splits.train.pixels, unseen) if enough else {}
-    ours, theirs = metrics.pixel_embedding(pictures), metrics.pixel_embedding(unseen) if enough else None
     return {
         "prompt_following": metrics.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
         "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
-        "diversity": metrics.diversity(ours, theirs) if enough else None,
+        "diversity": metrics.diversity(metrics.pixel_embedding(pictures), metrics.pixel_embedding(unseen))
+        if enough
+        else None,
         "kid": metrics.kid(unseen[:1000], pictures, config.kid_network or classifier) if enough else None,
         "clip_score": metrics.clip_score(pictures, prompts.texts, config.clip),
     }

@@ -62,6 +62,7 @@ def main() -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
+        "weights": options.weights, "revision": options.revision,
         "model": Path(options.model).name if Path(options.model).exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
         "num_inference_steps": options.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__,

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers.optimization import get_scheduler
 
 from t2i.config import DataConfig, TrainConfig
-from t2i.runs import UserError
+from t2i.runs import UserError, write_text
 
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
@@ -67,16 +68,24 @@ def dataset_name(config: DataConfig) -> str:
 
 
 def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
-    """The run's MLflow tracker, with its parameters, input hashes and config.yaml; None for `report_to: none`."""
+    """The run's MLflow tracker, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
     if config.report_to == "none":
         return None
     from t2i.tracking import Tracker  # MLflow takes seconds to import
 
-    tracker = Tracker(
-        folder, experiment=config.experiment, run_name=config.run_name or folder.name, config=settings, tags=hashes
-    )
-    tracker.log_artifact(folder / "config.yaml")
+    public = without_paths(settings)
+    name = config.run_name or folder.name
+    tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=public, tags=hashes)
+    write_text(folder / "config.public.yaml", yaml.safe_dump(public, sort_keys=False))
+    tracker.log_artifact(folder / "config.public.yaml")
     return tracker
+
+
+def without_paths(settings: Any) -> Any:
+    """Settings for other eyes: of an absolute path only its last part."""
+    if isinstance(settings, dict):
+        return {key: without_paths(value) for key, value in settings.items()}
+    return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
 
 
 def require_finite(loss: float, step: int, learning_rate: float) -> None:
