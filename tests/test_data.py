@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i import data
+from t2i import data, dataset_folder
 from t2i.config import DataConfig
 from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits
 from t2i.dataset_folder import save_dataset_folder
@@ -533,7 +533,7 @@ def test_orders_differ_by_epoch_and_seed_and_cannot_be_spoiled():
 
 
 def test_save_dataset_folder_is_read_by_plain_datasets(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(dataset_folder, "ROWS_PER_SHARD", 4)
     kinds = [png(0), Image.open(io.BytesIO(png(1))), np.asarray(Image.open(io.BytesIO(png(2)))), png(3), png(4)]
     kinds[3] = write(tmp_path / "x.png", png(3))
     train = ({"image": image, "caption": f"flower {i}", "petals": i} for i, image in enumerate(kinds))
