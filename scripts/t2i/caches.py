@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from t2i.models import encode_captions
+from t2i.models import encode_captions, vae_factor
 from t2i.runs import UserError, hash_json, write_json
 
 NULL_CAPTION = ""  # what a dropped caption becomes, and what the stock pipeline guides away from
@@ -47,7 +47,7 @@ def cache_latents(
     pixels: uint8 [N, R, R, 3]; identity: the hashes of the images and of the VAE. The VAE must be in evaluation mode.
     """
     count, resolution = pixels.shape[0], pixels.shape[1]
-    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = resolution // vae_factor(vae)
     shape = (count, 2 if flip else 1, 2 * vae.config.latent_channels, side, side)
 
     @torch.no_grad()

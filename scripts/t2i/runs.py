@@ -43,12 +43,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json", ".txt")) -> str:
-    """Hash of a model folder: names and contents of its weights, configs and vocabularies (16 hex digits)."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes)
-    return hash_json([[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files])
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace `path` atomically: a reader sees the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -158,12 +158,6 @@ def save_picture(path: Path, picture: np.ndarray, parameters: dict[str, Any]) ->
     Image.fromarray(picture).save(path, pnginfo=info)
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
-    """The parameters that `save_picture` wrote; empty for a picture without."""
-    with Image.open(path) as image:
-        return json.loads(getattr(image, "text", {}).get("parameters", "{}"))
-
-
 def picture_grid(
     pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:
