@@ -1,6 +1,8 @@
 # make demo      everything in a quarter of an hour on two CPU cores: data, training, evaluation, report
 # make test      the whole test suite
 # make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, as accelerate launches it
+# make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
+# make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
 # make dashboard what the runs in outputs/ look like
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
@@ -11,9 +13,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
-ARGS ?= --config demo
 
-.PHONY: demo test train dashboard style bench
+.PHONY: demo test train publish named dashboard style bench prove-captions
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -21,8 +22,19 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+train: ARGS ?= --config demo
 train: $(READY)
 	$(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS)
+
+publish: named $(READY)
+	$(BIN)/python scripts/publish_model.py --model $(MODEL) --hub_model_id $(REPO) $(ARGS)
+
+named:
+	@[ -n "$(MODEL)" ] && [ -n "$(REPO)" ] || { \
+	  echo "name the model and its repository: make publish MODEL=outputs/demo/unet REPO=ORG/NAME" >&2; exit 2; }
+
+prove-captions: $(READY)
+	$(BIN)/python tests/prove_captions.py --kills 20
 
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard
@@ -36,6 +48,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_limit.py
 	$(BIN)/python benchmarks/memory_flat.py
 	$(BIN)/python benchmarks/damaged_images.py
+	$(BIN)/python benchmarks/captioning.py tiny
+	$(BIN)/python benchmarks/captioning.py base
 
 # The environment is made in a folder of its own name and marked ready at the end: an interrupted install is made anew.
 $(READY): requirements.txt scripts/requirements.txt

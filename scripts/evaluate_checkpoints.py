@@ -111,7 +111,7 @@ def main() -> None:
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], config, scale),
     }
-    results = {"report": report, "cells": cells}
+    results = {"report": report, "cells": cells, "prompts": prompts.texts}
     write_json(folder / "evaluation.json", results)
     cards.write_model_card(run, results)
     if trained.report_to == "mlflow":
@@ -212,7 +212,8 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
     offset: how many captions other prompts have used before.
     """
-    from t2i import data, flowers
+    from t2i import flowers
+    from t2i.sources import label_caption
 
     if kind == "drawn":
         seen = flowers.prompts(count - count // 2, seed, False)
@@ -222,7 +223,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     if kind == "labelled":
         labels = known_labels(splits.train)
         chosen = [labels[number % len(labels)] for number in range(count)]
-        texts = [data.label_caption(label, recipe.data.caption_template) for label in chosen]
+        texts = [label_caption(label, recipe.data.caption_template) for label in chosen]
         return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
     if not captions:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i import cards
 from t2i.config import Recipe, TrainUnetConfig, parse, to_dict
 from t2i.runs import RunFolder, UserError, append_jsonl, run_main, write_json
 
@@ -49,6 +50,7 @@ def main() -> None:
     from t2i.distributed import make_accelerator
 
     accelerator = make_accelerator(config)
+    check_push(config, accelerator)
 
     # data
     import torch
@@ -76,11 +78,11 @@ def main() -> None:
     run = RunFolder(folder, training.identity(recipe.data, recipe.unet, config, steps=steps, **inputs))
     if run.finished:
         accelerator.print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
+        push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
         run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
-        provenance = {**inputs, "dataset": training.dataset_name(recipe.data), "code": training.code_revision()}
-        write_json(folder / "provenance.json", provenance)
+        write_json(folder / "provenance.json", provenance(recipe, inputs))
         for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
             model.save_pretrained(folder / "pipeline" / part)
     accelerator.wait_for_everyone()
@@ -180,6 +182,41 @@ def main() -> None:
     print(
         f"pipeline in {folder / 'pipeline'}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}"
     )
+    push(folder, config, accelerator)
+
+
+def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
+    """What the run is made from: the hashes of its inputs, and what is known of them here and now, for the card."""
+    from t2i import training
+
+    return {
+        **inputs,
+        "dataset": training.dataset_name(recipe.data),
+        "dataset_id": cards.hub_id(recipe.data.dataset),
+        "vae_run": cards.find_vae_run(recipe, inputs),
+        "code": training.code_revision(),
+    }
+
+
+def check_push(config: TrainUnetConfig, accelerator: Any) -> None:
+    """End the run now, before the work, if the Hub would refuse its model."""
+    if config.push_to_hub:
+        from t2i import hub
+
+        repo_id = hub.check_repo_id(config.hub_model_id, "--hub_model_id")
+        if accelerator.is_main_process:
+            hub.check_access(repo_id, "model")
+
+
+def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
+    """Publish the finished run, if that is asked for."""
+    if config.push_to_hub and accelerator.is_main_process:
+        from t2i.publish import publish_run
+
+        publish_run(
+            folder, str(config.hub_model_id), license=config.license, pictures=config.gallery_pictures,
+            private=config.hub_private_repo, deadline=config.hub_deadline,
+        )  # fmt: skip
 
 
 def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -152,6 +152,8 @@ MISTAKES = [
     ("generate_images.py", ["--model", "unet", "--prompt", "x", "--scheduler", "os"], "unknown scheduler"),
     ("evaluate_checkpoints.py", ["--model", "unet", "--checkpoints", "checkpoint-9"], "checkpoint-000004"),
     ("make_flowers.py", ["--output_dir", "vae"], "holds other files"),
+    ("publish_model.py", ["--model", "unet"], "--hub_model_id is missing"),
+    ("publish_model.py", ["--model", "vae", "--hub_model_id", "me/vae"], "holds no pipeline"),
 ]
 
 

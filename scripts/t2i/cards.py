@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from t2i.tracking import redact
 
 TEMPLATE = Path(__file__).parents[2] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"
+PROMPT_CHARACTERS = 500  # of a prompt on a card; CLIP reads fewer
+# What a program knows stands between these; dataset_cards.merge_cards leaves all else as a person wrote it.
+BEGIN = "<!-- t2i:{} begin (generated; edits here are replaced) -->"
+END = "<!-- t2i:{} end -->"
 
 # What the card of the suite's reference model says, and the words that tell a run's row as the same.
 REFERENCE = {
@@ -44,12 +49,22 @@ PRECISIONS = {
 }
 
 
-def write_model_card(run: Path, evaluation: dict[str, Any] | None) -> str:
+@dataclass
+class Publication:
+    """What the card of a published model says beyond its run."""
+
+    repo_id: str
+    license: str  # as the Hub names licences; "unknown": not chosen
+    gallery: list[tuple[str, str]]  # prompts, and the paths of their pictures in the repository
+
+
+def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: Publication | None = None) -> str:
     """Write the model card of a training run to `run/pipeline/README.md` (atomically) and return its text.
 
     Args:
         run: run folder of train_unet.py; `config.yaml` and `run.json` must be there, the rest may be missing.
         evaluation: `{"report": {...}, "cells": [...]}` as evaluate_checkpoints.py writes it; None: not evaluated.
+        publication: of the card that goes to the Hub; None: the card of this folder.
 
     Raises:
         UserError: a file that is needed is missing or damaged.
@@ -60,19 +75,20 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None) -> str:
     provenance = _optional(run / "provenance.json")
     report = (evaluation or {}).get("report") or {}
     cells = (evaluation or {}).get("cells") or []
-    vae_run = _vae_run(recipe, provenance)
+    vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
     details = _details(run / "pipeline", recipe, vae_run)
     training = _training(recipe, result, provenance)
     inference = _inference(recipe, report)
     rows = {**details, **training, **inference}
     name = one_line(recipe.train_unet.run_name or run.resolve().name) or "text-to-image"
     dataset = one_line(provenance.get("dataset") or _last_part(recipe.data.dataset))
-    hub = _hub_id(recipe.data.dataset)
-    base = _hub_id(recipe.unet.pretrained_model_name_or_path)
+    hub = dataset_id(recipe, provenance)
+    gallery = publication.gallery if publication else []
+    base = hub_id(recipe.unet.pretrained_model_name_or_path)
     results = _eval_results(hub or dataset or "unknown", dataset or "unknown", result, report)
     data = ModelCardData(
         language="en",
-        license="unknown",  # the choice is the user's; nobody has made it when the card is written
+        license=one_line(publication.license) if publication else "unknown",  # the choice is the user's
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion"],
@@ -80,6 +96,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None) -> str:
         base_model=base,
         model_name=name if results else None,
         eval_results=results or None,
+        widget=[{"text": prompt, "output": {"url": path}} for prompt, path in gallery] if publication else None,
     )
     if not TEMPLATE.is_file():
         raise UserError(
@@ -90,13 +107,17 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None) -> str:
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        begin=BEGIN.format,
+        end=END.format,
+        repo_id=publication.repo_id if publication else None,
+        gallery=gallery,
         finished=result.get("status") == "finished",
         resolution=recipe.data.resolution,
         domain=domain,
         details=details,
         training=training,
         inference=inference,
-        prompt=_prompt(recipe),
+        prompt=_prompt(gallery[0][0] if gallery else _example(recipe)),
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
         figures=_figures(result, report, vae_run),
@@ -120,11 +141,50 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None) -> str:
     return text
 
 
-def one_line(value: Any) -> str:
-    """A user's text without secrets, control characters and line breaks, at most 200 characters; None becomes ""."""
+def one_line(value: Any, limit: int = 200) -> str:
+    """A user's text without secrets, control characters and line breaks, at most `limit` characters; None becomes ""."""
     text = "" if value is None else redact(str(value))
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= 200 else text[:199] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it is a Hub id `owner/name` and not a local path, in which case nothing of that name lies here."""
+    if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        return None
+    return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
+
+
+def dataset_id(recipe: Recipe, provenance: dict[str, Any]) -> str | None:
+    """The Hub id of the data set that a run was trained on; None where it was a folder."""
+    return provenance.get("dataset_id", hub_id(recipe.data.dataset))  # training knew whether there was such a folder
+
+
+def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of the VAE's training, its recipe's VAE under "from"; {} unless it made the VAE of `hashes`."""
+    folder = Path(recipe.vae.vae) if recipe.vae.vae else None
+    if folder is None or not (folder / "config.yaml").is_file():
+        return {}
+    result = _optional(folder / "run.json")
+    if not result.get("output_vae_hash") or result["output_vae_hash"] != hashes.get("vae_hash"):
+        return {}
+    known = {key: result.get(key) for key in ("psnr_db", "ssim", "scaling_factor")}
+    return {**known, "from": load_recipe(str(folder / "config.yaml")).vae.vae}
+
+
+def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """The figures that were measured, by kind and name; `result`: a run's, `report`: its evaluation's."""
+    figures: dict[tuple[str, str], Any] = {("loss", "Validation diffuser loss"): result.get("val_loss")}
+    for head, share in (report.get("prompt_following") or {}).items():
+        figures["prompt_following", f"Prompt following: {one_line(head).replace('_', ' ')}"] = share
+    for key, label in {
+        "memorisation": "share_closer",
+        "diversity": "ratio",
+        "kid": "mean",
+        "clip_score": "mean",
+    }.items():
+        figures[key, key.replace("_", " ")] = (report.get(key) or {}).get(label)
+    return {names: round(number, 5) for names, value in figures.items() if (number := _number(value)) is not None}
 
 
 def escape_markdown(value: Any) -> str:
@@ -191,9 +251,7 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
         "Optimizer": f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
         "Gradient Clipping": f"{config.max_grad_norm:g}",
         "CFG Training": f"{dropped:g}% unconditional dropout for classifier-free guidance",
-        "Weights": "raw"
-        if config.save_raw_weights or not config.use_ema
-        else f"moving average (EMA {config.ema_decay:g})",
+        "Weights": _weights(recipe, result),
         "Training time": _minutes(result),
         "Peak memory": f"{result['peak_rss_bytes'] / 1e9:.2f} GB"
         if _number(result.get("peak_rss_bytes"))
@@ -324,16 +382,6 @@ def _eval_results(dataset_type: str, dataset: str, result: dict[str, Any], repor
     """The figures for `model-index`: those that were measured."""
     from huggingface_hub import EvalResult
 
-    figures = {("loss", "Validation diffuser loss"): result.get("val_loss")}
-    for head, share in (report.get("prompt_following") or {}).items():
-        figures["prompt_following", f"Prompt following: {one_line(head).replace('_', ' ')}"] = share
-    for key, label in {
-        "memorisation": "share_closer",
-        "diversity": "ratio",
-        "kid": "mean",
-        "clip_score": "mean",
-    }.items():
-        figures[key, key.replace("_", " ")] = (report.get(key) or {}).get(label)
     return [
         EvalResult(
             task_type="text-to-image",
@@ -341,25 +389,13 @@ def _eval_results(dataset_type: str, dataset: str, result: dict[str, Any], repor
             dataset_name=dataset,
             metric_type=kind,
             metric_name=name,
-            metric_value=round(number, 5),
+            metric_value=value,
         )
-        for (kind, name), value in figures.items()
-        if (number := _number(value)) is not None
+        for (kind, name), value in measured(result, report).items()
     ]
 
 
 # --- Single rows -----------------------------------------------------------------------------------------------------
-
-
-def _vae_run(recipe: Recipe, provenance: dict[str, Any]) -> dict[str, Any]:
-    """`run.json` of the VAE's training, its recipe's VAE under "from"; {} unless it made the VAE that this run used."""
-    folder = Path(recipe.vae.vae) if recipe.vae.vae else None
-    if folder is None or not (folder / "config.yaml").is_file():
-        return {}
-    result = _optional(folder / "run.json")
-    if not result.get("output_vae_hash") or result["output_vae_hash"] != provenance.get("vae_hash"):
-        return {}
-    return {**result, "from": load_recipe(str(folder / "config.yaml")).vae.vae}
 
 
 def _vae_origin(recipe: Recipe, vae_run: dict[str, Any]) -> str:
@@ -370,7 +406,7 @@ def _vae_origin(recipe: Recipe, vae_run: dict[str, Any]) -> str:
             else "AutoencoderKL, trained from scratch for this run"
         )
     source = recipe.vae.vae or recipe.unet.pretrained_model_name_or_path
-    if _hub_id(source):
+    if hub_id(source):
         return f"{_source(source)}, used as it is"
     return f"{_source(source)}, whose training is not recorded" if source else NOT_MEASURED
 
@@ -392,6 +428,14 @@ def _distribution(result: dict[str, Any]) -> str:
         return f"DeepSpeed ZeRO Stage {_text(result.get('zero_stage'))}, {processes} processes"
     device = {"MULTI_CPU": "CPU processes", "MULTI_GPU": "GPUs"}.get(kind, f"processes ({_text(kind)})")
     return f"data parallel, {processes} {device}"
+
+
+def _weights(recipe: Recipe, result: dict[str, Any]) -> str:
+    config = recipe.train_unet
+    raw = config.save_raw_weights or not config.use_ema
+    known = result.get("output_unet_hash")
+    kind = "raw" if raw else f"moving average (EMA {config.ema_decay:g})"
+    return f"{kind}, of the end of training" + (f" (UNet `{one_line(known)}`)" if known else "")
 
 
 def _minutes(result: dict[str, Any]) -> str:
@@ -416,24 +460,20 @@ def _tracking(view: Any) -> str:
     return _text(shown)
 
 
-def _prompt(recipe: Recipe) -> str:
-    """A prompt as a Python literal in a fenced block, where it stands alone on its line, in quotes."""
+def _example(recipe: Recipe) -> str:
     prompts = recipe.train_unet.validation_prompts
-    prompt = prompts[0] if prompts else recipe.data.caption_template.replace("{label}", "rose")
-    return json.dumps(one_line(prompt), ensure_ascii=False)
+    return prompts[0] if prompts else recipe.data.caption_template.replace("{label}", "rose")
+
+
+def _prompt(prompt: str) -> str:
+    """A prompt as a Python literal in a fenced block, where it stands alone on its line, in quotes; it forges no marker."""
+    return json.dumps(one_line(prompt, PROMPT_CHARACTERS), ensure_ascii=False).replace("<!--", "\\u003c!--")
 
 
 def _source(name: str | None) -> str:
     """A Hub id as code; of a path its last part, since the folders above it are the user's own."""
-    hub = _hub_id(name)
+    hub = hub_id(name)
     return f"`{hub}`" if hub else _text(_last_part(name))
-
-
-def _hub_id(name: str | None) -> str | None:
-    """`name` if it is a Hub id `owner/name` and not a local path, in which case nothing of that name lies here."""
-    if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
-        return None
-    return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
 
 
 def _last_part(path: Any) -> str | None:

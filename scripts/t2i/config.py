@@ -35,8 +35,17 @@ def _alias(*names: str) -> Any:
 
 
 @dataclass
-class DataConfig:
-    """The captioned images."""
+class HubConfig:
+    """What becomes of it on the Hub."""
+
+    push_to_hub: Flag = False  # upload the result; log in by `hf auth login`, or set HF_TOKEN
+    hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
+    hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long
+
+
+@dataclass
+class SourceConfig:
+    """The images, and their captions or labels."""
 
     dataset: Annotated[str | None, _alias("dataset_name", "train_data_dir")] = (
         None  # Hub id, dataset folder or imagefolder
@@ -46,6 +55,13 @@ class DataConfig:
     caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
     label_names: list[str] = field(default_factory=list)  # names of labels that are numbers, from 1 on
     caption_template: str = "a photo of a {label}, a type of flower"  # caption of an image that has only a label
+    max_bad_share: Share = 0.05  # share of images that may be undecodable before the run ends
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """The captioned images."""
+
     resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
     validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = (
@@ -53,8 +69,26 @@ class DataConfig:
     )
     split_seed: int = 0  # another number gives another validation split
     max_train_samples: Count | None = None  # use this many training images at most
-    max_bad_share: Share = 0.05  # share of images that may be undecodable before the run ends
     cache_dir: str = ".cache/t2i"  # prepared images, latents and text embeddings, by content
+
+
+@dataclass
+class CaptionConfig(HubConfig):
+    """Captioning."""
+
+    output_dir: str | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
+    captioner: str = "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
+    captioner_revision: str | None = None  # branch, tag or commit of a Hub model
+    task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
+    prompt: str = ""  # text for the model, where its task takes some
+    caption_batch_size: Count = 8  # images at once; halved when memory runs out
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 128  # tokens of a caption at most; CLIP reads 77 of its own
+    num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
+    strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
+    fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
+    audit_tokenizer: str = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens
+    license: str = "unknown"  # of the data set, as the Hub names licences, e.g. cc-by-4.0
+    hub_dataset_id: str | None = None  # ORG/NAME of the data set on the Hub
 
 
 @dataclass
@@ -150,7 +184,7 @@ class TrainVaeConfig(TrainConfig):
 
 
 @dataclass
-class TrainUnetConfig(TrainConfig):
+class TrainUnetConfig(HubConfig, TrainConfig):
     """Training of the denoiser."""
 
     snr_gamma: Positive | None = None  # min-SNR loss weights (arXiv:2303.09556), usually 5; None: none
@@ -163,6 +197,9 @@ class TrainUnetConfig(TrainConfig):
     guidance_scale: NonNegative = 7.5  # of those pictures
     num_inference_steps: Count = 30  # of those pictures
     save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
+    hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
+    license: str = "unknown"  # of the model, as the Hub names licences, e.g. apache-2.0; unknown: not chosen
+    gallery_pictures: Natural = 8  # pictures on the published card, drawn for the validation's and evaluation's prompts
 
 
 @dataclass
@@ -188,6 +225,7 @@ class Recipe:
     """All settings of an experiment, a section each; every script checks all sections and uses its own."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     unet: UnetConfig = field(default_factory=UnetConfig)
     train_vae: TrainVaeConfig = field(default_factory=TrainVaeConfig)
@@ -224,6 +262,7 @@ def load_recipe(name: str) -> Recipe:
 def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:
     """Defaults <- recipe (`--config`) <- command line, for the given sections of `Recipe`.
 
+    `source` stands for the part of section data that says where the images come from.
     Exits with code 2 on an unknown option, naming the nearest known one; raises `UserError` on a wrong value.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -233,17 +272,21 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
         str | None, tyro.conf.arg(help="recipe: a YAML file, or the name of one in scripts/recipes")
     ]
     members: list[Any] = [("config", config_type, field(default=None))]
+    defaults = {name: _source(recipe) if name == "source" else getattr(recipe, name) for name in sections}
     members += [
-        (name, _fields(Recipe)[name], field(default_factory=partial(getattr, recipe, name))) for name in sections
+        (name, type(value), field(default_factory=partial(defaults.get, name))) for name, value in defaults.items()
     ]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
-    for name in sections:
-        section, before = check_options(getattr(chosen, name)), getattr(recipe, name)
+    for name, before in defaults.items():
+        section = check_options(getattr(chosen, name))
         _let_go(section, before, "dataset", "dataset_revision")
         _let_go(section, before, "vae", "vae_revision")
         _let_go(section, before, "text_encoder", "text_encoder_revision")
         _let_go(section, before, "num_train_epochs", "max_train_steps")
-        setattr(recipe, name, section)
+        if name == "source":
+            recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
+        else:
+            setattr(recipe, name, section)
     return recipe
 
 
@@ -260,6 +303,10 @@ def check_options(options: T) -> T:
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved settings as plain data, a dictionary a section."""
     return dataclasses.asdict(recipe)
+
+
+def _source(recipe: Recipe) -> SourceConfig:
+    return SourceConfig(**{name: getattr(recipe.data, name) for name in _fields(SourceConfig)})
 
 
 def _fields(cls: Any) -> dict[str, Any]:

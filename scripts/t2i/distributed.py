@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 from t2i.config import TrainConfig
@@ -23,14 +24,19 @@ def quiet_libraries() -> None:
     )  # accelerate's wrapper hides the optimiser's step
 
 
-def make_accelerator(config: TrainConfig) -> Any:
-    """The `Accelerator` of a training script: processes and precision come from the launcher, the rest from the recipe."""
+def make_accelerator(config: TrainConfig | None = None) -> Any:
+    """The script's `Accelerator`: processes and precision come from the launcher, the rest from the recipe.
+
+    config: of a training; None: processes work on their shares alone, and may wait a week for each other.
+    """
     quiet_libraries()
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     try:
+        if config is None:
+            return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,

@@ -158,6 +158,16 @@ def save_picture(path: Path, picture: np.ndarray, parameters: dict[str, Any]) ->
     Image.fromarray(picture).save(path, pnginfo=info)
 
 
+def read_parameters(path: Path) -> dict[str, Any] | None:
+    """What `save_picture` wrote beside a picture; None where there is no whole picture with parameters."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # a picture that was cut off has its text all the same
+            return json.loads(image.info["parameters"])
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return None
+
+
 def picture_grid(
     pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:

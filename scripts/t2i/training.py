@@ -24,6 +24,7 @@ _PASSING = {
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("resume_from_checkpoint", "gradient_checkpointing", "compile", "channels_last"),
+    *("push_to_hub", "hub_private_repo", "hub_deadline", "hub_model_id", "license", "gallery_pictures"),
 }  # inputs are compared by the hashes of their contents
 
 

@@ -1,0 +1,44 @@
+"""Publish a finished training run on the Hugging Face Hub: pipeline, model card, pictures, evaluation results.
+
+python scripts/publish_model.py --model outputs/demo/unet --hub_model_id ORG/NAME --license apache-2.0
+
+The model is loaded back from there by stock diffusers and compared. The same command repeats a push that failed, and
+changes nothing where nothing changed; what people wrote into the card on the Hub stays.
+"""
+
+from dataclasses import dataclass
+
+from t2i.config import Flag, Natural, Positive, check_options, parse_options
+from t2i.runs import run_main
+
+
+@dataclass
+class Options:
+    """The model and its repository."""
+
+    model: str | None = None  # finished run folder of train_unet.py
+    hub_model_id: str | None = None  # ORG/NAME on the Hub; log in by `hf auth login`, or set HF_TOKEN
+    hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
+    hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long
+    license: str | None = None  # as the Hub names licences, e.g. apache-2.0; None: the run's, else the one on the Hub
+    gallery_pictures: Natural = 8  # pictures on the card, drawn for the validation's and the evaluation's prompts
+
+
+def main() -> None:
+    options = check_options(parse_options(Options, __doc__ or ""))
+    from t2i import hub, publish
+
+    run = publish.find_run(options.model)
+    repo_id = hub.check_repo_id(options.hub_model_id, "--hub_model_id")
+    hub.check_access(repo_id, "model")
+    from t2i.distributed import quiet_libraries
+
+    quiet_libraries()
+    publish.publish_run(
+        run, repo_id, license=options.license, pictures=options.gallery_pictures, private=options.hub_private_repo,
+        deadline=options.hub_deadline,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)

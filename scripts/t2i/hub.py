@@ -1,0 +1,354 @@
+"""Pushing a folder to the Hugging Face Hub: one commit, tried again until a deadline. Imports no torch.
+
+A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent,
+so that nobody's edit meanwhile is lost: the Hub refuses such a commit, and the attempt starts anew from the new head.
+What was uploaded is not uploaded again. On disk nothing changes, whatever happens.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (
+    build_hf_headers,
+    filter_repo_objects,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
+from huggingface_hub.utils._http import default_client_factory
+
+from t2i.runs import UserError, sha256_file
+from t2i.tracking import redact
+
+RepoType = Literal["dataset", "model", "space"]
+
+CARD = "README.md"
+SILENCE_S = 120.0  # a request fails when no byte has moved for so long; the Hub takes a minute for large commits
+SHORTEST_SILENCE_S = 10.0  # the same shortly before the deadline; what huggingface_hub allows for downloads
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, doubling, unless the Hub asks for more
+CHECK_S = 15.0  # for looking whether a push will be allowed
+QUOTED_CHARACTERS = 300  # of the Hub's own words
+
+
+class HubError(UserError):
+    """A push that the Hub, the network or the token does not let through: one sentence."""
+
+
+@dataclass
+class Pushed:
+    """Where the files are now."""
+
+    url: str
+    commit: str  # 40 hex digits
+    changed: bool  # False: the Hub had it all already
+
+
+def check_repo_id(repo_id: str | None, option: str) -> str:
+    """Return `repo_id` if it is a name `owner/name` that the Hub allows; raise `HubError` naming `option` otherwise."""
+    word = r"\w([\w.-]{0,94}\w)?"
+    wrong = not re.fullmatch(f"{word}/{word}", repo_id or "", re.ASCII) or re.search(r"--|\.\.|\.git$", repo_id or "")
+    if not repo_id or wrong:
+        shown = f"{option} {redact(repo_id)!r} is no repository of the Hub" if repo_id else f"{option} is missing"
+        raise HubError(f"{shown}; give owner/name, each of letters, digits and single - _ . between them")
+    return repo_id
+
+
+def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print) -> None:
+    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`: before hours of work.
+
+    A Hub that cannot be asked now costs a warning, since the push comes later.
+
+    Raises:
+        HubError: there is no token, it is wrong, or it may not write; or HF_HUB_OFFLINE is set.
+    """
+    api = _connect(check_repo_id(repo_id, "repo_id"))
+    user: dict[str, Any] = {}
+    try:
+        with _limited(CHECK_S):
+            user = api.whoami()
+            if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+                raise HubError(f"the token of {user.get('name')} may only read; {_login(repo_id)}")
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+    except (OSError, ValueError) as error:
+        failure = _read(error, api)
+        if failure.status == HTTPStatus.NOT_FOUND:  # the push will create it
+            owners = [str(owner.get("name")).lower() for owner in (user, *user.get("orgs", []))]
+            if repo_id.split("/")[0].lower() not in owners:
+                say(f"warning: the token is of {user.get('name')}, who may not be allowed to create {repo_id}")
+        elif failure.denied:
+            raise HubError(f"{failure.reason}; {_login(repo_id)}") from None
+        else:
+            say(f"warning: cannot look now whether {repo_id} may be written to: {failure.reason}")
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    repo_type: RepoType,
+    *,
+    files: list[str],
+    message: str,
+    private: bool = True,
+    deadline: float = 900.0,
+    merge_card: Callable[[str | None], str] | None = None,
+    say: Callable[[str], Any] = print,
+) -> Pushed:
+    """Make the repository's files be those of `folder`, in one commit; none where they are already.
+
+    A failure that may pass (408, 409, 412, 429, 5xx, a connection, silence) is told and tried again until `deadline`
+    seconds after the first one began; a transfer that goes on is never cut. huggingface_hub's own repetitions within a
+    request are switched off, and its requests, some of which would wait for ever, fail after SILENCE_S without a byte, so
+    a Hub that is silent ends the push at most SHORTEST_SILENCE_S after the deadline. Uploads through hf_xet, as most
+    repositories have them, keep hf_xet's own limits: a storage that is silent ends it after up to 6 times 300 s
+    (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
+
+    Args:
+        folder: stays as it is.
+        repo_id: `owner/name`; created if it is missing.
+        files: patterns of what is pushed, relative to `folder`, as huggingface_hub reads them: `*` also matches across
+            folders. Files on the Hub that match and are not in `folder` are deleted; all others stay. Hidden files
+            are pushed and deleted by their full name alone.
+        message: of the commit.
+        private: of a repository that is created; an existing one stays as visible as it is.
+        deadline: s; for how long a push that fails is tried again.
+        merge_card: from the README.md at the Hub's head, None if there is none, makes the README.md that is pushed;
+            called anew in each attempt. Without it README.md is a file like others.
+        say: told in one line why and when an attempt is repeated.
+
+    Raises:
+        HubError: the push failed for good; one sentence, without secrets.
+    """
+    check_repo_id(repo_id, "repo_id")
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    local = {name: folder / name for name in _matching((path.relative_to(folder).as_posix() for path in inside), files)}
+    if not local:
+        raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
+    api = _connect(repo_id)
+    url = _address(api, repo_id, repo_type)
+    kept = f"{folder} is kept as it is, and the same command repeats the push"
+    wait, sent, left = FIRST_WAIT_S, False, deadline
+    until: float | None = None
+    while True:
+        silence_s = min(max(left, SHORTEST_SILENCE_S), SILENCE_S, deadline)
+        try:
+            with _limited(silence_s):
+                head = _head(api, repo_id, repo_type)
+                if head is None:
+                    _create(api, repo_id, repo_type, private, folder, merge_card)
+                    head = str(api.repo_info(repo_id, repo_type=repo_type).sha)
+                operations = _differences(api, repo_id, repo_type, head, local, files, merge_card)
+                if not operations:  # after a commit whose answer was lost, it had arrived
+                    return Pushed(url, head, changed=sent)
+                sent = True
+                commit = api.create_commit(
+                    repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head
+                )
+                return Pushed(url, commit.oid, changed=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            failure = _read(error, api)
+        now = time.monotonic()
+        until = until or now + deadline - (silence_s if failure.silence else 0)
+        left = until - now
+        if failure.denied:
+            raise HubError(f"{failure.reason}; {_login(repo_id)}; {kept}")
+        if not failure.passing or left <= 0 or failure.retry_after > left:
+            raise HubError(f"the push to {repo_id} failed: {failure.reason}; {kept}")
+        pause = min(max(wait, failure.retry_after), left)
+        say(
+            f"the push to {repo_id} is interrupted: {failure.reason}; trying again in {pause:.0f} s ({left:.0f} s left)"
+        )
+        time.sleep(pause)
+        wait, left = min(2 * wait, LONGEST_WAIT_S), left - pause
+
+
+# --- What differs ----------------------------------------------------------------------------------------------------
+
+
+def _matching(paths: Iterable[str], patterns: list[str]) -> list[str]:
+    hidden = re.compile(r"(^|/)\.")
+    visible = (path for path in paths if path in patterns or not hidden.search(path))
+    return sorted(filter_repo_objects(visible, allow_patterns=patterns))
+
+
+def _address(api: HfApi, repo_id: str, repo_type: RepoType) -> str:
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def _head(api: HfApi, repo_id: str, repo_type: RepoType) -> str | None:
+    """The newest commit; None where there is no such repository."""
+    try:
+        return str(api.repo_info(repo_id, repo_type=repo_type).sha)
+    except HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.NOT_FOUND:
+            raise
+    return None
+
+
+def _create(
+    api: HfApi,
+    repo_id: str,
+    repo_type: RepoType,
+    private: bool,
+    folder: Path,
+    merge_card: Callable[[str | None], str] | None,
+) -> None:
+    sdk = None
+    if repo_type == "space":  # its card says what it runs on
+        card = merge_card(None) if merge_card else (folder / CARD).read_text(encoding="utf-8")
+        sdk = (re.findall(r"(?m)^sdk:\s*(\w+)", card) or ["static"])[0]
+    api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk)
+
+
+def _differences(
+    api: HfApi,
+    repo_id: str,
+    repo_type: RepoType,
+    head: str,
+    local: dict[str, Path],
+    files: list[str],
+    merge_card: Callable[[str | None], str] | None,
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What a commit on top of `head` has to do."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=repo_type)
+    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    contents: dict[str, Path | bytes] = dict(local)
+    if merge_card:
+        card = _read_card(api, f"{_address(api, repo_id, repo_type)}/resolve/{head}/{CARD}") if CARD in remote else None
+        contents[CARD] = merge_card(card).encode("utf-8")
+    stale = [path for path in _matching(remote, files) if path not in contents]
+    return [
+        *(
+            CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
+            for path, content in contents.items()
+            if not _is_same(content, remote.get(path))
+        ),
+        *(CommitOperationDelete(path, is_folder=False) for path in stale),
+    ]
+
+
+def _read_card(api: HfApi, address: str) -> str:
+    response = get_session().get(address, headers=build_hf_headers(token=api.token))
+    hf_raise_for_status(response)
+    return response.content.decode("utf-8")
+
+
+def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
+    """Whether the Hub has this content: LFS files go by SHA-256, others by git's SHA-1."""
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    if entry is None or size != entry.size:
+        return False
+    if entry.lfs:
+        digest = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_file(content)
+        return digest == entry.lfs.sha256
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % size + data).hexdigest() == entry.blob_id
+
+
+# --- Connections and their failures ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Failure:
+    reason: str  # for a person, without secrets
+    status: int | None = None  # of HTTP
+    denied: bool = False  # the token is wrong, or may not do this
+    passing: bool = False  # trying again may help
+    silence: bool = False  # the Hub had stopped answering before it was noticed
+    retry_after: float = 0.0  # s; what the Hub asks for
+
+
+def _connect(repo_id: str) -> HfApi:
+    if is_offline_mode():
+        raise HubError(f"HF_HUB_OFFLINE is set; unset it to push to {repo_id}")
+    token = get_token()
+    if not token:
+        raise HubError(f"there is no token for the Hub; {_login(repo_id)}")
+    return HfApi(token=token)
+
+
+def _login(repo_id: str) -> str:
+    return f"run `hf auth login` or set HF_TOKEN, with a token that has write access to {repo_id}"
+
+
+@contextmanager
+def _limited(silence_s: float) -> Iterator[None]:
+    """Let huggingface_hub send each request once, failing after `silence_s` without a byte."""
+
+    def factory() -> httpx2.Client:
+        client = default_client_factory()
+        client.send = partial(_send, client.send, silence_s)  # type: ignore[method-assign]
+        return client
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def _send(
+    send: Callable[..., httpx2.Response], silence_s: float, request: httpx2.Request, **options: Any
+) -> httpx2.Response:
+    """Send a request; raise what huggingface_hub would otherwise repeat unseen, or misread."""
+    # not the client's own timeout: huggingface_hub passes timeout=None with some requests
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), silence_s)
+    try:
+        response = send(request, **options)
+    except httpx2.TimeoutException as error:
+        raise TimeoutError(f"the Hub was silent for {silence_s:.3g} s") from error
+    except httpx2.TransportError as error:
+        raise ConnectionError(f"the connection to the Hub failed ({error})") from error
+    if response.status_code in (401, 403, 408, 409, 412, 429) or response.status_code >= 500:
+        response.read()
+        hf_raise_for_status(response)
+    return response
+
+
+def _read(error: BaseException, api: HfApi) -> _Failure:
+    """What an exception of huggingface_hub means; uploads raise RuntimeError from the one that matters."""
+    cause: BaseException = error
+    while isinstance(cause, RuntimeError) and cause.__cause__:
+        cause = cause.__cause__
+    seconds, words = 0, str(cause) or type(cause).__name__
+    of_xet = re.search(r"HTTP status \w+ error \((\d+) ([^)]*)\)", words)  # hf_xet raises ConnectionError for all
+    if isinstance(cause, HfHubHTTPError):
+        response = cause.response
+        status, words = response.status_code, cause.server_message or response.reason_phrase
+        header, limit = response.headers.get("Retry-After", ""), parse_ratelimit_headers(response.headers)
+        seconds = int(header) if header.isdigit() else limit.reset_in_seconds if limit and not limit.remaining else 0
+    elif of_xet:
+        status, words = int(of_xet[1]), of_xet[2]
+    elif isinstance(cause, PermissionError) and cause.filename is None:  # hf_xet's word for a token that is refused
+        status = 401
+    elif isinstance(cause, json.JSONDecodeError):
+        return _Failure(f"{api.endpoint} does not answer as a Hub does; check HF_ENDPOINT")
+    else:
+        # a local file that cannot be read, or what huggingface_hub finds wrong in the files, stays so
+        stays = isinstance(cause, ValueError) or (isinstance(cause, OSError) and cause.filename is not None)
+        return _Failure(_quote(words, api), passing=not stays, silence=isinstance(cause, TimeoutError))
+    return _Failure(
+        f"the Hub answers {status}: {_quote(words, api)}" + (f" (asking to wait {seconds} s)" if seconds else ""),
+        status,
+        denied=status in (401, 403),
+        passing=status in (408, 409, 412, 429) or status >= 500,
+        retry_after=seconds,
+    )
+
+
+def _quote(text: str, api: HfApi) -> str:
+    line = " ".join(redact(text.replace(str(api.token), "[redacted]")).split())
+    return line if len(line) <= QUOTED_CHARACTERS else f"{line[:QUOTED_CHARACTERS]}…"

@@ -1,0 +1,118 @@
+"""The captions that were made, one JSON line each in `captions.jsonl`: appended as they come, edited by hand at will.
+
+A caption belongs to (image, model, revision, task, prompt). Lines are only ever added, a batch by one write and one fsync,
+so that a killed run loses nothing that was on disk; several processes on one machine (or a shared disk) write the same
+file. Imports no torch.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from t2i.runs import UserError
+
+
+class Key(NamedTuple):
+    """What a caption belongs to."""
+
+    image: str  # first 32 hex digits of the SHA-256 of the image file
+    model: str
+    revision: str
+    task: str
+    prompt: str
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows (the fields of `Key`, `caption` and what else is known) and wait until they are on disk.
+
+    A torn last line, as a cut of power leaves it, is taken off first: it was never reported as done.
+    """
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # writers take turns; the kernel frees it when one is killed
+        tail = _tail(handle)
+        if tail and _row(tail) is None:
+            os.ftruncate(handle, os.fstat(handle).st_size - len(tail))
+        elif tail:  # a whole line whose end an editor left off
+            data = b"\n" + data
+        _write_all(handle, data)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> dict[Key, dict[str, Any]]:
+    """All captions by key; of a key that stands there twice, the later line. A torn last line is passed over.
+
+    Raises `UserError` naming the line for anything else that is not a caption's line: a slip of the hand in an editor
+    must not cost a caption.
+    """
+    rows: dict[Key, dict[str, Any]] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return rows
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            rows[Key(*(row[field] for field in Key._fields))] = row
+        elif line.strip() and number < len(lines):
+            raise UserError(
+                f"{path}, line {number} is not a caption's line; mend it (it needs {', '.join(Key._fields)} and caption, "
+                "as JSON on one line) or delete the line to have it captioned anew"
+            )
+    return rows
+
+
+@contextmanager
+def alone(folder: Path, rank: int, meet: Any) -> Iterator[None]:
+    """Hold `folder` for this run's processes; raise `UserError` where another run is at work in it.
+
+    meet: waits for all processes. The first one asks for the lock alone, then all share it: a process that outlives
+    its launcher keeps a new run out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        taken = True
+        if rank == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                taken = False
+        if not taken:
+            raise UserError(
+                f"another run is captioning into {folder}; wait for it, stop it, or give another --output_dir"
+            )
+        meet()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        meet()
+        yield
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The caption's row on a line; None where there is none."""
+    try:
+        row = json.loads(line)
+        return row if all(isinstance(row[field], str) for field in (*Key._fields, "caption")) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _tail(handle: int) -> bytes:
+    """What stands behind the last line's end."""
+    size, tail = os.fstat(handle).st_size, b""
+    while len(tail) < size and b"\n" not in tail:
+        start = max(0, size - len(tail) - 65536)
+        tail = os.pread(handle, size - len(tail) - start, start) + tail
+    return tail.rpartition(b"\n")[2]

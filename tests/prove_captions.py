@@ -1,0 +1,123 @@
+"""Kill captioning at random moments and see whether a caption is lost or made twice.
+
+python tests/prove_captions.py --kills 20     (make prove-captions)
+
+For one and for two processes: caption drawn flowers with a small random Florence-2, SIGKILL the whole process group at a
+random moment after the first caption, start the same command again, and so on; then let it finish. After each kill every
+line that was on disk must still be there unchanged, and at the end each image must have exactly one line.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(Path(__file__).parent))
+
+
+def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, seed: int) -> str:
+    """Run the proof in `folder`; returns a line that sums up. Raises AssertionError where a promise is broken."""
+    chance = random.Random(seed)
+    output, ledger = folder / f"captioned-{processes}", folder / f"captioned-{processes}" / "captions.jsonl"
+    count = sum(1 for _ in photos.glob("*.png"))
+    kept: list[str] = []
+    done = 0
+    while done < kills:
+        process = start(photos, model, output, processes)
+        before = len(kept)
+        while len(lines(ledger)) <= before and process.poll() is None:  # until its first caption
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        finished = process.poll() is not None
+        stop(process)
+        now = lines(ledger)
+        assert now[:before] == kept, "a caption that was on disk is gone or changed"
+        kept = now
+        done += 1
+        if finished or len(kept) >= count:  # nothing is left to interrupt: begin anew
+            check(kept, count)
+            ledger.unlink()
+            kept = []
+    end = start(photos, model, output, processes)
+    assert end.wait(timeout=300) == 0, (output / "log.txt").read_text()[-3000:]
+    now = lines(ledger)
+    assert now[: len(kept)] == kept, "a caption that was on disk is gone or changed"
+    check(now, count)
+    return f"{processes} process(es): {done} kills, {count} images, no caption lost, none made twice"
+
+
+def start(photos: Path, model: Path, output: Path, processes: int) -> subprocess.Popen[bytes]:
+    """The command as users type it, in a process group of its own."""
+    output.mkdir(parents=True, exist_ok=True)
+    settings = (ROOT / "accelerate_configs" / "cpu.yaml").read_text()
+    if processes > 1:
+        settings = settings.replace("num_processes: 1", f"num_processes: {processes}").replace("'NO'", "MULTI_CPU")
+    config = output.with_name(f"cpu-{processes}.yaml")
+    config.write_text(settings)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    words = [*launch, str(ROOT / "scripts" / "caption_to_hub.py"), "--dataset", str(photos), "--captioner", str(model),
+             "--output_dir", str(output), "--caption_batch_size", "2", "--max_new_tokens", "8", "--num_beams", "1",
+             "--audit_tokenizer", str(model)]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    log = open(output / "log.txt", "ab")  # noqa: SIM115 - the child's, which outlives this call
+    return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to every process of the group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines(ledger: Path) -> list[str]:
+    """The whole lines of the file."""
+    return ledger.read_text(encoding="utf-8").split("\n")[:-1] if ledger.is_file() else []
+
+
+def check(rows: list[str], count: int) -> None:
+    """Each image has exactly one line."""
+    images = [json.loads(row)["image"] for row in rows]
+    assert len(images) == len(set(images)), "an image was captioned twice"
+    assert len(images) == count, f"{len(images)} captions for {count} images"
+
+
+def draw_photos(folder: Path, count: int) -> Path:
+    """`count` small drawings with a caption of their own beside each."""
+    from PIL import Image
+
+    from t2i import flowers
+
+    folder.mkdir(parents=True)
+    for number, (_, image, caption) in enumerate(flowers.draw_many(0, 0, count, 32, False, 1)):
+        Image.fromarray(image).save(folder / f"{number:04d}.png")
+        (folder / f"{number:04d}.txt").write_text(caption)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="kills for each number of processes")
+    parser.add_argument("--images", type=int, default=600, help="images to caption")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    from small_models import florence
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        photos, model = draw_photos(folder / "photos", options.images), florence(folder / "model")
+        for processes in (1, 2):
+            print(prove(folder, photos, model, processes, options.kills, options.seed), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Captioning by the real command: every source, resume, edits, hostile captions, and from photos to the Hub and back."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from huggingface_hub import DatasetCard
+from PIL import Image
+
+import caption_to_hub
+from conftest import photos
+from loopback_hub import LoopbackHub
+from prove_captions import draw_photos, prove
+from small_models import blip, florence
+from t2i import captioners, ledger
+from t2i.config import CaptionConfig, Recipe
+from t2i.runs import UserError
+
+FAST = ("--caption_batch_size", 4, "--max_new_tokens", 6, "--num_beams", 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return florence(tmp_path_factory.mktemp("models") / "florence")
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    return draw_photos(tmp_path / "photos", 12)
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+    """The script's `main` in this process, which saves the seconds of its imports."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["caption_to_hub.py", *map(str, arguments)])
+        caption_to_hub.main()
+
+    return run
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_florence_captions_resume_edits_and_added_images(drawn, model, command, run_main, capsys, tmp_path):
+    words = ("--dataset", drawn, "--captioner", model, "--output_dir", "out", *FAST, "--audit_tokenizer", model)
+    first = command("caption_to_hub.py", *words, cwd=tmp_path)
+    made = rows_of(tmp_path / "out")
+    assert len({row["image"] for row in made}) == len(made) == 12
+    assert all(row["caption"] and row["task"] == "<DETAILED_CAPTION>" for row in made)
+    assert "audit of 12 captions" in first.stdout
+    run_main(*words)
+    assert "nothing to do" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out") == made
+    # edited by hand, by an editor that leaves off the last line's end; two photos are added, one of them a copy
+    made[3]["caption"] = "a flower, as a person described it"
+    text = "\n".join(json.dumps(row) for row in made)
+    (tmp_path / "out" / "captions.jsonl").write_text(text, encoding="utf-8")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(drawn / "new.png")
+    (drawn / "copy.png").write_bytes((drawn / "0003.png").read_bytes())
+    run_main(*words)
+    assert "12 captions are there already, 1 are to be made" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out")[:12] == made
+    assert len(rows_of(tmp_path / "out")) == 13
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert sum(text == "a flower, as a person described it" for text in table["caption"]) == 2
+    assert "| Edited by hand | 2 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (drawn / "0000.png").read_bytes() in [
+        row["bytes"] for row in table.cast_column("image", datasets.Image(decode=False))["image"]
+    ]
+
+
+def test_captions_of_every_kind_stay_valid(run_main, tmp_path):
+    hostile = ["", "x" * 10_000, "زهرة حمراء جميلة", "a\0b", "---\nlicense: evil\n---", "| a | b |\n|---|---|", "```\ncode",
+               "<script>alert(1)</script>", "<!-- t2i:audit end -->", "{{ 7 * 7 }} {% raw %}", "a red flower"]  # fmt: skip
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(len(hostile)):
+        Image.new("RGB", (32, 32), (number * 20, 100, 50)).save(folder / f"{number:02d}.png")
+    lines = [json.dumps({"file_name": f"{number:02d}.png", "caption": text}) for number, text in enumerate(hostile)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = (
+        "--dataset",
+        folder,
+        "--captioner",
+        "existing",
+        "--output_dir",
+        "out",
+        "--audit_tokenizer",
+        tmp_path / "none",
+    )
+    run_main(*words)
+    captions = datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]
+    assert list(captions) == [" ".join(text.replace("\0", " ").split()) for text in hostile]
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "unknown"
+    assert card.content.count("<!-- t2i:audit end -->") == 1
+    assert "<script>" not in card.content
+    with pytest.raises(UserError, match="empty"):
+        run_main(*words, "--fail_on", "empty=0", "duplicates=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--captioner", "microsoft/Florence-2-large"], "florence-community/Florence-2-large"),
+        (["--captioner", "MODEL", "--task", "<CAPTIN>"], "<CAPTION>"),
+        (["--captioner", "MODEL", "--task", "<OD>", "--prompt", "x"], "takes no prompt"),
+        (["--captioner", "MODEL", "--task", "<REGION_TO_CATEGORY>"], "needs --prompt"),
+        (["--captioner", "nowhere/at/all"], "neither florence2"),
+        (["--captioner", "PHOTOS"], "config.json"),
+        (["--captioner", "label"], "no labels"),
+        (["--captioner", "existing", "--fail_on", "emty=0"], "empty"),
+        (["--captioner", "existing", "--push_to_hub"], "--hub_dataset_id"),
+    ],
+)
+def test_mistakes(arguments, sentence, drawn, model, tmp_path, run_main):
+    """A sentence each, before anything is captioned."""
+    places = {"MODEL": model, "PHOTOS": drawn}
+    words = [places.get(word, word) for word in arguments]
+    with pytest.raises(UserError) as error:
+        run_main("--dataset", drawn, "--output_dir", tmp_path / "out", *words)
+    assert sentence in str(error.value)
+    assert not (tmp_path / "out" / "captions.jsonl").exists()
+
+
+def test_legacy_folder_is_refused_and_its_code_not_run(tmp_path):
+    code = tmp_path / "modeling_florence2.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    settings = {
+        "model_type": "florence2",
+        "auto_map": {"AutoConfig": "modeling_florence2.X"},
+        "vision_config": {"model_type": "davit"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="never run here"):
+        captioners.resolve(CaptionConfig(captioner=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_need_unpickling_are_refused(tmp_path, model):
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(UserError, match="safetensors"):
+        captioners.resolve(CaptionConfig(captioner=str(tmp_path)))
+
+
+def test_other_models_caption_through_the_auto_classes(tmp_path):
+    import torch
+
+    images = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (30, 40), "blue")]
+    folder = blip(tmp_path / "blip")
+    for prompt in ("", "a red"):
+        config = CaptionConfig(captioner=str(folder), max_new_tokens=5, num_beams=1, prompt=prompt)
+        captioner = captioners.load(captioners.resolve(config), config, torch.device("cpu"), torch.float32)
+        texts = captioner.read(captioner.generate(captioner.prepare(images)), images)
+        assert len(texts) == 2
+        assert not any("[" in text or (prompt and text.startswith(prompt)) for text in texts)
+
+
+@pytest.mark.parametrize("task", ["<OD>", "<OCR_WITH_REGION>", "<CAPTION_TO_PHRASE_GROUNDING>"])
+def test_structured_tasks_become_words(task, model):
+    import torch
+
+    config = CaptionConfig(
+        captioner=str(model), task=task, prompt="a flower" if "GROUNDING" in task else "", max_new_tokens=6
+    )
+    captioner = captioners.load(captioners.resolve(config), config, torch.device("cpu"), torch.float32)
+    images = [Image.new("RGB", (40, 30), "red")]
+    assert all(isinstance(text, str) for text in captioner.read(captioner.generate(captioner.prepare(images)), images))
+    answer = {"labels": ["</s>red flower", "leaf", "red flower"], "bboxes": []}
+    assert captioners._labels(answer) == "red flower, leaf"
+
+
+def test_batches_are_halved_until_they_fit(drawn, tmp_path):
+    """A captioner that has room for two images only, as `generate` says it on a GPU."""
+    from t2i.distributed import make_accelerator
+    from t2i.sources import find_source
+
+    recipe, sizes = Recipe(), []
+    recipe.data.dataset, recipe.caption.caption_batch_size = str(drawn), 8
+
+    def generate(images):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return images
+
+    captioner = captioners.Captioner(
+        lambda images: images, generate, lambda ids, images: [str(image.size) for image in images]
+    )
+    accelerator = make_accelerator()
+    source = find_source(recipe.data)
+    rows = caption_to_hub.open_rows(source, recipe, tmp_path, accelerator)
+    found = list(caption_to_hub._look(source, rows, recipe))
+    work = [(ledger.Key(photo.id, "", "", "", ""), photo) for photo in found]
+    done = list(caption_to_hub.caption_batches(work, captioner, source, rows, recipe, accelerator))
+    assert [item for batch, _ in done for item in batch] == work  # all, once, in order
+    assert sizes[:2] == [8, 4]
+    assert max(sizes[2:]) == 2
+    sizes.clear()
+    recipe.caption.caption_batch_size = 1
+    captioner.generate = lambda images: (_ for _ in ()).throw(MemoryError())
+    with pytest.raises(UserError, match="single image"):
+        list(caption_to_hub.caption_batches(work, captioner, source, rows, recipe, accelerator))
+
+
+# --- The ledger ------------------------------------------------------------------------------------------------------
+
+
+def line(image, caption="a flower"):
+    return {**ledger.Key(image, "m", "r", "t", "p")._asdict(), "caption": caption}
+
+
+def test_a_torn_line_is_taken_off_and_costs_nothing(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    ledger.append(path, [line("a"), line("b", "línea\nزهرة \ud800")])
+    whole = path.read_bytes()
+    for cut in range(1, 60):
+        path.write_bytes(whole + json.dumps(line("c")).encode()[:cut])
+        assert [key.image for key in ledger.read(path)] == ["a", "b"]
+        ledger.append(path, [line("d")])
+        assert [key.image for key in ledger.read(path)] == ["a", "b", "d"]
+
+
+def test_a_slip_of_the_hand_names_the_line(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    ledger.append(path, [line("a"), line("b"), line("c")])
+    text = path.read_text()
+    path.write_text(text.replace('"image": "b"', '"image": "b'))
+    with pytest.raises(UserError, match="line 2"):
+        ledger.read(path)
+    path.write_text(text.rstrip("\n"))  # an editor left off the end of the last line: it still counts
+    ledger.append(path, [line("d")])
+    assert [key.image for key in ledger.read(path)] == ["a", "b", "c", "d"]
+
+
+def test_another_run_in_the_same_folder_is_refused(drawn, run_main, tmp_path):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match="another run is captioning"):
+            run_main("--dataset", drawn, "--captioner", "existing", "--output_dir", "out")
+
+
+def test_killed_captioning_loses_nothing_and_makes_nothing_twice(tmp_path, model):
+    """A sample of `make prove-captions`, on two processes, which also covers one writing beside the other."""
+    print(prove(tmp_path, draw_photos(tmp_path / "photos", 60), model, processes=2, kills=1, seed=os.getpid()))
+
+
+# --- From photos to the Hub and back ---------------------------------------------------------------------------------
+
+LOAD_BACK = """
+import sys, datasets, numpy as np, torch
+from diffusers import DiffusionPipeline
+table = datasets.load_dataset("me/flowers-12")
+print({split: part.num_rows for split, part in table.items()}, table["train"][0]["caption"])
+pipeline = DiffusionPipeline.from_pretrained("me/flowers-model")
+picture = pipeline("a photo of a daisy", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+print(type(pipeline).__name__, picture.size)
+"""
+
+
+def test_from_photos_to_the_hub_and_back(workspace, command, run_main, model, environment, tmp_path):
+    source = photos()
+    with LoopbackHub() as hub:
+        online = hub.environment()
+        part = tmp_path / "part"  # the native path to its end, on some photos
+        part.mkdir()
+        for number, file in enumerate(sorted(source.rglob("*.jpg"))[::60]):
+            (part / f"{number}.jpg").write_bytes(file.read_bytes())
+        run_main("--dataset", part, "--captioner", model, "--output_dir", "florence", *FAST, "--audit_tokenizer", model)
+        assert len(rows_of(tmp_path / "florence")) == 16
+        words = ("caption_to_hub.py", "--dataset", source, "--captioner", "label", "--output_dir", "captioned",
+                 "--audit_tokenizer", workspace / "unet", "--push_to_hub", "--hub_dataset_id", "me/flowers-12")  # fmt: skip
+        command(*words, cwd=tmp_path, env=online)
+        assert len(rows_of(tmp_path / "captioned")) == len({file.read_bytes() for file in source.rglob("*.jpg")})
+        commits = len(hub.commits("datasets/me/flowers-12"))
+        again = command(*words, cwd=tmp_path, env=online)
+        assert "is up to date" in again.stdout
+        assert len(hub.commits("datasets/me/flowers-12")) == commits
+        command("train_unet.py", "--config", workspace / "tiny.yaml", "--dataset", "me/flowers-12", "--vae", workspace / "vae",
+                "--output_dir", "model", "--max_train_steps", 2, "--report_to", "none", "--validation_prompts", "a photo of a daisy",
+                "--push_to_hub", "--hub_model_id", "me/flowers-model", cwd=tmp_path, env=online)  # fmt: skip
+        back = subprocess.run(
+            [sys.executable, "-c", LOAD_BACK], env=environment | online, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert back.returncode == 0, back.stderr[-3000:]
+        assert "{'train': 720, 'test': 240} a photo of a" in back.stdout
+        assert "StableDiffusionPipeline (32, 32)" in back.stdout

@@ -1,0 +1,445 @@
+"""Pushing to the Hub: the real clients against a Hub on 127.0.0.1, through every fault that a push may meet."""
+
+import subprocess
+import sys
+import time
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import get_session
+
+from conftest import SCRIPTS
+from loopback_hub import LoopbackHub
+from t2i import hub as t2i_hub
+from t2i.hub import HubError, check_access, check_repo_id, push_folder
+from t2i.runs import UserError
+
+REPO = "datasets/me/flowers"
+FILES = ["data/*.parquet", "notes.txt"]
+FOREVER = float("inf")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub, this process's clients brought to it. They read the constants' environment variables at import only."""
+    with LoopbackHub() as hub:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "flowers"
+    (folder / "data").mkdir(parents=True)
+    for index in range(3):
+        (folder / f"data/train-{index}.parquet").write_bytes(bytes([index]) * 200_000)
+    (folder / "notes.txt").write_text("drawn\n")
+    (folder / "run.json").write_text("{}")  # not to be pushed
+    (folder / "data/.train-0.parquet.7.part").write_bytes(b"half")
+    return folder
+
+
+def push(folder, said=None, **options):
+    said = [] if said is None else said
+    return push_folder(
+        folder,
+        "me/flowers",
+        "dataset",
+        **({"files": FILES, "message": "flowers", "deadline": 20, "say": said.append} | options),
+    )
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def pushed_contents(folder):
+    return {
+        name: content
+        for name, content in contents(folder).items()
+        if name.endswith((".parquet", ".txt")) and "/." not in name
+    }
+
+
+def without_attributes(files):
+    return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+# --- What a push does ------------------------------------------------------------------------------------------------
+
+
+def test_first_push_creates_a_private_repository_and_the_second_changes_nothing(hub, folder):
+    said, before = [], contents(folder)
+    first = push(folder, said)
+    assert first.changed
+    assert first.url == f"{hub.url}/{REPO}"
+    assert first.commit == hub.commits(REPO)[-1].id
+    assert hub.repos[REPO].private
+    assert without_attributes(hub.files(REPO)) == pushed_contents(folder)
+    requests = len(hub.requests)
+    second = push(folder, said)
+    assert (second.changed, second.commit) == (False, first.commit)
+    assert len(hub.commits(REPO)) == 2
+    assert len(hub.requests) - requests == 2  # one look at the head, one at its files
+    assert said == []
+    assert contents(folder) == before
+    assert get_session().timeout.read is None  # other users of huggingface_hub get its own client again
+
+
+def test_a_repository_may_be_public_and_stays_as_visible_as_it_is(hub, folder):
+    push(folder, private=False)
+    assert not hub.repos[REPO].private
+    (folder / "notes.txt").write_text("drawn again\n")
+    push(folder, private=True)
+    assert not hub.repos[REPO].private
+    assert len(hub.commits(REPO)) == 3
+
+
+def test_stale_files_go_and_foreign_files_stay(hub, folder):
+    push(folder)
+    hub.edit(REPO, {"LICENSE": "mine", "data/extra.csv": "a,b", "data/.hidden.parquet": "x"})
+    uploads = len(hub.uploads)
+    (folder / "data/train-2.parquet").unlink()
+    (folder / "data/train-1.parquet").write_bytes(b"other")
+    push(folder)
+    kept = {"LICENSE": b"mine", "data/extra.csv": b"a,b", "data/.hidden.parquet": b"x"}
+    assert without_attributes(hub.files(REPO)) == pushed_contents(folder) | kept
+    assert len(hub.commits(REPO)) == 4  # created, pushed, edited, pushed
+    assert len(hub.uploads) == uploads + 1
+    assert len(without_attributes(hub.commits(REPO)[1].files)) == 4  # earlier revisions stay
+    push(folder, files=[*FILES, "data/.hidden.parquet"])
+    assert "data/.hidden.parquet" not in hub.files(REPO)
+
+
+def test_an_edit_between_head_and_commit_survives(hub, folder):
+    push(folder)
+    (folder / "notes.txt").write_text("drawn again\n")
+    hub.edit(REPO, {"README.md": "---\nlicense: mit\n---\nwritten by hand\n"})
+    seen, said = [], []
+
+    def merge(card):
+        seen.append(card)
+        if len(seen) == 1:  # while the push is under way
+            hub.edit(REPO, {"README.md": "---\nlicense: mit\n---\nwritten by hand, and corrected\n", "LICENSE": "mine"})
+        return f"{card}\n## Counts\n3\n"
+
+    done = push(folder, said, merge_card=merge)
+    assert hub.files(REPO)["README.md"].decode().endswith("\nwritten by hand, and corrected\n\n## Counts\n3\n")
+    assert hub.files(REPO)["LICENSE"] == b"mine"
+    assert hub.files(REPO)["notes.txt"] == b"drawn again\n"
+    assert done.changed
+    assert [card.count("corrected") for card in seen] == [0, 1]
+    assert len(said) == 1
+    assert "the Hub answers 412: A commit has happened since" in said[0]
+    assert not (folder / "README.md").exists()
+
+
+def test_a_new_repository_has_no_card_to_merge(hub, folder):
+    seen = []
+    push(folder, merge_card=lambda card: seen.append(card) or "---\nlicense: mit\n---\n# Flowers\n", files=["*"])
+    assert seen == [None]
+    assert hub.files(REPO)["README.md"].startswith(b"---")
+    assert "run.json" in hub.files(REPO)
+    assert not push(folder, merge_card=str, files=["*"]).changed
+
+
+def test_a_space_is_made_for_what_its_card_says(hub, folder):
+    (folder / "README.md").write_text("---\nsdk: docker\n---\n")
+    done = push_folder(folder, "club/show", "space", files=["*.md"], message="show")
+    assert done.url == f"{hub.url}/spaces/club/show"
+    assert hub.repos["spaces/club/show"].sdk == "docker"
+
+
+# --- Faults that pass ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "path", "words"),
+    [
+        ("429", "POST", "/commit/", "the Hub answers 429: ordered by the test (asking to wait 1 s)"),
+        ("500", "GET", "/api/datasets/me/flowers", "the Hub answers 500: ordered by the test"),
+        ("503", "POST", "/preupload/", "the Hub answers 503: ordered by the test"),
+        ("502", "POST", "/objects/batch", "the Hub answers 502: ordered by the test"),
+        ("409", "POST", "/repos/create", "the Hub answers 409: ordered by the test"),
+        ("reset", "PUT", "/lfs/", "the connection to the Hub failed"),
+        ("lost", "POST", "/commit/", "the connection to the Hub failed"),
+    ],
+)
+def test_a_fault_that_passes_is_told_and_tried_again(hub, folder, monkeypatch, kind, method, path, words):
+    monkeypatch.setattr(t2i_hub, "FIRST_WAIT_S", 0.6 if kind == "reset" else 0.1)
+    hub.fault(kind, method=method, path=path)
+    said, before = [], contents(folder)
+    done = push(folder, said)
+    assert done.changed
+    assert done.commit == hub.commits(REPO)[-1].id
+    assert without_attributes(hub.files(REPO)) == pushed_contents(folder)
+    assert len(hub.commits(REPO)) == 2
+    assert len(hub.uploads) == len(set(hub.uploads)) == 3  # nothing that had arrived was uploaded again
+    assert len(said) == 1, said
+    assert words in said[0]
+    assert f"; trying again in {int(kind in ('429', 'reset'))} s (" in said[0]
+    assert contents(folder) == before
+
+
+def test_a_slow_hub_is_waited_for(hub, folder, monkeypatch):
+    monkeypatch.setattr(t2i_hub, "FIRST_WAIT_S", 0.1)
+    hub.fault("500", path="/commit/")
+    hub.fault("slow", times=FOREVER, seconds=0.15)
+    said, began = [], time.monotonic()
+    assert push(folder, said, deadline=1).changed
+    assert time.monotonic() - began > 1  # the deadline counts from the first failure
+    assert len(said) == 1
+    assert "(1 s left)" in said[0]
+
+
+# --- Faults that stay ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "path", "words"),
+    [
+        ("412", "POST", "/commit/", "the Hub answers 412: ordered by the test"),
+        ("stalled", "GET", "/api/datasets/me/flowers", "the Hub was silent for 1 s"),
+        ("stalled", "PUT", "/lfs/", "the Hub was silent for 1 s"),
+        ("reset", "PUT", "/lfs/", "the connection to the Hub failed"),
+    ],
+)
+def test_a_fault_that_stays_ends_at_the_deadline(hub, folder, kind, method, path, words):
+    hub.fault(kind, method=method, path=path, times=FOREVER, seconds=0)
+    said, before, began = [], contents(folder), time.monotonic()
+    with pytest.raises(HubError) as error:
+        push(folder, said, deadline=1)
+    assert 0.9 < time.monotonic() - began < 4
+    text = str(error.value)
+    assert text.startswith(f"the push to me/flowers failed: {words}")
+    assert text.endswith(f"; {folder} is kept as it is, and the same command repeats the push")
+    assert "\n" not in text
+    assert contents(folder) == before
+    hub.mend()
+    assert push(folder).changed
+
+
+def test_a_wait_beyond_the_deadline_is_not_begun(hub, folder):
+    hub.fault("429", path="/commit/", seconds=600)
+    said, began = [], time.monotonic()
+    with pytest.raises(HubError, match=r"429: ordered by the test \(asking to wait 600 s\)"):
+        push(folder, said, deadline=60)
+    assert time.monotonic() - began < 2
+    assert said == []
+
+
+def test_a_dead_hub_is_an_unreachable_one(hub, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="the connection to the Hub failed"):
+        push(folder, deadline=1)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(hub, folder, capfd, said):
+    """The sentence of a push that was refused at once, with no token in anything written."""
+    requests = len(hub.requests)
+    with pytest.raises(HubError) as error:
+        push(folder, said)
+    text = str(error.value)
+    written = "".join([text, *said, *capfd.readouterr()])
+    for token in (hub.token, hub.read_token, "hf_" + "Canary00" * 4):
+        assert token not in written
+    assert said == []
+    assert "hf auth login" in text
+    assert "HF_TOKEN" in text
+    assert "\n" not in text
+    assert len(hub.requests) - requests <= 4
+    return text
+
+
+def test_refused_tokens(hub, folder, capfd, monkeypatch):
+    said = []
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "Canary00" * 4)
+    assert "the Hub answers 401" in refused(hub, folder, capfd, said)
+    monkeypatch.setenv("HF_TOKEN", hub.read_token)
+    assert "the Hub answers 403" in refused(hub, folder, capfd, said)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "there is no token" in refused(hub, folder, capfd, said)
+    assert hub.repos == {}
+
+
+def test_a_token_refused_in_mid_push_is_not_printed(hub, folder, capfd):
+    push(folder)
+    (folder / "notes.txt").write_text("drawn again\n")
+    hub.fault("401", path="/commit/")
+    with pytest.raises(HubError) as error:
+        push(folder)
+    assert hub.token not in "".join([str(error.value), *capfd.readouterr()])
+    assert len([path for _, path in hub.requests if "/commit/" in path]) == 2
+    assert "is kept as it is" in str(error.value)
+
+
+def test_refusals_that_hf_xet_meets(hub, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    hub.fault("403", path="/xet-write-token/", times=FOREVER)
+    with pytest.raises(HubError, match="the Hub answers 403: Forbidden; run `hf auth login`"):
+        push(folder)
+    hub.mend()
+    with pytest.raises(HubError, match="the Hub answers 404: Not Found"):  # this Hub has no xet
+        push(folder)
+
+
+def test_servers_words_are_stripped_of_secrets(hub, folder, monkeypatch):
+    from loopback_hub import Handler, Refusal
+
+    def leak(handler, repo, revision):
+        raise Refusal(400, f"bad\nrequest with {handler.headers['Authorization']} and token={handler.hub.read_token}")
+
+    monkeypatch.setattr(Handler, "commit", leak)
+    with pytest.raises(HubError) as error:
+        push(folder)
+    assert "the Hub answers 400: bad request with Bearer [redacted]" in str(error.value)
+    assert "hf_" not in str(error.value)
+
+
+def test_invalid_cards_are_refused_before_anything_is_uploaded(hub, folder):
+    with pytest.raises(HubError, match=r"Invalid metadata in README.md"):
+        push(folder, merge_card=lambda card: "---\nlicense: [mit\n---\n")
+    assert hub.uploads == []
+    assert len(hub.commits(REPO)) == 1
+
+
+def test_mistakes_that_need_no_hub(hub, folder, monkeypatch):
+    for wrong in (
+        "a b",
+        "x/y/z",
+        "flowers",
+        "me/",
+        "me/a--b",
+        "me/flowers.git",
+        "https://huggingface.co/me/flowers",
+        "",
+        None,
+    ):
+        with pytest.raises(UserError) as error:
+            check_repo_id(wrong, "--hub_dataset_id")
+        assert str(error.value).startswith("--hub_dataset_id ")
+    assert check_repo_id("me/oxford-flowers_1.0", "--hub_dataset_id") == "me/oxford-flowers_1.0"
+    with pytest.raises(HubError, match="no file that matches"):
+        push(folder, files=["*.csv"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        push(folder)
+    assert hub.requests == []
+
+
+# --- Looking ahead ---------------------------------------------------------------------------------------------------
+
+
+def test_access_is_known_before_the_work(hub, folder, monkeypatch):
+    said = []
+    check_access("me/flowers", "dataset", said.append)  # will be created
+    check_access("club/flowers", "dataset", said.append)
+    push(folder)
+    check_access("me/flowers", "dataset", said.append)
+    assert said == []
+    check_access("others/flowers", "dataset", said.append)
+    assert said.pop() == "warning: the token is of me, who may not be allowed to create others/flowers"
+    hub.create("datasets/others/flowers", private=False)
+    with pytest.raises(HubError, match="403"):
+        check_access("others/flowers", "dataset", said.append)
+    for token, words in ((hub.read_token, "may only read"), ("hf_wrong", "the Hub answers 401"), (None, "no token")):
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match=words) as error:
+            check_access("me/flowers", "dataset", said.append)
+        assert "hf auth login" in str(error.value)
+    assert said == []
+
+
+@pytest.mark.parametrize("kind", ["429", "500", "reset", "stalled"])
+def test_a_hub_that_cannot_be_asked_is_no_obstacle(hub, monkeypatch, kind):
+    monkeypatch.setattr(t2i_hub, "CHECK_S", 0.5)
+    hub.fault(kind, path="whoami")
+    said = []
+    check_access("me/flowers", "dataset", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("warning: cannot look now whether me/flowers may be written to: ")
+
+
+# --- The clients that read what was pushed ---------------------------------------------------------------------------
+
+CLIENTS = """
+import os, sys
+from pathlib import Path
+from t2i.hub import push_folder
+assert "torch" not in sys.modules
+import datasets, huggingface_hub, torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+rows = {"image": ["a.png", "b.png"], "caption": ["a rose", "a lily"]}
+folder = Path("flowers")
+datasets.Dataset.from_dict(rows).to_parquet(folder / "data/train-00000.parquet")
+card = "---\\nconfigs:\\n- config_name: default\\n  data_files:\\n  - split: train\\n    path: data/train-*\\n---\\n# Flowers\\n"
+done = push_folder(folder, "me/flowers", "dataset", files=["data/*"], message="flowers", merge_card=lambda _: card)
+read = datasets.load_dataset("me/flowers", token=os.environ["HF_TOKEN"])
+assert read["train"].to_dict() == rows
+assert list(datasets.load_dataset("me/flowers", split="train", streaming=True))[1]["caption"] == "a lily"
+
+both = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows), test=datasets.Dataset.from_dict(rows))
+for _ in range(2):
+    both.push_to_hub("me/pushed", private=True)
+assert datasets.load_dataset("me/pushed", split="test").to_dict() == rows
+old = datasets.load_dataset("me/flowers", revision=done.commit, split="train", download_mode="force_redownload")
+assert old.to_dict() == rows
+
+unet = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32,), layers_per_block=1,
+                   down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+pipeline = Path("pipeline")
+DDPMPipeline(unet, DDPMScheduler()).save_pretrained(pipeline)
+text = CLIPTextModel(CLIPTextConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                    num_attention_heads=1, max_position_embeddings=8))
+text.save_pretrained(pipeline / "text_encoder")
+model = push_folder(pipeline, "me/model", "model", files=["*.json", "*.safetensors"], message="model")
+loaded = DiffusionPipeline.from_pretrained("me/model")
+assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), loaded.unet.state_dict().values(), strict=True))
+encoder = CLIPTextModel.from_pretrained("me/model", subfolder="text_encoder")
+assert torch.equal(next(encoder.parameters()), next(text.parameters()))
+
+api = huggingface_hub.HfApi()
+api.upload_folder(repo_id="me/model", folder_path=str(pipeline), path_in_repo="copy")
+assert len(api.list_repo_files("me/model")) == 2 * len(api.list_repo_files("me/model", revision=model.commit)) - 1
+api.delete_folder("copy", "me/model")
+snapshot = Path(api.snapshot_download("me/model", revision=model.commit))
+assert (snapshot / "unet/config.json").read_bytes() == (pipeline / "unet/config.json").read_bytes()
+with huggingface_hub.HfFileSystem().open("datasets/me/flowers/data/train-00000.parquet") as file:
+    file.seek(-4, 2)
+    assert file.read() == b"PAR1"
+for call, error in ((lambda: api.repo_info("me/none"), huggingface_hub.errors.RepositoryNotFoundError),
+                    (lambda: api.repo_info("me/model", revision="v9"), huggingface_hub.errors.RevisionNotFoundError),
+                    (lambda: api.hf_hub_download("me/model", "none"), huggingface_hub.errors.EntryNotFoundError),
+                    (lambda: huggingface_hub.HfApi(token=False).repo_info("me/model"), huggingface_hub.errors.HfHubHTTPError)):
+    try:
+        call()
+    except error:
+        continue
+    raise AssertionError(error)
+print(done.commit)
+"""
+
+
+def test_the_real_clients_read_what_was_pushed(tmp_path, environment):
+    with LoopbackHub() as hub:
+        variables = environment | hub.environment() | {"PYTHONPATH": str(SCRIPTS), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENTS], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        assert done.stdout.split()[-1] == hub.commits(REPO)[-1].id
+        assert len(hub.commits(REPO)) == 2
+        assert hub.repos["models/me/model"].private
+        assert hub.token not in done.stdout + done.stderr
