@@ -3,6 +3,7 @@
 # make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, as accelerate launches it
 # make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
+# make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
 # make dashboard what the runs in outputs/ look like
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named dashboard style bench prove-captions
+.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -35,6 +36,9 @@ named:
 
 prove-captions: $(READY)
 	$(BIN)/python tests/prove_captions.py --kills 20
+
+prove-resume: $(READY)
+	$(BIN)/python tests/prove_resume.py --kills 20
 
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard

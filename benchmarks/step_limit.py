@@ -45,7 +45,8 @@ def main() -> None:
         optimizer, schedule = training.build_optimizer(parameters, settings, 10_000)
         ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
         model, optimizer = accelerator.prepare(unet, optimizer)
-        trained = train_unet.Trained(model, parameters, optimizer, schedule, ema, scheduler, caches, 1.0)
+        trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+        given = train_unet.Inputs(scheduler, caches, 1.0, [""] * 4000)
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         tracker = tracking.Tracker(folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri)
 
@@ -57,7 +58,7 @@ def main() -> None:
 
         def ours(start: int) -> None:
             for step in range(start, start + STEPS):
-                loss, norm = train_unet.train_step(trained, settings, step, accelerator)
+                loss, norm = train_unet.train_step(trained, given, settings, step, accelerator)
                 if (step + 1) % settings.logging_steps == 0:
                     row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
                     train_unet.record(row, step + 1, folder / "run", tracker, True)

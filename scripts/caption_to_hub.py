@@ -17,11 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from t2i.config import CaptionConfig, Recipe, parse, to_dict
 from t2i.ledger import Key
-from t2i.runs import RunFolder, UserError, hash_json, run_main, sha256_file, write_json, write_text
+from t2i.runs import RunFolder, UserError, alone, hash_json, run_main, sha256_file, write_json, write_text
 
 if TYPE_CHECKING:
     import datasets
@@ -61,7 +59,7 @@ class Photo:
 def main() -> None:
     recipe = parse(("source", "caption"), __doc__ or "")
     config = recipe.caption
-    from t2i import captions, hub, ledger
+    from t2i import captions, hub
 
     limits = captions.parse_thresholds(config.fail_on)
     if config.push_to_hub:
@@ -74,7 +72,7 @@ def main() -> None:
     accelerator = make_accelerator()
     if config.push_to_hub and accelerator.is_main_process:
         hub.check_access(str(config.hub_dataset_id), "dataset")  # before hours of work
-    with ledger.alone(folder, accelerator.process_index, accelerator.wait_for_everyone):
+    with alone(folder, accelerator.process_index, accelerator.wait_for_everyone):
         # data
         from t2i.sources import find_source
 
@@ -343,6 +341,7 @@ def write_dataset(
     from t2i import captions, ledger
     from t2i.dataset_cards import merge_cards
     from t2i.dataset_folder import save_dataset_folder
+    from t2i.training import public
 
     lines = ledger.read(folder / "captions.jsonl")
     kept = [(photo, lines[key]) for photo, key in zip(photos, wanted, strict=True) if key]
@@ -378,7 +377,7 @@ def write_dataset(
     os.replace(part / "data", folder / "data")
     write_text(readme, text)
     shutil.rmtree(folder / ".work" / "source", ignore_errors=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    write_text(folder / "config.yaml", public(to_dict(recipe)))
     run.finish(images=sum(counts.values()), splits=counts)
     print(f"{sum(counts.values()):,} captioned images in {folder}: {counts}")
 
@@ -399,7 +398,11 @@ def make_card(
     pixels = [fit(decode_image(image_bytes(cell, source.roots), draft_side=GRID_SIDE), GRID_SIDE) for cell in cells]
     (folder / "images").mkdir(exist_ok=True)
     dataset_cards.caption_grid(pixels, [texts[i] for i in shown], side=GRID_SIDE).save(folder / "images" / "grid.png")
-    making: dict[str, Any] = {"Captioner": config.captioner, "Captions": f"{len(texts):,}", "Edited by hand": f"{edited:,}"}
+    making: dict[str, Any] = {
+        "Captioner": config.captioner,
+        "Captions": f"{len(texts):,}",
+        "Edited by hand": f"{edited:,}",
+    }
     if config.captioner == "label":
         making |= {"Template": data.caption_template}
     elif config.captioner != "existing":

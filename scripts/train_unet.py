@@ -6,33 +6,31 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_unet.p
 Neither VAE nor text encoder is in memory during the loop: what they say of the data set is computed once and cached.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i import cards
 from t2i.config import Recipe, TrainUnetConfig, parse, to_dict
-from t2i.runs import RunFolder, UserError, append_jsonl, run_main, write_json
+from t2i.runs import RunFolder, UserError, alone, append_jsonl, hash_json, run_main, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from t2i.caches import TextCache
+    from t2i.training import Trained
 
 
 @dataclass
-class Trained:
-    """What a training step works on."""
+class Inputs:
+    """What a training step reads."""
 
-    model: Any  # the UNet as prepared
-    parameters: list[Any]
-    optimizer: Any
-    schedule: Any
-    ema: Any  # or None
     scheduler: Any  # of the noise
     caches: dict[str, Any]  # `{split: (latents, text)}`
     scaling_factor: float
+    ids: Any  # of the training samples: 16 hex digits of each image file's SHA-256
 
 
 VALIDATION_SEED = 20231  # of the noise that every run's validation loss is measured with
@@ -51,14 +49,15 @@ def main() -> None:
 
     accelerator = make_accelerator(config)
     check_push(config, accelerator)
+    held = ExitStack()  # until the process ends: no second training writes into this folder
+    held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
-    import yaml
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from t2i import checkpoints, data, models, sampling, training
+    from t2i import data, models, sampling, stopping, training
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
@@ -75,13 +74,16 @@ def main() -> None:
     inputs = {"dataset_hash": splits.fingerprint, **hashes}
     if recipe.unet.pretrained_model_name_or_path:
         inputs["base_unet_hash"] = models.hash_model(unet)
-    run = RunFolder(folder, training.identity(recipe.data, recipe.unet, config, steps=steps, **inputs))
+    batch = training.global_batch(config, accelerator.num_processes)
+    run = RunFolder(
+        folder, training.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs)
+    )
     if run.finished:
         accelerator.print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
-        run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
+        run.start(config=training.public(to_dict(recipe)), quarantine=splits.quarantine)
         write_json(folder / "provenance.json", provenance(recipe, inputs))
         for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
             model.save_pretrained(folder / "pipeline" / part)
@@ -107,62 +109,55 @@ def main() -> None:
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
-    trained = Trained(model, parameters, optimizer, schedule, ema, scheduler, caches, scaling_factor)
+    trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+    given = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
 
     # resume
-    start, losses, validation = 0, [], {}
-    checkpoint = checkpoints.find_checkpoint(folder, config.resume_from_checkpoint)
-    if checkpoint:
-        state = checkpoints.load_checkpoint(checkpoint, unet, ema, optimizer)
-        start, losses, validation = state["step"], state["losses"], state["validation"]
-        schedule.last_epoch = start - 1
-        schedule.step()
-        if accelerator.scaler and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        accelerator.print(f"going on from {checkpoint}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        checkpoints.forget_after(folder, start)
-    batch = config.train_batch_size * accelerator.num_processes
+    state, node = training.go_on(folder, trained, config, accelerator)
+    start, losses, validation = state["step"], state.get("losses", []), state.get("validation", {})
     accelerator.print(
-        f"{steps} steps of {batch} x {config.gradient_accumulation_steps} samples out of {count} "
-        f"({steps * batch * config.gradient_accumulation_steps / count:.1f} epochs), "
+        f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
         f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, precision {accelerator.mixed_precision}"
     )
 
     # loop
-    with run.timed("train"):
+    stopped = False
+    with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
             range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
             disable=not accelerator.is_local_main_process, mininterval=1.0,
         )  # fmt: skip
         for step in progress:
-            loss, norm = train_step(trained, config, step, accelerator)
+            loss, norm = train_step(trained, given, config, step, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
                 row = {"train_loss": mean_loss, "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
-                training.require_finite(mean_loss, done, config.learning_rate)
                 losses = [*losses, mean_loss][-TRACKED:]
                 shown = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
                 progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **shown)
                 record(row, done, folder, tracker, accelerator.is_main_process)
-            saving = done % config.checkpointing_steps == 0 or done == steps
-            if saving or done % config.validation_steps == 0:  # each checkpoint has its validation loss
+                if accelerator.is_main_process:
+                    samples = hash_json(samples_of(given, config, step, accelerator))
+                    append_jsonl(folder / "samples.jsonl", {"step": done, "samples": samples})
+            stopped = stopping.agreed(stop, accelerator) and done < steps
+            saving = done % config.checkpointing_steps == 0 or done == steps or stopped
+            if (saving and not stopped) or done % config.validation_steps == 0:
                 with training.averaged(ema, parameters):
                     validation = validation_loss(
                         unet, scheduler, caches, scaling_factor, config.validation_images, accelerator
                     )
                     if accelerator.is_main_process and config.validation_prompts:
                         draw_samples(unet, folder, config, tracker, done)
+                training.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
                 record(validation, done, folder, tracker, accelerator.is_main_process)
-            if saving and accelerator.is_main_process:
-                average = ema.shadow_params if ema else None
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                state = {"losses": losses, "validation": validation, "scaler": scaler}
-                checkpoints.save_checkpoint(
-                    folder, done, unet, average, optimizer, state, config.checkpoints_total_limit
-                )
+            if saving:
+                state = {"step": done, "losses": losses, "validation": validation}
+                training.save(folder, trained, config, state, node, accelerator)
+            if stopped:
+                break
+    if stopped:
+        training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
     accelerator.wait_for_everyone()
@@ -175,7 +170,7 @@ def main() -> None:
     run.finish(
         **results, steps=steps, train_images=count, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
         machine=training.machine(), output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
-        tracking=tracker.view if tracker else None,
+        tracking=tracker.view if tracker else None, **{f"{kind}_skips": count for kind, count in trained.skipped.items()},
     )  # fmt: skip
     if tracker:
         tracker.finish()
@@ -311,47 +306,76 @@ def cache_inputs(
 
 
 def train_step(
-    trained: Trained, config: TrainUnetConfig, step: int, accelerator: Any
+    trained: "Trained", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns loss and gradient norm."""
-    from t2i.diffusion import denoising_loss
+    import torch
 
+    from t2i.diffusion import denoising_loss
+    from t2i.training import skip_update
+
+    total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
-        batch = make_batch(trained, config, step * config.gradient_accumulation_steps + micro, accelerator)
+        batch = make_batch(given, config, step, micro, accelerator)
         with accelerator.accumulate(trained.model):
-            loss = denoising_loss(trained.model, trained.scheduler, *batch, config.snr_gamma).mean()
+            loss = denoising_loss(trained.model, given.scheduler, *batch, config.snr_gamma).mean()
             accelerator.backward(loss)
+            total += loss.detach() / config.gradient_accumulation_steps
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm)
+                if not accelerator.scaler and not torch.isfinite(norm):  # the same norm on every process
+                    samples = samples_of(given, config, step, accelerator)
+                    skip_update(trained, config, step, total.item(), samples, accelerator.process_index)
+                    return total, norm
             trained.optimizer.step()
             trained.optimizer.zero_grad()
+    if accelerator.optimizer_step_was_skipped:  # fp16's gradients overflowed, and its scale was lowered
+        trained.skipped["overflow"] += 1
+        return total, norm
     trained.schedule.step()
-    if trained.ema and not accelerator.optimizer_step_was_skipped:
+    if trained.ema:
         trained.ema.step(trained.parameters)
-    return loss, norm
+    return total, norm
+
+
+def samples_of(given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any) -> list[str]:
+    """The ids of this process's samples of a weight update."""
+    parts = (
+        sample_indices(given, config, step, micro, accelerator) for micro in range(config.gradient_accumulation_steps)
+    )
+    return [given.ids[index] for part in parts for index in part]
+
+
+def sample_indices(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "np.ndarray":
+    """This process's samples of a part of a weight update: numbers in the training split, int64 [B]."""
+    from t2i.data import batch_indices
+
+    world, rank = accelerator.num_processes, accelerator.process_index
+    number = step * config.gradient_accumulation_steps + micro
+    return batch_indices(len(given.caches["train"][0]), config.train_batch_size * world, config.seed, number)[
+        rank::world
+    ]
 
 
 def make_batch(
-    trained: Trained, config: TrainUnetConfig, number: int, accelerator: Any
+    given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
-    """This process's share of batch `number`, on the device: scaled latents, noise, timesteps, encoder hidden states.
+    """This process's share of part `micro` of a weight update, on the device: scaled latents, noise, timesteps, encoder hidden states.
 
     Each caption is dropped by a coin toss of its own, to the embedding of the empty caption, which sampling uses as well.
     """
-    from t2i.data import batch_indices
     from t2i.diffusion import draw
 
-    latents, text = trained.caches["train"]
-    world, rank = accelerator.num_processes, accelerator.process_index
-    indices = batch_indices(len(latents), config.train_batch_size * world, config.seed, number)[rank::world]
+    latents, text = given.caches["train"]
+    indices = sample_indices(given, config, step, micro, accelerator)
     shape = (latents.shape[2] // 2, *latents.shape[3:])
-    draws = draw(config.seed, number, indices.tolist(), shape, trained.scheduler.config.num_train_timesteps)
+    draws = draw(config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps)
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
     rows = text.rows[indices]
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
     moments = latents[indices, flips]
     return to_device(
-        moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, trained.scaling_factor, accelerator
+        moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, given.scaling_factor, accelerator
     )
 
 

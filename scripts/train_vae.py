@@ -6,16 +6,20 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_vae.py
 Without --vae the recipe's small autoencoder is trained from scratch; with it, that one is fine-tuned.
 """
 
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import TrainVaeConfig, parse, to_dict
-from t2i.runs import RunFolder, UserError, append_jsonl, run_main
+from t2i.runs import RunFolder, UserError, alone, append_jsonl, checkpoint_folders, run_main
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from t2i.data import Split
+    from t2i.training import Trained
 
 
 def main() -> None:
@@ -29,14 +33,15 @@ def main() -> None:
     from t2i.distributed import make_accelerator
 
     accelerator = make_accelerator(config)
+    held = ExitStack()  # until the process ends: no second training writes into this folder
+    held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
-    import yaml
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from t2i import data, models, training
+    from t2i import data, models, stopping, training
 
     splits = data.load_splits(recipe.data, say=accelerator.print)
     if splits.validation is None:
@@ -55,14 +60,16 @@ def main() -> None:
             )
     inputs = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
     steps = training.total_steps(config, len(train), accelerator.num_processes)
-    run = RunFolder(folder, training.identity(recipe.data, recipe.vae, config, steps=steps, **inputs))
+    batch = training.global_batch(config, accelerator.num_processes)
+    run = RunFolder(
+        folder, training.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs)
+    )
     if run.finished:
         accelerator.print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
         return
     tracker = None
     if accelerator.is_main_process:
-        run.start(config=yaml.safe_dump(to_dict(recipe), sort_keys=False), quarantine=splits.quarantine)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts at its first step
+        run.start(config=training.public(to_dict(recipe)), quarantine=splits.quarantine)
         tracker = training.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         vae = vae.to(memory_format=torch.channels_last)
@@ -83,42 +90,42 @@ def main() -> None:
     # prepare
     module = models.Autoencoder(vae)
     autoencoder, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
+    trained = training.Trained("vae", vae, autoencoder, parameters, optimizer, schedule, ema)
+
+    # resume
+    state, node = training.go_on(folder, trained, config, accelerator)
+    before = state.get("before", before)
     accelerator.print(
-        f"{steps} steps of {config.train_batch_size} x {accelerator.num_processes} images out of {len(train)}; "
-        f"validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
+        f"{steps} steps of {batch} images out of {len(train)}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
     )
 
     # loop
-    with run.timed("train"):
+    stopped = False
+    with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
-            range(steps), desc="VAE", unit="step", disable=not accelerator.is_local_main_process, mininterval=1.0
-        )
+            range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
+            disable=not accelerator.is_local_main_process, mininterval=1.0,
+        )  # fmt: skip
         for step in progress:
-            for micro in range(config.gradient_accumulation_steps):
-                number = step * config.gradient_accumulation_steps + micro
-                pixels, noise = make_batch(train, config, recipe.data.random_flip, number, vae, accelerator)
-                with accelerator.accumulate(autoencoder):
-                    reconstruction, mean, log_variance = autoencoder(pixels, noise)
-                    terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
-                    accelerator.backward(terms["train_loss"])
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            schedule.step()
-            if ema:
-                ema.step(parameters)
-            if (step + 1) % config.logging_steps == 0 or step + 1 == steps:
+            terms = train_step(trained, splits.train, config, recipe.data.random_flip, step, accelerator)
+            done = step + 1
+            if done % config.logging_steps == 0 or done == steps:
                 row = {name: value.item() for name, value in terms.items()} | {"lr": schedule.get_last_lr()[0]}
-                training.require_finite(row["train_loss"], step + 1, config.learning_rate)
                 progress.set_postfix(loss=f"{row['train_loss']:.4f}")
                 if accelerator.is_main_process:
-                    append_jsonl(folder / "metrics.jsonl", {"step": step + 1, **row})
+                    append_jsonl(folder / "metrics.jsonl", {"step": done, **row})
                 if tracker:
-                    tracker.log_metrics(row, step + 1)
-            if (step + 1) % config.validation_steps == 0 and step + 1 < steps and accelerator.is_main_process:
+                    tracker.log_metrics(row, done)
+            if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
                 with training.averaged(ema, parameters):
-                    validate(vae, splits.validation, folder, tracker, step + 1)
+                    validate(vae, splits.validation, folder, tracker, done)
+            stopped = stopping.agreed(stop, accelerator) and done < steps
+            if done % config.checkpointing_steps == 0 or stopped:
+                training.save(folder, trained, config, {"step": done, "before": before}, node, accelerator)
+            if stopped:
+                break
+    if stopped:
+        training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
     accelerator.wait_for_everyone()
@@ -138,6 +145,8 @@ def main() -> None:
         **{f"test_{name}": value for name, value in test.items()},
     }
     run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
+    for served in checkpoint_folders(folder):
+        shutil.rmtree(served)
     if tracker:
         tracker.log_metrics(results, steps)
         tracker.finish()
@@ -148,6 +157,46 @@ def main() -> None:
     )
 
 
+def train_step(
+    trained: "Trained", train: "Split", config: TrainVaeConfig, flip: bool, step: int, accelerator: Any
+) -> dict[str, "torch.Tensor"]:
+    """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns the loss and its terms."""
+    import torch
+
+    from t2i.training import skip_update
+
+    for micro in range(config.gradient_accumulation_steps):
+        number = step * config.gradient_accumulation_steps + micro
+        pixels, noise = make_batch(train, config, flip, number, trained.module, accelerator)
+        with accelerator.accumulate(trained.model):
+            reconstruction, mean, log_variance = trained.model(pixels, noise)
+            terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
+            accelerator.backward(terms["train_loss"])
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm)
+                if not accelerator.scaler and not torch.isfinite(norm):  # the same norm on every process
+                    ids = [train.rows["id"][index] for index in sample_indices(train, config, number, accelerator)]
+                    skip_update(trained, config, step, terms["train_loss"].item(), ids, accelerator.process_index)
+                    return terms
+            trained.optimizer.step()
+            trained.optimizer.zero_grad()
+    if accelerator.optimizer_step_was_skipped:  # fp16's gradients overflowed, and its scale was lowered
+        trained.skipped["overflow"] += 1
+        return terms
+    trained.schedule.step()
+    if trained.ema:
+        trained.ema.step(trained.parameters)
+    return terms
+
+
+def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
+    """This process's samples of batch `number`: int64 [B]."""
+    from t2i.data import batch_indices
+
+    world, rank = accelerator.num_processes, accelerator.process_index
+    return batch_indices(len(train), config.train_batch_size * world, config.seed, number)[rank::world]
+
+
 def make_batch(
     train: "Split", config: TrainVaeConfig, flip: bool, number: int, vae: Any, accelerator: Any
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -156,12 +205,10 @@ def make_batch(
     import torch
 
     from t2i.caches import to_pixels
-    from t2i.data import batch_indices
     from t2i.diffusion import draw
     from t2i.models import vae_factor
 
-    world, rank = accelerator.num_processes, accelerator.process_index
-    indices = batch_indices(len(train), config.train_batch_size * world, config.seed, number)[rank::world]
+    indices = sample_indices(train, config, number, accelerator)
     images = train.pixels[indices]
     side, size = images.shape[1], config.crop_size or images.shape[1]
     latent = size // vae_factor(vae)

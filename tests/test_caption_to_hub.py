@@ -247,7 +247,7 @@ def test_another_run_in_the_same_folder_is_refused(drawn, run_main, tmp_path):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        with pytest.raises(UserError, match="another run is captioning"):
+        with pytest.raises(UserError, match="another run is at work"):
             run_main("--dataset", drawn, "--captioner", "existing", "--output_dir", "out")
 
 

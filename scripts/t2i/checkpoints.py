@@ -1,99 +1,276 @@
-"""Checkpoints of the UNet's training: saved whole or not at all, safetensors and JSON alone.
+"""Checkpoints: whole or not at all, verified before they are relied on, safetensors and JSON alone.
 
-`checkpoint-000500/` holds unet/, unet_ema/ (each as diffusers loads it), optimizer.safetensors and state.json.
+`checkpoint-000500/` (of the first node; of others `node-1/checkpoint-000500/`) holds what its node's processes wrote, and
+`manifest.json` with the size and SHA-256 of each file. All is written beside its place, the manifest last; one rename
+makes it appear. No shared disk is assumed, and a copy made file by file (S3 sync) counts only once every file is there.
 """
 
 import json
 import os
+import random
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from t2i.runs import UserError, checkpoint_folders, read_json, write_json, write_text
+from t2i.runs import UserError, checkpoint_folders, sha256_file, write_text
+
+MANIFEST = "manifest.json"
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    unet: Any,
-    average: list[torch.Tensor] | None,
-    optimizer: Any,
-    state: dict[str, Any],
-    limit: int | None,
-) -> Path:
-    """Write `checkpoint-<step>` beside its final place and rename it; then remove the oldest beyond `limit`.
+class Node:
+    """Where this process stands among the nodes (hosts) of a run, and how processes wait for each other and compare."""
 
-    average: the moving averages of `unet.parameters()`, float32, or None. state: JSON data that resume needs.
+    def __init__(self, accelerator: Any):
+        from accelerate.utils import gather_object
+
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        self.count = max(1, accelerator.num_processes // max(1, local))
+        self.index = accelerator.process_index // max(1, local)
+        self.first = accelerator.is_local_main_process  # of its node: makes folders, writes the manifest
+        self.meet: Callable[[], None] = accelerator.wait_for_everyone
+        self.gather: Callable[[Any], list[Any]] = lambda value: gather_object([value])
+
+
+def part_of(run: Path, node: Node) -> Path:
+    """The folder of this node's checkpoints."""
+    return run if node.index == 0 else run / f"node-{node.index}"
+
+
+# --- Saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: Node, limit: int | None) -> Path:
+    """Save `checkpoint-<step>`; called by every process. Then remove the oldest beyond `limit`, once the new one is verified.
+
+    write: writes this process's files into the folder it is given. Raises `UserError` where the disk does not take them;
+    what was saved before is untouched then.
     """
-    folder = run / f"checkpoint-{step:06d}"
-    part = run / f".{folder.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    home = part_of(run, node)
+    folder = home / f"checkpoint-{step:06d}"
+    part = home / f".{folder.name}.part"
     try:
-        unet.save_pretrained(part / "unet")
-        if average is not None:
-            raw = [parameter.detach().clone() for parameter in unet.parameters()]
-            _copy(average, unet)
-            unet.save_pretrained(part / "unet_ema")
-            _copy(raw, unet)
-        tensors, numbers = flatten_optimizer(optimizer.state_dict())
-        save_file(tensors, part / "optimizer.safetensors")
-        write_json(part / "state.json", {**state, "step": step, "optimizer": numbers})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
+        _write_part(part, step, write, node)
+        if node.first:
+            aside = home / f".{folder.name}.old"
+            if folder.exists():  # made anew after a resume from an earlier one
+                os.replace(folder, aside)
+            os.replace(part, folder)
+            _sync(home)
+            shutil.rmtree(aside, ignore_errors=True)
+            problem = damage(folder)
+            if problem:
+                raise OSError(f"{problem} after it was written; the disk cannot be trusted")
     except (OSError, SafetensorError) as error:
+        if node.first:
+            shutil.rmtree(part, ignore_errors=True)
+        whole = ", ".join(found.name for found in checkpoint_folders(home)) or "none"
         raise UserError(
-            f"checkpoint {folder} cannot be written ({error}); earlier checkpoints are whole, make room and start again"
+            f"checkpoint {folder} cannot be written ({_reason(error)}); whole ones: {whole}; make room, and the same command goes "
+            "on from there"
         ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    for old in checkpoint_folders(run)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+    node.meet()
+    if node.first:
+        for old in checkpoint_folders(home)[: -limit if limit else 0]:
+            shutil.rmtree(old)
     return folder
 
 
-def find_checkpoint(run: Path, name: str | None) -> Path | None:
-    """The checkpoint to go on from: `latest`, a folder's name, or None for a new start."""
+def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: int) -> None:
+    """Save a checkpoint and remove it, before training: a full or read-only disk is met in the first minute.
+
+    more_bytes: what later checkpoints hold beyond this one (moments of the optimiser, which come with the first update).
+    """
+    home = part_of(run, node)
+    part = home / ".rehearsal.part"
+    try:
+        if node.first:
+            home.mkdir(parents=True, exist_ok=True)
+            for left in (*home.glob(".checkpoint-*.part"), *home.glob(".checkpoint-*.old")):  # of killed saves
+                shutil.rmtree(left)
+        _write_part(part, 0, write, node)
+        if node.first:
+            size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+            shutil.rmtree(part)
+            free = shutil.disk_usage(home).free
+            if free < size + more_bytes:
+                raise OSError(f"{free / 1e6:,.0f} MB are free, a checkpoint takes {(size + more_bytes) / 1e6:,.0f} MB")
+    except (OSError, SafetensorError) as error:
+        if node.first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(
+            f"checkpoints cannot be saved in {home} ({_reason(error)}); make room, or give another --output_dir"
+        ) from None
+    node.meet()
+
+
+def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node) -> None:
+    """Every process's files, then the manifest, all on disk when it returns."""
+    if node.first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    node.meet()
+    write(part)
+    node.meet()
+    if not node.first:
+        return
+    files = {}
+    for file in sorted(path for path in part.rglob("*") if path.is_file()):
+        _sync(file)
+        files[file.relative_to(part).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    for folder in sorted({file.parent for file in part.rglob("*")}):
+        _sync(folder)
+    manifest = {"step": step, "node": node.index, "nodes": node.count, "files": files}
+    write_text(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _sync(part / MANIFEST)
+    _sync(part)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+# --- Finding ---------------------------------------------------------------------------------------------------------
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None where every byte is as its manifest says."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder / MANIFEST} is missing"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder / MANIFEST} is damaged"
+    for name, known in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != known["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes instead of {known['bytes']}"
+        if sha256_file(file) != known["sha256"]:
+            return f"{file} is damaged (its SHA-256 is not the manifest's)"
+    return None
+
+
+def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str], Any] = print) -> Path | None:
+    """The checkpoint to go on from, the same step on every node: the newest whole one, or the one that is named.
+
+    A damaged one is named by `say` and the one before is taken. Raises `UserError` where a named one is damaged or missing,
+    and where there are checkpoints and none is whole. None: there is no checkpoint, or `name` is None. Called by every
+    process.
+    """
     if name is None:
         return None
-    if name == "latest":
-        found = checkpoint_folders(run)
-        return found[-1] if found else None
-    folder = run / name if Path(name).name == name else Path(name)
-    if folder.resolve().parent != run.resolve() or not (folder / "state.json").is_file():
-        known = ", ".join(path.name for path in checkpoint_folders(run)) or "none"
-        raise UserError(f"resume_from_checkpoint {name} is not a checkpoint of {run}; there are: {known}")
-    return folder
+    home = part_of(run, node)
+    there = sorted(path for path in home.glob("checkpoint-[0-9]*") if path.is_dir())
+    if name != "latest":
+        folder = home / name if Path(name).name == name else Path(name)
+        if folder.resolve().parent != home.resolve() or not folder.is_dir():
+            known = ", ".join(path.name for path in there) or "none"
+            raise UserError(f"resume_from_checkpoint {name} is not a checkpoint of {run}; there are: {known}")
+        problem = damage(folder) if node.first else None
+        if problem:
+            raise UserError(
+                f"{problem}, so an exact resume from {folder.name} is not possible; name another, or take latest"
+            )
+        node.meet()
+        return folder
+    limit = float("inf")
+    while True:
+        found = _newest_whole(there, limit, say) if node.first else float("inf")
+        steps = {step for step in node.gather(found) if step != float("inf")}
+        if len(steps) == 1:
+            break
+        limit = min(steps)
+    step = steps.pop()
+    if step >= 0:
+        return home / f"checkpoint-{int(step):06d}"
+    if any(node.gather(bool(there))):
+        raise UserError(
+            f"{run} has checkpoints, but none that is whole on every node; restore one from a copy, or start anew with another "
+            "--output_dir"
+        )
+    return None
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Remove checkpoints and logged metrics beyond `step`, which training is about to make anew."""
-    for folder in checkpoint_folders(run):
+def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) -> float:
+    """The newest step up to `limit` whose folder is whole; -1 where there is none."""
+    for folder in reversed(folders):
+        step = int(folder.name.removeprefix("checkpoint-"))
+        if step > limit:
+            continue
+        problem = damage(folder)
+        if problem is None:
+            return step
+        say(f"WARNING: {problem}; {folder.name} is not used, an earlier checkpoint is")
+    return -1
+
+
+def forget_after(run: Path, step: int, node: Node) -> None:
+    """Remove this node's checkpoints, and what was logged, beyond `step`, which training is about to make anew."""
+    home = part_of(run, node)
+    for folder in home.glob("checkpoint-[0-9]*"):
         if int(folder.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(folder)
-    metrics = run / "metrics.jsonl"
-    if metrics.is_file():
-        rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(metrics, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
+    for file in (home / "metrics.jsonl", home / "samples.jsonl"):
+        if file.is_file():
+            rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(file, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
 
 
-def load_checkpoint(folder: Path, unet: Any, ema: Any, optimizer: Any) -> dict[str, Any]:
-    """Put weights, moving average and optimiser state back, and return what `save_checkpoint` was given as `state`."""
-    state = read_json(folder / "state.json")
-    _load_weights(folder / "unet", unet)
-    if ema is not None:
-        raw = [parameter.detach().clone() for parameter in unet.parameters()]
-        _load_weights(folder / "unet_ema", unet)
-        ema.shadow_params = [parameter.detach().float().clone() for parameter in unet.parameters()]
-        ema.optimization_step = state["step"]
-        _copy(raw, unet)
-    optimizer.load_state_dict(restore_optimizer(load_file(folder / "optimizer.safetensors"), state["optimizer"]))
-    return state
+# --- What is in a checkpoint -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_weights(folder: Path, module: Any, parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """`module` with `values` (float32) in place of `parameters`, as diffusers loads it from `folder`."""
+    own = [parameter.detach().clone() for parameter in parameters]
+    try:
+        copy_weights(values, parameters)
+        module.save_pretrained(folder)
+    finally:
+        copy_weights(own, parameters)
+
+
+def load_weights(folder: Path, module: Any) -> None:
+    """Put the weights that a model's `save_pretrained` wrote into `module`."""
+    try:
+        module.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the weights in {folder} do not fit this model ({_reason(error)[:200]})") from None
+
+
+@torch.no_grad()
+def copy_weights(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+    """Put `values` into `parameters`, one by one."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def save_optimizer(folder: Path, optimizer: Any) -> dict[str, Any]:
+    """Write an optimiser's tensors to `optimizer.safetensors`; returns its other state, as JSON data."""
+    tensors, numbers = flatten_optimizer(optimizer.state_dict())
+    save_file(tensors, folder / "optimizer.safetensors")
+    return numbers
+
+
+def load_optimizer(folder: Path, optimizer: Any, numbers: dict[str, Any]) -> None:
+    """The inverse of `save_optimizer`."""
+    optimizer.load_state_dict(restore_optimizer(load_file(folder / "optimizer.safetensors"), numbers))
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -117,11 +294,30 @@ def restore_optimizer(tensors: dict[str, torch.Tensor], data: dict[str, Any]) ->
     return {"state": state, "param_groups": data["param_groups"]}
 
 
-def _load_weights(folder: Path, unet: Any) -> None:
-    unet.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+def save_rng(path: Path) -> None:
+    """This process's random states, of torch (processor and GPU), NumPy and Python.
+
+    What a sample gets is drawn by (seed, step, sample) and needs none of them; layers such as dropout do.
+    """
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+        "gauss": torch.tensor([cached, float("nan") if gauss is None else gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, path)
 
 
-@torch.no_grad()
-def _copy(tensors: list[torch.Tensor], unet: Any) -> None:
-    for parameter, tensor in zip(unet.parameters(), tensors, strict=True):
-        parameter.copy_(tensor)
+def load_rng(path: Path) -> None:
+    """Put the states of `save_rng` back."""
+    states = load_file(path)
+    numpy, python, (cached, gauss) = states["numpy"].tolist(), states["python"].tolist(), states["gauss"].tolist()
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(("MT19937", np.array(numpy[:-2], np.uint32), numpy[-2], numpy[-1], cached))
+    random.setstate((python[0], tuple(python[1:]), None if np.isnan(gauss) else gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

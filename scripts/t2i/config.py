@@ -160,6 +160,10 @@ class TrainConfig:
     compile: Flag = False  # torch.compile the trained model
     allow_tf32: Flag = False  # TF32 matrix products on Ampere GPUs and later
     validation_steps: Count = 500  # updates between validations
+    checkpointing_steps: Count = 500  # updates between checkpoints
+    checkpoints_total_limit: Count | None = None  # checkpoints kept, the newest; None: all
+    resume_from_checkpoint: str | None = "latest"  # latest, or a checkpoint folder's name; None: start anew
+    max_nonfinite_steps: Natural = 0  # updates skipped for a loss or gradient that is no number before the run ends
     logging_steps: Count = 10  # updates between logged losses
     report_to: Literal["mlflow", "none"] = "mlflow"  # where curves and pictures go
     experiment: str = "t2i"  # MLflow experiment
@@ -171,6 +175,7 @@ class TrainVaeConfig(TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # images a process and step
+    checkpoints_total_limit: Count | None = 1  # checkpoints kept, the newest; None: all
     vae_train_part: Literal["all", "decoder"] = (
         "all"  # decoder: latents stay as they are, so caches and UNets stay valid
     )
@@ -189,9 +194,6 @@ class TrainUnetConfig(HubConfig, TrainConfig):
 
     snr_gamma: Positive | None = None  # min-SNR loss weights (arXiv:2303.09556), usually 5; None: none
     proportion_empty_prompts: Share = 0.1  # captions dropped, sample by sample, for classifier-free guidance
-    checkpointing_steps: Count = 500  # updates between checkpoints
-    checkpoints_total_limit: Count | None = None  # checkpoints kept, the newest; None: all
-    resume_from_checkpoint: str | None = "latest"  # latest, or a checkpoint folder's name; None: start anew
     validation_prompts: list[str] = field(default_factory=list)  # prompts drawn at each validation
     validation_images: Count = 256  # validation images that the loss is measured on, at most
     guidance_scale: NonNegative = 7.5  # of those pictures

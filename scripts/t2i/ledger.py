@@ -8,8 +8,7 @@ file. Imports no torch.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,31 +66,6 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
                 "as JSON on one line) or delete the line to have it captioned anew"
             )
     return rows
-
-
-@contextmanager
-def alone(folder: Path, rank: int, meet: Any) -> Iterator[None]:
-    """Hold `folder` for this run's processes; raise `UserError` where another run is at work in it.
-
-    meet: waits for all processes. The first one asks for the lock alone, then all share it: a process that outlives
-    its launcher keeps a new run out.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        taken = True
-        if rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                taken = False
-        if not taken:
-            raise UserError(
-                f"another run is captioning into {folder}; wait for it, stop it, or give another --output_dir"
-            )
-        meet()
-        fcntl.flock(file, fcntl.LOCK_SH)
-        meet()
-        yield
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -1,5 +1,6 @@
 """Run folders: their JSON files, hashes, state and reuse. Imports no torch, so that listing runs stays fast."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -144,6 +145,39 @@ def _short(value: Any) -> str:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first (`checkpoint-000500`: the number is the step)."""
-    found = [path for path in run.glob("checkpoint-*") if (path / "state.json").is_file()]
+    """The checkpoints of a run folder that are complete, oldest first (`checkpoint-000500`: the number is the step).
+
+    Complete: every file of the manifest is there with its size, which a copy made file by file reaches at its end.
+    """
+    found = [path for path in run.glob("checkpoint-[0-9]*") if _is_complete(path)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == known["bytes"] for name, known in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
+    """Hold `folder` for this run's processes; raise `UserError` where another run is at work in it.
+
+    meet: waits for all processes. The first one asks for the lock alone, then all share it: a process that outlives
+    its launcher keeps a new run out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        if rank == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another run is at work in {folder}; wait for it, stop it, or give another --output_dir"
+                ) from None
+        meet()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        meet()
+        yield

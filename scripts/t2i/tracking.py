@@ -533,6 +533,9 @@ class Tracker:
         self._warned = False
         self._lost_records = False
         self._finished = False
+        self._recorded: set[tuple[str, int]] = (
+            set()
+        )  # by earlier processes: a resumed training comes by some steps again
         self._wake = threading.Event()
         self._turn = threading.Condition()
         self._attempts = {"sent": -1.0, "failed": -1.0}  # when the last attempt that ended so had begun, monotonic s
@@ -579,7 +582,9 @@ class Tracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers of one step; NaN and infinity are kept as MLflow keeps them. Takes well under 1 ms."""
         values = {_key(key): float(value) for key, value in metrics.items()}
-        self._append(kind="metrics", step=int(step), values=values)
+        values = {key: value for key, value in values.items() if (key, int(step)) not in self._recorded}
+        if values:
+            self._append(kind="metrics", step=int(step), values=values)
 
     def log_image(self, image: np.ndarray | Image.Image, name: str, step: int) -> None:
         """Record a picture (uint8 [H, W, 3] or [H, W], or a PIL image) for MLflow's grid of pictures by step."""
@@ -587,6 +592,8 @@ class Tracker:
         if picture.mode not in ("RGB", "RGBA", "L"):
             picture = picture.convert("RGB")
         key = re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name).replace("/", "~")[:100]
+        if (key, int(step)) in self._recorded:
+            return
         now = time.time_ns() // 1_000_000
         # mlflow.log_image makes this name when it sends, so that sending twice would show the picture twice.
         file = f"images/{key}+step+{int(step)}+timestamp+{now}+{uuid.uuid4()}.png"
@@ -633,8 +640,15 @@ class Tracker:
     def _open_spool(self) -> str:
         """Open the spool for appending; returns its id, a new one when the spool is new."""
         spool = self._sender.spool
-        earlier = (record for record, _ in _read_spool(spool, 0)) if spool.is_file() else iter(())
-        spool_id = next((record["spool_id"] for record in earlier if record["kind"] == "start"), uuid.uuid4().hex)
+        spool_id = ""
+        for record, _ in _read_spool(spool, 0) if spool.is_file() else ():
+            if record["kind"] == "start":
+                spool_id = spool_id or record["spool_id"]
+            elif record["kind"] == "metrics":
+                self._recorded |= {(key, record["step"]) for key in record["values"]}
+            elif record["kind"] == "image":
+                self._recorded.add((Path(record["file"]).name.split("+")[0], record["step"]))
+        spool_id = spool_id or uuid.uuid4().hex
         self._file = os.open(spool, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if _ends_torn(spool):
             os.write(self._file, b"\n")  # a line torn by the death of an earlier process stands alone

@@ -14,8 +14,27 @@ import torch
 import yaml
 from diffusers.optimization import get_scheduler
 
+from t2i import checkpoints
 from t2i.config import DataConfig, TrainConfig
-from t2i.runs import UserError, write_text
+from t2i.runs import RunFolder, UserError, read_json, write_json, write_text
+from t2i.stopping import EXIT_STOPPED
+
+
+@dataclasses.dataclass
+class Trained:
+    """What training moves."""
+
+    name: str  # of the module in a checkpoint: unet or vae
+    module: Any  # the diffusers model
+    model: Any  # as prepared
+    parameters: list[torch.nn.Parameter]  # those that are trained
+    optimizer: Any
+    schedule: Any
+    ema: Any  # or None
+    skipped: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"overflow": 0, "nonfinite": 0}
+    )  # updates left out
+
 
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
@@ -23,7 +42,8 @@ _PASSING = {
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("resume_from_checkpoint", "gradient_checkpointing", "compile", "channels_last"),
+    *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing", "compile", "channels_last"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the number of processes decides
     *("push_to_hub", "hub_private_repo", "hub_deadline", "hub_model_id", "license", "gallery_pictures"),
 }  # inputs are compared by the hashes of their contents
 
@@ -39,10 +59,15 @@ def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
     return {**settings, **hashes}
 
 
+def global_batch(config: TrainConfig, world: int) -> int:
+    """Samples of a weight update, over all `world` processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * world
+
+
 def total_steps(config: TrainConfig, samples: int, world: int) -> int:
     """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean."""
-    batch = config.train_batch_size * config.gradient_accumulation_steps * world
-    return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * samples / batch))
+    epochs = config.num_train_epochs * samples / global_batch(config, world)
+    return config.max_train_steps or max(1, math.ceil(epochs))
 
 
 def build_optimizer(
@@ -63,6 +88,111 @@ def build_optimizer(
     return optimizer, schedule
 
 
+def save_state(part: Path, trained: Trained, state: dict[str, Any], accelerator: Any) -> None:
+    """This process's files of a checkpoint: its random states; of the first process weights, average, optimiser, state."""
+    checkpoints.save_rng(part / f"rng-{accelerator.process_index}.safetensors")
+    if not accelerator.is_main_process:
+        return
+    trained.module.save_pretrained(part / trained.name)
+    if trained.ema:
+        checkpoints.save_weights(
+            part / f"{trained.name}_ema", trained.module, trained.parameters, trained.ema.shadow_params
+        )
+    counters = {
+        "processes": accelerator.num_processes,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "schedule": trained.schedule.last_epoch,
+        "ema": trained.ema.optimization_step if trained.ema else None,
+        "skipped": trained.skipped,
+    }
+    numbers = checkpoints.save_optimizer(part, trained.optimizer)
+    write_json(part / "state.json", {**state, **counters, "optimizer": numbers})
+
+
+def load_state(checkpoint: Path, trained: Trained, accelerator: Any) -> dict[str, Any]:
+    """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process."""
+    state = read_json(checkpoint / "state.json")
+    if trained.ema:
+        checkpoints.load_weights(checkpoint / f"{trained.name}_ema", trained.module)
+        trained.ema.shadow_params = [parameter.detach().float().clone() for parameter in trained.parameters]
+        trained.ema.optimization_step = state["ema"]
+    checkpoints.load_weights(checkpoint / trained.name, trained.module)
+    checkpoints.load_optimizer(checkpoint, trained.optimizer, state["optimizer"])
+    trained.schedule.last_epoch = state["schedule"] - 1
+    trained.schedule.step()
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    trained.skipped.update(state["skipped"])
+    if state["processes"] == accelerator.num_processes:
+        checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
+        accelerator.print(f"going on from {checkpoint}")
+    else:
+        accelerator.print(
+            f"going on from {checkpoint} on {accelerator.num_processes} processes instead of {state['processes']}: weights, "
+            "average, optimiser, schedule and the order of samples are kept, random states of layers are new"
+        )
+    return state
+
+
+def go_on(
+    run: Path, trained: Trained, config: TrainConfig, accelerator: Any
+) -> tuple[dict[str, Any], checkpoints.Node]:
+    """Resume from the newest whole checkpoint, if there is one, and save once as a rehearsal, so that a full or read-only disk
+    is met now. Returns the checkpoint's state (`step` 0 where training starts) and this process's node. Called by every
+    process.
+    """
+    node = checkpoints.Node(accelerator)
+    checkpoint = checkpoints.find_checkpoint(run, config.resume_from_checkpoint, node)
+    state = load_state(checkpoint, trained, accelerator) if checkpoint else {"step": 0}
+    accelerator.wait_for_everyone()
+    if node.first:
+        checkpoints.forget_after(run, state["step"], node)
+    moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in trained.parameters)
+    checkpoints.rehearse(run, lambda part: save_state(part, trained, {"step": 0}, accelerator), node, moments)
+    return state, node
+
+
+def save(
+    run: Path, trained: Trained, config: TrainConfig, state: dict[str, Any], node: checkpoints.Node, accelerator: Any
+) -> None:
+    """Save a checkpoint of `state["step"]`. Called by every process."""
+    checkpoints.save_checkpoint(
+        run,
+        state["step"],
+        lambda part: save_state(part, trained, state, accelerator),
+        node,
+        config.checkpoints_total_limit,
+    )
+
+
+def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
+    """End the process after a signal, its checkpoint saved, with exit code `EXIT_STOPPED`."""
+    if accelerator.is_main_process:
+        run.save()
+        if tracker:
+            tracker.finish("KILLED")
+        print(f"stopped after step {done} of {steps}; the same command goes on from there")
+    raise SystemExit(EXIT_STOPPED)
+
+
+def skip_update(trained: Trained, config: TrainConfig, step: int, loss: float, samples: list[str], rank: int) -> None:
+    """Leave out an update whose loss or gradient is no number; end the run where that is one too many.
+
+    samples: ids of the samples that this process had. Raises `UserError` with them.
+    """
+    trained.optimizer.zero_grad()
+    trained.skipped["nonfinite"] += 1
+    message = (
+        f"loss {loss:.4g} or its gradient is no number at step {step + 1}, with the training samples {', '.join(samples)} "
+        f"on process {rank}"
+    )
+    if trained.skipped["nonfinite"] > config.max_nonfinite_steps:
+        raise UserError(
+            f"{message}; look at them, lower --learning_rate (it is {config.learning_rate}), or let --max_nonfinite_steps be skipped"
+        )
+    print(f"WARNING: {message}; the update is skipped", flush=True)
+
+
 def dataset_name(config: DataConfig) -> str:
     """The data set's name for messages and cards, without the folders above it."""
     return str(config.dataset).rstrip("/").split("/")[-1]
@@ -74,12 +204,19 @@ def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], ha
         return None
     from t2i.tracking import Tracker  # MLflow takes seconds to import
 
-    public = without_paths(settings)
+    shown = without_paths(settings)
     name = config.run_name or folder.name
-    tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=public, tags=hashes)
-    write_text(folder / "config.public.yaml", yaml.safe_dump(public, sort_keys=False))
+    tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=shown, tags=hashes)
+    write_text(folder / "config.public.yaml", public(shown))
     tracker.log_artifact(folder / "config.public.yaml")
     return tracker
+
+
+def public(settings: dict[str, Any]) -> str:
+    """Settings as YAML that `load_recipe` reads, without secrets that somebody put into an option."""
+    from t2i.tracking import redact_config
+
+    return yaml.safe_dump(redact_config(settings), sort_keys=False)
 
 
 def without_paths(settings: Any) -> Any:

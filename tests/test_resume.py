@@ -1,0 +1,384 @@
+"""Training that loses nothing: each fault really done to the real thing, and what is left of it afterwards."""
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import prove_resume
+import train_unet
+from conftest import SCRIPTS
+from t2i import checkpoints, models
+from t2i.config import load_recipe
+from t2i.runs import UserError, checkpoint_folders
+from t2i.stopping import EXIT_STOPPED
+
+COMMON = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none")
+
+
+class Alone:
+    """A run of one process, as `checkpoints.Node` describes it."""
+
+    count, index, first = 1, 0, True
+
+    @staticmethod
+    def meet():
+        pass
+
+    @staticmethod
+    def gather(value):
+        return [value]
+
+
+@pytest.fixture
+def run_main(monkeypatch, workspace):
+    """`train_unet.py`'s main in this process, in the workspace: saves the seconds of its imports."""
+
+    def run(*arguments):
+        monkeypatch.chdir(workspace)
+        monkeypatch.setattr(sys, "argv", ["train_unet.py", *map(str, (*COMMON, *arguments))])
+        train_unet.main()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workspace's commands: sums in another order differ in the last bit
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trained(workspace, tmp_path):
+    """A copy of the finished tiny run, as if it had been stopped behind its last checkpoint."""
+    run = tmp_path / "unet"
+    shutil.copytree(workspace / "unet", run, ignore=shutil.ignore_patterns("evaluation"))
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**state, "status": "running"}))
+    return run
+
+
+def flip_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+# --- Saves -----------------------------------------------------------------------------------------------------------
+
+
+def save_in_a_child(run, step, kill_at, limit=None, write=None):
+    """`save_checkpoint` in a forked process that SIGKILLs itself at its `kill_at`-th change on disk; True if it got there."""
+    child = os.fork()
+    if child == 0:
+        left = [kill_at]
+
+        def counted(function):
+            def call(*arguments, **options):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return call
+
+        for name in ("fsync", "replace", "mkdir", "rmdir", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        checkpoints.save_checkpoint(run, step, write or write_files(step), Alone, limit)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def write_files(step):
+    def write(part):
+        (part / "unet").mkdir()
+        for name in ("unet/a.safetensors", "optimizer.safetensors", "state.json"):
+            (part / name).write_bytes(f"{step} {name}".encode() * 100)
+
+    return write
+
+
+def test_sigkill_at_every_boundary_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    """With a limit of one: the old one goes only when the new one is whole; a save made anew replaces its like."""
+    for kill_at in range(1, 100):
+        run = tmp_path / f"run-{kill_at}"
+        checkpoints.save_checkpoint(run, 3, write_files(3), Alone, 1)
+        killed = save_in_a_child(run, 6, kill_at, limit=1)
+        found = checkpoints.find_checkpoint(run, "latest", Alone, say=lambda text: None)
+        assert found is not None, kill_at
+        assert found.name in ("checkpoint-000003", "checkpoint-000006")
+        assert checkpoints.damage(found) is None
+        checkpoints.rehearse(run, write_files(0), Alone, 0)
+        assert not list(run.glob(".*part")) + list(run.glob(".*old"))
+        if not killed:
+            break
+    assert kill_at > 12  # it ran through all the boundaries of a save: fsync and rename of each file, manifest, folder
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-000006"]
+
+
+def test_a_copy_made_file_by_file_counts_when_it_is_whole(tmp_path):
+    source = checkpoints.save_checkpoint(tmp_path / "a", 5, write_files(5), Alone, None)
+    files = [file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file()]
+    for order in (files, files[::-1]):
+        target = tmp_path / f"b-{order[0].name}" / source.name
+        for number, file in enumerate(order):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            assert not checkpoint_folders(target.parent)
+            shutil.copy(source / file, target / file)
+            if number < len(order) - 1:
+                with pytest.raises(UserError, match="none that is whole"):
+                    checkpoints.find_checkpoint(target.parent, "latest", Alone, say=lambda text: None)
+        assert checkpoints.find_checkpoint(target.parent, "latest", Alone) == target
+
+
+def test_nodes_agree_on_the_newest_step_that_is_whole_everywhere(tmp_path):
+    """Two nodes without a shared disk; the second one lost its newest checkpoint."""
+    import threading
+
+    barrier, said = threading.Barrier(2), {}
+
+    class Node:
+        count, first = 2, True
+
+        def __init__(self, index):
+            self.index = index
+
+        def meet(self):
+            barrier.wait()
+
+        def gather(self, value):
+            said[self.index] = value
+            barrier.wait()
+            values = [said[0], said[1]]
+            barrier.wait()
+            return values
+
+    found = {}
+
+    def work(index):
+        node, run = Node(index), tmp_path / f"disk-{index}"
+        for step in (2, 4, 6):
+            checkpoints.save_checkpoint(run, step, write_files(step), node, None)
+        if index == 1:
+            flip_a_byte(run / "node-1" / "checkpoint-000006" / "state.json")
+        found[index] = checkpoints.find_checkpoint(run, "latest", node, say=lambda text: None)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == tmp_path / "disk-0" / "checkpoint-000004"
+    assert found[1] == tmp_path / "disk-1" / "node-1" / "checkpoint-000004"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_disk_full_during_a_save_leaves_the_good_one(small_disk):
+    run = small_disk / "run"
+
+    def write(size):
+        return lambda part: (part / "weights.safetensors").write_bytes(os.urandom(size))
+
+    checkpoints.rehearse(run, write(1_000_000), Alone, 0)
+    checkpoints.save_checkpoint(run, 1, write(2_000_000), Alone, 1)
+    with pytest.raises(UserError, match=r"No space left.*whole ones: checkpoint-000001"):
+        checkpoints.save_checkpoint(run, 2, write(3_000_000), Alone, 1)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-000001"]
+    assert checkpoints.damage(run / "checkpoint-000001") is None
+    checkpoints.save_checkpoint(run, 2, write(1_000_000), Alone, 1)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-000002"]
+
+
+def test_a_disk_that_will_be_too_small_is_met_before_training(small_disk, run_main):
+    (small_disk / "ballast").write_bytes(b"x" * 3_900_000)
+    with pytest.raises(UserError, match=r"cannot be saved|cannot be written|No space left") as error:
+        run_main("--output_dir", small_disk / "run")
+    assert "--output_dir" in str(error.value)
+
+
+# --- Resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(trained, workspace, run_main, capsys):
+    flip_a_byte(trained / "checkpoint-000008" / "unet" / "diffusion_pytorch_model.safetensors")
+    run_main("--output_dir", trained)
+    said = capsys.readouterr().out
+    assert "checkpoint-000008/unet/diffusion_pytorch_model.safetensors is damaged" in said
+    assert "going on from" in said
+    assert "checkpoint-000004" in said
+    for file in (
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet_ema/diffusion_pytorch_model.safetensors",
+        "optimizer.safetensors",
+    ):
+        again, first = (run / "checkpoint-000008" / file for run in (trained, workspace / "unet"))
+        assert again.read_bytes() == first.read_bytes(), file  # made anew, bit for bit
+
+
+def test_without_its_random_states_an_exact_resume_is_refused(trained, run_main):
+    (trained / "checkpoint-000008" / "rng-0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"rng-0.safetensors is missing.*exact resume"):
+        run_main("--output_dir", trained, "--resume_from_checkpoint", "checkpoint-000008")
+    shutil.rmtree(trained / "checkpoint-000004")
+    with pytest.raises(UserError, match="none that is whole"):  # and never starts anew by itself
+        run_main("--output_dir", trained)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["--unet_channels", 16, 48], "UnetConfig.unet_channels|Unet.unet_channels"),
+        (["--train_batch_size", 8], "global_batch: 4 there, 8 now"),
+        (["--gradient_accumulation_steps", 2], "global_batch: 4 there, 8 now"),
+        (["--validation_fraction", 0.3], "validation_fraction"),
+        (["--vae", "other"], "vae_hash"),
+    ],
+)
+def test_what_must_match_is_refused_with_the_difference(arguments, difference, trained, workspace, run_main):
+    if "other" in arguments and not (workspace / "other").exists():
+        vae = models.load_vae(str(workspace / "vae"))
+        with torch.no_grad():
+            next(vae.parameters()).add_(0.01)
+        vae.save_pretrained(workspace / "other")
+    with pytest.raises(UserError, match=difference):
+        run_main("--output_dir", trained, *arguments)
+
+
+def test_the_same_global_batch_by_accumulation_goes_on(trained, run_main, capsys):
+    shutil.rmtree(trained / "checkpoint-000008")
+    run_main("--output_dir", trained, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    assert "checkpoint-000004" in capsys.readouterr().out
+    first, second = (json.loads((trained / "metrics.jsonl").read_text().splitlines()[row])["step"] for row in (0, -1))
+    assert first <= 4 < second == 8
+
+
+def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with open(run / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match="another run is at work"):
+            run_main("--output_dir", run)
+
+
+def test_killed_in_mid_epoch_and_mid_accumulation_goes_on_bit_for_bit(workspace):
+    """A sample of `make prove-resume`: 40 images in batches of 8, so that epochs end within the run; accumulation 2."""
+    (workspace / "recipe.yaml").write_text(prove_resume.SETTINGS)
+    print(prove_resume.prove(workspace, "one", kills=1, seed=os.getpid()))
+
+
+# --- Signals and numbers ---------------------------------------------------------------------------------------------
+
+
+def test_sigterm_twice_saves_ends_with_its_code_and_leaks_no_secret(workspace, environment, tmp_path):
+    canary = "hf_canaryCANARYcanaryCANARY1234"
+    words = [sys.executable, str(SCRIPTS / "train_unet.py"), *COMMON[:-2], "--output_dir", str(tmp_path / "run")]
+    words += [
+        "--max_train_steps",
+        "100000",
+        "--lr_warmup_steps",
+        "5",
+        "--logging_steps",
+        "1",
+        "--run_name",
+        f"with {canary}",
+    ]
+    secrets = {"HF_TOKEN": canary, "MLFLOW_TRACKING_URI": f"http://me:{canary}@127.0.0.1:9", "SOME_PASSWORD": canary}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(words, cwd=workspace, env=environment | secrets, stdout=log, stderr=log)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size > 500):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == EXIT_STOPPED
+    assert time.monotonic() - began < 60
+    saved = checkpoint_folders(tmp_path / "run")[-1]
+    assert checkpoints.damage(saved) is None
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == step  # nothing after the last step is lost
+    everything = b"".join(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())
+    assert canary.encode() not in everything + (tmp_path / "log").read_bytes()
+
+
+@pytest.mark.parametrize("allowed", [0, 100])
+def test_numbers_that_are_none_are_named_and_skipped_or_end_the_run(allowed, workspace, run_main, tmp_path, capsys):
+    """A NaN in one image's cached latents, as a half-precision VAE leaves it."""
+    cache = tmp_path / "cache"
+    shutil.copytree(workspace / ".cache" / "t2i", cache)
+    poisoned = 0
+    for file in cache.glob("latents/*/*.npy"):
+        latents = np.load(file, mmap_mode="r+")
+        if len(latents) == 40:
+            latents[7] = np.nan
+            poisoned += 1
+    assert poisoned
+    words = (
+        "--output_dir",
+        tmp_path / "run",
+        "--cache_dir",
+        cache,
+        "--max_train_steps",
+        11,
+        "--max_nonfinite_steps",
+        allowed,
+    )
+    if allowed:
+        run_main(*words, "--use_ema")
+        said = capsys.readouterr().out
+        assert said.count("the update is skipped") >= 1
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["nonfinite_skips"] >= 1
+    else:
+        with pytest.raises(UserError, match="no number at step") as error:
+            run_main(*words)
+        from t2i import data
+
+        recipe = load_recipe(str(workspace / "tiny.yaml"))
+        recipe.data.dataset, recipe.data.cache_dir = str(workspace / "dataset"), str(cache)
+        assert data.load_splits(recipe.data, say=lambda text: None).train.rows["id"][7] in str(error.value)
+
+
+# --- Weights from outside --------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+def test_a_pickle_offered_as_weights_is_never_run(name, workspace, run_main, tmp_path):
+    folder, ran = tmp_path / "vae", tmp_path / "ran"
+    folder.mkdir()
+    shutil.copy(workspace / "vae" / "vae" / "config.json", folder)
+    (folder / name).write_bytes(pickle.dumps(Malicious(ran)))
+    with pytest.raises(UserError, match="safetensors"):
+        run_main("--output_dir", tmp_path / "run", "--vae", folder)
+    assert not ran.exists()
