@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_unet.p
 Neither VAE nor text encoder is in memory during the loop: what they say of the data set is computed once and cached.
 """
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def main() -> None:
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from t2i import data, models, sampling, stopping, training
+    from t2i import data, models, stopping, training, zero
+    from t2i.distributed import check_effective
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
@@ -92,9 +94,6 @@ def main() -> None:
         caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
     scaling_factor = frozen["vae"].config.scaling_factor
     frozen.clear()  # VAE and text encoder leave the memory
-    tracker = None
-    if accelerator.is_main_process:
-        tracker = training.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -104,20 +103,28 @@ def main() -> None:
     # optimiser
     parameters = list(unet.parameters())
     optimizer, schedule = training.build_optimizer(parameters, config, steps)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
 
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
+    zero.cast_inputs(model)
+    ema = EMAModel(zero.masters(model, parameters), decay=config.ema_decay, foreach=True) if config.use_ema else None
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
     given = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
+    effective = check_effective(model, schedule, config, accelerator)
+    tracker = None
+    if accelerator.is_main_process:
+        run.save(effective=effective)
+        tracker = training.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, inputs)
 
     # resume
     state, node = training.go_on(folder, trained, config, accelerator)
     start, losses, validation = state["step"], state.get("losses", []), state.get("validation", {})
     accelerator.print(
         f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
-        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, precision {accelerator.mixed_precision}"
+        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
+        f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
+        + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
     )
 
     # loop
@@ -132,7 +139,10 @@ def main() -> None:
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
-                row = {"train_loss": mean_loss, "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
+                row = {"train_loss": mean_loss, "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+                row = {
+                    name: value for name, value in row.items() if math.isfinite(value)
+                }  # of a skipped update some are not
                 losses = [*losses, mean_loss][-TRACKED:]
                 shown = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
                 progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **shown)
@@ -143,12 +153,10 @@ def main() -> None:
             stopped = stopping.agreed(stop, accelerator) and done < steps
             saving = done % config.checkpointing_steps == 0 or done == steps or stopped
             if (saving and not stopped) or done % config.validation_steps == 0:
-                with training.averaged(ema, parameters):
-                    validation = validation_loss(
-                        unet, scheduler, caches, scaling_factor, config.validation_images, accelerator
-                    )
+                with training.averaged(trained) as shown:
+                    validation = validation_loss(shown, given, config.validation_images, accelerator)
                     if accelerator.is_main_process and config.validation_prompts:
-                        draw_samples(unet, folder, config, tracker, done)
+                        draw_samples(shown, folder, config, tracker, done)
                 training.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
                 record(validation, done, folder, tracker, accelerator.is_main_process)
             if saving:
@@ -160,24 +168,36 @@ def main() -> None:
         training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
+    results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
+    finish(run, trained, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
+    push(folder, config, accelerator)
+
+
+def finish(
+    run: RunFolder, trained: "Trained", config: TrainUnetConfig, results: dict[str, Any], tracker: Any, accelerator: Any
+) -> None:
+    """Save the pipeline, with the average's weights unless the raw ones are asked for, and the results. Every process calls."""
+    from t2i import models, sampling, training, zero
+
+    weights, average = training.gather(trained)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    if ema and not config.save_raw_weights:
-        ema.copy_to(parameters)
-    sampling.assemble(folder / "pipeline", unet.cpu()).save_pretrained(folder / "pipeline", safe_serialization=True)
-    results = {"train_loss": sum(losses) / len(losses), **validation}
+    unet, folder = trained.module, run.folder / "pipeline"
+    if weights is not None:
+        unet = zero.with_weights(unet, weights if average is None or config.save_raw_weights else average)
+    elif trained.ema and not config.save_raw_weights:
+        trained.ema.copy_to(trained.parameters)
+    sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
+    skips = {f"{kind}_skips": count for kind, count in trained.skipped.items()}
     run.finish(
-        **results, steps=steps, train_images=count, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
-        machine=training.machine(), output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
-        tracking=tracker.view if tracker else None, **{f"{kind}_skips": count for kind, count in trained.skipped.items()},
+        **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision, machine=training.machine(),
+        output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
+        tracking=tracker.view if tracker else None,
     )  # fmt: skip
     if tracker:
         tracker.finish()
-    print(
-        f"pipeline in {folder / 'pipeline'}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}"
-    )
-    push(folder, config, accelerator)
+    print(f"pipeline in {folder}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")
 
 
 def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
@@ -307,10 +327,14 @@ def cache_inputs(
 
 def train_step(
     trained: "Trained", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns loss and gradient norm."""
+) -> "tuple[torch.Tensor, float]":
+    """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns loss and gradient norm.
+
+    An update that fp16's overflow skips moves neither schedule nor average.
+    """
     import torch
 
+    from t2i import zero
     from t2i.diffusion import denoising_loss
     from t2i.training import skip_update
 
@@ -321,20 +345,20 @@ def train_step(
             loss = denoising_loss(trained.model, given.scheduler, *batch, config.snr_gamma).mean()
             accelerator.backward(loss)
             total += loss.detach() / config.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm)
-                if not accelerator.scaler and not torch.isfinite(norm):  # the same norm on every process
+            if accelerator.sync_gradients:  # the same norm on every process
+                norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))
+                if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":
                     samples = samples_of(given, config, step, accelerator)
                     skip_update(trained, config, step, total.item(), samples, accelerator.process_index)
                     return total, norm
             trained.optimizer.step()
             trained.optimizer.zero_grad()
-    if accelerator.optimizer_step_was_skipped:  # fp16's gradients overflowed, and its scale was lowered
+    if accelerator.optimizer_step_was_skipped:  # the gradients overflowed, and their scale was lowered
         trained.skipped["overflow"] += 1
         return total, norm
     trained.schedule.step()
     if trained.ema:
-        trained.ema.step(trained.parameters)
+        trained.ema.step(zero.masters(trained.model, trained.parameters))
     return total, norm
 
 
@@ -394,9 +418,7 @@ def to_device(
     return latents.to(device), noise.to(device), timesteps.to(device), context.to(device)
 
 
-def validation_loss(
-    unet: Any, scheduler: Any, caches: dict[str, Any], scaling_factor: float, limit: int, accelerator: Any
-) -> dict[str, float]:
+def validation_loss(unet: Any, given: Inputs, limit: int, accelerator: Any) -> dict[str, float]:
     """Unweighted loss on validation images with fixed noise: the mean, and per quarter of the noise levels.
 
     Every run of the same data sees the same noise at the same timesteps, so that two runs compare.
@@ -406,7 +428,7 @@ def validation_loss(
 
     from t2i.diffusion import TIMESTEP_BANDS, denoising_loss, draw, validation_timesteps
 
-    latents, text = caches["validation"]
+    latents, text = given.caches["validation"]
     side, world, rank = latents.shape[-1], accelerator.num_processes, accelerator.process_index
     sums, counted = torch.zeros(TIMESTEP_BANDS), 0
     unet.eval()
@@ -420,10 +442,10 @@ def validation_loss(
             draws = draw(VALIDATION_SEED, band, indices.tolist(), (latents.shape[2] // 2, side, side), 1000)
             batch = to_device(
                 latents[indices, 0], draws.posterior_noise, draws.noise, levels[:, band], text, text.rows[indices],
-                scaling_factor, accelerator,
+                given.scaling_factor, accelerator,
             )  # fmt: skip
             with torch.no_grad(), accelerator.autocast():
-                sums[band] += denoising_loss(unet, scheduler, *batch).sum().cpu()
+                sums[band] += denoising_loss(unet, given.scheduler, *batch).sum().cpu()
     unet.train()
     total = accelerator.reduce(torch.tensor([*sums.tolist(), counted]).to(accelerator.device)).cpu()
     bands = (total[:-1] / total[-1]).tolist()

@@ -117,7 +117,7 @@ def main() -> None:
                 if tracker:
                     tracker.log_metrics(row, done)
             if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
-                with training.averaged(ema, parameters):
+                with training.averaged(trained):
                     validate(vae, splits.validation, folder, tracker, done)
             stopped = stopping.agreed(stop, accelerator) and done < steps
             if done % config.checkpointing_steps == 0 or stopped:

@@ -246,11 +246,19 @@ def save_weights(folder: Path, module: Any, parameters: Sequence[torch.Tensor], 
         copy_weights(own, parameters)
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a model's `save_pretrained` wrote, by name."""
+    try:
+        return load_file(folder / "diffusion_pytorch_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} cannot be read ({_reason(error)[:200]})") from None
+
+
 def load_weights(folder: Path, module: Any) -> None:
     """Put the weights that a model's `save_pretrained` wrote into `module`."""
     try:
-        module.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        module.load_state_dict(read_weights(folder))
+    except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit this model ({_reason(error)[:200]})") from None
 
 
@@ -305,7 +313,7 @@ def save_rng(path: Path) -> None:
         "torch": torch.get_rng_state(),
         "numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
         "python": torch.tensor([version, *internal], dtype=torch.int64),
-        "gauss": torch.tensor([cached, float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "gauss": torch.tensor([cached, float("inf") if gauss is None else gauss], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -318,6 +326,6 @@ def load_rng(path: Path) -> None:
     numpy, python, (cached, gauss) = states["numpy"].tolist(), states["python"].tolist(), states["gauss"].tolist()
     torch.set_rng_state(states["torch"])
     np.random.set_state(("MT19937", np.array(numpy[:-2], np.uint32), numpy[-2], numpy[-1], cached))
-    random.setstate((python[0], tuple(python[1:]), None if np.isnan(gauss) else gauss))
+    random.setstate((python[0], tuple(python[1:]), None if np.isinf(gauss) else gauss))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,12 +1,16 @@
-"""What must stand before `Accelerator` is made."""
+"""What must stand before `Accelerator` is made, and what DeepSpeed must know before `prepare`."""
 
+import importlib
+import importlib.util
 import os
 import warnings
 from datetime import timedelta
 from typing import Any
 
-from t2i.config import TrainConfig
+from t2i.config import TrainConfig, TrainUnetConfig
 from t2i.runs import UserError
+
+REDUCE_BUCKET = 50_000_000  # gradients reduced at once, 100 MB in fp16; DeepSpeed's default takes 1 GB of a 16 GB card
 
 
 def quiet_libraries() -> None:
@@ -30,6 +34,7 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     config: of a training; None: processes work on their shares alone, and may wait a week for each other.
     """
     quiet_libraries()
+    prepare_launch(config)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -44,7 +49,119 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     except ValueError as error:  # fp16 without a GPU, and its like
         reason = " ".join(str(error).split())
         raise UserError(f"the launch does not fit this machine ({reason}); take accelerate_configs/cpu.yaml") from None
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # the launcher's number came before
+    if accelerator.deepspeed_plugin:
+        write_deepspeed_config(accelerator.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(config.seed)
     return accelerator
+
+
+def prepare_launch(config: TrainConfig | None) -> None:
+    """Make a DeepSpeed launch fit the script and the machine; other launches are left as they are.
+
+    Only train_unet.py runs under DeepSpeed. Other scripts, whose models are small, run data parallel on the same processes.
+    Raises `UserError` where DeepSpeed is not installed or the processor lacks the precision.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    if not isinstance(config, TrainUnetConfig):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+        if on_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "the launch asks for DeepSpeed, which is not installed; run: pip install -r scripts/requirements.txt (Linux), or take "
+            "accelerate_configs/multi_gpu.yaml or cpu.yaml"
+        )
+    # DeepSpeed's own calls, which no user can change
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")
+    if not on_cpu:
+        return
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" and not _processor_has_fp16():
+        raise UserError(
+            "mixed_precision fp16 needs a GPU, or a processor that computes in fp16, which this one does not; launch with "
+            "--mixed_precision bf16 or --mixed_precision no"
+        )
+    if "LOCAL_RANK" in os.environ:
+        _run_deepspeed_on_cpu()
+
+
+def _processor_has_fp16() -> bool:
+    import torch
+
+    try:  # what DeepSpeed asks as well
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _run_deepspeed_on_cpu() -> None:
+    """Let accelerate 1.15 start DeepSpeed on CPU processes.
+
+    Without a GPU it knows CPU processes only where `use_cpu` says so, and then it leaves DeepSpeed out without a word.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    # an operator for inference, compiled by g++ for half a minute at its first use; training never calls it
+    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def write_deepspeed_config(settings: dict[str, Any], config: TrainConfig, processes: int) -> None:
+    """Put the recipe's clipping, batch and accumulation into DeepSpeed's settings, whatever the launch says of them.
+
+    Raises `UserError` for what the suite does not run: other ZeRO stages, offloading, an optimiser or schedule of DeepSpeed.
+    """
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") != 2:
+        raise UserError(f"ZeRO stage {zero.get('stage')} is not supported; set zero_stage: 2 in the launch's YAML")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") not in (None, "none"):
+            raise UserError(f"{name} is not supported; set {name}_device: none in the launch's YAML")
+    for name in ("optimizer", "scheduler"):
+        if name in settings:
+            raise UserError(f"the DeepSpeed file has a section {name!r}, which the recipe owns; remove that section")
+    settings["gradient_clipping"] = config.max_grad_norm
+    settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
+    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    settings["train_batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * processes
+    zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)
+
+
+def check_effective(model: Any, schedule: Any, config: TrainConfig, accelerator: Any) -> dict[str, Any]:
+    """What is in force after `prepare`: clipping, batch, accumulation, highest learning rate, ZeRO stage (0: none).
+
+    Raises `UserError` where it is not what the recipe says. model: as prepared; schedule: of the optimiser that was prepared.
+    """
+    from t2i import zero
+
+    group = schedule.optimizer.param_groups[0]
+    wanted = {
+        "gradient_clipping": config.max_grad_norm,
+        "train_batch_size": config.train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "global_batch": config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        "learning_rate": config.learning_rate,
+        "zero_stage": 2 if accelerator.deepspeed_plugin else 0,
+    }
+    found = {
+        **wanted,  # in a plain training the script itself clips, and draws the batch
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "learning_rate": group["initial_lr"],
+        **zero.effective(model),
+    }
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(
+                f"{name} is {found[name]} after the launch's settings, the recipe says {value}; take it out of the launch's YAML"
+            )
+    return found

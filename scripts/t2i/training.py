@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import yaml
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 
-from t2i import checkpoints
+from t2i import checkpoints, zero
 from t2i.config import DataConfig, TrainConfig
 from t2i.runs import RunFolder, UserError, read_json, write_json, write_text
 from t2i.stopping import EXIT_STOPPED
@@ -88,50 +89,101 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def save_state(part: Path, trained: Trained, state: dict[str, Any], accelerator: Any) -> None:
-    """This process's files of a checkpoint: its random states; of the first process weights, average, optimiser, state."""
+def gather(trained: Trained) -> tuple[Any, Any]:
+    """All weights and their average in float32, in the order of the parameters, where ZeRO has split them; else (None, None).
+
+    Called by every process, before one of them writes a byte.
+    """
+    if not zero.is_sharded(trained.model):
+        return None, None
+    weights = zero.full_weights(trained.model, trained.parameters)
+    return weights, zero.full_average(trained.model, trained.parameters, trained.ema) if trained.ema else None
+
+
+def save_state(
+    part: Path, trained: Trained, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
+) -> None:
+    """This process's files of a checkpoint: its random states and, under ZeRO, its share; of the first process weights and
+    average (portable, float32), optimiser and state.
+    """
     checkpoints.save_rng(part / f"rng-{accelerator.process_index}.safetensors")
+    sharded, average = zero.is_sharded(trained.model), part / f"{trained.name}_ema"
+    if sharded:
+        save_file(zero.shard_state(trained.model, trained.ema), shard_file(part, accelerator))
     if not accelerator.is_main_process:
         return
-    trained.module.save_pretrained(part / trained.name)
-    if trained.ema:
-        checkpoints.save_weights(
-            part / f"{trained.name}_ema", trained.module, trained.parameters, trained.ema.shadow_params
-        )
-    counters = {
+    counters: dict[str, Any] = {
         "processes": accelerator.num_processes,
+        "sharded": sharded,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "schedule": trained.schedule.last_epoch,
         "ema": trained.ema.optimization_step if trained.ema else None,
         "skipped": trained.skipped,
     }
-    numbers = checkpoints.save_optimizer(part, trained.optimizer)
-    write_json(part / "state.json", {**state, **counters, "optimizer": numbers})
+    if sharded:
+        zero.with_weights(trained.module, gathered[0]).save_pretrained(part / trained.name)
+        if trained.ema:
+            zero.with_weights(trained.module, gathered[1]).save_pretrained(average)
+    else:
+        trained.module.save_pretrained(part / trained.name)
+        if trained.ema:
+            checkpoints.save_weights(average, trained.module, trained.parameters, trained.ema.shadow_params)
+        counters["optimizer"] = checkpoints.save_optimizer(part, trained.optimizer)
+    write_json(part / "state.json", {**state, **counters})
+
+
+def shard_file(folder: Path, accelerator: Any) -> Path:
+    """Where this process keeps, under ZeRO, what it alone knows."""
+    return folder / f"zero-rank{accelerator.process_index}.safetensors"
 
 
 def load_state(checkpoint: Path, trained: Trained, accelerator: Any) -> dict[str, Any]:
-    """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process."""
+    """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process.
+
+    On another number of processes, or from ZeRO to plain training and back, weights and average are taken from the portable
+    files, and what is reset is said.
+    """
     state = read_json(checkpoint / "state.json")
+    sharded, processes = zero.is_sharded(trained.model), accelerator.num_processes
+    alike = state["processes"] == processes and state["sharded"] == sharded
+    if sharded and alike:
+        zero.load_shard_state(trained.model, trained.ema, load_file(shard_file(checkpoint, accelerator)))
+    else:
+        load_portable(checkpoint, trained)
     if trained.ema:
-        checkpoints.load_weights(checkpoint / f"{trained.name}_ema", trained.module)
-        trained.ema.shadow_params = [parameter.detach().float().clone() for parameter in trained.parameters]
         trained.ema.optimization_step = state["ema"]
-    checkpoints.load_weights(checkpoint / trained.name, trained.module)
-    checkpoints.load_optimizer(checkpoint, trained.optimizer, state["optimizer"])
+    keeps_moments = (sharded and alike) or not (sharded or state["sharded"])
+    if keeps_moments and not sharded:
+        checkpoints.load_optimizer(checkpoint, trained.optimizer, state["optimizer"])
     trained.schedule.last_epoch = state["schedule"] - 1
     trained.schedule.step()
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     trained.skipped.update(state["skipped"])
-    if state["processes"] == accelerator.num_processes:
+    if alike:
         checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
         accelerator.print(f"going on from {checkpoint}")
-    else:
-        accelerator.print(
-            f"going on from {checkpoint} on {accelerator.num_processes} processes instead of {state['processes']}: weights, "
-            "average, optimiser, schedule and the order of samples are kept, random states of layers are new"
-        )
+        return state
+    before, now = (f"{count} process(es){' under ZeRO' if split else ''}" for count, split in
+                   ((state["processes"], state["sharded"]), (processes, sharded)))  # fmt: skip
+    lost = "random states of layers" if keeps_moments else "the optimiser's moments and random states of layers"
+    accelerator.print(
+        f"going on from {checkpoint} on {now} instead of {before}: weights, average, schedule and the order of samples are kept; "
+        f"{lost} begin anew"
+    )
     return state
+
+
+def load_portable(checkpoint: Path, trained: Trained) -> None:
+    """Weights and average from the files that any launch can read. Called by every process."""
+    masters = zero.masters(trained.model, trained.parameters)
+    for name in ([f"{trained.name}_ema"] if trained.ema else []) + [trained.name]:
+        if zero.is_sharded(trained.model):
+            zero.set_weights(trained.model, trained.module, checkpoints.read_weights(checkpoint / name))
+        else:
+            checkpoints.load_weights(checkpoint / name, trained.module)
+        if name != trained.name:
+            trained.ema.shadow_params = [master.detach().float().clone() for master in masters]
 
 
 def go_on(
@@ -148,7 +200,8 @@ def go_on(
     if node.first:
         checkpoints.forget_after(run, state["step"], node)
     moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in trained.parameters)
-    checkpoints.rehearse(run, lambda part: save_state(part, trained, {"step": 0}, accelerator), node, moments)
+    gathered = gather(trained)
+    checkpoints.rehearse(run, lambda part: save_state(part, trained, gathered, {"step": 0}, accelerator), node, moments)
     return state, node
 
 
@@ -156,13 +209,12 @@ def save(
     run: Path, trained: Trained, config: TrainConfig, state: dict[str, Any], node: checkpoints.Node, accelerator: Any
 ) -> None:
     """Save a checkpoint of `state["step"]`. Called by every process."""
-    checkpoints.save_checkpoint(
-        run,
-        state["step"],
-        lambda part: save_state(part, trained, state, accelerator),
-        node,
-        config.checkpoints_total_limit,
-    )
+    gathered = gather(trained)
+
+    def write(part: Path) -> None:
+        save_state(part, trained, gathered, state, accelerator)
+
+    checkpoints.save_checkpoint(run, state["step"], write, node, config.checkpoints_total_limit)
 
 
 def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
@@ -182,11 +234,12 @@ def skip_update(trained: Trained, config: TrainConfig, step: int, loss: float, s
     """
     trained.optimizer.zero_grad()
     trained.skipped["nonfinite"] += 1
+    applied = zero.is_sharded(trained.model)  # DeepSpeed's backward has already moved the weights
     message = (
         f"loss {loss:.4g} or its gradient is no number at step {step + 1}, with the training samples {', '.join(samples)} "
         f"on process {rank}"
     )
-    if trained.skipped["nonfinite"] > config.max_nonfinite_steps:
+    if applied or trained.skipped["nonfinite"] > config.max_nonfinite_steps:
         raise UserError(
             f"{message}; look at them, lower --learning_rate (it is {config.learning_rate}), or let --max_nonfinite_steps be skipped"
         )
@@ -235,17 +288,25 @@ def require_finite(loss: float, step: int, learning_rate: float) -> None:
 
 
 @contextmanager
-def averaged(ema: Any, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Within the block, the parameters are their moving average (if there is one)."""
-    if ema is None:
-        yield
+def averaged(trained: Trained) -> Iterator[Any]:
+    """Within the block, the module's weights are their moving average (if there is one). Yields the module to look at.
+
+    Under ZeRO every process must enter, and gets a float32 model of its own that goes with the block: the engine's weights
+    stay as they are.
+    """
+    if zero.is_sharded(trained.model):
+        weights, average = gather(trained)
+        yield zero.with_weights(trained.module, weights if average is None else average)
         return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    if trained.ema is None:
+        yield trained.module
+        return
+    trained.ema.store(trained.parameters)
+    trained.ema.copy_to(trained.parameters)
     try:
-        yield
+        yield trained.module
     finally:
-        ema.restore(parameters)
+        trained.ema.restore(trained.parameters)
 
 
 def code_revision() -> str:

@@ -1,0 +1,200 @@
+"""DeepSpeed ZeRO-2, started by the real launcher on two CPU processes: it trains what data parallel training trains."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import socket
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_unet
+from conftest import ROOT, TINY
+from t2i import config, distributed, models, training, zero
+from t2i.runs import UserError
+
+ZERO2 = ("accelerate.commands.launch", "--quiet", "--config_file",
+         str(ROOT / "accelerate_configs/deepspeed_zero2.yaml"), "--mixed_precision", "no")  # fmt: skip
+STEPS, CLIP, EPSILON = 6, 0.01, 1e-3  # so that every update is clipped, and Adam does not divide the clipping out again
+
+
+def train(command, folder, name, *launcher, env=None):
+    """Two processes; `launcher`: the module that starts them and its options, but for the port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    option = "--main_process_port" if "accelerate" in launcher[0] else "--master_port"
+    words = ("-m", launcher[0], option, port, *launcher[1:])
+    settings = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none", "--output_dir", name,
+                "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", STEPS, "--logging_steps", 1,
+                "--checkpointing_steps", 3, "--validation_steps", STEPS, "--learning_rate", 0.01, "--max_grad_norm", CLIP,
+                "--adam_epsilon", EPSILON)  # fmt: skip
+    return command("train_unet.py", *settings, cwd=folder, launcher=words, env=env)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, command):
+    """A folder with the same training by data parallelism (`plain`) and under ZeRO-2 (`zero`), each on two processes."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed (requirements.txt has it for Linux alone)")
+    folder = tmp_path_factory.mktemp("zero")
+    (folder / "tiny.yaml").write_text(TINY)
+    command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 12, "--test_count", 4,
+            "--size", 32, "--workers", 1, cwd=folder)  # fmt: skip
+    models.build_vae(config.load_recipe(str(folder / "tiny.yaml")).vae).save_pretrained(folder / "vae")
+    torchrun = ("torch.distributed.run", "--nproc_per_node", "2")
+    train(command, folder, "plain", *torchrun, env={"ACCELERATE_USE_CPU": "true"})
+    done = train(command, folder, "zero", *ZERO2)
+    (folder / "zero.log").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def logged(run, key):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_zero_trains_what_data_parallelism_trains(runs):
+    plain, sharded = runs / "plain", runs / "zero"
+    for name, kind in (("plain", "MULTI_CPU"), ("zero", "DEEPSPEED")):
+        state = json.loads((runs / name / "run.json").read_text())
+        assert (state["distribution"], state["processes"]) == (kind, 2)
+    for key in ("train_loss", "grad_norm", "val_loss"):
+        np.testing.assert_allclose(logged(plain, key), logged(sharded, key), rtol=1e-4)
+    assert min(logged(sharded, "grad_norm")) > 5 * CLIP  # every update was clipped
+    for part in ("checkpoint-000003/unet", "checkpoint-000006/unet", "checkpoint-000006/unet_ema", "pipeline/unet"):
+        one, other = weights(plain / part), weights(sharded / part)
+        assert one.keys() == other.keys()
+        for name in one:
+            assert other[name].dtype == torch.float32
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6)
+    start, end = (weights(sharded / f"checkpoint-00000{step}/unet") for step in (3, 6))
+    assert max((end[name] - start[name]).abs().max() for name in end) > 1e-3  # far more than the tolerance above
+
+
+def test_the_recipe_is_in_force(runs):
+    state = json.loads((runs / "zero/run.json").read_text())
+    assert state["effective"] == {
+        "gradient_clipping": CLIP, "train_batch_size": 2, "gradient_accumulation_steps": 2, "global_batch": 8,
+        "learning_rate": 0.01, "zero_stage": 2,
+    }  # fmt: skip
+    assert (state["zero_stage"], state["overflow_skips"]) == (2, 0)
+    recipe = config.load_recipe(str(runs / "tiny.yaml")).train_unet
+    alone = dataclasses.replace(recipe, learning_rate=0.01)
+    optimizer, schedule = training.build_optimizer([torch.nn.Parameter(torch.zeros(1))], alone, STEPS)
+    rates = []
+    for _ in range(STEPS):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert logged(runs / "zero", "lr") == logged(runs / "plain", "lr") == rates  # one process: no step counts twice
+
+
+def test_the_terminal_shows_no_noise(runs):
+    log = (runs / "zero.log").read_text()
+    assert "ZeRO stage 2" in log
+    lines = [
+        line for line in log.splitlines() if "Setting accelerator to CPU" not in line
+    ]  # accelerate's launcher, once
+    assert len(log.splitlines()) - len(lines) <= 1
+    for noise in ("[INFO]", "[WARNING]", "ninja", "built successfully", "Warning"):
+        assert not [line for line in lines if noise in line]
+
+
+def test_zero_goes_on_as_if_it_had_not_stopped(runs, command):
+    shutil.copytree(runs / "zero", runs / "again")
+    shutil.rmtree(runs / "again/checkpoint-000006")
+    state = json.loads((runs / "again/run.json").read_text())
+    (runs / "again/run.json").write_text(json.dumps(state | {"status": "running"}))
+    done = train(command, runs, "again", *ZERO2)
+    assert "going on from" in done.stdout
+    files = [path.relative_to(runs / "zero") for path in (runs / "zero/checkpoint-000006").rglob("*.safetensors")]
+    assert {path.name for path in files} > {"zero-rank0.safetensors", "zero-rank1.safetensors"}
+    for file in files:
+        one, other = load_file(runs / "zero" / file), load_file(runs / "again" / file)
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), (file, name)
+
+
+def test_another_number_of_processes_is_refused(runs):
+    tensors = load_file(runs / "zero/checkpoint-000003/zero-rank0.safetensors")
+    with pytest.raises(UserError, match="saved by 2 processes under ZeRO, this launch has 3"):
+        zero.load_shard_state(SimpleNamespace(world_size=3), None, tensors)
+
+
+def test_a_skipped_update_moves_neither_average_nor_schedule(monkeypatch):
+    moved = []
+    accelerator = SimpleNamespace(
+        accumulate=lambda model: contextlib.nullcontext(), backward=lambda loss: None, sync_gradients=True,
+        clip_grad_norm_=lambda parameters, norm: float("inf"), optimizer_step_was_skipped=True, mixed_precision="fp16",
+        device="cpu",
+    )  # fmt: skip
+    step = SimpleNamespace(step=lambda *_: moved.append("moved"))
+    optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    trained = training.Trained("unet", None, None, [], optimizer, step, step)
+    given = train_unet.Inputs(None, {}, 1.0, [])
+    monkeypatch.setattr(train_unet, "make_batch", lambda *_: ())
+    monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.ones(1))
+    train_unet.train_step(trained, given, config.TrainUnetConfig(), 0, accelerator)
+    assert (trained.skipped["overflow"], moved) == (1, [])
+    accelerator.optimizer_step_was_skipped = False
+    train_unet.train_step(trained, given, config.TrainUnetConfig(), 1, accelerator)
+    assert (trained.skipped["overflow"], moved) == (1, ["moved", "moved"])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """An environment as accelerate's launcher leaves it for DeepSpeed."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return monkeypatch
+
+
+def test_what_the_machine_lacks_gets_a_sentence(asked):
+    asked.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    asked.setattr(distributed, "_processor_has_fp16", lambda: False)
+    asked.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(UserError, match="--mixed_precision bf16 or --mixed_precision no"):
+        distributed.prepare_launch(config.TrainUnetConfig())
+    asked.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="DeepSpeed, which is not installed"):
+        distributed.prepare_launch(config.TrainUnetConfig())
+
+
+def test_other_scripts_run_data_parallel_under_the_same_launch(asked):
+    asked.setenv("ACCELERATE_USE_CPU", "false")
+    distributed.prepare_launch(config.TrainVaeConfig())
+    assert (os.environ["ACCELERATE_USE_DEEPSPEED"], os.environ["ACCELERATE_USE_CPU"]) == ("false", "true")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "set zero_stage: 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer_device: none"),
+        ({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}, "section 'scheduler'"),
+    ],
+)
+def test_settings_that_the_suite_does_not_run_are_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        distributed.write_deepspeed_config(settings, config.TrainUnetConfig(), 2)
+
+
+def test_the_recipe_wins_over_the_launch():
+    settings = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 7}
+    recipe = config.TrainUnetConfig(max_grad_norm=0.25, train_batch_size=4, gradient_accumulation_steps=3)
+    distributed.write_deepspeed_config(settings, recipe, 2)
+    assert settings["gradient_clipping"] == 0.25
+    assert settings["gradient_accumulation_steps"] == 3
+    assert (settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"]) == (4, 24)
