@@ -157,6 +157,7 @@ def main() -> None:
                     validation = validation_loss(shown, given, config.validation_images, accelerator)
                     if accelerator.is_main_process and config.validation_prompts:
                         draw_samples(shown, folder, config, tracker, done)
+                del shown  # under ZeRO a model of its own
                 training.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
                 record(validation, done, folder, tracker, accelerator.is_main_process)
             if saving:

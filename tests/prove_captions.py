@@ -52,6 +52,8 @@ def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, s
     now = lines(ledger)
     assert now[: len(kept)] == kept, "a caption that was on disk is gone or changed"
     check(now, count)
+    if processes > 1:
+        assert f"process 1 of {processes}" in (output / "log.txt").read_text(errors="replace"), "it ran on one process"
     return f"{processes} process(es): {done} kills, {count} images, no caption lost, none made twice"
 
 
@@ -60,7 +62,7 @@ def start(photos: Path, model: Path, output: Path, processes: int) -> subprocess
     output.mkdir(parents=True, exist_ok=True)
     settings = (ROOT / "accelerate_configs" / "cpu.yaml").read_text()
     if processes > 1:
-        settings = settings.replace("num_processes: 1", f"num_processes: {processes}").replace("'NO'", "MULTI_CPU")
+        settings = settings.replace("num_processes: 1", f"num_processes: {processes}").replace("'NO'", "MULTI_GPU")
     config = output.with_name(f"cpu-{processes}.yaml")
     config.write_text(settings)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]

@@ -62,6 +62,7 @@ def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
     whole = folder / f"{mode}-undisturbed"
     end = start(folder, whole, mode)
     assert end.wait(timeout=600) == 0, log_of(whole)
+    assert json.loads((whole / "run.json").read_text())["processes"] == (1 if mode == "one" else 2)
     done, in_saves, runs = 0, 0, 0
     while done < kills:
         disturbed = folder / f"{mode}-disturbed"
@@ -94,7 +95,7 @@ def start(folder: Path, output: Path, mode: str) -> subprocess.Popen[bytes]:
     config = folder / f"{mode}.yaml"
     text = (ROOT / "accelerate_configs" / f"{MODES[mode]}.yaml").read_text()
     if mode == "two":
-        text = text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_CPU")
+        text = text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU")
     config.write_text(text)
     per_process = 4 if mode == "one" else 2
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config),

@@ -59,16 +59,20 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
 
 
 def prepare_launch(config: TrainConfig | None) -> None:
-    """Make a DeepSpeed launch fit the script and the machine; other launches are left as they are.
+    """Make the launch fit the script and the machine.
 
-    Only train_unet.py runs under DeepSpeed. Other scripts, whose models are small, run data parallel on the same processes.
+    Without a GPU, processes of a launcher are CPU processes: accelerate 1.15 takes each of them for a run of its own unless
+    the environment says so, which its launcher for several processes does not. Only train_unet.py runs under DeepSpeed;
+    other scripts, whose models are small, run data parallel on the same processes.
     Raises `UserError` where DeepSpeed is not installed or the processor lacks the precision.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return
     import torch
 
     on_cpu = not torch.cuda.is_available()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        return
     if not isinstance(config, TrainUnetConfig):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
         if on_cpu:
