@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 DECODE_SIDE = 768  # px; Florence-2 looks at 768 px, other models at less
 LOOK_SIDE = 64  # px; colors are looked up at this size
+WORK = (
+    ".captioning"  # within the output folder: what the script keeps for itself, and the sign that the folder is its own
+)
 GRID, GRID_SIDE = 16, 128  # pictures in the card, and their side in px
 AHEAD = 2  # batches that are decoded while the model works
 # What may change without another data set: how the work is done and where it goes.
@@ -40,7 +43,6 @@ PASSING = {
     "push_to_hub",
     "hub_private_repo",
     "hub_deadline",
-    "hub_dataset_id",
 }
 
 
@@ -67,12 +69,15 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/captioned")
 
     # accelerator
-    from t2i.distributed import make_accelerator
+    from t2i.distributed import first_says, make_accelerator
 
     accelerator = make_accelerator()
     if config.push_to_hub and accelerator.is_main_process:
         hub.check_access(str(config.hub_dataset_id), "dataset")  # before hours of work
+    if accelerator.is_main_process:
+        require_own(folder, Path(str(recipe.data.dataset)).expanduser())
     with alone(folder, accelerator.process_index, accelerator.wait_for_everyone):
+        (folder / WORK).mkdir(exist_ok=True)
         # data
         from t2i.sources import find_source
 
@@ -82,8 +87,7 @@ def main() -> None:
         settings |= {"images": source.identity, "model": asdict(name) | {"path": ""}, "columns": columns_of(recipe)}
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
-        accelerator.wait_for_everyone()  # each has read run.json before one writes it
-        if unchanged:
+        if first_says(unchanged, accelerator):
             accelerator.print(f"nothing to do: {folder} holds the captions of these {run.state['images']:,} images")
         else:
             # caption
@@ -106,6 +110,16 @@ def main() -> None:
             if config.push_to_hub:
                 push(folder, config)
     accelerator.wait_for_everyone()
+
+
+def require_own(folder: Path, dataset: Path) -> None:
+    """Raise `UserError` unless `folder` is new, empty or made by this script, and apart from the data set's folder."""
+    if dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
+        raise UserError(
+            f"--output_dir {folder} lies in the data set {dataset}, whose images would mix with it; give another"
+        )
+    if folder.is_dir() and not (folder / WORK).is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise UserError(f"--output_dir {folder} holds something else; give a new folder, or an empty one")
 
 
 def model_name(config: CaptionConfig) -> "ModelName":
@@ -131,7 +145,7 @@ def open_rows(source: "Source", recipe: Recipe, folder: Path, accelerator: Any) 
     from t2i.sources import check_image_column
 
     with accelerator.local_main_process_first():  # the others find its copy of Parquet files
-        rows = source.open(folder / ".work" / "source")
+        rows = source.open(folder / WORK / "source")
     order = [split for split in ("train", "validation", "test") if split in rows]
     return {split: check_image_column(rows[split], recipe.data, source.name, split) for split in order}
 
@@ -140,7 +154,7 @@ def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, a
     """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `.work/`."""
     from t2i.data import check_bad_share
 
-    kept = folder / ".work" / f"photos-{hash_json([source.identity, recipe.data.image_column])}.jsonl"
+    kept = folder / WORK / f"photos-{hash_json([source.identity, recipe.data.image_column])}.jsonl"
     if accelerator.is_main_process and not kept.is_file():
         write_text(kept, "".join(json.dumps(asdict(photo)) + "\n" for photo in _look(source, rows, recipe)))
     accelerator.wait_for_everyone()
@@ -205,6 +219,13 @@ def work_list(
         wanted.append(key)
         if key not in done:
             todo.setdefault(key, (photo, text))
+    settings = settings_of(recipe.caption)
+    other = sum(done[key].get("settings", settings) != settings for key in {key for key in wanted if key in done})
+    if other:
+        accelerator.print(
+            f"{other:,} captions were made with other settings and are kept; delete their lines in captions.jsonl to have them made "
+            "anew"
+        )
     made = len({key for key in wanted if key}) - len(todo)
     if made and todo:
         accelerator.print(f"{made:,} captions are there already, {len(todo):,} are to be made")
@@ -322,6 +343,12 @@ def caption_batches(
             ready.extendleft(reversed([pool.submit(load, part) for part in parts]))
 
 
+def settings_of(config: CaptionConfig) -> str:
+    """What shapes a model's captions beside what they belong to."""
+    openings = "stripped" if config.strip_boilerplate else "kept"
+    return f"{config.num_beams} beams, at most {config.max_new_tokens} tokens, openings {openings}"
+
+
 def ledger_row(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dict[str, Any]:
     """A line of captions.jsonl; `made` tells a caption that was edited later, `raw` is what was stripped or cleaned."""
     from t2i.captions import clean_caption, strip_boilerplate
@@ -330,6 +357,8 @@ def ledger_row(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dict
     if config.strip_boilerplate and config.captioner not in ("label", "existing"):
         caption = strip_boilerplate(caption)[0]
     row = {**key._asdict(), "file": photo.file, "caption": caption, "made": hash_json(caption)}
+    if config.captioner not in ("label", "existing"):
+        row["settings"] = settings_of(config)
     return row | ({"raw": text} if text != caption else {})
 
 
@@ -346,7 +375,7 @@ def write_dataset(
     lines = ledger.read(folder / "captions.jsonl")
     kept = [(photo, lines[key]) for photo, key in zip(photos, wanted, strict=True) if key]
     labels = {split: labels_of(part, recipe) for split, part in rows.items()}
-    known = [(labels[photo.split] or [None] * (photo.row + 1))[photo.row] for photo, _ in kept]
+    known = [names[photo.row] if (names := labels[photo.split]) else None for photo, _ in kept]
     texts = [captions.clean_caption(line["caption"]) for _, line in kept]
     audit = captions.audit(
         texts,
@@ -358,7 +387,7 @@ def write_dataset(
         tokenizer=load_tokenizer(recipe.caption.audit_tokenizer),
     )
     write_json(folder / "audit.json", audit)
-    part = folder / ".work" / "dataset"
+    part = folder / WORK / "dataset"
     shutil.rmtree(part, ignore_errors=True)
     features = features_of(rows, any(labels.values()), recipe)
     by_split: dict[str, list[tuple[Photo, str, str | None]]] = {split: [] for split in rows}
@@ -368,22 +397,35 @@ def write_dataset(
         split: dataset_rows(found, rows[split], source, features, recipe) for split, found in by_split.items() if found
     }
     edited = sum(line.get("made") != hash_json(line["caption"]) for _, line in kept)
-    card = make_card([photo for photo, _ in kept], texts, edited, audit, recipe, name, source, rows, folder)
+    card = make_card(
+        [photo for photo, _ in kept],
+        texts,
+        [line for _, line in kept],
+        edited,
+        audit,
+        recipe,
+        name,
+        source,
+        rows,
+        folder,
+    )
     counts = save_dataset_folder(part, splits, features, card)
     readme = folder / "README.md"
     text = (part / "README.md").read_text(encoding="utf-8")
-    text = merge_cards(text, readme.read_text(encoding="utf-8") if readme.is_file() else None)
+    renewed = {"size_categories", *(["license"] if recipe.caption.license != "unknown" else [])}
+    text = merge_cards(text, readme.read_text(encoding="utf-8") if readme.is_file() else None, renewed)
     shutil.rmtree(folder / "data", ignore_errors=True)
     os.replace(part / "data", folder / "data")
     write_text(readme, text)
-    shutil.rmtree(folder / ".work" / "source", ignore_errors=True)
+    shutil.rmtree(folder / WORK / "source", ignore_errors=True)
     write_text(folder / "config.yaml", public(to_dict(recipe)))
     run.finish(images=sum(counts.values()), splits=counts)
     print(f"{sum(counts.values()):,} captioned images in {folder}: {counts}")
 
 
 def make_card(
-    photos: list[Photo], texts: list[str], edited: int, audit: dict[str, Any], recipe: Recipe, name: "ModelName",
+    photos: list[Photo], texts: list[str], lines: list[dict[str, Any]], edited: int, audit: dict[str, Any], recipe: Recipe,
+    name: "ModelName",
     source: "Source", rows: dict[str, Any], folder: Path,
 ) -> str:  # fmt: skip
     """The card's text; its picture grid goes to images/grid.png."""
@@ -406,8 +448,9 @@ def make_card(
     if config.captioner == "label":
         making |= {"Template": data.caption_template}
     elif config.captioner != "existing":
+        kinds = Counter(line.get("settings") for line in lines)
         making |= {"Model": name.model, "Revision": name.revision, "Task": config.task, "Prompt": config.prompt or "none",
-                   "Beams": config.num_beams}  # fmt: skip
+                   "Settings": "; ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())}  # fmt: skip
     hub_id = "/" in str(data.dataset) and not Path(str(data.dataset)).exists()
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     return dataset_cards.render_dataset_card(
@@ -440,27 +483,25 @@ def load_tokenizer(source: str) -> Any:
 
 
 def features_of(rows: dict[str, "datasets.Dataset"], labelled: bool, recipe: Recipe) -> "datasets.Features":
-    """The columns of the dataset folder: image, caption, label, and the source's other plain columns."""
+    """The columns of the dataset folder: image, caption, label, and the source's other plain columns.
+
+    A column that is of another type in another split becomes text.
+    """
     import datasets
 
     from t2i.sources import is_plain, label_column
 
     text, first = datasets.Value("string"), rows["train"]
-    taken = {
-        recipe.data.image_column,
-        "image",
-        "caption",
-        "text",
-        "label",
-        "labels",
-        recipe.data.caption_column,
-        label_column(first),
-    }
-    others = {key: kind for key, kind in first.features.items() if key not in taken and is_plain(kind)}
-    others = {key: text if isinstance(kind, datasets.ClassLabel) else kind for key, kind in others.items()}
-    return datasets.Features(
-        {"image": datasets.Image(), "caption": text, **({"label": text} if labelled else {}), **others}
-    )
+    taken = {recipe.data.image_column, "image", "caption", "text", "label", "labels", recipe.data.caption_column}
+    taken.add(label_column(first))
+    others = {}
+    for key, kind in first.features.items():
+        if key in taken or not is_plain(kind):
+            continue
+        alike = all(part.features.get(key, kind) == kind for part in rows.values())
+        others[key] = kind if alike and not isinstance(kind, datasets.ClassLabel) and kind.dtype != "null" else text
+    own = {"image": datasets.Image(), "caption": text, **({"label": text} if labelled else {})}
+    return datasets.Features({**own, **others})
 
 
 def dataset_rows(
@@ -472,14 +513,13 @@ def dataset_rows(
 
     for photo, caption, label in found:
         row = part[photo.row]
-        known = {"caption": caption, "label": label}
-        others = {
-            key: plain(part.features[key], row[key]) if key in row else None
-            for key in features
-            if key not in (*known, "image")
-        }
         image = {"bytes": image_bytes(row[recipe.data.image_column], source.roots), "path": Path(photo.file).name}
-        yield {key: value for key, value in {"image": image, **known, **others}.items() if key in features}
+        out: dict[str, Any] = {"image": image, "caption": caption, "label": label}
+        for key in features:
+            if key not in out:
+                value = plain(part.features[key], row[key]) if key in row else None
+                out[key] = str(value) if value is not None and features[key].dtype == "string" else value
+        yield {key: value for key, value in out.items() if key in features}
 
 
 def push(folder: Path, config: CaptionConfig) -> None:
@@ -487,20 +527,25 @@ def push(folder: Path, config: CaptionConfig) -> None:
     from t2i import hub
     from t2i.dataset_cards import merge_cards
 
-    card, pushed = folder / "README.md", folder / ".work" / "pushed.md"
+    card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")
     last = pushed.read_text(encoding="utf-8") if pushed.is_file() else None
     merged = ours
 
     def merge(theirs: str | None) -> str:
-        nonlocal merged  # what the Hub has is unchanged since the last push: ours has all of it
+        nonlocal merged  # where the Hub's is unchanged since the last push, ours has all of it
         merged = ours if theirs in (None, last) else merge_cards(ours, theirs)
         return merged
 
     done = hub.push_folder(
-        folder, str(config.hub_dataset_id), "dataset", files=["README.md", "data/*.parquet", "images/*.png"],
+        folder, str(config.hub_dataset_id), "dataset", files=["README.md", "data/*.parquet", "images/grid.png"],
         message="Captioned images", private=config.hub_private_repo, deadline=config.hub_deadline, merge_card=merge,
     )  # fmt: skip
+    if merged != ours and (last is None or merge_cards(ours, last) != ours):  # edited here as well as there
+        write_text(folder / "README.local.md", ours)
+        print(
+            f"README.md was edited on the Hub and here: the Hub's text is kept, yours is in {folder / 'README.local.md'}"
+        )
     write_text(card, merged)
     write_text(pushed, merged)
     print(f"{done.url} {'is up to date' if not done.changed else 'has it now'} (commit {done.commit[:7]})")

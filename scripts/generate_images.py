@@ -46,7 +46,7 @@ def main() -> None:
     quiet_libraries()
     import torch
 
-    from t2i import sampling
+    from t2i import models, sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = sampling.load_pipeline(
@@ -62,7 +62,7 @@ def main() -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "weights": options.weights, "revision": options.revision,
+        "weights": options.weights, "revision": options.revision, "unet_hash": models.hash_model(pipeline.unet),
         "model": Path(options.model).name if Path(options.model).exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
         "num_inference_steps": options.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__,

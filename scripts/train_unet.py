@@ -46,7 +46,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/unet")
 
     # accelerator
-    from t2i.distributed import make_accelerator
+    from t2i.distributed import check_effective, first_says, make_accelerator
 
     accelerator = make_accelerator(config)
     check_push(config, accelerator)
@@ -59,7 +59,6 @@ def main() -> None:
     from tqdm import tqdm
 
     from t2i import data, models, stopping, training, zero
-    from t2i.distributed import check_effective
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
@@ -80,7 +79,7 @@ def main() -> None:
     run = RunFolder(
         folder, training.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs)
     )
-    if run.finished:
+    if first_says(run.finished, accelerator):
         accelerator.print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
@@ -151,8 +150,9 @@ def main() -> None:
                     samples = hash_json(samples_of(given, config, step, accelerator))
                     append_jsonl(folder / "samples.jsonl", {"step": done, "samples": samples})
             stopped = stopping.agreed(stop, accelerator) and done < steps
-            saving = done % config.checkpointing_steps == 0 or done == steps or stopped
-            if (saving and not stopped) or done % config.validation_steps == 0:
+            due = done % config.checkpointing_steps == 0 or done == steps
+            saving = due or stopped
+            if due or done % config.validation_steps == 0:
                 with training.averaged(trained) as shown:
                     validation = validation_loss(shown, given, config.validation_images, accelerator)
                     if accelerator.is_main_process and config.validation_prompts:
@@ -197,6 +197,7 @@ def finish(
         tracking=tracker.view if tracker else None,
     )  # fmt: skip
     if tracker:
+        tracker.log_artifact(run.file)  # hashes of what went in and what came out
         tracker.finish()
     print(f"pipeline in {folder}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")
 
@@ -354,7 +355,14 @@ def train_step(
                     return total, norm
             trained.optimizer.step()
             trained.optimizer.zero_grad()
-    if accelerator.optimizer_step_was_skipped:  # the gradients overflowed, and their scale was lowered
+    # Fused AdamW leaves the update out by itself, which accelerate does not notice.
+    if accelerator.optimizer_step_was_skipped or not math.isfinite(norm):
+        if bool(
+            accelerator.reduce((~torch.isfinite(total)).float(), reduction="sum") > 0
+        ):  # not for the gradients' scale
+            samples = samples_of(given, config, step, accelerator)
+            skip_update(trained, config, step, total.item(), samples, accelerator.process_index)
+            return total, norm
         trained.skipped["overflow"] += 1
         return total, norm
     trained.schedule.step()

@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_vae.py
 Without --vae the recipe's small autoencoder is trained from scratch; with it, that one is fine-tuned.
 """
 
+import math
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/vae")
 
     # accelerator
-    from t2i.distributed import make_accelerator
+    from t2i.distributed import first_says, make_accelerator
 
     accelerator = make_accelerator(config)
     held = ExitStack()  # until the process ends: no second training writes into this folder
@@ -64,7 +65,7 @@ def main() -> None:
     run = RunFolder(
         folder, training.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs)
     )
-    if run.finished:
+    if first_says(run.finished, accelerator):
         accelerator.print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
         return
     tracker = None
@@ -110,7 +111,8 @@ def main() -> None:
             terms = train_step(trained, splits.train, config, recipe.data.random_flip, step, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
-                row = {name: value.item() for name, value in terms.items()} | {"lr": schedule.get_last_lr()[0]}
+                means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in terms.items()}
+                row = means | {"lr": schedule.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{row['train_loss']:.4f}")
                 if accelerator.is_main_process:
                     append_jsonl(folder / "metrics.jsonl", {"step": done, **row})
@@ -149,6 +151,7 @@ def main() -> None:
         shutil.rmtree(served)
     if tracker:
         tracker.log_metrics(results, steps)
+        tracker.log_artifact(run.file)  # hashes of what went in and what came out
         tracker.finish()
     shown = f", {test['psnr_db']:.2f} dB on test" if test else ""
     print(
@@ -163,30 +166,46 @@ def train_step(
     """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns the loss and its terms."""
     import torch
 
-    from t2i.training import skip_update
-
-    for micro in range(config.gradient_accumulation_steps):
-        number = step * config.gradient_accumulation_steps + micro
+    total: dict[str, torch.Tensor] = {}
+    numbers = [step * config.gradient_accumulation_steps + micro for micro in range(config.gradient_accumulation_steps)]
+    for number in numbers:
         pixels, noise = make_batch(train, config, flip, number, trained.module, accelerator)
         with accelerator.accumulate(trained.model):
             reconstruction, mean, log_variance = trained.model(pixels, noise)
             terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
             accelerator.backward(terms["train_loss"])
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm)
-                if not accelerator.scaler and not torch.isfinite(norm):  # the same norm on every process
-                    ids = [train.rows["id"][index] for index in sample_indices(train, config, number, accelerator)]
-                    skip_update(trained, config, step, terms["train_loss"].item(), ids, accelerator.process_index)
-                    return terms
+            total = {name: total.get(name, 0) + value.detach() / len(numbers) for name, value in terms.items()}
+            if accelerator.sync_gradients:  # the same norm on every process
+                norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))
+                if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":
+                    name_and_skip(trained, train, config, step, numbers, total, accelerator)
+                    return total
             trained.optimizer.step()
             trained.optimizer.zero_grad()
-    if accelerator.optimizer_step_was_skipped:  # fp16's gradients overflowed, and its scale was lowered
-        trained.skipped["overflow"] += 1
-        return terms
+    # Fused AdamW leaves the update out by itself, which accelerate does not notice.
+    if accelerator.optimizer_step_was_skipped or not math.isfinite(norm):
+        if bool(accelerator.reduce((~torch.isfinite(total["train_loss"])).float(), reduction="sum") > 0):
+            name_and_skip(trained, train, config, step, numbers, total, accelerator)
+            return total
+        trained.skipped["overflow"] += 1  # fp16's gradients overflowed, and their scale was lowered
+        return total
     trained.schedule.step()
     if trained.ema:
         trained.ema.step(trained.parameters)
-    return terms
+    return total
+
+
+def name_and_skip(
+    trained: "Trained", train: "Split", config: TrainVaeConfig, step: int, numbers: list[int], total: dict[str, "torch.Tensor"],
+    accelerator: Any,
+) -> None:  # fmt: skip
+    """Leave out an update that is no number, naming this process's samples of it."""
+    from t2i.training import skip_update
+
+    ids = [
+        train.rows["id"][index] for number in numbers for index in sample_indices(train, config, number, accelerator)
+    ]
+    skip_update(trained, config, step, total["train_loss"].item(), ids, accelerator.process_index)
 
 
 def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":

@@ -71,6 +71,7 @@ def test_stock_diffusers_draws_the_same_picture(workspace, command, tmp_path):
     assert np.abs(ours - np.asarray(stock.images[0]).astype(int)).mean() <= 1
     text = json.loads(Image.open(tmp_path / "0000-seed7.png").text["parameters"])
     assert (text["prompt"], text["seed"], text["guidance_scale"]) == (prompt, 7, 7.5)
+    assert text["unet_hash"] == report_of(workspace / "unet")["output_unet_hash"]
     assert (tmp_path / "grid.png").is_file()
 
 

@@ -279,6 +279,13 @@ def save_optimizer(folder: Path, optimizer: Any) -> dict[str, Any]:
 def load_optimizer(folder: Path, optimizer: Any, numbers: dict[str, Any]) -> None:
     """The inverse of `save_optimizer`."""
     optimizer.load_state_dict(restore_optimizer(load_file(folder / "optimizer.safetensors"), numbers))
+    for (
+        parameter,
+        values,
+    ) in optimizer.state.items():  # files are contiguous; fused kernels walk weights and moments alike
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

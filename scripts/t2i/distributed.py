@@ -58,6 +58,13 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     return accelerator
 
 
+def first_says(value: Any, accelerator: Any) -> Any:
+    """`value` as the first process has it, on every process: another node may lack the file that it was read from."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
 def prepare_launch(config: TrainConfig | None) -> None:
     """Make the launch fit the script and the machine.
 

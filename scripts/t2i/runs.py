@@ -168,16 +168,26 @@ def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     meet: waits for all processes. The first one asks for the lock alone, then all share it: a process that outlives
     its launcher keeps a new run out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        if rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another run is at work in {folder}; wait for it, stop it, or give another --output_dir"
-                ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below; NFS shares a lock only where it may read
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
+    with file:
+        if rank == 0 and not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise UserError(f"another run is at work in {folder}; wait for it, stop it, or give another --output_dir")
         meet()
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _lock(file, fcntl.LOCK_SH)
         meet()
         yield
+
+
+def _lock(file: Any, how: int) -> bool:
+    """Whether the lock was had; True as well on file systems that know no locks."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

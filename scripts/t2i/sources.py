@@ -304,8 +304,10 @@ def _folder_rows(columns: dict[str, list[Any]]) -> datasets.Dataset:
     for key, values in columns.items():
         try:
             pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):  # 5 and "five" in one column
-            columns[key] = [None if value is None else str(value) for value in values]
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):  # 5 and "five" in one column; half an emoji
+            columns[key] = [
+                None if value is None else str(value).encode("utf-8", "replace").decode() for value in values
+            ]
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
 
 

@@ -1,6 +1,7 @@
 """Stopping a training by a signal, without losing a step."""
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ def on_signals() -> Iterator[Stop]:
     """Within the block, SIGTERM and SIGINT only set `asked`; so does the end of the launcher that started this process."""
     stop = Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    if sys.platform == "linux":  # accelerate's launcher dies of SIGTERM without passing it on
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":  # accelerate's launcher dies of SIGTERM without passing it on
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         yield stop

@@ -110,7 +110,7 @@ def save_state(
     sharded, average = zero.is_sharded(trained.model), part / f"{trained.name}_ema"
     if sharded:
         save_file(zero.shard_state(trained.model, trained.ema), shard_file(part, accelerator))
-    if not accelerator.is_main_process:
+    if not accelerator.is_local_main_process:  # each node has all that it needs to go on
         return
     counters: dict[str, Any] = {
         "processes": accelerator.num_processes,
