@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import ROOT, keep
 
-BATCHES = (1, 2, 4)
+BATCHES = (1, 4)
 BEAMS = (1, 3)  # 3 is the default of caption_to_hub.py
 TOKENS = 64
 

@@ -5,6 +5,7 @@ python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir out
 Each stage is one of the commands that the README names, printed before it runs. A finished stage is reused.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import tyro
 
 from t2i.config import check_options, load_recipe, parse_options
@@ -44,6 +46,7 @@ def main() -> None:
         stage("draw", "drawing flowers", drawing, folder, folder / ".dataset" / "run.json")
     common = ["--config", options.config, "--dataset", dataset]
     vae, unet = folder / "vae", folder / "unet"
+    quiet_launcher(options.accelerate_config)
     training = launch(options, "train_vae.py", *common, "--output_dir", str(vae))
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
     training = launch(options, "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet))
@@ -70,6 +73,14 @@ def launch(options: Options, script: str, *arguments: str) -> list[str]:
         options.accelerate_config,
     ]
     return [*accelerate, str(SCRIPTS / script), *arguments]
+
+
+def quiet_launcher(config: str) -> None:
+    """Say on a CPU what accelerate's launcher would otherwise remark on at each stage: threads a process, and no GPU."""
+    path = Path(config)
+    if path.is_file() and "use_cpu: true" in path.read_text(encoding="utf-8"):
+        os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))  # what it takes itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def stage(name: str, title: str, command: list[str], folder: Path, marker: Path) -> None:

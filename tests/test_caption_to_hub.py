@@ -80,7 +80,8 @@ def test_florence_captions_resume_edits_and_added_images(drawn, model, command, 
 
 def test_captions_of_every_kind_stay_valid(run_main, tmp_path):
     hostile = ["", "x" * 10_000, "زهرة حمراء جميلة", "a\0b", "---\nlicense: evil\n---", "| a | b |\n|---|---|", "```\ncode",
-               "<script>alert(1)</script>", "<!-- t2i:audit end -->", "{{ 7 * 7 }} {% raw %}", "a red flower"]  # fmt: skip
+               "<script>alert(1)</script>", "<!-- t2i:audit end -->", "{{ 7 * 7 }} {% raw %}", "half an emoji \ud83d",
+               "a red flower"]  # fmt: skip
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(len(hostile)):
@@ -99,13 +100,63 @@ def test_captions_of_every_kind_stay_valid(run_main, tmp_path):
     )
     run_main(*words)
     captions = datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]
-    assert list(captions) == [" ".join(text.replace("\0", " ").split()) for text in hostile]
+    assert list(captions) == [" ".join(text.replace("\0", " ").replace("\ud83d", "?").split()) for text in hostile]
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "unknown"
     assert card.content.count("<!-- t2i:audit end -->") == 1
     assert "<script>" not in card.content
     with pytest.raises(UserError, match="empty"):
         run_main(*words, "--fail_on", "empty=0", "duplicates=1")
+
+
+def test_nothing_is_written_where_something_else_lies(drawn, run_main, tmp_path):
+    """`data/` of another project, a training's run.json, the photos themselves."""
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "mine.txt").write_text("dear")
+    for folder in (tmp_path / "project", drawn, drawn / "captioned"):
+        with pytest.raises(UserError, match=r"holds something else|lies in the data set"):
+            run_main("--dataset", drawn, "--captioner", "existing", "--output_dir", folder)
+    assert (tmp_path / "project" / "data" / "mine.txt").read_text() == "dear"
+    assert len(list(drawn.iterdir())) == 24
+
+
+def test_columns_that_differ_by_split_become_text(run_main, tmp_path):
+    for split, year in (("train", 1990), ("test", "about 1990")):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "caption": "a red one", "year": year}))
+    run_main(
+        "--dataset",
+        tmp_path / "photos",
+        "--captioner",
+        "existing",
+        "--output_dir",
+        "out",
+        "--audit_tokenizer",
+        tmp_path / "no",
+    )
+    loaded = datasets.load_dataset(str(tmp_path / "out"))
+    assert (loaded["train"]["year"][0], loaded["test"]["year"][0]) == ("1990", "about 1990")
+
+
+def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
+    from t2i import hub
+    from t2i.cards import BEGIN, END
+
+    card = f"---\nlicense: unknown\n---\n{{}}\n{BEGIN.format('audit')}\n{{}}\n{END.format('audit')}\n"
+    (tmp_path / caption_to_hub.WORK).mkdir()
+    (tmp_path / caption_to_hub.WORK / "pushed.md").write_text(card.format("prose", "old"))
+    (tmp_path / "README.md").write_text(card.format("mine", "new"))
+
+    def push_folder(*arguments, merge_card, **options):
+        merge_card(card.format("theirs", "old"))
+        return hub.Pushed("https://hub/x", "0" * 40, changed=True)
+
+    monkeypatch.setattr(hub, "push_folder", push_folder)
+    caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/x"))
+    assert "theirs" in (tmp_path / "README.md").read_text()
+    assert "mine" in (tmp_path / "README.local.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -208,11 +208,40 @@ def test_disk_full_during_a_save_leaves_the_good_one(small_disk):
     assert [path.name for path in run.iterdir()] == ["checkpoint-000002"]
 
 
+def test_a_folder_that_cannot_be_written_gets_a_sentence(run_main, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run_main("--output_dir", tmp_path / "file" / "run")
+
+
 def test_a_disk_that_will_be_too_small_is_met_before_training(small_disk, run_main):
     (small_disk / "ballast").write_bytes(b"x" * 3_900_000)
     with pytest.raises(UserError, match=r"cannot be saved|cannot be written|No space left") as error:
         run_main("--output_dir", small_disk / "run")
     assert "--output_dir" in str(error.value)
+
+
+def test_moments_keep_the_layout_of_their_weights(tmp_path):
+    """Channels-last weights: fused AdamW walks weights and moments alike, and files are contiguous."""
+
+    def step(layer, optimizer):
+        layer(torch.ones(1, 3, 5, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ends = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+        step(layer, optimizer)
+        if resumed:
+            numbers = checkpoints.save_optimizer(tmp_path, optimizer)
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+            checkpoints.load_optimizer(tmp_path, optimizer, numbers)
+        step(layer, optimizer)
+        ends.append(layer.weight.detach().clone())
+    assert torch.equal(*ends)
 
 
 # --- Resume ----------------------------------------------------------------------------------------------------------

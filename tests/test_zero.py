@@ -133,24 +133,28 @@ def test_another_number_of_processes_is_refused(runs):
         zero.load_shard_state(SimpleNamespace(world_size=3), None, tensors)
 
 
-def test_a_skipped_update_moves_neither_average_nor_schedule(monkeypatch):
+@pytest.mark.parametrize(("norm", "told"), [(float("inf"), True), (float("inf"), False), (1.0, False)])
+def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeypatch):
+    """fp16's overflow, with accelerate noticing it (DeepSpeed) or not (fused AdamW skips by itself)."""
     moved = []
     accelerator = SimpleNamespace(
-        accumulate=lambda model: contextlib.nullcontext(), backward=lambda loss: None, sync_gradients=True,
-        clip_grad_norm_=lambda parameters, norm: float("inf"), optimizer_step_was_skipped=True, mixed_precision="fp16",
-        device="cpu",
+        accumulate=lambda model: contextlib.nullcontext(), backward=lambda loss: None, sync_gradients=True, device="cpu",
+        clip_grad_norm_=lambda parameters, limit: norm, optimizer_step_was_skipped=told, mixed_precision="fp16",
+        reduce=lambda value, reduction: value, process_index=0, num_processes=1,
     )  # fmt: skip
     step = SimpleNamespace(step=lambda *_: moved.append("moved"))
     optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
     trained = training.Trained("unet", None, None, [], optimizer, step, step)
-    given = train_unet.Inputs(None, {}, 1.0, [])
+    given = train_unet.Inputs(None, {"train": (np.zeros(8), None)}, 1.0, [f"id{number}" for number in range(8)])
+    settings = config.TrainUnetConfig(train_batch_size=2)
     monkeypatch.setattr(train_unet, "make_batch", lambda *_: ())
     monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.ones(1))
-    train_unet.train_step(trained, given, config.TrainUnetConfig(), 0, accelerator)
-    assert (trained.skipped["overflow"], moved) == (1, [])
-    accelerator.optimizer_step_was_skipped = False
-    train_unet.train_step(trained, given, config.TrainUnetConfig(), 1, accelerator)
-    assert (trained.skipped["overflow"], moved) == (1, ["moved", "moved"])
+    train_unet.train_step(trained, given, settings, 0, accelerator)
+    assert (trained.skipped["overflow"], moved) == ((0, ["moved", "moved"]) if norm == 1.0 else (1, []))
+    if norm != 1.0:  # and where the loss itself is no number, it is not the gradients' scale: samples are named
+        monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.full((1,), float("nan")))
+        with pytest.raises(UserError, match="no number at step 2, with the training samples id"):
+            train_unet.train_step(trained, given, settings, 1, accelerator)
 
 
 @pytest.fixture
