@@ -40,6 +40,7 @@ def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, s
         finished = process.poll() is not None
         stop(process)
         now = lines(ledger)
+        assert now, f"it ended before its first caption: {log_of(output).read_text(errors='replace')[-3000:]}"
         assert now[:before] == kept, "a caption that was on disk is gone or changed"
         kept = now
         done += 1
@@ -48,18 +49,17 @@ def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, s
             ledger.unlink()
             kept = []
     end = start(photos, model, output, processes)
-    assert end.wait(timeout=300) == 0, (output / "log.txt").read_text()[-3000:]
+    assert end.wait(timeout=300) == 0, log_of(output).read_text(errors="replace")[-3000:]
     now = lines(ledger)
     assert now[: len(kept)] == kept, "a caption that was on disk is gone or changed"
     check(now, count)
     if processes > 1:
-        assert f"process 1 of {processes}" in (output / "log.txt").read_text(errors="replace"), "it ran on one process"
+        assert f"process 1 of {processes}" in log_of(output).read_text(errors="replace"), "it ran on one process"
     return f"{processes} process(es): {done} kills, {count} images, no caption lost, none made twice"
 
 
 def start(photos: Path, model: Path, output: Path, processes: int) -> subprocess.Popen[bytes]:
     """The command as users type it, in a process group of its own."""
-    output.mkdir(parents=True, exist_ok=True)
     settings = (ROOT / "accelerate_configs" / "cpu.yaml").read_text()
     if processes > 1:
         settings = settings.replace("num_processes: 1", f"num_processes: {processes}").replace("'NO'", "MULTI_GPU")
@@ -70,8 +70,13 @@ def start(photos: Path, model: Path, output: Path, processes: int) -> subprocess
              "--output_dir", str(output), "--caption_batch_size", "2", "--max_new_tokens", "8", "--num_beams", "1",
              "--audit_tokenizer", str(model)]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = open(output / "log.txt", "ab")  # noqa: SIM115 - the child's, which outlives this call
+    log = open(log_of(output), "ab")  # noqa: SIM115 - the child's, which outlives this call
     return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def log_of(output: Path) -> Path:
+    """Beside the output folder, which is the command's own."""
+    return output.with_name(f"{output.name}.log")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
