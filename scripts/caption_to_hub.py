@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import CaptionConfig, Recipe, parse, to_dict
 from t2i.ledger import Key
-from t2i.runs import RunFolder, UserError, alone, hash_json, run_main, sha256_file, write_json, write_text
+from t2i.runs import RunFolder, UserError, alone, hash_json, read_json, run_main, sha256_file, write_json, write_text
 
 if TYPE_CHECKING:
     import datasets
@@ -88,7 +88,8 @@ def main() -> None:
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
         if first_says(unchanged, accelerator):
-            accelerator.print(f"nothing to do: {folder} holds the captions of these {run.state['images']:,} images")
+            if accelerator.is_main_process:  # another node may have no run.json
+                print(f"nothing to do: {folder} holds the captions of these {run.state['images']:,} images")
         else:
             # caption
             rows = open_rows(source, recipe, folder, accelerator)
@@ -104,7 +105,7 @@ def main() -> None:
                 state.state["seconds"] = run.state["seconds"]
                 write_dataset(photos, wanted, source, rows, recipe, name, state, folder)
         if accelerator.is_main_process:
-            audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+            audit = read_json(folder / "audit.json")
             print("\n".join(captions.audit_lines(audit)))
             captions.check_thresholds(audit, limits)
             if config.push_to_hub:
@@ -151,7 +152,7 @@ def open_rows(source: "Source", recipe: Recipe, folder: Path, accelerator: Any) 
 
 
 def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any) -> list[Photo]:
-    """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `.work/`."""
+    """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `WORK`."""
     from t2i.data import check_bad_share
 
     kept = folder / WORK / f"photos-{hash_json([source.identity, recipe.data.image_column])}.jsonl"
@@ -429,7 +430,7 @@ def make_card(
     source: "Source", rows: dict[str, Any], folder: Path,
 ) -> str:  # fmt: skip
     """The card's text; its picture grid goes to images/grid.png."""
-    from t2i import dataset_cards
+    from t2i import cards, dataset_cards
     from t2i.images import decode_image, fit
     from t2i.sources import image_bytes
     from t2i.training import code_revision, dataset_name
@@ -451,11 +452,11 @@ def make_card(
         kinds = Counter(line.get("settings") for line in lines)
         making |= {"Model": name.model, "Revision": name.revision, "Task": config.task, "Prompt": config.prompt or "none",
                    "Settings": "; ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())}  # fmt: skip
-    hub_id = "/" in str(data.dataset) and not Path(str(data.dataset)).exists()
+    hub_id = cards.hub_id(data.dataset)
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     return dataset_cards.render_dataset_card(
         name=str(config.hub_dataset_id or folder.resolve().name).split("/")[-1],
-        source=str(data.dataset) if hub_id else dataset_name(data),
+        source=hub_id or dataset_name(data),
         splits=dict(Counter(photo.split for photo in photos)),
         making=making,
         audit=audit,
@@ -465,7 +466,7 @@ def make_card(
         grid="images/grid.png",
         repo_id=config.hub_dataset_id,
         license=config.license,
-        source_datasets=[f"extended|{data.dataset}"] if hub_id else ["original"],
+        source_datasets=[f"extended|{hub_id}"] if hub_id else ["original"],
     )  # fmt: skip
 
 

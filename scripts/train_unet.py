@@ -9,6 +9,7 @@ Neither VAE nor text encoder is in memory during the loop: what they say of the 
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def main() -> None:
         folder, training.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs)
     )
     if first_says(run.finished, accelerator):
-        accelerator.print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
+        if accelerator.is_main_process:  # another node may have no run.json
+            print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
@@ -141,10 +143,10 @@ def main() -> None:
                 row = {"train_loss": mean_loss, "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 row = {
                     name: value for name, value in row.items() if math.isfinite(value)
-                }  # of a skipped update some are not
+                }  # a skipped update has others
                 losses = [*losses, mean_loss][-TRACKED:]
-                shown = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
-                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **shown)
+                known = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
+                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **known)
                 record(row, done, folder, tracker, accelerator.is_main_process)
                 if accelerator.is_main_process:
                     samples = hash_json(samples_of(given, config, step, accelerator))
@@ -330,15 +332,11 @@ def cache_inputs(
 def train_step(
     trained: "Trained", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any
 ) -> "tuple[torch.Tensor, float]":
-    """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns loss and gradient norm.
-
-    An update that fp16's overflow skips moves neither schedule nor average.
-    """
+    """One weight update: forward, backward, and `training.update`. Returns loss and gradient norm."""
     import torch
 
-    from t2i import zero
     from t2i.diffusion import denoising_loss
-    from t2i.training import skip_update
+    from t2i.training import update
 
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
@@ -347,27 +345,9 @@ def train_step(
             loss = denoising_loss(trained.model, given.scheduler, *batch, config.snr_gamma).mean()
             accelerator.backward(loss)
             total += loss.detach() / config.gradient_accumulation_steps
-            if accelerator.sync_gradients:  # the same norm on every process
-                norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))
-                if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":
-                    samples = samples_of(given, config, step, accelerator)
-                    skip_update(trained, config, step, total.item(), samples, accelerator.process_index)
-                    return total, norm
-            trained.optimizer.step()
-            trained.optimizer.zero_grad()
-    # Fused AdamW leaves the update out by itself, which accelerate does not notice.
-    if accelerator.optimizer_step_was_skipped or not math.isfinite(norm):
-        if bool(
-            accelerator.reduce((~torch.isfinite(total)).float(), reduction="sum") > 0
-        ):  # not for the gradients' scale
-            samples = samples_of(given, config, step, accelerator)
-            skip_update(trained, config, step, total.item(), samples, accelerator.process_index)
-            return total, norm
-        trained.skipped["overflow"] += 1
-        return total, norm
-    trained.schedule.step()
-    if trained.ema:
-        trained.ema.step(zero.masters(trained.model, trained.parameters))
+            if accelerator.sync_gradients:
+                samples = partial(samples_of, given, config, step, accelerator)
+                norm = update(trained, config, step, total, samples, accelerator)
     return total, norm
 
 

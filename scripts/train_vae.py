@@ -6,9 +6,9 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_vae.py
 Without --vae the recipe's small autoencoder is trained from scratch; with it, that one is fine-tuned.
 """
 
-import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,8 @@ def main() -> None:
         folder, training.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs)
     )
     if first_says(run.finished, accelerator):
-        accelerator.print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
+        if accelerator.is_main_process:  # another node may have no run.json
+            print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
         return
     tracker = None
     if accelerator.is_main_process:
@@ -81,7 +82,6 @@ def main() -> None:
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
     vae.to(accelerator.device).train()
-    before = measure(vae, splits.validation)
 
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
@@ -95,7 +95,7 @@ def main() -> None:
 
     # resume
     state, node = training.go_on(folder, trained, config, accelerator)
-    before = state.get("before", before)
+    before = state["before"] if state["step"] else measure(vae, splits.validation)
     accelerator.print(
         f"{steps} steps of {batch} images out of {len(train)}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
     )
@@ -163,8 +163,8 @@ def main() -> None:
 def train_step(
     trained: "Trained", train: "Split", config: TrainVaeConfig, flip: bool, step: int, accelerator: Any
 ) -> dict[str, "torch.Tensor"]:
-    """One weight update: forward, backward, clipping, AdamW, schedule, moving average. Returns the loss and its terms."""
-    import torch
+    """One weight update: forward, backward, and `training.update`. Returns the loss and its terms."""
+    from t2i.training import update
 
     total: dict[str, torch.Tensor] = {}
     numbers = [step * config.gradient_accumulation_steps + micro for micro in range(config.gradient_accumulation_steps)]
@@ -175,37 +175,16 @@ def train_step(
             terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
             accelerator.backward(terms["train_loss"])
             total = {name: total.get(name, 0) + value.detach() / len(numbers) for name, value in terms.items()}
-            if accelerator.sync_gradients:  # the same norm on every process
-                norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))
-                if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":
-                    name_and_skip(trained, train, config, step, numbers, total, accelerator)
-                    return total
-            trained.optimizer.step()
-            trained.optimizer.zero_grad()
-    # Fused AdamW leaves the update out by itself, which accelerate does not notice.
-    if accelerator.optimizer_step_was_skipped or not math.isfinite(norm):
-        if bool(accelerator.reduce((~torch.isfinite(total["train_loss"])).float(), reduction="sum") > 0):
-            name_and_skip(trained, train, config, step, numbers, total, accelerator)
-            return total
-        trained.skipped["overflow"] += 1  # fp16's gradients overflowed, and their scale was lowered
-        return total
-    trained.schedule.step()
-    if trained.ema:
-        trained.ema.step(trained.parameters)
+            if accelerator.sync_gradients:
+                samples = partial(samples_of, train, config, numbers, accelerator)
+                update(trained, config, step, total["train_loss"], samples, accelerator)
     return total
 
 
-def name_and_skip(
-    trained: "Trained", train: "Split", config: TrainVaeConfig, step: int, numbers: list[int], total: dict[str, "torch.Tensor"],
-    accelerator: Any,
-) -> None:  # fmt: skip
-    """Leave out an update that is no number, naming this process's samples of it."""
-    from t2i.training import skip_update
-
-    ids = [
-        train.rows["id"][index] for number in numbers for index in sample_indices(train, config, number, accelerator)
-    ]
-    skip_update(trained, config, step, total["train_loss"].item(), ids, accelerator.process_index)
+def samples_of(train: "Split", config: TrainVaeConfig, numbers: list[int], accelerator: Any) -> list[str]:
+    """The ids of this process's samples of batches `numbers`."""
+    parts = (sample_indices(train, config, number, accelerator) for number in numbers)
+    return [train.rows["id"][index] for part in parts for index in part]
 
 
 def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -227,23 +227,45 @@ def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator
     raise SystemExit(EXIT_STOPPED)
 
 
-def skip_update(trained: Trained, config: TrainConfig, step: int, loss: float, samples: list[str], rank: int) -> None:
-    """Leave out an update whose loss or gradient is no number; end the run where that is one too many.
+def update(
+    trained: Trained,
+    config: TrainConfig,
+    step: int,
+    loss: torch.Tensor,
+    samples: Callable[[], list[str]],
+    accelerator: Any,
+) -> float:
+    """The end of a weight update, gradients being there: clipping, AdamW, schedule, moving average. Returns the gradient norm.
 
-    samples: ids of the samples that this process had. Raises `UserError` with them.
+    Where loss or gradient is no number the update is left out, and the run ends where that is one too many; where only
+    fp16's gradients overflowed, schedule and average stand still. loss: of this process. samples: gives its samples' ids.
+    Called by every process. Raises `UserError` with the samples.
     """
+    norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))  # the same on every process
+    finite, scaled = math.isfinite(norm), accelerator.mixed_precision == "fp16"
+    if finite or scaled:  # fp16's scale has to learn of an overflow
+        trained.optimizer.step()
     trained.optimizer.zero_grad()
-    trained.skipped["nonfinite"] += 1
-    applied = zero.is_sharded(trained.model)  # DeepSpeed's backward has already moved the weights
-    message = (
-        f"loss {loss:.4g} or its gradient is no number at step {step + 1}, with the training samples {', '.join(samples)} "
-        f"on process {rank}"
-    )
-    if applied or trained.skipped["nonfinite"] > config.max_nonfinite_steps:
-        raise UserError(
-            f"{message}; look at them, lower --learning_rate (it is {config.learning_rate}), or let --max_nonfinite_steps be skipped"
+    # Fused AdamW leaves an overflowed update out by itself, which accelerate does not notice; DeepSpeed has left it out.
+    if finite and not accelerator.optimizer_step_was_skipped:
+        trained.schedule.step()
+        if trained.ema:
+            trained.ema.step(zero.masters(trained.model, trained.parameters))
+    elif scaled and not accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum") > 0:
+        trained.skipped["overflow"] += 1
+    else:
+        trained.skipped["nonfinite"] += 1
+        message = (
+            f"loss {loss.item():.4g} or its gradient is no number at step {step + 1}, with the training samples "
+            f"{', '.join(samples())} on process {accelerator.process_index}"
         )
-    print(f"WARNING: {message}; the update is skipped", flush=True)
+        if trained.skipped["nonfinite"] > config.max_nonfinite_steps:
+            raise UserError(
+                f"{message}; look at them, lower --learning_rate (it is {config.learning_rate}), or let --max_nonfinite_steps be "
+                "skipped"
+            )
+        print(f"WARNING: {message}; the update is skipped", flush=True)
+    return norm
 
 
 def dataset_name(config: DataConfig) -> str:
