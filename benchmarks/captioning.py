@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import ROOT, keep
 
-SETTINGS = {"tiny": {"images": 96, "batch": 8}, "base": {"images": 4, "batch": 2}}
+SETTINGS = {"tiny": {"images": 96, "batch": 8}, "base": {"images": 12, "batch": 4}}
 SIDE = 512  # px of the JPEGs
 TOKENS = 64
 
