@@ -1,6 +1,8 @@
 # make demo      everything in a quarter of an hour on two CPU cores: data, training, evaluation, report
 # make test      the whole test suite
-# make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, as accelerate launches it
+# make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, here or on SageMaker, as the YAML says
+# make sagemaker-train  the model card's job on SageMaker: shows what it costs and asks (DRY_RUN=1: only shows; YES=1; WAIT=1; ARGS="…")
+# make sagemaker-rehearse  that submission, played through on this machine as two hosts, with an interruption (FRESH=1: fresh environment)
 # make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
 # make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
@@ -15,7 +17,8 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume
+.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume sagemaker-train \
+        sagemaker-rehearse
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -23,9 +26,22 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The YAML's compute_environment decides where: SageMaker gets a job, any other YAML is accelerate's own.
+SUBMIT = $(if $(DRY_RUN),--dry_run) $(if $(YES),--yes) $(if $(WAIT),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
 train: ARGS ?= --config demo
 train: $(READY)
-	$(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS)
+	@if grep -qs '^compute_environment: *AMAZON_SAGEMAKER' $(CONFIG); then \
+	  set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
+	else \
+	  set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS); \
+	fi
+
+sagemaker-train: ARGS ?= --config flowers
+sagemaker-train: $(READY)
+	$(BIN)/python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml $(SUBMIT) $(SCRIPT) $(ARGS)
+
+sagemaker-rehearse: $(READY)
+	$(BIN)/python tests/rehearse_sagemaker.py $(if $(FRESH),--fresh)
 
 publish: named $(READY)
 	$(BIN)/python scripts/publish_model.py --model $(MODEL) --hub_model_id $(REPO) $(ARGS)

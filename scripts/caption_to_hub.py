@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import CaptionConfig, Recipe, parse, to_dict
 from t2i.ledger import Key
-from t2i.runs import RunFolder, UserError, alone, hash_json, read_json, run_main, sha256_file, write_json, write_text
+from t2i.runs import (
+    RunFolder,
+    UserError,
+    alone,
+    code_revision,
+    hash_json,
+    read_json,
+    run_main,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -433,7 +444,7 @@ def make_card(
     from t2i import cards, dataset_cards
     from t2i.images import decode_image, fit
     from t2i.sources import image_bytes
-    from t2i.training import code_revision, dataset_name
+    from t2i.training import dataset_name
 
     config, data = recipe.caption, recipe.data
     shown = range(0, len(photos), max(1, len(photos) // GRID))[:GRID]  # from all over the data set

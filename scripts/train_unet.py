@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i import cards
 from t2i.config import Recipe, TrainUnetConfig, parse, to_dict
-from t2i.runs import RunFolder, UserError, alone, append_jsonl, hash_json, run_main, write_json
+from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ def main() -> None:
     with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
             range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
-            disable=not accelerator.is_local_main_process, mininterval=1.0,
+            disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
         )  # fmt: skip
         for step in progress:
             loss, norm = train_step(trained, given, config, step, accelerator)
@@ -147,7 +147,7 @@ def main() -> None:
                 losses = [*losses, mean_loss][-TRACKED:]
                 known = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
                 progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **known)
-                record(row, done, folder, tracker, accelerator.is_main_process)
+                training.record(row, done, folder, tracker, accelerator.is_main_process)
                 if accelerator.is_main_process:
                     samples = hash_json(samples_of(given, config, step, accelerator))
                     append_jsonl(folder / "samples.jsonl", {"step": done, "samples": samples})
@@ -161,7 +161,7 @@ def main() -> None:
                         draw_samples(shown, folder, config, tracker, done)
                 del shown  # under ZeRO a model of its own
                 training.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
-                record(validation, done, folder, tracker, accelerator.is_main_process)
+                training.record(validation, done, folder, tracker, accelerator.is_main_process)
             if saving:
                 state = {"step": done, "losses": losses, "validation": validation}
                 training.save(folder, trained, config, state, node, accelerator)
@@ -213,7 +213,7 @@ def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
         "dataset": training.dataset_name(recipe.data),
         "dataset_id": cards.hub_id(recipe.data.dataset),
         "vae_run": cards.find_vae_run(recipe, inputs),
-        "code": training.code_revision(),
+        "code": code_revision(),
     }
 
 
@@ -460,14 +460,6 @@ def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any,
     grid.save(folder / "samples" / f"step-{step:06d}.png")
     if tracker:
         tracker.log_image(grid, "samples", step)
-
-
-def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
-    """Keep a row of metrics in metrics.jsonl and send it to MLflow."""
-    if is_main:
-        append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
-    if tracker:
-        tracker.log_metrics(row, step)
 
 
 if __name__ == "__main__":

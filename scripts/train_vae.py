@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import TrainVaeConfig, parse, to_dict
-from t2i.runs import RunFolder, UserError, alone, append_jsonl, checkpoint_folders, run_main
+from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def main() -> None:
     with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
             range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
-            disable=not accelerator.is_local_main_process, mininterval=1.0,
+            disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
         )  # fmt: skip
         for step in progress:
             terms = train_step(trained, splits.train, config, recipe.data.random_flip, step, accelerator)
@@ -114,10 +114,7 @@ def main() -> None:
                 means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in terms.items()}
                 row = means | {"lr": schedule.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{row['train_loss']:.4f}")
-                if accelerator.is_main_process:
-                    append_jsonl(folder / "metrics.jsonl", {"step": done, **row})
-                if tracker:
-                    tracker.log_metrics(row, done)
+                training.record(row, done, folder, tracker, accelerator.is_main_process)
             if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
                 with training.averaged(trained):
                     validate(vae, splits.validation, folder, tracker, done)
@@ -270,6 +267,7 @@ def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) ->
 
     from t2i.caches import to_images, to_pixels
     from t2i.sampling import picture_grid
+    from t2i.training import record
 
     figures = measure(vae, split)
     pixels = to_pixels(split.pixels[:8]).to(vae.device)
@@ -278,9 +276,8 @@ def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) ->
     grid = picture_grid(np.concatenate([split.pixels[:8], reconstruction]), columns=len(reconstruction))
     (folder / "samples").mkdir(exist_ok=True)
     grid.save(folder / "samples" / f"reconstructions-{step:06d}.png")
-    append_jsonl(folder / "metrics.jsonl", {"step": step, **{f"val_{name}": value for name, value in figures.items()}})
+    record({f"val_{name}": value for name, value in figures.items()}, step, folder, tracker, is_main=True)
     if tracker:
-        tracker.log_metrics({f"val_{name}": value for name, value in figures.items()}, step)
         tracker.log_image(grid, "reconstructions", step)
     return figures
 

@@ -252,12 +252,12 @@ def load_recipe(name: str) -> Recipe:
         raise UserError(f"{path} must hold sections ({', '.join(_fields(Recipe))}), not a {type(sections).__name__}")
     values = {}
     for section, keys in (sections or {}).items():
-        cls = _fields(Recipe).get(_known(section, _fields(Recipe), f"section in {path}"))
+        cls = _fields(Recipe).get(known_key(section, _fields(Recipe), f"section in {path}"))
         if not isinstance(keys or {}, dict):
             raise UserError(f"{path}: section {section} must hold keys and values, not {keys!r}")
         for key in keys or {}:
-            _known(key, _fields(cls), f"key in section {section} of {path}")
-        values[section] = _checked(cls, keys or {}, f"{path}, section {section}")
+            known_key(key, _fields(cls), f"key in section {section} of {path}")
+        values[section] = checked(cls, keys or {}, f"{path}, section {section}")
     return Recipe(**values)
 
 
@@ -299,7 +299,7 @@ def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
 
 def check_options(options: T) -> T:
     """Check the ranges of a parsed dataclass; raise `UserError` naming the option."""
-    return _checked(type(options), dataclasses.asdict(options), "the command line")  # type: ignore[call-overload]
+    return checked(type(options), dataclasses.asdict(options), "the command line")  # type: ignore[call-overload]
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -315,14 +315,16 @@ def _fields(cls: Any) -> dict[str, Any]:
     return {item.name: item.type for item in dataclasses.fields(cls)}
 
 
-def _known(key: Any, known: dict[str, Any], what: str) -> Any:
+def known_key(key: Any, known: dict[str, Any], what: str) -> Any:
+    """`key`, if it is one of `known`; else raises `UserError` naming the nearest. what: such as "key in x.yaml"."""
     if key not in known:
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
         raise UserError(f"unknown {what}: {key!r}; did you mean {near[0] if near else min(known)!r}?")
     return key
 
 
-def _checked(cls: Any, values: dict[str, Any], where: str) -> Any:
+def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
+    """A dataclass of checked values; raises `UserError` with the first that is not usable."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:

@@ -49,6 +49,14 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     except ValueError as error:  # fp16 without a GPU, and its like
         reason = " ".join(str(error).split())
         raise UserError(f"the launch does not fit this machine ({reason}); take accelerate_configs/cpu.yaml") from None
+    wanted = int(
+        os.environ.get("T2I_WORLD_SIZE", accelerator.num_processes)
+    )  # run_sagemaker_job.py counts the machines' GPUs
+    if wanted != accelerator.num_processes:
+        raise UserError(
+            f"this training has {accelerator.num_processes} processes instead of {wanted}: the machines would train apart; look at "
+            "the accelerate YAML named by --inside"
+        )
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # the launcher's number came before
     if accelerator.deepspeed_plugin:
         write_deepspeed_config(accelerator.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)

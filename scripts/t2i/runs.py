@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,27 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON line."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def code_revision() -> str:
+    """The git commit of this code, with "+changes" where files differ from it; "unknown" outside a checkout.
+
+    In a SageMaker job's container there is no checkout, but a file REVISION that was staged with the code.
+    """
+    scripts = Path(__file__).parents[1]
+    staged = scripts.parent / "REVISION"
+    if staged.is_file():
+        return staged.read_text(encoding="utf-8").strip()
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(scripts), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(scripts)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def peak_rss_bytes() -> int:

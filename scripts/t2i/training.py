@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import platform
-import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from t2i import checkpoints, zero
 from t2i.config import DataConfig, TrainConfig
-from t2i.runs import RunFolder, UserError, read_json, write_json, write_text
+from t2i.runs import RunFolder, UserError, append_jsonl, read_json, write_json, write_text
 from t2i.stopping import EXIT_STOPPED
 
 
@@ -268,6 +268,24 @@ def update(
     return norm
 
 
+def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
+    """Keep a row of metrics in metrics.jsonl and send it to MLflow; where no terminal shows a bar, the log gets it as well.
+
+    The log's form is what accelerate_configs/sagemaker_metrics.tsv reads.
+    """
+    if is_main:
+        append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
+        if not sys.stderr.isatty():
+            print(f"step {step}: " + " ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
+    if tracker:
+        tracker.log_metrics(row, step)
+
+
+def bar_seconds() -> float:
+    """Seconds between two looks of a progress bar: a terminal draws over it, a log keeps each as a line."""
+    return 1.0 if sys.stderr.isatty() else 60.0
+
+
 def dataset_name(config: DataConfig) -> str:
     """The data set's name for messages and cards, without the folders above it."""
     return str(config.dataset).rstrip("/").split("/")[-1]
@@ -329,21 +347,6 @@ def averaged(trained: Trained) -> Iterator[Any]:
         yield trained.module
     finally:
         trained.ema.restore(trained.parameters)
-
-
-def code_revision() -> str:
-    """The git commit of this code, with "+changes" where files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(here.parent)) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def machine() -> str:

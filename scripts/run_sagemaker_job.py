@@ -1,0 +1,140 @@
+"""Inside a SageMaker container: start the staged training script on this machine's share of one training.
+
+exec python3 scripts/run_sagemaker_job.py        (the command of launch_sagemaker.py's jobs; nobody types it)
+
+Reads job.json beside scripts/ and SageMaker's resourceconfig.json, and runs `accelerate launch` with the staged YAML.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+CONFIG = Path("/opt/ml/input/config/resourceconfig.json")
+MODEL = Path("/opt/ml/model")
+FAILURE = Path("/opt/ml/output/failure")
+RUN = Path("/opt/ml/checkpoints/run")  # as jobs.RUN
+PORT = "7777"  # free in AWS's images
+HOSTS_WAIT_S = 300.0  # until the other machines have names
+
+
+def main() -> int:
+    job = json.loads((ROOT / "job.json").read_text(encoding="utf-8"))
+    resources = json.loads(CONFIG.read_text(encoding="utf-8"))
+    hosts = sorted(resources["hosts"])
+    if len(hosts) != job["machines"]:
+        return fail(f"{job['machines']} machines were asked for, {len(hosts)} are here: {', '.join(hosts)}")
+    rank = hosts.index(resources["current_host"])
+    for host in hosts:
+        if not wait_for_name(host):
+            return fail(f"the machine {host} has no address after {HOSTS_WAIT_S:.0f} s; submit the job again")
+    processes = len(hosts) * max(1, int(os.environ.get("SM_NUM_GPUS", "0")))
+    environment = make_environment(resources["network_interface_name"], processes)
+    words = launch_words(job, hosts, rank, processes)
+    print(f"machine {rank + 1} of {len(hosts)}: {' '.join(words[2:])}", flush=True)
+    return run(words, environment, job["script"], first=rank == 0)
+
+
+def launch_words(job: dict[str, Any], hosts: list[str], rank: int, processes: int) -> list[str]:
+    """`accelerate launch` for this machine. The script's arguments are words of their own: no shell comes near them."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate.yaml"),
+             "--num_machines", str(len(hosts)), "--machine_rank", str(rank), "--num_processes", str(processes),
+             "--main_process_ip", hosts[0], "--main_process_port", PORT]  # fmt: skip
+    if job["zero"] and len(hosts) > 1:
+        words += ["--deepspeed_multinode_launcher", "standard"]  # else pdsh, which logs in to the other machine
+    if job["mixed_precision"]:
+        words += ["--mixed_precision", job["mixed_precision"]]
+    return [*words, str(ROOT / "scripts" / job["script"]), *job["arguments"]]
+
+
+def make_environment(interface: str, processes: int) -> dict[str, str]:
+    """The training's variables: SageMaker's network, the world's size to check, and credentials by their secret's name."""
+    found = os.environ | {
+        "NCCL_SOCKET_IFNAME": interface,
+        "GLOO_SOCKET_IFNAME": interface,
+        "T2I_WORLD_SIZE": str(processes),
+        "PYTHONUNBUFFERED": "1",
+        "TQDM_MININTERVAL": "60",  # s: a log keeps each look of a bar as a line
+    }
+    found.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
+    if name := os.environ.get("T2I_SECRETS"):
+        import boto3  # of AWS's images
+
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        answer = boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)
+        secrets = json.loads(answer["SecretString"])
+        found |= {key: str(value) for key, value in secrets.items()}
+        print(f"{', '.join(secrets)} from the secret {name}", flush=True)
+    return found
+
+
+def wait_for_name(host: str) -> bool:
+    """Whether a machine's name becomes an address in time: the containers do not start at the same moment."""
+    end = time.monotonic() + HOSTS_WAIT_S
+    while time.monotonic() < end:
+        try:
+            socket.gethostbyname(host)
+            return True
+        except OSError:
+            time.sleep(1.0)
+    return False
+
+
+def run(words: list[str], environment: dict[str, str], script: str, first: bool) -> int:
+    """Run the launcher, pass a SIGTERM on to the training itself, and leave the model where SageMaker takes it from."""
+    launcher = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    stopped = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        for worker in psutil.Process(launcher.pid).children(recursive=True):
+            if any(word.endswith(script) for word in worker.cmdline()):  # the launcher itself would leave them 30 s
+                worker.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    error = ""
+    for line in launcher.stdout or ():
+        print(line, end="", flush=True)
+        if line.startswith("error: "):
+            error = line.removeprefix("error: ").strip()
+    code = launcher.wait()
+    if stopped and code:
+        print("interrupted: the checkpoint is saved; SageMaker, or the same job again, goes on from it", flush=True)
+        return 75
+    if code:
+        return fail(error or f"the training ended with code {code}; its log says why")
+    if first:
+        leave_model()
+    return 0
+
+
+def leave_model() -> None:
+    """Copy the final pipeline, or VAE, alone to the folder that becomes model.tar.gz."""
+    for name in ("pipeline", "vae"):
+        if (RUN / name).is_dir():
+            shutil.copytree(RUN / name, MODEL / name, dirs_exist_ok=True)
+            print(f"{name} left in {MODEL}", flush=True)
+
+
+def fail(reason: str) -> int:
+    """Say why where SageMaker shows it: FailureReason in the console."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    FAILURE.parent.mkdir(parents=True, exist_ok=True)
+    FAILURE.write_text(reason[:1024], encoding="utf-8")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What a SageMaker job will take: steps, hours and dollars, counted from a price file that users edit."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i.config import DataConfig, NonNegative, Positive, Recipe, Share, TrainConfig, checked
+from t2i.jobs import ROOT, Command, SageMakerConfig, read_yaml
+
+PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
+SPOT_SHARE = 0.3  # of the price on demand, that spot often costs (AWS: "up to 90 %" off)
+
+
+@dataclass
+class Instance:
+    """A machine of the price file."""
+
+    usd_per_hour: Positive
+    gpus: int
+    fp16_tflops: Positive  # peak of one GPU
+    network_gbps: Positive  # sustained, between machines
+
+
+@dataclass
+class Prices:
+    """The price file."""
+
+    as_of: Any  # a date
+    source: str
+    utilisation: Share
+    overhead_minutes: NonNegative
+    instances: dict[str, Instance]
+
+
+def read_prices(path: Path = PRICES) -> Prices:
+    """Read the price file. Raises `UserError` naming the key that cannot be used."""
+    return checked(Prices, read_yaml(path), str(path))
+
+
+@dataclass
+class Estimate:
+    """Lengths and costs; None where something is not known."""
+
+    updates: int | None = None
+    epochs: float | None = None
+    images: int | None = None
+    global_batch: int | None = None
+    samples_per_second: float | None = None
+    assumed: str = ""  # how samples_per_second came about; empty: as the user measured
+    hours: float | None = None
+    usd_per_hour: float | None = None
+    usd: float | None = None  # on demand
+    usd_at_most: float | None = None  # for max_run
+
+
+def estimate(
+    command: Command, config: SageMakerConfig, prices: Prices, images: int | None, samples_per_second: float | None
+) -> Estimate:
+    """What the job takes. images: that are trained on; samples_per_second: of the whole job, as measured; each or None."""
+    result = Estimate(images=images)
+    machine = prices.instances.get(config.ec2_instance_type)
+    if machine:
+        result.usd_per_hour = machine.usd_per_hour * config.num_machines
+        result.usd_at_most = result.usd_per_hour * config.additional_args.max_run / 3600
+    settings = getattr(command.recipe, command.script.removesuffix(".py"), None)
+    if command.recipe is None or not isinstance(settings, TrainConfig):
+        return result
+    processes = config.num_machines * max(1, machine.gpus if machine else 1)
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    result.global_batch, result.updates = batch, settings.max_train_steps
+    if images:
+        result.updates = settings.max_train_steps or max(1, math.ceil(settings.num_train_epochs * images / batch))
+        result.epochs = result.updates * batch / images
+    else:
+        result.epochs = None if settings.max_train_steps else settings.num_train_epochs
+    result.samples_per_second = samples_per_second
+    if samples_per_second is None and machine and command.script == "train_unet.py":
+        flops, parameters = unet_size(command.recipe)
+        result.samples_per_second, result.assumed = _assume(
+            flops, parameters, batch, processes, config.num_machines, machine, prices.utilisation
+        )
+    if result.samples_per_second and result.updates:
+        result.hours = result.updates * batch / result.samples_per_second / 3600 + prices.overhead_minutes / 60
+        if result.usd_per_hour:
+            result.usd = result.hours * result.usd_per_hour
+    return result
+
+
+def _assume(
+    flops: float, parameters: int, batch: int, processes: int, machines: int, machine: Instance, utilisation: float
+) -> tuple[float, str]:
+    """Samples a second of the job, counted from the GPU's peak and the network, and how.
+
+    A sample costs three forward passes (the backward pass counts for two). ZeRO-2 sends each fp16 gradient and each fp16
+    weight over the network once an update, less the share that stays (Rajbhandari et al., arXiv:1910.02054, section 7);
+    computing and sending are taken one after the other.
+    """
+    compute = batch / processes * 3 * flops / (machine.fp16_tflops * 1e12 * utilisation)
+    sending = 2 * 2 * parameters * (machines - 1) / machines * 8 / (machine.network_gbps * 1e9)
+    said = (
+        f"an update computes {compute:.2f} s ({3 * flops / 1e9:.1f} GFLOP a sample at {utilisation:.0%} of "
+        f"{machine.fp16_tflops:g} TFLOPS)"
+    )
+    if sending:
+        what = f"{parameters / 1e6:.0f} M gradients and weights in fp16"
+        said += f" and sends {sending:.2f} s ({what} at {machine.network_gbps:g} Gbit/s)"
+    return batch / (compute + sending), said
+
+
+def unet_size(recipe: Recipe) -> tuple[float, int]:
+    """FLOP of one forward pass of the recipe's UNet at batch 1, and its number of weights; nothing is allocated."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from t2i.models import build_unet
+
+    side = recipe.data.resolution // (8 if recipe.vae.vae else 2 ** (len(recipe.vae.vae_channels) - 1))
+    text = (77, 768) if recipe.unet.text_encoder else (recipe.unet.text_max_length, recipe.unet.text_hidden_size)
+    with torch.device("meta"):
+        unet = build_unet(recipe.unet, side, recipe.vae.latent_channels, text[1])
+        inputs = torch.empty(1, recipe.vae.latent_channels, side, side), torch.empty(1), torch.empty(1, *text)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(*inputs)
+    return float(counter.get_total_flops()), sum(parameter.numel() for parameter in unet.parameters())
+
+
+def count_images(data: DataConfig) -> int | None:
+    """Images that a training on `data` sees an epoch, from its folder here or the Hub's card; None where neither tells."""
+    import tempfile
+
+    from t2i.sources import find_source
+
+    name = str(data.dataset)
+    counts: dict[str, int]
+    if Path(name).expanduser().is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            counts = {split: len(rows) for split, rows in find_source(data).open(Path(scratch)).items()}
+    elif not name.startswith("s3://"):
+        counts = _hub_counts(name, data.dataset_revision)
+    else:
+        return None
+    if not counts.get("train"):
+        return None
+    count = counts["train"] if "validation" in counts else round(counts["train"] * (1 - data.validation_fraction))
+    return min(count, data.max_train_samples or count)
+
+
+def _hub_counts(name: str, revision: str | None) -> dict[str, int]:
+    from huggingface_hub import HfApi
+
+    try:
+        card = HfApi().dataset_info(name, revision=revision, timeout=10).card_data
+        info = card.to_dict().get("dataset_info") or {} if card else {}
+        info = info[0] if isinstance(info, list) else info
+        return {split["name"]: int(split["num_examples"]) for split in info["splits"]}
+    except Exception:  # no network, no such data set, no counts in its card: a dozen types, and only an estimate
+        return {}
+
+
+def report(found: Estimate, command: Command, config: SageMakerConfig, prices: Prices) -> list[str]:
+    """The estimate in lines for people."""
+    lines = []
+    if found.updates and found.epochs and found.images:
+        lines.append(
+            f"{found.updates:,} updates of {found.global_batch} samples = {found.epochs:.1f} epochs of {found.images:,} images"
+        )
+    elif found.updates:
+        lines.append(f"{found.updates:,} updates of {found.global_batch} samples")
+    elif found.epochs:
+        lines.append(
+            f"{found.epochs:g} epochs; how many images that is cannot be counted from here: give --train_images N"
+        )
+    if found.samples_per_second and found.hours and found.updates:
+        samples = found.updates * (found.global_batch or 0)
+        how = f"assumed: {found.assumed}" if found.assumed else "as you measured"
+        lines.append(f"{found.samples_per_second:.0f} samples/s ({how})")
+        lines.append(
+            f"{samples:,} samples / {found.samples_per_second:.0f} per s + {prices.overhead_minutes:g} min = {found.hours:.1f} h"
+        )
+    if found.usd_per_hour is None:
+        return [*lines, f"no price of {config.ec2_instance_type} in {PRICES.name}; add it there for an estimate"]
+    spot = config.additional_args.use_spot_instances
+    lines.append(
+        f"{config.num_machines} x {config.ec2_instance_type}: {found.usd_per_hour:.2f} USD an hour on demand"
+        + (f", about {found.usd_per_hour * SPOT_SHARE:.2f} on spot" if spot else "")
+        + f" (prices of {prices.as_of}, {PRICES.name})"
+    )
+    if found.usd:
+        lines.append(
+            f"{found.hours:.1f} h x {found.usd_per_hour:.2f} USD = {found.usd:.2f} USD on demand"
+            + (f", about {found.usd * SPOT_SHARE:.2f} on spot" if spot else "")
+        )
+    lines.append(
+        f"at most {found.usd_at_most:.2f} USD: max_run {config.additional_args.max_run / 3600:g} h ends the job"
+    )
+    return lines
+
+
+def too_long(found: Estimate, config: SageMakerConfig) -> str | None:
+    """What to say where the job would not be done in max_run; None where it would, or nothing is known."""
+    limit = config.additional_args.max_run / 3600
+    if found.hours and found.hours > limit:
+        return f"the training takes about {found.hours:.1f} h, max_run ends it after {limit:g} h; raise max_run in the YAML"
+    return None

@@ -1,0 +1,271 @@
+"""A SageMaker job as this suite sends it: the accelerate YAML, the training command, what is staged and what is uploaded.
+
+Knows nothing of AWS's interfaces (scripts/launch_sagemaker.py does) and imports no torch.
+"""
+
+import dataclasses
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse
+from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
+
+ROOT = Path(__file__).parents[2]
+CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
+RUN = "/opt/ml/checkpoints/run"  # in the container, synced with S3: the run folder
+CACHE = "/opt/ml/cache"  # on the job's volume, synced with nothing
+SECRETS = "T2I_SECRETS"  # names the Secrets Manager secret whose JSON the container puts into its environment
+SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+
+# Sections of the recipe that each training script parses: their arguments are checked before anything is sent.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "train_unet.py": ("data", "vae", "unet", "train_unet"),
+    "train_vae.py": ("data", "vae", "train_vae"),
+    "caption_to_hub.py": ("source", "caption"),
+}
+FOLDERS = {  # options that may name a folder here: where the recipe has them, and the part that a run folder gives
+    "dataset": ("data", ""),
+    "vae": ("vae", "vae"),
+    "text_encoder": ("unet", "pipeline"),
+    "pretrained_model_name_or_path": ("unet", "pipeline"),
+    "captioner": ("caption", ""),
+}
+
+
+@dataclass
+class Additional:
+    """`additional_args` of the YAML: arguments of SageMaker's estimator, by the names that accelerate passes on."""
+
+    use_spot_instances: Flag = False  # spare capacity at a discount; SageMaker may interrupt it and goes on later
+    max_run: Count = 86400  # s of training at most
+    max_wait: Count | None = None  # s of training and waiting for spot capacity at most; None: max_run
+    volume_size: Count = 30  # GB of disk a machine
+    checkpoint_s3_uri: str | None = None  # s3://… of checkpoints to go on from; None: a folder of the job's own
+    output_path: str | None = None  # s3://… for models; None: the account's SageMaker bucket
+    environment: dict[str, str] = field(default_factory=dict)  # variables of the container; no secrets
+    tags: dict[str, str] = field(default_factory=dict)  # of the job, for the bill
+    subnets: list[str] = field(default_factory=list)  # of a VPC
+    security_group_ids: list[str] = field(default_factory=list)  # of that VPC
+    encrypt_inter_container_traffic: Flag = False  # between machines; slower
+
+
+@dataclass
+class SageMakerConfig:
+    """The YAML that `accelerate config` writes for Amazon SageMaker, key by key."""
+
+    compute_environment: Literal["AMAZON_SAGEMAKER"]
+    ec2_instance_type: Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+    iam_role_name: str = ""  # name or ARN of the role that the job runs as
+    num_machines: Count = 1
+    distributed_type: Literal["NO"] = "NO"  # of SageMaker's own libraries; what trains inside is another YAML's
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: the inner YAML's
+    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")] = "us-east-1"
+    profile: str | None = None  # of ~/.aws
+    base_job_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9](-?[A-Za-z0-9]){0,45}$")] = "t2i"
+    image_uri: str | None = None  # None: AWS's image by the versions below
+    pytorch_version: str = "2.9.0"
+    py_version: str = "py312"
+    transformers_version: str | None = None  # None: AWS's PyTorch image; else its Hugging Face image
+    sagemaker_inputs_file: str | None = None  # TSV with a header: channel, s3://… or folder
+    sagemaker_metrics_file: str | None = None  # TSV with a header: metric, regular expression
+    additional_args: Additional = field(default_factory=Additional)
+    # written by `accelerate config`, without a meaning here
+    use_cpu: Flag = False
+    debug: Flag = False
+    gpu_ids: str | None = None
+    num_processes: int | None = None
+    dynamo_config: dict[str, Any] | None = None
+    enable_cpu_affinity: Flag = False
+
+
+def read_config(path: Path) -> SageMakerConfig:
+    """Read an accelerate SageMaker YAML. Raises `UserError` naming file and key where it cannot be used."""
+    values = read_yaml(path)
+    if values.get("compute_environment") != "AMAZON_SAGEMAKER":
+        raise UserError(
+            f"{path} is for {values.get('compute_environment', 'a local machine')}, not AMAZON_SAGEMAKER; launch it with "
+            f"accelerate launch --config_file {path}"
+        )
+    fields = {item.name for item in dataclasses.fields(SageMakerConfig)}
+    for key in values:
+        known_key(key, dict.fromkeys(fields), f"key in {path}")
+    extra = values.get("additional_args") or {}
+    if not isinstance(extra, dict):
+        raise UserError(f"{path}: additional_args must hold keys and values, not {extra!r}")
+    for key in extra:
+        known_key(
+            key,
+            {item.name: None for item in dataclasses.fields(Additional)},
+            f"key in section additional_args of {path}",
+        )
+    additional = checked(Additional, extra, f"{path}, section additional_args")
+    config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
+    if additional.max_wait is not None and additional.max_wait < additional.max_run:
+        raise UserError(
+            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); it counts both waiting "
+            "and training"
+        )
+    if not re.fullmatch(r"py3(1[1-9]|[2-9]\d)", config.py_version) and not config.image_uri:
+        raise UserError(
+            f"{path}: py_version {config.py_version}: the scripts need Python 3.11 or later; set py_version: py312 and "
+            "pytorch_version: 2.9.0"
+        )
+    secret = [name for name in additional.environment if name in SECRET_NAMES]
+    if secret:
+        raise UserError(
+            f"{path}: environment holds {secret[0]}, which the request would show in plain text; export it where you launch, or "
+            f"name a Secrets Manager secret in {SECRETS}"
+        )
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; raises `UserError` where there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give an accelerate YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values")
+    return values
+
+
+def read_table(path: str, name: str) -> dict[str, str]:
+    """A TSV file of two columns under a header, as accelerate reads it: inputs by channel, or metrics by name."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be read ({error.strerror}); mend the path in the YAML") from None
+    table = {}
+    for number, line in enumerate(lines, 2):
+        if line.strip():
+            cells = line.split("\t")
+            if len(cells) != 2:
+                raise UserError(
+                    f"{path}, line {number}: two columns with a tab between them are needed, here are {len(cells)}"
+                )
+            table[cells[0].strip()] = cells[1].strip()
+    return table
+
+
+# --- The training command --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Command:
+    """A training script with its arguments as typed, and what they mean."""
+
+    script: str  # file name in scripts/
+    arguments: list[str]
+    recipe: Recipe | None  # as the script will parse it; None: a script of the user's own
+
+
+def read_command(words: list[str]) -> Command:
+    """Check the words after the launcher's options as the script itself will. Raises `UserError`; exits with 2 as it would."""
+    if not words:
+        raise UserError(
+            "no training script: give one after the options, such as scripts/train_unet.py --config flowers"
+        )
+    script = Path(words[0])
+    if script.resolve().parent != ROOT / "scripts" or script.suffix != ".py":
+        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so put it there")
+    if not script.is_file():
+        raise UserError(f"{words[0]} does not exist; check its name")
+    sections, arguments = SECTIONS.get(script.name), words[1:]
+    recipe = parse(sections, f"{script.name}, before it is sent to SageMaker", arguments) if sections else None
+    if recipe and not recipe.data.dataset:
+        raise UserError(
+            "no data set: give --dataset with a Hub id, an s3:// folder or a folder here, or --config flowers"
+        )
+    return Command(script.name, arguments, recipe)
+
+
+def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
+    """What the job reads beside the Hub, `{channel: folder here or s3://…}`: named by options, recipe or the inputs file."""
+    found = {}
+    if config.sagemaker_inputs_file:
+        found = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")
+    for name, (section, part) in FOLDERS.items():
+        value = getattr(getattr(command.recipe, section, None), name, None) if command.recipe else None
+        if name == "captioner" and command.script != "caption_to_hub.py":
+            continue
+        if not value or (section in ("vae", "unet") and command.script == "caption_to_hub.py"):
+            continue
+        if str(value).startswith("s3://"):
+            found[name] = str(value)
+        elif Path(value).expanduser().is_dir():
+            folder = Path(value).expanduser().resolve()
+            parts = [folder / part, folder / "pipeline" / part] if part else []
+            found[name] = str(next((inner for inner in parts if inner.is_dir()), folder))
+        elif Path(value).is_absolute() or str(value).startswith((".", "~")):
+            raise UserError(f"--{name} {value} is not here; give a folder, an s3:// folder or a Hub id")
+    for channel, value in found.items():
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", channel) or channel in ("code", "sm_drivers"):
+            raise UserError(f"{channel!r} cannot be a channel's name; use letters, digits, '.', '-' or '_'")
+        if not value.startswith("s3://") and not Path(value).is_dir():
+            raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; mend the path")
+    return found
+
+
+def container_arguments(command: Command, inputs: dict[str, str]) -> list[str]:
+    """The arguments as typed, then those that hold in the container: channels for folders, and where results go."""
+    words = list(command.arguments)
+    config = option(words, "config")
+    if config and Path(config).suffix:  # a recipe of the user's own travels along
+        words += ["--config", "recipe.yaml"]
+    words += [word for name in FOLDERS if name in inputs for word in (f"--{name}", f"{CHANNELS}/{name}")]
+    if command.recipe:
+        words += ["--output_dir", RUN]
+        if "data" in SECTIONS[command.script]:
+            words += ["--cache_dir", CACHE]
+    return words
+
+
+def hash_folder(folder: Path) -> tuple[str, list[Path]]:
+    """First 16 hex digits of a hash of a folder's files (paths and contents), and the files; hidden ones are left out."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise UserError(f"{folder} holds no files; give the folder that does")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
+    return total.hexdigest()[:16], files
+
+
+# --- What is sent ----------------------------------------------------------------------------------------------------
+
+
+def stage(folder: Path, command: Command, config: SageMakerConfig, inside: Path, inputs: dict[str, str]) -> None:
+    """Lay out what the container gets: scripts/, the inner YAML, the cards' templates, the revision and job.json."""
+    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=ignore)
+    shutil.copytree(ROOT / "datasets_card", folder / "datasets_card", ignore=ignore)
+    shutil.copyfile(inside, folder / "accelerate.yaml")
+    recipe = option(command.arguments, "config")
+    if recipe and Path(recipe).suffix:
+        shutil.copyfile(recipe, folder / "recipe.yaml")
+    write_text(folder / "REVISION", code_revision() + "\n")
+    write_json(
+        folder / "job.json",
+        {
+            "script": command.script,
+            "arguments": container_arguments(command, inputs),
+            "machines": config.num_machines,
+            "mixed_precision": config.mixed_precision,
+            "inside": inside.name,
+            "zero": read_yaml(inside).get("distributed_type") == "DEEPSPEED",
+        },
+    )

@@ -1,0 +1,526 @@
+"""SageMaker training on this one machine: runs the very `CreateTrainingJob` request that the SDK sends.
+
+    with aws() as cloud, Network() as network:
+        ModelTrainer(..., role=cloud.role, sagemaker_session=Session(boto_session=cloud.session)).train(wait=False)
+        with LocalJob(cloud.requests[-1], cloud.session.client("s3"), folder, network) as job:
+            job.start()
+            assert job.wait(timeout=60) == "Completed", job.logs()
+
+Each host is a container made by util-linux's `unshare` and iproute2's `ip`: its own mounts, processes (the entry point is
+PID 1, so signals behave as in docker), host name, and an eth0 in a network that reaches the other hosts and `network.address`
+on this machine, nothing else. The "image" is this machine's root folder with an empty home; what a container writes below
+/opt, /tmp and the Python environment is its own and vanishes with it.
+
+What it does not do: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, hosts with
+several instance groups. Needs root on Linux, or `unshare --map-root-user --net --mount` around the whole command.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+from unittest import mock
+
+import psutil
+
+SYNC_SECONDS = 1.0  # between two looks at the checkpoint folders
+STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL of the others when one host has failed
+TOOLS = ("ip", "mount", "nsenter", "setpriv", "setsid", "unshare")
+
+# PID 1 of a container until it becomes the entry point. Old /proc is there until the end: it leads to the network's namespace.
+# Order matters where the job's folder is below /tmp: after /tmp is overlaid, it can only be reached as the working directory.
+SETUP = r"""
+set -eu
+host=$1 address=$2 switch=/proc/$3/ns/net folder=$4 image=$5
+shift 5
+echo "$host" > /proc/sys/kernel/hostname
+ip link set lo up
+nsenter --net="$switch" ip link delete "$host" 2> /dev/null || true  # the kernel removes the last run's a moment late
+ip link add eth0 type veth peer name "$host" netns "$switch"
+nsenter --net="$switch" ip link set "$host" master bridge up
+ip address add "$address/24" dev eth0
+ip link set eth0 up
+own() {  # what is written there stays in this container
+    mkdir -p "$2/upper" "$2/work"
+    mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$1"
+}
+mount -t tmpfs tmpfs "$folder/layers"
+cd "$folder/layers"
+own /opt opt
+mkdir -p /opt/ml /opt/home
+mount --bind "$folder/ml" /opt/ml
+mount --bind "$folder/home" /opt/home
+mount --bind "$folder/hosts" /etc/hosts
+own /tmp tmp
+case "$image/" in /opt/* | /tmp/*) ;; *) own "$image" image ;; esac
+mount -t tmpfs tmpfs /dev/shm
+mount -t proc proc /proc
+cd /
+exec setsid "$@"
+"""
+
+
+class Network:
+    """The network of one job's hosts: 10.123.N.0/24, in which this machine is `address` and the hosts are .11, .12, …
+
+    A bridge in a network namespace of its own, which a process holds, so that neither this machine's bridges nor its
+    forwarding and firewall rules matter, and all of it is gone when that process is: also when this one is killed.
+    """
+
+    def __enter__(self) -> Self:
+        script = "ip link add bridge type bridge && ip link set bridge up && echo ready && exec sleep infinity"
+        self._switch = subprocess.Popen(
+            [*dying_with_us(), "unshare", "--net", "sh", "-c", script],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        self._interface = ""
+        try:
+            line = self._switch.stdout.readline().strip()  # type: ignore[union-attr]
+            if line != "ready":
+                raise OSError(line)
+            self._interface = self._connect()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._interface:
+            subprocess.run(["ip", "link", "delete", self._interface], check=False, capture_output=True)
+        self._switch.kill()
+        self._switch.communicate()
+
+    @property
+    def process(self) -> int:
+        """The process that holds the bridge's namespace."""
+        return self._switch.pid
+
+    @property
+    def address(self) -> str:
+        """This machine, as the hosts reach it: what it serves there (or on 0.0.0.0) is all they see of the world."""
+        return self.address_of(1)
+
+    def address_of(self, number: int) -> str:
+        return f"10.123.{self._number}.{number}"
+
+    def _connect(self) -> str:
+        """Join this machine to the bridge; the interface's name, which only one can have, reserves its number."""
+        for self._number in random.sample(range(1, 255), 254):
+            name, subnet = f"t2i-sm{self._number}", f"10.123.{self._number}.0/24"
+            if ip("-4", "route", "show", "table", "all", "root", subnet):
+                continue
+            try:
+                ip("link", "add", name, "type", "veth", "peer", "name", "machine", "netns", str(self._switch.pid))
+            except OSError as error:
+                if "exists" in str(error):
+                    continue
+                raise
+            self._interface = name
+            run(
+                "nsenter",
+                f"--net=/proc/{self._switch.pid}/ns/net",
+                "ip",
+                "link",
+                "set",
+                "machine",
+                "master",
+                "bridge",
+                "up",
+            )
+            ip("address", "add", f"{self.address}/24", "dev", name)
+            ip("link", "set", name, "up")
+            return name
+        raise OSError("no subnet of 10.123.0.0/16 is free")
+
+    def container(self, number: int, host: str, folder: Path, image: Path, words: list[str]) -> list[str]:
+        """The command that runs `words` as PID 1 of a container.
+
+        Its `folder` holds ml/ and home/, which become /opt/ml and /opt/home, the file hosts, and layers/, empty.
+        """
+        unshare = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
+        own = [host, self.address_of(10 + number), str(self.process), str(folder), str(image)]
+        return [*dying_with_us(), *unshare, "bash", "-c", SETUP, "container", *own, *words]
+
+
+class LocalJob:
+    """One training job. `start` again after `interrupt` is SageMaker's restart of a spot job: new containers, the same S3.
+
+    Beside `status`: `exit_codes` by host in the order of their ends (137 for a killed one), `failure_reason`. The hosts'
+    files are below `folder`/<host>/ml until the next start; `folder`/<host>-<run>.log is what they wrote.
+    """
+
+    def __init__(
+        self, request: dict[str, Any], s3: Any, folder: Path, network: Network, *,
+        python_bin: Path | None = None, extra_env: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.request, self.s3, self.folder, self.network = request, s3, folder.resolve(), network
+        self.python_bin = python_bin or Path(sys.executable).parent
+        self.name: str = request["TrainingJobName"]
+        resources = request["ResourceConfig"]
+        self.hosts = [f"algo-{number + 1}" for number in range(resources["InstanceCount"])]
+        self.status, self.failure_reason, self.runs = "Starting", "", 0
+        self.exit_codes: dict[str, int] = {}
+        region = s3.meta.region_name
+        # what docker and SageMaker set, and the two variables for a pip without a network
+        self.environment = {
+            "PATH": f"{self.python_bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/opt/home", "LANG": "C.UTF-8", "AWS_REGION": region, "TRAINING_JOB_NAME": self.name,
+            "TRAINING_JOB_ARN": f"arn:aws:sagemaker:{region}:123456789012:training-job/{self.name}",
+            "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        } | request.get("Environment", {}) | (extra_env or {})  # fmt: skip
+        checkpoints = request.get("CheckpointConfig", {})
+        self._remote = checkpoints.get("S3Uri", "").rstrip("/")
+        self._local = Path(checkpoints.get("LocalPath", "/opt/ml/checkpoints")).relative_to("/opt/ml")
+        self._synced: dict[Path, tuple[int, int]] = {}
+        self._thread: threading.Thread | None = None
+        self._grace: float | None = None
+        self._closing = False
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what still runs at once, without a last sync."""
+        self._closing = True
+        if self._thread:
+            self._thread.join()
+
+    def start(self) -> None:
+        """Start the containers of all hosts; the job then runs by itself, for `wait`."""
+        assert self._thread is None or not self._thread.is_alive(), "the job is running"
+        self.status, self.failure_reason, self.exit_codes, self._grace = "InProgress", "", {}, None
+        self.runs += 1
+        for host in self.hosts:
+            self._prepare(host)
+        # A thread of its own for the whole run: the kernel kills the containers with the thread that started them.
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float) -> str:
+        """The status when all is done: "Completed", "Failed" or "Interrupted"."""
+        assert self._thread, "start it first"
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"{self.name} still runs after {timeout} s")
+        if self._error:
+            raise self._error
+        return self.status
+
+    def interrupt(self, grace: float = 120.0) -> str:
+        """What a spot instance is given: SIGTERM for every host's PID 1, `grace` seconds, SIGKILL for all that is left."""
+        self._grace = grace
+        return self.wait(grace + 60)
+
+    def logs(self) -> dict[str, str]:
+        """Standard output and error of each host in this run."""
+        return {host: self._log(host).read_text(errors="replace") for host in self.hosts}
+
+    def _log(self, host: str) -> Path:
+        return self.folder / f"{host}-{self.runs}.log"
+
+    def _prepare(self, host: str) -> None:
+        """A new instance: /opt/ml as SageMaker fills it, nothing of an earlier run but what S3 holds."""
+        own = self.folder / host
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+        self._log(host).touch()
+        folders = ("home", "layers", "ml/input/config", "ml/input/data", "ml/model", "ml/output/data")
+        for folder in (*folders, Path("ml", self._local)):
+            (own / folder).mkdir(parents=True)
+        addresses = [f"{self.network.address_of(11 + n)} {name}\n" for n, name in enumerate(self.hosts)]
+        (own / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n" + "".join(addresses))
+        kind, group = self.request["ResourceConfig"]["InstanceType"], "homogeneousCluster"
+        channels = {channel["ChannelName"]: channel for channel in self.request.get("InputDataConfig", [])}
+        files: dict[str, Any] = {
+            "resourceconfig": {
+                "current_host": host,
+                "current_instance_type": kind,
+                "current_group_name": group,
+                "hosts": self.hosts,
+                "instance_groups": [{"instance_group_name": group, "instance_type": kind, "hosts": self.hosts}],
+                "network_interface_name": "eth0",
+            },
+            "hyperparameters": self.request.get("HyperParameters", {}),
+            "inputdataconfig": {
+                name: {
+                    "TrainingInputMode": channel.get("InputMode", "File"),
+                    "S3DistributionType": "FullyReplicated",
+                    "RecordWrapperType": channel.get("RecordWrapperType", "None"),
+                }
+                for name, channel in channels.items()
+            },
+        }
+        for name, content in files.items():
+            (own / "ml" / "input" / "config" / f"{name}.json").write_text(json.dumps(content))
+        for name, channel in channels.items():
+            source = channel["DataSource"]["S3DataSource"]
+            simple = source.get("S3DataDistributionType", "FullyReplicated") == "FullyReplicated"
+            if source["S3DataType"] != "S3Prefix" or not simple:
+                raise NotImplementedError(f"channel {name}: only S3Prefix, FullyReplicated")
+            if not self._download(source["S3Uri"], own / "ml" / "input" / "data" / name):
+                raise FileNotFoundError(f"channel {name}: there is nothing at {source['S3Uri']}")  # as SageMaker fails
+        if self._remote:
+            for file in self._download(self._remote + "/", own / "ml" / self._local):
+                self._synced[file] = version(file)
+
+    def _download(self, uri: str, folder: Path) -> list[Path]:
+        """Every object at a prefix, as a file; the prefix may also be one object's whole name."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for key in (entry["Key"] for entry in page.get("Contents", []) if not entry["Key"].endswith("/")):
+                name = Path(key).name if key == prefix else key.removeprefix(prefix)
+                if key != prefix and not (prefix.endswith("/") or name.startswith("/")):
+                    raise ValueError(f"{uri} is also the beginning of {key}: end it with a slash")
+                file = folder / name.lstrip("/")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(self.s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+                files.append(file)
+        return files
+
+    def _run(self) -> None:
+        containers: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for number, host in enumerate(self.hosts, 1):
+                containers[host] = self._container(number, host)
+            stopped = self._watch(containers)
+            if not self._closing:
+                self._sync()
+                self._finish(stopped)
+        except BaseException as error:
+            self._error = error  # for `wait`
+        finally:
+            for container in containers.values():
+                kill(container)
+
+    def _container(self, number: int, host: str) -> subprocess.Popen[bytes]:
+        algorithm = self.request["AlgorithmSpecification"]
+        words = [*algorithm["ContainerEntrypoint"], *algorithm.get("ContainerArguments", [])]
+        command = self.network.container(number, host, self.folder / host, self.python_bin.parent, words)
+        with open(self._log(host), "wb") as log:
+            return subprocess.Popen(
+                command,
+                cwd="/",
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _watch(self, containers: dict[str, subprocess.Popen[bytes]]) -> bool:
+        """Until every host has ended: sync, stop all when one has failed or at `interrupt`. True if interrupted."""
+        kill_at = next_sync = float("inf")
+        if self._remote:
+            next_sync = time.monotonic() + SYNC_SECONDS
+        interrupted = False
+        while not self._closing:
+            for host, container in containers.items():
+                if host not in self.exit_codes and container.poll() is not None:
+                    self.exit_codes[host] = container.returncode
+            if len(self.exit_codes) == len(containers):
+                break
+            failed = any(self.exit_codes.values())
+            if (failed or self._grace is not None) and kill_at == float("inf"):
+                interrupted = self._grace is not None and not failed
+                kill_at = time.monotonic() + (STOP_SECONDS if self._grace is None else self._grace)
+                for container in containers.values():
+                    for process in processes_of(container):
+                        process.terminate()
+            if time.monotonic() >= kill_at:
+                for host, container in containers.items():
+                    if host not in self.exit_codes:
+                        kill(container)
+                        self.exit_codes[host] = 137  # docker's; `unshare` says 1 of a process that was killed
+            if time.monotonic() >= next_sync:
+                self._sync()
+                next_sync = time.monotonic() + SYNC_SECONDS
+            time.sleep(0.02)
+        return interrupted
+
+    def _sync(self) -> None:
+        """Put what has changed in the checkpoint folders to S3: whole files, in no special order, all hosts to one place."""
+        if not self._remote:
+            return
+        bucket, _, prefix = self._remote.removeprefix("s3://").partition("/")
+        found = []
+        for host in self.hosts:
+            top = self.folder / host / "ml" / self._local
+            found += [(top, Path(folder, name)) for folder, _, names in os.walk(top) for name in names]
+        random.shuffle(found)
+        for top, file in found:
+            with contextlib.suppress(FileNotFoundError):  # moved on meanwhile
+                now = version(file)
+                if file.is_file() and self._synced.get(file) != now:
+                    key = f"{prefix}/{file.relative_to(top)}".lstrip("/")
+                    self.s3.put_object(Bucket=bucket, Key=key, Body=file.read_bytes())
+                    self._synced[file] = now
+
+    def _finish(self, interrupted: bool) -> None:
+        """The job's end: the model of a completed one goes to S3, a failed one's reason is what its host has written."""
+        if interrupted:
+            self.status = "Interrupted"
+        elif any(self.exit_codes.values()):
+            written = [self.folder / host / "ml/output/failure" for host, code in self.exit_codes.items() if code]
+            written = sorted((file for file in written if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
+            host, code = next((host, code) for host, code in self.exit_codes.items() if code)
+            reason = written[0].read_text(errors="replace") if written else f"{host} ended with exit code {code}"
+            self.status, self.failure_reason = "Failed", reason[:1024]
+        else:
+            archive = self.folder / "model.tar.gz"
+            with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+                seen: set[str] = set()
+                for top in (self.folder / host / "ml/model" for host in self.hosts):
+                    for file in sorted(top.rglob("*")):
+                        name = str(file.relative_to(top))
+                        if name not in seen:
+                            tar.add(file, name, recursive=False)
+                        seen.add(name)
+            bucket, _, prefix = self.request["OutputDataConfig"]["S3OutputPath"].removeprefix("s3://").partition("/")
+            key = "/".join(filter(None, (prefix.rstrip("/"), self.name, "output", archive.name)))
+            self.s3.put_object(Bucket=bucket, Key=key, Body=archive.read_bytes())
+            self.status = "Completed"
+
+
+def version(file: Path) -> tuple[int, int]:
+    state = file.stat()
+    return state.st_mtime_ns, state.st_size
+
+
+def processes_of(container: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """PID 1 of a container that runs: the one child of its `unshare`."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(container.pid).children() if container.poll() is None else []
+    return []
+
+
+def kill(container: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for PID 1, with which the kernel ends all others of the container before it counts as ended."""
+    while container.poll() is None:
+        for process in processes_of(container) or [container]:
+            process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            container.wait(0.2)
+
+
+def dying_with_us() -> list[str]:
+    """The words before a command that the kernel is to kill when the thread that starts it is gone, however that ends."""
+    return ["setpriv", "--pdeathsig", "KILL"]
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def ip(*words: str) -> str:
+    return run("ip", *words)
+
+
+def why_not() -> str | None:
+    """Why this machine cannot run such containers, in one sentence; None if it can."""
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if missing:
+        return f"{', '.join(missing)} missing: install iproute2 and util-linux (Linux only)"
+    try:
+        with Network() as network, TemporaryDirectory() as name:
+            for folder in ("ml", "home", "layers"):
+                Path(name, folder).mkdir()
+            Path(name, "hosts").touch()
+            run(*network.container(1, "algo-1", Path(name), Path(sys.prefix), ["true"]))
+    except OSError as error:
+        return f"containers cannot be made here, be root: {str(error).splitlines()[-1]}"
+    return None
+
+
+def need_containers() -> None:
+    """Skip the test where there can be no containers; with T2I_REQUIRE_NAMESPACES=1, as CI sets it, fail it."""
+    import pytest
+
+    reason = why_not()
+    if reason and os.environ.get("T2I_REQUIRE_NAMESPACES") == "1":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+def fresh_image(folder: Path, requirements: Path, torch: str) -> tuple[Path, dict[str, str]]:
+    """An image that has torch and nothing else, and the job's packages for the offline install in its containers.
+
+    Returns `python_bin` and what `extra_env` needs. What is installed there is the container's own and vanishes with it.
+    """
+    run(sys.executable, "-m", "venv", str(folder / "image"))
+    pip = (str(folder / "image" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet")
+    run(*pip, "install", f"torch=={torch}")
+    report = folder / "report.json"
+    run(*pip, "install", "--dry-run", "--report", str(report), "--requirement", str(requirements))
+    chosen = [package["metadata"] for package in json.loads(report.read_text())["install"]]
+    # setuptools and wheel build, in the container, what comes as source
+    pins = [f"{package['name']}=={package['version']}" for package in chosen] + ["setuptools", "wheel"]
+    run(*pip, "download", "--no-deps", "--dest", str(folder / "wheels"), *pins)
+    return folder / "image" / "bin", {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder / "wheels")}
+
+
+@dataclass
+class Cloud:
+    """AWS as `aws` makes it: a session, a role that may do everything, and the training jobs asked for."""
+
+    session: Any
+    role: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def aws(region: str = "us-east-1") -> Iterator[Cloud]:
+    """AWS within this process, by moto: S3, IAM, STS and a SageMaker that takes down training jobs and starts none."""
+    import boto3
+    from moto import mock_aws
+    from moto.core.responses import ActionResult
+    from moto.iam.responses import IamResponse
+    from moto.sagemaker.responses import SageMakerResponse
+
+    def allow(response: Any) -> ActionResult:  # the SDK asks whether the role suffices; moto does not know the question
+        actions = response._get_param("ActionNames", [])
+        decisions = [{"EvalActionName": action, "EvalDecision": "allowed"} for action in actions]
+        return ActionResult({"EvaluationResults": decisions, "IsTruncated": False})
+
+    create = SageMakerResponse.create_training_job
+
+    def take_down(response: Any) -> ActionResult:
+        cloud.requests.append(json.loads(response.body))
+        return create(response)
+
+    settings = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+                "AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": region}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, settings))
+        for name in ("AWS_PROFILE", "AWS_REGION", "AWS_ENDPOINT_URL"):
+            os.environ.pop(name, None)
+        stack.enter_context(mock_aws())
+        stack.enter_context(mock.patch.object(IamResponse, "simulate_principal_policy", allow, create=True))
+        stack.enter_context(mock.patch.object(SageMakerResponse, "create_training_job", take_down))
+        telemetry = (
+            "sagemaker.core.telemetry.telemetry_logging._send_telemetry_request"  # its address is no part of AWS
+        )
+        stack.enter_context(mock.patch(telemetry))
+        session = boto3.Session(region_name=region)
+        trust = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [trust]})
+        role = session.client("iam").create_role(RoleName="sagemaker", AssumeRolePolicyDocument=policy)["Role"]["Arn"]
+        cloud = Cloud(session, role)
+        yield cloud

@@ -1,0 +1,183 @@
+"""A SageMaker job from `launch_sagemaker.py` to a picture, without AWS: submitted to moto, run here as two hosts.
+
+python tests/rehearse_sagemaker.py [--fresh] [--keep folder]        (make sagemaker-rehearse, FRESH=1)
+
+The very CreateTrainingJob request and the very S3 objects of the submission are run by tests/local_sagemaker.py: two
+containers with namespaces of their own, the SDK's entry point as their first process, its install step included. They train
+the demo recipe for some steps under ZeRO-2, are interrupted as spot machines are (SIGTERM, SIGKILL 120 s later), go on from
+S3, and leave a model that `--fetch` brings home and generate_images.py draws from. --fresh: their Python has only torch
+before the install step. Needs root on Linux, and no network (--fresh needs one for the packages).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]
+
+import launch_sagemaker  # noqa: E402
+from local_sagemaker import LocalJob, Network, aws, fresh_image, why_not  # noqa: E402
+from t2i.config import load_recipe  # noqa: E402
+
+ODD = '00\'42 a=b "c"'  # a run's name that no shell, no JSON and no launcher may change
+YAML = """\
+compute_environment: AMAZON_SAGEMAKER
+distributed_type: 'NO'
+ec2_instance_type: ml.g4dn.xlarge
+num_machines: 2
+mixed_precision: 'no'   # these hosts have no GPU
+iam_role_name: sagemaker
+region: us-east-1
+base_job_name: rehearsal
+sagemaker_metrics_file: {metrics}
+additional_args: {{use_spot_instances: true, max_run: 3600, max_wait: 7200}}
+"""
+SECRET = "canary-of-the-rehearsal"
+
+
+def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh: bool = False) -> list[str]:
+    """Play the whole of it in `folder`; returns the transcript. arguments: of train_unet.py, data set and VAE included.
+
+    stop_at: the step whose checkpoint the interruption waits for; steps: of the whole training.
+    """
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    (folder / "sagemaker.yaml").write_text(YAML.format(metrics=ROOT / "accelerate_configs/sagemaker_metrics.tsv"))
+    launcher = ["--config_file", str(folder / "sagemaker.yaml")]
+    words = [*arguments, "--run_name", ODD, "--report_to", "none", "--max_train_steps", str(steps)]
+    python_bin, extra = None, {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if fresh:
+        start = time.monotonic()
+        python_bin, offline = fresh_image(folder, ROOT / "scripts/requirements.txt", "2.13.0")
+        extra |= offline
+        say(
+            f"a Python that has only torch, and the wheels of scripts/requirements.txt: {time.monotonic() - start:.0f} s"
+        )
+    with aws() as cloud, Network() as network, mock.patch.dict(os.environ, {"MLFLOW_TRACKING_PASSWORD": SECRET}):
+        told = launch([*launcher, "--yes", str(ROOT / "scripts/train_unet.py"), *words])
+        request = cloud.requests[-1]
+        say(f"submitted {request['TrainingJobName']}: {request['ResourceConfig']['InstanceCount']} machines")
+        s3 = cloud.session.client("s3")
+        assert SECRET not in told + json.dumps(request), "the credential is in the request or on the terminal"
+        environment = {key: value for key, value in request["Environment"].items() if key != "T2I_SECRETS"}
+        request = request | {"Environment": environment}  # Secrets Manager is not reachable from these hosts
+        with LocalJob(request, s3, folder / "hosts", network, python_bin=python_bin, extra_env=extra) as job:
+            job.start()
+            wait_for_checkpoint(job, s3, request, stop_at, timeout=900 if fresh else 240)
+            say(f"step {stop_at}: the checkpoints of both hosts are in S3")
+            assert job.interrupt(grace=120.0) == "Interrupted", told_by(job)
+            say(f"interrupted as a spot job is: SIGTERM, {job.exit_codes}")
+            assert set(job.exit_codes.values()) == {75}, told_by(job)
+            first = job.logs()
+            say(quote(first["algo-1"], r"^machine 1 of 2: .{60}"))
+            say(quote(first["algo-1"], r"^\d+ steps of .*ZeRO stage 2"))
+            job.start()
+            assert job.wait(timeout=900 if fresh else 240) == "Completed", told_by(job)
+            say(quote(job.logs()["algo-1"], r"^going on from .*checkpoint-\d+.*"))
+            say(quote(job.logs()["algo-1"], r"^pipeline left in /opt/ml/model"))
+            assert SECRET not in "".join([*first.values(), *job.logs().values()]), "the credential is in a log"
+        finish_in_moto(request)
+        home = folder / "home" / request["TrainingJobName"]
+        told = launch([*launcher, "--fetch", request["TrainingJobName"], "--output_dir", str(home)])
+        say(f"fetched: {told.strip().splitlines()[-1].replace(str(folder), '…')}")
+    state = json.loads((home / "run.json").read_text())
+    assert (state["processes"], state["zero_stage"], state["steps"]) == (2, 2, steps), state
+    assert load_recipe(str(home / "config.yaml")).train_unet.run_name == ODD
+    say(f"one training of {state['processes']} processes, ZeRO stage {state['zero_stage']}, {state['steps']} steps")
+    draw = [sys.executable, str(ROOT / "scripts/generate_images.py"), "--model", str(home), "--prompt", "a red flower",
+            "--num_inference_steps", "4", "--output_dir", str(folder / "pictures")]  # fmt: skip
+    done = subprocess.run(
+        draw, cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    assert pictures, done.stdout
+    say(f"a picture of the fetched model: {pictures[0].name}")
+    return lines
+
+
+def launch(words: list[str]) -> str:
+    """Run launch_sagemaker.py's main in this process, where moto is; returns what it printed."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", ["launch_sagemaker.py", *words]), contextlib.redirect_stdout(out):
+        launch_sagemaker.main()
+    return out.getvalue()
+
+
+def wait_for_checkpoint(job: LocalJob, s3, request: dict, step: int, timeout: float) -> None:
+    """Until both hosts' parts of a checkpoint are in S3."""
+    bucket, _, prefix = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
+    wanted = {f"{prefix}/run/{part}checkpoint-{step:06d}/manifest.json" for part in ("", "node-1/")}
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and job.status == "InProgress":
+        there = {item["Key"] for item in s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])}
+        if wanted <= there:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no checkpoint of step {step} ({job.status})\n{told_by(job)}")
+
+
+def told_by(job: LocalJob) -> str:
+    """The ends of the hosts' logs."""
+    return "\n".join(f"--- {host} {job.exit_codes.get(host)}\n{text[-6000:]}" for host, text in job.logs().items())
+
+
+def quote(text: str, pattern: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    assert found, f"{pattern} is not in the log:\n{text[-6000:]}"
+    return "  algo-1: " + found[0]
+
+
+def finish_in_moto(request: dict) -> None:
+    """moto starts no job, so it does not know that this one has ended, nor where its model is."""
+    from moto.sagemaker.models import sagemaker_backends
+
+    job = sagemaker_backends["123456789012"]["us-east-1"].training_jobs[request["TrainingJobName"]]
+    job.training_job_status = "Completed"
+    model = f"{request['OutputDataConfig']['S3OutputPath']}/{request['TrainingJobName']}/output/model.tar.gz"
+    job.model_artifacts = {"S3ModelArtifacts": model}
+
+
+def make_inputs(folder: Path) -> list[str]:
+    """A small drawn data set and the demo's VAE after some steps; returns train_unet.py's arguments that name them."""
+    common = {"cwd": folder, "check": True, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}
+    python = [sys.executable]
+    subprocess.run([*python, str(ROOT / "scripts/make_flowers.py"), "--output_dir", "dataset", "--count", "320",
+                    "--validation_count", "32", "--test_count", "8", "--size", "64"], **common)  # fmt: skip
+    subprocess.run([*python, str(ROOT / "scripts/train_vae.py"), "--config", "demo", "--dataset", "dataset", "--output_dir", "vae",
+                    "--max_train_steps", "40", "--report_to", "none"], **common)  # fmt: skip
+    return ["--config", "demo", "--dataset", str(folder / "dataset"), "--vae", str(folder / "vae")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="the hosts' Python has only torch before the install step")
+    parser.add_argument("--keep", type=Path, help="folder for everything, kept afterwards")
+    options = parser.parse_args()
+    reason = why_not()
+    if reason:
+        raise SystemExit(f"error: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = make_inputs(folder)
+        rehearse(folder, [*arguments, "--checkpointing_steps", "10", "--validation_steps", "10"], 10, 30, options.fresh)
+
+
+if __name__ == "__main__":
+    main()

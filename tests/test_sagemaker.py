@@ -1,0 +1,379 @@
+"""SageMaker jobs: what is sent, what is refused, and a job played through on this machine."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import launch_sagemaker
+import run_sagemaker_job
+from conftest import ROOT, SCRIPTS
+from local_sagemaker import aws
+from rehearse_sagemaker import finish_in_moto, launch
+from t2i import config, costs, jobs
+from t2i.runs import UserError
+
+GOLDEN = ROOT / "tests" / "golden"
+UNET = str(SCRIPTS / "train_unet.py")
+BASE = yaml.safe_load((ROOT / "accelerate_configs" / "sagemaker.yaml").read_text()) | {
+    "iam_role_name": "sagemaker",
+    "sagemaker_metrics_file": str(ROOT / "accelerate_configs" / "sagemaker_metrics.tsv"),
+}
+ON_DEMAND = {"use_spot_instances": False, "max_run": 7200}
+VARIANTS = {
+    "spot_2_hub": ({}, ["--config", "flowers"]),
+    "on_demand_1_hub": ({"num_machines": 1, "additional_args": ON_DEMAND}, ["--config", "flowers"]),
+    "on_demand_2_s3": ({"additional_args": ON_DEMAND}, ["--config", "flowers", "--dataset", "s3://photos/flowers"]),
+    "spot_1_s3_custom_image": (
+        {"num_machines": 1, "image_uri": "123456789012.dkr.ecr.us-east-1.amazonaws.com/mine:1"},
+        ["--config", "flowers", "--dataset=s3://photos/flowers", "--vae", "s3://photos/vae"],
+    ),
+    "network_tags_and_server": (
+        {
+            "additional_args": ON_DEMAND
+            | {
+                "subnets": ["subnet-1"], "security_group_ids": ["sg-1"], "encrypt_inter_container_traffic": True,
+                "tags": {"project": "flowers"}, "environment": {"MLFLOW_TRACKING_URI": "https://mlflow.example.org"},
+                "output_path": "s3://photos/models", "checkpoint_s3_uri": "s3://photos/checkpoints/7",
+            }
+        },
+        ["--config", "flowers"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    with aws() as found:
+        found.session.client("s3").create_bucket(Bucket="photos")
+        yield found
+
+
+@pytest.fixture
+def launcher(tmp_path, cloud, monkeypatch):
+    """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
+    for name in (*jobs.SECRET_NAMES, "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
+
+    def run(*words, **changes):
+        (tmp_path / "sagemaker.yaml").write_text(yaml.safe_dump(BASE | changes))
+        return launch(["--config_file", str(tmp_path / "sagemaker.yaml"), *map(str, words)])
+
+    return run
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_request_is_as_it_was(name, launcher, cloud):
+    """UPDATE_GOLDEN=1 writes the files anew; look at their difference before committing it."""
+    changes, words = VARIANTS[name]
+    planned = json.loads(launcher("--dry_run", UNET, *words, **changes))
+    launcher("--yes", UNET, *words, **changes)
+    sent = cloud.requests[-1]
+    job = sent["TrainingJobName"]
+    sent, planned = (json.loads(json.dumps(part).replace(part["TrainingJobName"], "JOB")) for part in (sent, planned))
+    assert sent == planned  # a dry run shows what is sent
+    assert job.startswith("t2i-")
+    file = GOLDEN / f"sagemaker_{name}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(sent, indent=1) + "\n")
+    assert sent == json.loads(file.read_text())
+
+
+def test_what_is_staged(launcher, cloud):
+    launcher("--yes", UNET, "--config", "flowers", "--run_name", "-1 'x'".strip("-"))
+    request = cloud.requests[-1]
+    code = next(channel for channel in request["InputDataConfig"] if channel["ChannelName"] == "code")
+    bucket, _, prefix = code["DataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://").partition("/")
+    s3 = cloud.session.client("s3")
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    keys = {item["Key"].removeprefix(prefix + "/") for page in pages for item in page["Contents"]}
+    staged = {"scripts/train_unet.py", "scripts/t2i/config.py", "scripts/requirements.txt", "scripts/recipes/flowers.yaml",
+              "datasets_card/model_card.md", "accelerate.yaml", "job.json", "REVISION"}  # fmt: skip
+    assert staged <= keys
+    assert not [key for key in keys if "__pycache__" in key or key.startswith((".", "tests"))]
+    job = json.loads(s3.get_object(Bucket=bucket, Key=f"{prefix}/job.json")["Body"].read())
+    assert (job["machines"], job["inside"], job["mixed_precision"]) == (2, "deepspeed_zero2.yaml", "fp16")
+    assert job["arguments"][-4:] == ["--output_dir", jobs.RUN, "--cache_dir", jobs.CACHE]
+
+
+TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)
+ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "run_name": TEXT.map(lambda text: [f"--run_name={text}"]),
+        "experiment": st.sampled_from(["0042", "a=b", "it's", '"q"', "a b", "$HOME `ls` \\", "*", ";|&"]).map(
+            lambda text: ["--experiment", text]
+        ),
+        "split_seed": st.integers(-999, 999).map(lambda number: ["--split_seed", str(number)]),
+        "learning_rate": st.floats(1e-9, 1).map(lambda number: ["--learning_rate", repr(number)]),
+        "validation_prompts": st.lists(TEXT.filter(lambda text: not text.startswith("-")), min_size=1, max_size=3).map(
+            lambda texts: ["--validation_prompts", *texts]
+        ),
+        "unet_channels": st.lists(st.integers(1, 512), min_size=1, max_size=3).map(
+            lambda numbers: ["--unet_channels", *map(str, numbers)]
+        ),
+        "flags": st.sampled_from(
+            [["--no_random_flip"], ["--random_flip"], ["--gradient_checkpointing", "--no_use_ema"]]
+        ),
+    },
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(ARGUMENTS)
+def test_every_argument_arrives_as_typed(parts):
+    """From the shell, through job.json and accelerate's command line in the container, to the script's settings."""
+    words = ["--dataset", "ORG/NAME", *(word for part in parts.values() for word in part)]
+    code = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    shell = shlex.join([sys.executable, "-c", code, *words])  # as a shell reads what was typed with quotes
+    typed = json.loads(subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout)
+    command = jobs.read_command([UNET, *typed])
+    arguments = json.loads(json.dumps(jobs.container_arguments(command, {})))
+    job = {"script": "train_unet.py", "arguments": arguments, "mixed_precision": None, "zero": True}
+    line = run_sagemaker_job.launch_words(job, ["algo-1", "algo-2"], 1, 2)
+    inside = config.parse(jobs.SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
+    here = config.parse(jobs.SECTIONS["train_unet.py"], "", words)
+    here.train_unet.output_dir, here.data.cache_dir = jobs.RUN, jobs.CACHE
+    assert inside == here
+
+
+def test_folders_become_channels(tmp_path, launcher, cloud):
+    """A local folder is uploaded once by its content, and the container reads it where SageMaker puts it."""
+    for folder in ("photos/rose", "vae_run/vae", "vae_run/checkpoint-000001"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "photos/rose/1.jpg").write_bytes(b"not looked at")
+    (tmp_path / "photos/.hidden").write_bytes(b"stays")
+    (tmp_path / "vae_run/vae/config.json").write_text("{}")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "photos")}, "unet": {"text_encoder": "a/b"}}))
+    words = (UNET, "--config", recipe, "--vae", tmp_path / "vae_run")
+    first = launcher("--yes", "--train_images", 10, *words)
+    assert "dataset: 1 of 1 files uploaded" in first
+    assert "vae: 1 of 1 files" in first  # of a run folder, the VAE alone
+    assert "dataset: 0 of 1 files uploaded" in launcher("--yes", "--train_images", 10, *words)
+    channels = {channel["ChannelName"] for channel in cloud.requests[-1]["InputDataConfig"]}
+    assert channels == {"dataset", "vae", "code", "sm_drivers"}
+    command = jobs.read_command([str(word) for word in words])
+    arguments = jobs.container_arguments(
+        command, jobs.local_inputs(command, jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge"))
+    )
+    monkey = config.parse(jobs.SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
+    assert (monkey.data.dataset, monkey.vae.vae) == (f"{jobs.CHANNELS}/dataset", f"{jobs.CHANNELS}/vae")
+
+
+def mistakes():
+    yield (
+        "unknown instance type",
+        {"ec2_instance_type": "ml.g4dn.tiny"},
+        [],
+        "no machine that SageMaker trains on; of that family there are ml.g4dn.",
+    )
+    yield "no such role", {"iam_role_name": "nobody"}, [], "the role nobody is not in account 123456789012"
+    yield "role not named", {"iam_role_name": ""}, [], "iam_role_name is empty"
+    yield (
+        "unknown key",
+        {"ec2_instance": "ml.g4dn.xlarge"},
+        [],
+        "unknown key in .*'ec2_instance'; did you mean 'ec2_instance_type'",
+    )
+    yield "unknown additional key", {"additional_args": {"use_spot": True}}, [], "did you mean 'use_spot_instances'"
+    yield (
+        "not a Boolean",
+        {"additional_args": {"use_spot_instances": "yes"}},
+        [],
+        "use_spot_instances = 'yes' is not usable",
+    )
+    yield (
+        "waits too short",
+        {"additional_args": {"use_spot_instances": True, "max_run": 100, "max_wait": 50}},
+        [],
+        "max_wait",
+    )
+    yield "old Python", {"py_version": "py38"}, [], "py_version py38: the scripts need Python 3.11 or later"
+    yield "no such image", {"pytorch_version": "9.9.9"}, [], "AWS has no image for pytorch_version 9.9.9"
+    yield "region", {"region": "us-nowhere-1"}, [], "region us-nowhere-1 is none that has SageMaker"
+    yield "secret in YAML", {"additional_args": {"environment": {"HF_TOKEN": "hf_x"}}}, [], "environment holds HF_TOKEN"
+    yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
+    yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
+    yield "no such folder", {}, ["--dataset", "./nowhere"], "--dataset ./nowhere is not here"
+    yield (
+        "local YAML",
+        {"compute_environment": "LOCAL_MACHINE"},
+        [],
+        "not AMAZON_SAGEMAKER; launch it with accelerate launch",
+    )
+    yield "metrics file", {"sagemaker_metrics_file": "none.tsv"}, [], "sagemaker_metrics_file none.tsv cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "sentence"), [case[1:] for case in mistakes()], ids=[case[0] for case in mistakes()]
+)
+def test_a_mistake_gets_one_sentence_and_nothing_is_uploaded(changes, words, sentence, launcher, cloud, monkeypatch):
+    s3 = cloud.session.client("s3")
+    if not any(bucket["Name"] == "far" for bucket in s3.list_buckets()["Buckets"]):
+        s3.create_bucket(Bucket="far", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    sent = len(cloud.requests)
+    monkeypatch.setattr(
+        "sagemaker.core.helper.session_helper.Session.upload_data", lambda *_, **__: pytest.fail("uploads")
+    )
+    with pytest.raises(UserError, match=sentence):
+        launcher("--yes", UNET, "--config", "flowers", *words, **changes)
+    assert len(cloud.requests) == sent
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("/tmp/mine.py", "is not a script in"),
+        (str(SCRIPTS / "none.py"), "does not exist"),
+        (None, "no training script"),
+    ],
+)
+def test_only_scripts_of_the_suite_are_sent(script, sentence, launcher):
+    with pytest.raises(UserError, match=sentence):
+        launcher("--yes", *([script] if script else []))
+
+
+def test_wrong_arguments_end_before_anything_is_sent(launcher, cloud, capsys):
+    sent = len(cloud.requests)
+    with pytest.raises(SystemExit) as error:
+        launcher("--yes", UNET, "--config", "flowers", "--learning_rat", "1")
+    assert error.value.code == 2
+    assert "learning_rate" in capsys.readouterr().err
+    with pytest.raises(UserError, match="learning_rate = -1"):
+        launcher("--yes", UNET, "--config", "flowers", "--learning_rate=-1")
+    with pytest.raises(UserError, match="nobody is here to confirm; add --yes"):
+        launcher(UNET, "--config", "flowers")
+    assert len(cloud.requests) == sent
+
+
+def test_no_credentials(tmp_path, environment):
+    """As users type it: exit code 2 and a sentence; a dry run shows the request all the same."""
+    kept = {key: value for key, value in environment.items() if not key.startswith("AWS")}
+    kept |= {"AWS_EC2_METADATA_DISABLED": "true"}
+    words = [sys.executable, str(SCRIPTS / "launch_sagemaker.py"), UNET, "--config", "flowers"]
+    done = subprocess.run(words, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: no AWS credentials: run aws configure")
+    assert "Traceback" not in done.stderr
+    words[2:2] = ["--dry_run", "--train_images", "6811"]
+    done = subprocess.run(words, cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
+    request = json.loads(done.stdout)
+    assert request["ResourceConfig"]["InstanceCount"] == 2
+    assert "MISSING: no AWS credentials" in done.stderr
+    assert "15,964 updates of 64 samples = 150.0 epochs of 6,811 images" in done.stderr
+    assert "USD on demand" in done.stderr
+
+
+def test_credentials_travel_through_secrets_manager_alone(launcher, cloud, monkeypatch, capsys):
+    canary = "canary-5f1c"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://me:{canary}@mlflow.example.org/x")
+    monkeypatch.setenv("HF_TOKEN", f"hf_{canary}")
+    told = launcher("--yes", UNET, "--config", "flowers", base_job_name="secret")
+    request = cloud.requests[-1]
+    assert request["Environment"] == {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example.org/x",
+        "T2I_SECRETS": "t2i/secret",
+    }
+    assert canary not in json.dumps(request) + told + "".join(capsys.readouterr())
+    s3 = cloud.session.client("s3")
+    bucket = request["OutputDataConfig"]["S3OutputPath"].split("/")[2]
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="secret/"):
+        for item in page["Contents"]:
+            assert canary.encode() not in s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+    monkeypatch.setenv("T2I_SECRETS", "t2i/secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    inside = run_sagemaker_job.make_environment("eth0", 2)
+    assert (inside["MLFLOW_TRACKING_PASSWORD"], inside["HF_TOKEN"]) == (canary, f"hf_{canary}")
+    assert canary not in capsys.readouterr().out
+    assert inside["NCCL_SOCKET_IFNAME"] == "eth0"
+
+
+def test_following_a_job(launcher, cloud, monkeypatch):
+    """--wait shows the log and ends with the job; Ctrl-C leaves it running."""
+    launcher("--yes", UNET, "--config", "flowers", base_job_name="followed")
+    request = cloud.requests[-1]
+    job, logs = request["TrainingJobName"], cloud.session.client("logs")
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    account = launch_sagemaker.Account(cloud.session)
+    monkeypatch.setattr("time.sleep", mock.Mock(side_effect=KeyboardInterrupt))
+    backend = __import__("moto.sagemaker.models", fromlist=["x"]).sagemaker_backends["123456789012"]["us-east-1"]
+    backend.training_jobs[job].training_job_status = "InProgress"
+    with pytest.raises(SystemExit) as error:
+        launch_sagemaker.wait(job, settings, account)
+    assert error.value.code == 130
+    assert backend.training_jobs[job].training_job_status == "InProgress"
+    logs.create_log_group(logGroupName=launch_sagemaker.LOGS)
+    stream = f"{job}/algo-1-1732000000"
+    logs.create_log_stream(logGroupName=launch_sagemaker.LOGS, logStreamName=stream)
+    now = int(__import__("time").time() * 1000)
+    for message in ("step 10: train_loss=0.5", "step 20: train_loss=0.4"):
+        logs.put_log_events(
+            logGroupName=launch_sagemaker.LOGS, logStreamName=stream, logEvents=[{"timestamp": now, "message": message}]
+        )
+    seen = {}
+    assert launch_sagemaker.new_lines(logs, job, seen) == [
+        "algo-1: step 10: train_loss=0.5",
+        "algo-1: step 20: train_loss=0.4",
+    ]
+    assert launch_sagemaker.new_lines(logs, job, seen) == []
+    finish_in_moto(request)
+    launch_sagemaker.wait(job, settings, account)
+    backend.training_jobs[job].training_job_status = "Failed"
+    with pytest.raises(UserError, match=f"{job} ended as Failed"):
+        launch_sagemaker.wait(job, settings, account)
+
+
+def test_machines_that_would_train_apart_are_stopped(monkeypatch):
+    from t2i import distributed
+
+    monkeypatch.setenv("T2I_WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match="1 processes instead of 2: the machines would train apart"):
+        distributed.make_accelerator(config.TrainUnetConfig())
+
+
+def test_accelerate_itself_still_cannot(tmp_path, environment):
+    """The day that this fails, upstream is mended (accelerate#3463): README and CONTRIBUTING have a sentence to change."""
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/sagemaker.yaml",
+        UNET,
+    ]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "num_processes" in done.stderr
+    assert "unknown keys" in done.stderr
+
+
+def test_the_estimate(launcher):
+    command = jobs.read_command([UNET, "--config", "flowers"])
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {"max_run": 3600}}, "test")
+    prices = costs.read_prices()
+    flops, weights = costs.unet_size(command.recipe)
+    assert 147e6 < weights < 149e6
+    found = costs.estimate(command, settings, prices, 6400, 100.0)
+    assert (found.updates, found.epochs, found.global_batch) == (15000, 150.0, 64)  # 150 x 6,400 / 64
+    assert found.hours == pytest.approx(960_000 / 100 / 3600 + prices.overhead_minutes / 60)
+    assert found.usd == pytest.approx(found.hours * 2 * prices.instances["ml.g4dn.xlarge"].usd_per_hour)
+    assert "max_run ends it after 1 h" in costs.too_long(found, settings)
+    guessed = costs.estimate(command, settings, prices, 6400, None)
+    compute = 32 * 3 * flops / (65e12 * prices.utilisation)
+    assert guessed.samples_per_second == pytest.approx(64 / (compute + 2 * weights * 8 / 5e9))
+    unknown = costs.estimate(
+        command, SimpleNamespace(**vars(settings) | {"ec2_instance_type": "ml.p4d.24xlarge"}), prices, None, None
+    )
+    assert (unknown.usd, unknown.updates, unknown.epochs) == (None, None, 150.0)
