@@ -11,8 +11,9 @@ PID 1, so signals behave as in docker), host name, and an eth0 in a network that
 on this machine, nothing else. The "image" is this machine's root folder with an empty home; what a container writes below
 /opt, /tmp and the Python environment is its own and vanishes with it.
 
-What it does not do: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, hosts with
-several instance groups. Needs root on Linux, or `unshare --map-root-user --net --mount` around the whole command.
+What it does not do: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, several
+instance groups. It needs root on Linux. Where the kernel gives namespaces to users, the whole command can instead run inside
+`unshare --map-root-user --net --mount sh -c "ip link set lo up; …"`.
 """
 
 import contextlib
@@ -67,6 +68,7 @@ case "$image/" in /opt/* | /tmp/*) ;; *) own "$image" image ;; esac
 mount -t tmpfs tmpfs /dev/shm
 mount -t proc proc /proc
 cd /
+unset OLDPWD
 exec setsid "$@"
 """
 
@@ -127,17 +129,8 @@ class Network:
                     continue
                 raise
             self._interface = name
-            run(
-                "nsenter",
-                f"--net=/proc/{self._switch.pid}/ns/net",
-                "ip",
-                "link",
-                "set",
-                "machine",
-                "master",
-                "bridge",
-                "up",
-            )
+            inside = ("nsenter", f"--net=/proc/{self._switch.pid}/ns/net")
+            run(*inside, "ip", "link", "set", "machine", "master", "bridge", "up")
             ip("address", "add", f"{self.address}/24", "dev", name)
             ip("link", "set", name, "up")
             return name
@@ -202,6 +195,7 @@ class LocalJob:
         assert self._thread is None or not self._thread.is_alive(), "the job is running"
         self.status, self.failure_reason, self.exit_codes, self._grace = "InProgress", "", {}, None
         self.runs += 1
+        self._synced.clear()
         for host in self.hosts:
             self._prepare(host)
         # A thread of its own for the whole run: the kernel kills the containers with the thread that started them.
@@ -444,7 +438,7 @@ def why_not() -> str | None:
             Path(name, "hosts").touch()
             run(*network.container(1, "algo-1", Path(name), Path(sys.prefix), ["true"]))
     except OSError as error:
-        return f"containers cannot be made here, be root: {str(error).splitlines()[-1]}"
+        return f"containers cannot be made here without root's rights: {str(error).splitlines()[-1]}"
     return None
 
 
@@ -514,9 +508,7 @@ def aws(region: str = "us-east-1") -> Iterator[Cloud]:
         stack.enter_context(mock_aws())
         stack.enter_context(mock.patch.object(IamResponse, "simulate_principal_policy", allow, create=True))
         stack.enter_context(mock.patch.object(SageMakerResponse, "create_training_job", take_down))
-        telemetry = (
-            "sagemaker.core.telemetry.telemetry_logging._send_telemetry_request"  # its address is no part of AWS
-        )
+        telemetry = "sagemaker.core.telemetry.telemetry_logging._send_telemetry_request"  # moto would not stop it
         stack.enter_context(mock.patch(telemetry))
         session = boto3.Session(region_name=region)
         trust = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
