@@ -133,14 +133,10 @@ class Account:
 
     session: Any  # boto3's; None without credentials
     number: str = PLACEHOLDER
+    bucket: str = ""  # SageMaker's, of the account
     role: str = ""  # ARN
     image: str = ""
     missing: list[str] = field(default_factory=list)  # sentences for the user
-
-    @property
-    def bucket(self) -> str:
-        """SageMaker's bucket of the account, as the SDK names it."""
-        return f"sagemaker-{self.session.region_name}-{self.number}"
 
 
 def look(config: jobs.SageMakerConfig, inputs: dict[str, str], inside: Path) -> Account:
@@ -180,6 +176,7 @@ def look(config: jobs.SageMakerConfig, inputs: dict[str, str], inside: Path) -> 
         account.missing.append(
             f"AWS does not accept the credentials ({brief(error)}); run aws configure, or aws sso login"
         )
+    account.bucket = f"sagemaker-{config.region}-{account.number}"  # as the SDK names it
     account.role = find_role(config, account)
     if not account.missing:
         check_buckets(config, inputs, account)
@@ -451,11 +448,23 @@ def submit(
 
 def upload(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> dict[str, str]:
     """Upload the folders of this machine, each once by its content, and return where each channel is."""
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core.helper.session_helper import Session
 
-    channels, s3 = channels_of(inputs, hashes, account), account.session.client("s3")
-    if hashes:
-        Session(boto_session=account.session).default_bucket()  # makes it, if there is none yet
+    try:
+        account.bucket = Session(boto_session=account.session).default_bucket()  # makes it, if there is none yet
+        send_folders(inputs, hashes, account)
+    except (ClientError, BotoCoreError, S3UploadFailedError) as error:
+        raise UserError(
+            f"S3 does not take the data ({brief(error)}); what was sent is kept, the same command sends the rest"
+        ) from None
+    return channels_of(inputs, hashes, account)
+
+
+def send_folders(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> None:
+    """Send what S3 does not have yet of the folders, file by file."""
+    s3 = account.session.client("s3")
     for channel, digest in hashes.items():
         files = jobs.hash_folder(Path(inputs[channel]))[1]
         prefix = f"t2i-inputs/{digest}/"
@@ -465,8 +474,7 @@ def upload(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> 
         todo = {key: file for key, file in names.items() if there.get(key) != file.stat().st_size}
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda item: s3.upload_file(str(item[1]), account.bucket, item[0]), todo.items()))
-        print(f"{channel}: {len(todo):,} of {len(names):,} files uploaded to {channels[channel]}")
-    return channels
+        print(f"{channel}: {len(todo):,} of {len(names):,} files uploaded to s3://{account.bucket}/{prefix}")
 
 
 def secret_name(config: jobs.SageMakerConfig) -> str:

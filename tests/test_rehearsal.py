@@ -1,19 +1,13 @@
 """A SageMaker job played through on this machine as two hosts: the short form of `make sagemaker-rehearse`."""
 
-import os
-
-import pytest
-
 from conftest import TINY
-from local_sagemaker import why_not
+from local_sagemaker import need_containers
 from rehearse_sagemaker import rehearse
 from t2i import config, models
 
 
 def test_a_job_played_through_on_two_hosts(tmp_path, command):
-    reason = why_not()
-    if reason and not os.environ.get("T2I_REQUIRE_NAMESPACES"):
-        pytest.skip(reason)
+    need_containers()
     (tmp_path / "tiny.yaml").write_text(TINY)
     command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 8, "--test_count", 4,
             "--size", 32, "--workers", 1, cwd=tmp_path)  # fmt: skip
