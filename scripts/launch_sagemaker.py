@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from t2i import costs, jobs
 from t2i.runs import UserError, run_main, write_json
 
+CONFIGS = jobs.ROOT / "accelerate_configs"
 LOGS = "/aws/sagemaker/TrainingJobs"  # CloudWatch's group
 POLL_S = 10.0
 PLACEHOLDER = "000000000000"  # stands for the account in a dry run without credentials
@@ -87,12 +88,10 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config_file", default="accelerate_configs/sagemaker.yaml", help="accelerate YAML for SageMaker"
-    )
+    parser.add_argument("--config_file", default=str(CONFIGS / "sagemaker.yaml"), help="accelerate YAML for SageMaker")
     parser.add_argument(
         "--inside",
-        default="accelerate_configs/deepspeed_zero2.yaml",
+        default=str(CONFIGS / "deepspeed_zero2.yaml"),
         help="accelerate YAML that holds in the containers",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the request as JSON, and the plan; send nothing")

@@ -330,6 +330,8 @@ def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {key} is missing; add it") from None
         raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {first['msg']}") from None
 
 

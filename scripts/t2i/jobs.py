@@ -140,9 +140,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_table(path: str, name: str) -> dict[str, str]:
-    """A TSV file of two columns under a header, as accelerate reads it: inputs by channel, or metrics by name."""
+    """A TSV file of two columns under a header, as accelerate reads it: inputs by channel, or metrics by name.
+
+    path: from the working directory, else from the repository's root.
+    """
+    file = next((found for found in (Path(path), ROOT / path) if found.is_file()), Path(path))
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
+        lines = file.read_text(encoding="utf-8").splitlines()[1:]
     except OSError as error:
         raise UserError(f"{name} {path} cannot be read ({error.strerror}); mend the path in the YAML") from None
     table = {}
