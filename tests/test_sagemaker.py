@@ -18,7 +18,7 @@ import run_sagemaker_job
 from conftest import ROOT, SCRIPTS
 from local_sagemaker import aws
 from rehearse_sagemaker import finish_in_moto, launch
-from t2i import config, costs, jobs
+from t2i import account, config, costs, jobs
 from t2i.runs import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -305,12 +305,12 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     request = cloud.requests[-1]
     job, logs = request["TrainingJobName"], cloud.session.client("logs")
     settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
-    account = launch_sagemaker.Account(cloud.session)
+    there = account.Account(cloud.session)
     monkeypatch.setattr("time.sleep", mock.Mock(side_effect=KeyboardInterrupt))
     backend = __import__("moto.sagemaker.models", fromlist=["x"]).sagemaker_backends["123456789012"]["us-east-1"]
     backend.training_jobs[job].training_job_status = "InProgress"
     with pytest.raises(SystemExit) as error:
-        launch_sagemaker.wait(job, settings, account)
+        launch_sagemaker.wait(job, settings, there)
     assert error.value.code == 130
     assert backend.training_jobs[job].training_job_status == "InProgress"
     logs.create_log_group(logGroupName=launch_sagemaker.LOGS)
@@ -328,10 +328,10 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     ]
     assert launch_sagemaker.new_lines(logs, job, seen) == []
     finish_in_moto(request)
-    launch_sagemaker.wait(job, settings, account)
+    launch_sagemaker.wait(job, settings, there)
     backend.training_jobs[job].training_job_status = "Failed"
     with pytest.raises(UserError, match=f"{job} ended as Failed"):
-        launch_sagemaker.wait(job, settings, account)
+        launch_sagemaker.wait(job, settings, there)
 
 
 def test_machines_that_would_train_apart_are_stopped(monkeypatch):

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse
 from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
+from t2i.tracking import redact
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
@@ -185,6 +186,11 @@ def read_command(words: list[str]) -> Command:
     if not script.is_file():
         raise UserError(f"{words[0]} does not exist; check its name")
     sections, arguments = SECTIONS.get(script.name), words[1:]
+    if any(redact(word) != word for word in [*arguments, " ".join(arguments)]):
+        raise UserError(
+            "an argument looks like a credential, which the job's log would show; leave it out, and export HF_TOKEN or "
+            "MLFLOW_TRACKING_PASSWORD where you launch"
+        )
     recipe = parse(sections, f"{script.name}, before it is sent to SageMaker", arguments) if sections else None
     if recipe and not recipe.data.dataset:
         raise UserError(
