@@ -290,6 +290,8 @@ def submit(
 
 def wait(job: str, config: jobs.SageMakerConfig, account: aws.Account) -> None:
     """Follow the job's log until it ends. Ctrl-C leaves the job running."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
     client, logs = account.session.client("sagemaker"), account.session.client("logs")
     seen: dict[str, str] = {}
     start, status = time.monotonic(), ""
@@ -311,6 +313,10 @@ def wait(job: str, config: jobs.SageMakerConfig, account: aws.Account) -> None:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    except (ClientError, BotoCoreError) as error:
+        raise UserError(
+            f"{job} cannot be followed any more ({aws.brief(error)}); it goes on, --fetch brings it home"
+        ) from None
     if state["TrainingJobStatus"] != "Completed":
         raise UserError(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
     paid, ran = state.get("BillableTimeInSeconds"), state.get("TrainingTimeInSeconds")

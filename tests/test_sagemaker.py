@@ -202,7 +202,18 @@ def mistakes():
     yield "old Python", {"py_version": "py38"}, [], "py_version py38: the scripts need Python 3.11 or later"
     yield "no such image", {"pytorch_version": "9.9.9"}, [], "AWS has no image for pytorch_version 9.9.9"
     yield "region", {"region": "us-nowhere-1"}, [], "region us-nowhere-1 is none that has SageMaker"
-    yield "secret in YAML", {"additional_args": {"environment": {"HF_TOKEN": "hf_x"}}}, [], "environment holds HF_TOKEN"
+    yield (
+        "secret in YAML",
+        {"additional_args": {"environment": {"HF_TOKEN": "hf_x"}}},
+        [],
+        "environment holds a credential in HF_TOKEN",
+    )
+    yield (
+        "password in YAML",
+        {"additional_args": {"environment": {"MLFLOW_TRACKING_URI": "https://me:canary-77aa@mlflow.example.org"}}},
+        [],
+        "environment holds a credential in MLFLOW_TRACKING_URI",
+    )
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
     yield "no such folder", {}, ["--dataset", "./nowhere"], "--dataset ./nowhere is not here"

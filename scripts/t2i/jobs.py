@@ -118,11 +118,12 @@ def read_config(path: Path) -> SageMakerConfig:
             f"{path}: py_version {config.py_version}: the scripts need Python 3.11 or later; set py_version: py312 and "
             "pytorch_version: 2.9.0"
         )
-    secret = [name for name in additional.environment if name in SECRET_NAMES]
+    shown = {name: f"{name}={value}" for name, value in additional.environment.items() if name != SECRETS}
+    secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
     if secret:
         raise UserError(
-            f"{path}: environment holds {secret[0]}, which the request would show in plain text; export it where you launch, or "
-            f"name a Secrets Manager secret in {SECRETS}"
+            f"{path}: environment holds a credential in {secret[0]}, which the request would show in plain text; export it where "
+            f"you launch, or name a Secrets Manager secret in {SECRETS}"
         )
     return config
 
