@@ -79,9 +79,18 @@ def main() -> None:
     # sweep
     cells: list[dict[str, Any]] = []
     prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed, 0)
+    sweep = {
+        "checkpoints": checkpoints,
+        "guidance_scales": config.guidance_scales,
+        "num_inference_steps": config.num_inference_steps,
+        "scheduler": read_json(run / "pipeline" / "scheduler" / "scheduler_config.json")["_class_name"],
+        "prompts": prompts.texts,
+        "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
+    }
     with state.timed("sweep"):
         for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
             pictures = draw(run / checkpoint, prompts, scale, config, config.eval_seed)
+            keep(run, checkpoint, pictures, sweep | {"guidance_scale": scale})
             figures = measure(pictures, prompts, classifier, splits, unseen, config)
             grid = f"grid-{checkpoint}-{scale:g}.png"
             save_grid(pictures, folder / grid)
@@ -111,7 +120,7 @@ def main() -> None:
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], config, scale),
     }
-    results = {"report": report, "cells": cells, "prompts": prompts.texts}
+    results = {"report": report, "cells": cells, "prompts": prompts.texts, "sweep": sweep}
     write_json(folder / "evaluation.json", results)
     cards.write_model_card(run, results)
     if trained.report_to == "mlflow":
@@ -245,6 +254,20 @@ def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfi
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
         num_inference_steps=config.num_inference_steps, batch_size=config.eval_batch_size,
     )  # fmt: skip
+
+
+def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
+    """Store a sweep's pictures as cells, so that the dashboard's grids over the sweep need no model."""
+    from t2i import cells
+
+    made = [
+        cells.Cell(
+            prompt, seed=seed, guidance_scale=drawn["guidance_scale"],
+            num_inference_steps=drawn["num_inference_steps"], scheduler=drawn["scheduler"],
+        )
+        for prompt, seed in zip(drawn["prompts"], drawn["seeds"], strict=True)
+    ]  # fmt: skip
+    cells.save_cells(run, checkpoint, cells.weights_hash(run / checkpoint), made, pictures)
 
 
 def measure(

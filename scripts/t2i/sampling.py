@@ -3,7 +3,6 @@
 A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,12 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import models
+from t2i.pictures import SCHEDULERS, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
 from t2i.runs import UserError, checkpoint_folders
-
-# the names people type, for the classes that diffusers has; any other of its class names works too
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-}
 
 
 def load_pipeline(
@@ -64,7 +48,7 @@ def load_pipeline(
                 f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model"
             ) from None
     if scheduler:
-        pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     try:
         return pipeline.to(device)
@@ -109,13 +93,14 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
     return models.build_pipeline(models.load_vae(str(parts)), text_encoder, tokenizer, unet, scheduler)
 
 
-def _scheduler_class(name: str) -> Any:
-    cls = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
+def make_scheduler(name: str, config: Any) -> Any:
+    """A scheduler by a key of `SCHEDULERS` or a class name of diffusers, with the noise schedule of another's `config`."""
+    cls: Any = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
     if not (name.lower() in SCHEDULERS or name.endswith("Scheduler")) or not hasattr(cls, "from_config"):
         raise UserError(
             f"unknown scheduler {name!r}; take one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers"
         )
-    return cls
+    return cls.from_config(config)
 
 
 def generate(
@@ -149,41 +134,3 @@ def generate(
         bar.update(len(part))
     bar.close()
     return np.concatenate(pictures)
-
-
-def save_picture(path: Path, picture: np.ndarray, parameters: dict[str, Any]) -> None:
-    """Save uint8 [R, R, 3] as PNG with its parameters as JSON in the text field `parameters`."""
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    Image.fromarray(picture).save(path, pnginfo=info)
-
-
-def read_parameters(path: Path) -> dict[str, Any] | None:
-    """What `save_picture` wrote beside a picture; None where there is no whole picture with parameters."""
-    try:
-        with Image.open(path) as image:
-            image.load()  # a picture that was cut off has its text all the same
-            return json.loads(image.info["parameters"])
-    except (OSError, SyntaxError, ValueError, KeyError):
-        return None
-
-
-def picture_grid(
-    pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
-) -> Image.Image:
-    """Pictures uint8 [N, R, R, 3] in rows of `columns`, left to right, with a line of text under each if `labels` is given."""
-    side, gap = pictures.shape[1] * scale, 2
-    line = 12 if labels else 0
-    rows = -(-len(pictures) // columns)
-    grid = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + line + gap) - gap), "white")
-    pen = ImageDraw.Draw(grid)
-    for number, picture in enumerate(pictures):
-        x, y = (number % columns) * (side + gap), (number // columns) * (side + line + gap)
-        image = Image.fromarray(picture)
-        grid.paste(image.resize((side, side), Image.Resampling.LANCZOS) if scale > 1 else image, (x, y))
-        if labels:
-            text = labels[number]
-            while text and pen.textlength(text) > side:
-                text = text[:-1]
-            pen.text((x + 1, y + side), text, fill="black")
-    return grid
