@@ -5,6 +5,7 @@ exec python3 scripts/run_sagemaker_job.py        (the command of launch_sagemake
 Reads job.json beside scripts/ and SageMaker's resourceconfig.json, and runs `accelerate launch` with the staged YAML.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -28,6 +29,10 @@ HOSTS_WAIT_S = 300.0  # until the other machines have names
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not (ROOT / "job.json").is_file() or not CONFIG.is_file():
+        print("error: this runs in a SageMaker container; submit a job by scripts/launch_sagemaker.py", file=sys.stderr)
+        return 2
     job = json.loads((ROOT / "job.json").read_text(encoding="utf-8"))
     resources = json.loads(CONFIG.read_text(encoding="utf-8"))
     hosts = sorted(resources["hosts"])
