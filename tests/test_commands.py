@@ -136,7 +136,7 @@ def test_help_imports_no_torch(script, command, tmp_path):
     (tmp_path / "spy.py").write_text(spy)
     done = command(tmp_path / "spy.py", SCRIPTS / script, cwd=tmp_path, env={"PYTHONPATH": str(SCRIPTS)})
     assert done.stdout.strip().endswith("False")
-    assert "default:" in done.stdout
+    assert "default:" in done.stdout or script == "run_sagemaker_job.py"  # it has no options
 
 
 MISTAKES = [
