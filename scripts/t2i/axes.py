@@ -124,7 +124,7 @@ def _number(axis: str, text: str, bounded: bool = True) -> Decimal:
         raise UserError(f"{axis} {_short(text)} is not a whole number; give one such as {int(value)}")
     if value and abs(value) < Decimal("1e-6"):  # smaller ones change no picture, and their digits would be long
         raise UserError(f"{axis} {_short(text)} is too near 0; give 0, or 0.000001 or more")
-    return value
+    return value or Decimal(0)  # -0 as well, which is another text and the same picture
 
 
 def _format_numbers(axis: str, values: Sequence[Any]) -> str:

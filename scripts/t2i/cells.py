@@ -47,6 +47,15 @@ class Cell:
     scheduler: str = "DDIMScheduler"
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"{name} is no text that can be stored (a lone surrogate, or no text); type it anew")
+        for name in ("seed", "num_inference_steps"):  # 1.0 and True would be other keys for the same picture
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name} {str(getattr(self, name))[:40]} is not a whole number; give one such as 1")
+        if type(self.guidance_scale) not in (int, float):
+            raise UserError(f"guidance_scale {str(self.guidance_scale)[:40]} is not a number; give one such as 7.5")
         known = SCHEDULERS.get(self.scheduler.lower(), self.scheduler)
         if known not in SCHEDULERS.values() and not re.fullmatch(r"\w{1,80}Scheduler", known):
             raise UserError(f"unknown scheduler {self.scheduler[:40]!r}; take one of {', '.join(SCHEDULERS)}")
@@ -54,6 +63,8 @@ class Cell:
             raise UserError(f"guidance_scale {self.guidance_scale} is no scale; give 0 or more, such as 7.5")
         if not 1 <= self.num_inference_steps <= 1000:
             raise UserError(f"num_inference_steps {self.num_inference_steps} is out of bounds; give 1 to 1000")
+        if known == "PNDMScheduler" and self.num_inference_steps < 4:  # it starts with four steps; fewer crash in it
+            raise UserError(f"num_inference_steps {self.num_inference_steps} is too few for pndm; give 4 or more")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} is out of bounds; give 0 to {2**63 - 1}")
         object.__setattr__(self, "scheduler", known)
@@ -133,7 +144,8 @@ def _run_json(run: Path) -> dict[str, Any]:
 def _shared(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
     """What all checkpoints of a run draw with; a run's identity never changes, and names it by hashes."""
     names = {"vae": "vae_hash", "text_encoder": "text_encoder_hash", "tokenizer": "tokenizer_hash"}
-    identity = run.get("identity") or {}
+    identity = run.get("identity")
+    identity = identity if isinstance(identity, dict) else {}
     parts = {part: identity.get(key) or _hash_files(pipeline / part) for part, key in names.items()}
     return parts | {"scheduler": _hash_files(pipeline / "scheduler")}
 
@@ -307,6 +319,11 @@ def _find_model(run: Path, checkpoint: str) -> tuple[str, str | None]:
         return "", str(error)
 
 
+def missing(places: Sequence[Place]) -> list[Place]:
+    """The places whose pictures have to be made: not there yet, and of a model that is."""
+    return [place for place in places if place.problem is None and not place.made]
+
+
 def make(
     places: Sequence[Place],
     *,
@@ -329,9 +346,9 @@ def make(
         UserError: a model cannot be loaded or changed since the plan, or the disk does not take a picture. What was made
             stays, and the same call goes on from there.
     """
-    missing = [place for place in places if place.problem is None and not place.made]
+    wanted = missing(places)
     done, drawn, current, pipeline = 0, 0, None, None
-    for batch in _batches(missing, batch_size):
+    for batch in _batches(wanted, batch_size):
         first = batch[0]
         with _turn(first.run, cancelled) as had:
             if not had or cancelled():
@@ -346,7 +363,7 @@ def make(
                 drawn += len(absent)
         for place in batch:
             done += 1
-            progress(place, done, len(missing))
+            progress(place, done, len(wanted))
     return drawn
 
 
