@@ -11,6 +11,9 @@ from streamlit.testing.v1 import AppTest
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "dashboard" / "streamlit_app.py"
+LIGHT = {"json", "re", "sys", "pathlib", "typing", "altair", "pandas", "streamlit", "yaml", "common"} | {
+    f"t2i.{module}" for module in ("cards", "curves", "runs", "tracking")
+}
 
 
 def make_run(folder: Path) -> Path:
@@ -130,12 +133,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_imports_are_light_and_settings_safe() -> None:
-    imports = [node for node in ast.walk(ast.parse(APP.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
-    assert names == {"json", "sys", "pathlib", "typing", "pandas", "streamlit", "t2i.cards", "t2i.runs"}  # no torch
+    files = [APP, *sorted(APP.parent.glob("common.py")), *sorted((APP.parent / "pages").glob("*.py"))]
+    for file in files:
+        imports = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+        assert names <= LIGHT, file  # nothing of them imports torch: tests/test_architecture.py
+        assert "unsafe_allow_html" not in file.read_text()
     settings = tomllib.loads((APP.parent / ".streamlit" / "config.toml").read_text())
     assert settings["server"]["address"] == "127.0.0.1"
     assert settings["server"]["allowedHosts"] == ["localhost", "127.0.0.1"]
     assert settings["client"]["showErrorDetails"] == "none"
     assert not settings["browser"]["gatherUsageStats"]
-    assert "unsafe_allow_html" not in APP.read_text()

@@ -150,7 +150,7 @@ def _say(text: str) -> None:
 # --- Where to send ---------------------------------------------------------------------------------------------------
 
 
-def _resolve_uri(tracking_uri: str | None) -> str:
+def resolve_uri(tracking_uri: str | None) -> str:
     """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
     parts = urlsplit(uri)
@@ -172,12 +172,12 @@ def _resolve_uri(tracking_uri: str | None) -> str:
     return bare
 
 
-def _database_file(uri: str) -> Path | None:
+def database_file(uri: str) -> Path | None:
     """The file of a SQLite tracking URI, absolute; None for other servers."""
     return Path(unquote(uri.removeprefix("sqlite:///"))).absolute() if uri.startswith("sqlite:///") else None
 
 
-def _import_mlflow() -> Any:
+def import_mlflow() -> Any:
     """MLflow, quiet, and giving up on a dead server at once: the spool retries. What the user has set stays."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -287,8 +287,8 @@ class _Sender:
         write_json(self.folder / "state.json", self._state)
 
     def _connect(self) -> None:
-        mlflow = _import_mlflow()
-        database = _database_file(self.uri)
+        mlflow = import_mlflow()
+        database = database_file(self.uri)
         if database is None:
             self._client = mlflow.MlflowClient(tracking_uri=self.uri)
             return
@@ -330,7 +330,7 @@ class _Sender:
 
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            database = _database_file(self.uri)
+            database = database_file(self.uri)
             folder = re.sub(r"[^\w.-]", "_", name)
             location = (database.parent / "mlruns" / folder).as_uri() if database else None
             try:
@@ -394,7 +394,7 @@ class _Sender:
                     except MlflowException as refusal:
                         if refusal.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                             raise
-                        _say(f"MLflow refused {kind} {row.key}: {_first_line(refusal)}")
+                        _say(f"MLflow refused {kind} {row.key}: {first_line(refusal)}")
 
     def _check_run(self, error: Exception) -> None:
         """Raise when the run is gone or deleted: its records wait in the spool."""
@@ -430,7 +430,7 @@ class _Sender:
         except Exception as error:
             self._check_run(error)  # raises when it is the whole server that does not answer
             self._state["set_aside"].append(record)
-            _say(f"MLflow's artifact store did not take {path.name} ({_first_line(error)}); it is tried again later")
+            _say(f"MLflow's artifact store did not take {path.name} ({first_line(error)}); it is tried again later")
 
 
 def _read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -467,7 +467,7 @@ def _copy_redacted(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The telling part of an error in one line."""
     text = str(error)
     cause = re.search(r"\[Errno -?\d+\] ([\w ,'-]+)|(timed out)|Response body: '?(.{1,160})", text)
@@ -528,7 +528,7 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         tracking_uri: str | None = None,
     ):
-        uri = _resolve_uri(tracking_uri)
+        uri = resolve_uri(tracking_uri)
         self._sender = _Sender(run_dir, uri)
         self._warned = False
         self._lost_records = False
@@ -550,10 +550,10 @@ class Tracker:
             params=_flatten(redact_config(config)),
             tags={str(key): str(value) for key, value in redact_config(source | dict(tags or {})).items()},
         )
-        _import_mlflow()  # here rather than in the thread: two threads importing at once may see half-made modules
+        import_mlflow()  # here rather than in the thread: two threads importing at once may see half-made modules
         atexit.register(self.finish, "FAILED")
         threading.Thread(target=self._send_until_finished, name="mlflow", daemon=True).start()
-        wait_s = START_WAIT_S if _database_file(uri) is None else START_WAIT_DATABASE_S
+        wait_s = START_WAIT_S if database_file(uri) is None else START_WAIT_DATABASE_S
         with self._turn:
             answered = self._turn.wait_for(
                 lambda: self._sender.found_run.is_set() or max(self._attempts.values()) >= 0, wait_s
@@ -690,7 +690,7 @@ class Tracker:
                     self._warned = False
                     _say(f"MLflow at {self.uri} answers: the records kept meanwhile are sent")
             except Exception as error:
-                self._warn(f"does not take records ({_first_line(error)})")
+                self._warn(f"does not take records ({first_line(error)})")
                 outcome, pause, delay = "failed", delay, min(2 * delay, RETRY_AT_MOST_EVERY_S)
             with self._turn:
                 self._attempts[outcome] = began
@@ -709,9 +709,9 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
     """
     if not (run_dir / SPOOL_FILE).is_file():
         raise UserError(f"{run_dir / SPOOL_FILE} is missing; give the folder of a run that was tracked")
-    sender = _Sender(run_dir, _resolve_uri(tracking_uri))
+    sender = _Sender(run_dir, resolve_uri(tracking_uri))
     try:
         sender.send()
     except Exception as error:
-        _say(f"MLflow at {sender.uri} does not take records ({_first_line(error)})")
+        _say(f"MLflow at {sender.uri} does not take records ({first_line(error)})")
     return sender.pending()

@@ -1,0 +1,5 @@
+"""curves."""
+
+import streamlit as st
+
+st.title("Curves")
