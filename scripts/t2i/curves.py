@@ -11,12 +11,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -316,45 +315,3 @@ class Loading:
 
     def stop(self) -> None:
         self._stopped = True
-
-
-@contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """What a store answers instead of data, as a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # MLflow's, requests' and SQLite's have no common class
-        raise UserError(
-            f"MLflow at {redact(uri)} does not answer ({redact(first_line(error))}); start it, or set "
-            "MLFLOW_TRACKING_URI to one that runs"
-        ) from None
-
-
-def _connect(uri: str) -> Any:
-    """MLflow's client of a server. Whether anyone listens is asked first: that costs less than importing MLflow."""
-    parts = urlsplit(uri)
-    with _told(uri):
-        if parts.scheme in ("http", "https"):
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), ANSWER_WAIT_S).close()
-        return import_mlflow().MlflowClient(tracking_uri=uri)
-
-
-def _query(database: Path, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
-    """Rows of a local MLflow database: the one place that knows it is SQLite. Opened for reading alone.
-
-    Why not MLflow's client: it makes an object of every point, and a million of them take it a minute; and it makes a
-    missing database.
-    """
-    if not database.is_file():
-        raise UserError(
-            f"MLflow's database {database} is not there yet; a training makes it, or set MLFLOW_TRACKING_URI"
-        )
-    with _told(f"sqlite:///{database}"):
-        connection = sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True, timeout=ANSWER_WAIT_S)
-        try:
-            return connection.execute(sql, arguments).fetchall()
-        finally:
-            connection.close()

@@ -394,7 +394,7 @@ class _Sender:
                     except MlflowException as refusal:
                         if refusal.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                             raise
-                        _say(f"MLflow refused {kind} {row.key}: {first_line(refusal)}")
+                        _say(f"MLflow refused {kind} {row.key}: {_first_line(refusal)}")
 
     def _check_run(self, error: Exception) -> None:
         """Raise when the run is gone or deleted: its records wait in the spool."""
@@ -430,7 +430,7 @@ class _Sender:
         except Exception as error:
             self._check_run(error)  # raises when it is the whole server that does not answer
             self._state["set_aside"].append(record)
-            _say(f"MLflow's artifact store did not take {path.name} ({first_line(error)}); it is tried again later")
+            _say(f"MLflow's artifact store did not take {path.name} ({_first_line(error)}); it is tried again later")
 
 
 def _read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -467,7 +467,7 @@ def _copy_redacted(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The telling part of an error in one line."""
     text = str(error)
     cause = re.search(r"\[Errno -?\d+\] ([\w ,'-]+)|(timed out)|Response body: '?(.{1,160})", text)
@@ -690,7 +690,7 @@ class Tracker:
                     self._warned = False
                     _say(f"MLflow at {self.uri} answers: the records kept meanwhile are sent")
             except Exception as error:
-                self._warn(f"does not take records ({first_line(error)})")
+                self._warn(f"does not take records ({_first_line(error)})")
                 outcome, pause, delay = "failed", delay, min(2 * delay, RETRY_AT_MOST_EVERY_S)
             with self._turn:
                 self._attempts[outcome] = began
@@ -713,5 +713,5 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
     try:
         sender.send()
     except Exception as error:
-        _say(f"MLflow at {sender.uri} does not take records ({first_line(error)})")
+        _say(f"MLflow at {sender.uri} does not take records ({_first_line(error)})")
     return sender.pending()
