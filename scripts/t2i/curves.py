@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from t2i.runs import UserError
 from t2i.tracking import SPOOL_FILE, database_file, import_mlflow, redact, resolve_uri
@@ -25,6 +26,7 @@ from t2i.tracking import SPOOL_FILE, database_file, import_mlflow, redact, resol
 POINTS = 500  # of a curve, at most: more than a chart has columns of pixels for each line that an eye can follow
 CONNECT_S = 2.0  # a server that does not take a connection in this time is called down
 REQUESTS_AT_ONCE = 4  # at an MLflow server that others use as well
+CACHE_KIB = 256 * 1024  # of a SQLite store, while it is read
 MLFLOW_INFINITY = 1.79e308  # MLflow's databases keep infinity as the largest float
 
 
@@ -50,7 +52,7 @@ class StoredRun:
     metrics: tuple[str, ...]
 
 
-def make_curve(steps: Sequence[float], times: Sequence[float], values: Sequence[float]) -> Curve:
+def make_curve(steps: ArrayLike, times: ArrayLike, values: ArrayLike) -> Curve:
     """A curve of raw points [n] each: NaN and infinity dropped, by step, of a step made twice the later record alone.
 
     A training that goes on from a checkpoint makes the steps after it again: those are the ones that count.
@@ -74,9 +76,8 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
     count = len(curve)
     if count <= points:
         return curve
-    inner = np.arange(1, count - 1)
-    width = math.ceil(len(inner) / ((points - 2) // 2))
-    inner = np.pad(inner, (0, -len(inner) % width), mode="edge").reshape(-1, width)
+    width = math.ceil((count - 2) / ((points - 2) // 2))
+    inner = np.pad(np.arange(1, count - 1), (0, -(count - 2) % width), mode="edge").reshape(-1, width)
     values = curve.values[inner]
     rows = np.arange(len(inner))
     chosen = [inner[rows, values.argmin(axis=1)], inner[rows, values.argmax(axis=1)], [0, count - 1]]
@@ -158,6 +159,18 @@ def shown_uri(uri: str | None = None) -> str:
 def is_file_store(uri: str | None = None) -> bool:
     """Whether the store is a SQLite file, which is read at once; a server is better asked beside the page."""
     return database_file(resolve_uri(uri)) is not None
+
+
+def store_stamp(uri: str | None = None) -> tuple[tuple[int, int], ...]:
+    """What changes when a SQLite store is written to; () for a server."""
+    file = database_file(resolve_uri(uri))
+    stamps = []
+    for part in (file, file.with_name(f"{file.name}-wal")) if file else ():
+        try:
+            stamps.append((part.stat().st_mtime_ns, part.stat().st_size))
+        except OSError:  # no write-ahead log, or no store
+            stamps.append((0, 0))
+    return tuple(stamps)
 
 
 def list_stored_runs(uri: str | None = None) -> list[StoredRun]:
@@ -243,6 +256,9 @@ def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
     try:
         store = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=5)
         try:
+            # Points of runs that trained at the same time lie mixed: with SQLite's usual 2 MB each page of the file is
+            # fetched many times (twice the seconds). Memory is taken as pages come, and given back at the close.
+            store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             yield store
         finally:
             store.close()
