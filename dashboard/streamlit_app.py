@@ -1,8 +1,9 @@
-"""Runs of this suite side by side: pictures by checkpoint and guidance scale, curves, settings.
+"""Runs of this suite: pictures side by side, curves of many runs, and how runs differ.
 
 streamlit run dashboard
 
-Run it from the repository root: it shows the run folders below outputs/. Widgets only: what is computed is computed by t2i.
+Run it from the repository root: it shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
+(mlflow.db where that is unset). It reads alone; what is computed is computed by t2i.
 """
 
 import sys
@@ -11,21 +12,19 @@ from pathlib import Path
 import streamlit as st
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE, HERE.parent / "scripts"):  # the pages import common.py and t2i
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # appended: a script's name must not hide a package's
+for folder in (str(HERE), str(HERE.parent / "scripts")):
+    if folder not in sys.path:
+        sys.path.append(folder)  # appended: a script's name must not hide a package's
 
-PAGES = {  # file: title; the first is where the dashboard opens
-    "compare": "Compare",
-    "curves": "Curves",
-    "runs": "Runs",
-}
+# file, which is also the name in the URL: title
+PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first is where one arrives
 
 
 def main() -> None:
     st.set_page_config(page_title="Text-to-image runs", layout="wide")
+    # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
     pages = [
-        st.Page(HERE / "pages" / f"{name}.py", title=title, url_path="" if number == 0 else name, default=number == 0)
+        st.Page(HERE / "views" / f"{name}.py", title=title, url_path="" if number == 0 else name, default=number == 0)
         for number, (name, title) in enumerate(PAGES.items())
     ]
     st.navigation(pages, position="top").run()
