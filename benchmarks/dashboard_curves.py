@@ -22,8 +22,8 @@ READ = """
 import sys, time
 sys.path.append({scripts!r})
 began = time.perf_counter()
-from t2i.curves import list_mlflow_runs, read_mlflow, thin
-curves = [thin(curve) for _, curve in read_mlflow([run.run_id for run in list_mlflow_runs()], "train_loss")]
+from t2i.curves import list_stored_runs, read_stored, thin
+curves = [thin(curve) for _, curve in read_stored([run.run_id for run in list_stored_runs()], "train_loss")]
 print(time.perf_counter() - began, len(curves), max(len(curve.steps) for curve in curves))
 """
 PAGE = """
@@ -49,7 +49,9 @@ def make_store(database: Path, runs: int, points: int) -> None:
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")
     experiment = client.create_experiment("t2i", artifact_location=(database.parent / "mlruns").as_uri())
-    ids = [client.create_run(experiment, start_time=number, run_name=f"run {number}").info.run_id for number in range(runs)]
+    ids = [
+        client.create_run(experiment, start_time=number, run_name=f"run {number}").info.run_id for number in range(runs)
+    ]
     values = np.exp(np.random.default_rng(0).normal(-1, 0.2, (points, runs))).tolist()
     with sqlite3.connect(database) as connection:
         for first in range(0, points, 100):
