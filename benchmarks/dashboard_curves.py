@@ -6,7 +6,6 @@ Cold: a new process each time, and the database out of the system's page cache. 
 that and what Streamlit makes of it (AppTest; after importing Streamlit). The bar is of the page.
 """
 
-import json
 import os
 import sqlite3
 import statistics

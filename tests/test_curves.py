@@ -156,6 +156,12 @@ def test_a_server_that_is_down_gets_a_sentence_at_once() -> None:
     assert "hunter2" not in str(told.value)
 
 
+@pytest.mark.parametrize("uri", ["http://[bad", "http://127.0.0.1:99999", "http://host:port", "/a/plain/folder"])
+def test_an_address_that_is_none_gets_a_sentence(uri: str) -> None:
+    with pytest.raises(UserError, match=r"sqlite:///file\.db"):
+        list_stored_runs(uri)
+
+
 def test_neither_torch_nor_mlflow_is_needed_for_files(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.append({str(SCRIPTS)!r})\nfrom pathlib import Path\nimport t2i.curves as c\n"
