@@ -1,9 +1,8 @@
-"""200 runs of 5,000 points each in MLflow's SQLite store: seconds until one metric of all of them is on the Curves page.
+"""200 runs of 5,000 points each in MLflow's SQLite store: seconds until one metric of all of them is read and thinned.
 
 python benchmarks/dashboard_curves.py [runs] [points]
 
-Cold: a new process each time, and the database out of the system's page cache. `read` is t2i.curves alone, the page is
-that and what Streamlit makes of it (AppTest; after importing Streamlit). The bar is of the page.
+Cold: a new process each time, imports included, and the database out of the system's page cache.
 """
 
 import os
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, SCRIPTS, keep
+from common import SCRIPTS, keep
 
 READ = """
 import sys, time
@@ -24,21 +23,6 @@ began = time.perf_counter()
 from t2i.curves import list_stored_runs, read_stored, thin
 curves = [thin(curve) for _, curve in read_stored([run.run_id for run in list_stored_runs()], "train_loss")]
 print(time.perf_counter() - began, len(curves), max(len(curve.steps) for curve in curves))
-"""
-PAGE = """
-import time
-import streamlit
-from streamlit.testing.v1 import AppTest
-app = AppTest.from_file({app!r}, default_timeout=60)
-app.query_params["source"] = "MLflow"
-app.query_params["all"] = "true"
-app.query_params["metric"] = ["train_loss"]
-app._page_hash = app._resolve_page_hash({page!r})
-began = time.perf_counter()
-app.run()
-seconds = time.perf_counter() - began
-assert not app.exception and len(app.get("vega_lite_chart")) == 1, (app.exception, app.main)
-print(seconds, 0, 0)
 """
 
 
@@ -84,23 +68,19 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "MLF
 
 def main() -> None:
     runs, points = [int(word) for word in sys.argv[1:]] or [200, 5000]
-    app = ROOT / "dashboard" / "streamlit_app.py"
-    page = PAGE.format(app=str(app), page=str(app.parent / "pages" / "curves.py"))
     with tempfile.TemporaryDirectory() as name:
         cwd = Path(name)
         make_store(cwd / "mlflow.db", runs, points)
         reads = [cold(READ.format(scripts=str(SCRIPTS)), cwd) for _ in range(3)]
-        pages = [cold(page, cwd)[0] for _ in range(3)]
         megabytes = (cwd / "mlflow.db").stat().st_size / 1e6
     if reads[0][1] != runs or reads[0][2] > 500:
         raise SystemExit(f"{reads[0][1]:.0f} curves of {runs}, at most {reads[0][2]:.0f} points")
     keep(
         "dashboard_curves",
         {
-            "seconds_page": round(statistics.median(pages), 2),
+            "seconds": round(statistics.median(row[0] for row in reads), 2),
             "goal": 2.0,
-            "seconds_read": round(statistics.median(row[0] for row in reads), 2),
-            "pages": [round(value, 2) for value in pages],
+            "all": [round(row[0], 2) for row in reads],
             "runs": runs,
             "points": points,
             "points_drawn_a_curve": int(reads[0][2]),
