@@ -1,4 +1,4 @@
-"""Runs of this suite side by side: pictures by checkpoint and guidance scale, curves, settings.
+"""Runs of this suite side by side: pictures by checkpoint and guidance scale, with curves.
 
 streamlit run dashboard
 
@@ -17,8 +17,6 @@ for folder in (HERE, HERE.parent / "scripts"):  # the pages import common.py and
 
 PAGES = {  # file: title; the first is where the dashboard opens
     "compare": "Compare",
-    "curves": "Curves",
-    "runs": "Runs",
 }
 
 

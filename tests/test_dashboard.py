@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -146,3 +147,22 @@ def test_imports_are_light_and_settings_safe() -> None:
     assert settings["server"]["allowedHosts"] == ["localhost", "127.0.0.1"]
     assert settings["client"]["showErrorDetails"] == "none"
     assert not settings["browser"]["gatherUsageStats"]
+
+
+def test_a_hostile_url_shows_the_usual_page(tmp_path: Path) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    usual = show(run="one")
+    app = show(run="one", checkpoint="../../etc/passwd", guidance_scale="NaN", seed="1e99")
+    assert app.selectbox[0].value == usual.selectbox[0].value
+    assert app.select_slider[0].value == usual.select_slider[0].value
+    shared = show(run="one", checkpoint="checkpoint-000010", guidance_scale="3.0")
+    assert (shared.selectbox[0].value, shared.select_slider[0].value) == ("checkpoint-000010", 3.0)
+
+
+def test_a_run_deleted_while_shown_leaves_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    app = show(run="one")
+    shutil.rmtree(run)
+    app.run()
+    assert not app.exception
+    assert [element.value for element in app.code] == ["make demo"]

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from t2i.runs import UserError
 from t2i.tracking import SPOOL_FILE, database_file, import_mlflow, redact, resolve_uri
@@ -51,7 +52,7 @@ class StoredRun:
     metrics: tuple[str, ...]
 
 
-def make_curve(steps: Sequence[float], times: Sequence[float], values: Sequence[float]) -> Curve:
+def make_curve(steps: ArrayLike, times: ArrayLike, values: ArrayLike) -> Curve:
     """A curve of raw points [n] each: NaN and infinity dropped, by step, of a step made twice the later record alone.
 
     A training that goes on from a checkpoint makes the steps after it again: those are the ones that count.
@@ -75,9 +76,8 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
     count = len(curve)
     if count <= points:
         return curve
-    inner = np.arange(1, count - 1)
-    width = math.ceil(len(inner) / ((points - 2) // 2))
-    inner = np.pad(inner, (0, -len(inner) % width), mode="edge").reshape(-1, width)
+    width = math.ceil((count - 2) / ((points - 2) // 2))
+    inner = np.pad(np.arange(1, count - 1), (0, -(count - 2) % width), mode="edge").reshape(-1, width)
     values = curve.values[inner]
     rows = np.arange(len(inner))
     chosen = [inner[rows, values.argmin(axis=1)], inner[rows, values.argmax(axis=1)], [0, count - 1]]

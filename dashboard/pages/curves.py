@@ -1,5 +1,0 @@
-"""curves."""
-
-import streamlit as st
-
-st.title("Curves")

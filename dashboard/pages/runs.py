@@ -1,5 +1,0 @@
-"""runs."""
-
-import streamlit as st
-
-st.title("Runs")
