@@ -153,7 +153,13 @@ def _say(text: str) -> None:
 def resolve_uri(tracking_uri: str | None) -> str:
     """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        parts.port  # noqa: B018 - reading it checks it
+    except ValueError as error:  # its words are not shown: they may hold a part of a password
+        raise UserError(
+            f"MLFLOW_TRACKING_URI is no address ({type(error).__name__}); give http(s)://host:port or sqlite:///file.db"
+        ) from None
     if parts.scheme in ("", "file") and not uri.startswith("databricks"):
         raise UserError(
             f"MLFLOW_TRACKING_URI={redact(uri)} is no server that MLflow 3 can write to; "
