@@ -68,6 +68,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_limit.py
 	$(BIN)/python benchmarks/memory_flat.py
 	$(BIN)/python benchmarks/damaged_images.py
+	$(BIN)/python benchmarks/dashboard_curves.py
 	$(BIN)/python benchmarks/captioning.py tiny
 	$(BIN)/python benchmarks/captioning.py base
 

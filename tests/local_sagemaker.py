@@ -303,7 +303,7 @@ class LocalJob:
     def _container(self, number: int, host: str) -> subprocess.Popen[bytes]:
         algorithm = self.request["AlgorithmSpecification"]
         words = [*algorithm["ContainerEntrypoint"], *algorithm.get("ContainerArguments", [])]
-        command = self.network.container(number, host, self.folder / host, self.python_bin.parent, words)
+        command = self.network.container(number, host, self.folder / host, self.python_bin.parent.resolve(), words)
         with open(self._log(host), "wb") as log:
             return subprocess.Popen(
                 command,
@@ -436,7 +436,7 @@ def why_not() -> str | None:
             for folder in ("ml", "home", "layers"):
                 Path(name, folder).mkdir()
             Path(name, "hosts").touch()
-            run(*network.container(1, "algo-1", Path(name), Path(sys.prefix), ["true"]))
+            run(*network.container(1, "algo-1", Path(name), Path(sys.prefix).resolve(), ["true"]))
     except OSError as error:
         return f"containers cannot be made here without root's rights: {str(error).splitlines()[-1]}"
     return None

@@ -22,7 +22,7 @@ def imported(path):
 
 
 @pytest.mark.parametrize(
-    "path", [*SCRIPT_FILES, *MODULES, *sorted((ROOT / "dashboard").glob("*.py"))], ids=lambda path: path.name
+    "path", [*SCRIPT_FILES, *MODULES, *sorted((ROOT / "dashboard").rglob("*.py"))], ids=lambda path: path.name
 )
 def test_nothing_imports_a_script(path):
     scripts = {script.stem for script in SCRIPT_FILES}
@@ -35,7 +35,7 @@ def test_only_scripts_make_an_accelerator(path):
         assert "Accelerator(" not in path.read_text()
 
 
-@pytest.mark.parametrize("module", ["config", "runs", "cards", "axes", "pictures", "cells"])
+@pytest.mark.parametrize("module", ["config", "runs", "cards", "axes", "pictures", "cells", "curves", "tracking"])
 def test_light_modules_import_no_torch(module):
     code = f"import sys; sys.path.append({str(SCRIPTS)!r}); import t2i.{module}; print({{'torch', 'diffusers'}} & set(sys.modules))"
     assert (

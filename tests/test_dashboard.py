@@ -2,6 +2,10 @@
 
 import ast
 import json
+import shutil
+import socket
+import sqlite3
+import time
 import tomllib
 from pathlib import Path
 
@@ -11,6 +15,14 @@ from streamlit.testing.v1 import AppTest
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "dashboard" / "streamlit_app.py"
+LIGHT = (
+    {"collections.abc", "math", "re", "sys", "time", "pathlib", "typing"}
+    | {"altair", "numpy", "pandas", "streamlit", "yaml", "common"}
+    | {f"t2i.{module}" for module in ("cards", "curves", "runs", "tracking")}
+)
+
+PAGES = ("compare", "curves", "runs")
+EVIL = "<script>alert(1)<\u2215script> **bold** [x](javascript:y)"  # a folder's name holds no real slash
 
 
 def make_run(folder: Path) -> Path:
@@ -37,11 +49,11 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def show(**query: str) -> AppTest:
+def show(page: str = "compare", **query: str) -> AppTest:
     app = AppTest.from_file(str(APP), default_timeout=20)
     for key, value in query.items():
         app.query_params[key] = value
-    app.run()
+    app.switch_page(f"views/{page}.py").run()
     assert not app.exception
     return app
 
@@ -53,10 +65,12 @@ def texts(app: AppTest) -> list[str]:
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_an_empty_folder_names_the_command() -> None:
-    app = show()
+@pytest.mark.parametrize("page", PAGES)
+def test_an_empty_folder_names_the_command(page: str) -> None:
+    app = show(page)
     assert [element.value for element in app.code] == ["make demo"]
     assert not app.multiselect
 
@@ -130,12 +144,190 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_imports_are_light_and_settings_safe() -> None:
-    imports = [node for node in ast.walk(ast.parse(APP.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
-    assert names == {"json", "sys", "pathlib", "typing", "pandas", "streamlit", "t2i.cards", "t2i.runs"}  # no torch
+    files = [APP, *sorted(APP.parent.glob("common.py")), *sorted((APP.parent / "views").glob("*.py"))]
+    for file in files:
+        imports = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+        assert names <= LIGHT, file  # nothing of them imports torch: tests/test_architecture.py
+        assert "unsafe_allow_html" not in file.read_text()
     settings = tomllib.loads((APP.parent / ".streamlit" / "config.toml").read_text())
     assert settings["server"]["address"] == "127.0.0.1"
     assert settings["server"]["allowedHosts"] == ["localhost", "127.0.0.1"]
     assert settings["client"]["showErrorDetails"] == "none"
     assert not settings["browser"]["gatherUsageStats"]
-    assert "unsafe_allow_html" not in APP.read_text()
+
+
+def charts(app: AppTest) -> list[dict]:
+    return [json.loads(element.proto.spec) for element in app.get("vega_lite_chart")]
+
+
+def make_store(folder: Path, runs: int = 2) -> None:
+    """What of MLflow's tables is read, without the seconds that MLflow takes to make all."""
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        store.execute("CREATE TABLE runs (run_uuid, name, status, lifecycle_stage, start_time)")
+        store.execute("CREATE TABLE metrics (key, value, timestamp, run_uuid, step, is_nan)")
+        store.execute("CREATE TABLE latest_metrics (key, run_uuid)")
+        for n in range(runs):
+            store.execute("INSERT INTO runs VALUES (?, 'unet', 'FINISHED', 'active', ?)", (f"{n:032x}"[::-1], n))
+            store.execute("INSERT INTO latest_metrics VALUES ('train_loss', ?)", (f"{n:032x}"[::-1],))
+            rows = [("train_loss", 1 / step, 1000 * step, f"{n:032x}"[::-1], step, 0) for step in range(1, 2001)]
+            store.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", rows)
+    store.close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_hostile_url_shows_the_page_as_without_it(tmp_path: Path, page: str) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    hostile = {"checkpoint": "../../etc/passwd", "guidance_scale": "NaN", "seed": "1e99", "smoothing": "NaN"}
+    hostile |= {
+        "run": "../one",
+        "runs": "/etc",
+        "metric": "<b>",
+        "figure": "x",
+        "scale": "none",
+        "source": "file:///etc",
+    }
+    hostile |= {"x": "9", "card": "..", "status": "\x00", "best": "1e99", "diff": "perhaps", "bands": "-1"}
+    plain, app = show(page), show(page, **hostile)
+    assert texts(app) == texts(plain)
+    assert len(app.get("vega_lite_chart")) == len(plain.get("vega_lite_chart"))
+    assert len(app.get("image")) == len(plain.get("image"))
+    assert "passwd" not in str([*texts(app), *(element.value for element in app.markdown)])
+
+
+def test_a_view_can_be_shared(tmp_path: Path) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    make_run(tmp_path / "outputs" / "two")
+    app = show(run="one")
+    app.selectbox[0].select("checkpoint-000010").run()
+    app.select_slider[0].set_value(3.0).run()
+    again = show(run="one", checkpoint="checkpoint-000010", guidance_scale="3")  # what the browser's bar then says
+    assert again.multiselect[0].value == ["one"]
+    assert (again.selectbox[0].value, again.select_slider[0].value) == ("checkpoint-000010", 3.0)
+    assert again.get("image")[0].proto.imgs[0].url == app.get("image")[0].proto.imgs[0].url
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_run_deleted_while_shown(tmp_path: Path, page: str) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    make_run(tmp_path / "outputs" / "two")
+    key = "run" if page == "compare" else "runs"
+    app = show(page, **{key: "one"})
+    shutil.rmtree(run)
+    app.run()
+    assert not app.exception
+    assert "one" not in texts(app)
+    shutil.rmtree(tmp_path / "outputs")
+    app.run()
+    assert not app.exception
+    assert [element.value for element in app.code] == ["make demo"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_half_written_run(tmp_path: Path, page: str) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    (run / "checkpoint-000030").mkdir()
+    (run / "checkpoint-000030" / "manifest.json").write_text('{"files": {"unet')
+    for name in ("run.json", "evaluation/evaluation.json", "provenance.json", "config.yaml"):
+        (run / name).write_text('{"status": "runn')
+    (run / "metrics.jsonl").write_text('{"step": 1, "train_lo')
+    app = show(page)
+    assert app.warning or page == "curves"
+    assert not any("checkpoint-000030" in text for text in texts(app))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_are_shown_as_they_are(tmp_path: Path, page: str) -> None:
+    run = make_run(tmp_path / "outputs" / EVIL)
+    (run / "pipeline" / "README.md").write_text(f"---\ntitle: {EVIL}\n---\n<script>alert(2)</script>")
+    (run / "config.yaml").write_text(f"data: {{dataset: '{EVIL}'}}")
+    cell = {"checkpoint": EVIL, "guidance_scale": 1.0, "grid": EVIL, "caption": EVIL, "val_loss": 0.5}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps({"cells": [cell], "report": {EVIL: EVIL}}))
+    (run / "provenance.json").write_text("[" * 3 + EVIL)
+    app = show(page)
+    for element in [*app.markdown, *app.warning, *app.info, *app.caption]:
+        assert "<script" not in element.value
+        assert "**bold**" not in element.value
+    assert not any(getattr(element.proto, "allow_html", False) for element in app.markdown)
+
+
+def test_curves_of_folders_by_band_smoothed_and_over_guidance(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run = make_run(tmp_path / "outputs" / name)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('\n{"step": 20, "val_loss_0_250": 0.5, "lr": 0.1}\n')
+    app = show("curves")
+    assert texts(app)[0] == "losses"
+    assert len(charts(app)) == 2  # losses, and the first figure over the guidance scale
+    assert charts(app)[0]["encoding"]["strokeDash"]["field"] == "metric"
+    app = show("curves", name="ONE", metric="lr", bands="true", smoothing="0.5", scale="log")
+    assert texts(app)[:2] == ["lr", "losses"]
+    assert charts(app)[0]["encoding"]["y"]["scale"]["type"] == "log"
+    app.radio(key="x").set_value("wall time").run()
+    assert "no times were recorded: these runs were trained without MLflow" in texts(app)
+    assert not app.caption
+
+
+def test_a_running_run_alone_is_live(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    (run / "run.json").write_text('{"status": "running"}')
+    assert "drawn again" in show("curves").caption[0].value
+
+
+def test_curves_of_a_sqlite_store_are_thinned(tmp_path: Path) -> None:
+    make_store(tmp_path, runs=25)
+    app = show("curves", source="MLflow")
+    assert "losses" in texts(app)
+    assert app.caption[0].value.startswith("25 curves")
+    app = show("curves", source="MLflow", name="(10000000)")
+    assert len(charts(app)) == 1
+    assert not app.caption
+
+
+def test_stores_that_do_not_answer_get_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is missing" in show("curves", source="MLflow").warning[0].value.replace("\\", "")
+    (tmp_path / "mlflow.db").write_text("half a database" * 99)
+    assert "cannot be read" in show("curves", source="MLflow").warning[0].value
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense")
+    assert "MLFLOW" in show("curves", source="MLflow").warning[0].value
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    began = time.monotonic()
+    assert "does not answer" in show("curves", source="MLflow").warning[0].value
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_keeps_silent_does_not_block_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        app = show("curves", source="MLflow")
+        assert time.monotonic() - began < 4
+        assert "waiting for the server's list of runs" in texts(app)
+
+
+def test_the_table_of_runs(tmp_path: Path) -> None:
+    for name, rate in (("one", 1), ("two", 2)):
+        run = make_run(tmp_path / "outputs" / name)
+        (run / "config.yaml").write_text(f"train_unet: {{learning_rate: {rate}, seed: 0, hub_token: hf_geheim}}")
+        (run / "provenance.json").write_text(json.dumps({"code": f"commit {rate}"}))
+    (tmp_path / "outputs" / "two" / "run.json").write_text('{"status": "running"}')
+    (tmp_path / "outputs" / "one" / "pipeline" / "README.md").write_text("# Card <b>of one</b>")
+    app = show("runs", metric="prompt_following.petal_color")
+    table, best, settings, provenance = (element.value for element in app.dataframe)
+    assert sorted(table["run"]) == ["one", "two"]
+    assert list(best["value"]) == [0.9, 0.9]
+    assert any(text.startswith("the highest prompt_following") for text in texts(app))
+    assert list(settings.index) == ["train_unet.learning_rate"]
+    assert list(provenance.loc["code", ["one", "two"]]) == ["commit 1", "commit 2"]
+    assert app.code[0].value == "# Card <b>of one</b>"
+    app.toggle[0].set_value(False).run()
+    assert list(app.dataframe[2].value.index) == [f"train_unet.{key}" for key in ("learning_rate", "seed", "hub_token")]
+    assert "geheim" not in app.dataframe[2].value.to_string()
+    assert list(show("runs", status="running").dataframe[0].value["run"]) == ["two"]
+    assert list(show("runs", name="ON").dataframe[0].value["run"]) == ["one"]
+    assert "no run matches" in texts(show("runs", name="none such"))

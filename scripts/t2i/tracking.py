@@ -150,10 +150,16 @@ def _say(text: str) -> None:
 # --- Where to send ---------------------------------------------------------------------------------------------------
 
 
-def _resolve_uri(tracking_uri: str | None) -> str:
+def resolve_uri(tracking_uri: str | None) -> str:
     """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        parts.port  # noqa: B018 - reading it checks it
+    except ValueError as error:  # its words are not shown: they may hold a part of a password
+        raise UserError(
+            f"MLFLOW_TRACKING_URI is no address ({type(error).__name__}); give http(s)://host:port or sqlite:///file.db"
+        ) from None
     if parts.scheme in ("", "file") and not uri.startswith("databricks"):
         raise UserError(
             f"MLFLOW_TRACKING_URI={redact(uri)} is no server that MLflow 3 can write to; "
@@ -172,12 +178,12 @@ def _resolve_uri(tracking_uri: str | None) -> str:
     return bare
 
 
-def _database_file(uri: str) -> Path | None:
+def database_file(uri: str) -> Path | None:
     """The file of a SQLite tracking URI, absolute; None for other servers."""
     return Path(unquote(uri.removeprefix("sqlite:///"))).absolute() if uri.startswith("sqlite:///") else None
 
 
-def _import_mlflow() -> Any:
+def import_mlflow() -> Any:
     """MLflow, quiet, and giving up on a dead server at once: the spool retries. What the user has set stays."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -287,8 +293,8 @@ class _Sender:
         write_json(self.folder / "state.json", self._state)
 
     def _connect(self) -> None:
-        mlflow = _import_mlflow()
-        database = _database_file(self.uri)
+        mlflow = import_mlflow()
+        database = database_file(self.uri)
         if database is None:
             self._client = mlflow.MlflowClient(tracking_uri=self.uri)
             return
@@ -330,7 +336,7 @@ class _Sender:
 
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            database = _database_file(self.uri)
+            database = database_file(self.uri)
             folder = re.sub(r"[^\w.-]", "_", name)
             location = (database.parent / "mlruns" / folder).as_uri() if database else None
             try:
@@ -528,7 +534,7 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         tracking_uri: str | None = None,
     ):
-        uri = _resolve_uri(tracking_uri)
+        uri = resolve_uri(tracking_uri)
         self._sender = _Sender(run_dir, uri)
         self._warned = False
         self._lost_records = False
@@ -550,10 +556,10 @@ class Tracker:
             params=_flatten(redact_config(config)),
             tags={str(key): str(value) for key, value in redact_config(source | dict(tags or {})).items()},
         )
-        _import_mlflow()  # here rather than in the thread: two threads importing at once may see half-made modules
+        import_mlflow()  # here rather than in the thread: two threads importing at once may see half-made modules
         atexit.register(self.finish, "FAILED")
         threading.Thread(target=self._send_until_finished, name="mlflow", daemon=True).start()
-        wait_s = START_WAIT_S if _database_file(uri) is None else START_WAIT_DATABASE_S
+        wait_s = START_WAIT_S if database_file(uri) is None else START_WAIT_DATABASE_S
         with self._turn:
             answered = self._turn.wait_for(
                 lambda: self._sender.found_run.is_set() or max(self._attempts.values()) >= 0, wait_s
@@ -709,7 +715,7 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
     """
     if not (run_dir / SPOOL_FILE).is_file():
         raise UserError(f"{run_dir / SPOOL_FILE} is missing; give the folder of a run that was tracked")
-    sender = _Sender(run_dir, _resolve_uri(tracking_uri))
+    sender = _Sender(run_dir, resolve_uri(tracking_uri))
     try:
         sender.send()
     except Exception as error:

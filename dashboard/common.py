@@ -1,0 +1,162 @@
+"""What the pages share: which runs there are, their files read with care, and lines drawn. Imports no torch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from t2i.cards import escape_markdown
+from t2i.curves import POINTS, Curve, smooth, thin
+from t2i.runs import UserError, read_json
+
+OUTPUTS = Path("outputs")
+CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
+LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names are then shown at the pointer
+
+
+def find_runs(kind: str = "unet") -> dict[str, Path]:
+    """Run folders below outputs/, the newest first: name -> folder. Nothing else can be opened, whatever a URL says.
+
+    kind: "unet" (denoisers with something to show) or "any" (whatever has metrics: also VAEs, and runs just begun).
+    """
+    inside = OUTPUTS.resolve()
+    found = [file for pattern in ("*/run.json", "*/*/run.json") for file in OUTPUTS.glob(pattern)]
+    found = [file for file in found if file.is_file() and file.resolve().is_relative_to(inside)]
+    folders = [file.parent for file in sorted(found, key=_changed, reverse=True)]
+    return {folder.relative_to(OUTPUTS).as_posix(): folder for folder in folders if _is_kind(folder, kind)}
+
+
+def _changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # deleted between listing and looking
+        return 0.0
+
+
+def _is_kind(folder: Path, kind: str) -> bool:
+    trained = (folder / "pipeline").is_dir() or any(folder.glob("checkpoint-*"))
+    if kind == "any":
+        return trained or (folder / "metrics.jsonl").is_file()
+    return trained and not (folder / "vae").is_dir()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where it is missing, and a warning where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = read_json(path)
+    except UserError as error:
+        st.warning(escape(error))
+        return {}
+    except (OSError, RecursionError) as error:  # deleted meanwhile, or nested to do harm
+        st.warning(escape(f"{path} cannot be read ({type(error).__name__})"))
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def cells_of(run: Path) -> list[dict[str, Any]]:
+    """The evaluated cells of a run: dictionaries with a checkpoint and a finite guidance scale."""
+    found = read(run / "evaluation" / "evaluation.json").get("cells")
+    cells = [cell for cell in found if isinstance(cell, dict)] if isinstance(found, list) else []
+    return [cell for cell in cells if is_finite(cell.get("guidance_scale"))]
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and value == value
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary as one row: `memorisation.share_closer`."""
+    row: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            row |= flat(value, f"{prefix}{key}.")
+        else:
+            row[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
+    return row
+
+
+def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
+    """Widgets for any number of the named runs: a part of the name, and names. None chosen: all that match.
+
+    key: of the names in the URL; another for each kind of name.
+    """
+    left, right = st.columns([1, 3])
+    part = left.text_input("Name contains", key="name", bind="query-params")
+    names = right.multiselect("Runs", runs, key=key, bind="query-params", placeholder="all that match")
+    chosen = [name for name in names if name in runs] or runs
+    return [name for name in chosen if part.strip().casefold() in name.casefold()]
+
+
+def lines(
+    rows: list[tuple[str, str, Curve]], weight: float = 0.0, log: bool = False, wall_time: bool = False
+) -> alt.Chart | None:
+    """A chart of (run, metric, curve): smoothed, then thinned. None where nothing can be drawn.
+
+    log: values of 0 and below have no place there and are left out. wall_time: hours since a curve's first record.
+    """
+    points = min(POINTS, max(50, CHART_POINTS // max(1, len(rows))))
+    drawn = []
+    for run, metric, curve in rows:
+        curve = smooth(curve, weight)
+        known = (curve.values > 0 if log else np.isfinite(curve.values)) & (np.isfinite(curve.times) | (not wall_time))
+        curve = thin(Curve(curve.steps[known], curve.times[known], curve.values[known]), points)
+        if len(curve):
+            drawn.append((run, metric, curve))
+    if not drawn:
+        return None
+    counts = [len(curve) for _, _, curve in drawn]
+    frame = pd.DataFrame(
+        {
+            "x": np.concatenate([(c.times - c.times.min()) / 3600 if wall_time else c.steps for _, _, c in drawn]),
+            "value": np.concatenate([curve.values for _, _, curve in drawn]),
+            # Categories: a name is sent once, not with each of its points.
+            "run": pd.Categorical(np.repeat([run for run, _, _ in drawn], counts)),
+            "metric": pd.Categorical(np.repeat([metric for _, metric, _ in drawn], counts)),
+        }
+    )
+    return line_chart(frame, "hours" if wall_time else "step", log)
+
+
+def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = False) -> alt.Chart:
+    """Lines of `frame`'s columns x, value, run and metric. Names stand in cells, which are shown as they are."""
+    runs, metrics = frame["run"].nunique(), frame["metric"].nunique()
+    color = "run" if runs > 1 else "metric"
+    many = max(runs, metrics) > LEGEND_LINES
+    legend = None if many else alt.Legend(orient="bottom", columns=2, labelLimit=400)
+    encoding: dict[str, Any] = {
+        "x": alt.X("x:Q", title=x),
+        "y": alt.Y("value:Q", title=None, scale=alt.Scale(type="log" if log else "linear", zero=False)),
+        "color": alt.Color(f"{color}:N", title=None, legend=legend),
+        "tooltip": [
+            alt.Tooltip("run:N"), alt.Tooltip("metric:N"), alt.Tooltip("x:Q", title=x, format=".6~g"),
+            alt.Tooltip("value:Q", format=".5~g"),
+        ],
+    }  # fmt: skip
+    if runs > 1 and metrics > 1:
+        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=legend)
+    elif runs > 1 or metrics > 1:
+        encoding["detail"] = ["run:N", "metric:N"]
+    return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).interactive()
+
+
+def step_of(checkpoint: str) -> float:
+    """The step in a checkpoint's name; NaN for other names."""
+    digits = checkpoint.removeprefix("checkpoint-")
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else math.nan
+
+
+def nothing_yet(sentence: str, command: str) -> None:
+    """An empty state: what is missing, and the command that fills it."""
+    st.info(escape(sentence))
+    st.code(command, language="sh")
+
+
+def escape(text: Any) -> str:
+    """Words from outside (captions, prompts, names) for a widget that would read Markdown in them."""
+    return escape_markdown(text)

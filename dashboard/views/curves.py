@@ -1,0 +1,297 @@
+"""Metrics of any number of runs together, from run folders or from MLflow, and the sweep over guidance scales."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+from common import (
+    LEGEND_LINES,
+    cells_of,
+    choose_runs,
+    escape,
+    find_runs,
+    flat,
+    is_finite,
+    line_chart,
+    lines,
+    nothing_yet,
+    read,
+)
+
+from t2i.curves import (
+    Curve,
+    Loading,
+    StoredRun,
+    is_file_store,
+    list_stored_runs,
+    read_folder,
+    read_stored,
+    shown_uri,
+    store_stamp,
+)
+from t2i.runs import UserError
+
+LIVE_S = 5  # between two looks at a run that goes on
+LIVE_SERVER_S = 15  # the same over HTTP, where others ask as well
+POLL_S = 1  # between two looks at what a server has sent so far
+KEPT_S = 60  # how long curves of ended runs are kept in memory: an evaluation may still add to them
+BAND = re.compile(r"val_loss_\d+_\d+")
+USUAL = ("train_loss", "val_loss")
+
+Key = tuple[str, str]  # run's name as shown, metric
+
+
+def main() -> None:
+    st.title("Curves")
+    source = st.radio("Source", ["Run folders", "MLflow"], horizontal=True, key="source", bind="query-params")
+    try:
+        show_stored() if source == "MLflow" else show_folders()
+    except UserError as error:
+        st.warning(escape(error))
+
+
+# --- Where curves come from ------------------------------------------------------------------------------------------
+
+
+def show_folders() -> None:
+    runs = find_runs("any")
+    if not runs:
+        nothing_yet(
+            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
+        )
+        return
+    chosen = choose_runs(list(runs))
+    names = sorted({metric for name in chosen for metric in folder_curves(runs[name])})
+    options = choose_view(names)
+
+    def read_now() -> tuple[dict[Key, Curve], str]:
+        read_all = {name: folder_curves(runs[name]) for name in chosen}
+        return {(n, m): read_all[n][m] for n in chosen for m in options["metrics"] if m in read_all[n]}, ""
+
+    def running() -> bool:
+        return any(read(runs[name] / "run.json").get("status") == "running" for name in chosen)
+
+    follow(read_now, running, options, LIVE_S)
+    show_sweep({name: runs[name] for name in chosen})
+
+
+def folder_curves(run: Path) -> dict[str, Curve]:
+    try:
+        state = (run / "metrics.jsonl").stat()
+    except OSError:
+        return {}
+    return _folder_curves(run.as_posix(), (state.st_mtime_ns, state.st_size))
+
+
+@st.cache_resource(max_entries=500, show_spinner=False)  # a resource: handed out without a copy, never changed
+def _folder_curves(run: str, stamp: tuple[int, int]) -> dict[str, Curve]:
+    return read_folder(Path(run))
+
+
+def show_stored() -> None:
+    uri = shown_uri()
+    st.text(f"MLflow at {uri}")
+    stored = stored_runs(uri)
+    if stored is None:
+        return
+    if not stored:
+        nothing_yet("No run with metrics in this store yet. This makes one:", "make demo")
+        return
+    # Names may be shared ("unet"); the part of the id tells them apart.
+    runs = {f"{run.name} ({run.run_id[:8]})": run for run in stored}
+    chosen = {name: runs[name] for name in choose_runs(list(runs), "stored_runs")}
+    options = choose_view(sorted({metric for run in chosen.values() for metric in run.metrics}))
+
+    def running() -> bool:
+        return any(run.status == "RUNNING" for run in chosen.values())
+
+    if is_file_store():
+        follow(lambda: (file_curves(chosen, options["metrics"]), ""), running, options, LIVE_S)
+        return
+    loading = server_curves(uri, chosen, options["metrics"], running())
+
+    def so_far() -> tuple[dict[Key, Curve], str]:
+        found = dict(loading.found)
+        if loading.error:
+            return found, loading.error
+        return found, "" if loading.done.is_set() else f"{len(found)} curves have arrived; more are on their way"
+
+    if not loading.done.wait(0.3):  # a quick server is drawn at once
+        follow(so_far, lambda: not loading.done.is_set(), options, POLL_S)
+    else:
+        follow(so_far, running, options, LIVE_SERVER_S, again=True)
+
+
+def stored_runs(uri: str) -> list[StoredRun] | None:
+    """The store's runs; None while a server has not answered, which is then looked at again by itself."""
+    if is_file_store():
+        return _file_runs(uri, store_stamp())
+    kept = st.session_state.get("_listing")
+    if kept is None or kept[0] != uri or (kept[1].done.is_set() and time.monotonic() - kept[2] > KEPT_S):
+        kept = (uri, Loading.start(_listing()), time.monotonic())
+        st.session_state["_listing"] = kept
+    loading = kept[1]
+    if not loading.done.wait(1.0):
+        _look_again(loading)
+        return None
+    if loading.error:
+        del st.session_state["_listing"]  # the next look asks again
+        raise UserError(loading.error)
+    return list(loading.found.values())
+
+
+def _listing() -> Iterator[tuple[str, StoredRun]]:
+    for run in list_stored_runs():
+        yield run.run_id, run
+
+
+@st.fragment(run_every=POLL_S)
+def _look_again(loading: Loading) -> None:
+    if loading.done.is_set():
+        st.rerun()
+    st.text("waiting for the server's list of runs")
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _file_runs(uri: str, stamp: Any) -> list[StoredRun]:
+    return list_stored_runs()
+
+
+def file_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> dict[Key, Curve]:
+    """Curves from a SQLite store; those of ended runs are kept for a minute, those of running ones until it changes."""
+    found: dict[Key, Curve] = {}
+    for metric in metrics:
+        for is_running, stamp in ((False, None), (True, store_stamp())):
+            names = {
+                run.run_id: name
+                for name, run in chosen.items()
+                if metric in run.metrics and (run.status == "RUNNING") == is_running
+            }
+            if names:
+                curves = _file_curves(shown_uri(), tuple(names), metric, stamp)
+                found |= {(names[run_id], metric): curve for run_id, curve in curves.items()}
+    return found
+
+
+@st.cache_resource(max_entries=16, ttl=KEPT_S, show_spinner=False)
+def _file_curves(uri: str, run_ids: tuple[str, ...], metric: str, stamp: Any) -> dict[str, Curve]:
+    return dict(read_stored(run_ids, metric))
+
+
+def server_curves(uri: str, chosen: dict[str, StoredRun], metrics: list[str], is_live: bool) -> Loading:
+    """What a server has sent so far, by a thread of this session; asked again while a run goes on."""
+    wanted = (uri, tuple(sorted(run.run_id for run in chosen.values())), tuple(sorted(metrics)))
+    kept = st.session_state.get("_loading")
+    age = LIVE_SERVER_S if is_live else KEPT_S
+    stale = kept is None or kept[0] != wanted
+    if kept is not None and not stale and kept[1].done.is_set():
+        stale = time.monotonic() - kept[2] > age
+    if stale:
+        if kept is not None:
+            kept[1].stop()
+        kept = (wanted, Loading.start(_server_curves(chosen, metrics)), time.monotonic())
+        st.session_state["_loading"] = kept
+    return kept[1]
+
+
+def _server_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> Iterator[tuple[Key, Curve]]:
+    for metric in metrics:
+        names = {run.run_id: name for name, run in chosen.items() if metric in run.metrics}
+        for run_id, curve in read_stored(list(names), metric):
+            yield (names[run_id], metric), curve
+
+
+# --- What is drawn ---------------------------------------------------------------------------------------------------
+
+
+def choose_view(names: list[str]) -> dict[str, Any]:
+    """Widgets for what is drawn of the metrics `names`, and how."""
+    usual = [metric for metric in USUAL if metric in names] or names[:1]
+    metrics = st.multiselect("Metrics", names, default=usual, key="metric", bind="query-params")
+    columns = st.columns(4)
+    bands = columns[0].toggle("Per timestep band", key="bands", bind="query-params", help="adds val_loss of each band")
+    scale = columns[1].radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
+    x = columns[2].radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
+    weight = columns[3].slider("Smoothing", 0.0, 0.99, 0.0, 0.01, key="smoothing", bind="query-params")
+    chosen = [metric for metric in metrics if metric in names]
+    chosen += [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
+    weight = weight if is_finite(weight) and 0 <= weight < 1 else 0.0
+    return {"metrics": chosen, "log": scale == "log", "wall_time": x == "wall time", "weight": weight}
+
+
+def follow(read_now: Any, goes_on: Any, options: dict[str, Any], every_s: float, again: bool = False) -> None:
+    """Draw what `read_now` gives, again and again while `goes_on`, without running the rest of the page.
+
+    again: each look runs the whole page, which asks a server anew.
+    """
+    live = goes_on()
+    first = True
+
+    @st.fragment(run_every=every_s if live else None)
+    def draw() -> None:
+        nonlocal first
+        if live and not first and (again or not goes_on()):
+            st.rerun()  # the page decides anew what there is and whether it goes on
+        first = False
+        try:
+            found, note = read_now()
+        except UserError as error:
+            found, note = {}, str(error)
+        if note:
+            st.text(note)
+        draw_curves(found, options)
+        if live:
+            st.caption(f"drawn again every {every_s:g} s while it goes on")
+
+    draw()
+
+
+def draw_curves(found: dict[Key, Curve], options: dict[str, Any]) -> None:
+    """A chart for all losses, train and validation together, and one for each other metric."""
+    charts: dict[str, list[tuple[str, str, Curve]]] = {}
+    for (run, metric), curve in found.items():
+        charts.setdefault("losses" if "loss" in metric else metric, []).append((run, metric, curve))
+    if not charts:
+        st.text("no curve to draw: choose runs and metrics")
+    for title, rows in charts.items():
+        st.text(title)
+        chart = lines(rows, options["weight"], options["log"], options["wall_time"])
+        if chart is not None:
+            st.altair_chart(chart)
+            if len(rows) > LEGEND_LINES:
+                st.caption(f"{len(rows)} curves; their names stand at the pointer")
+        elif options["wall_time"]:
+            st.text("no times were recorded: these runs were trained without MLflow")
+        else:
+            st.text("no value above 0, which alone a log scale can show")
+
+
+def show_sweep(runs: dict[str, Path]) -> None:
+    """The evaluation's figures over the guidance scale, a line for each checkpoint."""
+    rows = []
+    for name, run in runs.items():
+        for cell in cells_of(run):
+            for figure, value in flat({k: v for k, v in cell.items() if k not in ("guidance_scale", "grid")}).items():
+                if is_finite(value):
+                    rows.append(
+                        (f"{name} · {cell.get('checkpoint')}", figure, float(cell["guidance_scale"]), float(value))
+                    )
+    st.subheader("Over the guidance scale")
+    if not rows:
+        st.text("None of these runs is evaluated yet. This does it:")
+        st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh")
+        return
+    frame = pd.DataFrame(rows, columns=["run", "metric", "x", "value"])
+    figures = sorted(frame["metric"].unique())
+    usual = [figure for figure in ("prompt_following.all", "kid.mean", "memorisation.near_copies") if figure in figures]
+    chosen = st.multiselect("Figures", figures, default=usual or figures[:1], key="figure", bind="query-params")
+    for figure in chosen:
+        st.text(figure)
+        st.altair_chart(line_chart(frame[frame["metric"] == figure], "guidance scale", marks=True))
+
+
+main()

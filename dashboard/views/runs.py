@@ -1,0 +1,179 @@
+"""The runs in a table, the difference of their settings, where they come from, their cards, their best checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+import yaml
+from common import cells_of, choose_runs, escape, find_runs, flat, is_finite, nothing_yet, read, step_of
+
+from t2i.curves import read_folder
+from t2i.runs import checkpoint_folders
+from t2i.tracking import redact_config
+
+CARD_CHARACTERS = 20_000  # of a model card, shown here
+HIGHER_IS_BETTER = ("prompt_following", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim")
+
+
+def main() -> None:
+    st.title("Runs")
+    runs = find_runs("any")
+    if not runs:
+        nothing_yet(
+            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
+        )
+        return
+    states = {name: read(run / "run.json") for name, run in runs.items()}
+    statuses = sorted({status_of(state) for state in states.values()})
+    kept = st.multiselect(
+        "Status", statuses, key="status", bind="query-params", placeholder="any status"
+    )  # names of statuses come from files: looked up among those there
+    names = choose_runs([name for name in runs if not kept or status_of(states[name]) in kept])
+    st.dataframe(pd.DataFrame([row_of(name, states[name]) for name in names]), hide_index=True)
+    if not names:
+        st.text("no run matches")
+        return
+    chosen = {name: runs[name] for name in names}
+    show_best(chosen)
+    show_settings(chosen)
+    show_provenance(chosen, states)
+    show_cards(chosen)
+
+
+def status_of(state: dict[str, Any]) -> str:
+    return str(state.get("status", "unknown"))
+
+
+def row_of(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """A run's row: what run.json says. Cells of a table show text as it is."""
+    seconds = state.get("seconds")
+    row: dict[str, Any] = {"run": name, "status": status_of(state)}
+    for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
+        row[key] = state[key] if is_finite(state.get(key)) else None
+    row["minutes"] = None
+    if isinstance(seconds, dict):
+        row["minutes"] = round(sum(value for value in seconds.values() if is_finite(value)) / 60, 1)
+    row["machine"] = str(state.get("machine", ""))
+    return row
+
+
+def show_best(runs: dict[str, Path]) -> None:
+    """Of each run the checkpoint (and guidance scale) where a chosen metric is best."""
+    st.subheader("Best checkpoint")
+    rows = {name: candidates(run) for name, run in runs.items()}
+    metrics = sorted({metric for found in rows.values() for row in found for metric in row["values"]})
+    if not metrics:
+        st.text("no checkpoint of these runs was measured")
+        return
+    left, right = st.columns(2)
+    usual = "val_loss" if "val_loss" in metrics else metrics[0]
+    metric = left.selectbox("Metric", metrics, index=metrics.index(usual), key="metric", bind="query-params")
+    way = right.selectbox("Best is", ["as usual for it", "lowest", "highest"], key="best", bind="query-params")
+    highest = way == "highest" or (way != "lowest" and str(metric).startswith(HIGHER_IS_BETTER))
+    best = []
+    for name, found in rows.items():
+        measured = [row for row in found if metric in row["values"]]
+        if measured:
+            row = (max if highest else min)(measured, key=lambda row: row["values"][metric])
+            best.append(
+                {
+                    "run": name,
+                    "checkpoint": row["checkpoint"],
+                    "guidance scale": row["scale"],
+                    "value": row["values"][metric],
+                }
+            )
+    best.sort(key=lambda row: row["value"], reverse=highest)
+    st.text(f"the {'highest' if highest else 'lowest'} {metric} of each run, the best run first")
+    st.dataframe(pd.DataFrame(best), hide_index=True)
+
+
+def candidates(run: Path) -> list[dict[str, Any]]:
+    """What was measured of a run's checkpoints: by the evaluation, and in training at the very step of a checkpoint."""
+    rows = []
+    for cell in cells_of(run):
+        values = {key: value for key, value in flat(cell).items() if is_finite(value) and key != "guidance_scale"}
+        rows.append({"checkpoint": str(cell.get("checkpoint")), "scale": cell["guidance_scale"], "values": values})
+    curves = {key: curve for key, curve in read_folder(run).items() if key.startswith("val_")}
+    for folder in checkpoint_folders(run):
+        step = step_of(folder.name)
+        values = {
+            key: float(curve.values[curve.steps == step][0]) for key, curve in curves.items() if step in curve.steps
+        }
+        if values and not math.isnan(step):
+            rows.append({"checkpoint": folder.name, "scale": None, "values": values})
+    return rows
+
+
+def show_settings(runs: dict[str, Path]) -> None:
+    """The settings of the chosen runs side by side; those that differ alone, unless all are asked for."""
+    st.subheader("Settings")
+    columns = {name: flat(settings_of(run)) for name, run in runs.items()}
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    table = pd.DataFrame(
+        {name: [str(column.get(key, "")) for key in keys] for name, column in columns.items()},
+        index=pd.Index(keys, name="setting"),
+    )
+    only = st.toggle("Differences only", value=True, key="diff", bind="query-params")
+    if only and len(runs) > 1:
+        table = table[table.nunique(axis=1) > 1]
+        st.text(f"{len(table)} of {len(keys)} settings differ")
+    elif only:
+        st.text("choose two or more runs for their differences")
+    if len(table):
+        st.dataframe(table)
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """A run's config.yaml without secrets; {} where it is missing, and a warning where it is damaged."""
+    file = run / "config.yaml"
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        st.warning(escape(f"{file} cannot be read ({type(error).__name__}); restore it from config.public.yaml"))
+        return {}
+    return redact_config(value) if isinstance(value, dict) else {}
+
+
+def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:
+    st.subheader("Provenance")
+    columns = {}
+    for name, run in runs.items():
+        kept = {
+            key: states[name].get(key)
+            for key in ("machine", "precision", "processes", "distribution", "output_unet_hash")
+        }
+        known = {key: value for key, value in kept.items() if value is not None}
+        columns[name] = flat(redact_config(read(run / "provenance.json") | known))
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    if not keys:
+        st.text("nothing was recorded of where these runs come from")
+        return
+    table = {
+        name: ["" if column.get(key) is None else str(column[key]) for key in keys] for name, column in columns.items()
+    }
+    st.dataframe(pd.DataFrame(table, index=pd.Index(keys, name="what")))
+
+
+def show_cards(runs: dict[str, Path]) -> None:
+    """Model cards as they are written: text of other people is never rendered."""
+    st.subheader("Model card")
+    cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
+    if not cards:
+        st.text("None of these runs has a card yet; the evaluation writes it:")
+        st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh")
+        return
+    name = st.selectbox("Card of", cards, key="card", bind="query-params")
+    try:
+        text = (runs[str(name)] / "pipeline" / "README.md").read_text(encoding="utf-8", errors="replace")
+    except (OSError, KeyError):
+        st.text("this card is gone")
+        return
+    st.code(text[:CARD_CHARACTERS], language="markdown", wrap_lines=True, height=400)
+
+
+main()
