@@ -43,9 +43,11 @@ print("made", made)
 
 @pytest.fixture
 def run(workspace, tmp_path):
-    """A copy of the finished run."""
+    """A copy of the finished run, as training left it: other tests evaluate the original."""
     return Path(
-        shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("cells", "mlflow*"))
+        shutil.copytree(
+            workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("cells", "evaluation", "mlflow*")
+        )
     )
 
 
