@@ -27,21 +27,23 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The YAML's compute_environment decides where: SageMaker gets a job, any other YAML is accelerate's own.
-SUBMIT = $(if $(DRY_RUN),--dry_run) $(if $(YES),--yes) $(if $(WAIT),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
+yes = $(filter 1 y yes true,$(1))
+SUBMIT = $(if $(call yes,$(DRY_RUN)),--dry_run) $(if $(call yes,$(YES)),--yes) $(if $(call yes,$(WAIT)),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
 train: ARGS ?= --config demo
 train: $(READY)
-	@if grep -qs '^compute_environment: *AMAZON_SAGEMAKER' $(CONFIG); then \
+	@if grep -qsE "^compute_environment: *[\"']?AMAZON_SAGEMAKER" $(CONFIG); then \
 	  set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
 	else \
 	  set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS); \
 	fi
 
 sagemaker-train: ARGS ?= --config flowers
+sagemaker-train: CONFIG = accelerate_configs/sagemaker.yaml
 sagemaker-train: $(READY)
-	$(BIN)/python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml $(SUBMIT) $(SCRIPT) $(ARGS)
+	$(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS)
 
 sagemaker-rehearse: $(READY)
-	$(BIN)/python tests/rehearse_sagemaker.py $(if $(FRESH),--fresh)
+	$(BIN)/python tests/rehearse_sagemaker.py $(if $(call yes,$(FRESH)),--fresh)
 
 publish: named $(READY)
 	$(BIN)/python scripts/publish_model.py --model $(MODEL) --hub_model_id $(REPO) $(ARGS)

@@ -9,7 +9,9 @@ with the YAML that --inside names. Nothing is sent before everything was checked
 
 import argparse
 import json
+import math
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -35,7 +37,8 @@ def main() -> None:
         fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
         return
     command = jobs.read_command(options.command)
-    inside = check_inside(Path(options.inside))
+    inside = Path(options.inside)
+    inner = jobs.read_inside(inside)
     inputs = jobs.local_inputs(command, config)
 
     # look at the account
@@ -49,15 +52,17 @@ def main() -> None:
     quiet_libraries()
     prices = costs.read_prices()
     images = options.train_images or (costs.count_images(command.recipe.data) if command.recipe else None)
-    estimate = costs.estimate(command, config, prices, images, options.samples_per_second)
+    estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "code"
         jobs.stage(source, command, config, inside, inputs)
-        hashes = {channel: jobs.hash_folder(Path(value))[0] for channel, value in inputs.items() if "://" not in value}
+        folders = {name: jobs.hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
+        hashes = {name: digest for name, (digest, _) in folders.items()}
+        files = {name: found for name, (_, found) in folders.items()}
         secrets = aws.secrets_here(config)
         plan = [f"{command.script} on SageMaker in {config.region}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        plan += [f"NOTE: {note}" for note in notes(config, estimate, secrets)]
+        plan += [f"NOTE: {note}" for note in notes(command, config, estimate, secrets)]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:
             request = build_request(config, account, source, aws.channels_of(inputs, hashes, account), secrets)
@@ -68,7 +73,7 @@ def main() -> None:
         confirm(options.yes)
 
         # submit
-        channels = aws.upload(inputs, hashes, account)
+        channels = aws.upload(inputs, files, hashes, account)
         secret = aws.store_secret(config, secrets, account)
         job = submit(config, account, source, channels, secret)
     print(
@@ -106,24 +111,19 @@ def positive(kind: Any) -> Any:
     """A parser of numbers above zero."""
 
     def parse(text: str) -> Any:
-        if (value := kind(text)) <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if not 0 < (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
         return value
 
     return parse
 
 
-def check_inside(path: Path) -> Path:
-    """The YAML for the containers; it must be one for machines, not for SageMaker."""
-    if jobs.read_yaml(path).get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        raise UserError(f"--inside {path} is for SageMaker itself; name one for machines, such as deepspeed_zero2.yaml")
-    return path
-
-
 # --- The plan --------------------------------------------------------------------------------------------------------
 
 
-def notes(config: jobs.SageMakerConfig, estimate: costs.Estimate, secrets: dict[str, str]) -> list[str]:
+def notes(
+    command: jobs.Command, config: jobs.SageMakerConfig, estimate: costs.Estimate, secrets: dict[str, str]
+) -> list[str]:
     """What a user should know before paying."""
     spot = "spot " if config.additional_args.use_spot_instances else ""
     found = [
@@ -132,8 +132,17 @@ def notes(config: jobs.SageMakerConfig, estimate: costs.Estimate, secrets: dict[
     ]
     if secrets:
         found.append(
-            f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config)}, which the role must be allowed to read"
+            f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config, secrets)}, which the role must be allowed to read"
         )
+    settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
+    if command.recipe is None:
+        found.append(
+            f"{command.script} is your own: folders here that its arguments name are not sent, and what it writes to {jobs.RUN} comes "
+            "home with --fetch"
+        )
+    own_secret = jobs.SECRETS in config.additional_args.environment
+    if getattr(settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
+        found.append("push_to_hub needs a token in the job: export HF_TOKEN (what hf auth login keeps does not travel)")
     if not environment(config, None).get("MLFLOW_TRACKING_URI", "").startswith("http"):
         found.append("no MLflow server (MLFLOW_TRACKING_URI is not an address): curves come home with --fetch")
     too_long = costs.too_long(estimate, config)
@@ -146,7 +155,11 @@ def confirm(yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise UserError("nobody is here to confirm; add --yes (make: YES=1), or look first with --dry_run (DRY_RUN=1)")
-    if input("submit? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        said = input("submit? [y/N] ")
+    except EOFError:  # Ctrl-D
+        said = ""
+    if said.strip().lower() not in ("y", "yes"):
         raise UserError("not submitted, nothing was sent")
 
 
@@ -181,7 +194,7 @@ def build_request(
     boto.events.register("provide-client-params.sagemaker.CreateTrainingJob", stop)
     boto.events.register_first("before-send", refuse)
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # the role was looked at, as far as it can be
-    secret = aws.secret_name(config) if secrets else None
+    secret = aws.secret_name(config, secrets) if secrets else None
     try:
         trainer(config, account, DrySession(boto_session=boto), source, channels, secret).train(wait=False)
     except Seen as seen:
@@ -261,7 +274,7 @@ def environment(config: jobs.SageMakerConfig, secret: str | None) -> dict[str, s
     found = dict(config.additional_args.environment)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     parts = urlsplit(uri)
-    if uri.startswith("http"):
+    if uri.startswith("http") and parts.hostname not in ("localhost", "127.0.0.1", "::1"):  # not the container's own
         found.setdefault("MLFLOW_TRACKING_URI", parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
     if secret:
         found[jobs.SECRETS] = secret
@@ -272,13 +285,14 @@ def submit(
     config: jobs.SageMakerConfig, account: aws.Account, source: Path, channels: dict[str, str], secret: str | None
 ) -> str:
     """Send the job; returns its name."""
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core.helper.session_helper import Session
 
     try:
         made = trainer(config, account, Session(boto_session=account.session), source, channels, secret)
         made.train(wait=False, logs=False)
-    except (ClientError, BotoCoreError, ValueError) as error:  # ValueError: the SDK's checks of the role
+    except (ClientError, BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: the SDK's checks of the role
         raise UserError(
             f"SageMaker does not take the job ({aws.brief(error)}); nothing runs and nothing is billed"
         ) from None
@@ -347,49 +361,51 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
 
 
 def fetch(job: str, folder: Path, config: jobs.SageMakerConfig) -> None:
-    """Bring a finished job's result home as a run folder: model, settings, curves and samples; not its checkpoints."""
+    """Bring an ended job's result home as a run folder: model, settings, curves and samples; not its checkpoints."""
     import boto3
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists():
         raise UserError(f"{folder} is there already; give another --output_dir, or delete it")
-    session = boto3.Session(profile_name=config.profile, region_name=config.region)
-    s3 = session.client("s3")
+    part = folder.with_name(f".{folder.name}.part")  # a fetch that breaks can be repeated
+    shutil.rmtree(part, ignore_errors=True)
     try:
+        session = boto3.Session(profile_name=config.profile, region_name=config.region)
         state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
-        if state["TrainingJobStatus"] == "InProgress":
-            raise UserError(
-                f"{job} is still at work ({state.get('SecondaryStatus', 'InProgress')}); fetch it when it has ended"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        fetch_run(s3, state["CheckpointConfig"]["S3Uri"], folder)
-        model = state.get("ModelArtifacts", {}).get("S3ModelArtifacts")
-        if model:
-            with tempfile.TemporaryDirectory() as scratch:
-                parts, archive = urlsplit(model), Path(scratch) / "model.tar.gz"
-                s3.download_file(parts.netloc, parts.path.lstrip("/"), str(archive))
-                with tarfile.open(archive) as tar:
-                    tar.extractall(folder, filter="data")  # refuses paths that lead out, links and devices
+        if state["TrainingJobStatus"] not in ENDED:
+            raise UserError(f"{job} is still at work ({state.get('SecondaryStatus', '')}); fetch it when it has ended")
+        part.mkdir(parents=True)
+        s3, uri = session.client("s3"), state.get("CheckpointConfig", {}).get("S3Uri")
+        if uri:
+            fetch_run(s3, uri, part)
+        fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
     except ClientError as error:
         raise UserError(
             f"{job} cannot be fetched ({aws.brief(error)}); check its name and region {config.region}"
         ) from None
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise UserError(f"AWS cannot be asked ({aws.brief(error)}); run aws configure, or check the network") from None
-    write_json(folder / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"{job} cannot be kept in {folder} ({aws.brief(error)}); make room, and fetch it again"
+        ) from None
+    write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
                "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip
-    what = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no model"
+    os.replace(part, folder)
+    models = [name for name in ("pipeline", "vae") if (folder / name).is_dir()]
     if state["TrainingJobStatus"] != "Completed":
         print(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
-    print(
-        f"{folder}: {what}; python scripts/generate_images.py --model {folder} --prompt …, or streamlit run dashboard"
-    )
+        print(f"a new job goes on from its checkpoints with checkpoint_s3_uri: {uri}")
+    print(f"{folder}: {', '.join(models) or 'no model'}; look at it with streamlit run dashboard")
+    if "pipeline" in models:
+        print(f"python scripts/generate_images.py --model {folder} --prompt …")
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:
     """The run folder's own files from the job's checkpoints in S3; checkpoints and the model stay there."""
     parts = urlsplit(uri)
-    prefix = parts.path.strip("/") + "/run/"
+    prefix = f"{parts.path.strip('/')}/run/".lstrip("/")
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
         for item in page.get("Contents", []):
             name = Path(item["Key"][len(prefix) :])
@@ -398,6 +414,25 @@ def fetch_run(s3: Any, uri: str, folder: Path) -> None:
                 continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             s3.download_file(parts.netloc, item["Key"], str(folder / name))
+
+
+def fetch_model(s3: Any, uri: str | None, folder: Path) -> None:
+    """What the job left as its model; nothing where it ended before it had one."""
+    from botocore.exceptions import ClientError
+
+    if not uri:
+        return
+    parts = urlsplit(uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "model.tar.gz"
+        try:
+            s3.download_file(parts.netloc, parts.path.lstrip("/"), str(archive))
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                return
+            raise
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")  # refuses paths that lead out, links and devices
 
 
 if __name__ == "__main__":

@@ -14,16 +14,19 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from t2i import jobs
+
 ROOT = Path(__file__).parents[1]
 CONFIG = Path("/opt/ml/input/config/resourceconfig.json")
 MODEL = Path("/opt/ml/model")
 FAILURE = Path("/opt/ml/output/failure")
-RUN = Path("/opt/ml/checkpoints/run")  # as jobs.RUN
+RUN = Path(jobs.RUN)
 PORT = "7777"  # free in AWS's images
 HOSTS_WAIT_S = 300.0  # until the other machines have names
 
@@ -71,7 +74,7 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
         "TQDM_MININTERVAL": "60",  # s: a log keeps each look of a bar as a line
     }
     found.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
-    if name := os.environ.get("T2I_SECRETS"):
+    if name := os.environ.get(jobs.SECRETS):
         import boto3  # of AWS's images
 
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -96,19 +99,23 @@ def wait_for_name(host: str) -> bool:
 
 def run(words: list[str], environment: dict[str, str], script: str, first: bool) -> int:
     """Run the launcher, pass a SIGTERM on to the training itself, and leave the model where SageMaker takes it from."""
-    launcher = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    launcher: subprocess.Popen[str] | None = None
     stopped = False
 
     def stop(number: int, frame: Any) -> None:
         nonlocal stopped
-        stopped = True
-        for worker in psutil.Process(launcher.pid).children(recursive=True):
-            if any(word.endswith(script) for word in worker.cmdline()):  # the launcher itself would leave them 30 s
-                worker.send_signal(signal.SIGTERM)
+        if launcher is None or launcher.poll() is None:
+            stopped = True
+            pass_on(launcher, script)
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(
+        signal.SIGTERM, stop
+    )  # before the launcher: as the container's first process, unheard signals are lost
+    launcher = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if stopped:
+        pass_on(launcher, script)
     error = ""
     for line in launcher.stdout or ():
         print(line, end="", flush=True)
@@ -116,13 +123,25 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
             error = line.removeprefix("error: ").strip()
     code = launcher.wait()
     if stopped and code:
-        print("interrupted: the checkpoint is saved; SageMaker, or the same job again, goes on from it", flush=True)
+        print(
+            "interrupted: the checkpoint is saved; SageMaker goes on from it, or a job with its checkpoint_s3_uri",
+            flush=True,
+        )
         return 75
     if code:
         return fail(error or f"the training ended with code {code}; its log says why")
     if first:
         leave_model()
     return 0
+
+
+def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
+    """SIGTERM for the training's own processes: the launcher would give them 30 s, a save may take longer."""
+    with suppress(psutil.Error):  # a process that ends meanwhile is no reason to end this one, and all others with it
+        for worker in psutil.Process(launcher.pid).children(recursive=True) if launcher else ():
+            with suppress(psutil.Error):
+                if any(word.endswith(script) for word in worker.cmdline()):
+                    worker.send_signal(signal.SIGTERM)
 
 
 def leave_model() -> None:

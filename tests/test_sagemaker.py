@@ -1,11 +1,11 @@
 """SageMaker jobs: what is sent, what is refused, and a job played through on this machine."""
 
+import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,6 +22,7 @@ from t2i import account, config, costs, jobs
 from t2i.runs import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
+ZERO2 = {"distributed_type": "DEEPSPEED", "mixed_precision": "fp16"}
 UNET = str(SCRIPTS / "train_unet.py")
 BASE = yaml.safe_load((ROOT / "accelerate_configs" / "sagemaker.yaml").read_text()) | {
     "iam_role_name": "sagemaker",
@@ -69,6 +70,13 @@ def launcher(tmp_path, cloud, monkeypatch):
         return launch(["--config_file", str(tmp_path / "sagemaker.yaml"), *map(str, words)])
 
     return run
+
+
+def backend():
+    """moto's SageMaker."""
+    from moto.sagemaker.models import sagemaker_backends
+
+    return sagemaker_backends["123456789012"]["us-east-1"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -163,6 +171,8 @@ def test_folders_become_channels(tmp_path, launcher, cloud):
     assert "dataset: 0 of 1 files uploaded" in launcher("--yes", "--train_images", 10, *words)
     channels = {channel["ChannelName"] for channel in cloud.requests[-1]["InputDataConfig"]}
     assert channels == {"dataset", "vae", "code", "sm_drivers"}
+    uris = [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in cloud.requests[-1]["InputDataConfig"]]
+    assert sum("/t2i-inputs/" in uri and uri.endswith("/") for uri in uris) == 2  # flowers is not flowers-old
     command = jobs.read_command([str(word) for word in words])
     arguments = jobs.container_arguments(
         command, jobs.local_inputs(command, jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge"))
@@ -214,6 +224,29 @@ def mistakes():
         [],
         "environment holds a credential in MLFLOW_TRACKING_URI",
     )
+    yield "group without subnet", {"additional_args": {"security_group_ids": ["sg-1"]}}, [], "belong together"
+    yield (
+        "no S3 address",
+        {"additional_args": {"checkpoint_s3_uri": "b/ck"}},
+        [],
+        "checkpoint_s3_uri = 'b/ck' is not usable",
+    )
+    yield (
+        "own world size",
+        {"additional_args": {"environment": {"SM_NUM_GPUS": "0"}}},
+        [],
+        "environment sets SM_NUM_GPUS",
+    )
+    yield (
+        "credential as tag",
+        {"additional_args": {"tags": {"a": "hf_abcdefghijklmnopqrstuv"}}},
+        [],
+        "the tag a looks like",
+    )
+    yield "deep missing folder", {}, ["--dataset", "my/deep/folder"], "--dataset my/deep/folder is not here"
+    yield "a file", {}, ["--vae", str(ROOT / "README.md")], "is a file; give the folder"
+    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "is not here"
+    yield "credential typed", {}, ["--run_name", "hf_abcdefghijklmnopqrstuv"], "an argument looks like a credential"
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
     yield "no such folder", {}, ["--dataset", "./nowhere"], "--dataset ./nowhere is not here"
@@ -292,17 +325,19 @@ def test_credentials_travel_through_secrets_manager_alone(launcher, cloud, monke
     monkeypatch.setenv("HF_TOKEN", f"hf_{canary}")
     told = launcher("--yes", UNET, "--config", "flowers", base_job_name="secret")
     request = cloud.requests[-1]
-    assert request["Environment"] == {
-        "MLFLOW_TRACKING_URI": "https://mlflow.example.org/x",
-        "T2I_SECRETS": "t2i/secret",
-    }
+    name = request["Environment"].pop("T2I_SECRETS")
+    assert name.startswith("t2i/secret-")
+    assert request["Environment"] == {"MLFLOW_TRACKING_URI": "https://mlflow.example.org/x"}
     assert canary not in json.dumps(request) + told + "".join(capsys.readouterr())
     s3 = cloud.session.client("s3")
     bucket = request["OutputDataConfig"]["S3OutputPath"].split("/")[2]
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="secret/"):
         for item in page["Contents"]:
             assert canary.encode() not in s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
-    monkeypatch.setenv("T2I_SECRETS", "t2i/secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_another-one")  # a later launch leaves an earlier job's credentials as they are
+    launcher("--yes", UNET, "--config", "flowers", base_job_name="secret")
+    assert cloud.requests[-1]["Environment"]["T2I_SECRETS"] != name
+    monkeypatch.setenv("T2I_SECRETS", name)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     inside = run_sagemaker_job.make_environment("eth0", 2)
     assert (inside["MLFLOW_TRACKING_PASSWORD"], inside["HF_TOKEN"]) == (canary, f"hf_{canary}")
@@ -318,12 +353,12 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
     there = account.Account(cloud.session)
     monkeypatch.setattr("time.sleep", mock.Mock(side_effect=KeyboardInterrupt))
-    backend = __import__("moto.sagemaker.models", fromlist=["x"]).sagemaker_backends["123456789012"]["us-east-1"]
-    backend.training_jobs[job].training_job_status = "InProgress"
+    known = backend()
+    known.training_jobs[job].training_job_status = "InProgress"
     with pytest.raises(SystemExit) as error:
         launch_sagemaker.wait(job, settings, there)
     assert error.value.code == 130
-    assert backend.training_jobs[job].training_job_status == "InProgress"
+    assert known.training_jobs[job].training_job_status == "InProgress"
     logs.create_log_group(logGroupName=launch_sagemaker.LOGS)
     stream = f"{job}/algo-1-1732000000"
     logs.create_log_stream(logGroupName=launch_sagemaker.LOGS, logStreamName=stream)
@@ -340,9 +375,99 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     assert launch_sagemaker.new_lines(logs, job, seen) == []
     finish_in_moto(request)
     launch_sagemaker.wait(job, settings, there)
-    backend.training_jobs[job].training_job_status = "Failed"
+    known.training_jobs[job].training_job_status = "Failed"
     with pytest.raises(UserError, match=f"{job} ended as Failed"):
         launch_sagemaker.wait(job, settings, there)
+
+
+def test_an_mlflow_address_with_odd_letters(monkeypatch):
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://us%40er:p%40ss@mlflow.example.org")
+    assert account.secrets_here(settings) == {"MLFLOW_TRACKING_USERNAME": "us@er", "MLFLOW_TRACKING_PASSWORD": "p@ss"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert launch_sagemaker.environment(settings, None) == {}  # the container's 127.0.0.1 is another
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "sentence"),
+    [
+        ("caption_to_hub.py", ["--dataset", "a/b"], "two machines do not share; set num_machines: 1"),
+        ("make_flowers.py", [], "is for this machine; what trains on SageMaker is one of train_unet.py"),
+    ],
+)
+def test_what_cannot_run_there_is_refused(script, words, sentence, launcher):
+    with pytest.raises(UserError, match=sentence):
+        launcher("--yes", SCRIPTS / script, *words)
+
+
+def test_the_yaml_inside_is_checked(tmp_path, launcher):
+    for text, sentence in (
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}", "zero_stage: 2"),
+        ("compute_environment: AMAZON_SAGEMAKER", "is for SageMaker itself"),
+    ):
+        (tmp_path / "inside.yaml").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            launcher("--yes", "--inside", tmp_path / "inside.yaml", UNET, "--config", "flowers")
+
+
+def test_a_script_gets_only_options_that_it_has(tmp_path):
+    (tmp_path / "text").mkdir()
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(yaml.safe_dump({"data": {"dataset": "a/b"}, "unet": {"text_encoder": str(tmp_path / "text")}}))
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    for script, sent in (("train_vae.py", {}), ("train_unet.py", {"text_encoder": str(tmp_path / "text")})):
+        command = jobs.read_command([str(SCRIPTS / script), "--config", str(recipe)])
+        assert jobs.local_inputs(command, settings) == sent
+    (tmp_path / "inputs.tsv").write_text("channel\tdata\ncaptioner\ts3://b/c\nmy-data\ts3://b/d\n")
+    settings.sagemaker_inputs_file = str(tmp_path / "inputs.tsv")
+    with pytest.raises(UserError, match="'my-data' cannot be a channel's name"):
+        jobs.local_inputs(command, settings)
+    assert "--captioner" not in jobs.container_arguments(command, {"captioner": "s3://b/c"})
+
+
+def test_a_stop_reaches_the_training_whatever_else_is_there(tmp_path):
+    """A process that has ended and waits to be taken leave of (a zombie) does not keep SIGTERM from the training."""
+    trains = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    (tmp_path / "train_unet.py").write_text(trains)
+    launcher = "import subprocess, sys; zombie = subprocess.Popen(['true']); import time; time.sleep(0.5);"
+    launcher += f"sys.exit(subprocess.run([sys.executable, {str(tmp_path / 'train_unet.py')!r}]).returncode)"
+    entry = "import sys; sys.path.append(sys.argv[1]); import run_sagemaker_job as job\n"
+    entry += "sys.exit(job.run([sys.executable, '-c', sys.argv[2]], {}, 'train_unet.py', first=False))"
+    words = [sys.executable, "-u", "-c", entry, str(SCRIPTS), launcher]
+    with mock.patch.object(run_sagemaker_job, "ROOT", tmp_path):
+        done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.stdout.readline() == "ready\n"
+    done.terminate()
+    told = done.communicate(timeout=20)[0]
+    assert done.returncode == 75, told
+    assert "interrupted: the checkpoint is saved" in told
+
+
+def test_fetching_what_there_is(tmp_path, launcher, cloud):
+    launcher("--yes", UNET, "--config", "flowers", base_job_name="fetched")
+    request = cloud.requests[-1]
+    job, home = request["TrainingJobName"], tmp_path / "home"
+    record = backend().training_jobs[job]
+    for status in ("InProgress", "Stopping"):
+        record.training_job_status = status
+        with pytest.raises(UserError, match="still at work"):
+            launcher("--fetch", job, "--output_dir", home)
+    finish_in_moto(request)
+    record.training_job_status, record.failure_reason = "Stopped", "somebody stopped it"
+    bucket, _, prefix = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
+    s3 = cloud.session.client("s3")
+    for name in ("run.json", "checkpoint-000001/manifest.json", "node-1/x", ".lock", "samples/a.png"):
+        s3.put_object(Bucket=bucket, Key=f"{prefix}/run/{name}", Body=b"{}")
+    told = launcher("--fetch", job, "--output_dir", home)  # its model.tar.gz was never written
+    assert "no model" in told
+    assert "checkpoint_s3_uri: s3://" in told
+    assert {path.name for path in home.iterdir()} == {"run.json", "samples", "sagemaker.json"}
+    with pytest.raises(UserError, match="is there already"):
+        launcher("--fetch", job, "--output_dir", home)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        launcher("--fetch", "nobodys-job", "--output_dir", tmp_path / "other")
+    with pytest.raises(UserError, match="profile"):
+        launcher("--fetch", job, "--output_dir", tmp_path / "other", profile="nope")
 
 
 def test_machines_that_would_train_apart_are_stopped(monkeypatch):
@@ -376,15 +501,25 @@ def test_the_estimate(launcher):
     prices = costs.read_prices()
     flops, weights = costs.unet_size(command.recipe)
     assert 147e6 < weights < 149e6
-    found = costs.estimate(command, settings, prices, 6400, 100.0)
+    found = costs.estimate(command, settings, ZERO2, prices, 6400, 100.0)
     assert (found.updates, found.epochs, found.global_batch) == (15000, 150.0, 64)  # 150 x 6,400 / 64
     assert found.hours == pytest.approx(960_000 / 100 / 3600 + prices.overhead_minutes / 60)
     assert found.usd == pytest.approx(found.hours * 2 * prices.instances["ml.g4dn.xlarge"].usd_per_hour)
     assert "max_run ends it after 1 h" in costs.too_long(found, settings)
-    guessed = costs.estimate(command, settings, prices, 6400, None)
+    guessed = costs.estimate(command, settings, ZERO2, prices, 6400, None)
     compute = 32 * 3 * flops / (65e12 * prices.utilisation)
     assert guessed.samples_per_second == pytest.approx(64 / (compute + 2 * weights * 8 / 5e9))
+    assert costs.estimate(
+        command, settings, {"distributed_type": "MULTI_GPU"}, prices, 6400, None
+    ).samples_per_second < (guessed.samples_per_second)  # float32 gradients are sent
+    command.recipe.train_unet.gradient_accumulation_steps, command.recipe.train_unet.train_batch_size = 8, 4
+    split = costs.estimate(command, settings, ZERO2, prices, 6400, None)
+    assert split.samples_per_second == pytest.approx(64 / (compute + 9 * weights * 8 / 5e9))  # ZeRO-2 reduces each time
+    single = dataclasses.replace(settings, mixed_precision="no", num_machines=1)
+    assert costs.estimate(command, single, ZERO2, prices, 6400, None).samples_per_second == pytest.approx(
+        8.1e12 * prices.utilisation / (3 * flops)
+    )
     unknown = costs.estimate(
-        command, SimpleNamespace(**vars(settings) | {"ec2_instance_type": "ml.p4d.24xlarge"}), prices, None, None
+        command, dataclasses.replace(settings, ec2_instance_type="ml.p4d.24xlarge"), ZERO2, prices, 6400, None
     )
     assert (unknown.usd, unknown.updates, unknown.epochs) == (None, None, 150.0)

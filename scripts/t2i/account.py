@@ -3,14 +3,16 @@
 Data goes to SageMaker's bucket by its content, credentials to Secrets Manager. Imports no torch.
 """
 
+import hashlib
 import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from t2i import jobs
 from t2i.runs import UserError
@@ -24,6 +26,7 @@ class Account:
 
     session: Any  # boto3's; None without credentials
     number: str = PLACEHOLDER
+    partition: str = "aws"  # AWS's own kind of region: aws, aws-cn, aws-us-gov
     bucket: str = ""  # SageMaker's, of the account
     role: str = ""  # ARN
     image: str = ""
@@ -53,9 +56,11 @@ def look(config: jobs.SageMakerConfig, inputs: dict[str, str]) -> Account:
             f"ec2_instance_type {config.ec2_instance_type} is no machine that SageMaker trains on"
             + (f"; of that family there are {near}" if near else "; take ml.g4dn.xlarge, or look at AWS's list")
         )
-    if config.region not in session.get_available_regions("sagemaker"):
+    partitions = session.get_available_partitions()
+    regions = {region: part for part in partitions for region in session.get_available_regions("sagemaker", part)}
+    if config.region not in regions:
         raise UserError(f"region {config.region} is none that has SageMaker; take us-east-1, or look at AWS's list")
-    account = Account(session)
+    account = Account(session, partition=regions[config.region])
     account.image = config.image_uri or find_image(image_uris, config)
     try:
         account.number = session.client("sts").get_caller_identity()["Account"]
@@ -99,7 +104,7 @@ def find_role(config: jobs.SageMakerConfig, account: Account) -> str:
     from botocore.exceptions import BotoCoreError, ClientError
 
     name = config.iam_role_name
-    arn = name if name.startswith("arn:") else f"arn:aws:iam::{account.number}:role/{name or 'ROLE'}"
+    arn = name if name.startswith("arn:") else f"arn:{account.partition}:iam::{account.number}:role/{name or 'ROLE'}"
     if not name:
         account.missing.append(
             "iam_role_name is empty: name the role that the job runs as (AWS console, IAM, Roles, SageMaker execution)"
@@ -159,20 +164,27 @@ def brief(error: Exception) -> str:
 def channels_of(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> dict[str, str]:
     """Where each channel is, or will be, in S3: a folder of this machine by the hash of its content."""
     return {
-        name: value if value.startswith("s3://") else f"s3://{account.bucket}/t2i-inputs/{hashes[name]}"
+        # with a slash: SageMaker takes all that begins so, and flowers is also the beginning of flowers-old
+        name: (value if value.startswith("s3://") else f"s3://{account.bucket}/t2i-inputs/{hashes[name]}").rstrip("/")
+        + "/"
         for name, value in inputs.items()
     }
 
 
-def upload(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> dict[str, str]:
-    """Upload the folders of this machine, each once by its content, and return where each channel is."""
+def upload(
+    inputs: dict[str, str], files: dict[str, list[Path]], hashes: dict[str, str], account: Account
+) -> dict[str, str]:
+    """Upload the folders of this machine, each once by its content, and return where each channel is.
+
+    files, hashes: of each folder, as `jobs.hash_folder` gives them.
+    """
     from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core.helper.session_helper import Session
 
     try:
         account.bucket = Session(boto_session=account.session).default_bucket()  # makes it, if there is none yet
-        send_folders(inputs, hashes, account)
+        send_folders(inputs, files, hashes, account)
     except (ClientError, BotoCoreError, S3UploadFailedError) as error:
         raise UserError(
             f"S3 does not take the data ({brief(error)}); what was sent is kept, the same command sends the rest"
@@ -180,23 +192,27 @@ def upload(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> 
     return channels_of(inputs, hashes, account)
 
 
-def send_folders(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> None:
+def send_folders(
+    inputs: dict[str, str], files: dict[str, list[Path]], hashes: dict[str, str], account: Account
+) -> None:
     """Send what S3 does not have yet of the folders, file by file."""
     s3 = account.session.client("s3")
     for channel, digest in hashes.items():
-        files = jobs.hash_folder(Path(inputs[channel]))[1]
         prefix = f"t2i-inputs/{digest}/"
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=account.bucket, Prefix=prefix)
         there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
-        names = {prefix + file.relative_to(inputs[channel]).as_posix(): file for file in files}
+        names = {prefix + file.relative_to(inputs[channel]).as_posix(): file for file in files[channel]}
         todo = {key: file for key, file in names.items() if there.get(key) != file.stat().st_size}
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda item: s3.upload_file(str(item[1]), account.bucket, item[0]), todo.items()))
         print(f"{channel}: {len(todo):,} of {len(names):,} files uploaded to s3://{account.bucket}/{prefix}")
 
 
-def secret_name(config: jobs.SageMakerConfig) -> str:
-    return f"t2i/{config.base_job_name}"
+def secret_name(config: jobs.SageMakerConfig, secrets: dict[str, str]) -> str:
+    """A name for these credentials alone: an earlier job that restarts still finds its own. The hash is slow to guess by."""
+    text = json.dumps(secrets, sort_keys=True).encode()
+    digest = hashlib.scrypt(text, salt=config.base_job_name.encode(), n=2**14, r=8, p=1, dklen=6).hex()
+    return f"t2i/{config.base_job_name}-{digest}"
 
 
 def store_secret(config: jobs.SageMakerConfig, secrets: dict[str, str], account: Account) -> str | None:
@@ -205,12 +221,10 @@ def store_secret(config: jobs.SageMakerConfig, secrets: dict[str, str], account:
 
     if not secrets:
         return None
-    name, client = secret_name(config), account.session.client("secretsmanager")
+    name, client = secret_name(config, secrets), account.session.client("secretsmanager")
     try:
-        try:
+        with suppress(client.exceptions.ResourceExistsException):  # of these very credentials
             client.create_secret(Name=name, SecretString=json.dumps(secrets))
-        except client.exceptions.ResourceExistsException:
-            client.put_secret_value(SecretId=name, SecretString=json.dumps(secrets))
     except (ClientError, BotoCoreError) as error:
         raise UserError(
             f"Secrets Manager does not take {', '.join(secrets)} as {name} ({brief(error)}); allow it, name a secret of your "
@@ -225,6 +239,8 @@ def secrets_here(config: jobs.SageMakerConfig) -> dict[str, str]:
         return {}  # the user's own secret
     found = {name: os.environ[name] for name in jobs.SECRET_NAMES if os.environ.get(name)}
     parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if parts.username:
+        found["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
     if parts.password:
-        found |= {"MLFLOW_TRACKING_USERNAME": parts.username or "", "MLFLOW_TRACKING_PASSWORD": parts.password}
+        found["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
     return found

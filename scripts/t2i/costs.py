@@ -3,10 +3,13 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from t2i.config import DataConfig, NonNegative, Positive, Recipe, Share, TrainConfig, checked
+from pydantic import Field
+
+from t2i.config import Count, DataConfig, NonNegative, Positive, Recipe, TrainConfig, checked
 from t2i.jobs import ROOT, Command, SageMakerConfig, read_yaml
+from t2i.runs import read_json
 
 PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
 SPOT_SHARE = 0.3  # of the price on demand, that spot often costs (AWS: "up to 90 %" off)
@@ -17,8 +20,9 @@ class Instance:
     """A machine of the price file."""
 
     usd_per_hour: Positive
-    gpus: int
-    fp16_tflops: Positive  # peak of one GPU
+    gpus: Count
+    fp16_tflops: Positive  # peak of one GPU, for bf16 as well
+    fp32_tflops: Positive
     network_gbps: Positive  # sustained, between machines
 
 
@@ -28,7 +32,7 @@ class Prices:
 
     as_of: Any  # a date
     source: str
-    utilisation: Share
+    utilisation: Annotated[float, Field(gt=0, le=1)]
     overhead_minutes: NonNegative
     instances: dict[str, Instance]
 
@@ -55,9 +59,16 @@ class Estimate:
 
 
 def estimate(
-    command: Command, config: SageMakerConfig, prices: Prices, images: int | None, samples_per_second: float | None
+    command: Command,
+    config: SageMakerConfig,
+    inner: dict[str, Any],
+    prices: Prices,
+    images: int | None,
+    samples_per_second: float | None,
 ) -> Estimate:
-    """What the job takes. images: that are trained on; samples_per_second: of the whole job, as measured; each or None."""
+    """What the job takes. inner: the YAML that holds in the containers; images: that are trained on; samples_per_second:
+    of the whole job, as measured; each of both or None.
+    """
     result = Estimate(images=images)
     machine = prices.instances.get(config.ec2_instance_type)
     if machine:
@@ -66,7 +77,11 @@ def estimate(
     settings = getattr(command.recipe, command.script.removesuffix(".py"), None)
     if command.recipe is None or not isinstance(settings, TrainConfig):
         return result
-    processes = config.num_machines * max(1, machine.gpus if machine else 1)
+    if machine is None:  # nobody knows how many GPUs it has
+        result.updates = settings.max_train_steps
+        result.epochs = None if settings.max_train_steps else settings.num_train_epochs
+        return result
+    processes = config.num_machines * machine.gpus
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     result.global_batch, result.updates = batch, settings.max_train_steps
     if images:
@@ -75,10 +90,12 @@ def estimate(
     else:
         result.epochs = None if settings.max_train_steps else settings.num_train_epochs
     result.samples_per_second = samples_per_second
-    if samples_per_second is None and machine and command.script == "train_unet.py":
-        flops, parameters = unet_size(command.recipe)
+    named = command.recipe.unet.pretrained_model_name_or_path  # of a size that is not known here
+    if samples_per_second is None and command.script == "train_unet.py" and not named:
+        precision = config.mixed_precision or inner.get("mixed_precision")
+        zero = inner.get("distributed_type") == "DEEPSPEED"
         result.samples_per_second, result.assumed = _assume(
-            flops, parameters, batch, processes, config.num_machines, machine, prices.utilisation
+            command.recipe, machine, prices.utilisation, config.num_machines, precision in ("fp16", "bf16"), zero
         )
     if result.samples_per_second and result.updates:
         result.hours = result.updates * batch / result.samples_per_second / 3600 + prices.overhead_minutes / 60
@@ -88,24 +105,26 @@ def estimate(
 
 
 def _assume(
-    flops: float, parameters: int, batch: int, processes: int, machines: int, machine: Instance, utilisation: float
+    recipe: Recipe, machine: Instance, utilisation: float, machines: int, half: bool, zero: bool
 ) -> tuple[float, str]:
-    """Samples a second of the job, counted from the GPU's peak and the network, and how.
+    """Samples a second of the job, counted from the GPU's peak and the network, and how. half: fp16 or bf16.
 
-    A sample costs three forward passes (the backward pass counts for two). ZeRO-2 sends each fp16 gradient and each fp16
-    weight over the network once an update, less the share that stays (Rajbhandari et al., arXiv:1910.02054, section 7);
-    computing and sending are taken one after the other.
+    A sample costs three forward passes (the backward pass counts for two), four with gradient checkpointing. ZeRO-2 sends
+    each gradient at each backward pass and each weight once an update, less the share that stays (Rajbhandari et al.,
+    arXiv:1910.02054, section 7); data parallel training sends float32 gradients to and fro once an update. Computing and sending
+    are taken one after the other.
     """
-    compute = batch / processes * 3 * flops / (machine.fp16_tflops * 1e12 * utilisation)
-    sending = 2 * 2 * parameters * (machines - 1) / machines * 8 / (machine.network_gbps * 1e9)
-    said = (
-        f"an update computes {compute:.2f} s ({3 * flops / 1e9:.1f} GFLOP a sample at {utilisation:.0%} of "
-        f"{machine.fp16_tflops:g} TFLOPS)"
-    )
+    settings, (flops, parameters) = recipe.train_unet, unet_size(recipe)
+    passes = 4 if settings.gradient_checkpointing else 3
+    own = settings.train_batch_size * settings.gradient_accumulation_steps  # samples of a GPU and update
+    peak = machine.fp16_tflops if half else machine.fp32_tflops
+    compute = own * passes * flops / (peak * 1e12 * utilisation)
+    sent = (2 if half else 4) * (settings.gradient_accumulation_steps + 1) if zero else 2 * 4  # bytes a weight
+    sending = sent * parameters * (machines - 1) / machines * 8 / (machine.network_gbps * 1e9)
+    said = f"an update computes {compute:.2f} s ({passes * flops / 1e9:.1f} GFLOP a sample at {utilisation:.0%} of {peak:g} TFLOPS)"
     if sending:
-        what = f"{parameters / 1e6:.0f} M gradients and weights in fp16"
-        said += f" and sends {sending:.2f} s ({what} at {machine.network_gbps:g} Gbit/s)"
-    return batch / (compute + sending), said
+        said += f" and sends {sending:.2f} s ({sending * machine.network_gbps / 8 * 1000:.0f} MB at {machine.network_gbps:g} Gbit/s)"
+    return own * machines * machine.gpus / (compute + sending), said
 
 
 def unet_size(recipe: Recipe) -> tuple[float, int]:
@@ -115,14 +134,27 @@ def unet_size(recipe: Recipe) -> tuple[float, int]:
 
     from t2i.models import build_unet
 
-    side = recipe.data.resolution // (8 if recipe.vae.vae else 2 ** (len(recipe.vae.vae_channels) - 1))
+    levels, channels = _vae_size(recipe)
+    side = recipe.data.resolution // 2 ** (levels - 1)
     text = (77, 768) if recipe.unet.text_encoder else (recipe.unet.text_max_length, recipe.unet.text_hidden_size)
     with torch.device("meta"):
-        unet = build_unet(recipe.unet, side, recipe.vae.latent_channels, text[1])
-        inputs = torch.empty(1, recipe.vae.latent_channels, side, side), torch.empty(1), torch.empty(1, *text)
+        unet = build_unet(recipe.unet, side, channels, text[1])
+        inputs = torch.empty(1, channels, side, side), torch.empty(1), torch.empty(1, *text)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(*inputs)
     return float(counter.get_total_flops()), sum(parameter.numel() for parameter in unet.parameters())
+
+
+def _vae_size(recipe: Recipe) -> tuple[int, int]:
+    """Levels and latent channels of the recipe's VAE; one that is not here is taken for Stable Diffusion's, 4 and 4."""
+    if not recipe.vae.vae:
+        return len(recipe.vae.vae_channels), recipe.vae.latent_channels
+    folder = Path(recipe.vae.vae).expanduser()
+    for file in (folder / "config.json", folder / "vae" / "config.json", folder / "pipeline" / "vae" / "config.json"):
+        if file.is_file():
+            config = read_json(file)
+            return len(config.get("block_out_channels") or "1234"), int(config.get("latent_channels") or 4)
+    return 4, 4
 
 
 def count_images(data: DataConfig) -> int | None:

@@ -37,7 +37,13 @@ FOLDERS = {  # options that may name a folder here: where the recipe has them, a
     "text_encoder": ("unet", "pipeline"),
     "pretrained_model_name_or_path": ("unet", "pipeline"),
     "captioner": ("caption", ""),
+    "audit_tokenizer": ("caption", ""),
 }
+AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "run_recipe.py",
+           "launch_sagemaker.py", "run_sagemaker_job.py")  # fmt: skip
+
+
+S3Uri = Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$")]
 
 
 @dataclass
@@ -48,8 +54,8 @@ class Additional:
     max_run: Count = 86400  # s of training at most
     max_wait: Count | None = None  # s of training and waiting for spot capacity at most; None: max_run
     volume_size: Count = 30  # GB of disk a machine
-    checkpoint_s3_uri: str | None = None  # s3://… of checkpoints to go on from; None: a folder of the job's own
-    output_path: str | None = None  # s3://… for models; None: the account's SageMaker bucket
+    checkpoint_s3_uri: S3Uri | None = None  # s3://… of checkpoints to go on from; None: a folder of the job's own
+    output_path: S3Uri | None = None  # s3://… for models; None: the account's SageMaker bucket
     environment: dict[str, str] = field(default_factory=dict)  # variables of the container; no secrets
     tags: dict[str, str] = field(default_factory=dict)  # of the job, for the bill
     subnets: list[str] = field(default_factory=list)  # of a VPC
@@ -125,7 +131,28 @@ def read_config(path: Path) -> SageMakerConfig:
             f"{path}: environment holds a credential in {secret[0]}, which the request would show in plain text; export it where "
             f"you launch, or name a Secrets Manager secret in {SECRETS}"
         )
+    tags = [name for name, value in additional.tags.items() if redact(f"{name}={value}") != f"{name}={value}"]
+    if tags:
+        raise UserError(f"{path}: the tag {tags[0]} looks like a credential; take it out")
+    own = [name for name in additional.environment if name.startswith("SM_") or name == "T2I_WORLD_SIZE"]
+    if own:
+        raise UserError(f"{path}: environment sets {own[0]}, which SageMaker or this suite sets; take it out")
+    if bool(additional.subnets) != bool(additional.security_group_ids):
+        raise UserError(f"{path}: subnets and security_group_ids belong together; give both, or neither")
     return config
+
+
+def read_inside(path: Path) -> dict[str, Any]:
+    """The YAML that holds in the containers. Raises `UserError` where it is not one, or names what is not sent or not run."""
+    values = read_yaml(path)
+    if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        raise UserError(f"--inside {path} is for SageMaker itself; name one for machines, such as deepspeed_zero2.yaml")
+    zero = values.get("deepspeed_config") or {}
+    if values.get("distributed_type") == "DEEPSPEED" and (not isinstance(zero, dict) or zero.get("zero_stage") != 2):
+        raise UserError(
+            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no file of its own; take deepspeed_zero2.yaml"
+        )
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -151,6 +178,8 @@ def read_table(path: str, name: str) -> dict[str, str]:
         lines = file.read_text(encoding="utf-8").splitlines()[1:]
     except OSError as error:
         raise UserError(f"{name} {path} cannot be read ({error.strerror}); mend the path in the YAML") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} {path} is not UTF-8; save it as such") from None
     table = {}
     for number, line in enumerate(lines, 2):
         if line.strip():
@@ -192,12 +221,19 @@ def read_command(words: list[str]) -> Command:
             "an argument looks like a credential, which the job's log would show; leave it out, and export HF_TOKEN or "
             "MLFLOW_TRACKING_PASSWORD where you launch"
         )
+    if script.name in AT_HOME:
+        raise UserError(f"{script.name} is for this machine; what trains on SageMaker is one of {', '.join(SECTIONS)}")
     recipe = parse(sections, f"{script.name}, before it is sent to SageMaker", arguments) if sections else None
-    if recipe and not recipe.data.dataset:
-        raise UserError(
-            "no data set: give --dataset with a Hub id, an s3:// folder or a folder here, or --config flowers"
-        )
+    config = option(arguments, "config")
+    if config and Path(config).suffix and redact(text := Path(config).read_text(encoding="utf-8")) != text:
+        raise UserError(f"{config} holds what looks like a credential, and would be sent along; take it out")
     return Command(script.name, arguments, recipe)
+
+
+def takes(script: str, name: str) -> bool:
+    """Whether a script has the option `name` of `FOLDERS`."""
+    section, sections = FOLDERS[name][0], SECTIONS.get(script, ())
+    return section in sections or (section == "data" and "source" in sections)
 
 
 def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
@@ -206,25 +242,42 @@ def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
     if config.sagemaker_inputs_file:
         found = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")
     for name, (section, part) in FOLDERS.items():
-        value = getattr(getattr(command.recipe, section, None), name, None) if command.recipe else None
-        if name == "captioner" and command.script != "caption_to_hub.py":
+        value = getattr(getattr(command.recipe, section), name) if takes(command.script, name) else None
+        if not value:
             continue
-        if not value or (section in ("vae", "unet") and command.script == "caption_to_hub.py"):
-            continue
-        if str(value).startswith("s3://"):
-            found[name] = str(value)
-        elif Path(value).expanduser().is_dir():
-            folder = Path(value).expanduser().resolve()
+        folder = _expanded(value)
+        if value.startswith("s3://"):
+            found[name] = value
+        elif folder.is_dir():
             parts = [folder / part, folder / "pipeline" / part] if part else []
-            found[name] = str(next((inner for inner in parts if inner.is_dir()), folder))
-        elif Path(value).is_absolute() or str(value).startswith((".", "~")):
+            found[name] = str(next((inner for inner in parts if inner.is_dir()), folder.resolve()))
+        elif folder.exists():
+            raise UserError(f"--{name} {value} is a file; give the folder that holds it")
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or value.startswith("."):
             raise UserError(f"--{name} {value} is not here; give a folder, an s3:// folder or a Hub id")
     for channel, value in found.items():
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", channel) or channel in ("code", "sm_drivers"):
-            raise UserError(f"{channel!r} cannot be a channel's name; use letters, digits, '.', '-' or '_'")
-        if not value.startswith("s3://") and not Path(value).is_dir():
-            raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; mend the path")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", channel) or channel in ("code", "sm_drivers"):
+            raise UserError(
+                f"{channel!r} cannot be a channel's name; use letters, digits and '_'"
+            )  # a shell variable's
+        if not value.startswith("s3://"):
+            if not _expanded(value).is_dir():
+                raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; mend the path")
+            found[channel] = str(_expanded(value))
+    if command.recipe and not (command.recipe.data.dataset or "dataset" in found):
+        raise UserError(
+            "no data set: give --dataset with a Hub id, an s3:// folder or a folder here, or --config flowers"
+        )
+    if command.script == "caption_to_hub.py" and config.num_machines > 1:
+        raise UserError("captions are kept in one folder, which two machines do not share; set num_machines: 1")
     return found
+
+
+def _expanded(value: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # ~ of a user who is not here
+        return Path(value)
 
 
 def container_arguments(command: Command, inputs: dict[str, str]) -> list[str]:
@@ -233,7 +286,8 @@ def container_arguments(command: Command, inputs: dict[str, str]) -> list[str]:
     config = option(words, "config")
     if config and Path(config).suffix:  # a recipe of the user's own travels along
         words += ["--config", "recipe.yaml"]
-    words += [word for name in FOLDERS if name in inputs for word in (f"--{name}", f"{CHANNELS}/{name}")]
+    sent = [name for name in FOLDERS if name in inputs and takes(command.script, name)]
+    words += [word for name in sent for word in (f"--{name}", f"{CHANNELS}/{name}")]
     if command.recipe:
         words += ["--output_dir", RUN]
         if "data" in SECTIONS[command.script]:
@@ -277,6 +331,6 @@ def stage(folder: Path, command: Command, config: SageMakerConfig, inside: Path,
             "machines": config.num_machines,
             "mixed_precision": config.mixed_precision,
             "inside": inside.name,
-            "zero": read_yaml(inside).get("distributed_type") == "DEEPSPEED",
+            "zero": read_inside(inside).get("distributed_type") == "DEEPSPEED",
         },
     )
