@@ -8,10 +8,12 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
+import yaml
 
 from t2i.cards import escape_markdown
 from t2i.curves import POINTS, Curve, smooth, thin
 from t2i.runs import UserError, read_json
+from t2i.tracking import redact_config
 
 OUTPUTS = Path("outputs")
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
@@ -57,6 +59,19 @@ def read(path: Path) -> dict[str, Any]:
         st.warning(escape(f"{path} cannot be read ({type(error).__name__})"))
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """A run's config.yaml without secrets; {} where it is missing, and a warning where it is damaged."""
+    file = run / "config.yaml"
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        st.warning(escape(f"{file} cannot be read ({type(error).__name__}); restore it from config.public.yaml"))
+        return {}
+    return redact_config(value) if isinstance(value, dict) else {}
 
 
 def cells_of(run: Path) -> list[dict[str, Any]]:
@@ -160,3 +175,8 @@ def nothing_yet(sentence: str, command: str) -> None:
 def escape(text: Any) -> str:
     """Words from outside (captions, prompts, names) for a widget that would read Markdown in them."""
     return escape_markdown(text)
+
+
+def warn(error: Exception) -> None:
+    """A mistake's sentence; it may hold words from outside."""
+    st.warning(escape(error))

@@ -1,15 +1,21 @@
 """Models in memory, and whose turn it is to draw: what a page needs to make a picture. Imports no torch before that."""
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2i import cells
 from t2i.cells import weights_hash
+from t2i.runs import UserError
 
 MODELS = 2  # pipelines in memory at once, over all sessions; the least recently used one makes room
+BATCH = 4  # pictures of a grid at once; another session's picture waits for no more than these
+UNSEEN_S = 60  # a grid that no page has looked at for so long ends: its browser was closed
 
 _gate, _lock = threading.Lock(), threading.Lock()
 _kept: OrderedDict[tuple[Path, str], Any] = OrderedDict()
@@ -63,3 +69,70 @@ def pipeline(model: Path) -> Any:
 def kept() -> list[Path]:
     """The models in memory, the most recently used last."""
     return [model for model, _ in list(_kept)]
+
+
+@dataclass
+class GridJob:
+    """A grid's missing pictures, drawn in a thread of its own, while pages look at what is there."""
+
+    total: int
+    done: int = 0
+    error: str = ""
+    started: float = field(default_factory=time.monotonic)
+    seen: float = field(default_factory=time.monotonic)
+    finished: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def start(cls, places: Sequence[cells.Place]) -> "GridJob":
+        """Draw the missing pictures of `places`."""
+        todo = cells.missing(places)
+        job = cls(len(todo))
+        threading.Thread(target=job._draw, args=(todo,), daemon=True, name="grid").start()
+        return job
+
+    def look(self) -> None:
+        """Say that somebody still looks at it."""
+        self.seen = time.monotonic()
+
+    def seconds_left(self) -> float | None:
+        """By the pictures so far, the loading of models included; None before the first."""
+        elapsed = time.monotonic() - self.started
+        return elapsed / self.done * (self.total - self.done) if self.done else None
+
+    def _draw(self, todo: Sequence[cells.Place]) -> None:
+        def cancelled() -> bool:
+            return self.stopped.is_set() or time.monotonic() - self.seen > UNSEEN_S
+
+        def count(place: cells.Place, done: int, of: int) -> None:
+            self.done += 1
+
+        try:
+            for batch in cells.batches(todo, BATCH):
+                with turn(cancelled) as had:
+                    if not had:
+                        return
+                    start = time.monotonic()
+                    cells.make(batch, load=pipeline, batch_size=BATCH, progress=count, cancelled=cancelled)
+                    took = time.monotonic() - start
+                    _pace[batch[0].run] = took / sum(place.cell.num_inference_steps for place in batch)
+        except UserError as error:
+            self.error = str(error)
+        except Exception as error:  # out of memory, a disk that breaks: the page must not wait for ever
+            self.error = f"drawing ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})"
+        finally:
+            self.finished.set()
+
+
+_pace: dict[Path, float] = {}  # run -> seconds a denoising step, as measured last by a grid in this server
+
+
+def expected_seconds(places: Sequence[cells.Place], known: float | None = None) -> float | None:
+    """What drawing the missing pictures of `places` takes; None where nothing tells.
+
+    known: seconds a denoising step of these models, measured elsewhere; what this server measured is taken first.
+    """
+    paces = [(place.cell.num_inference_steps, _pace.get(place.run, known)) for place in cells.missing(places)]
+    if any(pace is None for _, pace in paces):
+        return None
+    return float(sum(steps * pace for steps, pace in paces if pace is not None))

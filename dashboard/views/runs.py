@@ -6,8 +6,7 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
-import yaml
-from common import cells_of, choose_runs, escape, find_runs, flat, is_finite, nothing_yet, read, step_of
+from common import cells_of, choose_runs, find_runs, flat, is_finite, nothing_yet, read, settings_of, step_of
 
 from t2i.curves import read_folder
 from t2i.runs import checkpoint_folders
@@ -124,19 +123,6 @@ def show_settings(runs: dict[str, Path]) -> None:
         st.text("choose two or more runs for their differences")
     if len(table):
         st.dataframe(table)
-
-
-def settings_of(run: Path) -> dict[str, Any]:
-    """A run's config.yaml without secrets; {} where it is missing, and a warning where it is damaged."""
-    file = run / "config.yaml"
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        st.warning(escape(f"{file} cannot be read ({type(error).__name__}); restore it from config.public.yaml"))
-        return {}
-    return redact_config(value) if isinstance(value, dict) else {}
 
 
 def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:

@@ -4,10 +4,12 @@
 picture is the same cell whichever grid or command asked for it. Each is written whole the moment it is made.
 """
 
+import io
 import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -348,7 +350,7 @@ def make(
     """
     wanted = missing(places)
     done, drawn, current, pipeline = 0, 0, None, None
-    for batch in _batches(wanted, batch_size):
+    for batch in batches(wanted, batch_size):
         first = batch[0]
         with _turn(first.run, cancelled) as had:
             if not had or cancelled():
@@ -367,8 +369,8 @@ def make(
     return drawn
 
 
-def _batches(places: Sequence[Place], size: int) -> Iterator[list[Place]]:
-    """Places of one model and the same settings, in the order in which the first of them stands."""
+def batches(places: Sequence[Place], size: int) -> Iterator[list[Place]]:
+    """What `make` draws at once: up to `size` places of one model and the same settings, a model after another."""
     groups: dict[Any, dict[Any, list[Place]]] = {}
     for place in places:
         model = (place.run, place.checkpoint, place.model_hash)
@@ -408,6 +410,24 @@ def _draw(pipeline: Any, places: Sequence[Place]) -> "np.ndarray":
         )  # fmt: skip
     finally:
         pipeline.scheduler = saved
+
+
+def zipped(places: Sequence[Place]) -> bytes:
+    """A ZIP of the pictures that are there, each with its parameters in it, and of all parameters together as cells.json."""
+    file, rows = io.BytesIO(), []
+    with zipfile.ZipFile(file, "w") as archive:
+        for place in places:
+            if place.problem is None and read_cell(place.run, place.model_hash, place.cell) is not None:
+                name = "-".join(
+                    f"{what}{number + 1}" for what, number in zip(("tab", "row", "column"), place.at, strict=True)
+                )
+                archive.write(place.path, f"{name}.png")
+                model = f"{place.run.resolve().name}/{place.checkpoint}"
+                rows.append(
+                    {"file": f"{name}.png", "model": model, "model_hash": place.model_hash, **asdict(place.cell)}
+                )
+        archive.writestr("cells.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    return file.getvalue()
 
 
 def evaluated(run: Path) -> tuple[Cell, list[Axis]] | None:

@@ -55,6 +55,64 @@ def read_parameters(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def difference(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
+    """How two pictures differ: uint8 [R, R, 3] of |left - right| per channel, stretched to 255, and the mean of it (0 to 255).
+
+    left, right: uint8 [R, R, 3]; of two sizes the smaller one is enlarged, each pixel as it is.
+    """
+    side = max(left.shape[0], right.shape[0])
+    pair = [
+        np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), dtype=np.int16)
+        for picture in (left, right)
+    ]
+    gap = np.abs(pair[0] - pair[1])
+    stretched = gap * (255 / max(1, int(gap.max())))
+    return stretched.round().astype(np.uint8), float(gap.mean())
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str = "",
+) -> Image.Image:
+    """Pictures in a table under the labels of its columns and beside those of its rows; None leaves a gray place."""
+    side = max((max(image.size) for row in rows for image in row if image), default=64)
+    side, gap, line = max(side, 96), 4, 16  # labels need some room
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def cut(text: str, width: float) -> str:
+        text = " ".join(text.split())
+        while text and pen.textlength(_latin(text)) > width:
+            text = text[:-1]
+        return _latin(text)
+
+    left = min(240, max([8, *(int(pen.textlength(cut(label, 240))) for label in row_labels)])) + 8
+    width, height = left + len(column_labels) * (side + gap), 2 * line + len(row_labels) * (side + gap)
+    grid = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(grid)
+    pen.text((4, 2), cut(title, width - 8), fill="black")
+    for number, label in enumerate(column_labels):
+        pen.text((left + number * (side + gap), line + 2), cut(label, side), fill="black")
+    for number, (label, row) in enumerate(zip(row_labels, rows, strict=True)):
+        y = 2 * line + number * (side + gap)
+        pen.text((4, y + side // 2 - 6), cut(label, left - 8), fill="black")
+        for column, image in enumerate(row):
+            x = left + column * (side + gap)
+            if image is None:
+                pen.rectangle((x, y, x + side - 1, y + side - 1), fill=(225, 225, 225))
+            else:
+                grid.paste(
+                    image.resize((side, side), Image.Resampling.LANCZOS) if max(image.size) != side else image, (x, y)
+                )
+    return grid
+
+
+def _latin(text: str) -> str:
+    """Letters that Pillow's built-in font has; others become "?"."""
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
 def picture_grid(
     pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:

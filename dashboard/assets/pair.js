@@ -1,0 +1,45 @@
+// Two pictures: side by side, one over the other with a slider, or their difference; all zoom together.
+export default function ({ data, parentElement }) {
+  const root = parentElement.querySelector(".pair");
+  const state = JSON.stringify(data);
+  if (root.state !== state) {
+    root.state = state;
+    root.replaceChildren(zoomBar(), { slider, difference, "side by side": sides }[data.mode](data, root));
+  }
+  linkZoom(root, root.querySelector(".bar"));
+}
+
+function labelled({ source, alt, label }) {
+  return make("figure", {}, picture(source, alt), make("figcaption", {}, label));
+}
+
+function sides(data) {
+  return make("div", { class: "sides" }, labelled(data.left), labelled(data.right));
+}
+
+function difference(data) {
+  return make("div", { class: "sides" }, labelled(data.difference));
+}
+
+function slider(data, root) {
+  const left = picture(data.left.source, data.left.alt);
+  const right = picture(data.right.source, data.right.alt);
+  right.classList.add("over");
+  const line = make("span", { class: "line" });
+  const stage = make("div", { class: "stage" }, left, right, line);
+  const input = make("input", { type: "range", min: 0, max: 100, step: 1, value: root.cut ?? 50,
+    "aria-label": "How much of the left picture is shown" });
+  const show = () => { root.cut = input.value; stage.style.setProperty("--cut", `${input.value}%`); };
+  const drag = (event) => {
+    if (!event.buttons || root.classList.contains("zoomed")) return; // zoomed in, dragging moves the pictures
+    const box = stage.getBoundingClientRect();
+    input.value = ((event.clientX - box.left) / box.width) * 100;
+    show();
+  };
+  input.oninput = show;
+  stage.onpointerdown = drag;
+  stage.onpointermove = drag;
+  show();
+  return make("figure", { class: "slider" }, stage, input,
+    make("figcaption", {}, make("span", {}, `left: ${data.left.label}`), make("span", {}, `right: ${data.right.label}`)));
+}

@@ -1,0 +1,46 @@
+"""The two widgets that Streamlit does not have: a grid of pictures with linked zoom, and two pictures compared.
+
+Their JavaScript and CSS stand in assets/. What comes from files goes to them as data, which they show as text and attributes.
+"""
+
+import base64
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> None:
+    """A table of pictures.
+
+    data: `columns`, `rows` (labels), `corner` (what they are), `cells` (row by row: source, a data address or ""; alt; note,
+    shown where there is no picture; row, column), `left` and `right` (row and column of the two that are compared).
+    on_chosen: called when a picture is clicked; `st.session_state[key].chosen` is then {row, column, left}.
+    """
+    mount = st.components.v2.component("picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("grid"))
+    mount(key=key, data=data, on_chosen_change=on_chosen)
+
+
+def picture_pair(data: dict[str, Any], key: str) -> None:
+    """Two pictures compared: `mode` ("side by side", "slider", "difference"), `left`, `right`, `difference` (source, alt, label)."""
+    mount = st.components.v2.component("picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("pair"))
+    mount(key=key, data=data)
+
+
+def address(png: bytes) -> str:
+    """A PNG as a data address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+@lru_cache
+def _css() -> str:
+    return (ASSETS / "pictures.css").read_text(encoding="utf-8")
+
+
+@lru_cache
+def _js(name: str) -> str:
+    return "\n".join((ASSETS / f"{part}.js").read_text(encoding="utf-8") for part in ("zoom", name))
