@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from common import settings_of
+from common import is_finite, read, settings_of
 
 from t2i import axes, cells
 from t2i.pictures import SCHEDULERS
@@ -75,12 +75,16 @@ def choose_axes(evaluated: bool) -> list[str]:
     """Widgets for what stands on columns, rows and (third, if any) tabs."""
     known = [name for name in AXES if evaluated or name != "sample"]
     across, down, swap, tabs = st.columns([3, 3, 2, 3], vertical_alignment="bottom")
-    columns = across.selectbox("Columns", known, format_func=AXES.__getitem__, key="columns", bind="query-params")
-    rows = down.selectbox("Rows", known, index=1, format_func=AXES.__getitem__, key="rows", bind="query-params")
+    columns = across.selectbox(
+        "Columns", known, format_func=AXES.__getitem__, key="columns", bind="query-params", on_change=reset_fixed
+    )
+    rows = down.selectbox(
+        "Rows", known, index=1, format_func=AXES.__getitem__, key="rows", bind="query-params", on_change=reset_fixed
+    )
     swap.button("Swap", on_click=swap_axes, width="stretch", help="exchange columns and rows")
     third = tabs.selectbox(
         "Tabs", ["none", *known], index=1 + known.index("sample") if evaluated else 0,
-        format_func=lambda name: AXES.get(name, name), key="tabs", bind="query-params",
+        format_func=lambda name: AXES.get(name, name), key="tabs", bind="query-params", on_change=reset_fixed,
     )  # fmt: skip
     return [str(columns), str(rows), *([str(third)] if third != "none" else [])]
 
@@ -113,7 +117,8 @@ def choose_values(
 ) -> dict[str, Any]:
     """Widgets for the values of each setting, as they are typed: several where it stands on an axis."""
     known = list(dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run)))
-    cell = found[0] if found else cells.Cell(first_prompt(next(iter(runs.values()))))
+    first = next(iter(runs.values()))
+    cell = found[0] if found else cells.Cell(first_prompt(first))
     typed: dict[str, Any] = {
         "checkpoint": pick("Checkpoint", "checkpoint", known, usual_checkpoints(known, found, chosen))
     }
@@ -122,18 +127,26 @@ def choose_values(
         typed["sample"] = pick("Evaluated prompts", "sample", names, names)
         typed["samples"] = dict(zip(names, samples, strict=True))
     else:
+        prompts = [cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)]
         typed["prompt"] = st.text_area(
-            "Prompt, one a line", cell.prompt, key="prompt", bind="query-params", height=80, max_chars=20_000
+            "Prompt, one a line", "\n".join(prompts), key="prompt", bind="query-params", height=80, max_chars=20_000
         )
     scales = axes.format_values("guidance_scale", found[1][1].values) if found else GUIDANCE
-    usual = {"guidance_scale": scales, "num_inference_steps": str(cell.num_inference_steps), "seed": str(cell.seed)}
+    seed, steps = cell.seed, cell.num_inference_steps
+    usual = {  # several on an axis, a single one elsewhere
+        "guidance_scale": scales if "guidance_scale" in chosen else f"{best_scale(first, found):g}",
+        "num_inference_steps": f"{max(1, steps // 2)},{steps}" if "num_inference_steps" in chosen else str(steps),
+        "seed": f"{seed}-{seed + 3}" if "seed" in chosen else str(seed),
+    }
     if "sample" in chosen:
         usual.pop("seed")
     for place, (name, text) in zip(st.columns(len(usual)), usual.items(), strict=True):
         title = AXES[name].capitalize()
         typed[name] = place.text_input(title, text, key=name, bind="query-params", help=HELP, max_chars=2000)
     short = {name: key for key, name in SCHEDULERS.items()}
-    typed["scheduler"] = pick("Scheduler", "scheduler", list(SCHEDULERS), [short.get(cell.scheduler, "ddim")])
+    own = short.get(cell.scheduler, "ddim")
+    several = [own, *(name for name in ("dpm++", "unipc") if name != own and "scheduler" in chosen)]
+    typed["scheduler"] = pick("Scheduler", "scheduler", list(SCHEDULERS), several)
     typed["negative_prompt"] = st.text_input(
         "Negative prompt", key="negative_prompt", bind="query-params", max_chars=2000
     )
@@ -187,11 +200,26 @@ def checkpoints_of(run: Path) -> list[str]:
     return names + (["pipeline"] if (run / "pipeline" / "unet").is_dir() else [])
 
 
+def best_scale(run: Path, found: Any) -> float:
+    """The guidance scale that the evaluation chose; 3 where there is none."""
+    report = read(run / "evaluation" / "evaluation.json").get("report")
+    scale = report.get("guidance_scale") if isinstance(report, dict) else None
+    if is_finite(scale):
+        return float(scale)  # type: ignore[arg-type]
+    return float(found[1][1].values[0]) if found else 3.0
+
+
 def first_prompt(run: Path) -> str:
     """A prompt that the run's samples were drawn from, for a grid that nobody has chosen one for."""
     section = settings_of(run).get("train_unet")
     prompts = section.get("validation_prompts") if isinstance(section, dict) else None
     return str(prompts[0]) if isinstance(prompts, list) and prompts else "a flower"
+
+
+def reset_fixed() -> None:
+    """A setting that left its axis goes back to a single value, and one that came to an axis to several."""
+    for name in (*TYPED, "checkpoint", "scheduler", "tab", "page"):
+        st.session_state.pop(name, None)
 
 
 def reset_values() -> None:

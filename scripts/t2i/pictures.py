@@ -82,7 +82,7 @@ def labelled_grid(
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def cut(text: str, width: float) -> str:
-        text = " ".join(text.split())
+        text = " ".join(text.split())[:200]
         while text and pen.textlength(_latin(text)) > width:
             text = text[:-1]
         return _latin(text)

@@ -1,0 +1,328 @@
+"""The page Compare: grids of stored and of newly drawn pictures, two of them compared, curves with marked checkpoints."""
+
+import io
+import json
+import shutil
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+
+from t2i import cells
+from t2i.pictures import difference, labelled_grid
+from t2i.runs import sha256_file
+
+APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
+EVIL = "a <script>alert(1)</script> **bold** [x](javascript:y) flower"
+PROMPTS = ["a red flower", EVIL]
+SCALES = [1.5, 3.0]
+
+
+def make_run(folder: Path, steps=(10, 20), evaluated=True) -> Path:
+    """A run as training and evaluation leave it, with files that stand for weights; its pictures are painted."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / "pipeline" / part).mkdir(parents=True)
+        (folder / "pipeline" / part / "config.json").write_text(json.dumps({"part": part, "run": folder.name}))
+    for step in steps:
+        checkpoint = folder / f"checkpoint-{step:06d}"
+        (checkpoint / "unet").mkdir(parents=True)
+        weights = checkpoint / "unet" / "weights.safetensors"
+        weights.write_text(f"{folder.name} {step}")
+        known = {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)}
+        (checkpoint / "manifest.json").write_text(json.dumps({"files": {"unet/weights.safetensors": known}}))
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "steps": steps[-1]}))
+    rows = [{"step": step, "train_loss": 1 / step, "val_loss": 2 / step} for step in range(10, 30, 10)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if evaluated:
+        evaluate(folder, [f"checkpoint-{step:06d}" for step in steps])
+    return folder
+
+
+def evaluate(folder: Path, checkpoints: list[str]) -> None:
+    sweep = {"checkpoints": checkpoints, "guidance_scales": SCALES, "num_inference_steps": 4,
+             "scheduler": "DDIMScheduler", "prompts": PROMPTS, "seeds": [7, 8]}  # fmt: skip
+    rows = [{"checkpoint": name, "guidance_scale": scale} for name in checkpoints for scale in SCALES]
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps({"cells": rows, "sweep": sweep}))
+    for number, name in enumerate(checkpoints):
+        for scale in SCALES:
+            made = [cells.Cell(prompt, "", seed, scale, 4) for prompt, seed in zip(PROMPTS, (7, 8), strict=True)]
+            pictures = np.stack([np.full((8, 8, 3), 60 * number + 20 * scale + n, np.uint8) for n in range(2)])
+            cells.save_cells(folder, name, cells.weights_hash(folder / name), made, pictures)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def show(**query: str | list[str]) -> AppTest:
+    app = AppTest.from_file(str(APP), default_timeout=20)
+    for key, value in query.items():
+        app.query_params[key] = value
+    app.run()
+    assert not app.exception
+    return app
+
+
+def component(app: AppTest, name: str) -> dict:
+    """The data of the grid or the pair as the browser gets it."""
+    found = [element.proto for element in app.get("bidi_component") if element.proto.component_name == name]
+    return json.loads(found[0].json) if found else {}
+
+
+def grid_of(app: AppTest) -> dict:
+    return component(app, "picture_grid")
+
+
+def warnings(app: AppTest) -> str:
+    return " ".join(element.value for element in app.warning).replace("\\", "")
+
+
+def texts(app: AppTest) -> str:
+    return " ".join(element.value for element in app.text)
+
+
+def test_the_evaluations_grid_opens_at_once_and_shows_words_as_they_are(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(tab=f"2. {EVIL}")
+    grid = grid_of(app)
+    assert grid["columns"] == ["1.5", "3"]
+    assert grid["rows"] == ["checkpoint-000010", "checkpoint-000020"]
+    assert [cell["alt"] for cell in grid["cells"]][1] == f"3, checkpoint-000010: {EVIL}"
+    assert all(cell["source"].startswith("data:image/png;base64,") for cell in grid["cells"])
+    assert len({cell["source"] for cell in grid["cells"]}) == 4
+    assert "not drawn yet" not in texts(app)
+    for element in [*app.markdown, *app.warning, *app.caption]:
+        assert "<script" not in element.value
+
+
+def test_axes_are_swapped_with_the_compared_pictures(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(left="row 2, column 1", right="row 1, column 2")
+    before = component(app, "picture_pair")
+    assert before["left"]["label"] == "1.5, checkpoint-000020"
+    next(button for button in app.button if button.label == "Swap").click().run()
+    assert grid_of(app)["columns"] == ["checkpoint-000010", "checkpoint-000020"]
+    after = component(app, "picture_pair")
+    assert [after[side]["source"] for side in ("left", "right")] == [
+        before[side]["source"] for side in ("left", "right")
+    ]
+
+
+def test_a_click_chooses_a_picture_and_the_ways_to_compare(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    app.session_state["_chosen"] = {"right": "row 2, column 2"}
+    app.run()
+    assert app.selectbox(key="right").value == "row 2, column 2"
+    assert grid_of(app)["right"] == [1, 1]
+    pair = component(app, "picture_pair")
+    assert pair["mode"] == "slider"
+    assert pair["difference"]["label"].startswith("mean difference 90.0 of 255")  # 60 a checkpoint + 20 x 1.5 of scale
+    app.session_state["_chosen"] = {"right": "row 99, column 99"}  # nothing but what is shown
+    app.run()
+    assert component(app, "picture_pair")["left"]["label"] == pair["left"]["label"]
+
+
+def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    assert "stands on two axes" in warnings(show(columns="checkpoint"))
+    assert "its own seed" in warnings(show(columns="seed"))
+    app = show(columns="seed", tabs="none", guidance_scale="1.5,3")
+    assert "guidance scale has 2 values and stands on no axis" in warnings(app)
+    assert app.text_input(key="seed").value == "7-10"  # the other widgets stay
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ({"guidance_scale": "NaN"}, "guidance_scale NaN is neither a number nor a range"),
+        ({"seed": "1e99", "tabs": "none", "columns": "seed", "guidance_scale": "1"}, "seed 1e99 is more than"),
+        ({"num_inference_steps": "0"}, "num_inference_steps 0 is less than 1"),
+        ({"guidance_scale": "1-100(+0.001)"}, "more than 100 values"),
+        ({"checkpoint": "../../etc/passwd", "run": "../one", "columns": "x", "left": "row 9999999, column -1"}, ""),
+    ],
+)
+def test_a_hostile_url_gets_a_sentence_or_nothing(tmp_path, query, sentence):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(**query)
+    assert sentence in warnings(app)
+    assert bool(warnings(app)) == bool(sentence)
+    assert "passwd" not in texts(app) + str(grid_of(app))
+    assert bool(grid_of(app)) != bool(sentence)
+
+
+def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    wide = {
+        "columns": "guidance scale",
+        "rows": "seed",
+        "tabs": "none",
+        "guidance_scale": "1-100",
+        "prompt": "a flower",
+    }
+    app = show(**wide, seed="1-100")
+    assert "10,000 of 10,000 pictures are not drawn yet" in texts(app)
+    assert len(grid_of(app)["cells"]) == 100
+    draw = next(button for button in app.button if button.label.startswith("Draw"))
+    assert draw.disabled
+    app.checkbox[0].check().run()
+    assert not next(button for button in app.button if button.label.startswith("Draw")).disabled
+    assert "10,200 pictures is more than 10,000" in warnings(
+        show(**wide | {"tabs": "steps"}, seed="1-51", num_inference_steps="4,5")
+    )
+    page = show(**wide, seed="1-100", page="3–3")
+    assert grid_of(page)["rows"] == ["3"]
+
+
+def test_half_written_checkpoints_are_not_offered(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one", steps=(10, 20, 30), evaluated=False)
+    (run / "checkpoint-000020" / "unet" / "weights.safetensors").write_text("cut")
+    app = show()
+    assert app.multiselect(key="checkpoint").options == ["checkpoint-000010", "checkpoint-000030", "pipeline"]
+    assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000030"]
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "pipeline" / "unet")
+    assert "no whole checkpoint yet" in texts(show())
+
+
+def test_a_run_deleted_while_shown(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    make_run(tmp_path / "outputs" / "two")
+    app = show(run="one")
+    shutil.rmtree(run / "checkpoint-000010")
+    app.run()
+    assert grid_of(app)["rows"] == ["checkpoint-000020"]
+    shutil.rmtree(run)
+    app.run()
+    assert not app.exception
+
+
+def test_two_runs_stand_in_columns_and_their_curves_beside(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    make_run(tmp_path / "outputs" / "two", steps=(10, 30))
+    app = show(run="one")
+    app.multiselect(key="run").set_value(["one", "two"]).run()
+    grid = grid_of(app)
+    assert grid["columns"] == ["one", "two"]
+    assert grid["rows"] == ["checkpoint-000010", "checkpoint-000020"]
+    chart = json.loads(app.get("vega_lite_chart")[0].proto.spec)
+    points = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "point")
+    assert any(param["name"] == "mark" for param in chart.get("params", []) + points.get("params", []))
+    app.multiselect(key="run").set_value(["two"]).run()
+    assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000030"]
+    assert grid_of(app)["columns"] == ["1.5", "3"]
+
+
+def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(checkpoint="checkpoint-000010")
+    assert grid_of(app)["rows"] == ["checkpoint-000010"]
+    app.session_state["_point"] = "checkpoint-000020"  # what a click leaves
+    app.run()
+    assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000020"]
+    app = show(rows="steps", checkpoint="checkpoint-000010")
+    app.session_state["_point"] = "checkpoint-000020"
+    app.run()
+    assert app.multiselect(key="checkpoint").value == ["checkpoint-000020"]
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    """Pictures painted instead of drawn; the model in memory is none."""
+    drawn = []
+
+    def paint(pipeline, places):
+        drawn.extend(places)
+        if len(drawn) > 40:
+            time.sleep(0.05)
+        return np.stack([np.full((8, 8, 3), place.cell.num_inference_steps, np.uint8) for place in places])
+
+    show()  # puts the dashboard's folder on the path
+    monkeypatch.setattr(cells, "_draw", paint)
+    monkeypatch.setattr(sys.modules["drawing"], "pipeline", lambda model: None)
+    return drawn
+
+
+def test_missing_pictures_are_announced_and_drawn(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(guidance_scale="1.5,3,5", num_inference_steps="4")
+    assert "4 of 12 pictures are not drawn yet" in texts(app)
+    assert [bool(cell["source"]) for cell in grid_of(app)["cells"]] == [True, True, False] * 2
+    next(button for button in app.button if button.label == "Draw 4 pictures").click().run()
+    deadline = time.monotonic() + 10
+    while "not drawn yet" in str(grid_of(app)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        app.run()
+    assert all(cell["source"] for cell in grid_of(app)["cells"])
+    assert len(painter) == 4
+    assert "not drawn yet" not in texts(show(guidance_scale="1.5,3,5"))
+
+
+def test_a_stopped_grid_goes_on_where_it_stopped(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    query = {"columns": "seed", "tabs": "none", "seed": "1-50", "guidance_scale": "2", "prompt": "a flower"}
+    app = show(**query)
+    next(button for button in app.button if button.label == "Draw 100 pictures").click().run()
+    while len(painter) < 44:
+        time.sleep(0.02)
+    app.run()
+    next(button for button in app.button if button.label == "Stop").click().run()
+    time.sleep(0.5)
+    made = len(list((tmp_path / "outputs" / "one" / "cells").glob("[0-9a-f]*.png"))) - 8
+    assert 40 <= made < 100
+    app = show(**query)
+    assert f"{100 - made} of 100 pictures are not drawn yet: about" in texts(app)
+
+
+def test_a_model_that_cannot_be_loaded_gets_a_sentence(tmp_path, monkeypatch):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(guidance_scale="9")
+    next(button for button in app.button if button.label.startswith("Draw")).click().run()
+    deadline = time.monotonic() + 20
+    while not warnings(app) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        app.run()
+    assert "outputs/one/checkpoint-000010 is neither a run folder, a checkpoint nor a pipeline" in warnings(app)
+    assert next(button for button in app.button if button.label.startswith("Draw"))  # it can be tried again
+
+
+def test_what_is_shown_can_be_downloaded(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    axes = [
+        cells.Axis("guidance_scale", (1.5, 3.0, 9.0)),
+        cells.Axis("sample", tuple(zip(PROMPTS, (7, 8), strict=True))),
+    ]
+    places = cells.plan(run, "checkpoint-000010", cells.Cell("x", num_inference_steps=4), axes)
+    with zipfile.ZipFile(io.BytesIO(cells.zipped(places))) as archive:
+        rows = json.loads(archive.read("cells.json"))
+        assert [row["file"] for row in rows] == [f"tab1-row{r}-column{c}.png" for r in (1, 2) for c in (1, 2)]
+        picture = Image.open(io.BytesIO(archive.read(rows[3]["file"])))
+    assert json.loads(picture.info["parameters"])["prompt"] == rows[3]["prompt"] == EVIL
+
+
+def test_a_grid_with_labels():
+    one = Image.new("RGB", (16, 16), "red")
+    grid = labelled_grid([[one, None], [one, one]], ["row", "ряд 🌸 " * 99], ["1", "a long label " * 99], "title")
+    colors = np.asarray(grid).reshape(-1, 3)
+    assert (colors == (255, 0, 0)).all(axis=1).sum() == 3 * 96 * 96
+    assert grid.width < 500
+
+
+@given(st.integers(0, 255), st.integers(0, 255), st.integers(1, 9), st.integers(1, 9))
+def test_the_difference_of_two_pictures(one, two, side, other):
+    left, right = np.full((side, side, 3), one, np.uint8), np.full((other, other, 3), two, np.uint8)
+    stretched, mean = difference(left, right)
+    assert mean == abs(one - two)
+    assert stretched.shape == (max(side, other),) * 2 + (3,)
+    assert (stretched == (255 if one != two else 0)).all()
+    assert difference(right, left)[1] == mean
