@@ -23,12 +23,17 @@ LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names a
 def find_runs(kind: str = "unet") -> dict[str, Path]:
     """Run folders below outputs/, the newest first: name -> folder. Nothing else can be opened, whatever a URL says.
 
-    kind: "unet" (denoisers with something to show) or "any" (whatever has metrics: also VAEs, and runs just begun).
+    kind: "unet" (denoisers with something to show) or "any" (whatever has metrics: also VAEs, and runs just begun). A
+    folder with a pipeline alone counts, so that a model of the Hub can be put there: outputs/NAME/pipeline.
     """
     inside = OUTPUTS.resolve()
-    found = [file for pattern in ("*/run.json", "*/*/run.json") for file in OUTPUTS.glob(pattern)]
-    found = [file for file in found if file.is_file() and file.resolve().is_relative_to(inside)]
-    folders = [file.parent for file in sorted(found, key=_changed, reverse=True)]
+    names = ("run.json", "pipeline/model_index.json")
+    files = [file for name in names for level in ("*", "*/*") for file in OUTPUTS.glob(f"{level}/{name}")]
+    files = [file for file in files if file.is_file() and file.resolve().is_relative_to(inside)]
+    folders = dict.fromkeys(
+        file.parent.parent if file.name == "model_index.json" else file.parent
+        for file in sorted(files, key=_changed, reverse=True)
+    )
     return {folder.relative_to(OUTPUTS).as_posix(): folder for folder in folders if _is_kind(folder, kind)}
 
 

@@ -323,3 +323,13 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert list(show("runs", status="running").dataframe[0].value["run"]) == ["two"]
     assert list(show("runs", name="ON").dataframe[0].value["run"]) == ["one"]
     assert "no run matches" in texts(show("runs", name="none such"))
+
+
+def test_a_model_of_the_hub_is_a_run_of_its_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "outputs" / "theirs" / "pipeline" / "unet").mkdir(parents=True)
+    (tmp_path / "outputs" / "theirs" / "pipeline" / "model_index.json").write_text("{}")
+    app = show()
+    assert app.multiselect(key="run").options == ["theirs"]
+    assert app.multiselect(key="checkpoint").options == ["pipeline"]
+    for page in PAGES:
+        assert not show(page).exception
