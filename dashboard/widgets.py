@@ -18,7 +18,8 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
     """A table of pictures.
 
     data: `columns`, `rows` (labels), `corner` (what they are), `cells` (row by row: source, a data address or ""; alt; note,
-    shown where there is no picture; row, column), `left` and `right` (row and column of the two that are compared).
+    shown where there is no picture; under, words below it, where there are some; row, column), `left` and `right` (row and
+    column of the two that are compared).
     on_chosen: called when a picture is clicked; `st.session_state[key].chosen` is then {row, column, left}.
     """
     mount = st.components.v2.component("picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("grid"))
