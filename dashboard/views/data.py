@@ -214,7 +214,7 @@ def take_chosen() -> None:
 
 def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
     """The chosen picture with all that is known of it."""
-    row = st.session_state.get("picture") or ""
+    row = st.session_state.get("picture", st.query_params.get("picture", ""))
     with st.expander("One picture", expanded=bool(row)):
         row = st.text_input("Number of the picture", key="picture", bind="query-params", placeholder="or click one")
         number = int(row) if row.isascii() and row.isdigit() and len(row) < 10 else -1
@@ -289,8 +289,9 @@ def show_lengths(split: browse.Split) -> None:
     bars = Counter((counts // width * width).tolist())
     frame = pd.DataFrame(sorted(bars.items()), columns=["from", "captions"])
     frame["to"] = frame["from"] + width
+    across = alt.X("from:Q", title="words", bin="binned", axis=alt.Axis(tickMinStep=1))
     chart = alt.Chart(frame).mark_bar().encode(
-        x=alt.X("from:Q", title="words", bin="binned"), x2="to:Q", y=alt.Y("captions:Q", title="captions"),
+        x=across, x2="to:Q", y=alt.Y("captions:Q", title="captions"),
         tooltip=[alt.Tooltip("from:Q"), alt.Tooltip("to:Q", title="below"), "captions:Q"],
     ).properties(height=220)  # fmt: skip
     st.altair_chart(chart)

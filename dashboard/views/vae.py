@@ -83,6 +83,10 @@ def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
         st.text(f"{missing:,} of {len(vaes) * len(originals):,} reconstructions are not made yet")
         if st.button(f"Reconstruct {missing:,} images", type="primary"):
             reconstruct([vae for name, vae in vaes.items() if name not in problems], originals)
+            if not any(
+                made for row in found.values() for made in row
+            ):  # the first ones: what they are made of beside them
+                st.session_state["_chosen"] = {"left": name_of(0, 0), "right": name_of(0, 1)}
             st.rerun()
     show_table(vaes, images, here, originals, found, problems)
 

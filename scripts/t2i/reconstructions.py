@@ -6,6 +6,7 @@ PNG. Imports no torch before one has to be made.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from t2i import browse
 from t2i.cells import MAX_SIDE, hash_files, pixel_hash
+from t2i.config import Recipe, load_recipe
 from t2i.pictures import DAMAGE, read_parameters, save_picture
 from t2i.runs import UserError, checkpoint_folders, hash_json, read_json
 
@@ -46,28 +48,32 @@ def find_vaes(run: Path) -> list[Vae]:
     start: the VAE that was fine-tuned, where its recipe names one that lies on this disk.
     """
     found = []
-    start = _start(run)
-    if start is not None:
-        found.append(Vae(run, "start", start))
     for checkpoint in checkpoint_folders(run):
         parts = [checkpoint / part for part in ("vae_ema", "vae") if (checkpoint / part / "config.json").is_file()]
         found += [Vae(run, checkpoint.name, part) for part in parts[:1]]  # the average is what the run ends with
-    for name in ("vae", "pipeline/vae"):
-        if (run / name / "config.json").is_file():
-            found.append(Vae(run, name.split("/")[0], run / name))
-            break
-    return found
+    if (run / "vae" / "config.json").is_file():
+        found.append(Vae(run, "vae", run / "vae"))
+    if found:
+        start = _start(run)
+        return [Vae(run, "start", start), *found] if start else found
+    pipeline = run / "pipeline" / "vae"  # of a denoiser's run, or a model of the Hub
+    return [Vae(run, "pipeline", pipeline)] if (pipeline / "config.json").is_file() else []
 
 
 def _start(run: Path) -> Path | None:
-    from t2i.config import load_recipe
-
     try:
-        source = load_recipe(str(run / "config.yaml")).vae.vae
-    except (UserError, OSError, ValueError):
+        source = _settings(run).vae.vae
+    except UserError:
         return None
     parts = [Path(source).expanduser() / part for part in ("", "vae", "pipeline/vae")] if source else []
     return next((part for part in parts if (part / "config.json").is_file()), None)
+
+
+def _settings(run: Path) -> Recipe:
+    try:
+        return load_recipe(str(run / "config.yaml"))
+    except RecursionError:  # nested to do harm
+        raise UserError(f"{run / 'config.yaml'} is not a recipe; restore it from config.public.yaml") from None
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,8 @@ class Images:
 
 def validation_images(run: Path) -> Images:
     """The images of a run's validation split, found by the hash in its run.json. Raises `UserError` where they are gone."""
-    from t2i.config import load_recipe
-
-    identity = read_json(run / "run.json").get("identity")
-    settings = load_recipe(str(run / "config.yaml")).data
+    state, settings = read_json(run / "run.json"), _settings(run).data
+    identity = state.get("identity") if isinstance(state, dict) else None
     folder = browse.prepared_folder(
         settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None
     )
