@@ -201,7 +201,7 @@ def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> 
     """The pictures of some rows as addresses, or why they cannot be shown; kept while the split's files stay as they are."""
     return [
         f"cannot be shown: {found.reason}" if isinstance(found, BadImage) else address(browse.as_file(found, side))
-        for found in browse.read_pictures(split, rows)
+        for found in browse.read_pictures(split, rows, side)
     ]
 
 

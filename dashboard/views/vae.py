@@ -23,6 +23,7 @@ from t2i.reconstructions import Images, Vae
 from t2i.runs import UserError
 
 COUNTS = [4, 8, 16]  # images on a page
+WORDS = 60  # characters of a caption beside its row
 COLUMNS = 3  # VAEs that are chosen at first, the newest
 
 
@@ -79,22 +80,23 @@ def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
         except UserError as error:  # a checkpoint that was deleted meanwhile, or is half copied
             found[name], problems[name] = [None] * len(originals), str(error)
     missing = sum(made is None for name in vaes for made in found[name] if name not in problems)
+    pressed, bar = False, None
     if missing:
         st.text(f"{missing:,} of {len(vaes) * len(originals):,} reconstructions are not made yet")
-        if st.button(f"Reconstruct {missing:,} images", type="primary"):
-            reconstruct([vae for name, vae in vaes.items() if name not in problems], originals)
-            if not any(
-                made for row in found.values() for made in row
-            ):  # the first ones: what they are made of beside them
-                st.session_state["_chosen"] = {"left": name_of(0, 0), "right": name_of(0, 1)}
-            st.rerun()
+        pressed = st.button(f"Reconstruct {missing:,} images", type="primary")
+        bar = st.empty()  # above the table, which stays in sight meanwhile
     show_table(vaes, images, here, originals, found, problems)
+    if pressed:
+        reconstruct([vae for name, vae in vaes.items() if name not in problems], originals, bar)
+        if not any(made for row in found.values() for made in row):  # the first ones: what they are made of beside them
+            st.session_state["_chosen"] = {"left": name_of(0, 0), "right": name_of(0, 1)}
+        st.rerun()
 
 
-def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray]) -> None:
+def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray], place: Any) -> None:
     """Make what is missing, alone in this server; what was made stays where the page is left meanwhile."""
     total = len(vaes) * len(originals)
-    bar = st.progress(0.0, text="loading the model, or waiting for another's turn")
+    bar = place.progress(0.0, text="loading the model, or waiting for another's turn")
     for number, vae in enumerate(vaes):
         with turn():
             reconstructions.make(vae, originals, progress=partial(_show_progress, bar, number * len(originals), total))
@@ -110,7 +112,7 @@ def show_table(
 ) -> None:  # fmt: skip
     """Originals and reconstructions side by side: a row an image, a column a VAE, PSNR and SSIM under each."""
     columns = ["original", *(header(name, found[name]) for name in vaes)]
-    rows = [f"{number}: {images.captions[number] or images.files[number]}" for number in here]
+    rows = [f"{number}: {(images.captions[number] or images.files[number])[:WORDS]}" for number in here]
     shown: dict[str, dict[str, Any]] = {}
     for row, image in enumerate(originals):
         title = f"image {here[row]}"

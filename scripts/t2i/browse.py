@@ -193,25 +193,26 @@ def _unreadable(split: Split, error: Exception) -> str:
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def read_pictures(split: Split, rows: Sequence[int]) -> list[Image.Image | BadImage]:
+def read_pictures(split: Split, rows: Sequence[int], side: int | None = None) -> list[Image.Image | BadImage]:
     """The pictures of some rows, upright RGB, in their order; `BadImage` in the place of one that cannot be shown.
 
+    side (px): they will be shrunk to it, so large photos may be decoded smaller, which is several times faster.
     Of Parquet only the row groups that hold them are read, `BATCH` rows in memory at a time. Raises `UserError`.
     """
     try:
         if split.files[0][0].suffix == ".parquet":
-            return [_decoded(found) for found in _encoded(split, rows)]
+            return [_decoded(found, side) for found in _encoded(split, rows)]
         pixels = np.load(split.files[1][0], mmap_mode="r", allow_pickle=False)
         return [Image.fromarray(np.asarray(pixels[row])) for row in rows]
     except (*DAMAGE, IndexError) as error:
         raise UserError(_unreadable(split, error)) from None
 
 
-def _decoded(found: bytes | None) -> Image.Image | BadImage:
+def _decoded(found: bytes | None, side: int | None) -> Image.Image | BadImage:
     try:
         if found is None:
             raise BadImage("missing image")
-        return decode_image(found)
+        return decode_image(found, draft_side=side)
     except BadImage as error:
         return error
 

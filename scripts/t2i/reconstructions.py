@@ -205,7 +205,8 @@ def _save(vae: Vae, image: np.ndarray, picture: np.ndarray, figures: dict[str, f
         save_picture(part, picture, {**wanted, **figures, "pixel_hash": pixel_hash(Image.fromarray(picture))})
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room, or give a run folder that can be"
         ) from None
