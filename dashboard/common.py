@@ -48,7 +48,7 @@ def _is_kind(folder: Path, kind: str) -> bool:
     trained = (folder / "pipeline").is_dir() or any(folder.glob("checkpoint-*"))
     if kind == "any":
         return trained or (folder / "metrics.jsonl").is_file()
-    return trained and not (folder / "vae").is_dir()
+    return trained and not (folder / "vae").is_dir() and not any(folder.glob("checkpoint-*/vae"))
 
 
 def read(path: Path) -> dict[str, Any]:

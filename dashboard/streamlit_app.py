@@ -17,7 +17,13 @@ for folder in (str(HERE), str(HERE.parent / "scripts")):
         sys.path.append(folder)  # appended: a script's name must not hide a package's
 
 # file, which is also the name in the URL: title
-PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first is where one arrives
+PAGES = {
+    "compare": "Compare",
+    "curves": "Curves",
+    "runs": "Runs",
+    "data": "Data",
+    "vae": "VAE",
+}  # the first is where one arrives
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,19 @@ def show_table(grid: Grid, places: Sequence[cells.Place], rows: slice) -> None:
             "label": labels,
             "alt": f"{labels}: {place.cell.prompt}",
             "note": "" if made else place.problem or "not drawn yet",
-            "place": place,
+            "open": partial(open_cell, place),
         }
+    corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
+    if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
+        show_downloads(grid, places, rows)
+
+
+def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str) -> bool:
+    """A table of pictures under the labels of its columns and rows, and two of them compared; False where there are none.
+
+    shown: by `name_of`, row by row: row, column, source (an address, or ""), label, alt, note, perhaps `under` (words below the
+    picture), and open, which gives the picture or None.
+    """
     there = [name for name, cell in shown.items() if cell["source"]]
     left, right = st.session_state.get("left"), st.session_state.get("right")
     asked = st.session_state.pop("_chosen", {})
@@ -149,18 +160,17 @@ def show_table(grid: Grid, places: Sequence[cells.Place], rows: slice) -> None:
     right = right if right in there else next((name for name in there if name != left), left)
     picture_grid(
         {
-            "columns": list(grid.labels[0]), "rows": list(grid.labels[1][rows]),
-            "corner": f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}",
-            "cells": [{key: cell[key] for key in ("row", "column", "source", "alt", "note")} for cell in shown.values()],
+            "columns": columns, "rows": rows, "corner": corner,
+            "cells": [{key: value for key, value in cell.items() if key not in ("label", "open")} for cell in shown.values()],
             "left": place_of(shown, left), "right": place_of(shown, right),
         },
         key="_grid", on_chosen=take_chosen,
     )  # fmt: skip
     if not there:
-        return
+        return False
     st.caption("A click chooses the right picture to compare, Shift and a click the left one.")
     show_pair(shown, there, str(left), str(right))
-    show_downloads(grid, places, rows)
+    return True
 
 
 def place_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
@@ -186,9 +196,9 @@ def show_pair(shown: dict[str, Any], there: list[str], left: str, right: str) ->
     mode = st.segmented_control(
         "Show", MODES, default=MODES[0], key="view", bind="query-params", required=True
     )  # fmt: skip
-    pair = [open_cell(cell["place"]) for cell in (one, two)]
+    pair = [cell["open"]() for cell in (one, two)]
     if None in pair:
-        st.text("one of these pictures is gone; draw it again")
+        st.text("one of these pictures is gone; make it again")
         return
     gap, mean = difference(*(np.asarray(image) for image in pair))
     text = f"mean difference {mean:.1f} of 255; the picture shows the largest one as white"

@@ -124,7 +124,7 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         run = _run_json(folder.parent) if folder.name == "pipeline" else {}
         if run.get("status") == "finished" and run.get("output_unet_hash"):
             return hash_json({"unet": run["output_unet_hash"], **_shared(folder, run)})
-        return hash_json({"unet": _hash_files(folder / "unet"), **_shared(folder, run)})
+        return hash_json({"unet": hash_files(folder / "unet"), **_shared(folder, run)})
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is neither a whole checkpoint nor a pipeline; take one that training has finished")
     try:
@@ -148,11 +148,12 @@ def _shared(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
     names = {"vae": "vae_hash", "text_encoder": "text_encoder_hash", "tokenizer": "tokenizer_hash"}
     identity = run.get("identity")
     identity = identity if isinstance(identity, dict) else {}
-    parts = {part: identity.get(key) or _hash_files(pipeline / part) for part, key in names.items()}
-    return parts | {"scheduler": _hash_files(pipeline / "scheduler")}
+    parts = {part: identity.get(key) or hash_files(pipeline / part) for part, key in names.items()}
+    return parts | {"scheduler": hash_files(pipeline / "scheduler")}
 
 
-def _hash_files(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a model's files, each read once and known by size and time after. Raises `UserError`: there are none."""
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".txt"})
         known = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -185,7 +186,7 @@ def read_cell(run: Path, model_hash: str, cell: Cell) -> Image.Image | None:
                 return None
             image.load()
             known = json.loads(image.info["parameters"])
-            wanted = {"model_hash": model_hash, "pixel_hash": _pixel_hash(image), **asdict(cell)}
+            wanted = {"model_hash": model_hash, "pixel_hash": pixel_hash(image), **asdict(cell)}
             same = isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
             return image.copy() if same else None
     except DAMAGE:
@@ -206,7 +207,8 @@ def _checked(run: Path, model_hash: str, cell: Cell, *state: int) -> bool:
     return read_cell(run, model_hash, cell) is not None
 
 
-def _pixel_hash(image: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
+    """16 hex digits for a picture's size and pixels."""
     return hash_json([image.size, image.tobytes().hex()])
 
 
@@ -222,7 +224,7 @@ def _save(run: Path, checkpoint: str, model_hash: str, cell: Cell, picture: "np.
     """Write one whole; called by the one who has the turn."""
     path = cell_path(run, model_hash, cell)
     part = path.with_name(f".{path.stem}.part.png")
-    shown = {"model": f"{run.resolve().name}/{checkpoint}", "pixel_hash": _pixel_hash(Image.fromarray(picture))}
+    shown = {"model": f"{run.resolve().name}/{checkpoint}", "pixel_hash": pixel_hash(Image.fromarray(picture))}
     try:
         save_picture(part, picture, {**asdict(cell), "model_hash": model_hash, **shown})
         os.replace(part, path)
