@@ -23,9 +23,11 @@ PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first 
 def main() -> None:
     st.set_page_config(page_title="Text-to-image runs", layout="wide")
     # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
+    views = {name: HERE / "views" / f"{name}.py" for name in PAGES}
+    there = [name for name, view in views.items() if view.is_file()]  # a Space has the playground alone
     pages = [
-        st.Page(HERE / "views" / f"{name}.py", title=title, url_path="" if number == 0 else name, default=number == 0)
-        for number, (name, title) in enumerate(PAGES.items())
+        st.Page(views[name], title=PAGES[name], url_path="" if number == 0 else name, default=number == 0)
+        for number, name in enumerate(there)
     ]
     st.navigation(pages, position="top").run()
 
