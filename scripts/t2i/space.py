@@ -325,7 +325,7 @@ def card(model: Model, repo_id: str) -> str:
     }
     named = f"[{model.hub_id}]({constants.ENDPOINT}/{model.hub_id})" if model.hub_id else "a model of this suite"
     summary = re.search(r"<!-- t2i:summary begin[^>]*-->\s*(.+?)\n\s*\n", body, re.DOTALL)
-    limits = re.search(r"(?ims)^##[^\n]*limitation[^\n]*\n(.*?)(?=^## |\Z)", body)
+    limits = re.search(r"(?ims)^##\s[^\n]*limit[^\n]*\n(.*?)(?=^##\s|\Z)", body)
     made = f"make space MODEL={shlex.quote(model.name)} SPACE={repo_id}"
     text = f"""\
 # {data["title"]}
@@ -336,7 +336,7 @@ Write a prompt, and {named} draws a picture of it, here on two cores without a G
 
 ## Limitations
 
-{_plain(limits[1]) if limits else "The model's card names none."}
+{(_plain(limits[1]) if limits else "") or "The model's card names none."}
 
 ## Where this comes from
 
