@@ -16,8 +16,8 @@ for folder in (str(HERE), str(HERE.parent / "scripts")):
     if folder not in sys.path:
         sys.path.append(folder)  # appended: a script's name must not hide a package's
 
-# file, which is also the name in the URL: title
-PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first is where one arrives
+# file, which is also the name in the URL: title; the first is where one arrives
+PAGES = {"compare": "Compare", "playground": "Playground", "curves": "Curves", "runs": "Runs"}
 
 
 def main() -> None:
