@@ -7,18 +7,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import snapshot_download
+from safetensors.numpy import load_file, save_file
 
 from conftest import ROOT
 from loopback_hub import LoopbackHub
 from prove_space import PROMPT, dockerfile, draw, opens, same_picture, serving
-from t2i import cards, hub, space
+from t2i import cards, hub, sampling, space
 from t2i.runs import UserError, read_json, write_json
 
 REPO = "spaces/me/tiny-flowers"
 BIN = Path(sys.executable).parent
+NONE = "The model's card names none."
 
 
 @pytest.fixture(scope="module")
@@ -174,23 +177,19 @@ def test_a_model_of_the_hub_is_named_and_a_dry_run_pushes_nothing(loopback, run,
     assert not [path for path in asked if path.endswith((".bin", "setup.py")) or "fp16" in path]  # not even downloaded
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("--model", "unet", "--space", "flowers"), "--space 'flowers' is no repository of the Hub; give owner/name"),
-        (("--model", "unet", "--space", "club/none"), "there is no token for the Hub; run `hf auth login`"),
-        (("--model", "nowhere/at/all", "--space", "me/x", "--dry_run"), "neither a folder here nor a Hub id"),
-        (("--model", "nobody/nothing", "--space", "me/x", "--dry_run"), "as a Hub id it cannot be downloaded"),
-        (("--space", "me/x", "--dry_run"), "no model: give --model"),
-    ],
-)
-def test_mistakes_get_a_sentence(loopback, run, command, arguments, sentence):
-    failed = command(
-        "publish_space.py", *arguments, cwd=run.parent, env=loopback.environment() | {"HF_TOKEN": ""}, code=2
-    )
-    assert failed.stderr.startswith("error: ")
-    assert sentence in failed.stderr
-    assert failed.stderr.count("\n") == 1
+def test_mistakes_get_a_sentence(loopback, run, command):
+    for model, name, sentence in (
+        ("unet", "flowers", "--space 'flowers' is no repository of the Hub; give owner/name"),
+        ("unet", "club/none", "there is no token for the Hub; run `hf auth login`"),
+        ("nobody/nothing", "me/x", "as a Hub id it cannot be downloaded"),
+    ):
+        dry = ["--dry_run"] if model != "unet" else []
+        environment = loopback.environment() | {"HF_TOKEN": ""}
+        words = ("--model", model, "--space", name, *dry)
+        failed = command("publish_space.py", *words, cwd=run.parent, env=environment, code=2).stderr
+        assert failed.startswith("error: ")
+        assert sentence in failed
+        assert failed.count("\n") == 1
 
 
 def test_a_hub_that_refuses_gets_a_sentence_and_the_folder_is_kept(loopback, run, command):
@@ -221,6 +220,10 @@ def test_models_that_cannot_be_shown_get_a_sentence(own, monkeypatch):
     with pytest.raises(UserError, match="own has no safetensors weights of its unet"):
         space.find_model("own")
     weights.write_bytes(kept)
+    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
+        space.find_model("nowhere/at/all")
+    with pytest.raises(UserError, match="no model: give --model"):
+        space.find_model(None)
     monkeypatch.setattr(space, "SPACE_BYTES", 20_000)
     with pytest.raises(UserError, match=r"the Space would be .* GB, and the Hub takes at most"):
         space.stage(space.find_model("own"), "me/x")
@@ -232,13 +235,35 @@ def test_models_that_cannot_be_shown_get_a_sentence(own, monkeypatch):
         space.find_model("own")
 
 
+def test_a_model_too_large_for_a_space_is_stored_as_float16_and_draws_the_same(own, monkeypatch):
+    large = np.full((300, 1000), 1e6, np.float32)  # beyond float16
+    weights = own / "unet/diffusion_pytorch_model.safetensors"
+    folder = space.stage(space.find_model("own"), "me/x")
+    monkeypatch.setattr(space, "SPACE_BYTES", space.folder_size(folder) - 10_000)
+    said = []
+    halved = space.stage(space.find_model("own"), "me/half", said.append) / "outputs/half/pipeline"
+    assert "storing the weights as float16" in said[0]
+    assert (halved / weights.relative_to(own)).stat().st_size < 0.6 * weights.stat().st_size
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 4, "progress": False}
+    here, there = (
+        sampling.generate(sampling.load_pipeline(model), [PROMPT], [0], **settings) for model in (own, halved)
+    )
+    assert np.abs(here.astype(int) - there).max() <= 2
+    assert here.std() > 0
+    save_file({"large": large, "small": large / 1e6}, own / "a.safetensors")
+    space._write_half(own / "a.safetensors", own / "b.safetensors")
+    kept = load_file(own / "b.safetensors")
+    assert (kept["large"].dtype, kept["small"].dtype) == (np.float32, np.float16)
+
+
 @pytest.mark.parametrize(
     ("readme", "limits", "prompt"),
     [
-        (None, "The model's card names none.", "a flower"),
+        (None, NONE, "a flower"),
         ("---\nlicense: [broken\n---\n## Limits\nmany", "many", "a flower"),
         ("# M\n\n### no limitation\n\n## Limitations and bias\n<!-- t2i:space end -->\n- few\n<!-- x\n## Use\n", "- few", "a flower"),
-        ('```\n    "\\ud800 red",\n    num_inference_steps=7,\n    guidance_scale=2.5,\n```\n', "The model's card names none.", "? red"),
+        (
+            '```\n    "\\ud800 red",\n    num_inference_steps=7,\n    guidance_scale=2.5,\n```\n', NONE, "? red"),
     ],
 )  # fmt: skip
 def test_cards_of_any_kind_make_a_valid_space(own, readme, limits, prompt):

@@ -9,18 +9,20 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from t2i import cards, hub
 from t2i.dataset_cards import merge_cards
@@ -247,29 +249,51 @@ def requirements() -> tuple[str, str]:
 # --- The folder ------------------------------------------------------------------------------------------------------
 
 
-def stage(model: Model, repo_id: str) -> Path:
-    """Write the Space `repo_id` of `model` as a folder, anew; the folder. Raises `UserError` where it is too large."""
+def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path:
+    """Write the Space `repo_id` of `model` as a folder, anew; the folder.
+
+    Where it would be more than the Hub takes, its weights are stored as float16; what draws computes in float32 all the same.
+    Raises `UserError` where that is still too much.
+    """
     folder = STAGED / repo_id
     sources = {folder / file: ROOT / file for file in code()[0]}
     pipeline = folder / "outputs" / repo_id.split("/")[1] / "pipeline"
     sources |= {pipeline / file: model.folder / file for file in model.files}
     size = sum(source.stat().st_size for source in sources.values())
-    if size > SPACE_BYTES:
-        raise UserError(
-            f"the Space would be {size / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "
-            "take a smaller model"
+    halved = size > SPACE_BYTES
+    if halved:
+        say(
+            f"{size / 1e9:.2f} GB are more than a Space takes; storing the weights as float16 (pictures to about 1/255)"
         )
     if folder.exists():
         shutil.rmtree(folder)
     for target, source in sources.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if halved and target.suffix == ".safetensors":
+            _write_half(source, target)
+        else:
+            shutil.copyfile(source, target)
+    if folder_size(folder) > SPACE_BYTES:
+        raise UserError(
+            f"the Space would be {folder_size(folder) / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "
+            "take a smaller model"
+        )
     few, all_pins = requirements()
     texts = {"Dockerfile": DOCKERFILE, "requirements.txt": few, "constraints.txt": all_pins}
     for name, text in (texts | {"README.md": card(model, repo_id)}).items():
         write_text(folder / name, text)
     write_usual(pipeline.parent, model)
     return folder
+
+
+def _write_half(source: Path, target: Path) -> None:
+    """Copy weights with float32 as float16, but for tensors whose numbers it cannot hold."""
+    with safe_open(source, framework="numpy") as weights, np.errstate(over="ignore"):
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - no dictionary
+        for name, tensor in tensors.items():
+            half = tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
+            tensors[name] = half if np.isfinite(half).all() else tensor
+        save_file(tensors, target, metadata=weights.metadata())
 
 
 def write_usual(run: Path, model: Model) -> None:
