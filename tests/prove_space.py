@@ -126,7 +126,8 @@ def draw(folder: Path, python: Path, prompt: str = PROMPT, steps: int = STEPS) -
     """Draw a picture by the Space's page in `folder`: what DRAW tells."""
     done = subprocess.run(
         [str(python), "-I", "-c", DRAW, prompt, str(steps)], cwd=folder, capture_output=True, text=True, timeout=240,
-        env=own_environment(python.parent, folder) | dockerfile(folder)[1], check=False,
+        env=own_environment(python.parent, folder) | dockerfile(folder)[1] | {"OMP_NUM_THREADS": "1"},  # others draw here too
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     told = json.loads(done.stdout.splitlines()[-1])

@@ -347,7 +347,7 @@ def card(model: Model, repo_id: str) -> str:
         **({"license": cards.one_line(license)} if isinstance(license, str) and license != "unknown" else {}),
         **({"models": [model.hub_id]} if model.hub_id else {}),
     }
-    named = f"[{model.hub_id}]({constants.ENDPOINT}/{model.hub_id})" if model.hub_id else "a model of this suite"
+    named = f"[{model.hub_id}]({constants.ENDPOINT}/{model.hub_id})" if model.hub_id else "a latent diffusion model"
     summary = re.search(r"<!-- t2i:summary begin[^>]*-->\s*(.+?)\n\s*\n", body, re.DOTALL)
     limits = re.search(r"(?ims)^##\s[^\n]*limit[^\n]*\n(.*?)(?=^##\s|\Z)", body)
     made = f"make space MODEL={shlex.quote(model.name)} SPACE={repo_id}"
