@@ -30,15 +30,18 @@ class TrainingSet:
     unseen: np.ndarray  # relative distances of images that training never saw, sorted
 
 
-def show_neighbours(run: Path, picture: np.ndarray) -> None:
-    """A switch, and under it the nearest training images; one sentence where they are not on this machine."""
+def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
+    """A switch, and under it the nearest training images; one sentence where they are not on this machine.
+
+    picture: uint8 [R, R, 3]; None while it is drawn: the switch stays, else it would forget its state.
+    """
     folder = find_prepared(run)
     if folder is None:
         st.caption(
             "The images this model was trained on are not on this machine, so its picture cannot be held beside them."
         )
         return
-    if not st.toggle("Nearest training images", key="nearest", bind="query-params", help=HELP):
+    if not st.toggle("Nearest training images", key="nearest", bind="query-params", help=HELP) or picture is None:
         return
     try:
         with st.spinner("comparing with the training images"):

@@ -29,7 +29,14 @@ def main() -> None:
         st.Page(views[name], title=PAGES[name], url_path="" if number == 0 else name, default=number == 0)
         for number, name in enumerate(there)
     ]
-    st.navigation(pages, position="top").run()
+    page = st.navigation(pages, position="top")
+    if (
+        st.session_state.get("_page") != page.url_path
+    ):  # a name in the URL is one page's: seed is a number here, a list there
+        for key in [key for key in st.session_state if not str(key).startswith("_")]:
+            del st.session_state[key]
+        st.session_state["_page"] = page.url_path
+    page.run()
 
 
 main()

@@ -4,7 +4,6 @@ What is chosen stands in the URL, and a picture that was drawn before is shown a
 it can stand alone where there is a model and nothing else.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from t2i.runs import UserError
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
 MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed
 HISTORY = 12  # pictures of a session that stay at hand
-THUMB, SMALL, LARGE = 72, 96, 384  # pixels a side on the page: in the history, of a step, of the picture
+THUMB, SMALL, LARGE = 72, 84, 384  # pixels a side on the page: in the history, of a step, of the picture
 
 
 def main() -> None:
@@ -42,14 +41,14 @@ def main() -> None:
         found = choose_model(runs)
         if found is None:
             return
-        cell, asked = choose_settings(*found)
+        settings, asked = choose_settings(found[0])
     with right:
         try:
-            place = cells.plan(*found, cell, [])[0]
+            place = cells.plan(*found, cells.Cell(**settings), [])[0]
         except UserError as error:
             warn(error)
-            return
-        show_result(place, asked)
+        else:
+            show_result(place, asked)
     show_history()
 
 
@@ -74,8 +73,8 @@ def forget_checkpoint() -> None:
         st.session_state.pop(name, None)
 
 
-def choose_settings(run: Path, checkpoint: str) -> tuple[cells.Cell, bool]:
-    """The form: the settings of a picture, and whether it was sent."""
+def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
+    """The form: the settings of a picture, as `cells.Cell` takes them, and whether it was sent."""
     found = cells.evaluated(run)
     usual = found[0] if found else cells.Cell(first_prompt(run)[:MAX_PROMPT])
     short = {name: key for key, name in SCHEDULERS.items()}
@@ -109,12 +108,15 @@ def choose_settings(run: Path, checkpoint: str) -> tuple[cells.Cell, bool]:
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
             other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
-    cell = cells.Cell(
-        clean(prompt), clean(negative), int(seed) if seed is not None else 0,
-        float(scale) if scale is not None and math.isfinite(scale) else best_scale(run, found), int(steps or 1),
-        SCHEDULERS.get(str(scheduler), "DDIMScheduler"),
-    )  # fmt: skip
-    return cell, draw or other
+    settings = {
+        "prompt": clean(prompt),
+        "negative_prompt": clean(negative),
+        "seed": int(seed or 0),
+        "guidance_scale": float(scale or 0),
+        "num_inference_steps": int(steps or 1),
+        "scheduler": str(scheduler),
+    }
+    return settings, draw or other
 
 
 def clean(text: str | None) -> str:
@@ -148,6 +150,7 @@ def show_result(place: cells.Place, asked: bool) -> None:
         st.session_state["_picture_job"] = (place.path, job)
     if job is not None:
         show_job(job, place)
+        show_neighbours(place.run, None)
     elif watched is not None:
         show_picture(watched, place)
     elif not asked:

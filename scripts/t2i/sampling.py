@@ -63,8 +63,8 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
     if (folder / "model_index.json").is_file():
         try:
             return StableDiffusionPipeline.from_pretrained(folder, **options)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of damaged JSON
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
             ) from None
