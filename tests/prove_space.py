@@ -42,9 +42,10 @@ from streamlit.testing.v1 import AppTest
 app = AppTest.from_file("dashboard/streamlit_app.py", default_timeout=60).run()
 assert not app.exception, app.exception
 before = {name for name in ("torch", "diffusers") if name in sys.modules}
-app.text_area(key="prompt").set_value(sys.argv[1])
-app.number_input(key="num_inference_steps").set_value(int(sys.argv[2]))
-next(button for button in app.button if button.label == "Draw").click().run()
+labelled = lambda widgets, label: next(widget for widget in widgets if widget.label == label)
+labelled(app.text_area, "Prompt").set_value(sys.argv[1])
+labelled(app.number_input, "Steps").set_value(int(sys.argv[2]))
+labelled(app.button, "Draw").click().run()
 end = time.monotonic() + 120
 while time.monotonic() < end:
     pictures = [path for path in Path("outputs").glob("*/cells/*.png") if not path.name.endswith(".steps.png")]
