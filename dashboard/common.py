@@ -15,6 +15,7 @@ from t2i.curves import POINTS, Curve, smooth, thin
 from t2i.runs import UserError, read_json
 from t2i.tracking import redact_config
 
+alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checking each against Vega-Lite's schema costs 0.1 s
 OUTPUTS = Path("outputs")
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
 LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names are then shown at the pointer
