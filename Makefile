@@ -6,6 +6,7 @@
 # make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
 # make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
+# make load-dashboard  20 sessions click through the dashboard for two minutes: no error, memory within bounds (ARGS="--outputs outputs")
 # make dashboard what the runs in outputs/ look like
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume sagemaker-train \
+.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume load-dashboard sagemaker-train \
         sagemaker-rehearse
 
 demo: $(READY)
@@ -58,6 +59,9 @@ prove-captions: $(READY)
 prove-resume: $(READY)
 	$(BIN)/python tests/prove_resume.py --kills 20
 
+load-dashboard: $(READY)
+	$(BIN)/python tests/load_dashboard.py --sessions 20 --seconds 120 $(ARGS)
+
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard
 
@@ -71,6 +75,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory_flat.py
 	$(BIN)/python benchmarks/damaged_images.py
 	$(BIN)/python benchmarks/dashboard_curves.py
+	$(BIN)/python benchmarks/dashboard_start.py
 	$(BIN)/python benchmarks/captioning.py tiny
 	$(BIN)/python benchmarks/captioning.py base
 

@@ -1,6 +1,8 @@
 """What the pages share: which runs there are, their files read with care, and lines drawn. Imports no torch."""
 
+import gc
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checki
 OUTPUTS = Path("outputs")
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
 LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names are then shown at the pointer
+
+
+@cache
+def settle(what: str) -> None:
+    """Once for `what`, libraries that were just loaded: they stay, so the garbage collector need never look at them again.
+
+    Streamlit collects after each run of a script, and nobody is answered meanwhile: 0.1 s over the libraries of a page,
+    several times that with torch and diffusers.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def find_runs(kind: str = "unet") -> dict[str, Path]:

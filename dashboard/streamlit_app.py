@@ -21,13 +21,18 @@ PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first 
 
 
 def main() -> None:
+    from common import settle
+
     st.set_page_config(page_title="Text-to-image runs", layout="wide")
     # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
     pages = [
         st.Page(HERE / "views" / f"{name}.py", title=title, url_path="" if number == 0 else name, default=number == 0)
         for number, (name, title) in enumerate(PAGES.items())
     ]
-    st.navigation(pages, position="top").run()
+    try:
+        st.navigation(pages, position="top").run()
+    finally:
+        settle("pages")
 
 
 main()

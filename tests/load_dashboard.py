@@ -10,6 +10,7 @@ answers are those of a machine that runs the clients as well.
 """
 
 import argparse
+import math
 import os
 import random
 import statistics
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,14 +25,12 @@ from typing import Any
 from urllib.parse import urlencode
 
 import psutil
+
 from conftest import TINY
 from streamlit_client import ROOT, Server, Session, serve
 
 for _folder in ("scripts", "dashboard"):
     sys.path.append(str(ROOT / _folder))
-
-from drawing import MODELS
-from grid import checkpoints_of
 
 TEXTS = {  # what is typed: right and wrong
     "guidance_scale": ("1", "1.5,3", "1-7(+3)", "0-4[3]", "NaN", "-1"),
@@ -44,7 +42,8 @@ TEXTS = {  # what is typed: right and wrong
 OTHER_TEXTS = ("", "flower", "<script>alert(1)</script>")
 MOST_PICTURES = 24  # that a session draws at once
 THINK_S = (0.3, 2.0)  # between an answer and the next click
-DRAWING_S = 30  # a session looks at its drawing for no longer
+TAB_MB = 3  # of memory for a tab: Streamlit keeps what it shows, and that of a closed one for two minutes
+DRAWING_S = 120  # a session looks at its drawing for no longer, with twenty models asked for before its own
 
 
 @dataclass
@@ -54,12 +53,19 @@ class Load:
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each kind of click
     problems: list[str] = field(default_factory=list)
     models: set[tuple[str, str]] = field(default_factory=set)  # (run, checkpoint) that were drawn with
-    pages: set[str] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)  # pages that there are
+    pages: set[str] = field(default_factory=set)  # and those that answered
+    tabs: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def took(self, what: str, seconds: float) -> None:
         with self.lock:
             self.seconds.setdefault(what, []).append(seconds)
+
+    def opened(self, how: str, page: str, seconds: float) -> None:
+        self.took(f"{how} {page or 'compare'}", seconds)
+        with self.lock:
+            self.pages.add(page)
 
 
 def prepare(folder: Path) -> None:
@@ -88,6 +94,8 @@ def environment() -> dict[str, str]:
 
 def models_in(outputs: Path) -> list[tuple[str, str]]:
     """(run, checkpoint) of all that can be drawn with below `outputs`."""
+    from grid import checkpoints_of
+
     runs = sorted({file.parent for level in ("*", "*/*") for file in outputs.glob(f"{level}/run.json")})
     return [(run.relative_to(outputs).as_posix(), name) for run in runs for name in checkpoints_of(run)]
 
@@ -102,6 +110,7 @@ def click_around(url: str, number: int, models: list[tuple[str, str]], until: fl
     while time.monotonic() < until:
         try:
             with Session(url).connected() as session:
+                load.tabs += 1
                 use_tab(session, chance, mine, until, load)
                 load.problems.extend(f"session {number}: {problem}" for problem in session.problems)
         except Exception as error:  # no answer, a connection that ended, a widget that is not there: all are faults
@@ -113,9 +122,8 @@ def use_tab(session: Session, chance: random.Random, mine: list[tuple[str, str]]
     if mine:
         draw_with(session, mine.pop(0), load)
     else:
-        page = chance.choice(sorted(load.pages))
-        load.took(f"open {page or 'compare'}", session.open(page, random_query(chance)))
-    load.pages |= set(session.pages)
+        page = chance.choice(sorted(load.known))
+        load.opened("open", page, session.open(page, random_query(chance)))
     todo = sorted(session.pages)
     chance.shuffle(todo)
     for _ in range(chance.randint(10, 30)):
@@ -127,7 +135,7 @@ def use_tab(session: Session, chance: random.Random, mine: list[tuple[str, str]]
             switch(session, chance, load)
         elif kind < 0.35:
             page = todo.pop() if todo else chance.choice(sorted(session.pages))
-            load.took(f"go to {page or 'compare'}", session.go(page))
+            load.opened("go to", page, session.go(page))
         elif kind < 0.45 and buttons(session):
             press(session, chance.choice(buttons(session)), until, load)
         elif session.looks:
@@ -145,10 +153,11 @@ def draw_with(session: Session, model: tuple[str, str], load: Load) -> None:
         "run": run, "columns": "guidance scale", "rows": "seed", "tabs": "none", "checkpoint": checkpoint,
         "guidance_scale": "1.5,3", "seed": new, "num_inference_steps": 2, "prompt": "a red flower",
     }  # fmt: skip
-    load.took("open compare", session.open("", urlencode(query)))
+    load.opened("open", "", session.open("", urlencode(query)))
+    load.known = set(session.pages)
     if not session.has("button", "Draw"):
         raise AssertionError(f"nothing to draw for {run} {checkpoint}: {session.texts()}")
-    press(session, "Draw", time.monotonic() + 2 * DRAWING_S, load)
+    press(session, "Draw", time.monotonic() + DRAWING_S, load)
     left = [cell["note"] for cell in session.data("picture_grid")["cells"] if not cell["source"]]
     if left:
         raise AssertionError(f"{run} {checkpoint} was not drawn: {left} {session.texts()}")
@@ -160,7 +169,7 @@ def press(session: Session, label: str, until: float, load: Load) -> None:
     """Press a button and, as one does, look at what comes of it while it goes on."""
     began = time.monotonic()
     load.took("press a button", session.click(label))
-    until = min(until, began + 2 * DRAWING_S)
+    until = min(until, began + DRAWING_S)
     while session.looks and time.monotonic() < until:
         time.sleep(min(session.looks.values()))
         load.took("look again", session.look())
@@ -170,7 +179,9 @@ def press(session: Session, label: str, until: float, load: Load) -> None:
 
 def buttons(session: Session) -> list[str]:
     """Those that may be pressed; a large drawing is left alone."""
-    labels = [element.label for kind, element, _ in session.elements.values() if kind == "button" and not element.disabled]
+    labels = [
+        element.label for kind, element, _ in session.elements.values() if kind == "button" and not element.disabled
+    ]
     counts = [int("0" + "".join(letter for letter in label if letter.isdigit())) for label in labels]
     return [label for label, count in zip(labels, counts, strict=True) if count <= MOST_PICTURES]
 
@@ -249,20 +260,23 @@ class Watch:
         return max((int(line) for line in self.counts.read_text().split()), default=0)
 
 
-def run_load(folder: Path, sessions: int, seconds: float, seed: int, say: Callable[[str], Any] = print) -> Load:
-    """The load on `folder`/outputs; AssertionError for all that is wrong."""
+def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
+    """The load on `folder`/outputs, and its table; AssertionError for all that is wrong."""
+    from drawing import MODELS
+
     models, counts, load = models_in(folder / "outputs"), folder / "models.txt", Load()
     assert len(models) > MODELS, f"{folder / 'outputs'} holds {len(models)} models; more than {MODELS} are needed"
     command = (sys.executable, str(ROOT / "tests" / "observed_streamlit.py"), str(counts), "run")
-    with serve(folder, command=command, env=environment()) as server:
+    with serve(folder, folder / "streamlit.log", command=command, env=environment()) as server:
         watch = Watch(server, counts)
         watch.look()
         with Session(server.url).connected() as session:  # what everybody shares: libraries, and a first model
             session.open()
         watch.look()
         with Session(server.url).connected() as session:
-            draw_with(session, models[0], Load())
+            draw_with(session, models[0], load)
         watch.look()
+        load.seconds.clear()
         until = time.monotonic() + seconds
         threads = [
             threading.Thread(target=click_around, args=(server.url, number, models, until, seed, load), daemon=True)
@@ -270,31 +284,42 @@ def run_load(folder: Path, sessions: int, seconds: float, seed: int, say: Callab
         ]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads) and time.monotonic() < until + 90:
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < until + DRAWING_S + 30:
             watch.look()
             time.sleep(0.5)
         load.problems += [f"{thread.name} did not end" for thread in threads if thread.is_alive()]
         watch.look()
         log = server.log.read_text(errors="replace")
-    report(load, watch, models, say)
-    assert not load.problems, "\n".join(load.problems[:20])
-    assert not watch.unhealthy, f"{watch.unhealthy} health checks failed"
-    assert "Traceback" not in log, log[-4000:]
-    return load
-
-
-def report(load: Load, watch: Watch, models: list[tuple[str, str]], say: Callable[[str], Any]) -> None:
-    say(f"{'':30}{'count':>7}{'median s':>10}{'95 % s':>9}{'worst s':>9}")
-    for what, took in sorted(load.seconds.items()):
-        worst = sorted(took)
-        say(f"{what:30}{len(took):7}{statistics.median(took):10.3f}{worst[int(0.95 * (len(took) - 1))]:9.3f}{worst[-1]:9.3f}")
     start, first, drawn, *rest = watch.rss
-    say(f"memory, MB: {start:.0f} at the start, {first:.0f} with a page shown, {drawn:.0f} with a picture drawn, "
-        f"{max(rest):.0f} at most, {rest[-1]:.0f} at the end")  # fmt: skip
-    middle = rest[len(rest) // 2 :]
-    say(f"memory of the second half: {min(middle):.0f} to {max(middle):.0f} MB")
-    say(f"models: {watch.models()} in memory at most (cap {MODELS}), {len(load.models)} of {len(models)} drawn with")
-    say(f"pages: {', '.join(page or 'compare' for page in sorted(load.pages))}; {len(load.problems)} errors")
+    weights = max(bytes_of(folder / "outputs" / run / name) for run, name in models) / 1e6
+    bound = drawn + MODELS * weights + TAB_MB * load.tabs
+    print_latencies(load)
+    print(f"memory, MB: {start:.0f} at the start, {first:.0f} with a page shown, {drawn:.0f} with a picture drawn, "
+          f"{max(rest):.0f} at most, {rest[-1]:.0f} at the end; bound {bound:.0f} = that with a picture "
+          f"+ {MODELS} models of {weights:.0f} + {TAB_MB} for each of {load.tabs} tabs")  # fmt: skip
+    print(f"models: {watch.models()} in memory at most (cap {MODELS}), {len(load.models)} of {len(models)} drawn with")
+    print(f"pages: {', '.join(sorted(page or 'compare' for page in load.pages))}; {len(load.problems)} errors")
+    assert not load.problems, "\n".join(load.problems[:20])
+    assert not watch.unhealthy, f"{watch.unhealthy} of {len(watch.rss)} health checks failed"
+    assert "Traceback" not in log, log[-4000:]
+    assert load.pages == load.known, f"not every page answered: {load.known - load.pages}"
+    assert len(load.models) > MODELS, f"only {len(load.models)} models were drawn with"
+    assert 1 <= watch.models() <= MODELS, f"{watch.models()} models were in memory at once"
+    assert max(rest) < bound, f"{max(rest):.0f} MB is more than {bound:.0f}"
+
+
+def bytes_of(model: Path) -> int:
+    """Of the weights that are loaded for it: a checkpoint's own, and what it shares with the run's pipeline."""
+    files = {*model.rglob("*.safetensors"), *(model.parent / "pipeline").rglob("*.safetensors")}
+    return sum(file.stat().st_size for file in files if "optimizer" not in file.name)
+
+
+def print_latencies(load: Load) -> None:
+    print(f"{'seconds':30}{'count':>7}{'median':>9}{'95 %':>9}{'worst':>9}")
+    for what, took in sorted(load.seconds.items()):
+        took = sorted(took)
+        high = took[math.ceil(0.95 * len(took)) - 1]
+        print(f"{what:30}{len(took):7}{statistics.median(took):9.3f}{high:9.3f}{took[-1]:9.3f}")
 
 
 def main() -> None:

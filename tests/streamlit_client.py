@@ -67,10 +67,14 @@ def get(url: str, **headers: str) -> int:
 
 @contextlib.contextmanager
 def serve(
-    cwd: Path, app: Path = ROOT / "dashboard", command: tuple[str, ...] = RUN, env: dict[str, str] | None = None
+    cwd: Path,
+    log: Path,
+    app: Path | str = ROOT / "dashboard",
+    command: tuple[str, ...] = RUN,
+    env: dict[str, str] | None = None,
 ) -> Iterator[Server]:
-    """`streamlit run <app>` in the folder `cwd`, until the end of the block; its output goes to `<cwd>/streamlit.log`."""
-    port, log = free_port(), cwd / "streamlit.log"
+    """`streamlit run <app>` in the folder `cwd` until the end of the block; its output goes to the file `log`."""
+    port = free_port()
     words = [*command, str(app), "--server.port", str(port), "--server.headless", "true"]
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -104,9 +108,12 @@ class Session:
     timeout: float = 60.0  # seconds for an answer
     elements: dict[tuple[int, ...], tuple[str, Any, str]] = field(default_factory=dict)
     pages: dict[str, str] = field(default_factory=dict)  # name in the URL -> hash
-    looks: dict[str, float] = field(default_factory=dict)  # fragments that ask to be run again, and each how many seconds
+    looks: dict[str, float] = field(
+        default_factory=dict
+    )  # fragments that ask to be run again, and each how many seconds
     problems: list[str] = field(default_factory=list)  # exceptions that were ever shown, and errors in a script's end
-    answers: list[float] = field(default_factory=list)  # seconds of each answer
+    config: Any = None  # what the server told the browser of its settings
+    session_id: str = ""
     _page: dict[str, str] = field(default_factory=dict)
     _drawn: set[tuple[int, ...]] = field(default_factory=set)
     _fragments: tuple[str, ...] = ()
@@ -208,8 +215,7 @@ class Session:
         self._socket.send(message.SerializeToString())
         while not self._take(self._receive(began)):
             pass
-        self.answers.append(time.monotonic() - began)
-        return self.answers[-1]
+        return time.monotonic() - began
 
     def _receive(self, began: float) -> Any:
         left = self.timeout - (time.monotonic() - began)
@@ -225,6 +231,7 @@ class Session:
         if kind == "new_session":
             self._fragments = tuple(message.metadata.run.fragment_ids)
             self._drawn.clear()
+            self.config, self.session_id = message.new_session.config, message.new_session.initialize.session_id
             if not self._fragments:
                 self.elements.clear()
                 self.looks.clear()
