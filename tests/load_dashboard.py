@@ -42,6 +42,7 @@ TEXTS = {  # what is typed: right and wrong
 OTHER_TEXTS = ("", "flower", "<script>alert(1)</script>")
 MOST_PICTURES = 24  # that a session draws at once
 THINK_S = (0.3, 2.0)  # between an answer and the next click
+SPARE_MB = 64  # of memory that was given back and is kept for later, by the threads of sessions
 TAB_MB = 3  # of memory for a tab: Streamlit keeps what it shows, and that of a closed one for two minutes
 DRAWING_S = 120  # a session looks at its drawing for no longer, with twenty models asked for before its own
 
@@ -107,25 +108,31 @@ def click_around(url: str, number: int, models: list[tuple[str, str]], until: fl
     """A session, or rather one after another as its user opens new tabs, until the time `until`."""
     chance = random.Random(f"{seed} {number}")
     mine = [models[number % len(models)], *chance.sample(models, len(models))]
-    while time.monotonic() < until:
+    tour = True
+    while tour or time.monotonic() < until:
         try:
             with Session(url).connected() as session:
                 load.tabs += 1
-                use_tab(session, chance, mine, until, load)
+                use_tab(session, chance, mine, until, tour, load)
+                tour = False
                 load.problems.extend(f"session {number}: {problem}" for problem in session.problems)
         except Exception as error:  # no answer, a connection that ended, a widget that is not there: all are faults
             load.problems.append(f"session {number}: {type(error).__name__}: {error}")
             return
 
 
-def use_tab(session: Session, chance: random.Random, mine: list[tuple[str, str]], until: float, load: Load) -> None:
+def use_tab(
+    session: Session, chance: random.Random, mine: list[tuple[str, str]], until: float, tour: bool, load: Load
+) -> None:
+    """Draw with the next of one's models, or open any page; see all pages on the first tour; then click around."""
     if mine:
         draw_with(session, mine.pop(0), load)
     else:
         page = chance.choice(sorted(load.known))
         load.opened("open", page, session.open(page, random_query(chance)))
-    todo = sorted(session.pages)
-    chance.shuffle(todo)
+    for page in chance.sample(sorted(session.pages), len(session.pages) if tour else 0):
+        load.opened("go to", page, session.go(page))
+        check(session)
     for _ in range(chance.randint(10, 30)):
         if time.monotonic() > until:
             return
@@ -134,7 +141,7 @@ def use_tab(session: Session, chance: random.Random, mine: list[tuple[str, str]]
         if kind < 0.2 and session.data("picture_grid"):
             switch(session, chance, load)
         elif kind < 0.35:
-            page = todo.pop() if todo else chance.choice(sorted(session.pages))
+            page = chance.choice(sorted(session.pages))
             load.opened("go to", page, session.go(page))
         elif kind < 0.45 and buttons(session):
             press(session, chance.choice(buttons(session)), until, load)
@@ -292,11 +299,11 @@ def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
         log = server.log.read_text(errors="replace")
     start, first, drawn, *rest = watch.rss
     weights = max(bytes_of(folder / "outputs" / run / name) for run, name in models) / 1e6
-    bound = drawn + MODELS * weights + TAB_MB * load.tabs
+    bound = drawn + SPARE_MB + MODELS * weights + TAB_MB * load.tabs
     print_latencies(load)
     print(f"memory, MB: {start:.0f} at the start, {first:.0f} with a page shown, {drawn:.0f} with a picture drawn, "
           f"{max(rest):.0f} at most, {rest[-1]:.0f} at the end; bound {bound:.0f} = that with a picture "
-          f"+ {MODELS} models of {weights:.0f} + {TAB_MB} for each of {load.tabs} tabs")  # fmt: skip
+          f"+ {SPARE_MB} to spare + {MODELS} models of {weights:.0f} + {TAB_MB} for each of {load.tabs} tabs")  # fmt: skip
     print(f"models: {watch.models()} in memory at most (cap {MODELS}), {len(load.models)} of {len(models)} drawn with")
     print(f"pages: {', '.join(sorted(page or 'compare' for page in load.pages))}; {len(load.problems)} errors")
     assert not load.problems, "\n".join(load.problems[:20])

@@ -7,6 +7,7 @@ import time
 import urllib.request
 
 import pytest
+
 from streamlit_client import Session, serve
 from test_tracking import Server, empty_database  # noqa: F401 - a fixture
 
