@@ -149,12 +149,17 @@ def lines(
         {
             "x": np.concatenate([(c.times - c.times.min()) / 3600 if wall_time else c.steps for _, _, c in drawn]),
             "value": np.concatenate([curve.values for _, _, curve in drawn]),
-            # Categories: a name is sent once, not with each of its points.
-            "run": pd.Categorical(np.repeat([run for run, _, _ in drawn], counts)),
-            "metric": pd.Categorical(np.repeat([metric for _, metric, _ in drawn], counts)),
+            "run": named([run for run, _, _ in drawn], counts),
+            "metric": named([metric for _, metric, _ in drawn], counts),
         }
     )
     return line_chart(frame, "hours" if wall_time else "step", log)
+
+
+def named(names: list[str], counts: list[int]) -> pd.Categorical:
+    """Each of `names` so many times. Categories: a name is sent, and compared with others, once and not with each point."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return pd.Categorical.from_codes(np.repeat([numbers[name] for name in names], counts), list(numbers))
 
 
 def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = False) -> alt.Chart:
