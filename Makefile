@@ -8,6 +8,7 @@
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
 # make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
 # make prove-space     a Space in an environment with its own requirements alone: it starts and draws
+# make load-dashboard  20 sessions click through the dashboard for two minutes: no error, memory within bounds (ARGS="--outputs outputs")
 # make dashboard what the runs in outputs/ look like
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
@@ -20,7 +21,7 @@ CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
 .PHONY: demo test train publish named space space-named dashboard style bench prove-captions prove-resume prove-space \
-        sagemaker-train sagemaker-rehearse
+        load-dashboard sagemaker-train sagemaker-rehearse
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -70,6 +71,9 @@ prove-resume: $(READY)
 prove-space: $(READY)
 	$(BIN)/python tests/prove_space.py
 
+load-dashboard: $(READY)
+	$(BIN)/python tests/load_dashboard.py --sessions 20 --seconds 120 $(ARGS)
+
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard
 
@@ -83,6 +87,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory_flat.py
 	$(BIN)/python benchmarks/damaged_images.py
 	$(BIN)/python benchmarks/dashboard_curves.py
+	$(BIN)/python benchmarks/dashboard_start.py
 	$(BIN)/python benchmarks/captioning.py tiny
 	$(BIN)/python benchmarks/captioning.py base
 

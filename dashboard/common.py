@@ -1,6 +1,8 @@
 """What the pages share: which runs there are, their files read with care, and lines drawn. Imports no torch."""
 
+import gc
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,21 @@ from t2i.curves import POINTS, Curve, smooth, thin
 from t2i.runs import UserError, read_json
 from t2i.tracking import redact_config
 
+alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checking each against Vega-Lite's schema costs 0.1 s
 OUTPUTS = Path("outputs")
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
 LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names are then shown at the pointer
+
+
+@cache
+def settle(what: str) -> None:
+    """Once for `what`, libraries that were just loaded: they stay, so the garbage collector need never look at them again.
+
+    Streamlit collects after each run of a script, and nobody is answered meanwhile: 0.1 s over the libraries of a page,
+    several times that with torch and diffusers.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def find_runs(kind: str = "unet") -> dict[str, Path]:
@@ -135,12 +149,17 @@ def lines(
         {
             "x": np.concatenate([(c.times - c.times.min()) / 3600 if wall_time else c.steps for _, _, c in drawn]),
             "value": np.concatenate([curve.values for _, _, curve in drawn]),
-            # Categories: a name is sent once, not with each of its points.
-            "run": pd.Categorical(np.repeat([run for run, _, _ in drawn], counts)),
-            "metric": pd.Categorical(np.repeat([metric for _, metric, _ in drawn], counts)),
+            "run": named([run for run, _, _ in drawn], counts),
+            "metric": named([metric for _, metric, _ in drawn], counts),
         }
     )
     return line_chart(frame, "hours" if wall_time else "step", log)
+
+
+def named(names: list[str], counts: list[int]) -> pd.Categorical:
+    """Each of `names` so many times. Categories: a name is sent, and compared with others, once and not with each point."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return pd.Categorical.from_codes(np.repeat([numbers[name] for name in names], counts), list(numbers))
 
 
 def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = False) -> alt.Chart:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import settle
+
 from t2i import cells
 from t2i.cells import weights_hash
 from t2i.runs import UserError
@@ -64,6 +66,7 @@ def pipeline(model: Path) -> Any:
 
         from t2i import sampling
 
+        settle("torch")  # before the first model, which must not stay
         _kept[key] = sampling.load_pipeline(model, device="cuda" if torch.cuda.is_available() else "cpu")
     _kept.move_to_end(key)
     return _kept[key]

@@ -28,6 +28,8 @@ PAGES = {
 
 
 def main() -> None:
+    from common import settle
+
     st.set_page_config(page_title="Text-to-image runs", layout="wide")
     # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
     views = {name: HERE / "views" / f"{name}.py" for name in PAGES}
@@ -37,13 +39,15 @@ def main() -> None:
         for number, name in enumerate(there)
     ]
     page = st.navigation(pages, position="top")
-    if (
-        st.session_state.get("_page") != page.url_path
-    ):  # a name in the URL is one page's: seed is a number here, a list there
+    if st.session_state.get("_page") != page.url_path:
+        # a name in the URL is one page's: seed is a number here, a list there
         for key in [key for key in st.session_state if not str(key).startswith("_")]:
             del st.session_state[key]
         st.session_state["_page"] = page.url_path
-    page.run()
+    try:
+        page.run()
+    finally:
+        settle("pages")
 
 
 main()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import read, warn
+from common import escape, read, warn
 from drawing import GridJob, expected_seconds
 from grid import AXES, Grid, name_of
 from PIL import Image
@@ -107,7 +107,10 @@ def choose_tab(grid: Grid) -> int:
         return 0
     labels = list(grid.labels[2])
     title = AXES[grid.axes[2].name].capitalize()
-    if sum(map(len, labels)) <= WORDS_IN_TABS:
+    plain = all(
+        label == escape(label) for label in labels
+    )  # tabs would read Markdown in a prompt, a list shows it as it is
+    if plain and sum(map(len, labels)) <= WORDS_IN_TABS:
         chosen = st.segmented_control(title, labels, default=labels[0], key="tab", bind="query-params", required=True)
     else:
         chosen = st.selectbox(title, labels, key="tab", bind="query-params")

@@ -49,7 +49,10 @@ def main() -> None:
     st.title("Curves")
     source = st.radio("Source", ["Run folders", "MLflow"], horizontal=True, key="source", bind="query-params")
     try:
-        show_stored() if source == "MLflow" else show_folders()
+        if source == "MLflow":
+            show_stored()
+        else:
+            show_folders()
     except UserError as error:
         st.warning(escape(error))
 
