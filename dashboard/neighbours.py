@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import read, settings_of, warn
+from common import escape, read, settings_of, warn
 
 from t2i.config import DataConfig
 from t2i.runs import UserError, prepared_folder
@@ -55,7 +55,7 @@ def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
             with st.container(width=WIDTH, gap=None):
                 caption = str(known.split.rows[row].get("caption") or "no caption")
                 st.image(known.split.pixels[row], width=WIDTH, alt=f"training image: {caption}", output_format="PNG")
-                st.text(f"{distance:.2f}  {caption}")
+                st.caption(escape(f"{distance:.2f} · {caption}"))
     st.text(judgement(found[0][1], nearer))
 
 

@@ -27,7 +27,7 @@ for page in sys.argv[2:]:
 print(*sorted(sys.modules))
 """
 
-PAGES = ("compare", "curves", "runs")
+PAGES = ("compare", "playground", "curves", "runs")
 EVIL = "<script>alert(1)<\u2215script> **bold** [x](javascript:y)"  # a folder's name holds no real slash
 
 
