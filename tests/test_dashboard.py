@@ -226,7 +226,7 @@ def test_a_half_written_run(tmp_path: Path, page: str) -> None:
         (run / name).write_text('{"status": "runn')
     (run / "metrics.jsonl").write_text('{"step": 1, "train_lo')
     app = show(page)
-    assert app.warning or page == "curves"
+    assert app.warning or page in ("curves", "playground")
     assert not any("checkpoint-000030" in text for text in texts(app))
 
 

@@ -76,12 +76,13 @@ def forget_checkpoint() -> None:
 def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     """The form: the settings of a picture, as `cells.Cell` takes them, and whether it was sent."""
     found = cells.evaluated(run)
-    usual = found[0] if found else cells.Cell(first_prompt(run)[:MAX_PROMPT])
+    first = first_prompt(run)[:MAX_PROMPT]
+    usual = found[0] if found else cells.Cell(first)
     short = {name: key for key, name in SCHEDULERS.items()}
     names = list(SCHEDULERS)
     with st.form("_picture"):
         prompt = st.text_area(
-            "Prompt", first_prompt(run)[:MAX_PROMPT], key="prompt", bind="query-params", max_chars=MAX_PROMPT, height=80,
+            "Prompt", first, key="prompt", bind="query-params", max_chars=MAX_PROMPT, height=80,
             help="Ctrl+Enter draws it",
         )  # fmt: skip
         negative = st.text_input(
@@ -259,10 +260,10 @@ def show_history() -> None:
     with st.container(horizontal=True, gap="small"):
         for number, entry in enumerate(history):
             place: cells.Place = entry["place"]
-            with st.container(width=THUMB + 34, gap=None):
+            with st.container(width=THUMB + 48, gap=None):
                 st.image(entry["thumbnail"], width=THUMB, alt=place.cell.prompt, output_format="PNG")
                 st.button(
-                    f"Seed {place.cell.seed}"[:9], key=f"_back_{number}", on_click=bring_back, args=(place,),
+                    f"Seed {place.cell.seed}", key=f"_back_{number}", on_click=bring_back, args=(place,),
                     type="tertiary", help="bring its settings back",
                 )  # fmt: skip
 
