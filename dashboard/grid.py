@@ -26,6 +26,7 @@ AXES = {  # of `cells.AXES`, as they are called on the page
 TYPED = ("guidance_scale", "num_inference_steps", "seed", "prompt")  # the others are chosen from lists
 BY_RUN = ("checkpoint", "sample", *TYPED, "scheduler")  # what a newly chosen run sets anew
 GUIDANCE = "1.5,3,7.5"  # of a run that was not evaluated
+AXIS_PX = 170  # of a widget that chooses an axis
 CHECKPOINTS = 4  # the newest, of such a run
 PLACE = re.compile(r"row (?P<row>\d{1,5}), column (?P<column>\d{1,5})")
 HELP = "One value or several: 1.5,3 or a range 1-10, by steps 1-10(+3), or five values evenly spaced 1-10[5]."
@@ -55,7 +56,7 @@ def choose_grid(runs: dict[str, Path]) -> Grid:
     found = cells.evaluated(first)
     samples = list(found[1][2].values) if found else []
     chosen = choose_axes(bool(samples))
-    with st.expander("Values", expanded=not samples):
+    with st.expander("Values: checkpoints, prompts, guidance scales, seeds …"):
         typed = choose_values(runs, found, samples, chosen)
     check_axes(chosen)  # and the values, now that all widgets stand: one that is not drawn would lose what was typed
     values = read_values(typed)
@@ -74,18 +75,21 @@ def choose_grid(runs: dict[str, Path]) -> Grid:
 def choose_axes(evaluated: bool) -> list[str]:
     """Widgets for what stands on columns, rows and (third, if any) tabs."""
     known = [name for name in AXES if evaluated or name != "sample"]
-    across, down, swap, tabs = st.columns([3, 3, 2, 3], vertical_alignment="bottom")
-    columns = across.selectbox(
-        "Columns", known, format_func=AXES.__getitem__, key="columns", bind="query-params", on_change=reset_fixed
-    )
-    rows = down.selectbox(
-        "Rows", known, index=1, format_func=AXES.__getitem__, key="rows", bind="query-params", on_change=reset_fixed
-    )
-    swap.button("Swap", on_click=swap_axes, width="stretch", help="exchange columns and rows")
-    third = tabs.selectbox(
+    row = st.container(horizontal=True, vertical_alignment="bottom")  # two in a row on a phone
+    columns = row.selectbox(
+        "Columns", known, format_func=AXES.__getitem__, key="columns", bind="query-params", on_change=reset_fixed,
+        width=AXIS_PX,
+    )  # fmt: skip
+    rows = row.selectbox(
+        "Rows", known, index=1, format_func=AXES.__getitem__, key="rows", bind="query-params", on_change=reset_fixed,
+        width=AXIS_PX,
+    )  # fmt: skip
+    third = row.selectbox(
         "Tabs", ["none", *known], index=1 + known.index("sample") if evaluated else 0,
         format_func=lambda name: AXES.get(name, name), key="tabs", bind="query-params", on_change=reset_fixed,
+        width=AXIS_PX,
     )  # fmt: skip
+    row.button("Swap", on_click=swap_axes, help="exchange columns and rows")
     return [str(columns), str(rows), *([str(third)] if third != "none" else [])]
 
 
