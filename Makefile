@@ -7,6 +7,7 @@
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
 # make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
 # make dashboard what the runs in outputs/ look like
+# make screenshots  the dashboard's pages on the runs in outputs/, wide and narrow, light and dark, into outputs/screenshots
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
 
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume sagemaker-train \
+.PHONY: demo test train publish named dashboard screenshots style bench prove-captions prove-resume sagemaker-train \
         sagemaker-rehearse
 
 demo: $(READY)
@@ -60,6 +61,9 @@ prove-resume: $(READY)
 
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard
+
+screenshots: $(READY)
+	$(BIN)/python tests/look.py outputs/screenshots
 
 style: $(READY)
 	$(BIN)/ruff check .

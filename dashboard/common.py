@@ -118,7 +118,10 @@ def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
     left, right = st.columns([1, 3])
     part = left.text_input("Name contains", key="name", bind="query-params")
     names = right.multiselect("Runs", runs, key=key, bind="query-params", placeholder="all that match")
-    chosen = [name for name in names if name in runs] or runs
+    chosen = [name for name in names if name in runs]
+    if key == "runs":
+        st.session_state["_runs"] = chosen  # they go along to other pages
+    chosen = chosen or runs
     return [name for name in chosen if part.strip().casefold() in name.casefold()]
 
 

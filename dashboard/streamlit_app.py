@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 HERE = Path(__file__).resolve().parent
 for folder in (str(HERE), str(HERE.parent / "scripts")):
@@ -19,6 +20,7 @@ for folder in (str(HERE), str(HERE.parent / "scripts")):
 # file, which is also the name in the URL: title
 PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first is where one arrives
 
+RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # the widget of a page that takes any number of runs
 # Streamlit leaves 6rem above a wide page: a third of a small window, before the first picture.
 LESS_ROOM = "<style>[data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }</style>"
 
@@ -32,7 +34,18 @@ def main() -> None:
     page = st.navigation(pages, position="top")
     st.set_page_config(page_title=f"{page.title} · Text-to-image runs", layout="wide")
     st.html(LESS_ROOM)
+    take_along(page.url_path or next(iter(PAGES)))
     page.run()
+
+
+def take_along(page: str) -> None:
+    """On the way to another page the chosen runs go along, unless the URL says which (a link, Back)."""
+    state = st.session_state
+    before, state["_page"] = state.get("_page"), page
+    context = get_script_run_ctx()
+    said = st.query_params or (context is not None and context.is_history_navigation)
+    if before not in (None, page) and page in RUNS and not said and state.get("_runs"):
+        state[RUNS[page]] = st.query_params[RUNS[page]] = state["_runs"]
 
 
 main()

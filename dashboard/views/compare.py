@@ -30,11 +30,13 @@ def main() -> None:
         )
         return
     evaluated = [name for name in runs if cells.evaluated(runs[name])]
+    usual = (evaluated or list(runs))[:1]
     names = headed("Compare").multiselect(
-        "Runs", list(runs), default=(evaluated or list(runs))[:1], key="run", bind="query-params",
+        "Runs", list(runs), default=usual, key="run", bind="query-params",
         placeholder="choose one or more runs", on_change=reset_values,
     )  # fmt: skip
     chosen = {name: runs[name] for name in names if name in runs}
+    st.session_state["_runs"] = list(chosen) if list(chosen) != usual else []  # those that go along to other pages
     if not chosen:
         st.text("choose one or more runs")
         return
@@ -104,14 +106,16 @@ def marked(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: 
 
 
 def point_chart(points: pd.DataFrame) -> alt.Chart:
+    several = points["run"].nunique() > 1
     mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
     return (
         alt.Chart(points)
-        .mark_point(size=110, strokeWidth=2, filled=True, strokeOpacity=1, cursor="pointer")
+        .mark_point(size=110, strokeWidth=2, strokeOpacity=1, cursor="pointer")
         .encode(
             x="x:Q",
             y="value:Q",
-            color=alt.Color("run:N", title=None) if points["run"].nunique() > 1 else alt.value("#d6336c"),
+            fill=alt.Fill("run:N", title=None) if several else alt.value("#d6336c"),
+            stroke=alt.Stroke("run:N", title=None) if several else alt.value("#d6336c"),
             fillOpacity=alt.condition("datum.shown", alt.value(1), alt.value(0)),
             tooltip=["run:N", "checkpoint:N", alt.Tooltip("value:Q", format=".5~g")],
         )

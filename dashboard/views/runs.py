@@ -69,7 +69,7 @@ def show_best(runs: dict[str, Path]) -> None:
         return
     left, right = st.columns(2)
     usual = "val_loss" if "val_loss" in metrics else metrics[0]
-    metric = left.selectbox("Metric", metrics, index=metrics.index(usual), key="metric", bind="query-params")
+    metric = left.selectbox("Metric", metrics, index=metrics.index(usual), key="measure", bind="query-params")
     way = right.selectbox("Best is", ["as usual for it", "lowest", "highest"], key="best", bind="query-params")
     highest = way == "highest" or (way != "lowest" and str(metric).startswith(HIGHER_IS_BETTER))
     best = []
