@@ -162,9 +162,9 @@ def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = Fal
     legend = None  # of one line, which the title names already, and of too many
     if 1 < max(runs, metrics) <= LEGEND_LINES:
         legend = alt.Legend(orient="bottom", columns=2, labelLimit=400)
-    ticks = alt.Axis(format="~s", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
+    ticks = alt.Axis(format=",d", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
     encoding: dict[str, Any] = {
-        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, padding=MARGIN)),
+        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=MARGIN)),
         "y": alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=6),
                    scale=alt.Scale(type="log" if log else "linear", zero=False, padding=MARGIN)),
         "color": alt.Color(f"{color}:N", title=None, legend=legend),

@@ -144,7 +144,8 @@ def show_table(grid: Grid, places: Sequence[cells.Place], rows: slice) -> None:
             "place": place,
         }
     there = [name for name, cell in shown.items() if cell["source"]]
-    left, right = st.session_state.get("left"), st.session_state.get("right")
+    # Before their widgets stand, what the URL says of them is in the URL alone.
+    left, right = (st.session_state.get(side, st.query_params.get(side)) for side in ("left", "right"))
     asked = st.session_state.pop("_chosen", {})
     left, right = asked.get("left", left), asked.get("right", right)
     left = left if left in there else next(iter(there), None)

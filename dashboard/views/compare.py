@@ -110,7 +110,7 @@ def point_chart(points: pd.DataFrame) -> alt.Chart:
     mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
     return (
         alt.Chart(points)
-        .mark_point(size=110, strokeWidth=2, strokeOpacity=1, cursor="pointer")
+        .mark_point(size=110, strokeWidth=2, opacity=1, cursor="pointer")
         .encode(
             x="x:Q",
             y="value:Q",
