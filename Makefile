@@ -10,6 +10,7 @@
 # make prove-space     a Space in an environment with its own requirements alone: it starts and draws
 # make load-dashboard  20 sessions click through the dashboard for two minutes: no error, memory within bounds (ARGS="--outputs outputs")
 # make dashboard what the runs in outputs/ look like
+# make screenshots  the dashboard's pages on the runs in outputs/, wide and narrow, light and dark, into outputs/screenshots
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
 
@@ -20,8 +21,8 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named space space-named dashboard style bench prove-captions prove-resume prove-space \
-        load-dashboard sagemaker-train sagemaker-rehearse
+.PHONY: demo test train publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
+        prove-space load-dashboard sagemaker-train sagemaker-rehearse
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -76,6 +77,9 @@ load-dashboard: $(READY)
 
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard
+
+screenshots: $(READY)
+	$(BIN)/python tests/look.py outputs/screenshots
 
 style: $(READY)
 	$(BIN)/ruff check .

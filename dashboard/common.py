@@ -20,6 +20,8 @@ from t2i.tracking import redact_config
 alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checking each against Vega-Lite's schema costs 0.1 s
 OUTPUTS = Path("outputs")
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
+HEIGHT = 360  # of a chart with axes and legend, in pixels
+MARGIN = 8  # pixels between the outermost points and the frame, in which marks on them stand whole
 LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names are then shown at the pointer
 
 
@@ -32,6 +34,13 @@ def settle(what: str) -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def headed(title: str) -> Any:
+    """The page's title; gives the place beside it, for what is chosen first: in one row, the rest comes sooner."""
+    left, right = st.columns([1, 5], vertical_alignment="bottom")
+    left.title(title)
+    return right
 
 
 def find_runs(kind: str = "unet") -> dict[str, Path]:
@@ -123,7 +132,10 @@ def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
     left, right = st.columns([1, 3])
     part = left.text_input("Name contains", key="name", bind="query-params")
     names = right.multiselect("Runs", runs, key=key, bind="query-params", placeholder="all that match")
-    chosen = [name for name in names if name in runs] or runs
+    chosen = [name for name in names if name in runs]
+    if key == "runs":
+        st.session_state["_runs"] = chosen  # they go along to other pages
+    chosen = chosen or runs
     return [name for name in chosen if part.strip().casefold() in name.casefold()]
 
 
@@ -166,11 +178,14 @@ def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = Fal
     """Lines of `frame`'s columns x, value, run and metric. Names stand in cells, which are shown as they are."""
     runs, metrics = frame["run"].nunique(), frame["metric"].nunique()
     color = "run" if runs > 1 else "metric"
-    many = max(runs, metrics) > LEGEND_LINES
-    legend = None if many else alt.Legend(orient="bottom", columns=2, labelLimit=400)
+    legend = None  # of one line, which the title names already, and of too many
+    if 1 < max(runs, metrics) <= LEGEND_LINES:
+        legend = alt.Legend(orient="bottom", columns=2, labelLimit=400)
+    ticks = alt.Axis(format=",d", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
     encoding: dict[str, Any] = {
-        "x": alt.X("x:Q", title=x),
-        "y": alt.Y("value:Q", title=None, scale=alt.Scale(type="log" if log else "linear", zero=False)),
+        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=MARGIN)),
+        "y": alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=6),
+                   scale=alt.Scale(type="log" if log else "linear", zero=False, padding=MARGIN)),
         "color": alt.Color(f"{color}:N", title=None, legend=legend),
         "tooltip": [
             alt.Tooltip("run:N"), alt.Tooltip("metric:N"), alt.Tooltip("x:Q", title=x, format=".6~g"),
@@ -178,10 +193,10 @@ def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = Fal
         ],
     }  # fmt: skip
     if runs > 1 and metrics > 1:
-        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=legend)
+        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=legend and alt.Legend(orient="top"))
     elif runs > 1 or metrics > 1:
         encoding["detail"] = ["run:N", "metric:N"]
-    return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).interactive()
+    return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).properties(height=HEIGHT).interactive()
 
 
 def step_of(checkpoint: str) -> float:
@@ -193,7 +208,7 @@ def step_of(checkpoint: str) -> float:
 def nothing_yet(sentence: str, command: str) -> None:
     """An empty state: what is missing, and the command that fills it."""
     st.info(escape(sentence))
-    st.code(command, language="sh")
+    st.code(command, language="sh", wrap_lines=True)
 
 
 def escape(text: Any) -> str:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 HERE = Path(__file__).resolve().parent
 for folder in (str(HERE), str(HERE.parent / "scripts")):
@@ -26,11 +27,12 @@ PAGES = {
     "vae": "VAE",
 }
 
+RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # the widget of a page that takes any number of runs
+# Streamlit leaves 6rem above a wide page: a third of a small window, before the first picture.
+LESS_ROOM = "<style>[data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }</style>"
+
 
 def main() -> None:
-    from common import settle
-
-    st.set_page_config(page_title="Text-to-image runs", layout="wide")
     # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
     views = {name: HERE / "views" / f"{name}.py" for name in PAGES}
     there = [name for name, view in views.items() if view.is_file()]  # a Space has the playground alone
@@ -39,15 +41,31 @@ def main() -> None:
         for number, name in enumerate(there)
     ]
     page = st.navigation(pages, position="top")
-    if st.session_state.get("_page") != page.url_path:
-        # a name in the URL is one page's: seed is a number here, a list there
-        for key in [key for key in st.session_state if not str(key).startswith("_")]:
-            del st.session_state[key]
-        st.session_state["_page"] = page.url_path
+    st.set_page_config(page_title=f"{page.title} · Text-to-image runs", layout="wide")
+    st.html(LESS_ROOM)
+    turn_to(page.url_path or next(iter(PAGES)))
+    from common import settle
+
     try:
         page.run()
     finally:
         settle("pages")
+
+
+def turn_to(page: str) -> None:
+    """On the way to another page the chosen runs go along, unless the URL says which (a link, Back); all else stays behind:
+    a name in the URL is one page's (`seed` is a number here and a list there).
+    """
+    state = st.session_state
+    before, state["_page"] = state.get("_page"), page
+    if before in (None, page):
+        return
+    for key in [key for key in state if not str(key).startswith("_")]:
+        del state[key]
+    context = get_script_run_ctx()
+    said = st.query_params or (context is not None and context.is_history_navigation)
+    if page in RUNS and not said and state.get("_runs"):
+        state[RUNS[page]] = st.query_params[RUNS[page]] = state["_runs"]
 
 
 main()

@@ -47,11 +47,12 @@ def announce(grid: Grid, places: Sequence[cells.Place], todo: Sequence[cells.Pla
     """How many pictures there are to draw and how long that takes; a large grid asks first."""
     seconds = expected_seconds(places, known_pace(grid.run))
     takes = "the time is known after the first" if seconds is None else f"about {words_for(seconds)}"
-    st.text(f"{len(todo):,} of {len(places):,} pictures are not drawn yet: {takes}")
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.text(f"{len(todo):,} of {len(places):,} pictures are not drawn yet: {takes}", width="content")
     sure = True
     if len(todo) > MANY or (seconds or 0) > LONG_S:
-        sure = st.checkbox(f"yes, draw {len(todo):,} pictures", key="_sure")
-    if st.button(f"Draw {len(todo):,} pictures", disabled=not sure, type="primary"):
+        sure = row.checkbox(f"yes, draw {len(todo):,} pictures", key="_sure")
+    if row.button(f"Draw {len(todo):,} pictures", disabled=not sure, type="primary"):
         st.session_state["_job"] = (key, GridJob.start(todo))
         st.rerun()
 
@@ -67,7 +68,7 @@ def known_pace(run: Path) -> float | None:
 
 
 def words_for(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def draw_pictures(grid: Grid, job: GridJob | None) -> None:
@@ -95,10 +96,11 @@ def show_progress(job: GridJob) -> None:
     job.look()
     left = job.seconds_left()
     text = f"{job.done:,} of {job.total:,} drawn" + ("" if left is None else f", {words_for(left)} left")
-    st.progress(
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.progress(
         job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
     )
-    if st.button("Stop", help="what is drawn stays, and the grid goes on from there"):
+    if row.button("Stop", help="what is drawn stays, and the grid goes on from there"):
         job.stopped.set()
 
 
@@ -113,7 +115,7 @@ def choose_tab(grid: Grid) -> int:
     if plain and sum(map(len, labels)) <= WORDS_IN_TABS:
         chosen = st.segmented_control(title, labels, default=labels[0], key="tab", bind="query-params", required=True)
     else:
-        chosen = st.selectbox(title, labels, key="tab", bind="query-params")
+        chosen = st.selectbox(title, labels, key="tab", bind="query-params", label_visibility="collapsed")
     return labels.index(chosen) if chosen in labels else 0
 
 
@@ -156,7 +158,8 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     picture), and open, which gives the picture or None.
     """
     there = [name for name, cell in shown.items() if cell["source"]]
-    left, right = st.session_state.get("left"), st.session_state.get("right")
+    # Before their widgets stand, what the URL says of them is in the URL alone.
+    left, right = (st.session_state.get(side, st.query_params.get(side)) for side in ("left", "right"))
     asked = st.session_state.pop("_chosen", {})
     left, right = asked.get("left", left), asked.get("right", right)
     left = left if left in there else next(iter(there), None)

@@ -309,7 +309,7 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
         (run / "provenance.json").write_text(json.dumps({"code": f"commit {rate}"}))
     (tmp_path / "outputs" / "two" / "run.json").write_text('{"status": "running"}')
     (tmp_path / "outputs" / "one" / "pipeline" / "README.md").write_text("# Card <b>of one</b>")
-    app = show("runs", metric="prompt_following.petal_color")
+    app = show("runs", measure="prompt_following.petal_color")
     table, best, settings, provenance = (element.value for element in app.dataframe)
     assert sorted(table["run"]) == ["one", "two"]
     assert list(best["value"]) == [0.9, 0.9]
