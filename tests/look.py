@@ -23,7 +23,7 @@ def main(folder: Path, wanted: list[str]) -> None:
             for width, (pixels, height) in WIDTHS.items():
                 for scheme in SCHEMES:
                     page = browser.new_page(viewport={"width": pixels, "height": height}, color_scheme=scheme)
-                    page.goto(f"{address}/{'' if name == 'compare' else name}")
+                    page.goto(f"{address}/{name.removeprefix('compare')}")  # the first page has no name
                     settle(page)
                     page.wait_for_timeout(500)  # charts move into place
                     # The page scrolls inside an element: the window is made as tall as it.
