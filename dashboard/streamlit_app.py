@@ -58,13 +58,12 @@ def turn_to(page: str) -> None:
     """
     state = st.session_state
     before, state["_page"] = state.get("_page"), page
-    if before in (None, page):
+    context = get_script_run_ctx()
+    if before in (None, page) or (context is not None and context.is_history_navigation):  # Back: the URL says all
         return
     for key in [key for key in state if not str(key).startswith("_")]:
         del state[key]
-    context = get_script_run_ctx()
-    said = st.query_params or (context is not None and context.is_history_navigation)
-    if page in RUNS and not said and state.get("_runs"):
+    if page in RUNS and not st.query_params and state.get("_runs"):
         state[RUNS[page]] = st.query_params[RUNS[page]] = state["_runs"]
 
 
