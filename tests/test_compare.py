@@ -176,6 +176,8 @@ def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):
     assert draw.disabled
     app.checkbox[0].check().run()
     assert not next(button for button in app.button if button.label.startswith("Draw")).disabled
+    app.text_input(key="seed").set_value("1-99").run()  # another grid asks anew
+    assert next(button for button in app.button if button.label.startswith("Draw 9,900")).disabled
     assert "10,200 pictures is more than 10,000" in warnings(
         show(**wide | {"tabs": "steps"}, seed="1-51", num_inference_steps="4,5")
     )
