@@ -216,6 +216,11 @@ def escape(text: Any) -> str:
     return escape_markdown(text)
 
 
+def shorten(text: str, most: int) -> str:
+    """`text`, or those of its first words that fit into `most` characters, and "…"."""
+    return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0].rstrip(" ,;") + "…"
+
+
 def warn(error: Exception) -> None:
     """A mistake's sentence; it may hold words from outside."""
     st.warning(escape(error))
