@@ -110,7 +110,9 @@ def cells_of(run: Path) -> list[dict[str, Any]]:
 
 
 def is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and value == value
+    """Whether a value of a file is a number that tables and charts take."""
+    most = 2**63 if isinstance(value, int) else 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < most
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,7 +122,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             row |= flat(value, f"{prefix}{key}.")
         else:
-            row[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
+            kept = isinstance(value, float | bool | None) or is_finite(value)  # a table takes no larger integer
+            row[f"{prefix}{key}"] = value if kept else str(value)
     return row
 
 
@@ -214,6 +217,11 @@ def nothing_yet(sentence: str, command: str) -> None:
 def escape(text: Any) -> str:
     """Words from outside (captions, prompts, names) for a widget that would read Markdown in them."""
     return escape_markdown(text)
+
+
+def shorten(text: str, most: int) -> str:
+    """`text`, or those of its first words that fit into `most` characters, and "…"."""
+    return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0].rstrip(" ,;") + "…"
 
 
 def warn(error: Exception) -> None:

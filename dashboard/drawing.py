@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MODELS = 2  # pipelines in memory at once, over all sessions; the least recently used one makes room
 BATCH = 4  # pictures of a grid at once; another session's picture waits for no more than these
-UNSEEN_S = 60  # a grid that no page has looked at for so long ends: its browser was closed
+UNSEEN_S = 150  # a grid that no page looked at for so long ends: its browser was closed (hidden tabs look each minute)
 
 _gate, _lock = threading.Lock(), threading.Lock()
 _kept: OrderedDict[tuple[Path, str], Any] = OrderedDict()

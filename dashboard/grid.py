@@ -243,8 +243,23 @@ def reset_fixed() -> None:
     state = st.session_state
     for name in ("tab", "page"):
         state.pop(name, None)
+    make_room()
     changed = {state.get("columns"), state.get("rows"), state.get("tabs")} ^ set(state.get("_axes", ()))
     state["_anew"] = changed | ({"prompt", "seed"} if "sample" in changed else set())
+
+
+def make_room() -> None:
+    """Where the axis just chosen stood elsewhere, the two change places; evaluated prompts leave the tabs to prompt or seed."""
+    state = st.session_state
+    places = ("columns", "rows", "tabs")
+    now = [state.get(place) for place in places]
+    before = [*state.get("_axes", now), "none"][:3]
+    for old, new, place in zip(before, now, places, strict=True):
+        for other in places:
+            if old != new and other != place and state.get(other) == new and (old != "none" or other == "tabs"):
+                state[other] = old
+    if state.get("tabs") == before[2] == "sample" and {"prompt", "seed"} & {state.get("columns"), state.get("rows")}:
+        state["tabs"] = "none"
 
 
 def reset_values() -> None:

@@ -9,7 +9,7 @@ import streamlit as st
 from common import escape, read, settings_of, warn
 
 from t2i.config import DataConfig
-from t2i.runs import UserError, prepared_folder
+from t2i.runs import UserError, find_prepared
 
 NEIGHBOURS = 4
 SETS = 2  # training sets in memory: 3 KB an image
@@ -35,7 +35,7 @@ def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
 
     picture: uint8 [R, R, 3]; None while it is drawn: the switch stays, else it would forget its state.
     """
-    folder = find_prepared(run)
+    folder = find_images(run)
     if folder is None:
         st.caption(
             "The images this model was trained on are not on this machine, so its picture cannot be held beside them."
@@ -59,16 +59,15 @@ def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
     st.text(judgement(found[0][1], nearer))
 
 
-def find_prepared(run: Path) -> Path | None:
+def find_images(run: Path) -> Path | None:
     """The folder of the images that a run was trained on, by the hash in its run.json; None where it is not here."""
     identity = read(run / "run.json").get("identity")
-    fingerprint = identity.get("dataset_hash") if isinstance(identity, dict) else None
-    if not isinstance(fingerprint, str) or not fingerprint.isalnum():  # a name, never a path
-        return None
     section = settings_of(run).get("data")
     cache_dir = section.get("cache_dir") if isinstance(section, dict) else None
-    folder = prepared_folder(cache_dir if isinstance(cache_dir, str) else DataConfig().cache_dir, fingerprint)
-    return folder if (folder / "train.npy").is_file() else None
+    return find_prepared(
+        cache_dir if isinstance(cache_dir, str) else DataConfig().cache_dir,
+        identity.get("dataset_hash") if isinstance(identity, dict) else None,
+    )
 
 
 @st.cache_resource(max_entries=SETS, show_spinner=False)

@@ -35,7 +35,7 @@ def show_grid(grid: Grid) -> None:
         job = None
     if job is not None and job.finished.is_set():
         if job.error:
-            st.warning(job.error)
+            warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
     if job is None and todo:
@@ -51,7 +51,7 @@ def announce(grid: Grid, places: Sequence[cells.Place], todo: Sequence[cells.Pla
     row.text(f"{len(todo):,} of {len(places):,} pictures are not drawn yet: {takes}", width="content")
     sure = True
     if len(todo) > MANY or (seconds or 0) > LONG_S:
-        sure = row.checkbox(f"yes, draw {len(todo):,} pictures", key="_sure")
+        sure = row.checkbox(f"yes, draw {len(todo):,} pictures", key=f"_sure_{key}")  # said of this grid alone
     if row.button(f"Draw {len(todo):,} pictures", disabled=not sure, type="primary"):
         st.session_state["_job"] = (key, GridJob.start(todo))
         st.rerun()

@@ -58,6 +58,9 @@ def evaluate(folder: Path, checkpoints: list[str]) -> None:
             cells.save_cells(folder, name, cells.weights_hash(folder / name), made, pictures)
 
 
+AXIS_KEYS = ("columns", "rows", "tabs")
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -115,6 +118,25 @@ def test_axes_are_swapped_with_the_compared_pictures(tmp_path):
     assert [after[side]["source"] for side in ("left", "right")] == [
         before[side]["source"] for side in ("left", "right")
     ]
+
+
+def test_an_axis_that_stood_elsewhere_changes_places_and_a_seed_takes_evaluated_prompts_off_the_tabs(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    assert [app.selectbox(key=key).value for key in AXIS_KEYS] == ["guidance_scale", "checkpoint", "sample"]
+    for place, name, expected in (
+        ("columns", "checkpoint", ["checkpoint", "guidance_scale", "sample"]),
+        ("tabs", "checkpoint", ["sample", "guidance_scale", "checkpoint"]),
+        ("tabs", "sample", ["checkpoint", "guidance_scale", "sample"]),
+        ("rows", "seed", ["checkpoint", "seed", "none"]),
+        ("tabs", "prompt", ["checkpoint", "seed", "prompt"]),
+        ("rows", "prompt", ["checkpoint", "prompt", "seed"]),
+    ):
+        app.selectbox(key=place).select(name).run()
+        assert not app.exception
+        assert [app.selectbox(key=key).value for key in AXIS_KEYS] == expected
+        assert not warnings(app)
+        assert grid_of(app)
 
 
 def test_a_click_chooses_a_picture_and_the_ways_to_compare(tmp_path):
@@ -176,6 +198,8 @@ def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):
     assert draw.disabled
     app.checkbox[0].check().run()
     assert not next(button for button in app.button if button.label.startswith("Draw")).disabled
+    app.text_input(key="seed").set_value("1-99").run()  # another grid asks anew
+    assert next(button for button in app.button if button.label.startswith("Draw 9,900")).disabled
     assert "10,200 pictures is more than 10,000" in warnings(
         show(**wide | {"tabs": "steps"}, seed="1-51", num_inference_steps="4,5")
     )

@@ -96,6 +96,22 @@ def test_half_written_checkpoints_and_files(server, outputs, page):
 
 
 @pytest.mark.parametrize("page", URLS)
+def test_numbers_that_no_table_takes(server, outputs, page):
+    run = make_run(outputs / "one", evaluated=False)
+    evaluate(run, ["checkpoint-000010"])
+    file = run / "evaluation" / "evaluation.json"
+    found = json.loads(file.read_text())
+    cell = {"checkpoint": "checkpoint-000010", "guidance_scale": 10**20, "val_loss": 10**30, "kid": {"mean": 10**200}}
+    file.write_text(json.dumps(found | {"cells": [cell, cell | {"guidance_scale": 2}], "report": {"prompts": 10**30}}))
+    state = {"status": ["x"], "steps": 10**25, "val_loss": 10**200, "seconds": {"train": 10**200}, "psnr_db": 1e305}
+    (run / "run.json").write_text(json.dumps(state))
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1000000000000000000000000, "val_loss": 1}\n{"step": 1, "val_loss": 1e308}\n'
+    )
+    show(server, page)
+
+
+@pytest.mark.parametrize("page", URLS)
 def test_a_run_deleted_while_it_is_shown(server, outputs, page):
     make_run(outputs / "one")
     make_run(outputs / "two")

@@ -306,6 +306,12 @@ def test_files_that_go_or_are_damaged_while_shown(tmp_path, painter):
     assert [element.value for element in app.code] == ["make demo"]
 
 
+def test_a_runs_name_is_shown_as_it_is_where_its_picture_is_offered(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "a *b* c")
+    app = wait(press(show(), DRAW), has_picture)
+    assert r"a \*b\* c" in app.get("download_button")[0].proto.help
+
+
 def test_a_model_that_cannot_be_loaded_and_a_drawing_that_breaks(tmp_path, painter, monkeypatch):
     make_run(tmp_path / "outputs" / "one")
 
@@ -383,7 +389,7 @@ def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_pa
 
     show()
     neighbours = sys.modules["neighbours"]
-    folder = neighbours.find_prepared(trained)
+    folder = neighbours.find_images(trained)
     fingerprint = json.loads((trained / "run.json").read_text())["identity"]["dataset_hash"]
     assert folder == prepared_folder(".cache/t2i", fingerprint)
     train, _, test = data.open_prepared(folder)

@@ -162,8 +162,29 @@ def test_a_hostile_url_and_hostile_files(run):
         assert "picture_grid" not in words(show())
         with pytest.raises(UserError):
             reconstructions.validation_images(run)
+    settings = (run / "config.yaml").read_text()
+    for name in ("~nobody-there/x", "x" * 5000):  # of an unknown user, and longer than a path can be
+        text = settings.replace("vae: null", f"vae: {name}", 1).replace(
+            "cache_dir: .cache/t2i", f"cache_dir: {name}", 1
+        )
+        assert text.count(name) == 2
+        (run / "config.yaml").write_text(text)
+        (run / "run.json").write_text('{"identity": {"dataset_hash": "0123456789abcdef"}}')
+        assert "no longer in" in words(show())
     (run / "config.yaml").write_text("[" * 5000)
     assert not show().exception
+
+
+def test_labels_end_with_a_whole_word_and_another_count_starts_at_its_first_page(run):
+    app = show(count="4", page="3")
+    assert [int(row.partition(":")[0]) for row in component(app, "picture_grid")["rows"]] == [8, 9, 10, 11]
+    app.selectbox(key="count").select(8).run()
+    assert app.number_input(key="page").value == 1
+    assert len(component(app, "picture_grid")["rows"]) == 8
+    common = sys.modules["common"]
+    assert common.shorten("a red flower", 12) == "a red flower"
+    assert common.shorten("a red, flower", 12) == "a red…"
+    assert common.shorten("x" * 99, 12) == "x" * 11 + "…"
 
 
 def test_images_that_do_not_fit_the_vae(run):

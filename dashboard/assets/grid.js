@@ -19,9 +19,10 @@ function build(root, data) {
     ...data.columns.map((label) => make("th", { scope: "col", title: label }, label)));
   const body = data.rows.map((label) => make("tr", {}, make("th", { scope: "row", title: label }, label),
     ...data.columns.map(() => make("td"))));
-  root.replaceChildren(zoomBar(), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Grid of pictures" },
-    make("table", {}, make("thead", {}, head), make("tbody", {}, ...body))));
-  root.addEventListener("keydown", (event) => moveFocus(root, event, data.columns.length));
+  const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Grid of pictures" },
+    make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)));
+  scroll.onkeydown = (event) => moveFocus(root, event, data.columns.length); // not on root, which stays with other columns
+  root.replaceChildren(zoomBar(), scroll);
 }
 
 function fill(td, cell, data) {

@@ -23,6 +23,7 @@ function linkZoom(root, bar) {
     show();
   };
   root.onkeydown = (event) => {
+    root.dragged = false; // a key presses a picture's button also after a drag
     const move = { ArrowLeft: [1, 0], ArrowRight: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
     if (!move || !event.shiftKey || event.target.tagName === "INPUT") return;
     event.preventDefault();

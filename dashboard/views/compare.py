@@ -143,7 +143,6 @@ def use_marked_point() -> None:
     on_axis = "checkpoint" in (state.get("columns"), state.get("rows"), state.get("tabs"))
     before = list(state.get("checkpoint", []))
     state["checkpoint"] = sorted({*before, name}, key=lambda one: (one == "pipeline", one)) if on_axis else [name]
-    state["_chosen_checkpoint"] = name
 
 
 # --- The evaluation --------------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from common import OUTPUTS, find_runs, nothing_yet, settings_of, warn
+from common import OUTPUTS, find_runs, nothing_yet, settings_of, shorten, warn
 from widgets import address, gallery
 
 from t2i import browse
 from t2i.captions import CHECKS
 from t2i.images import BadImage
-from t2i.runs import UserError, read_json
+from t2i.runs import UserError, find_prepared, read_json
 
 PICTURES = 24  # on a page: divides into 2, 3, 4 and 6 columns
 SIDE, LARGE = 320, 1024  # px of a picture in the gallery, and of the chosen one, at most
@@ -84,7 +84,7 @@ def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None
         if browse.find_splits(Path(source)):
             return Path(source)
         identity = read_json(run / "run.json").get("identity", {})
-        return browse.prepared_folder(str(settings.get("cache_dir")), identity.get("dataset_hash"))
+        return find_prepared(str(settings.get("cache_dir")), identity.get("dataset_hash"))
     except (
         OSError,
         ValueError,
@@ -185,8 +185,7 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
     """A picture of the gallery; `picture`: its address, or why there is none."""
     there = picture.startswith("data:")
-    text = browse.visible(rows.captions[row])
-    short = text if len(text) <= WORDS else text[: WORDS - 1] + "…"
+    short = shorten(browse.visible(rows.captions[row]), WORDS)
     label = browse.visible(rows.labels[row] or "") if rows.labels else ""
     empty = "(no caption)" if rows.has_captions else ""
     return {
@@ -225,7 +224,8 @@ def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -
         left, right = st.columns(2)
         found = thumbnails(split, (number,), LARGE)[0]
         if found.startswith("data:"):
-            left.image(found, alt=browse.visible(rows.captions[number])[:WORDS] or f"picture {number}")
+            alt = browse.visible(rows.captions[number])[:WORDS] or f"picture {number}"
+            left.image(found, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
         else:
             left.text(found)
         right.code(browse.visible(rows.captions[number]) or "(no caption)", language=None, wrap_lines=True)
@@ -251,7 +251,7 @@ def show_audit(found: dict[str, Any], total: int, folder: Path) -> None:
         rows.append({"finding": title, "captions": count, "share": share, "what it means": CHECKS[name]})
     st.dataframe(
         pd.DataFrame(rows).astype({"captions": "Int64"}), hide_index=True, on_select=take_finding, selection_mode="single-row",
-        key="_audit",
+        key="_audit", placeholder="–",
     )  # fmt: skip
     st.caption("Choosing a row shows the pictures it is about.")
     st.text(measured_elsewhere(folder))

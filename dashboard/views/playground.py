@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import find_runs, nothing_yet, warn
+from common import escape, find_runs, nothing_yet, warn
 from drawing import PictureJob
 from grid import best_scale, checkpoints_of, first_prompt
 from neighbours import show_neighbours
@@ -208,7 +208,7 @@ def show_picture(watched: cells.Watched, place: cells.Place) -> None:
     model = f"{place.run.resolve().name}/{place.checkpoint}"
     st.download_button(
         "Download PNG", lambda: picture_file(watched, place), f"seed{cell.seed}.png", "image/png", on_click="ignore",
-        help=f"with its parameters in it, as generate_images.py writes them; {model}",
+        help=f"with its parameters in it, as generate_images.py writes them; {escape(model)}",
     )  # fmt: skip
     show_steps(watched, place)
     show_neighbours(place.run, watched.picture)

@@ -10,7 +10,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from common import find_runs, is_finite, lines, nothing_yet, read, step_of, warn
+from common import find_runs, is_finite, lines, nothing_yet, read, shorten, step_of, warn
 from drawing import turn
 from grid import name_of
 from PIL import Image
@@ -46,7 +46,7 @@ def main() -> None:
     names = left.multiselect(
         "VAEs", list(vaes), default=own[-COLUMNS:], key="vae", bind="query-params", placeholder="choose one or more"
     )  # fmt: skip
-    source = right.selectbox("Validation images of", sources, key="images", bind="query-params")
+    source = right.selectbox("Validation images of", sources, key="images", bind="query-params", on_change=first_page)
     chosen = {name: vaes[name] for name in names if name in vaes}
     if not chosen:
         st.text("choose one or more VAEs")
@@ -62,10 +62,15 @@ def main() -> None:
         show_curves({name: run for name, run in runs.items() if any(vae.run == run for vae in chosen.values())}, chosen)
 
 
+def first_page() -> None:
+    """Other images start at their first page: the chosen one may be beyond the last."""
+    st.session_state["page"] = 1
+
+
 def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
     """Widgets for which images, what is missing, and the table."""
     left, right = st.columns(2)
-    count = left.selectbox("Images", COUNTS, index=1, key="count", bind="query-params")
+    count = left.selectbox("Images", COUNTS, index=1, key="count", bind="query-params", on_change=first_page)
     pages = max(1, -(-len(images) // count))
     page = right.number_input(
         f"Page, of {pages:,}", min_value=1, max_value=pages, key="page", bind="query-params", disabled=pages == 1
@@ -112,7 +117,7 @@ def show_table(
 ) -> None:  # fmt: skip
     """Originals and reconstructions side by side: a row an image, a column a VAE, PSNR and SSIM under each."""
     columns = ["original", *(header(name, found[name]) for name in vaes)]
-    rows = [f"{number}: {(images.captions[number] or images.files[number])[:WORDS]}" for number in here]
+    rows = [f"{number}: {shorten(images.captions[number] or images.files[number], WORDS)}" for number in here]
     shown: dict[str, dict[str, Any]] = {}
     for row, image in enumerate(originals):
         title = f"image {here[row]}"

@@ -87,14 +87,6 @@ def _state(path: Path) -> tuple[Path, int, int]:
     return path, stat.st_size, stat.st_mtime_ns
 
 
-def prepared_folder(cache_dir: str, fingerprint: Any) -> Path | None:
-    """Where `data.load_splits` keeps the images whose run names them by `fingerprint`; None where they are not there."""
-    if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):
-        return None
-    folder = Path(cache_dir).expanduser() / "pixels" / fingerprint
-    return folder if (folder / "report.json").is_file() else None
-
-
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 

@@ -468,10 +468,12 @@ def read_watched(place: Place) -> Watched | None:
     found = _read(_steps_path(place), place.model_hash, place.cell, STEPS * MAX_SIDE)
     strip, known = found if found else (None, {})
     numbers = known.get("steps")
+    if not (isinstance(numbers, list) and all(type(number) is int for number in numbers)):
+        numbers = []
     parts: tuple[tuple[int, np.ndarray], ...] = ()
-    if strip is not None and isinstance(numbers, list) and strip.size == (len(numbers) * image.width, image.height):
+    if strip is not None and strip.size == (len(numbers) * image.width, image.height):
         pixels = np.asarray(strip).reshape(image.height, len(numbers), image.width, 3)
-        parts = tuple((int(number), pixels[:, column]) for column, number in enumerate(numbers))
+        parts = tuple((number, pixels[:, column]) for column, number in enumerate(numbers))
     return Watched(np.asarray(image), parts)
 
 

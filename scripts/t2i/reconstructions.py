@@ -19,7 +19,7 @@ from t2i import browse
 from t2i.cells import MAX_SIDE, hash_files, pixel_hash
 from t2i.config import Recipe, load_recipe
 from t2i.pictures import DAMAGE, read_parameters, save_picture
-from t2i.runs import UserError, checkpoint_folders, hash_json, read_json
+from t2i.runs import UserError, checkpoint_folders, find_prepared, hash_json, read_json
 
 STORE = "reconstructions"  # folder of a run
 
@@ -65,8 +65,11 @@ def _start(run: Path) -> Path | None:
         source = _settings(run).vae.vae
     except UserError:
         return None
-    parts = [Path(source).expanduser() / part for part in ("", "vae", "pipeline/vae")] if source else []
-    return next((part for part in parts if (part / "config.json").is_file()), None)
+    try:
+        parts = [Path(source).expanduser() / part for part in ("", "vae", "pipeline/vae")] if source else []
+        return next((part for part in parts if (part / "config.json").is_file()), None)
+    except (OSError, RuntimeError):  # of a path that no folder can have: too long, of an unknown user
+        return None
 
 
 def _settings(run: Path) -> Recipe:
@@ -95,9 +98,7 @@ def validation_images(run: Path) -> Images:
     """The images of a run's validation split, found by the hash in its run.json. Raises `UserError` where they are gone."""
     state, settings = read_json(run / "run.json"), _settings(run).data
     identity = state.get("identity") if isinstance(state, dict) else None
-    folder = browse.prepared_folder(
-        settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None
-    )
+    folder = find_prepared(settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None)
     if folder is None:
         raise UserError(
             f"the prepared images of {run} are no longer in {settings.cache_dir}; train_vae.py with the same settings prepares them"

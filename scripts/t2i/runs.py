@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -186,6 +187,17 @@ def _is_complete(folder: Path) -> bool:
 def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
     """Where `t2i.data` keeps the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
     return Path(cache_dir).expanduser() / "pixels" / fingerprint
+
+
+def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
+    """`prepared_folder` of a run whose files may be anyone's; None where nothing whole is there, or no such name can be."""
+    if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):  # a name, never a path
+        return None
+    try:
+        folder = prepared_folder(cache_dir, fingerprint)
+        return folder if (folder / "report.json").is_file() else None
+    except (OSError, RuntimeError):  # of a path that no folder can have: too long, of an unknown user
+        return None
 
 
 @contextmanager
