@@ -4,9 +4,13 @@
 # make sagemaker-train  the model card's job on SageMaker: shows what it costs and asks (DRY_RUN=1: only shows; YES=1; WAIT=1; ARGS="…")
 # make sagemaker-rehearse  that submission, played through on this machine as two hosts, with an interruption (FRESH=1: fresh environment)
 # make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
+# make space     MODEL=outputs/demo/unet SPACE=ORG/NAME: a page on the Hub where everybody can try the model (MODEL=ORG/MODEL; DRY_RUN=1: only stages)
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
 # make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
+# make prove-space     a Space in an environment with its own requirements alone: it starts and draws
+# make load-dashboard  20 sessions click through the dashboard for two minutes: no error, memory within bounds (ARGS="--outputs outputs")
 # make dashboard what the runs in outputs/ look like
+# make screenshots  the dashboard's pages on the runs in outputs/, wide and narrow, light and dark, into outputs/screenshots
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md)
 
@@ -17,8 +21,8 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named dashboard style bench prove-captions prove-resume sagemaker-train \
-        sagemaker-rehearse
+.PHONY: demo test train publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
+        prove-space load-dashboard sagemaker-train sagemaker-rehearse
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -52,14 +56,30 @@ named:
 	@[ -n "$(MODEL)" ] && [ -n "$(REPO)" ] || { \
 	  echo "name the model and its repository: make publish MODEL=outputs/demo/unet REPO=ORG/NAME" >&2; exit 2; }
 
+space: space-named $(READY)
+	$(BIN)/python scripts/publish_space.py --model $(MODEL) --space $(SPACE) $(if $(call yes,$(DRY_RUN)),--dry_run) $(ARGS)
+
+space-named:
+	@[ -n "$(MODEL)" ] && [ -n "$(SPACE)" ] || { \
+	  echo "name the model and its Space: make space MODEL=outputs/demo/unet SPACE=ORG/NAME" >&2; exit 2; }
+
 prove-captions: $(READY)
 	$(BIN)/python tests/prove_captions.py --kills 20
 
 prove-resume: $(READY)
 	$(BIN)/python tests/prove_resume.py --kills 20
 
+prove-space: $(READY)
+	$(BIN)/python tests/prove_space.py
+
+load-dashboard: $(READY)
+	$(BIN)/python tests/load_dashboard.py --sessions 20 --seconds 120 $(ARGS)
+
 dashboard: $(READY)
 	$(BIN)/streamlit run dashboard
+
+screenshots: $(READY)
+	$(BIN)/python tests/look.py outputs/screenshots
 
 style: $(READY)
 	$(BIN)/ruff check .
@@ -71,6 +91,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory_flat.py
 	$(BIN)/python benchmarks/damaged_images.py
 	$(BIN)/python benchmarks/dashboard_curves.py
+	$(BIN)/python benchmarks/dashboard_start.py
 	$(BIN)/python benchmarks/captioning.py tiny
 	$(BIN)/python benchmarks/captioning.py base
 

@@ -1,6 +1,8 @@
 """What the pages share: which runs there are, their files read with care, and lines drawn. Imports no torch."""
 
+import gc
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,30 @@ from t2i.curves import POINTS, Curve, smooth, thin
 from t2i.runs import UserError, read_json
 from t2i.tracking import redact_config
 
+alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checking each against Vega-Lite's schema costs 0.1 s
 OUTPUTS = Path("outputs")
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
+HEIGHT = 360  # of a chart with axes and legend, in pixels
+MARGIN = 8  # pixels between the outermost points and the frame, in which marks on them stand whole
 LEGEND_LINES = 20  # with more, a legend would be taller than its chart; names are then shown at the pointer
+
+
+@cache
+def settle(what: str) -> None:
+    """Once for `what`, libraries that were just loaded: they stay, so the garbage collector need never look at them again.
+
+    Streamlit collects after each run of a script, and nobody is answered meanwhile: 0.1 s over the libraries of a page,
+    several times that with torch and diffusers.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def headed(title: str) -> Any:
+    """The page's title; gives the place beside it, for what is chosen first: in one row, the rest comes sooner."""
+    left, right = st.columns([1, 5], vertical_alignment="bottom")
+    left.title(title)
+    return right
 
 
 def find_runs(kind: str = "unet") -> dict[str, Path]:
@@ -48,7 +71,7 @@ def _is_kind(folder: Path, kind: str) -> bool:
     trained = (folder / "pipeline").is_dir() or any(folder.glob("checkpoint-*"))
     if kind == "any":
         return trained or (folder / "metrics.jsonl").is_file()
-    return trained and not (folder / "vae").is_dir()
+    return trained and not (folder / "vae").is_dir() and not any(folder.glob("checkpoint-*/vae"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -109,7 +132,10 @@ def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
     left, right = st.columns([1, 3])
     part = left.text_input("Name contains", key="name", bind="query-params")
     names = right.multiselect("Runs", runs, key=key, bind="query-params", placeholder="all that match")
-    chosen = [name for name in names if name in runs] or runs
+    chosen = [name for name in names if name in runs]
+    if key == "runs":
+        st.session_state["_runs"] = chosen  # they go along to other pages
+    chosen = chosen or runs
     return [name for name in chosen if part.strip().casefold() in name.casefold()]
 
 
@@ -135,23 +161,31 @@ def lines(
         {
             "x": np.concatenate([(c.times - c.times.min()) / 3600 if wall_time else c.steps for _, _, c in drawn]),
             "value": np.concatenate([curve.values for _, _, curve in drawn]),
-            # Categories: a name is sent once, not with each of its points.
-            "run": pd.Categorical(np.repeat([run for run, _, _ in drawn], counts)),
-            "metric": pd.Categorical(np.repeat([metric for _, metric, _ in drawn], counts)),
+            "run": named([run for run, _, _ in drawn], counts),
+            "metric": named([metric for _, metric, _ in drawn], counts),
         }
     )
     return line_chart(frame, "hours" if wall_time else "step", log)
+
+
+def named(names: list[str], counts: list[int]) -> pd.Categorical:
+    """Each of `names` so many times. Categories: a name is sent, and compared with others, once and not with each point."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return pd.Categorical.from_codes(np.repeat([numbers[name] for name in names], counts), list(numbers))
 
 
 def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = False) -> alt.Chart:
     """Lines of `frame`'s columns x, value, run and metric. Names stand in cells, which are shown as they are."""
     runs, metrics = frame["run"].nunique(), frame["metric"].nunique()
     color = "run" if runs > 1 else "metric"
-    many = max(runs, metrics) > LEGEND_LINES
-    legend = None if many else alt.Legend(orient="bottom", columns=2, labelLimit=400)
+    legend = None  # of one line, which the title names already, and of too many
+    if 1 < max(runs, metrics) <= LEGEND_LINES:
+        legend = alt.Legend(orient="bottom", columns=2, labelLimit=400)
+    ticks = alt.Axis(format=",d", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
     encoding: dict[str, Any] = {
-        "x": alt.X("x:Q", title=x),
-        "y": alt.Y("value:Q", title=None, scale=alt.Scale(type="log" if log else "linear", zero=False)),
+        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=MARGIN)),
+        "y": alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=6),
+                   scale=alt.Scale(type="log" if log else "linear", zero=False, padding=MARGIN)),
         "color": alt.Color(f"{color}:N", title=None, legend=legend),
         "tooltip": [
             alt.Tooltip("run:N"), alt.Tooltip("metric:N"), alt.Tooltip("x:Q", title=x, format=".6~g"),
@@ -159,10 +193,10 @@ def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = Fal
         ],
     }  # fmt: skip
     if runs > 1 and metrics > 1:
-        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=legend)
+        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=legend and alt.Legend(orient="top"))
     elif runs > 1 or metrics > 1:
         encoding["detail"] = ["run:N", "metric:N"]
-    return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).interactive()
+    return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).properties(height=HEIGHT).interactive()
 
 
 def step_of(checkpoint: str) -> float:
@@ -174,7 +208,7 @@ def step_of(checkpoint: str) -> float:
 def nothing_yet(sentence: str, command: str) -> None:
     """An empty state: what is missing, and the command that fills it."""
     st.info(escape(sentence))
-    st.code(command, language="sh")
+    st.code(command, language="sh", wrap_lines=True)
 
 
 def escape(text: Any) -> str:

@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from common import settle
 
 from t2i import cells
 from t2i.cells import weights_hash
 from t2i.runs import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MODELS = 2  # pipelines in memory at once, over all sessions; the least recently used one makes room
 BATCH = 4  # pictures of a grid at once; another session's picture waits for no more than these
@@ -61,6 +66,7 @@ def pipeline(model: Path) -> Any:
 
         from t2i import sampling
 
+        settle("torch")  # before the first model, which must not stay
         _kept[key] = sampling.load_pipeline(model, device="cuda" if torch.cuda.is_available() else "cpu")
     _kept.move_to_end(key)
     return _kept[key]
@@ -116,12 +122,66 @@ class GridJob:
                     cells.make(batch, load=pipeline, batch_size=BATCH, progress=count, cancelled=cancelled)
                     took = time.monotonic() - start
                     _pace[batch[0].run] = took / sum(place.cell.num_inference_steps for place in batch)
-        except UserError as error:
-            self.error = str(error)
-        except Exception as error:  # out of memory, a disk that breaks: the page must not wait for ever
-            self.error = f"drawing ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})"
+        except Exception as error:
+            self.error = sentence(error)
         finally:
             self.finished.set()
+
+
+@dataclass
+class PictureJob:
+    """One picture, drawn in a thread of its own and watched: `step` of `steps` are done, `preview` is what it may become.
+
+    stage: "waiting" for another's turn, "loading" the model, or "drawing". result: None until it is finished, and where it was
+    stopped.
+    """
+
+    stage: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    preview: "np.ndarray | None" = None
+    result: cells.Watched | None = None
+    error: str = ""
+    seen: float = field(default_factory=time.monotonic)
+    finished: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def start(cls, place: cells.Place) -> "PictureJob":
+        """Draw the picture of `place`, as soon as it is its turn."""
+        job = cls()
+        threading.Thread(target=job._draw, args=(place,), daemon=True, name="picture").start()
+        return job
+
+    def look(self) -> None:
+        """Say that somebody still looks at it."""
+        self.seen = time.monotonic()
+
+    def _draw(self, place: cells.Place) -> None:
+        def cancelled() -> bool:
+            return self.stopped.is_set() or time.monotonic() - self.seen > UNSEEN_S
+
+        def watch(step: int, steps: int, picture: "np.ndarray | None") -> None:
+            self.stage, self.step, self.steps = "drawing", step, steps
+            if picture is not None:
+                self.preview = picture
+
+        try:
+            with turn(cancelled) as had:
+                if had:
+                    self.stage = "loading"
+                    self.result = cells.make_watched(place, load=pipeline, progress=watch, cancelled=cancelled)
+        except Exception as error:
+            self.error = sentence(error)
+        finally:
+            self.finished.set()
+
+
+def sentence(error: Exception) -> str:
+    """What a page says of an error in a thread: out of memory, a disk that breaks. The page must not wait for ever."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"drawing ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})"
 
 
 _pace: dict[Path, float] = {}  # run -> seconds a denoising step, as measured last by a grid in this server

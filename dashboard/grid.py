@@ -23,9 +23,8 @@ AXES = {  # of `cells.AXES`, as they are called on the page
     "scheduler": "scheduler",
     "run": "run",
 }
-TYPED = ("guidance_scale", "num_inference_steps", "seed", "prompt")  # the others are chosen from lists
-BY_RUN = ("checkpoint", "sample", *TYPED, "scheduler")  # what a newly chosen run sets anew
 GUIDANCE = "1.5,3,7.5"  # of a run that was not evaluated
+AXIS_PX = 170  # of a widget that chooses an axis
 CHECKPOINTS = 4  # the newest, of such a run
 PLACE = re.compile(r"row (?P<row>\d{1,5}), column (?P<column>\d{1,5})")
 HELP = "One value or several: 1.5,3 or a range 1-10, by steps 1-10(+3), or five values evenly spaced 1-10[5]."
@@ -54,8 +53,8 @@ def choose_grid(runs: dict[str, Path]) -> Grid:
     first = next(iter(runs.values()))
     found = cells.evaluated(first)
     samples = list(found[1][2].values) if found else []
-    chosen = choose_axes(bool(samples))
-    with st.expander("Values", expanded=not samples):
+    chosen = choose_axes(bool(samples), len(runs) > 1)
+    with st.expander("Values: checkpoints, prompts, guidance scales, seeds …"):
         typed = choose_values(runs, found, samples, chosen)
     check_axes(chosen)  # and the values, now that all widgets stand: one that is not drawn would lose what was typed
     values = read_values(typed)
@@ -71,22 +70,27 @@ def choose_grid(runs: dict[str, Path]) -> Grid:
     return Grid(run, checkpoint, cells.Cell(**fixed), taken, labels)
 
 
-def choose_axes(evaluated: bool) -> list[str]:
-    """Widgets for what stands on columns, rows and (third, if any) tabs."""
+def choose_axes(evaluated: bool, several: bool) -> list[str]:
+    """Widgets for what stands on columns, rows and (third, if any) tabs. Several runs stand beside each other."""
     known = [name for name in AXES if evaluated or name != "sample"]
-    across, down, swap, tabs = st.columns([3, 3, 2, 3], vertical_alignment="bottom")
-    columns = across.selectbox(
-        "Columns", known, format_func=AXES.__getitem__, key="columns", bind="query-params", on_change=reset_fixed
-    )
-    rows = down.selectbox(
-        "Rows", known, index=1, format_func=AXES.__getitem__, key="rows", bind="query-params", on_change=reset_fixed
-    )
-    swap.button("Swap", on_click=swap_axes, width="stretch", help="exchange columns and rows")
-    third = tabs.selectbox(
+    row = st.container(horizontal=True, vertical_alignment="bottom")  # two in a row on a phone
+    columns = row.selectbox(
+        "Columns", known, index=known.index("run") if several else 0, format_func=AXES.__getitem__, key="columns",
+        bind="query-params", on_change=reset_fixed, width=AXIS_PX,
+    )  # fmt: skip
+    rows = row.selectbox(
+        "Rows", known, index=1, format_func=AXES.__getitem__, key="rows", bind="query-params", on_change=reset_fixed,
+        width=AXIS_PX,
+    )  # fmt: skip
+    third = row.selectbox(
         "Tabs", ["none", *known], index=1 + known.index("sample") if evaluated else 0,
         format_func=lambda name: AXES.get(name, name), key="tabs", bind="query-params", on_change=reset_fixed,
+        width=AXIS_PX,
     )  # fmt: skip
-    return [str(columns), str(rows), *([str(third)] if third != "none" else [])]
+    row.button("Swap", on_click=swap_axes, help="exchange columns and rows")
+    chosen = [str(columns), str(rows), *([str(third)] if third != "none" else [])]
+    st.session_state["_axes"] = chosen
+    return chosen
 
 
 def swap_axes() -> None:
@@ -129,7 +133,12 @@ def choose_values(
     else:
         prompts = [cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)]
         typed["prompt"] = st.text_area(
-            "Prompt, one a line", "\n".join(prompts), key="prompt", bind="query-params", height=80, max_chars=20_000
+            "Prompt, one a line",
+            anew("prompt", "\n".join(prompts)),
+            key="prompt",
+            bind="query-params",
+            height=80,
+            max_chars=20_000,
         )
     scales = axes.format_values("guidance_scale", found[1][1].values) if found else GUIDANCE
     seed, steps = cell.seed, cell.num_inference_steps
@@ -142,15 +151,28 @@ def choose_values(
         usual.pop("seed")
     for place, (name, text) in zip(st.columns(len(usual)), usual.items(), strict=True):
         title = AXES[name].capitalize()
-        typed[name] = place.text_input(title, text, key=name, bind="query-params", help=HELP, max_chars=2000)
+        typed[name] = place.text_input(
+            title, anew(name, text), key=name, bind="query-params", help=HELP, max_chars=2000
+        )
     short = {name: key for key, name in SCHEDULERS.items()}
     own = short.get(cell.scheduler, "ddim")
     several = [own, *(name for name in ("dpm++", "unipc") if name != own and "scheduler" in chosen)]
     typed["scheduler"] = pick("Scheduler", "scheduler", list(SCHEDULERS), several)
+    st.session_state.pop("_anew", None)
     typed["negative_prompt"] = st.text_input(
         "Negative prompt", key="negative_prompt", bind="query-params", max_chars=2000
     )
     return typed
+
+
+def anew(name: str, usual: Any) -> Any:
+    """The value that a widget has until another is chosen; set to it where axes or runs were chosen since.
+
+    Set, not forgotten: the browser would keep what it shows.
+    """
+    if name in st.session_state.get("_anew", ()):
+        st.session_state[name] = usual
+    return usual
 
 
 def usual_checkpoints(known: Sequence[str], found: Any, chosen: Sequence[str]) -> list[str]:
@@ -164,7 +186,7 @@ def usual_checkpoints(known: Sequence[str], found: Any, chosen: Sequence[str]) -
 
 def pick(title: str, name: str, known: Sequence[str], usual: Sequence[str]) -> list[str]:
     """Names chosen from a list, in the list's order."""
-    chosen = st.multiselect(title, known, default=usual, key=name, bind="query-params")
+    chosen = st.multiselect(title, known, default=anew(name, list(usual)), key=name, bind="query-params")
     return [value for value in known if value in chosen]
 
 
@@ -218,15 +240,19 @@ def first_prompt(run: Path) -> str:
 
 def reset_fixed() -> None:
     """A setting that left its axis goes back to a single value, and one that came to an axis to several."""
-    for name in (*TYPED, "checkpoint", "scheduler", "tab", "page"):
-        st.session_state.pop(name, None)
+    state = st.session_state
+    for name in ("tab", "page"):
+        state.pop(name, None)
+    changed = {state.get("columns"), state.get("rows"), state.get("tabs")} ^ set(state.get("_axes", ()))
+    state["_anew"] = changed | ({"prompt", "seed"} if "sample" in changed else set())
 
 
 def reset_values() -> None:
     """Another run has other checkpoints and another evaluation: its values are shown. Several runs stand beside each other."""
     state = st.session_state
-    for name in (*BY_RUN, "tab", "page", "left", "right"):
+    for name in ("tab", "page", "left", "right"):
         state.pop(name, None)
+    state["_anew"] = set(AXES)
     several = len(state.get("run", ())) > 1
     if several and "run" not in (state.get("columns"), state.get("rows"), state.get("tabs")):
         state["columns"] = "run"

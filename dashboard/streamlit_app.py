@@ -10,24 +10,61 @@ import sys
 from pathlib import Path
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 HERE = Path(__file__).resolve().parent
 for folder in (str(HERE), str(HERE.parent / "scripts")):
     if folder not in sys.path:
         sys.path.append(folder)  # appended: a script's name must not hide a package's
 
-# file, which is also the name in the URL: title
-PAGES = {"compare": "Compare", "curves": "Curves", "runs": "Runs"}  # the first is where one arrives
+# file, which is also the name in the URL: title; the first is where one arrives
+PAGES = {
+    "compare": "Compare",
+    "playground": "Playground",
+    "curves": "Curves",
+    "runs": "Runs",
+    "data": "Data",
+    "vae": "VAE",
+}
+
+RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # the widget of a page that takes any number of runs
+# Streamlit leaves 6rem above a wide page: a third of a small window, before the first picture.
+LESS_ROOM = "<style>[data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }</style>"
 
 
 def main() -> None:
-    st.set_page_config(page_title="Text-to-image runs", layout="wide")
     # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
+    views = {name: HERE / "views" / f"{name}.py" for name in PAGES}
+    there = [name for name, view in views.items() if view.is_file()]  # a Space has the playground alone
     pages = [
-        st.Page(HERE / "views" / f"{name}.py", title=title, url_path="" if number == 0 else name, default=number == 0)
-        for number, (name, title) in enumerate(PAGES.items())
+        st.Page(views[name], title=PAGES[name], url_path="" if number == 0 else name, default=number == 0)
+        for number, name in enumerate(there)
     ]
-    st.navigation(pages, position="top").run()
+    page = st.navigation(pages, position="top")
+    st.set_page_config(page_title=f"{page.title} · Text-to-image runs", layout="wide")
+    st.html(LESS_ROOM)
+    turn_to(page.url_path or next(iter(PAGES)))
+    from common import settle
+
+    try:
+        page.run()
+    finally:
+        settle("pages")
+
+
+def turn_to(page: str) -> None:
+    """On the way to another page the chosen runs go along, unless the URL says which (a link, Back); all else stays behind:
+    a name in the URL is one page's (`seed` is a number here and a list there).
+    """
+    state = st.session_state
+    before, state["_page"] = state.get("_page"), page
+    context = get_script_run_ctx()
+    if before in (None, page) or (context is not None and context.is_history_navigation):  # Back: the URL says all
+        return
+    for key in [key for key in state if not str(key).startswith("_")]:
+        del state[key]
+    if page in RUNS and not st.query_params and state.get("_runs"):
+        state[RUNS[page]] = st.query_params[RUNS[page]] = state["_runs"]
 
 
 main()

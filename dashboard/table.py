@@ -2,13 +2,13 @@
 
 import io
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import read, warn
+from common import escape, read, warn
 from drawing import GridJob, expected_seconds
 from grid import AXES, Grid, name_of
 from PIL import Image
@@ -47,11 +47,12 @@ def announce(grid: Grid, places: Sequence[cells.Place], todo: Sequence[cells.Pla
     """How many pictures there are to draw and how long that takes; a large grid asks first."""
     seconds = expected_seconds(places, known_pace(grid.run))
     takes = "the time is known after the first" if seconds is None else f"about {words_for(seconds)}"
-    st.text(f"{len(todo):,} of {len(places):,} pictures are not drawn yet: {takes}")
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.text(f"{len(todo):,} of {len(places):,} pictures are not drawn yet: {takes}", width="content")
     sure = True
     if len(todo) > MANY or (seconds or 0) > LONG_S:
-        sure = st.checkbox(f"yes, draw {len(todo):,} pictures", key="_sure")
-    if st.button(f"Draw {len(todo):,} pictures", disabled=not sure, type="primary"):
+        sure = row.checkbox(f"yes, draw {len(todo):,} pictures", key="_sure")
+    if row.button(f"Draw {len(todo):,} pictures", disabled=not sure, type="primary"):
         st.session_state["_job"] = (key, GridJob.start(todo))
         st.rerun()
 
@@ -67,7 +68,7 @@ def known_pace(run: Path) -> float | None:
 
 
 def words_for(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def draw_pictures(grid: Grid, job: GridJob | None) -> None:
@@ -95,10 +96,11 @@ def show_progress(job: GridJob) -> None:
     job.look()
     left = job.seconds_left()
     text = f"{job.done:,} of {job.total:,} drawn" + ("" if left is None else f", {words_for(left)} left")
-    st.progress(
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.progress(
         job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
     )
-    if st.button("Stop", help="what is drawn stays, and the grid goes on from there"):
+    if row.button("Stop", help="what is drawn stays, and the grid goes on from there"):
         job.stopped.set()
 
 
@@ -107,10 +109,13 @@ def choose_tab(grid: Grid) -> int:
         return 0
     labels = list(grid.labels[2])
     title = AXES[grid.axes[2].name].capitalize()
-    if sum(map(len, labels)) <= WORDS_IN_TABS:
+    plain = all(
+        label == escape(label) for label in labels
+    )  # tabs would read Markdown in a prompt, a list shows it as it is
+    if plain and sum(map(len, labels)) <= WORDS_IN_TABS:
         chosen = st.segmented_control(title, labels, default=labels[0], key="tab", bind="query-params", required=True)
     else:
-        chosen = st.selectbox(title, labels, key="tab", bind="query-params")
+        chosen = st.selectbox(title, labels, key="tab", bind="query-params", label_visibility="collapsed")
     return labels.index(chosen) if chosen in labels else 0
 
 
@@ -139,28 +144,39 @@ def show_table(grid: Grid, places: Sequence[cells.Place], rows: slice) -> None:
             "label": labels,
             "alt": f"{labels}: {place.cell.prompt}",
             "note": "" if made else place.problem or "not drawn yet",
-            "place": place,
+            "open": partial(open_cell, place),
         }
+    corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
+    if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
+        show_downloads(grid, places, rows)
+
+
+def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str) -> bool:
+    """A table of pictures under the labels of its columns and rows, and two of them compared; False where there are none.
+
+    shown: by `name_of`, row by row: row, column, source (an address, or ""), label, alt, note, perhaps `under` (words below the
+    picture), and open, which gives the picture or None.
+    """
     there = [name for name, cell in shown.items() if cell["source"]]
-    left, right = st.session_state.get("left"), st.session_state.get("right")
+    # Before their widgets stand, what the URL says of them is in the URL alone.
+    left, right = (st.session_state.get(side, st.query_params.get(side)) for side in ("left", "right"))
     asked = st.session_state.pop("_chosen", {})
     left, right = asked.get("left", left), asked.get("right", right)
     left = left if left in there else next(iter(there), None)
     right = right if right in there else next((name for name in there if name != left), left)
     picture_grid(
         {
-            "columns": list(grid.labels[0]), "rows": list(grid.labels[1][rows]),
-            "corner": f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}",
-            "cells": [{key: cell[key] for key in ("row", "column", "source", "alt", "note")} for cell in shown.values()],
+            "columns": columns, "rows": rows, "corner": corner,
+            "cells": [{key: value for key, value in cell.items() if key not in ("label", "open")} for cell in shown.values()],
             "left": place_of(shown, left), "right": place_of(shown, right),
         },
         key="_grid", on_chosen=take_chosen,
     )  # fmt: skip
     if not there:
-        return
+        return False
     st.caption("A click chooses the right picture to compare, Shift and a click the left one.")
     show_pair(shown, there, str(left), str(right))
-    show_downloads(grid, places, rows)
+    return True
 
 
 def place_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
@@ -186,9 +202,9 @@ def show_pair(shown: dict[str, Any], there: list[str], left: str, right: str) ->
     mode = st.segmented_control(
         "Show", MODES, default=MODES[0], key="view", bind="query-params", required=True
     )  # fmt: skip
-    pair = [open_cell(cell["place"]) for cell in (one, two)]
+    pair = [cell["open"]() for cell in (one, two)]
     if None in pair:
-        st.text("one of these pictures is gone; draw it again")
+        st.text("one of these pictures is gone; make it again")
         return
     gap, mean = difference(*(np.asarray(image) for image in pair))
     text = f"mean difference {mean:.1f} of 255; the picture shows the largest one as white"

@@ -1,4 +1,4 @@
-"""The two widgets that Streamlit does not have: a grid of pictures with linked zoom, and two pictures compared.
+"""The widgets that Streamlit does not have: a grid of pictures with linked zoom, two pictures compared, and a gallery.
 
 Their JavaScript and CSS stand in assets/. What comes from files goes to them as data, which they show as text and attributes.
 """
@@ -18,7 +18,8 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
     """A table of pictures.
 
     data: `columns`, `rows` (labels), `corner` (what they are), `cells` (row by row: source, a data address or ""; alt; note,
-    shown where there is no picture; row, column), `left` and `right` (row and column of the two that are compared).
+    shown where there is no picture; under, words below it, where there are some; row, column), `left` and `right` (row and
+    column of the two that are compared).
     on_chosen: called when a picture is clicked; `st.session_state[key].chosen` is then {row, column, left}.
     """
     mount = st.components.v2.component("picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("grid"))
@@ -31,9 +32,20 @@ def picture_pair(data: dict[str, Any], key: str) -> None:
     mount(key=key, data=data)
 
 
-def address(png: bytes) -> str:
-    """A PNG as a data address."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> None:
+    """Pictures with words under them, in as many columns as there is room for.
+
+    data: `pictures`: each source, a data address or ""; alt; note, shown where there is no picture; caption, label, finding, title
+    and row. on_chosen: called when a picture is clicked; `st.session_state[key].chosen` is then {row}.
+    """
+    mount = st.components.v2.component("gallery", html='<div class="gallery"></div>', css=_css(), js=_js("gallery"))
+    mount(key=key, data=data, on_chosen_change=on_chosen)
+
+
+def address(data: bytes) -> str:
+    """A PNG or JPEG as a data address."""
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
 @lru_cache

@@ -144,8 +144,9 @@ def main() -> None:
         **{f"test_{name}": value for name, value in test.items()},
     }
     run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
-    for served in checkpoint_folders(folder):
-        shutil.rmtree(served)
+    if config.checkpoints_total_limit == 1:  # it served for going on; several are kept to be compared
+        for served in checkpoint_folders(folder):
+            shutil.rmtree(served)
     if tracker:
         tracker.log_metrics(results, steps)
         tracker.log_artifact(run.file)  # hashes of what went in and what came out
@@ -245,34 +246,26 @@ def loss_terms(
 
 def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
     """PSNR in dB and SSIM of reconstructions from posterior means, mean over at most `limit` images."""
-    import torch
+    import numpy as np
 
-    from t2i import metrics
-    from t2i.caches import to_pixels
+    from t2i.reconstructions import reconstruct
 
-    psnr, ssim = [], []
-    with torch.no_grad():
-        for start in range(0, min(limit, len(split)), 32):
-            pixels = to_pixels(split.pixels[start : min(start + 32, limit)]).to(vae.device)
-            reconstruction = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
-            psnr.append(metrics.psnr(reconstruction, pixels))
-            ssim.append(metrics.ssim(reconstruction, pixels))
-    return {"psnr_db": torch.cat(psnr).mean().item(), "ssim": torch.cat(ssim).mean().item()}
+    stop = min(limit, len(split))
+    parts = [reconstruct(vae, split.pixels[start : min(start + 32, stop)])[1:] for start in range(0, stop, 32)]
+    psnr, ssim = (np.concatenate(figure) for figure in zip(*parts, strict=True))
+    return {"psnr_db": float(psnr.mean()), "ssim": float(ssim.mean())}
 
 
 def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) -> dict[str, float]:
     """Measure on the validation split; keep and log a picture of originals over reconstructions."""
     import numpy as np
-    import torch
 
-    from t2i.caches import to_images, to_pixels
+    from t2i.reconstructions import reconstruct
     from t2i.sampling import picture_grid
     from t2i.training import record
 
     figures = measure(vae, split)
-    pixels = to_pixels(split.pixels[:8]).to(vae.device)
-    with torch.no_grad():
-        reconstruction = to_images(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
+    reconstruction = reconstruct(vae, split.pixels[:8])[0]
     grid = picture_grid(np.concatenate([split.pixels[:8], reconstruction]), columns=len(reconstruction))
     (folder / "samples").mkdir(exist_ok=True)
     grid.save(folder / "samples" / f"reconstructions-{step:06d}.png")

@@ -24,7 +24,14 @@ unet:
   attention_head_dim: 2
   prediction_type: v_prediction
   rescale_betas_zero_snr: true
-train_vae: {train_batch_size: 4, max_train_steps: 12, lr_warmup_steps: 2, learning_rate: 2.0e-3, validation_steps: 6}
+train_vae:
+  train_batch_size: 4
+  max_train_steps: 12
+  lr_warmup_steps: 2
+  learning_rate: 2.0e-3
+  validation_steps: 6
+  checkpointing_steps: 6
+  checkpoints_total_limit: 2
 train_unet:
   train_batch_size: 4
   max_train_steps: 8

@@ -35,7 +35,22 @@ def test_only_scripts_make_an_accelerator(path):
         assert "Accelerator(" not in path.read_text()
 
 
-@pytest.mark.parametrize("module", ["config", "runs", "cards", "axes", "pictures", "cells", "curves", "tracking"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "config",
+        "runs",
+        "cards",
+        "axes",
+        "pictures",
+        "cells",
+        "curves",
+        "tracking",
+        "browse",
+        "reconstructions",
+        "space",
+    ],
+)
 def test_light_modules_import_no_torch(module):
     code = f"import sys; sys.path.append({str(SCRIPTS)!r}); import t2i.{module}; print({{'torch', 'diffusers'}} & set(sys.modules))"
     assert (

@@ -114,7 +114,7 @@ def test_repainted_or_torn_bytes_are_never_shown(run):
         for content in (bytes(torn), whole[:position]):
             place.path.write_bytes(content)
             shown = cells.read_cell(run, place.model_hash, CELL)
-            assert shown is None or cells._pixel_hash(shown) == info["pixel_hash"]
+            assert shown is None or cells.pixel_hash(shown) == info["pixel_hash"]
 
 
 def test_killed_and_gone_on(run, environment):

@@ -288,7 +288,7 @@ def test_a_model_that_cannot_be_loaded_gets_a_sentence(tmp_path, monkeypatch):
     make_run(tmp_path / "outputs" / "one")
     app = show(guidance_scale="9")
     next(button for button in app.button if button.label.startswith("Draw")).click().run()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60  # loading torch takes long on a busy machine
     while not warnings(app) and time.monotonic() < deadline:
         time.sleep(0.1)
         app.run()

@@ -25,7 +25,7 @@ function build(root, data) {
 }
 
 function fill(td, cell, data) {
-  const state = JSON.stringify([cell.source, cell.alt, cell.note]);
+  const state = JSON.stringify([cell.source, cell.alt, cell.note, cell.under]);
   if (td.state !== state) { // what did not change keeps its element, and the focus
     td.state = state;
     const inside = cell.source ? picture(cell.source, cell.alt) : make("span", { class: "frame empty" }, cell.note);
@@ -33,7 +33,7 @@ function fill(td, cell, data) {
     if (!cell.source) button.disabled = true;
     const root = td.closest(".grid");
     button.onclick = (event) => root.choose(cell, event.shiftKey);
-    td.replaceChildren(button);
+    td.replaceChildren(button, ...(cell.under ? [make("span", { class: "under" }, cell.under)] : []));
   }
   const marks = [["left", "L"], ["right", "R"]].filter(([side]) => data[side]?.[0] === cell.row && data[side]?.[1] === cell.column);
   td.dataset.mark = marks.map(([, letter]) => letter).join("");

@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from common import cells_of, find_runs, flat, lines, nothing_yet, read, step_of, warn
+from common import cells_of, find_runs, flat, headed, lines, nothing_yet, read, step_of, warn
 from grid import Grid, checkpoints_of, choose_grid, reset_values
 from table import show_grid
 
@@ -18,22 +18,25 @@ from t2i.curves import Curve, read_folder
 from t2i.runs import UserError
 
 USUAL = ("val_loss", "train_loss")
+ABREAST = 3  # evaluations in a row
 
 
 def main() -> None:
-    st.title("Compare")
     runs = find_runs()
     if not runs:
+        st.title("Compare")
         nothing_yet(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
     evaluated = [name for name in runs if cells.evaluated(runs[name])]
-    names = st.multiselect(
-        "Runs", list(runs), default=(evaluated or list(runs))[:1], key="run", bind="query-params",
+    usual = (evaluated or list(runs))[:1]
+    names = headed("Compare").multiselect(
+        "Runs", list(runs), default=usual, key="run", bind="query-params",
         placeholder="choose one or more runs", on_change=reset_values,
     )  # fmt: skip
     chosen = {name: runs[name] for name in names if name in runs}
+    st.session_state["_runs"] = list(chosen) if list(chosen) != usual else []  # those that go along to other pages
     if not chosen:
         st.text("choose one or more runs")
         return
@@ -41,7 +44,6 @@ def main() -> None:
     left, right = st.columns([3, 2], gap="large")
     grid = None
     with left:
-        st.subheader("Pictures")
         if not any(map(checkpoints_of, chosen.values())):
             st.text("no whole checkpoint yet; training writes the first one soon")
         else:
@@ -52,9 +54,13 @@ def main() -> None:
                 warn(error)
     with right:
         show_curves(chosen, grid)
-    for column, (name, run) in zip(st.columns(len(chosen)), chosen.items(), strict=True):
-        with column:
-            show_evaluation(name, run)
+    st.subheader("Evaluation")
+    names = list(chosen)
+    for start in range(0, len(names), ABREAST):
+        row = names[start : start + ABREAST]
+        for column, name in zip(st.columns(len(row)), row, strict=True):
+            with column:
+                show_evaluation(name, runs[name])
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
@@ -62,7 +68,6 @@ def main() -> None:
 
 def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     """The runs' curves; their checkpoints are points on them, full where the grid shows them. A click on one chooses it."""
-    st.subheader("Curves")
     curves = {name: read_folder(run) for name, run in runs.items()}
     known = sorted({metric for found in curves.values() for metric in found})
     if not known:
@@ -78,7 +83,7 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
         if chart is None:
             continue
         if len(points):
-            chart = alt.layer(chart, point_chart(points)).properties(height=260)
+            chart = alt.layer(chart, point_chart(points)).properties(height=320)
             st.altair_chart(chart, key=f"_curve_{metric}", on_select=take_point, selection_mode="mark")
         else:
             st.altair_chart(chart)
@@ -101,16 +106,19 @@ def marked(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: 
 
 
 def point_chart(points: pd.DataFrame) -> alt.Chart:
+    several = points["run"].nunique() > 1
     mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
     return (
         alt.Chart(points)
-        .mark_point(size=110, strokeWidth=2, cursor="pointer")
+        .mark_point(size=110, strokeWidth=2, opacity=1, cursor="pointer")
         .encode(
             x="x:Q",
             y="value:Q",
-            stroke=alt.Color("run:N", legend=None) if points["run"].nunique() > 1 else alt.value("#d6336c"),
-            fill=alt.condition("datum.shown", alt.value("#d6336c"), alt.value("transparent")),
-            tooltip=["run:N", "checkpoint:N", alt.Tooltip("value:Q", format=".5~g")],
+            # Channels by their classes: of a condition or a bare value Altair finds the class by trying them all, in 60 ms.
+            fill=alt.Fill("run:N", title=None) if several else alt.FillValue("#d6336c"),
+            stroke=alt.Stroke("run:N", title=None) if several else alt.StrokeValue("#d6336c"),
+            fillOpacity=alt.FillOpacity("shown:N", legend=None, scale=alt.Scale(domain=[True, False], range=[1, 0])),
+            tooltip=[alt.Tooltip("run:N"), alt.Tooltip("checkpoint:N"), alt.Tooltip("value:Q", format=".5~g")],
         )
         .add_params(mark)
     )
@@ -143,7 +151,6 @@ def use_marked_point() -> None:
 
 def show_evaluation(name: str, run: Path) -> None:
     """A run's state, the figures of its checkpoints by guidance scale, and its report."""
-    st.subheader("Evaluation")
     st.text(name)
     state = read(run / "run.json")
     st.text(f"status: {state.get('status', 'unknown')}   steps: {state.get('steps', 'not finished')}")
@@ -154,16 +161,16 @@ def show_evaluation(name: str, run: Path) -> None:
             st.text(f"samples of training, {Path(samples[-1]).stem}")
             show_file(run / "samples", samples[-1])
         st.text("Not evaluated yet. This does it:")
-        st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh")
+        st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
         return
-    st.dataframe(pd.DataFrame([flat(cell) for cell in found]), hide_index=True)
+    st.dataframe(pd.DataFrame([flat(cell) for cell in found]), hide_index=True, placeholder="–")
     report = read(run / "evaluation" / "evaluation.json").get("report")
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         rows = [
             (key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in flat(report).items()
         ]
-        st.dataframe(pd.DataFrame(rows, columns=["figure", "value"]), hide_index=True)
+        st.dataframe(pd.DataFrame(rows, columns=["figure", "value"]), hide_index=True, placeholder="–")
         show_file(run / "evaluation", "report.png")
 
 

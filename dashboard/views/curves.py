@@ -15,6 +15,7 @@ from common import (
     escape,
     find_runs,
     flat,
+    headed,
     is_finite,
     line_chart,
     lines,
@@ -46,10 +47,14 @@ Key = tuple[str, str]  # run's name as shown, metric
 
 
 def main() -> None:
-    st.title("Curves")
-    source = st.radio("Source", ["Run folders", "MLflow"], horizontal=True, key="source", bind="query-params")
+    source = headed("Curves").radio(
+        "Source", ["Run folders", "MLflow"], horizontal=True, key="source", bind="query-params"
+    )
     try:
-        show_stored() if source == "MLflow" else show_folders()
+        if source == "MLflow":
+            show_stored()
+        else:
+            show_folders()
     except UserError as error:
         st.warning(escape(error))
 
@@ -212,11 +217,11 @@ def choose_view(names: list[str]) -> dict[str, Any]:
     """Widgets for what is drawn of the metrics `names`, and how."""
     usual = [metric for metric in USUAL if metric in names] or names[:1]
     metrics = st.multiselect("Metrics", names, default=usual, key="metric", bind="query-params")
-    columns = st.columns(4)
-    bands = columns[0].toggle("Per timestep band", key="bands", bind="query-params", help="adds val_loss of each band")
-    scale = columns[1].radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
-    x = columns[2].radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
-    weight = columns[3].slider("Smoothing", 0.0, 0.99, 0.0, 0.01, key="smoothing", bind="query-params")
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
+    scale = row.radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
+    x = row.radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
+    weight = row.slider("Smoothing", 0.0, 0.99, 0.0, 0.01, key="smoothing", bind="query-params", width=220)
+    bands = row.toggle("Per timestep band", key="bands", bind="query-params", help="adds val_loss of each band")
     chosen = [metric for metric in metrics if metric in names]
     chosen += [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
     weight = weight if is_finite(weight) and 0 <= weight < 1 else 0.0
@@ -283,7 +288,7 @@ def show_sweep(runs: dict[str, Path]) -> None:
     st.subheader("Over the guidance scale")
     if not rows:
         st.text("None of these runs is evaluated yet. This does it:")
-        st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh")
+        st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)
         return
     frame = pd.DataFrame(rows, columns=["run", "metric", "x", "value"])
     figures = sorted(frame["metric"].unique())

@@ -6,31 +6,32 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
-from common import cells_of, choose_runs, find_runs, flat, is_finite, nothing_yet, read, settings_of, step_of
+from common import cells_of, choose_runs, find_runs, flat, headed, is_finite, nothing_yet, read, settings_of, step_of
 
 from t2i.curves import read_folder
 from t2i.runs import checkpoint_folders
 from t2i.tracking import redact_config
 
+MISSING = "–"  # in a table
 CARD_CHARACTERS = 20_000  # of a model card, shown here
 HIGHER_IS_BETTER = ("prompt_following", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim")
 
 
 def main() -> None:
-    st.title("Runs")
     runs = find_runs("any")
     if not runs:
+        st.title("Runs")
         nothing_yet(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
     states = {name: read(run / "run.json") for name, run in runs.items()}
     statuses = sorted({status_of(state) for state in states.values()})
-    kept = st.multiselect(
+    kept = headed("Runs").multiselect(
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
     )  # names of statuses come from files: looked up among those there
     names = choose_runs([name for name in runs if not kept or status_of(states[name]) in kept])
-    st.dataframe(pd.DataFrame([row_of(name, states[name]) for name in names]), hide_index=True)
+    st.dataframe(pd.DataFrame([row_of(name, states[name]) for name in names]), hide_index=True, placeholder=MISSING)
     if not names:
         st.text("no run matches")
         return
@@ -68,7 +69,7 @@ def show_best(runs: dict[str, Path]) -> None:
         return
     left, right = st.columns(2)
     usual = "val_loss" if "val_loss" in metrics else metrics[0]
-    metric = left.selectbox("Metric", metrics, index=metrics.index(usual), key="metric", bind="query-params")
+    metric = left.selectbox("Metric", metrics, index=metrics.index(usual), key="measure", bind="query-params")
     way = right.selectbox("Best is", ["as usual for it", "lowest", "highest"], key="best", bind="query-params")
     highest = way == "highest" or (way != "lowest" and str(metric).startswith(HIGHER_IS_BETTER))
     best = []
@@ -86,7 +87,7 @@ def show_best(runs: dict[str, Path]) -> None:
             )
     best.sort(key=lambda row: row["value"], reverse=highest)
     st.text(f"the {'highest' if highest else 'lowest'} {metric} of each run, the best run first")
-    st.dataframe(pd.DataFrame(best), hide_index=True)
+    st.dataframe(pd.DataFrame(best), hide_index=True, placeholder=MISSING)
 
 
 def candidates(run: Path) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ def show_cards(runs: dict[str, Path]) -> None:
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:
         st.text("None of these runs has a card yet; the evaluation writes it:")
-        st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh")
+        st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)
         return
     name = st.selectbox("Card of", cards, key="card", bind="query-params")
     try:

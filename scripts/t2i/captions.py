@@ -151,13 +151,16 @@ def class_namer(classes: Iterable[str]) -> Callable[[str], set[str]]:
     for name in known_names:
         for form in _forms("".join(_words(name))):
             known[form].add(name)
+    heads = {form[:3] for form in known}  # a singular keeps the first three letters: most words need no further look
     longest = 1 + max((len(_words(name)) for name in known_names), default=0)  # "sun flower" is two words for sunflower
 
     def named(text: str) -> set[str]:
         words = _words(text)
         found: set[str] = set()
         covered = 0
-        for start in range(len(words)):
+        for start, word in enumerate(words):
+            if len(word) >= 3 and word[:3] not in heads:
+                continue
             for end in range(min(start + longest, len(words)), max(start, covered), -1):  # not within an earlier name
                 forms = _forms("".join(words[start:end]))
                 if names := set().union(*(known.get(form, ()) for form in forms)):

@@ -1,7 +1,8 @@
 """Pictures of grids, each made once: a content-addressed store in the run folder. Imports no torch before one has to be drawn.
 
 `<run>/cells/<key>.png`: the key is the hash of all that decides the picture (the model's weights, prompt, seed and settings), so a
-picture is the same cell whichever grid or command asked for it. Each is written whole the moment it is made.
+picture is the same cell whichever grid or command asked for it. Each is written whole the moment it is made. A picture that was
+watched while it was drawn has some of its steps beside it, as one picture from left to right: `<key>.steps.png`.
 """
 
 import io
@@ -11,7 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from t2i.pictures import DAMAGE, SCHEDULERS, save_picture
+from t2i.pictures import DAMAGE, SCHEDULERS, read_parameters, save_picture
 from t2i.runs import UserError, checkpoint_folders, hash_json, read_json, sha256_file
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 STORE = "cells"  # folder of a run
 MAX_CELLS = 10_000  # of a plan
 MAX_SIDE = 4096  # pixels; a larger picture in a store is foreign
+STEPS = 6  # of a watched picture, the finished one among them: decoding one costs as much as several denoising steps
+KEPT = 500  # watched pictures of a store; strangers may type any prompts, and the disk must not fill
 AXES = ("checkpoint", "run", "guidance_scale", "num_inference_steps", "scheduler", "seed", "prompt", "negative_prompt",
         "sample")  # fmt: skip
 
@@ -124,7 +127,7 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         run = _run_json(folder.parent) if folder.name == "pipeline" else {}
         if run.get("status") == "finished" and run.get("output_unet_hash"):
             return hash_json({"unet": run["output_unet_hash"], **_shared(folder, run)})
-        return hash_json({"unet": _hash_files(folder / "unet"), **_shared(folder, run)})
+        return hash_json({"unet": hash_files(folder / "unet"), **_shared(folder, run)})
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is neither a whole checkpoint nor a pipeline; take one that training has finished")
     try:
@@ -148,11 +151,12 @@ def _shared(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
     names = {"vae": "vae_hash", "text_encoder": "text_encoder_hash", "tokenizer": "tokenizer_hash"}
     identity = run.get("identity")
     identity = identity if isinstance(identity, dict) else {}
-    parts = {part: identity.get(key) or _hash_files(pipeline / part) for part, key in names.items()}
-    return parts | {"scheduler": _hash_files(pipeline / "scheduler")}
+    parts = {part: identity.get(key) or hash_files(pipeline / part) for part, key in names.items()}
+    return parts | {"scheduler": hash_files(pipeline / "scheduler")}
 
 
-def _hash_files(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a model's files, each read once and known by size and time after. Raises `UserError`: there are none."""
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".txt"})
         known = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -179,15 +183,23 @@ def cell_path(run: Path, model_hash: str, cell: Cell) -> Path:
 
 def read_cell(run: Path, model_hash: str, cell: Cell) -> Image.Image | None:
     """The picture of a cell, RGB; None where there is none, or a damaged, changed or foreign one."""
+    found = _read(cell_path(run, model_hash, cell), model_hash, cell)
+    return found[0] if found else None
+
+
+def _read(
+    path: Path, model_hash: str, cell: Cell, longest: int = MAX_SIDE
+) -> tuple[Image.Image, dict[str, Any]] | None:
+    """A picture of the store and its parameters, if they are whole and the cell's own."""
     try:
-        with Image.open(cell_path(run, model_hash, cell), formats=["PNG"]) as image:
-            if image.mode != "RGB" or max(image.size) > MAX_SIDE:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.mode != "RGB" or max(image.size) > longest or image.height > MAX_SIDE:
                 return None
             image.load()
             known = json.loads(image.info["parameters"])
-            wanted = {"model_hash": model_hash, "pixel_hash": _pixel_hash(image), **asdict(cell)}
+            wanted = {"model_hash": model_hash, "pixel_hash": pixel_hash(image), **asdict(cell)}
             same = isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
-            return image.copy() if same else None
+            return (image.copy(), known) if same else None
     except DAMAGE:
         return None
 
@@ -206,7 +218,8 @@ def _checked(run: Path, model_hash: str, cell: Cell, *state: int) -> bool:
     return read_cell(run, model_hash, cell) is not None
 
 
-def _pixel_hash(image: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
+    """16 hex digits for a picture's size and pixels."""
     return hash_json([image.size, image.tobytes().hex()])
 
 
@@ -218,11 +231,19 @@ def save_cells(run: Path, checkpoint: str, model_hash: str, cells: Sequence[Cell
                 _save(run, checkpoint, model_hash, cell, picture)
 
 
-def _save(run: Path, checkpoint: str, model_hash: str, cell: Cell, picture: "np.ndarray") -> None:
-    """Write one whole; called by the one who has the turn."""
-    path = cell_path(run, model_hash, cell)
+def _save(
+    run: Path,
+    checkpoint: str,
+    model_hash: str,
+    cell: Cell,
+    picture: "np.ndarray",
+    path: Path | None = None,
+    **more: Any,
+) -> None:
+    """Write one whole; called by the one who has the turn. path: its steps' instead; more: further parameters."""
+    path = path or cell_path(run, model_hash, cell)
     part = path.with_name(f".{path.stem}.part.png")
-    shown = {"model": f"{run.resolve().name}/{checkpoint}", "pixel_hash": _pixel_hash(Image.fromarray(picture))}
+    shown = {"model": f"{run.resolve().name}/{checkpoint}", "pixel_hash": pixel_hash(Image.fromarray(picture)), **more}
     try:
         save_picture(part, picture, {**asdict(cell), "model_hash": model_hash, **shown})
         os.replace(part, path)
@@ -396,8 +417,8 @@ def _load_pipeline(model: Path) -> Any:
     return sampling.load_pipeline(model, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _draw(pipeline: Any, places: Sequence[Place]) -> "np.ndarray":
-    """Pictures uint8 [N, R, R, 3] of places that differ in prompt and seed alone."""
+def _draw(pipeline: Any, places: Sequence[Place], watch: Callable[..., None] | None = None) -> "np.ndarray":
+    """Pictures uint8 [N, R, R, 3] of places that differ in prompt and seed alone; `watch` as `sampling.generate` takes it."""
     from t2i import sampling
 
     cell, saved = places[0].cell, pipeline.scheduler
@@ -407,9 +428,132 @@ def _draw(pipeline: Any, places: Sequence[Place]) -> "np.ndarray":
             pipeline, [place.cell.prompt for place in places], [place.cell.seed for place in places],
             negative_prompt=cell.negative_prompt, guidance_scale=cell.guidance_scale,
             num_inference_steps=cell.num_inference_steps, batch_size=len(places), progress=False,
+            watch=watch,
         )  # fmt: skip
     finally:
         pipeline.scheduler = saved
+
+
+# --- One picture, watched --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A picture and some of its steps: uint8 [R, R, 3] each, the steps with their numbers from 1, the finished one not among them.
+
+    note: why it is not in the store; "" where it is.
+    """
+
+    picture: "np.ndarray"
+    steps: tuple[tuple[int, "np.ndarray"], ...]
+    note: str = ""
+
+
+class _Stopped(Exception):
+    """Raised between two steps of a picture that nobody wants any more."""
+
+
+def shown_steps(count: int) -> list[int]:
+    """The steps of `count` that are shown: the first, the last, and some evenly between; `STEPS` at most."""
+    return sorted({1 + round((count - 1) * number / (STEPS - 1)) for number in range(STEPS)})
+
+
+def read_watched(place: Place) -> Watched | None:
+    """A stored picture with what the store has of its steps (none where it was not watched); None: no whole picture."""
+    import numpy as np
+
+    image = read_cell(place.run, place.model_hash, place.cell)
+    if image is None:
+        return None
+    found = _read(_steps_path(place), place.model_hash, place.cell, STEPS * MAX_SIDE)
+    strip, known = found if found else (None, {})
+    numbers = known.get("steps")
+    parts: tuple[tuple[int, np.ndarray], ...] = ()
+    if strip is not None and isinstance(numbers, list) and strip.size == (len(numbers) * image.width, image.height):
+        pixels = np.asarray(strip).reshape(image.height, len(numbers), image.width, 3)
+        parts = tuple((int(number), pixels[:, column]) for column, number in enumerate(numbers))
+    return Watched(np.asarray(image), parts)
+
+
+def make_watched(
+    place: Place,
+    *,
+    load: Callable[[Path], Any] | None = None,
+    progress: Callable[[int, int, "np.ndarray | None"], Any] = lambda step, count, picture: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Watched | None:
+    """Draw one picture and some of its steps, and store them; what is stored is not drawn again. None where it was cancelled.
+
+    The same picture, bit for bit, as without watching. A store that cannot be written only leaves its note: a model may lie
+    on a disk that is read-only.
+
+    Args:
+        load: as `make` takes it.
+        progress: called after each denoising step with its number, how many there are, and at the shown ones what the model
+            takes the finished picture to be, uint8 [R, R, 3].
+        cancelled: asked before each step, and while others draw.
+
+    Raises:
+        UserError: the model cannot be loaded or has changed since the plan.
+    """
+    import numpy as np
+
+    if place.problem is not None:
+        raise UserError(place.problem)
+    with ExitStack() as stack:
+        note = ""
+        try:
+            had = stack.enter_context(_turn(place.run, cancelled))
+        except UserError as error:
+            had, note = True, f"not kept: {error}"
+        if not had or cancelled():
+            return None
+        stored = read_watched(place)
+        if stored and stored.steps:
+            return stored
+        pipeline = _load(place.run / place.checkpoint, place.model_hash, load)
+        steps: list[tuple[int, np.ndarray]] = []
+
+        def watch(step: int, count: int, decode: Callable[[], "np.ndarray"]) -> None:
+            if cancelled():
+                raise _Stopped
+            picture = None
+            if step < count and step in shown_steps(count):
+                picture = decode()[0]
+                steps.append((step, picture))
+            progress(step, count, picture)
+
+        try:
+            drawn = _draw(pipeline, [place], watch)[0]
+        except _Stopped:
+            return None
+        if not note:
+            try:
+                _keep_watched(place, drawn, steps, own=stored is None)
+            except UserError as error:
+                note = f"not kept: {error}"
+        return Watched(drawn, tuple(steps), note)
+
+
+def _steps_path(place: Place) -> Path:
+    return place.path.with_suffix(".steps.png")
+
+
+def _keep_watched(place: Place, picture: "np.ndarray", steps: Sequence[tuple[int, "np.ndarray"]], own: bool) -> None:
+    """Store a picture and its steps, and remove the oldest ones beyond `KEPT`. own: the picture is there for no grid."""
+    import numpy as np
+
+    cell = (place.run, place.checkpoint, place.model_hash, place.cell)
+    if own:
+        _save(*cell, picture)
+    if steps:
+        strip = np.concatenate([part for _, part in steps], axis=1)
+        _save(*cell, strip, _steps_path(place), steps=[number for number, _ in steps], own=own)
+    by_age = sorted((place.run / STORE).glob("*.steps.png"), key=lambda path: path.stat().st_mtime_ns)
+    for path in by_age[:-KEPT]:
+        if (read_parameters(path) or {}).get("own"):
+            path.with_name(path.name.replace(".steps.png", ".png")).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def zipped(places: Sequence[Place]) -> bytes:

@@ -175,7 +175,7 @@ class TrainVaeConfig(TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # images a process and step
-    checkpoints_total_limit: Count | None = 1  # checkpoints kept, the newest; None: all
+    checkpoints_total_limit: Count | None = 1  # checkpoints kept, the newest; None: all; 1: until the run has finished
     vae_train_part: Literal["all", "decoder"] = (
         "all"  # decoder: latents stay as they are, so caches and UNets stay valid
     )

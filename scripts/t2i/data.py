@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from t2i.config import DataConfig
 from t2i.images import TRANSFORM_VERSION, BadImage, decode_image, fit
-from t2i.runs import UserError, hash_json, read_json, write_json
+from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
 from t2i.sources import (
     CAPTION_MEND,
     WORKERS,
@@ -114,7 +114,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
     key = hash_json(
         [CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, [getattr(cfg, s) for s in settings]]
     )
-    folder = cache / key
+    folder = prepared_folder(cfg.cache_dir, key)
     with FileLock(cache / f"{key}.lock"):
         if folder.is_dir():
             say(f"reusing the prepared images of {source.name} in {folder}")
@@ -124,12 +124,30 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
     report = read_json(folder / "report.json")
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
-    train, validation, test = (
-        _open_split(folder, name, report["splits"].get(name)) for name in ("train", "validation", "test")
-    )
+    train, validation, test = _open_splits(folder, report)
     if train is None:
         raise UserError(f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} says why")
     return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
+
+
+def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
+    """Train, validation and test split of a finished cache folder (`runs.prepared_folder`), without its data set.
+
+    Raises `UserError` for a folder that is missing or damaged.
+    """
+    try:
+        return _open_splits(folder, read_json(folder / "report.json"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise UserError(
+            f"the cache folder {folder} is damaged ({type(error).__name__}); delete it and run again"
+        ) from None
+
+
+def _open_splits(folder: Path, report: dict[str, Any]) -> tuple[Split | None, Split | None, Split | None]:
+    train, validation, test = (
+        _open_split(folder, name, report["splits"].get(name)) for name in ("train", "validation", "test")
+    )
+    return train, validation, test
 
 
 def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split | None:

@@ -298,18 +298,48 @@ def _nearest(queries: Tensor, train: Tensor, neighbours: int) -> tuple[Tensor, T
     return torch.cat(distances), torch.cat(rows)
 
 
+def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [M, 2k] of each picture, as it is and mirrored, to the k = 50 nearest training images of each, and their
+    numbers [M, 2k]: training flips images, so a copy may be mirrored.
+    """
+    thumbnails = pixel_embedding(pictures)
+    near, rows = _nearest(thumbnails, train, 50)
+    mirrored = thumbnails.unflatten(1, (3, 16, 16)).flip(3).flatten(1)
+    near_mirrored, rows_mirrored = _nearest(mirrored, train, 50)
+    return torch.cat([near, near_mirrored], 1), torch.cat([rows, rows_mirrored], 1)
+
+
+def _neighbourhood(distances: Tensor) -> Tensor:
+    """Mean distance [M, 1] to the nearest k of `_both_ways`' [M, 2k]."""
+    return distances.topk(distances.shape[1] // 2, largest=False).values.mean(1, keepdim=True).clamp(min=1e-12)
+
+
 def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
     """Distance [M] of each picture to its nearest training image over the mean to its 50 nearest; that image's number
     [M].
     """
-    thumbnails = pixel_embedding(pictures)
-    near, rows = _nearest(thumbnails, train, 50)
-    mirrored = thumbnails.unflatten(1, (3, 16, 16)).flip(3).flatten(1)  # training flips images: a copy may be mirrored
-    near_mirrored, rows_mirrored = _nearest(mirrored, train, 50)
-    distances = torch.cat([near, near_mirrored], 1)
-    first, column = distances.min(1)
-    row = torch.cat([rows, rows_mirrored], 1).gather(1, column[:, None])[:, 0]
-    return first / distances.topk(near.shape[1], largest=False).values.mean(1).clamp(min=1e-12), row
+    distances, rows = _both_ways(pictures, train)
+    first, column = (distances / _neighbourhood(distances)).min(1)
+    return first, rows.gather(1, column[:, None])[:, 0]
+
+
+def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
+    """The `count` training images nearest to a picture (uint8 [H, W, 3]), each once: number and relative distance.
+
+    train: `pixel_embedding` of the training images. Distances are `memorisation`'s: over the mean to the 50 nearest, so that
+    the first is the picture's "relative_distance", and one under 0.5 a near copy.
+    """
+    distances, rows = _both_ways(picture[None], train)
+    relative = (distances / _neighbourhood(distances))[0]
+    found: dict[int, float] = {}
+    for column in relative.argsort().tolist():
+        found.setdefault(int(rows[0, column]), float(relative[column]))
+    return list(found.items())[:count]
+
+
+def relative_distances(pictures: np.ndarray, train: Tensor) -> np.ndarray:
+    """`memorisation`'s relative distance of each picture to its nearest of `train` (a `pixel_embedding`): float32 [M]."""
+    return _relative_distances(pictures, train)[0].numpy()
 
 
 def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:

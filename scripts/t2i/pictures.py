@@ -1,11 +1,12 @@
 """Pictures as files: schedulers' names, PNG parameters, grids. Imports no torch, so that looking at pictures stays quick."""
 
+import io
 import json
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,11 +39,18 @@ DAMAGE = (
 )
 
 
-def save_picture(path: Path, picture: np.ndarray, parameters: dict[str, Any]) -> None:
+def save_picture(path: Path | BinaryIO, picture: np.ndarray, parameters: dict[str, Any]) -> None:
     """Save uint8 [R, R, 3] as PNG with its parameters as JSON in the text field `parameters`."""
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    Image.fromarray(picture).save(path, pnginfo=info)
+    Image.fromarray(picture).save(path, "PNG", pnginfo=info)
+
+
+def png_bytes(picture: np.ndarray, parameters: dict[str, Any]) -> bytes:
+    """The file that `save_picture` writes."""
+    file = io.BytesIO()
+    save_picture(file, picture, parameters)
+    return file.getvalue()
 
 
 def read_parameters(path: Path) -> dict[str, Any] | None:

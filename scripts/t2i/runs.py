@@ -183,6 +183,11 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
+def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
+    """Where `t2i.data` keeps the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
+    return Path(cache_dir).expanduser() / "pixels" / fingerprint
+
+
 @contextmanager
 def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """Hold `folder` for this run's processes; raise `UserError` where another run is at work in it.

@@ -3,7 +3,7 @@
 A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,8 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
     if (folder / "model_index.json").is_file():
         try:
             return StableDiffusionPipeline.from_pretrained(folder, **options)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of damaged JSON
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
             ) from None
@@ -132,10 +132,15 @@ def generate(
     num_inference_steps: int = 30,
     batch_size: int = 8,
     progress: bool = True,
+    watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
 ) -> np.ndarray:
     """Pictures uint8 [N, R, R, 3], picture i from `prompts[i]` and `seeds[i]` (0 to 2**63 - 1).
 
     Noise is drawn on the CPU from the picture's own seed: the same picture, to within 1/255, whatever the batch.
+
+    watch: called after each denoising step of a batch with the step's number (from 1), how many there are, and a function
+        that decodes what the model now takes the finished pictures to be (the predicted x0), uint8 [B, R, R, 3]. Watching
+        changes no bit of the pictures; what it raises ends the drawing.
     """
     pictures = []
     bar = tqdm(total=len(prompts), desc="pictures", unit="picture", disable=not progress, mininterval=0.5)
@@ -148,8 +153,45 @@ def generate(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             output_type="np",
+            **(_watching(pipeline, watch) if watch else {}),
         ).images
         pictures.append((made * 255).round().astype(np.uint8))
         bar.update(len(part))
     bar.close()
     return np.concatenate(pictures)
+
+
+def _watching(pipeline: StableDiffusionPipeline, watch: Callable[[int, int, Callable[[], np.ndarray]], None]) -> Any:
+    """Arguments of the pipeline that make it call `watch`."""
+    wanted = ["latent_model_input", "noise_pred"]
+    # diffusers hands out any local variable of its loop, but only lists others; this pipeline's list alone is changed
+    pipeline._callback_tensor_inputs = [*type(pipeline)._callback_tensor_inputs, *wanted]
+
+    def step_ended(pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def picture() -> np.ndarray:
+            output = tensors["noise_pred"]
+            latents = predicted_x0(pipe.scheduler, tensors["latent_model_input"][: len(output)], output, timestep)
+            with torch.no_grad():
+                images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+            return (pipe.image_processor.postprocess(images, output_type="np") * 255).round().astype(np.uint8)
+
+        watch(number + 1, pipe.num_timesteps, picture)
+        return {}
+
+    return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": wanted}
+
+
+def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:
+    """The noiseless latents [B, C, h, w] that the model's `output` for its input `sample` means, at any timestep.
+
+    Ho et al., 2020, eq. 15 (epsilon) and Salimans and Ho, 2022, appendix D (v_prediction). The input is what the model saw, so
+    this holds for every scheduler; between two timesteps of the training, where some step, the nearest one is taken.
+    """
+    steps = scheduler.alphas_cumprod
+    alpha = steps[min(len(steps) - 1, max(0, round(float(timestep))))].to(sample).clamp(min=1e-8)
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return output
+    if kind == "v_prediction":
+        return alpha.sqrt() * sample - (1 - alpha).sqrt() * output
+    return (sample - (1 - alpha).sqrt() * output) / alpha.sqrt()

@@ -1,0 +1,18 @@
+// Pictures with their captions; a click shows one of them larger.
+export default function ({ data, parentElement, setTriggerValue }) {
+  const root = parentElement.querySelector(".gallery");
+  const state = JSON.stringify(data);
+  if (root.state === state) return; // what did not change keeps its elements, and the focus
+  root.state = state;
+  root.replaceChildren(...data.pictures.map((one) => card(one, () => setTriggerValue("chosen", { row: one.row }))));
+}
+
+function card(one, choose) {
+  const inside = one.source ? picture(one.source, one.alt) : make("span", { class: "frame empty" }, one.note);
+  const button = make("button", { type: "button", class: "cell", "aria-label": `Show larger: ${one.alt}`, title: one.title }, inside);
+  button.onclick = choose;
+  const words = make("figcaption", {}, make("span", { class: "caption", dir: "auto" }, one.caption));
+  if (one.label) words.append(make("span", { class: "label", dir: "auto" }, one.label));
+  if (one.finding) words.append(make("span", { class: "finding", dir: "auto" }, one.finding));
+  return make("figure", {}, button, words);
+}

@@ -1,0 +1,324 @@
+"""The captioned pictures of a data set: search, what an audit finds in the captions, and what was left out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+from common import OUTPUTS, find_runs, nothing_yet, settings_of, warn
+from widgets import address, gallery
+
+from t2i import browse
+from t2i.captions import CHECKS
+from t2i.images import BadImage
+from t2i.runs import UserError, read_json
+
+PICTURES = 24  # on a page: divides into 2, 3, 4 and 6 columns
+SIDE, LARGE = 320, 1024  # px of a picture in the gallery, and of the chosen one, at most
+WORDS = 300  # characters of a caption in the gallery; all of them stand beside the chosen picture
+VALUES = 200  # of a column by which one may filter, at most
+ANY = "any"
+FINDINGS = {name.replace("_", " "): name for name in CHECKS}  # as they are called on the page and in the URL
+
+
+def main() -> None:
+    st.title("Data")
+    sets = find_data()
+    if not sets:
+        nothing_yet(
+            "No data set in outputs/ yet. This draws one in a minute; scripts/caption_to_hub.py makes one of photos:",
+            "python scripts/make_flowers.py --output_dir outputs/demo/dataset --count 4000 --size 64",
+        )
+        return
+    left, right = st.columns([3, 1])
+    name = left.selectbox("Data set", list(sets), key="dataset", bind="query-params", on_change=first_page)
+    folder, runs = sets[name]
+    splits = browse.find_splits(folder)
+    if not splits:
+        st.warning("this data set is gone; choose another")
+        return
+    chosen = right.selectbox("Split", list(splits), key="split", bind="query-params", on_change=first_page)
+    split = splits[chosen]
+    try:
+        rows = browse.read_rows(split)
+        show_split(split, rows)
+    except UserError as error:
+        warn(error)
+    show_quarantine(folder, runs)
+
+
+def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
+    """Name -> the folder of a data set and the runs that read it; nothing else can be opened, whatever a URL says.
+
+    Dataset folders below outputs/, those elsewhere that a run names, and of other sources what was prepared for a run.
+    """
+    inside = OUTPUTS.resolve()
+    shards = [file for level in ("*", "*/data", "*/*", "*/*/data") for file in OUTPUTS.glob(f"{level}/*.parquet")]
+    shards = [file for file in shards if file.resolve().is_relative_to(inside)]
+    folders = sorted({file.parent.parent if file.parent.name == "data" else file.parent for file in shards})
+    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    found: dict[str, tuple[Path, dict[str, Path]]] = {
+        folder.relative_to(OUTPUTS).as_posix(): (folder, {}) for folder in folders
+    }
+    names = {folder.resolve(): name for name, (folder, _) in found.items()}
+    for name, run in find_runs("any").items():
+        settings = settings_of(run).get("data")
+        if not isinstance(settings, dict) or not isinstance(settings.get("dataset"), str):
+            continue
+        source = settings["dataset"]
+        folder = data_folder(source, settings, run)
+        if folder is not None:
+            known = names.setdefault(folder.resolve(), source if folder == Path(source) else f"{source} ({name})")
+            found.setdefault(known, (folder, {}))[1][name] = run
+    return found
+
+
+def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None:
+    """Where a run's data set lies: its dataset folder, else the images that were prepared of it."""
+    try:
+        if browse.find_splits(Path(source)):
+            return Path(source)
+        identity = read_json(run / "run.json").get("identity", {})
+        return browse.prepared_folder(str(settings.get("cache_dir")), identity.get("dataset_hash"))
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        UserError,
+    ):  # of a path that no folder can have, or files gone
+        return None
+
+
+def first_page() -> None:
+    """Another choice starts at its first page, with no picture of the one before."""
+    st.session_state["page"] = 1
+    st.session_state["picture"] = ""
+
+
+def show_split(split: browse.Split, rows: browse.Rows) -> None:
+    """Widgets for what is shown, the gallery, and beside it what the captions are like."""
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        shown, notes = choose_rows(split, rows)
+        show_pictures(split, rows, shown, notes)
+    with right:  # after the pictures, which are there sooner
+        if rows.has_captions:
+            show_audit(browse.audit(split), len(rows), split.folder)
+            show_lengths(split)
+        else:
+            st.text("This data set has no captions: training writes them from the labels.")
+
+
+def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
+    """The rows that match the widgets, and what the chosen finding of the audit says of each."""
+    query = st.text_input(
+        "Search in captions", key="search", bind="query-params", on_change=first_page,
+        placeholder='words, or "a phrase in quotes"',
+    )  # fmt: skip
+    one, two, three = st.columns(3)
+    finding = one.selectbox(
+        "Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page
+    )  # fmt: skip
+    kinds = kinds_of(rows)
+    column = (
+        two.selectbox("Filter by", list(kinds), key="by", bind="query-params", on_change=no_values) if kinds else None
+    )
+    values = kinds[column] if column else []
+    chosen = three.multiselect(
+        "Values", sorted(set(values)), key="value", bind="query-params", on_change=first_page, placeholder="any"
+    ) if column else []  # fmt: skip
+    shown = browse.search(rows.captions, query) if query.strip() else list(range(len(rows)))
+    notes: dict[int, str] = {}
+    if finding in FINDINGS and rows.has_captions:
+        notes = browse.audit(split)[FINDINGS[finding]] or {}
+        shown = [row for row in shown if row in notes]
+    if chosen:
+        shown = [row for row in shown if values[row] in chosen]
+    return shown, notes
+
+
+def no_values() -> None:
+    st.session_state["value"] = []
+    first_page()
+
+
+def kinds_of(rows: browse.Rows) -> dict[str, list[str]]:
+    """The columns by which one may filter, the label first: those of few values, as text."""
+    columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
+    columns |= rows.columns
+    texts = {}
+    for name, values in columns.items():
+        distinct = set(values)
+        if 1 < len(distinct) <= VALUES and len(distinct) <= max(2, len(values) // 2):
+            shown = {value: "(none)" if value is None else browse.visible(str(value))[:100] for value in distinct}
+            texts[name] = [shown[value] for value in values]
+    return texts
+
+
+def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], notes: dict[int, str]) -> None:
+    """A page of the gallery, and above it the chosen picture."""
+    pages = max(1, -(-len(shown) // PICTURES))
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    page = right.number_input(
+        f"Page, of {pages:,}", min_value=1, max_value=pages, key="page", bind="query-params", disabled=pages == 1
+    )
+    start = PICTURES * (int(page) - 1)
+    here = shown[start : start + PICTURES]
+    pictures = f"{len(rows):,} pictures" if len(shown) == len(rows) else f"{len(shown):,} of {len(rows):,} pictures"
+    left.text(f"{pictures}, {start + 1:,} to {start + len(here):,} shown" if here else "no picture matches")
+    show_chosen(split, rows, notes)
+    if not here:
+        return
+    found = thumbnails(split, tuple(here))
+    gallery(
+        {"pictures": [card(rows, row, found[number], notes.get(row, "")) for number, row in enumerate(here)]},
+        key="_gallery", on_chosen=take_chosen,
+    )  # fmt: skip
+
+
+def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
+    """A picture of the gallery; `picture`: its address, or why there is none."""
+    there = picture.startswith("data:")
+    text = browse.visible(rows.captions[row])
+    short = text if len(text) <= WORDS else text[: WORDS - 1] + "…"
+    label = browse.visible(rows.labels[row] or "") if rows.labels else ""
+    empty = "(no caption)" if rows.has_captions else ""
+    return {
+        "row": row, "source": picture if there else "", "note": "" if there else picture, "alt": short or f"picture {row}",
+        "caption": short or empty, "label": label[:100], "finding": browse.visible(note),
+        "title": f"picture {row}",
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> list[str]:
+    """The pictures of some rows as addresses, or why they cannot be shown; kept while the split's files stay as they are."""
+    return [
+        f"cannot be shown: {found.reason}" if isinstance(found, BadImage) else address(browse.as_file(found, side))
+        for found in browse.read_pictures(split, rows, side)
+    ]
+
+
+def take_chosen() -> None:
+    """Remember the clicked picture; its row is looked up among those there are."""
+    found = getattr(st.session_state.get("_gallery"), "chosen", None)
+    if isinstance(found, dict) and isinstance(found.get("row"), int):
+        st.session_state["picture"] = str(found["row"])
+
+
+def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
+    """The chosen picture with all that is known of it."""
+    row = st.session_state.get("picture", st.query_params.get("picture", ""))
+    with st.expander("One picture", expanded=bool(row)):
+        row = st.text_input("Number of the picture", key="picture", bind="query-params", placeholder="or click one")
+        number = int(row) if row.isascii() and row.isdigit() and len(row) < 10 else -1
+        if not 0 <= number < len(rows):
+            if row:
+                st.text(f"there are pictures 0 to {len(rows) - 1:,}")
+            return
+        left, right = st.columns(2)
+        found = thumbnails(split, (number,), LARGE)[0]
+        if found.startswith("data:"):
+            left.image(found, alt=browse.visible(rows.captions[number])[:WORDS] or f"picture {number}")
+        else:
+            left.text(found)
+        right.code(browse.visible(rows.captions[number]) or "(no caption)", language=None, wrap_lines=True)
+        facts = {"label": rows.labels[number]} if rows.labels else {}
+        facts |= {name: values[number] for name, values in rows.columns.items()}
+        if note := notes.get(number):
+            facts["finding"] = note
+        known = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
+        if known:
+            right.dataframe(pd.DataFrame(known, columns=["what", "value"]), hide_index=True)
+
+
+# --- What the captions are like --------------------------------------------------------------------------------------
+
+
+def show_audit(found: dict[str, Any], total: int, folder: Path) -> None:
+    """The findings as a table; choosing a row shows the pictures concerned."""
+    st.subheader("Caption audit")
+    rows = []
+    for title, name in FINDINGS.items():
+        count = None if found[name] is None else len(found[name])
+        share = "not measured" if count is None else f"{count / max(1, total):.1%}"
+        rows.append({"finding": title, "captions": count, "share": share, "what it means": CHECKS[name]})
+    st.dataframe(
+        pd.DataFrame(rows).astype({"captions": "Int64"}), hide_index=True, on_select=take_finding, selection_mode="single-row",
+        key="_audit",
+    )  # fmt: skip
+    st.caption("Choosing a row shows the pictures it is about.")
+    st.text(measured_elsewhere(folder))
+
+
+def measured_elsewhere(folder: Path) -> str:
+    """What the whole audit of caption_to_hub.py says of tokens, or that there is none."""
+    try:
+        whole = read_json(folder / "audit.json")
+        tokens, over = whole["tokens"], whole["checks"]["over_limit"]["count"]
+        if tokens and over is not None:
+            return (
+                f"By caption_to_hub.py, over all splits: {int(over):,} captions are longer than the {int(tokens['limit'])} tokens "
+                f"that the text encoder reads; {int(tokens['min'])} to {int(tokens['max'])} tokens, median {float(tokens['median']):g}."
+            )
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        pass
+    return "Tokens and colors are measured by scripts/caption_to_hub.py, which sees tokenizer and pictures."
+
+
+def take_finding() -> None:
+    """Remember the chosen row of the audit's table."""
+    chosen = st.session_state["_audit"]["selection"]["rows"]
+    names = list(FINDINGS)
+    st.session_state["finding"] = names[chosen[0]] if chosen and chosen[0] < len(names) else ANY
+    first_page()
+
+
+def show_lengths(split: browse.Split) -> None:
+    """How long the captions are, and their most frequent words."""
+    st.subheader("Words of a caption")
+    counts, frequent = browse.words(split)
+    st.text(f"{counts.min()} to {counts.max()} words, median {np.median(counts):g}, mean {counts.mean():.1f}")
+    width = max(1, -(-int(counts.max() + 1) // 30))
+    bars = Counter((counts // width * width).tolist())
+    frame = pd.DataFrame(sorted(bars.items()), columns=["from", "captions"])
+    frame["to"] = frame["from"] + width
+    across = alt.X("from:Q", title="words", bin="binned", axis=alt.Axis(tickMinStep=1))
+    chart = alt.Chart(frame).mark_bar().encode(
+        x=across, x2="to:Q", y=alt.Y("captions:Q", title="captions"),
+        tooltip=[alt.Tooltip("from:Q"), alt.Tooltip("to:Q", title="below"), "captions:Q"],
+    ).properties(height=220)  # fmt: skip
+    st.altair_chart(chart)
+    table = pd.DataFrame(
+        [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
+    )
+    st.dataframe(table, hide_index=True, height=240)
+
+
+# --- Quarantine ------------------------------------------------------------------------------------------------------
+
+
+def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
+    """The images that captioning or training left out, and why; never deleted, so that they can be mended."""
+    st.subheader("Quarantine")
+    lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
+    rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]
+    if not rows:
+        st.text("No image of this data set was left out.")
+        return
+    frame = pd.DataFrame(rows)
+    frame["kind"] = [reason.split(":")[0] for reason in frame["reason"]]
+    left, right = st.columns([1, 2])
+    distinct = frame.drop_duplicates(["split", "file", "kind"])
+    kinds = distinct["kind"].value_counts().rename_axis("reason").reset_index(name="images")
+    left.dataframe(kinds, hide_index=True)
+    right.dataframe(frame[["file", "split", "reason", "left out by"]], hide_index=True)
+
+
+main()

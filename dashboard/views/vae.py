@@ -1,0 +1,202 @@
+"""What autoencoders keep of an image: validation images beside their reconstructions, with PSNR, over VAEs and checkpoints."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+from common import find_runs, is_finite, lines, nothing_yet, read, step_of, warn
+from drawing import turn
+from grid import name_of
+from PIL import Image
+from table import png, show_pictures
+from widgets import address
+
+from t2i import reconstructions
+from t2i.curves import read_folder
+from t2i.reconstructions import Images, Vae
+from t2i.runs import UserError
+
+COUNTS = [4, 8, 16]  # images on a page
+WORDS = 60  # characters of a caption beside its row
+COLUMNS = 3  # VAEs that are chosen at first, the newest
+
+
+def main() -> None:
+    st.title("VAE")
+    runs = find_runs("any")
+    vaes = {f"{name}/{vae.name}": vae for name, run in runs.items() for vae in reconstructions.find_vaes(run)}
+    sources = [
+        name for name, run in runs.items() if any(vae.run == run and vae.name != "pipeline" for vae in vaes.values())
+    ]
+    if not sources:
+        nothing_yet(
+            "No VAE in outputs/ yet. This trains one in some minutes on two CPU cores; --checkpoints_total_limit 4 keeps its "
+            "checkpoints, to be compared here:",
+            "python scripts/train_vae.py --config demo --dataset outputs/demo/dataset --output_dir outputs/demo/vae",
+        )
+        return
+    left, right = st.columns([3, 1])
+    own = [name for name in vaes if name.startswith(f"{sources[0]}/")]
+    names = left.multiselect(
+        "VAEs", list(vaes), default=own[-COLUMNS:], key="vae", bind="query-params", placeholder="choose one or more"
+    )  # fmt: skip
+    source = right.selectbox("Validation images of", sources, key="images", bind="query-params")
+    chosen = {name: vaes[name] for name in names if name in vaes}
+    if not chosen:
+        st.text("choose one or more VAEs")
+        return
+    pictures, curves = st.columns([3, 2], gap="large")
+    with pictures:
+        st.subheader("Reconstructions")
+        try:
+            show_reconstructions(chosen, reconstructions.validation_images(runs[source]))
+        except UserError as error:
+            warn(error)
+    with curves:
+        show_curves({name: run for name, run in runs.items() if any(vae.run == run for vae in chosen.values())}, chosen)
+
+
+def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
+    """Widgets for which images, what is missing, and the table."""
+    left, right = st.columns(2)
+    count = left.selectbox("Images", COUNTS, index=1, key="count", bind="query-params")
+    pages = max(1, -(-len(images) // count))
+    page = right.number_input(
+        f"Page, of {pages:,}", min_value=1, max_value=pages, key="page", bind="query-params", disabled=pages == 1
+    )
+    here = range(count * (page - 1), min(len(images), count * page))
+    originals = [np.asarray(images.pixels[number]) for number in here]
+    problems: dict[str, str] = {}
+    found: dict[str, list[Any]] = {}
+    for name, vae in vaes.items():
+        try:
+            found[name] = [reconstructions.read(vae, image) for image in originals]
+        except UserError as error:  # a checkpoint that was deleted meanwhile, or is half copied
+            found[name], problems[name] = [None] * len(originals), str(error)
+    missing = sum(made is None for name in vaes for made in found[name] if name not in problems)
+    pressed, bar = False, None
+    if missing:
+        st.text(f"{missing:,} of {len(vaes) * len(originals):,} reconstructions are not made yet")
+        pressed = st.button(f"Reconstruct {missing:,} images", type="primary")
+        bar = st.empty()  # above the table, which stays in sight meanwhile
+    show_table(vaes, images, here, originals, found, problems)
+    if pressed:
+        reconstruct([vae for name, vae in vaes.items() if name not in problems], originals, bar)
+        if not any(made for row in found.values() for made in row):  # the first ones: what they are made of beside them
+            st.session_state["_chosen"] = {"left": name_of(0, 0), "right": name_of(0, 1)}
+        st.rerun()
+
+
+def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray], place: Any) -> None:
+    """Make what is missing, alone in this server; what was made stays where the page is left meanwhile."""
+    total = len(vaes) * len(originals)
+    bar = place.progress(0.0, text="loading the model, or waiting for another's turn")
+    for number, vae in enumerate(vaes):
+        with turn():
+            reconstructions.make(vae, originals, progress=partial(_show_progress, bar, number * len(originals), total))
+
+
+def _show_progress(bar: Any, before: int, total: int, done: int) -> None:
+    bar.progress((before + done) / total, f"{before + done:,} of {total:,}")
+
+
+def show_table(
+    vaes: dict[str, Vae], images: Images, here: range, originals: list[np.ndarray], found: dict[str, list[Any]],
+    problems: dict[str, str],
+) -> None:  # fmt: skip
+    """Originals and reconstructions side by side: a row an image, a column a VAE, PSNR and SSIM under each."""
+    columns = ["original", *(header(name, found[name]) for name in vaes)]
+    rows = [f"{number}: {(images.captions[number] or images.files[number])[:WORDS]}" for number in here]
+    shown: dict[str, dict[str, Any]] = {}
+    for row, image in enumerate(originals):
+        title = f"image {here[row]}"
+        cell = {
+            "row": row,
+            "column": 0,
+            "source": address(png(image)),
+            "label": f"original, {title}",
+            "under": "",
+            "note": "",
+        }
+        shown[name_of(row, 0)] = cell | {
+            "alt": f"original: {images.captions[here[row]]}", "open": partial(Image.fromarray, image)
+        }  # fmt: skip
+        for column, name in enumerate(vaes, 1):
+            made = found[name][row]
+            label = f"{name}, {title}" + (f", {made.psnr:.2f} dB" if made else "")
+            shown[name_of(row, column)] = {
+                "row": row, "column": column, "source": address(png(np.asarray(made.picture))) if made else "",
+                "label": label, "alt": f"{label}: {images.captions[here[row]]}",
+                "under": f"{made.psnr:.2f} dB, SSIM {made.ssim:.3f}" if made else "",
+                "note": "" if made else problems.get(name, "not made yet"), "open": partial(_picture, made),
+            }  # fmt: skip
+    show_pictures(shown, columns, rows, "image \\ VAE")
+
+
+def _picture(made: Any) -> Image.Image | None:
+    return made.picture if made else None
+
+
+def header(name: str, found: list[Any]) -> str:
+    """A VAE's name with the mean PSNR of what is shown of it."""
+    known = [made.psnr for made in found if made and math.isfinite(made.psnr)]
+    return f"{name}: mean {np.mean(known):.2f} dB of {len(known)}" if known else name
+
+
+# --- Curves ----------------------------------------------------------------------------------------------------------
+
+
+def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
+    """PSNR on the whole validation split over training, the chosen checkpoints marked; what the runs ended with."""
+    st.subheader("PSNR in training")
+    curves = {name: read_folder(run) for name, run in runs.items()}
+    for metric, title in (("val_psnr_db", "PSNR in dB"), ("val_ssim", "SSIM")):
+        rows = [(name, metric, found[metric]) for name, found in curves.items() if metric in found]
+        chart = lines(rows)
+        if chart is None:
+            continue
+        points = [
+            (name, vae.name, curve.steps[at], curve.values[at])
+            for name, _, curve in rows
+            for vae in vaes.values()
+            if vae.run == runs[name]
+            for at in [place_on(vae, curve.steps)]
+            if at is not None
+        ]
+        if points:
+            frame = pd.DataFrame(points, columns=["run", "VAE", "x", "value"])
+            marks = alt.Chart(frame).mark_point(size=110, filled=True, color="#d6336c", opacity=1).encode(
+                x="x:Q", y="value:Q", tooltip=["run:N", "VAE:N", alt.Tooltip("x:Q", title="step"), "value:Q"]
+            )  # fmt: skip
+            chart = alt.layer(chart, marks)
+        st.text(f"{title}, mean over the validation split")
+        st.altair_chart(chart.properties(height=240))
+    states = {name: read(run / "run.json") for name, run in runs.items()}
+    keys = {"psnr_db_before": "before", "psnr_db": "after", "test_psnr_db": "on test", "ssim": "SSIM after"}
+    table = [
+        {"run": name} | {title: round(state[key], 3) for key, title in keys.items() if is_finite(state.get(key))}
+        for name, state in states.items()
+    ]
+    if any(len(row) > 1 for row in table):
+        st.text("PSNR in dB before and after training")
+        st.dataframe(pd.DataFrame(table), hide_index=True)
+    if not any("val_psnr_db" in found for found in curves.values()):
+        st.text("no curve yet")
+
+
+def place_on(vae: Vae, steps: np.ndarray) -> int | None:
+    """Where a VAE stands on a curve: a checkpoint at its step, or the nearest validation before it; the finished one at the end."""
+    if not len(steps) or vae.name == "start":
+        return None
+    step = steps[-1] if vae.name == "vae" else step_of(vae.name)
+    before = np.flatnonzero(steps <= step)
+    return int(before[-1]) if len(before) else None
+
+
+main()

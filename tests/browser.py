@@ -1,0 +1,70 @@
+"""The dashboard as people see it, in Chromium: what tests/test_browser.py and tests/look.py share."""
+
+import ast
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium")  # the system's: it gets security updates, and nothing has to be downloaded for it
+INSTALL = "apt-get install --no-install-recommends chromium fonts-dejavu-core"
+WIDTHS = {"wide": (1280, 800), "narrow": (390, 844)}  # a laptop's window, a phone
+SCHEMES = ("light", "dark")
+
+
+def dashboard_pages() -> dict[str, str]:
+    """The pages as streamlit_app.py lists them: name in the URL -> title."""
+    tree = ast.parse((ROOT / "dashboard" / "streamlit_app.py").read_text(encoding="utf-8"))
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAGES"
+    )
+
+
+@contextmanager
+def serve(folder: Path, env: dict[str, str] | None = None) -> Iterator[str]:
+    """`streamlit run dashboard` in `folder`, which holds outputs/; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "streamlit", "run", str(ROOT / "dashboard"), "--server.headless=true"]
+    server = subprocess.Popen(
+        [*words, f"--server.port={port}"], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    address = f"http://localhost:{port}"
+    try:
+        wait_for_health(address, server)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+def wait_for_health(address: str, server: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/_stcore/health", timeout=5):
+                return
+        except OSError:
+            if server.poll() is not None:
+                raise RuntimeError(
+                    f"streamlit ended with {server.returncode}: {server.stderr.read()[-2000:]}"
+                ) from None
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def settle(page) -> None:
+    """Wait until the page is drawn: the script has run, and nothing is still shown from the run before."""
+    page.wait_for_selector("h1")
+    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+    page.wait_for_function("!document.querySelector('[data-stale=true], [data-testid=stSkeleton]')")

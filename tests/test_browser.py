@@ -1,0 +1,252 @@
+"""The dashboard in Chromium, on two runs that the real commands train: what is on the screen, and what hands do with it."""
+
+import json
+import os
+import re
+import shutil
+import time
+from urllib.parse import urlencode
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle
+from conftest import TINY
+
+expect.set_options(timeout=30_000)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and os.environ.get("T2I_REQUIRE_BROWSER") != "1", reason=f"no Chromium here: {INSTALL}"
+)
+HARM = "window.harm = 1"
+EVIL = f'<img src="x" onerror="{HARM}"> <script>{HARM}</script> **bold** [x](javascript:{HARM}) flower'
+NINE = {"rows": "seed", "guidance_scale": "1-3", "seed": "1-3", "num_inference_steps": "40"}
+
+
+@pytest.fixture(scope="module")
+def folder(workspace, command, launcher, tmp_path_factory):
+    """outputs/ with two runs: `one`, and `two` of another seed, its prompts as somebody with bad intent writes them."""
+    folder = tmp_path_factory.mktemp("browser")
+    for name, run in (("one", "unet"), ("vae", "vae")):
+        shutil.copytree(workspace / run, folder / "outputs" / name)
+    (folder / "evil.yaml").write_text(TINY.replace("[a red flower]", json.dumps([EVIL])))
+    command("train_unet.py", "--config", "evil.yaml", "--dataset", workspace / "dataset", "--vae", workspace / "vae",
+            "--seed", 5, "--output_dir", "outputs/two", cwd=folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder, environment):
+    with serve(folder, environment) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    assert CHROMIUM, f"there is no Chromium; {INSTALL}"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, address):
+    """Open a page in a browser of its own (no cookies, no storage); whatever the console calls an error fails the test."""
+    errors, contexts = [], []
+
+    def note(message):
+        # Below a page's path Streamlit asks for its own files there first, and then at the root.
+        if message.type == "error" and "/_stcore/" not in message.location["url"]:
+            errors.append(f"{message.text} ({message.location['url']})")
+
+    def open_page(path="", query=None, width="wide", scheme="light"):
+        pixels, height = WIDTHS[width]
+        contexts.append(chromium.new_context(viewport={"width": pixels, "height": height}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)  # of a busy machine
+        page.on("console", note)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{address}/{path}" + (f"?{urlencode(query, doseq=True)}" if query else ""))
+        settle(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+def choose(page, label, option):
+    page.get_by_role("combobox", name=label).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def check_looks(page):
+    """What holds on every page: no exception, nothing wider than the window, a text for each picture."""
+    assert page.locator("[data-testid=stException]").count() == 0
+    page.wait_for_function(  # a chart takes a moment to follow the window
+        "[document.documentElement, document.querySelector('[data-testid=stMain]')].every(e => e.scrollWidth <= innerWidth)"
+    )
+    assert all(picture.get_attribute("alt") for picture in page.locator("img").all())
+    assert page.evaluate("window.harm") is None
+
+
+def background(page):
+    """Lightness of the page's background, 0 to 255."""
+    color = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+    return max(map(int, re.findall(r"\d+", color)[:3]))
+
+
+@pytest.mark.parametrize("name", dashboard_pages())
+def test_every_page_wide_and_narrow_light_and_dark(visit, name):
+    title = dashboard_pages()[name]
+    page = visit("" if name == "compare" else name)
+    assert page.title() == f"{title} · Text-to-image runs"
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        for width, height in WIDTHS.values():
+            page.set_viewport_size({"width": width, "height": height})
+            expect(page.get_by_role("heading", level=1)).to_have_text(title)
+            settle(page)
+            check_looks(page)
+        assert (background(page) > 128) == (scheme == "light")
+
+
+def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit):
+    page = visit(query={"run": "one"})
+    choose(page, "Rows", "seed")
+    page.get_by_text("Values:").click()
+    for label, text in (("Guidance scale", "1-3"), ("Steps", "40"), ("Seed", "1-3")):
+        page.get_by_role("textbox", name=label).fill(text)
+        page.keyboard.press("Enter")
+    page.get_by_text("Values:").click()
+    draw = page.get_by_role("button", name="Draw 9 pictures")
+    draw.click()
+    pictures = page.locator(".grid td img")
+    seen, progress = set(), set()
+    deadline = time.monotonic() + 200  # torch is imported first
+    while max(seen, default=0) < 9 and time.monotonic() < deadline:
+        seen.add(pictures.count())
+        progress.update(re.findall(r"\d of 9 drawn", page.inner_text("[data-testid=stMain]")))
+        page.wait_for_timeout(50)
+    assert max(seen) == 9
+    assert any(0 < count < 9 for count in seen)
+    assert progress
+    expect(draw).to_have_count(0)
+    settle(page)
+    addresses = [picture.get_attribute("src") for picture in pictures.all()]
+    assert len(set(addresses)) == 9
+    assert pictures.nth(5).get_attribute("alt") == "3, 2: a red flower"
+
+    # cells by click, by Shift and a click, by keyboard alone
+    marks = page.locator(".grid td")
+    pictures.nth(4).click()
+    expect(marks.nth(4)).to_have_attribute("data-mark", "R")
+    pictures.nth(8).click(modifiers=["Shift"])
+    expect(marks.nth(8)).to_have_attribute("data-mark", "L")
+    page.locator(".grid .scroll").focus()
+    page.keyboard.press("Tab")
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    expect(marks.nth(7)).to_have_attribute("data-mark", "R")
+    expect(page).to_have_url(re.compile("right=row\\+3%2C\\+column\\+2"))
+
+    # the pair's cut by mouse and by keyboard
+    stage = page.locator(".stage")
+    stage.scroll_into_view_if_needed()
+    box = stage.bounding_box()
+    before = stage.screenshot()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + 60, steps=4)
+    page.mouse.up()
+    cut = page.locator(".stage .over")
+    expect(cut).to_have_css("clip-path", "inset(0px 0px 0px 20%)")
+    assert stage.screenshot() != before
+    page.get_by_role("slider", name="How much of the left picture").press("ArrowRight")
+    expect(cut).to_have_css("clip-path", "inset(0px 0px 0px 21%)")
+    check_looks(page)
+
+    # the address in another browser shows the same at once
+    other = visit(page.url.split("/", 3)[3])
+    expect(other.locator(".grid td img")).to_have_count(9)
+    assert [picture.get_attribute("src") for picture in other.locator(".grid td img").all()] == addresses
+    expect(other.locator(".grid td").nth(7)).to_have_attribute("data-mark", "R")
+    expect(other.locator(".grid td").nth(8)).to_have_attribute("data-mark", "L")
+    assert other.get_by_role("button", name=re.compile("^Draw")).count() == 0
+
+
+def test_curves_of_two_runs_stand_beside_the_pictures_and_a_point_chooses_its_checkpoint(visit):
+    page = visit(query={"run": ["one", "two"], "columns": "run", "checkpoint": "checkpoint-000004"})
+    chart, grid = page.locator("[data-testid=stVegaLiteChart]"), page.locator(".grid")
+    expect(chart.locator(".role-legend text", has_text="one")).to_be_visible()
+    expect(chart.locator(".role-legend text", has_text="two")).to_be_visible()
+    beside, pictures = chart.bounding_box(), grid.bounding_box()
+    assert beside["x"] >= pictures["x"] + pictures["width"]
+    assert beside["y"] < 800
+    assert pictures["y"] < 500  # in sight at once
+    rows = grid.locator("tbody th")
+    expect(rows).to_have_text(["checkpoint-000004"])
+    chart.locator(".mark-symbol.role-mark path").nth(1).click()
+    expect(rows).to_have_text(["checkpoint-000004", "checkpoint-000008"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_labels_stay_in_sight_within_a_large_grid(visit, width):
+    page = visit(query=NINE | {"run": "one", "guidance_scale": "1-9", "seed": "1-11"}, width=width)
+    scroll = page.locator(".grid .scroll")
+    scroll.evaluate("element => element.scrollTo(1e6, 1e6)")
+    scroll.scroll_into_view_if_needed()
+    outer = scroll.bounding_box()
+    column = page.locator(".grid thead th").last.bounding_box()
+    row = page.locator(".grid tbody th").last.bounding_box()
+    assert abs(column["y"] - outer["y"]) < 3
+    assert abs(row["x"] - outer["x"]) < 3
+    assert column["x"] + column["width"] <= outer["x"] + outer["width"] + 1
+    assert row["y"] + row["height"] <= outer["y"] + outer["height"] + 1
+    last = page.locator(".grid td button").last.bounding_box()  # the picture that both label
+    assert last["x"] >= row["x"] + row["width"] - 1
+    check_looks(page)
+
+
+def test_words_of_others_are_shown_as_they_are(visit):
+    page = visit(query={"run": "two", "rows": "prompt"})
+    expect(page.locator(".grid tbody th")).to_have_text([EVIL])
+    expect(page.locator(".grid td button").first).to_have_attribute("aria-label", f"1.5, {EVIL}: {EVIL}")
+    page.get_by_text("Values:").click()
+    assert page.get_by_role("textbox", name="Prompt, one a line").input_value() == EVIL
+    check_looks(page)
+    page = visit("runs", {"runs": ["one", "two"]})
+    check_looks(page)
+
+
+def test_chosen_runs_go_along_and_back_reload_and_the_theme_work(visit):
+    page = visit(query={"run": ["one", "two"], "columns": "run", "rows": "seed"})
+
+    def go(title):
+        page.get_by_role("link", name=title).click()
+        expect(page.get_by_role("heading", level=1)).to_have_text(title)
+        expect(page).to_have_title(f"{title} · Text-to-image runs")
+        settle(page)
+
+    go("Curves")
+    expect(page).to_have_url(re.compile("/curves.*runs=one&runs=two"))
+    page.reload()
+    settle(page)
+    expect(page.locator("[data-testid=stMultiSelect]", has_text="Runs")).to_contain_text("two")
+    for _ in range(4):  # Streamlit makes up to three steps of one: without choices, the page, with choices
+        page.go_back()
+        page.wait_for_timeout(1000)
+        if "rows=seed" in page.url:
+            break
+    expect(page.get_by_role("heading", level=1)).to_have_text("Compare")
+    expect(page.locator(".grid thead th")).to_have_text(["seed \\ run", "one", "two"])
+    for title in [*dashboard_pages().values(), "Compare"]:  # a name in the URL must not mean another thing on each page
+        go(title)
+        check_looks(page)
+    expect(page).to_have_url(re.compile("/\\?run=one&run=two"))
+    page.get_by_role("button", name="Main menu").click()
+    page.get_by_role("menuitemradio", name="Dark").click()
+    page.wait_for_function(
+        "getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor.match(/\\d+/) < 128"
+    )

@@ -1,0 +1,448 @@
+"""The page Playground: a picture drawn step by step, its steps, the nearest training images; strangers, and files that go."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+
+import test_compare
+from t2i import cells
+from t2i.pictures import png_bytes, read_parameters
+from test_compare import EVIL
+
+APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
+DRAW, OTHER = "Draw", "Draw with a random seed"
+ALONE = """  # the page as it stands where there is a model and nothing else: none of these packages, no run.json
+import sys, time
+for name in ("mlflow", "datasets", "accelerate", "deepspeed", "sagemaker", "torchmetrics"):
+    sys.modules[name] = None
+from streamlit.testing.v1 import AppTest
+app = AppTest.from_file(sys.argv[1], default_timeout=120)
+app.query_params["num_inference_steps"] = "7"
+app.switch_page("views/playground.py").run()
+assert "torch" not in sys.modules
+next(button for button in app.button if button.label == "Draw").click().run()
+while not app.get("download_button"):
+    assert not app.exception and not app.warning, (app.exception, app.warning)
+    time.sleep(0.2)
+    app.run()
+print([image.proto.imgs[0].caption for image in app.get("image")], [caption.value for caption in app.caption][-1])
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(folder: Path, **settings) -> Path:
+    """A run with two checkpoints and a finished pipeline, in files that stand for weights."""
+    run = test_compare.make_run(folder, **settings)
+    (run / "pipeline" / "model_index.json").write_text("{}")
+    return run
+
+
+def show(**query: str) -> AppTest:
+    app = AppTest.from_file(str(APP), default_timeout=120)
+    for key, value in query.items():
+        app.query_params[key] = value
+    app.switch_page("views/playground.py").run()
+    assert not app.exception
+    return app
+
+
+def press(app: AppTest, label: str) -> AppTest:
+    next(button for button in app.button if button.label == label).click().run()
+    assert not app.exception
+    return app
+
+
+def wait(app: AppTest, ended) -> AppTest:
+    """Look again until `ended`, as the page does by itself in a browser."""
+    deadline = time.monotonic() + 120
+    while not ended(app):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        app.run()
+        assert not app.exception
+    return app
+
+
+def has_picture(app: AppTest) -> bool:
+    return bool(app.get("download_button"))
+
+
+def texts(app: AppTest) -> str:
+    return " ".join(element.value for element in [*app.text, *app.caption])
+
+
+def warnings(app: AppTest) -> str:
+    return " ".join(element.value for element in app.warning).replace("\\", "")
+
+
+def captions(app: AppTest) -> list[str]:
+    return [image.proto.imgs[0].caption for image in app.get("image")]
+
+
+class Painter:
+    """Paints instead of drawing: a gray that grows with the steps. Holds at `held` until `go` is set."""
+
+    def __init__(self) -> None:
+        self.places: list[cells.Place] = []
+        self.at_once = self.most = 0
+        self.go = threading.Event()
+        self.go.set()
+
+    def draw(self, pipeline, places, watch=None):
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        try:
+            count = places[0].cell.num_inference_steps
+            for step in range(1, count + 1):
+                watch(step, count, lambda step=step: np.full((1, 8, 8, 3), step, np.uint8))
+                if step > 1:
+                    while not self.go.is_set():
+                        time.sleep(0.01)
+                        watch(step, count, lambda: np.zeros((1, 8, 8, 3), np.uint8))
+            self.places += places
+            return np.full((1, 8, 8, 3), 200, np.uint8)
+        finally:
+            self.at_once -= 1
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    painter = Painter()
+    show()  # puts the dashboard's folder on the path
+    monkeypatch.setattr(cells, "_draw", painter.draw)
+    monkeypatch.setattr(sys.modules["drawing"], "pipeline", lambda model: None)
+    yield painter
+    painter.go.set()
+
+
+def test_one_arrives_at_the_evaluated_settings_and_draws_with_one_button(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one")
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation | {"report": {"guidance_scale": 3.0}}))
+    (run / "config.yaml").write_text("train_unet: {validation_prompts: ['a **red** flower']}")
+    app = show()
+    assert app.text_area(key="prompt").value == "a **red** flower"
+    assert app.number_input(key="guidance_scale").value == 3.0
+    assert app.selectbox(key="checkpoint").value == "pipeline"
+    assert "not drawn yet" in texts(app)
+    wait(press(app, DRAW), has_picture)
+    cell = painter.places[0].cell
+    assert (cell.prompt, cell.guidance_scale, cell.seed) == ("a **red** flower", 3.0, 7)
+    assert captions(app)[1:] == ["step 1", "step 2", "step 3", "finished"]  # of 4, as evaluated
+    again = show()  # another visitor with the same URL
+    assert has_picture(again)
+    assert captions(again) == captions(app)
+    assert len(painter.places) == 1
+
+
+def test_what_the_url_says_is_drawn_and_the_file_carries_it(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    query = {"run": "one", "checkpoint": "checkpoint-000010", "prompt": EVIL, "negative_prompt": "**n**", "seed": "41",
+             "guidance_scale": "2.5", "num_inference_steps": "50", "scheduler": "dpm++"}  # fmt: skip
+    app = wait(press(show(**query), DRAW), has_picture)
+    assert captions(app)[1:] == [f"step {step}" for step in (1, 11, 21, 30, 40)] + ["finished"]
+    place = painter.places[0]
+    assert place.checkpoint == "checkpoint-000010"
+    assert place.cell == cells.Cell(EVIL, "**n**", 41, 2.5, 50, "DPMSolverMultistepScheduler")
+    for element in [*app.markdown, *app.warning, *app.caption]:
+        assert "script" not in element.value
+    assert read_parameters(place.path)["prompt"] == EVIL
+    file = Image.open(io.BytesIO(png_bytes(np.zeros((8, 8, 3), np.uint8), {"prompt": EVIL})))
+    assert json.loads(file.info["parameters"]) == {"prompt": EVIL}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"run": "../../etc", "guidance_scale": "NaN", "seed": "1e99", "checkpoint": "../../etc/passwd",
+         "num_inference_steps": "-1"},
+        {"guidance_scale": "inf", "seed": "-5", "num_inference_steps": "1000", "scheduler": "<x>", "nearest": "maybe"},
+        {"guidance_scale": "1e308", "seed": str(2**63), "num_inference_steps": "", "run": "", "checkpoint": "\x00"},
+        {"prompt": "\x00\u202e" + "a" * 5000, "negative_prompt": "n" * 5000, "seed": "0x10"},
+    ],
+)  # fmt: skip
+def test_a_hostile_url_falls_back_to_what_is_allowed(tmp_path, painter, query):
+    make_run(tmp_path / "outputs" / "one")
+    (tmp_path / "etc").mkdir()
+    app = wait(press(show(**query), DRAW), has_picture)
+    place = painter.places[0]
+    assert (place.run, place.checkpoint) == (Path("outputs/one"), "pipeline")
+    assert 0 <= place.cell.guidance_scale <= 50
+    assert 1 <= place.cell.num_inference_steps <= 50
+    assert len(place.cell.prompt) <= 1000
+    assert len(place.cell.negative_prompt) <= 1000
+    assert not warnings(app)
+    assert list((tmp_path / "etc").iterdir()) == []
+
+
+def test_pndm_with_too_few_steps_gets_a_sentence(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = press(show(scheduler="pndm", num_inference_steps="2"), DRAW)
+    assert "too few for pndm" in warnings(app)
+    assert app.number_input(key="num_inference_steps").value == 2  # and the form stays
+
+
+def test_two_sessions_draw_one_after_the_other(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    painter.go.clear()
+    one, two = press(show(seed="1"), DRAW), press(show(seed="2"), DRAW)
+    wait(one, lambda app: "step 2 of 4" in progress(app))
+    two.run()
+    assert "waiting: another picture" in progress(two)
+    assert captions(one) == [""]  # the preview
+    painter.go.set()
+    wait(one, has_picture)
+    wait(two, has_picture)
+    assert painter.most == 1
+    assert {place.cell.seed for place in painter.places} == {1, 2}
+
+
+def progress(app: AppTest) -> str:
+    return " ".join(element.proto.text for element in app.get("progress"))
+
+
+def test_a_stopped_picture_leaves_nothing_and_the_next_one_comes(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    painter.go.clear()
+    app = wait(press(show(num_inference_steps="4"), DRAW), lambda app: "step 2 of 4" in progress(app))
+    press(app, "Stop")
+    wait(app, lambda app: "not drawn yet" in texts(app))
+    assert not list((run / "cells").glob("*.png"))
+    press(app, DRAW)
+    wait(app, lambda app: "step 2 of 4" in progress(app))
+    app.number_input(key="seed").set_value(5)
+    press(app, DRAW)  # another one instead of that
+    painter.go.set()
+    wait(app, has_picture)
+    assert [place.cell.seed for place in painter.places] == [5]
+
+
+def test_a_random_seed_is_drawn_and_the_history_brings_settings_back(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    make_run(tmp_path / "outputs" / "two")
+    app = wait(press(show(run="one", seed="3"), DRAW), has_picture)
+    press(app, OTHER)
+    wait(app, has_picture)
+    seed = app.number_input(key="seed").value
+    assert seed != 3
+    app.selectbox(key="run").set_value("two").run()
+    assert "not drawn yet" in texts(app)
+    assert app.number_input(key="seed").value == seed  # only what the run decides is set anew
+    press(app, "Seed 3")
+    assert app.selectbox(key="run").value == "one"
+    assert app.number_input(key="seed").value == 3
+    assert has_picture(app)
+    for number in range(20, 40):
+        app.number_input(key="seed").set_value(number)
+        wait(press(app, DRAW), has_picture)
+    assert len([button for button in app.button if button.label.startswith("Seed")]) == 12
+
+
+def test_a_grids_picture_is_shown_at_once_and_its_steps_on_demand(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one")
+    query = {"checkpoint": "checkpoint-000010", "prompt": "a red flower", "seed": "7", "guidance_scale": "1.5"}
+    app = show(**query)
+    assert has_picture(app)
+    assert "without being watched" in texts(app)
+    wait(press(app, DRAW), lambda app: len(captions(app)) > 1)
+    assert len(painter.places) == 1
+    before = painter.places[0].path.read_bytes()
+    for number in range(3):  # a limit that steps beyond reach
+        cells_kept, cells.KEPT = cells.KEPT, 2
+        try:
+            wait(press(show(**query | {"prompt": str(number)}), DRAW), has_picture)
+        finally:
+            cells.KEPT = cells_kept
+    assert len(list((run / "cells").glob("*.steps.png"))) == 2
+    assert not painter.places[1].path.is_file()  # the page's own oldest one made room
+    assert painter.places[0].path.read_bytes() == before  # the grid's stays, without its steps
+    assert "not drawn yet" in texts(show(**query | {"prompt": "0"}))
+
+
+def test_a_store_that_cannot_be_written(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    (run / "cells").write_text("")  # stands for a read-only disk, which root does not know
+    app = wait(press(show(), DRAW), has_picture)
+    assert "not kept:" in warnings(app)
+    app.run()
+    assert has_picture(app)  # by this session
+    assert "not drawn yet" in texts(show())
+
+
+def test_files_that_go_or_are_damaged_while_shown(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one", steps=(10, 20, 30))
+    make_run(tmp_path / "outputs" / "two")
+    (run / "checkpoint-000020" / "unet" / "weights.safetensors").write_text("cut")
+    app = show(run="one")
+    assert app.selectbox(key="checkpoint").options == ["pipeline", "checkpoint-000030", "checkpoint-000010"]
+    wait(press(app, DRAW), has_picture)
+    for path in (run / "cells").glob("*.steps.png"):
+        path.write_bytes(path.read_bytes()[:-100])
+    app.run()
+    assert has_picture(app)
+    assert "without being watched" in texts(app)
+    shutil.rmtree(run)
+    app.run()
+    assert not app.exception
+    assert app.selectbox(key="run").options == ["two"]
+    press(app, DRAW)
+    shutil.rmtree(tmp_path / "outputs" / "two")
+    app.run()
+    assert [element.value for element in app.code] == ["make demo"]
+
+
+def test_a_model_that_cannot_be_loaded_and_a_drawing_that_breaks(tmp_path, painter, monkeypatch):
+    make_run(tmp_path / "outputs" / "one")
+
+    def breaks(pipeline, places, watch):
+        raise MemoryError("no [room](javascript:x)")
+
+    monkeypatch.setattr(cells, "_draw", breaks)
+    app = wait(press(show(), DRAW), warnings)
+    assert "drawing ended with MemoryError" in warnings(app)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    app = wait(press(show(), DRAW), warnings)
+    assert "the pipeline in outputs/one/pipeline cannot be loaded" in warnings(app)
+    press(app, DRAW)  # it can be tried again
+
+
+def test_pages_with_the_same_names_in_their_urls(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    make_run(tmp_path / "outputs" / "two")
+    app = show(run="one", seed="5", guidance_scale="2")
+    for page in ("compare", "playground", "runs", "playground", "compare"):
+        app.switch_page(f"views/{page}.py").run()
+        assert not app.exception, page
+
+
+def test_without_training_images_a_sentence_says_so(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one")
+    (tmp_path / "secret").mkdir()
+    np.save(tmp_path / "secret" / "train.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    for identity in ({}, {"dataset_hash": "0123456789abcdef"}, {"dataset_hash": "../../../secret"}, ["x"]):
+        (run / "run.json").write_text(json.dumps({"status": "finished", "identity": identity}))
+        app = show(nearest="true")
+        if not has_picture(app):
+            wait(press(app, DRAW), has_picture)
+        assert "are not on this machine" in texts(app)
+        assert not app.toggle
+
+
+@pytest.fixture
+def trained(workspace, tmp_path):
+    """A copy of the finished run below outputs/, beside the prepared images that it was trained on."""
+    ignored = shutil.ignore_patterns("cells", "evaluation", "mlflow*")
+    run = Path(shutil.copytree(workspace / "unet", tmp_path / "outputs" / "tiny", ignore=ignored))
+    (tmp_path / ".cache").symlink_to(workspace / ".cache")
+    return run.relative_to(tmp_path)
+
+
+def test_the_watched_picture_is_the_same_bit_for_bit(trained):
+    from t2i import sampling
+
+    for scheduler in ("ddim", "euler", "heun"):
+        cell = cells.Cell("a red flower", "blue", 3, 4.0, 5, scheduler)
+        seen = []
+        watched = cells.make_watched(
+            cells.plan(trained, "pipeline", cell, [])[0],
+            progress=lambda step, count, picture, seen=seen: seen.append((step, count, picture is not None)),
+        )
+        pipeline = sampling.load_pipeline(trained, scheduler=scheduler)
+        theirs = sampling.generate(pipeline, [cell.prompt], [3], negative_prompt="blue", guidance_scale=4.0,
+                                   num_inference_steps=5, progress=False)[0]  # fmt: skip
+        assert np.array_equal(watched.picture, theirs)
+        count = 9 if scheduler == "heun" else 5  # it asks the model twice a step, but for the last
+        assert [one[:2] for one in seen] == [(step, count) for step in range(1, count + 1)]
+        assert sum(drawn for *_, drawn in seen) == len(watched.steps) <= cells.STEPS - 1
+        stored = cells.read_watched(cells.plan(trained, "pipeline", cell, [])[0])
+        assert np.array_equal(stored.picture, theirs)
+        for (step, picture), (again, kept) in zip(watched.steps, stored.steps, strict=True):
+            assert step == again
+            assert np.array_equal(picture, kept)
+
+
+def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_path):
+    from t2i import data, metrics
+    from t2i.runs import prepared_folder
+
+    show()
+    neighbours = sys.modules["neighbours"]
+    folder = neighbours.find_prepared(trained)
+    fingerprint = json.loads((trained / "run.json").read_text())["identity"]["dataset_hash"]
+    assert folder == prepared_folder(".cache/t2i", fingerprint)
+    train, _, test = data.open_prepared(folder)
+    picture = np.clip(train.pixels[5].astype(int) + 2, 0, 255).astype(np.uint8)[:, ::-1]  # a copy, mirrored
+    expected = metrics.memorisation(np.stack([picture, test.pixels[0]]), train.pixels, test.pixels)
+    known = neighbours.training_set(folder)
+    for number, one in enumerate((picture, test.pixels[0])):
+        found, nearer = neighbours.compare(known, one)
+        assert found[0][0] == expected["nearest"][number]
+        assert found[0][1] == pytest.approx(expected["relative_distance"][number], abs=1e-3)
+        assert len({row for row, _ in found}) == len(found) == 4
+        assert [distance for _, distance in found] == sorted(distance for _, distance in found)
+        if number == 0:
+            assert found[0][0] == 5
+            assert "as near as a copy" in neighbours.judgement(found[0][1], nearer)
+    cell = cells.Cell("a red flower", seed=0, guidance_scale=3.0, num_inference_steps=30)
+    place = cells.plan(trained, "pipeline", cell, [])[0]
+    cells.save_cells(trained, "pipeline", place.model_hash, [cell], picture[None])
+    app = show(nearest="true")
+    assert f"0.03 · {train.rows[5]['caption']}" in texts(app).replace("\\", "")
+    assert "as near as a copy" in texts(app)
+    (folder_copy := tmp_path / "damaged").mkdir()
+    (folder_copy / "train.npy").write_bytes(b"\x93NUMPY")
+    (folder_copy / "report.json").write_text(json.dumps({"splits": {"train": {"images": 3, "fingerprint": ""}}}))
+    with pytest.raises(neighbours.UserError, match="is damaged"):
+        neighbours.training_set(folder_copy)
+
+
+def test_the_model_alone_is_enough(trained, tmp_path, environment):
+    for path in trained.iterdir():
+        if path.name != "pipeline":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(APP)], cwd=tmp_path, env=environment | {"PATH": os.environ["PATH"]},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == (
+        "['', 'step 1', 'step 2', 'step 3', 'step 5', 'step 6', 'finished'] The images this model was trained on are "
+        "not on this machine, so its picture cannot be held beside them."
+    )
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler"])
+def test_the_predicted_x0_is_the_schedulers_own(name, kind):
+    import torch
+    from diffusers import DDIMScheduler
+
+    from t2i.sampling import make_scheduler, predicted_x0
+
+    saved = DDIMScheduler(prediction_type=kind, clip_sample=False, timestep_spacing="leading")
+    scheduler = make_scheduler(name, saved.config)
+    scheduler.set_timesteps(10)
+    sample, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    if kind == "sample" and name == "euler":
+        pytest.skip("diffusers' Euler gives no such prediction")
+    sample = sample * scheduler.init_noise_sigma
+    timestep = scheduler.timesteps[0]
+    seen = scheduler.scale_model_input(sample, timestep)
+    theirs = scheduler.step(output, timestep, sample).pred_original_sample
+    assert torch.allclose(predicted_x0(scheduler, seen, output, timestep), theirs, atol=1e-3)
