@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,13 @@ class CompiledText(torch.nn.Module):
 class CompiledUnet(torch.nn.Module):
     """The UNet at the stock pipeline's call: noisy latents [B, C, h, w], timestep, hidden states [B, L, D] -> (prediction,).
 
-    Two samples at a time, which under guidance are one picture: the shape is static whatever the batch.
+    Two samples at a time, which under guidance are one picture: the shape is static whatever the batch. weights_hash: of the
+    UNet that it was made from, as `models.hash_model` gives it.
     """
 
-    def __init__(self, network: Network, config: Any):
+    def __init__(self, network: Network, config: Any, weights_hash: str):
         super().__init__()
+        self.weights_hash = weights_hash
         self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
 
     def forward(
@@ -98,7 +101,9 @@ class _Unet(torch.nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
@@ -120,12 +125,10 @@ def is_installed() -> bool:
 
 def is_exported(folder: Path) -> bool:
     """Whether `folder`, a pipeline, has compiled models that were made from the weights that it has now."""
-    file = folder / FOLDER / "engine.json"
-    if not file.is_file():
-        return False
+    files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
     try:
-        known = read_json(file)
-        return known.get("weights") == _fingerprints(folder)
+        known = read_json(folder / FOLDER / "engine.json")
+        return all(file.is_file() for file in files) and known.get("weights") == _fingerprints(folder)
     except (UserError, OSError, AttributeError):
         return False
 
@@ -140,8 +143,11 @@ def export(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
     part.mkdir()
     try:
         for name, model in convert(pipeline).items():
-            openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)  # half the bytes to keep and to send
-        write_json(part / "engine.json", {"weights": _fingerprints(folder), "openvino": openvino.__version__})
+            openvino.save_model(
+                model, part / f"{name}.xml", compress_to_fp16=True
+            )  # half the bytes to keep and to send
+        known = {"weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
+        write_json(part / "engine.json", {**known, "openvino": openvino.__version__})
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         os.replace(part, folder / FOLDER)
     finally:
@@ -153,7 +159,7 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
     """The stock pipeline around the compiled models in `folder`; the weights beside them are not read."""
     networks = {name: _compile(folder / FOLDER / f"{name}.xml") for name in WEIGHTS}
     return _pipeline(
-        networks, CLIPTextConfig.from_pretrained(folder / "text_encoder"),
+        networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
         UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"), DDIMScheduler.from_pretrained(folder / "scheduler"),
     )  # fmt: skip
@@ -163,8 +169,8 @@ def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeli
     """The same pipeline with its modules compiled in memory, which takes some seconds."""
     networks = {name: _compile(model) for name, model in convert(pipeline).items()}
     return _pipeline(
-        networks, pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config, pipeline.tokenizer,
-        pipeline.scheduler,
+        networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
+        pipeline.tokenizer, pipeline.scheduler,
     )  # fmt: skip
 
 
@@ -182,12 +188,14 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
         "unet": (_Unet(unet), (latents, torch.tensor(1.0), context)),
         "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],)),
     }
-    return {
-        name: openvino.convert_model(
-            module, example_input=example, input=[openvino.PartialShape(list(one.shape)) for one in example]
-        )
-        for name, (module, example) in given.items()
-    }
+    with warnings.catch_warnings():  # what tracing takes for constants is the shape, which is one
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return {
+            name: openvino.convert_model(
+                module, example_input=example, input=[openvino.PartialShape(list(one.shape)) for one in example]
+            )
+            for name, (module, example) in given.items()
+        }
 
 
 def _compile(model: Any) -> Network:
@@ -202,13 +210,13 @@ def _compile(model: Any) -> Network:
 
 
 def _pipeline(
-    networks: dict[str, Network], text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
+    networks: dict[str, Network], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
 ) -> StableDiffusionPipeline:
     return models.build_pipeline(
-        CompiledVae(networks["vae_decoder"], FrozenDict(vae)),  # type: ignore[arg-type]
-        CompiledText(networks["text_encoder"], text),  # type: ignore[arg-type]
+        CompiledVae(networks["vae_decoder"], FrozenDict(vae)),
+        CompiledText(networks["text_encoder"], text),
         tokenizer,
-        CompiledUnet(networks["unet"], FrozenDict(unet)),  # type: ignore[arg-type]
+        CompiledUnet(networks["unet"], FrozenDict(unet), weights_hash),
         scheduler,
     )
 

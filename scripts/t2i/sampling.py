@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import engines, models
-from t2i.pictures import SCHEDULERS, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
+from t2i.pictures import PRESETS, SCHEDULERS, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
 from t2i.runs import UserError, checkpoint_folders
 
 
@@ -110,6 +110,11 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
     tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
     scheduler = models.load_part(DDIMScheduler, str(parts), "scheduler")
     return models.build_pipeline(models.load_vae(str(parts)), text_encoder, tokenizer, unet, scheduler)
+
+
+def unet_hash(pipeline: StableDiffusionPipeline) -> str:
+    """Identity of a pipeline's UNet, whatever engine computes it: `models.hash_model` of its weights."""
+    return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
 
 
 def make_scheduler(name: str, config: Any) -> Any:
