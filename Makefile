@@ -3,6 +3,7 @@
 # make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, here or on SageMaker, as the YAML says
 # make sagemaker-train  the model card's job on SageMaker: shows what it costs and asks (DRY_RUN=1: only shows; YES=1; WAIT=1; ARGS="…")
 # make sagemaker-rehearse  that submission, played through on this machine as two hosts, with an interruption (FRESH=1: fresh environment)
+# make export    MODEL=outputs/demo/unet: compile a model for pictures on a CPU
 # make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
 # make space     MODEL=outputs/demo/unet SPACE=ORG/NAME: a page on the Hub where everybody can try the model (MODEL=ORG/MODEL; DRY_RUN=1: only stages)
 # make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
@@ -21,7 +22,7 @@ READY := $(VENV)/.ready
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-.PHONY: demo test train publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
+.PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
         prove-space load-dashboard sagemaker-train sagemaker-rehearse
 
 demo: $(READY)
@@ -48,6 +49,9 @@ sagemaker-train: $(READY)
 
 sagemaker-rehearse: $(READY)
 	$(BIN)/python tests/rehearse_sagemaker.py $(if $(call yes,$(FRESH)),--fresh)
+
+export: $(READY)
+	$(BIN)/python scripts/export_pipeline.py $(if $(MODEL),--model $(MODEL))
 
 publish: named $(READY)
 	$(BIN)/python scripts/publish_model.py --model $(MODEL) --hub_model_id $(REPO) $(ARGS)

@@ -67,7 +67,8 @@ def pipeline(model: Path) -> Any:
         from t2i import sampling
 
         settle("torch")  # before the first model, which must not stay
-        _kept[key] = sampling.load_pipeline(model, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        _kept[key] = sampling.load_pipeline(model, device=device, engine="auto")
     _kept.move_to_end(key)
     return _kept[key]
 

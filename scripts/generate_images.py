@@ -26,9 +26,12 @@ class Options:
     prompt_file: str | None = None  # text file with a prompt a line
     negative_prompt: str = ""  # what to stay away from
     guidance_scale: NonNegative = 7.5  # how strongly to follow the prompt; 1: without guidance
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30  # denoising steps
-    scheduler: str = (
-        "ddim"  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers
+    preset: Literal["exact", "fast", "draft"] = (
+        "exact"  # ddim 30, dpm++ 10 or dpm++ 5 steps, where the next two do not say
+    )
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
+    scheduler: str | None = (
+        None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers
     )
     seed: Natural = 0  # of the first picture; each further picture of a prompt takes the next
     num_images_per_prompt: Count = 1  # pictures a prompt
@@ -36,6 +39,9 @@ class Options:
     output_dir: str = "outputs/pictures"  # where the PNG files go
     grid: Flag = False  # write grid.png as well: a row a prompt
     device: str | None = None  # cpu, cuda, …; None: a GPU if there is one
+    engine: Literal["auto", "torch", "openvino"] = (
+        "auto"  # on a CPU; auto: compiled models that `make export` wrote, else torch; openvino: compile if there are none
+    )
 
 
 def main() -> None:
@@ -46,26 +52,29 @@ def main() -> None:
     quiet_libraries()
     import torch
 
-    from t2i import models, sampling
+    from t2i import sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scheduler, steps = sampling.PRESETS[options.preset]
+    steps = options.num_inference_steps or steps
     pipeline = sampling.load_pipeline(
-        options.model, scheduler=options.scheduler, device=device, weights=options.weights, revision=options.revision
-    )
+        options.model, scheduler=options.scheduler or scheduler, device=device, weights=options.weights,
+        revision=options.revision, engine=options.engine,
+    )  # fmt: skip
     each = options.num_images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(each)]
     seeds = [options.seed + number for _ in prompts for number in range(each)]
     pictures = sampling.generate(
         pipeline, repeated, seeds, negative_prompt=options.negative_prompt, guidance_scale=options.guidance_scale,
-        num_inference_steps=options.num_inference_steps, batch_size=options.batch_size,
+        num_inference_steps=steps, batch_size=options.batch_size,
     )  # fmt: skip
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "weights": options.weights, "revision": options.revision, "unet_hash": models.hash_model(pipeline.unet),
+        "weights": options.weights, "revision": options.revision, "unet_hash": sampling.unet_hash(pipeline),
         "model": Path(options.model).name if Path(options.model).exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
-        "num_inference_steps": options.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__,
+        "num_inference_steps": steps, "scheduler": type(pipeline.scheduler).__name__,
     }  # fmt: skip
     for number, (picture, prompt, seed) in enumerate(zip(pictures, repeated, seeds, strict=True)):
         path = folder / f"{number:04d}-seed{seed}.png"

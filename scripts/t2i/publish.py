@@ -150,9 +150,10 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
 
 
 def pipeline_files(folder: Path) -> list[str]:
-    """Patterns of a pipeline's files: model_index.json and the folders that it names."""
+    """Patterns of a pipeline's files: model_index.json, the folders that it names, and models that `make export` compiled."""
     parts = read_json(folder / "model_index.json").items()
-    return ["model_index.json", *(f"{name}/*" for name, kind in parts if isinstance(kind, list) and kind[0])]
+    compiled = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
+    return ["model_index.json", *(f"{name}/*" for name, kind in parts if isinstance(kind, list) and kind[0]), *compiled]
 
 
 def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:

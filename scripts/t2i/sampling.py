@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from t2i import models
-from t2i.pictures import SCHEDULERS, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
+from t2i import engines, models
+from t2i.pictures import PRESETS, SCHEDULERS, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
 from t2i.runs import UserError, checkpoint_folders
 
 
@@ -26,14 +26,19 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     weights: str = "ema",
     revision: str | None = None,
+    engine: str = "torch",
 ) -> StableDiffusionPipeline:
     """The stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
 
     scheduler: a key of `SCHEDULERS` or a class name of diffusers; None keeps the saved one (DDIM). weights: "ema" or "raw",
-    for checkpoints. Raises `UserError` for a folder that is none of these.
+    for checkpoints. engine: one of `engines.ENGINES`; "auto" takes compiled models where the folder has them and the device
+    is the CPU, "openvino" compiles them where it has none. Raises `UserError` for a folder that is none of these.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    compiled = engine != "torch" and _exported(folder, weights, device, engine)
+    if compiled:
+        pipeline = engines.load_exported(compiled)
+    elif folder.is_dir():
         pipeline = _load_folder(folder, weights)
     elif folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
@@ -47,6 +52,8 @@ def load_pipeline(
             raise UserError(
                 f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model"
             ) from None
+    if engine == "openvino" and not compiled:
+        pipeline = engines.compile_pipeline(pipeline)
     if scheduler:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -56,6 +63,18 @@ def load_pipeline(
         raise UserError(
             f"device {device} cannot be used ({str(error).splitlines()[0]}); give --device cpu, or leave it out"
         ) from None
+
+
+def _exported(folder: Path, weights: str, device: str | torch.device, engine: str) -> Path | None:
+    """The pipeline folder whose compiled models draw what `folder` is asked for; None where there is none."""
+    if engine not in engines.ENGINES:
+        raise UserError(f"unknown engine {engine!r}; take one of {', '.join(engines.ENGINES)}")
+    if torch.device(device).type != "cpu":
+        if engine == "openvino":
+            raise UserError(f"engine openvino draws on the CPU, not on {device}; take --device cpu or --engine torch")
+        return None
+    own = folder / "pipeline" if (folder / "run.json").is_file() and weights == "ema" else folder
+    return own if engines.is_installed() and engines.is_exported(own) else None
 
 
 def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
@@ -91,6 +110,11 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
     tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
     scheduler = models.load_part(DDIMScheduler, str(parts), "scheduler")
     return models.build_pipeline(models.load_vae(str(parts)), text_encoder, tokenizer, unet, scheduler)
+
+
+def unet_hash(pipeline: StableDiffusionPipeline) -> str:
+    """Identity of a pipeline's UNet, whatever engine computes it: `models.hash_model` of its weights."""
+    return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
 
 
 def make_scheduler(name: str, config: Any) -> Any:

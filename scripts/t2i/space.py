@@ -41,7 +41,9 @@ LEFT_OUT = (
     "mlflow",
     "datasets",
     "torchmetrics",
-)  # imported late, for what a Space has not: stores of metrics, data sets
+    "openvino",
+)  # imported late, for what a Space has not: stores of metrics, data sets; compiled models only where they come along
+COMPILED = "openvino/"  # of a pipeline: models that `make export` compiled, in OpenVINO's own format
 PACKAGES = {"PIL": "pillow", "yaml": "PyYAML"}  # import -> name in requirements.txt, where they differ
 SPACE_BYTES = 1_000_000_000  # the Hub takes no larger Space, all its commits together
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt")  # nothing that unpickles, no code
@@ -151,7 +153,9 @@ def _model_files(folder: Path) -> list[str]:
     """The files that make the model, and its card."""
     found = (path for pattern in pipeline_files(folder) for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in found if path.suffix in MODEL_SUFFIXES]
-    names = [name for name in names if not name.startswith("safety_checker/") and not VARIANTS.search(name)]
+    names = [
+        name for name in names if not name.startswith(("safety_checker/", "openvino/")) and not VARIANTS.search(name)
+    ]
     return sorted([*names, *(["README.md"] if (folder / "README.md").is_file() else [])])
 
 
@@ -229,9 +233,10 @@ def _is_left_out(file: Path) -> bool:
     )
 
 
-def requirements() -> tuple[str, str]:
+def requirements(compiled: bool) -> tuple[str, str]:
     """requirements.txt, with the packages that the code imports, and constraints.txt, which holds what these bring along.
 
+    compiled: whether models come along that OpenVINO runs.
     All versions are the project's own; a package that it does not pin comes along with another one.
     """
     pins: dict[str, str] = {}
@@ -239,7 +244,7 @@ def requirements() -> tuple[str, str]:
         for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
             if match := re.match(r"([\w.-]+)==[^#]+", line):
                 pins[match[1].lower()] = match[0].strip()
-    wanted = [PACKAGES.get(package, package).lower() for package in code()[1]]
+    wanted = [PACKAGES.get(package, package).lower() for package in code()[1]] + ["openvino"] * compiled
     return (
         "".join(f"{pins[package]}\n" for package in sorted(wanted) if package in pins),
         "".join(f"{pins[package]}\n" for package in sorted(pins)),
@@ -265,6 +270,8 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
         say(
             f"{size / 1e9:.2f} GB are more than a Space takes; storing the weights as float16 (pictures to about 1/255)"
         )
+        # compiled models count only beside the weights that they were made from
+        sources = {target: source for target, source in sources.items() if target.parent.name != COMPILED.rstrip("/")}
     if folder.exists():
         shutil.rmtree(folder)
     for target, source in sources.items():
@@ -278,7 +285,7 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
             f"the Space would be {folder_size(folder) / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "
             "take a smaller model"
         )
-    few, all_pins = requirements()
+    few, all_pins = requirements(any(target.parent.name == COMPILED.rstrip("/") for target in sources))
     texts = {"Dockerfile": DOCKERFILE, "requirements.txt": few, "constraints.txt": all_pins}
     for name, text in (texts | {"README.md": card(model, repo_id)}).items():
         write_text(folder / name, text)

@@ -1,0 +1,52 @@
+"""A pipeline of the model card's sizes with random weights: CLIP ViT-L/14's text model, the Stable Diffusion VAE, the UNet of 148 M."""
+
+from pathlib import Path
+
+import common  # noqa: F401 - puts scripts/ on the path
+
+
+def save_card_model(folder: Path, seed: int = 0) -> Path:
+    """Save it where it is not there yet; stock diffusers loads it. About 1.4 GB."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    import torch
+    from diffusers import AutoencoderKL
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from t2i import config
+    from t2i.models import build_ddim, build_noise_scheduler, build_pipeline, build_unet
+
+    torch.manual_seed(seed)
+    recipe = config.load_recipe("flowers").unet
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = [
+        "a photo of a flower, a type of flower, red pink white yellow petals with a golden center under a clear sky"
+    ]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe.train_from_iterator(
+        words * 9, trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", vocab_size=600)
+    )
+    saved = bpe.model.save(str(_made(folder / "bpe")))
+    tokenizer = CLIPTokenizer(vocab=saved[0], merges=saved[1], model_max_length=77)
+    text = CLIPTextModel(  # openai/clip-vit-large-patch14, but for its vocabulary, of which each caption reads 77 rows
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            max_position_embeddings=77, projection_dim=768, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(  # stabilityai/sd-vae-ft-mse
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    unet = build_unet(recipe, 16, 4, 768)
+    pipeline = build_pipeline(vae, text, tokenizer, unet, build_ddim(build_noise_scheduler(recipe)))
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,111 @@
+"""Pictures on a CPU by the suite's presets against the stock pipeline, at the model card's sizes.
+
+python benchmarks/generate.py [rounds] [run folder of make demo]
+
+Stock: diffusers' StableDiffusionPipeline, eager, fp32, DDIM, 30 steps, guidance, decoded. The model has random weights, which
+take the same time as trained ones. Arms alternate within one run, medians, batch 1 and 8. What the presets cost in quality is
+measured on the trained demo: PSNR to the stock picture of the same seed over 16 prompts, and prompt following over 256.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from card_model import save_card_model
+from common import ROOT, keep
+
+WORK = ROOT / ".cache" / "benchmark_generate"
+PROMPT = "a photo of a red flower with a golden center"
+GUIDANCE = 7.5
+ARMS = ("stock", "exact", "fast", "draft")
+GOALS = {"exact": 3.7, "fast": 10.0, "draft": 20.0}
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    demo = Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "outputs" / "demo" / "unet")
+    from t2i.distributed import quiet_libraries
+
+    quiet_libraries()
+    from t2i import engines, sampling
+
+    model = save_card_model(WORK / "model")
+    if not engines.is_exported(model):
+        engines.export(sampling.load_pipeline(model), model)
+    stock, compiled = sampling.load_pipeline(model), sampling.load_pipeline(model, engine="openvino")
+    seconds: dict[tuple[str, int], list[float]] = {}
+    pictures = {}
+    for number in range(rounds + 1):
+        for batch in (1, 8) if number == rounds else (1,):
+            for arm in ARMS if number % 2 else ARMS[::-1]:
+                start = time.perf_counter()
+                drawn = draw(arm, stock, compiled, [PROMPT] * batch, GUIDANCE)
+                if number:  # the first warms up
+                    seconds.setdefault((arm, batch), []).append((time.perf_counter() - start) / batch)
+                pictures[arm] = drawn[:1]
+                print(f"{arm}, batch {batch}: {time.perf_counter() - start:.2f} s", flush=True)
+    medians = {f"{arm}_batch_{batch}": statistics.median(values) for (arm, batch), values in seconds.items()}
+    ratios = {arm: round(medians["stock_batch_1"] / medians[f"{arm}_batch_1"], 2) for arm in GOALS}
+    eights = {arm: round(medians["stock_batch_8"] / medians[f"{arm}_batch_8"], 2) for arm in GOALS}
+    keep(
+        "generate",
+        {
+            "ratio": ratios["exact"], "goal": GOALS["exact"], "ratios": ratios, "goals": GOALS, "ratios_batch_8": eights,
+            "seconds_per_picture": {name: round(value, 3) for name, value in medians.items()},
+            "psnr_exact_random_weights_db": round(float(psnr(pictures["stock"], pictures["exact"])[0]), 1),
+            "rounds": rounds, "demo": quality(demo) if (demo / "evaluation").is_dir() else None,
+        },
+    )  # fmt: skip
+
+
+def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, **options: Any) -> np.ndarray:
+    """Pictures of an arm: seeds 0, 1, …; the stock pipeline draws as preset `exact` does, by torch."""
+    from t2i import sampling
+
+    scheduler, steps = sampling.PRESETS["exact" if arm == "stock" else arm]
+    pipeline = stock if arm == "stock" else compiled
+    saved, pipeline.scheduler = pipeline.scheduler, sampling.make_scheduler(scheduler, pipeline.scheduler.config)
+    made = sampling.generate(
+        pipeline,
+        prompts,
+        range(len(prompts)),
+        guidance_scale=scale,
+        num_inference_steps=steps,
+        progress=False,
+        **options,
+    )
+    pipeline.scheduler = saved
+    return made
+
+
+def psnr(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+    error = np.square(wanted.astype(float) - found).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-6))
+
+
+def quality(run: Path) -> dict[str, Any]:
+    """What the presets draw with the demo's model, against the stock pipeline."""
+    from t2i import flowers, metrics, sampling
+
+    stock, compiled = sampling.load_pipeline(run), sampling.load_pipeline(run, engine="openvino")
+    classifier = metrics.Classifier.load(run / "evaluation" / "classifier")
+    known = [(text, wanted) for held in (False, True) for wanted, text in flowers.prompts(128, 1001, held)]
+    texts, wanted = [text for text, _ in known], [attributes for _, attributes in known]
+    scale = 3.0
+    drawn = {arm: draw(arm, stock, compiled, texts, scale, batch_size=32) for arm in ARMS}
+    nearness = {arm: psnr(drawn["stock"][::16], drawn[arm][::16]) for arm in GOALS}
+    following = {arm: metrics.prompt_following(classifier, pictures, wanted) for arm, pictures in drawn.items()}
+    return {
+        "guidance_scale": scale, "prompts": len(texts),
+        "psnr_to_stock_worst_of_16_db": {arm: round(float(values.min()), 1) for arm, values in nearness.items()},
+        "prompt_following": {
+            arm: {name: round(share, 3) for name, share in shares.items()} for arm, shares in following.items()
+        },
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""train_unet.py against diffusers' train_text_to_image.py, each as its own process, at the model card's sizes.
+
+python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [steps] [rounds]
+
+The same drawn flowers, models with random weights, 128 px, batch 8, no gradient checkpointing, no EMA, in fp32 and in
+bf16, alternating. The peer runs unmodified; it needs torchvision, which is put into a folder of its own. A step's seconds are the
+median between the lines in which the processes report their steps, the first two left out. Caching counts as
+measured, over ten epochs.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from card_model import save_card_model
+from common import ROOT, SCRIPTS, keep
+
+WORK = ROOT / ".cache" / "benchmark_train"
+TRACKING = f"sqlite:///{WORK / 'mlflow.db'}"
+IMAGES = 128
+EPOCHS = 10  # over which caching is counted
+BATCH = 8
+WARM = 2  # steps left out
+# The CPU build of torchvision is not on the index: this one's Python code runs once two schemas are declared.
+SITE = """
+import importlib.abc, sys
+
+
+class Declare(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torchvision":
+            import torch
+
+            sys.meta_path.remove(self)
+            self.library = torch.library.Library("torchvision", "DEF")
+            for schema in ("nms", "qnms"):
+                self.library.define(f"{schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            sys.kept = self
+
+
+sys.meta_path.insert(0, Declare())
+"""
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        sys.exit(f"name diffusers' script: {__doc__.splitlines()[2]}" if __doc__ else "")
+    peer = Path(sys.argv[1]).resolve()
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+    WORK.mkdir(parents=True, exist_ok=True)
+    model = save_card_model(WORK / "model")
+    dataset = draw(WORK / "dataset")
+    environment = make_environment(WORK / "peer_environment")
+    seconds: dict[str, list[float]] = {}
+    caching: list[float] = []
+    for number in range(rounds):
+        for precision in ("no", "bf16"):
+            for arm in ("peer", "ours") if number % 2 else ("ours", "peer"):
+                words = [str(peer)] if arm == "peer" else [str(SCRIPTS / "train_unet.py")]
+                words += peer_arguments(model, dataset) if arm == "peer" else our_arguments(model, dataset)
+                words += ["--max_train_steps", str(steps)]
+                base = environment if arm == "peer" else dict(os.environ)
+                found = run(words, base | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
+                seconds.setdefault(f"{arm}_{precision}", []).extend(found)
+                print(f"{arm} {precision}: {statistics.median(found):.2f} s a step", flush=True)
+                if arm == "ours" and precision == "no" and not caching:
+                    state = json.loads((WORK / "ours" / "run.json").read_text())
+                    caching.append(state["seconds"]["cache"] / IMAGES)
+    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    best = min(medians["ours_no"], medians["ours_bf16"])
+    each = best / BATCH
+    epochs = EPOCHS * each / (caching[0] + EPOCHS * each)  # the share of the time that is training
+    keep(
+        "train",
+        {
+            "ratio": round(medians["peer_no"] / best, 3), "goal": 5.0,
+            "ratio_to_bf16": round(medians["peer_bf16"] / best, 3), "goal_to_bf16": 2.3,
+            "ratio_with_caching_10_epochs": round(medians["peer_no"] / best * epochs, 3),
+            "caching_seconds_per_image": round(caching[0], 4),
+            "samples_per_second": round(BATCH / best, 3),
+            "seconds_per_step": {arm: round(value, 3) for arm, value in medians.items()},
+            "batch": BATCH, "steps": steps, "rounds": rounds,
+        },
+    )  # fmt: skip
+
+
+def draw(folder: Path) -> Path:
+    if not folder.is_dir():
+        words = ["--output_dir", folder, "--count", IMAGES, "--validation_count", 16, "--test_count", 16, "--size", 128]
+        subprocess.run([sys.executable, SCRIPTS / "make_flowers.py", *map(str, words)], check=True)
+    return folder
+
+
+def make_environment(folder: Path) -> dict[str, str]:
+    """The peer's own environment: torchvision in a folder that no other process sees."""
+    if not (folder / "torchvision").is_dir():
+        words = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "torchvision==0.28.0"]
+        subprocess.run([sys.executable, *words], check=True)
+    (folder / "sitecustomize.py").write_text(SITE)
+    return os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+
+
+def peer_arguments(model: Path, dataset: Path) -> list[str]:
+    words = {
+        "pretrained_model_name_or_path": model, "dataset_name": dataset, "caption_column": "caption", "resolution": 128,
+        "train_batch_size": BATCH, "learning_rate": 1e-5, "max_grad_norm": 0.5, "lr_warmup_steps": 0,
+        "output_dir": WORK / "peer", "cache_dir": WORK / "peer_cache", "seed": 0, "report_to": "mlflow",
+    }  # fmt: skip
+    return [
+        *(text for key, value in words.items() for text in (f"--{key}", str(value))),
+        "--random_flip",
+        "--center_crop",
+    ]
+
+
+def our_arguments(model: Path, dataset: Path) -> list[str]:
+    """The same; the run folder and its caches are made anew each time."""
+    for name in ("ours", "ours_cache"):
+        subprocess.run(["rm", "-rf", str(WORK / name)], check=True)
+    words = {
+        "config": "flowers", "pretrained_model_name_or_path": model, "vae": model, "text_encoder": model, "dataset": dataset,
+        "dataset_revision": "null", "label_names": "[]", "resolution": 128, "train_batch_size": BATCH, "learning_rate": 1e-5,
+        "max_grad_norm": 0.5, "lr_warmup_steps": 0, "output_dir": WORK / "ours", "cache_dir": WORK / "ours_cache",
+        "seed": 0, "report_to": "mlflow", "logging_steps": 1, "validation_images": 1,
+        "validation_prompts": "[]",
+    }  # fmt: skip
+    return [*(text for key, value in words.items() for text in (f"--{key}", str(value))), "--no-use_ema"]
+
+
+def run(words: list[str], environment: dict[str, str]) -> list[float]:
+    """Seconds of each step but the first ones, by when a script says that it has done it. Raises `RuntimeError`."""
+    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *words], env=environment, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout
+    said, times, last = b"", {}, b""
+    while chunk := os.read(process.stdout.fileno(), 4096):
+        said += chunk
+        # the peer's bar says "Steps:  25%|… 2/8 [", ours prints "step 2: "
+        for found in re.finditer(rb"Steps:[^\r\n]*?(\d+)/\d+ \[|step (\d+): train_loss", said):
+            number = int(found[1] or found[2])
+            times.setdefault(number, time.perf_counter())
+        last = said[-3000:]
+        said = said[-400:]
+    if process.wait():
+        raise RuntimeError(f"{words[0]} ended with {process.returncode}: {last.decode(errors='replace')}")
+    known = sorted((number, at) for number, at in times.items() if number >= WARM)
+    return [b[1] - a[1] for a, b in pairwise(known) if b[0] == a[0] + 1]
+
+
+if __name__ == "__main__":
+    main()

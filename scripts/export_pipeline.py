@@ -1,0 +1,42 @@
+"""Compile a model for pictures on a CPU, and keep the compiled models in its pipeline folder.
+
+python scripts/export_pipeline.py --model outputs/demo/unet
+
+generate_images.py and the dashboard take them from then on, and publish_model.py sends them along. After another training
+they count no longer; the same command makes them anew.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i.config import check_options, parse_options
+from t2i.runs import UserError, run_main
+
+
+@dataclass
+class Options:
+    """The model."""
+
+    model: str | None = None  # run folder of train_unet.py, or a pipeline folder
+
+
+def main() -> None:
+    options = check_options(parse_options(Options, __doc__ or ""))
+    if not options.model:
+        raise UserError("no model: give --model with a run folder of train_unet.py, or a pipeline folder")
+    path = Path(options.model).expanduser()
+    found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").is_file()]
+    if not found:
+        raise UserError(f"{path} holds no pipeline (no model_index.json in it or in pipeline/); let training finish")
+    from t2i.distributed import quiet_libraries
+
+    quiet_libraries()
+    from t2i import engines, sampling
+
+    folder = engines.export(sampling.load_pipeline(found[0]), found[0])
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"compiled models of {size / 1e6:.0f} MB in {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,244 @@
+"""Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder as OpenVINO models of static shape.
+
+They stand in for the stock pipeline's modules, so that prompts, noise, schedule and guidance stay those of diffusers. `export`
+writes them into a pipeline folder (`openvino/`), where they count while the weights beside them are those they were made from.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from t2i import models
+from t2i.runs import UserError, read_json, write_json
+
+ENGINES = ("auto", "torch", "openvino")
+FOLDER = "openvino"  # of a pipeline folder
+WEIGHTS = {  # what is compiled, and the weights that it is made from
+    "text_encoder": "text_encoder/model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
+}
+BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO knows them by model, processor and version
+SAMPLE = 1 << 20  # bytes at each end of a file of weights that tell it from another
+
+
+class Network:
+    """A compiled model: arrays in, the tensor of its only output out."""
+
+    def __init__(self, compiled: Any):
+        self.request = compiled.create_infer_request()
+
+    def __call__(self, *inputs: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.request.infer(list(inputs))[0])
+
+
+class CompiledText(torch.nn.Module):
+    """The text encoder at the stock pipeline's call: token ids [B, L] -> (hidden states [B, L, D],)."""
+
+    def __init__(self, network: Network, config: Any):
+        super().__init__()
+        self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> tuple[torch.Tensor]:
+        return (torch.cat([self.network(row.numpy()) for row in input_ids.split(1)]),)
+
+
+class CompiledUnet(torch.nn.Module):
+    """The UNet at the stock pipeline's call: noisy latents [B, C, h, w], timestep, hidden states [B, L, D] -> (prediction,).
+
+    Two samples at a time, which under guidance are one picture: the shape is static whatever the batch. weights_hash: of the
+    UNet that it was made from, as `models.hash_model` gives it.
+    """
+
+    def __init__(self, network: Network, config: Any, weights_hash: str):
+        super().__init__()
+        self.weights_hash = weights_hash
+        self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor]:
+        half = -(-len(sample) // 2)  # the pipeline gives all unconditional rows first
+        step, made = np.array(float(timestep), np.float32), torch.empty_like(sample)
+        for row in range(half):
+            rows = [row, min(row + half, len(sample) - 1)]
+            made[rows] = self.network(sample[rows].numpy(), step, encoder_hidden_states[rows].numpy())
+        return (made,)
+
+
+class CompiledVae(torch.nn.Module):
+    """The VAE's decoder at the stock pipeline's call: raw latents [B, C, h, w] -> (pixels [B, 3, R, R] in [-1, 1],)."""
+
+    def __init__(self, network: Network, config: Any):
+        super().__init__()
+        self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+
+    def decode(self, latents: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+        return (torch.cat([self.network(row.numpy()) for row in latents.split(1)]),)
+
+
+class _Text(torch.nn.Module):
+    def __init__(self, text_encoder: Any):
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(input_ids)[0]
+
+
+class _Unet(torch.nn.Module):
+    def __init__(self, unet: Any):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents, return_dict=False)[0]
+
+
+def is_installed() -> bool:
+    """Whether OpenVINO can be imported; it is not part of what a training needs."""
+    from importlib.util import find_spec
+
+    return find_spec("openvino") is not None
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder`, a pipeline, has compiled models that were made from the weights that it has now."""
+    files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
+    try:
+        known = read_json(folder / FOLDER / "engine.json")
+        return all(file.is_file() for file in files) and known.get("weights") == _fingerprints(folder)
+    except (UserError, OSError, AttributeError):
+        return False
+
+
+def export(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
+    """Write the models of `pipeline`, as loaded from `folder`, into that folder; returns theirs. Old ones are replaced at the end.
+
+    Raises `UserError` where OpenVINO is not installed.
+    """
+    openvino = _openvino()
+    part = folder / f".{FOLDER}.{uuid.uuid4().hex[:8]}.part"
+    part.mkdir()
+    try:
+        for name, model in convert(pipeline).items():
+            openvino.save_model(
+                model, part / f"{name}.xml", compress_to_fp16=True
+            )  # half the bytes to keep and to send
+        known = {"weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
+        write_json(part / "engine.json", {**known, "openvino": openvino.__version__})
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        os.replace(part, folder / FOLDER)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder / FOLDER
+
+
+def load_exported(folder: Path) -> StableDiffusionPipeline:
+    """The stock pipeline around the compiled models in `folder`; the weights beside them are not read."""
+    networks = {name: _compile(folder / FOLDER / f"{name}.xml") for name in WEIGHTS}
+    return _pipeline(
+        networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
+        UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), DDIMScheduler.from_pretrained(folder / "scheduler"),
+    )  # fmt: skip
+
+
+def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The same pipeline with its modules compiled in memory, which takes some seconds."""
+    networks = {name: _compile(model) for name, model in convert(pipeline).items()}
+    return _pipeline(
+        networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
+        pipeline.tokenizer, pipeline.scheduler,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
+    """The pipeline's parts as OpenVINO models of static shape: two samples for the UNet, one for the others."""
+    openvino = _openvino()
+    unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
+    side, channels, length = unet.config.sample_size, unet.config.in_channels, pipeline.tokenizer.model_max_length
+    latents = torch.zeros(2, channels, side, side)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    context = torch.zeros(2, length, unet.config.cross_attention_dim)
+    given = {
+        "text_encoder": (_Text(text), (ids,)),
+        "unet": (_Unet(unet), (latents, torch.tensor(1.0), context)),
+        "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],)),
+    }
+    with warnings.catch_warnings():  # what tracing takes for constants is the shape, which is one
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return {
+            name: openvino.convert_model(
+                module, example_input=example, input=[openvino.PartialShape(list(one.shape)) for one in example]
+            )
+            for name, (module, example) in given.items()
+        }
+
+
+def _compile(model: Any) -> Network:
+    """model: of OpenVINO, or its file. In bf16 where the processor computes in it, else in float32."""
+    openvino = _openvino()
+    core = openvino.Core()
+    in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
+    if isinstance(model, Path):
+        options["CACHE_DIR"] = str(BLOBS)
+    return Network(core.compile_model(model, "CPU", options))
+
+
+def _pipeline(
+    networks: dict[str, Network], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
+) -> StableDiffusionPipeline:
+    return models.build_pipeline(
+        CompiledVae(networks["vae_decoder"], FrozenDict(vae)),
+        CompiledText(networks["text_encoder"], text),
+        tokenizer,
+        CompiledUnet(networks["unet"], FrozenDict(unet), weights_hash),
+        scheduler,
+    )
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    """Of each file of weights: its size and the hash of its two ends, in which any training changes numbers."""
+    found = {}
+    for name, path in WEIGHTS.items():
+        with open(folder / path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read())
+        found[name] = f"{size}-{digest.hexdigest()[:16]}"
+    return found
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise UserError(
+            "engine openvino is not installed; run: pip install -r requirements.txt, or take --engine torch"
+        ) from None
+    return openvino
