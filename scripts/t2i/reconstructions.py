@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,19 @@ def _start(run: Path) -> Path | None:
 
 
 def _settings(run: Path) -> Recipe:
+    file = run / "config.yaml"
     try:
-        return load_recipe(str(run / "config.yaml"))
+        stat = file.stat()
+        return _recipe(str(file), stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return load_recipe(str(file))  # says what is wrong
     except RecursionError:  # nested to do harm
         raise UserError(f"{run / 'config.yaml'} is not a recipe; restore it from config.public.yaml") from None
+
+
+@lru_cache(maxsize=512)  # 23 ms each, and a page asks for all runs after each click; nobody changes what it gives
+def _recipe(path: str, *state: int) -> Recipe:
+    return load_recipe(path)
 
 
 @dataclass(frozen=True)
