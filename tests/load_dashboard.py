@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -174,8 +175,10 @@ def draw_with(session: Session, model: tuple[str, str], load: Load) -> None:
 
 def press(session: Session, label: str, until: float, load: Load) -> None:
     """Press a button and, as one does, look at what comes of it while it goes on."""
-    began = time.monotonic()
+    began, usual = time.monotonic(), session.timeout
+    session.timeout = DRAWING_S  # reconstructions are made while their page shows a bar, when it is their turn
     load.took("press a button", session.click(label))
+    session.timeout = usual
     until = min(until, began + DRAWING_S)
     while session.looks and time.monotonic() < until:
         time.sleep(min(session.looks.values()))
@@ -306,9 +309,11 @@ def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
           f"+ {SPARE_MB} to spare + {MODELS} models of {weights:.0f} + {TAB_MB} for each of {load.tabs} tabs")  # fmt: skip
     print(f"models: {watch.models()} in memory at most (cap {MODELS}), {len(load.models)} of {len(models)} drawn with")
     print(f"pages: {', '.join(sorted(page or 'compare' for page in load.pages))}; {len(load.problems)} errors")
-    assert not load.problems, "\n".join(load.problems[:20])
+    log = re.sub(r"\x1b\[[0-9;]*m", "", log)  # colors
+    traceback = log[log.find("Traceback") :][:20_000] if "Traceback" in log else ""
+    assert not load.problems, "\n".join([*load.problems[:20], traceback])
     assert not watch.unhealthy, f"{watch.unhealthy} of {len(watch.rss)} health checks failed"
-    assert "Traceback" not in log, log[-4000:]
+    assert not traceback, traceback
     assert load.pages == load.known, f"not every page answered: {load.known - load.pages}"
     assert len(load.models) > MODELS, f"only {len(load.models)} models were drawn with"
     assert 1 <= watch.models() <= MODELS, f"{watch.models()} models were in memory at once"
