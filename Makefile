@@ -28,8 +28,9 @@ SCRIPT ?= scripts/train_unet.py
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
+# Files in their order: xdist would begin with those of many tests, and end with one worker on the longest one.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The YAML's compute_environment decides where: SageMaker gets a job, any other YAML is accelerate's own.
 yes = $(filter 1 y yes true,$(1))
