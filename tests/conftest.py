@@ -51,6 +51,14 @@ evaluate:
 """
 
 
+@pytest.fixture(autouse=True)
+def _own_main():
+    """Streamlit's AppTest leaves the dashboard in place of `__main__`, which every process of a pool would then run first."""
+    own = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = own
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """Environment of a subprocess: an empty home, no network for the Hub, one thread, tracking beside the test's files."""

@@ -10,6 +10,8 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -166,9 +168,13 @@ def draw_many(
         yield from map(one, range(start, start + count))
         return
     block = 64 * workers  # drawings held in memory at a time: the reader may be slower than the painters
-    with _single_threaded(), multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for first in range(start, start + count, block):
-            yield from pool.map(one, range(first, min(first + block, start + count)), chunksize=16)
+    context = multiprocessing.get_context("spawn")
+    with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
+        try:
+            for first in range(start, start + count, block):
+                yield from pool.map(one, range(first, min(first + block, start + count)), chunksize=16)
+        except BrokenProcessPool:  # a Pool would start such processes for ever
+            raise UserError("a process that draws has ended, for want of memory perhaps; give --workers 1") from None
 
 
 @contextmanager
