@@ -188,7 +188,8 @@ def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = Fal
     color = "run" if runs > 1 else "metric"
     legend = None  # of one line, which the title names already, and of too many
     if 1 < max(runs, metrics) <= LEGEND_LINES:
-        legend = alt.Legend(orient="bottom", columns=2, labelLimit=400)
+        columns = alt.ExprRef("width < 500 ? 1 : 2")  # on a phone a name has the line for itself
+        legend = alt.Legend(orient="bottom", columns=columns, labelLimit=400)
     ticks = alt.Axis(format=",d", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
     encoding: dict[str, Any] = {
         "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=MARGIN)),

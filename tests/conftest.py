@@ -1,11 +1,13 @@
 """What several test files share: a home without user settings, the commands, and one small finished run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -92,7 +94,19 @@ def launcher():
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, command, launcher):
     """A finished run of the tiny recipe by the real commands: dataset/, vae/, unet/ in a folder of its own."""
-    folder = tmp_path_factory.mktemp("workspace")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return train_workspace(tmp_path_factory.mktemp("workspace"), command, launcher)
+    trained = tmp_path_factory.getbasetemp().parent / "trained"  # once for all workers, which each write into a copy
+    with FileLock(f"{trained}.lock"):
+        if not trained.is_dir():
+            part = trained.with_name("trained.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            train_workspace(part, command, launcher).rename(trained)
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("workspace") / "run"))
+
+
+def train_workspace(folder, command, launcher):
     (folder / "tiny.yaml").write_text(TINY)
     command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 12, "--test_count", 12,
             "--size", 32, "--workers", 1, cwd=folder)  # fmt: skip
