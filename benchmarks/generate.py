@@ -19,7 +19,7 @@ from common import ROOT, keep
 
 WORK = ROOT / ".cache" / "benchmark_generate"
 PROMPT = "a photo of a red flower with a golden center"
-GUIDANCE = 7.5
+GUIDANCE, DEMO_GUIDANCE = 7.5, 3.0
 ARMS = ("stock", "exact", "fast", "draft")
 GOALS = {"exact": 3.7, "fast": 10.0, "draft": 20.0}
 
@@ -34,13 +34,16 @@ def main() -> None:
 
     model = save_card_model(WORK / "model")
     if not engines.is_exported(model):
-        engines.export(sampling.load_pipeline(model), model)
+        engines.export(sampling.load_pipeline(model), model, GUIDANCE)
+    if (demo / "evaluation").is_dir() and not engines.is_exported(demo / "pipeline"):
+        engines.export(sampling.load_pipeline(demo), demo / "pipeline", DEMO_GUIDANCE)
     stock, compiled = sampling.load_pipeline(model), sampling.load_pipeline(model, engine="openvino")
     seconds: dict[tuple[str, int], list[float]] = {}
     pictures = {}
     for number in range(rounds + 1):
         for batch in (1, 8) if number == rounds else (1,):
             for arm in ARMS if number % 2 else ARMS[::-1]:
+                forget(compiled)
                 start = time.perf_counter()
                 drawn = draw(arm, stock, compiled, [PROMPT] * batch, GUIDANCE)
                 if number:  # the first warms up
@@ -81,6 +84,13 @@ def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, 
     return made
 
 
+def forget(compiled: Any) -> None:
+    """Of the prompts that the compiled text encoder keeps, leave the empty one, which every picture has."""
+    ids = compiled.tokenizer("", padding="max_length", return_tensors="np").input_ids.astype(np.int64)
+    known = compiled.text_encoder.known
+    compiled.text_encoder.known = {key: hidden for key, hidden in known.items() if key == ids.tobytes()}
+
+
 def psnr(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
     error = np.square(wanted.astype(float) - found).mean(axis=(1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(error, 1e-6))
@@ -94,12 +104,11 @@ def quality(run: Path) -> dict[str, Any]:
     classifier = metrics.Classifier.load(run / "evaluation" / "classifier")
     known = [(text, wanted) for held in (False, True) for wanted, text in flowers.prompts(128, 1001, held)]
     texts, wanted = [text for text, _ in known], [attributes for _, attributes in known]
-    scale = 3.0
-    drawn = {arm: draw(arm, stock, compiled, texts, scale, batch_size=32) for arm in ARMS}
+    drawn = {arm: draw(arm, stock, compiled, texts, DEMO_GUIDANCE, batch_size=32) for arm in ARMS}
     nearness = {arm: psnr(drawn["stock"][::16], drawn[arm][::16]) for arm in GOALS}
     following = {arm: metrics.prompt_following(classifier, pictures, wanted) for arm, pictures in drawn.items()}
     return {
-        "guidance_scale": scale, "prompts": len(texts),
+        "guidance_scale": DEMO_GUIDANCE, "prompts": len(texts),
         "psnr_to_stock_worst_of_16_db": {arm: round(float(values.min()), 1) for arm, values in nearness.items()},
         "prompt_following": {
             arm: {name: round(share, 3) for name, share in shares.items()} for arm, shares in following.items()

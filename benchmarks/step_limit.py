@@ -1,11 +1,13 @@
 """Our training step against the bare step: what data, EMA, clipping, schedule and logging cost.
 
-python benchmarks/step_limit.py [blocks]
+python benchmarks/step_limit.py [blocks] [demo | card] [no | bf16]
 
-At the demo's size and batch, in one run: blocks of ten steps of `train_unet.py`'s own `train_step`, with its logging to
-metrics.jsonl and MLflow (SQLite), alternate with blocks of ten bare forward, backward and AdamW steps of an equal UNet.
+At the demo's size and batch, or at the model card's with a batch of 8, in one run: blocks of steps of `train_unet.py`'s own
+`train_step`, with its logging to metrics.jsonl and MLflow (SQLite), alternate with blocks of bare forward, backward and AdamW
+steps of an equal UNet in the same precision.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -15,57 +17,66 @@ from pathlib import Path
 import numpy as np
 from common import keep
 
-STEPS = 10  # a block: one of them logs
+SIZES = {"demo": ("demo", 32, 10), "card": ("flowers", 8, 2)}  # recipe, batch, steps a block, of which one logs
 
 
 def main() -> None:
     blocks = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    size = sys.argv[2] if len(sys.argv) > 2 else "demo"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = sys.argv[3] if len(sys.argv) > 3 else "no"
     import torch
-    from diffusers.training_utils import EMAModel
 
     import train_unet
     from t2i import config, models, tracking, training
     from t2i.caches import TextCache
     from t2i.distributed import make_accelerator
+    from t2i.prefetch import Ahead
 
-    recipe = config.load_recipe("demo")
+    name, batch, steps = SIZES[size]
+    recipe = config.load_recipe(name)
     settings = recipe.train_unet
-    settings.max_train_steps = 10_000
+    settings.train_batch_size, settings.max_train_steps, settings.logging_steps = batch, 10_000, steps
     accelerator = make_accelerator(settings)
     scheduler = models.build_noise_scheduler(recipe.unet)
-    side, channels, width = 16, recipe.vae.latent_channels, recipe.unet.text_hidden_size
+    side, channels = 16, recipe.vae.latent_channels
+    width, length = (768, 77) if size == "card" else (recipe.unet.text_hidden_size, recipe.unet.text_max_length)
+    count = 4000 if size == "demo" else 400
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        caches = {"train": (stored(folder / "latents.npy", (4000, 2, 2 * channels, side, side), np.float32),
-                            TextCache(stored(folder / "text.npy", (4000, recipe.unet.text_max_length, width), np.float16),
-                                      np.arange(4000)))}  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        caches = {"train": (stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32),
+                            TextCache(stored(folder / "text.npy", (count, length, width), np.float16),
+                                      np.arange(count)))}  # fmt: skip
         unet = models.build_unet(recipe.unet, side, channels, width).train()
         parameters = list(unet.parameters())
         optimizer, schedule = training.build_optimizer(parameters, settings, 10_000)
-        ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
+        ema = training.Average(parameters, decay=settings.ema_decay)
         model, optimizer = accelerator.prepare(unet, optimizer)
         trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
-        given = train_unet.Inputs(scheduler, caches, 1.0, [""] * 4000)
+        given = train_unet.Inputs(scheduler, caches, 1.0, [""] * count)
+        batches = Ahead(
+            lambda number: train_unet.make_batch(given, settings, number, 0, accelerator), 10_000, in_thread=False
+        )
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         tracker = tracking.Tracker(folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri)
 
         bare = models.build_unet(recipe.unet, side, channels, width).train()
         bare_optimizer, _ = training.build_optimizer(bare.parameters(), settings, 10_000)
-        batch = settings.train_batch_size
         noisy, target = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
-        timesteps, context = torch.randint(0, 1000, (batch,)), torch.randn(batch, recipe.unet.text_max_length, width)
+        timesteps, context = torch.randint(0, 1000, (batch,)), torch.randn(batch, length, width)
 
         def ours(start: int) -> None:
-            for step in range(start, start + STEPS):
-                loss, norm = train_unet.train_step(trained, given, settings, step, accelerator)
+            for step in range(start, start + steps):
+                loss, norm = train_unet.train_step(trained, batches, given, settings, step, accelerator)
                 if (step + 1) % settings.logging_steps == 0:
                     row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
-                    train_unet.record(row, step + 1, folder / "run", tracker, True)
+                    training.record(row, step + 1, folder / "run", tracker, True)
 
         def limit() -> None:
-            for _ in range(STEPS):
-                loss = (bare(noisy, timesteps, context).sample - target).square().mean()
+            for _ in range(steps):
+                with accelerator.autocast():
+                    prediction = bare(noisy, timesteps, context).sample
+                loss = (prediction.float() - target).square().mean()
                 loss.backward()
                 bare_optimizer.step()
                 bare_optimizer.zero_grad()
@@ -74,16 +85,21 @@ def main() -> None:
         for block in range(blocks + 1):
             for arm in ("ours", "bare") if block % 2 else ("bare", "ours"):
                 start = time.perf_counter()
-                ours(block * STEPS) if arm == "ours" else limit()
+                ours(block * steps) if arm == "ours" else limit()
                 if block:  # the first warms up
-                    seconds[arm].append((time.perf_counter() - start) / STEPS)
+                    seconds[arm].append((time.perf_counter() - start) / steps)
+                else:
+                    batches.waited = 0.0
         tracker.finish()
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     shown = {f"seconds_per_step_{arm}": round(value, 4) for arm, value in medians.items()}
     keep(
-        "step_limit",
-        {"ratio": round(medians["ours"] / medians["bare"], 4), "goal": 1.05, "batch": batch, "blocks": blocks, **shown},
-    )
+        "step_limit" if size == "demo" else f"step_limit_{size}_{accelerator.mixed_precision}",
+        {
+            "ratio": round(medians["ours"] / medians["bare"], 4), "goal": 1.05, "batch": batch, "blocks": blocks, **shown,
+            "share_waiting_for_data": round(batches.waited / steps / sum(seconds["ours"]), 4),
+        },
+    )  # fmt: skip
 
 
 def stored(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:

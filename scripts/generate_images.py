@@ -27,7 +27,7 @@ class Options:
     negative_prompt: str = ""  # what to stay away from
     guidance_scale: NonNegative = 7.5  # how strongly to follow the prompt; 1: without guidance
     preset: Literal["exact", "fast", "draft"] = (
-        "exact"  # ddim 30, dpm++ 10 or dpm++ 5 steps, where the next two do not say
+        "exact"  # ddim 30, unipc 8 or unipc 3 steps, where the next two do not say
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
     scheduler: str | None = (

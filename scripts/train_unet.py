@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i import cards
 from t2i.config import Recipe, TrainUnetConfig, parse, to_dict
+from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from t2i.caches import TextCache
     from t2i.training import Trained
+
+    Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # as `make_batch` gives it
 
 
 @dataclass
@@ -56,7 +59,6 @@ def main() -> None:
 
     # data
     import torch
-    from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
     from t2i import data, models, stopping, training, zero
@@ -108,7 +110,7 @@ def main() -> None:
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
     zero.cast_inputs(model)
-    ema = EMAModel(zero.masters(model, parameters), decay=config.ema_decay, foreach=True) if config.use_ema else None
+    ema = training.Average(zero.masters(model, parameters), decay=config.ema_decay) if config.use_ema else None
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
     given = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
@@ -129,14 +131,18 @@ def main() -> None:
     )
 
     # loop
-    stopped = False
+    stopped, parts = False, config.gradient_accumulation_steps
+    batches = Ahead(
+        lambda number: make_batch(given, config, *divmod(number, parts), accelerator), steps * parts,
+        in_thread=accelerator.device.type != "cpu",
+    )  # fmt: skip
     with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
             range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
             disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
         )  # fmt: skip
         for step in progress:
-            loss, norm = train_step(trained, given, config, step, accelerator)
+            loss, norm = train_step(trained, batches, given, config, step, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
@@ -171,7 +177,10 @@ def main() -> None:
         training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
-    results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
+    results = {
+        "train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count,
+        "seconds_waited_for_data": round(batches.waited, 3),
+    }  # fmt: skip
     finish(run, trained, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
     push(folder, config, accelerator)
 
@@ -330,7 +339,7 @@ def cache_inputs(
 
 
 def train_step(
-    trained: "Trained", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any
+    trained: "Trained", batches: "Ahead[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any
 ) -> "tuple[torch.Tensor, float]":
     """One weight update: forward, backward, and `training.update`. Returns loss and gradient norm."""
     import torch
@@ -340,7 +349,7 @@ def train_step(
 
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
-        batch = make_batch(given, config, step, micro, accelerator)
+        batch = batches.take(step * config.gradient_accumulation_steps + micro)
         with accelerator.accumulate(trained.model):
             loss = denoising_loss(trained.model, given.scheduler, *batch, config.snr_gamma).mean()
             accelerator.backward(loss)

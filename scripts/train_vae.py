@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import TrainVaeConfig, parse, to_dict
+from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ def main() -> None:
 
     # data
     import torch
-    from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
     from t2i import data, models, stopping, training
@@ -86,7 +86,7 @@ def main() -> None:
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer, schedule = training.build_optimizer(parameters, config, steps)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    ema = training.Average(parameters, decay=config.ema_decay) if config.use_ema else None
 
     # prepare
     module = models.Autoencoder(vae)
@@ -101,14 +101,18 @@ def main() -> None:
     )
 
     # loop
-    stopped = False
+    stopped, parts = False, config.gradient_accumulation_steps
+    batches = Ahead(
+        lambda number: make_batch(train, config, recipe.data.random_flip, number, vae, accelerator), steps * parts,
+        in_thread=accelerator.device.type != "cpu",
+    )  # fmt: skip
     with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
             range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
             disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
         )  # fmt: skip
         for step in progress:
-            terms = train_step(trained, splits.train, config, recipe.data.random_flip, step, accelerator)
+            terms = train_step(trained, batches, train, config, step, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in terms.items()}
@@ -159,7 +163,12 @@ def main() -> None:
 
 
 def train_step(
-    trained: "Trained", train: "Split", config: TrainVaeConfig, flip: bool, step: int, accelerator: Any
+    trained: "Trained",
+    batches: "Ahead[tuple[torch.Tensor, torch.Tensor]]",
+    train: "Split",
+    config: TrainVaeConfig,
+    step: int,
+    accelerator: Any,
 ) -> dict[str, "torch.Tensor"]:
     """One weight update: forward, backward, and `training.update`. Returns the loss and its terms."""
     from t2i.training import update
@@ -167,7 +176,7 @@ def train_step(
     total: dict[str, torch.Tensor] = {}
     numbers = [step * config.gradient_accumulation_steps + micro for micro in range(config.gradient_accumulation_steps)]
     for number in numbers:
-        pixels, noise = make_batch(train, config, flip, number, trained.module, accelerator)
+        pixels, noise = batches.take(number)
         with accelerator.accumulate(trained.model):
             reconstruction, mean, log_variance = trained.model(pixels, noise)
             terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)

@@ -147,14 +147,14 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     trained = training.Trained("unet", None, None, [], optimizer, step, step)
     given = train_unet.Inputs(None, {"train": (np.zeros(8), None)}, 1.0, [f"id{number}" for number in range(8)])
     settings = config.TrainUnetConfig(train_batch_size=2)
-    monkeypatch.setattr(train_unet, "make_batch", lambda *_: ())
+    batches = SimpleNamespace(take=lambda number: ())
     monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.ones(1))
-    train_unet.train_step(trained, given, settings, 0, accelerator)
+    train_unet.train_step(trained, batches, given, settings, 0, accelerator)
     assert (trained.skipped["overflow"], moved) == ((0, ["moved", "moved"]) if norm == 1.0 else (1, []))
     if norm != 1.0:  # and where the loss itself is no number, it is not the gradients' scale: samples are named
         monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.full((1,), float("nan")))
         with pytest.raises(UserError, match="no number at step 2, with the training samples id"):
-            train_unet.train_step(trained, given, settings, 1, accelerator)
+            train_unet.train_step(trained, batches, given, settings, 1, accelerator)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder as OpenVINO models of static shape.
 
 They stand in for the stock pipeline's modules, so that prompts, noise, schedule and guidance stay those of diffusers. `export`
-writes them into a pipeline folder (`openvino/`), where they count while the weights beside them are those they were made from.
+writes them into a pipeline folder (`openvino/`), where they count while the weights beside them are those they were made from;
+its convolutions compute in 8 bits where pictures stay the same (`t2i/quantization.py`).
 """
 
 import hashlib
@@ -11,11 +12,14 @@ import uuid
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.upsampling import Upsample2D
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from t2i import models
@@ -29,6 +33,7 @@ WEIGHTS = {  # what is compiled, and the weights that it is made from
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
 }
 BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO knows them by model, processor and version
+TEXTS_KEPT = 64  # encoded prompts, 0.24 MB each of CLIP ViT-L/14
 SAMPLE = 1 << 20  # bytes at each end of a file of weights that tell it from another
 
 
@@ -43,14 +48,26 @@ class Network:
 
 
 class CompiledText(torch.nn.Module):
-    """The text encoder at the stock pipeline's call: token ids [B, L] -> (hidden states [B, L, D],)."""
+    """The text encoder at the stock pipeline's call: token ids [B, L] -> (hidden states [B, L, D],).
+
+    What was encoded is kept: every picture has the empty prompt, and many have the last one's.
+    """
 
     def __init__(self, network: Network, config: Any):
         super().__init__()
         self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+        self.known: dict[bytes, torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> tuple[torch.Tensor]:
-        return (torch.cat([self.network(row.numpy()) for row in input_ids.split(1)]),)
+        return (torch.cat([self._encode(row.numpy()) for row in input_ids.split(1)]),)
+
+    def _encode(self, ids: np.ndarray) -> torch.Tensor:
+        key = ids.tobytes()
+        hidden = self.known.pop(key, None)
+        self.known[key] = self.network(ids).clone() if hidden is None else hidden  # the newest stands last
+        if len(self.known) > TEXTS_KEPT:
+            del self.known[next(iter(self.known))]
+        return self.known[key]
 
 
 class CompiledUnet(torch.nn.Module):
@@ -133,21 +150,22 @@ def is_exported(folder: Path) -> bool:
         return False
 
 
-def export(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
+def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float = 7.5) -> Path:
     """Write the models of `pipeline`, as loaded from `folder`, into that folder; returns theirs. Old ones are replaced at the end.
 
-    Raises `UserError` where OpenVINO is not installed.
+    guidance_scale: of the pictures that decide which parts may compute in 8 bits. Raises `UserError` where OpenVINO is not installed.
     """
     openvino = _openvino()
+    from t2i.quantization import quantise
+
+    made, int8, decibels = quantise(convert(pipeline), lambda networks: _around(pipeline, networks), guidance_scale)
     part = folder / f".{FOLDER}.{uuid.uuid4().hex[:8]}.part"
     part.mkdir()
     try:
-        for name, model in convert(pipeline).items():
-            openvino.save_model(
-                model, part / f"{name}.xml", compress_to_fp16=True
-            )  # half the bytes to keep and to send
+        for name, model in made.items():  # half the bytes to keep and to send
+            openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)
         known = {"weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
-        write_json(part / "engine.json", {**known, "openvino": openvino.__version__})
+        write_json(part / "engine.json", {**known, "openvino": openvino.__version__, "int8": int8, "psnr_db": decibels})
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         os.replace(part, folder / FOLDER)
     finally:
@@ -157,17 +175,20 @@ def export(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
 
 def load_exported(folder: Path) -> StableDiffusionPipeline:
     """The stock pipeline around the compiled models in `folder`; the weights beside them are not read."""
-    networks = {name: _compile(folder / FOLDER / f"{name}.xml") for name in WEIGHTS}
+    networks = {name: compile_model(folder / FOLDER / f"{name}.xml") for name in WEIGHTS}
     return _pipeline(
         networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
         UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"), DDIMScheduler.from_pretrained(folder / "scheduler"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), _scheduler(folder),
     )  # fmt: skip
 
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """The same pipeline with its modules compiled in memory, which takes some seconds."""
-    networks = {name: _compile(model) for name, model in convert(pipeline).items()}
+    return _around(pipeline, {name: compile_model(model) for name, model in convert(pipeline).items()})
+
+
+def _around(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> StableDiffusionPipeline:
     return _pipeline(
         networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
         pipeline.tokenizer, pipeline.scheduler,
@@ -188,7 +209,8 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
         "unet": (_Unet(unet), (latents, torch.tensor(1.0), context)),
         "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],)),
     }
-    with warnings.catch_warnings():  # what tracing takes for constants is the shape, which is one
+    with warnings.catch_warnings(), patch.object(Upsample2D, "forward", _upsample):
+        # what tracing takes for constants is the shape, which is one
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return {
             name: openvino.convert_model(
@@ -198,7 +220,36 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
         }
 
 
-def _compile(model: Any) -> Network:
+_stock_upsample = Upsample2D.forward
+
+
+def _upsample(
+    self: Upsample2D, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **options: Any
+) -> torch.Tensor:
+    """diffusers' upsampling with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
+
+    Each pixel of the larger image stands beside a copy of itself, so that of a 3 x 3 convolution's weights two rows or columns
+    meet the same value and are added beforehand: four 2 x 2 convolutions, one for each place in a 2 x 2 block.
+    """
+    convolution = getattr(self, "conv", None)
+    stock = self.norm is not None or not self.interpolate or output_size is not None
+    if stock or not isinstance(convolution, torch.nn.Conv2d) or convolution.kernel_size != (3, 3):
+        return _stock_upsample(self, hidden_states, output_size, *args, **options)
+    blocks = []
+    for y, rows in enumerate(_pairs(convolution.weight, 2)):
+        for x, weight in enumerate(_pairs(rows, 3)):
+            padded = torch.nn.functional.pad(hidden_states, (1 - x, x, 1 - y, y))
+            blocks.append(torch.nn.functional.conv2d(padded, weight, convolution.bias))
+    return torch.nn.functional.pixel_shuffle(torch.stack(blocks, 2).flatten(1, 2), 2)
+
+
+def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three weights along `dim` as the two that even pixels meet (before, here), and odd ones (here, after)."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+
+def compile_model(model: Any) -> Network:
     """model: of OpenVINO, or its file. In bf16 where the processor computes in it, else in float32."""
     openvino = _openvino()
     core = openvino.Core()
@@ -210,7 +261,7 @@ def _compile(model: Any) -> Network:
 
 
 def _pipeline(
-    networks: dict[str, Network], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
+    networks: dict[str, Any], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
 ) -> StableDiffusionPipeline:
     return models.build_pipeline(
         CompiledVae(networks["vae_decoder"], FrozenDict(vae)),
@@ -219,6 +270,12 @@ def _pipeline(
         CompiledUnet(networks["unet"], FrozenDict(unet), weights_hash),
         scheduler,
     )
+
+
+def _scheduler(folder: Path) -> Any:
+    """The scheduler that the pipeline in `folder` was saved with."""
+    name = StableDiffusionPipeline.load_config(folder)["scheduler"][1]
+    return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ SCHEDULERS = {
 }
 
 # scheduler and denoising steps: exact is what training and evaluation draw with, the others are for a processor in a hurry
-PRESETS = {"exact": ("ddim", 30), "fast": ("dpm++", 10), "draft": ("dpm++", 5)}
+PRESETS = {"exact": ("ddim", 30), "fast": ("unipc", 8), "draft": ("unipc", 3)}
 
 # what Pillow and json raise for files that are no whole PNG with parameters
 DAMAGE = (

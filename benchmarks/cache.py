@@ -1,0 +1,74 @@
+"""Computing the caches of a training against the bare encoders, at the model card's sizes.
+
+python benchmarks/cache.py [images] [rounds]
+
+Ours: `cache_latents` and `cache_text` as train_unet.py calls them, from uint8 images and captions to files. Bare: the same VAE
+and text encoder on tensors that are there. Batches of 32, fp32, alternating in one run, medians.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+from card_model import save_card_model
+from common import ROOT, keep
+
+BATCH = 32
+
+
+def main() -> None:
+    images = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    from t2i.distributed import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from t2i import caches, sampling
+    from t2i.models import encode_captions
+
+    pipeline = sampling.load_pipeline(save_card_model(ROOT / ".cache" / "benchmark_generate" / "model"))
+    vae, text_encoder, tokenizer = pipeline.vae.eval(), pipeline.text_encoder.eval(), pipeline.tokenizer
+    del pipeline
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 128, 128, 3), np.uint8)
+    captions = [f"a photo of flower number {number}" for number in range(images - 1)]  # and the empty one
+    tensors = caches.to_pixels(pixels)
+    seconds: dict[str, list[float]] = {}
+
+    @torch.no_grad()
+    def bare(what: str) -> None:
+        for start in range(0, images, BATCH):
+            if what == "latents":
+                vae.encode(tensors[start : start + BATCH])
+            else:
+                encode_captions(text_encoder, tokenizer, ["", *captions][start : start + BATCH])
+
+    def ours(what: str, folder: str) -> None:
+        if what == "latents":
+            caches.cache_latents(pixels, {}, vae, folder, flip=False, batch_size=BATCH, say=lambda _: None)
+        else:
+            caches.cache_text(captions, {}, text_encoder, tokenizer, folder, batch_size=BATCH, say=lambda _: None)
+
+    for number in range(rounds + 1):
+        for what in ("latents", "text"):
+            for arm in ("ours", "bare") if number % 2 else ("bare", "ours"):
+                with tempfile.TemporaryDirectory() as folder:
+                    start = time.perf_counter()
+                    ours(what, folder) if arm == "ours" else bare(what)
+                    if number:  # the first warms up
+                        seconds.setdefault(f"{what}_{arm}", []).append((time.perf_counter() - start) / images)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {what: round(medians[f"{what}_bare"] / medians[f"{what}_ours"], 3) for what in ("latents", "text")}
+    keep(
+        "cache",
+        {
+            "ratio": min(ratios.values()), "goal": 0.9, "ratios": ratios, "images": images, "rounds": rounds,
+            "images_per_second": {name: round(1 / value, 2) for name, value in medians.items()},
+        },
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Batches that are made in a thread, one ahead of the training, so that a device does not wait for data."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Batch = TypeVar("Batch")
+
+
+class Ahead(Generic[Batch]):
+    """`take(n)` gives batch n and, where `in_thread`, begins with n + 1. What making a batch raises, taking it raises.
+
+    make: the batch of a number, a pure function of it: what is made ahead does not depend on when.
+    in_thread: for a device of its own. Where the processor trains, its threads would only be in each other's way.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], end: int, in_thread: bool):
+        self.make, self.end = make, end  # numbers are below `end`
+        self.waited = 0.0  # seconds that `take` has taken
+        self._pool = ThreadPoolExecutor(1, "batches") if in_thread else None
+        self._coming: dict[int, Future[Batch]] = {}
+
+    def take(self, number: int) -> Batch:
+        start = time.perf_counter()
+        coming = self._coming.pop(number, None)
+        batch = coming.result() if coming else self.make(number)
+        self.waited += time.perf_counter() - start
+        if self._pool and number + 1 < self.end:
+            self._coming = {number + 1: self._pool.submit(self.make, number + 1)}
+        return batch

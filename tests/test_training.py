@@ -1,0 +1,68 @@
+"""What makes a step quick and must change nothing: batches made ahead, the moving average in one pass."""
+
+import threading
+import time
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t2i.prefetch import Ahead
+from t2i.training import Average
+
+
+def test_a_batch_is_made_while_the_one_before_is_trained_on():
+    made, threads = [], set()
+
+    def make(number):
+        made.append(number)
+        threads.add(threading.current_thread())
+        return number * number
+
+    batches = Ahead(make, 4, in_thread=True)
+    assert batches.take(1) == 1
+    for _ in range(200):
+        if made == [1, 2]:
+            break
+        time.sleep(0.01)
+    assert made == [1, 2]
+    assert threading.current_thread() in threads
+    assert len(threads) == 2
+    assert [batches.take(2), batches.take(3)] == [4, 9]
+    assert made == [1, 2, 3]  # there is no batch 4
+    assert batches.take(0) == 0  # any other number is made when asked for
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_what_making_a_batch_raises_arrives_and_waiting_is_counted(in_thread):
+    def make(number):
+        time.sleep(0.02)
+        if number == 1:
+            raise ValueError("image 7 is gone")
+        return number
+
+    batches = Ahead(make, 9, in_thread=in_thread)
+    assert batches.take(0) == 0
+    assert batches.waited >= 0.02
+    with pytest.raises(ValueError, match="image 7 is gone"):
+        batches.take(1)
+    assert batches.take(2) == 2
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0.0, 0.9999), st.integers(1, 30))
+def test_the_average_is_that_of_diffusers(sizes, decay, steps):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    ours, theirs = Average(weights, decay=decay), EMAModel(weights, decay=decay, foreach=True)
+    for _ in range(steps):
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(torch.randn_like(weight))
+        ours.step(weights)
+        theirs.step(weights)
+    for one, other in zip(ours.shadow_params, theirs.shadow_params, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert ours.optimization_step == theirs.optimization_step
