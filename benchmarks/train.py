@@ -2,15 +2,17 @@
 
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [steps] [rounds]
 
-The same drawn flowers, models with random weights, 128 px, batch 8, no gradient checkpointing, no EMA, in fp32 and in
-bf16, alternating. The peer runs unmodified; it needs torchvision, which is put into a folder of its own. A step's seconds are the
-median between the lines in which the processes report their steps, the first two left out. Caching counts as
+The same drawn flowers, models with random weights, 128 px, batch 8, no gradient checkpointing, no EMA, in fp32 and in bf16,
+alternating; then ours alone in both precisions for LOSS_STEPS from the same UNet, for their validation losses. The peer runs
+unmodified; it needs torchvision, which is put into a folder of its own. A step's seconds are the median between the lines in
+which the processes report their steps (the peer each, ours every tenth), the first ones left out. Caching counts as
 measured, over ten epochs.
 """
 
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import yaml
 from card_model import save_card_model
 from common import ROOT, SCRIPTS, keep
 
@@ -27,6 +30,8 @@ IMAGES = 128
 EPOCHS = 10  # over which caching is counted
 BATCH = 8
 WARM = 2  # steps left out
+LOGGED = 10  # steps between two of our lines, as by default
+LOSS_STEPS = 40
 # The CPU build of torchvision is not on the index: this one's Python code runs once two schemas are declared.
 SITE = """
 import importlib.abc, sys
@@ -60,12 +65,13 @@ def main() -> None:
     environment = make_environment(WORK / "peer_environment")
     seconds: dict[str, list[float]] = {}
     caching: list[float] = []
+    shutil.rmtree(WORK / "ours_cache", ignore_errors=True)  # measured anew
     for number in range(rounds):
         for precision in ("no", "bf16"):
             for arm in ("peer", "ours") if number % 2 else ("ours", "peer"):
                 words = [str(peer)] if arm == "peer" else [str(SCRIPTS / "train_unet.py")]
                 words += peer_arguments(model, dataset) if arm == "peer" else our_arguments(model, dataset)
-                words += ["--max_train_steps", str(steps)]
+                words += ["--max_train_steps", str(steps if arm == "peer" else LOGGED * (steps // 4 + 1))]
                 base = environment if arm == "peer" else dict(os.environ)
                 found = run(words, base | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
                 seconds.setdefault(f"{arm}_{precision}", []).extend(found)
@@ -73,6 +79,13 @@ def main() -> None:
                 if arm == "ours" and precision == "no" and not caching:
                     state = json.loads((WORK / "ours" / "run.json").read_text())
                     caching.append(state["seconds"]["cache"] / IMAGES)
+    losses = {}
+    for precision in ("no", "bf16"):
+        words = [str(SCRIPTS / "train_unet.py"), *our_arguments(model, dataset), "--max_train_steps", str(LOSS_STEPS)]
+        words += ["--learning_rate", "1e-4"]
+        run(words, dict(os.environ) | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
+        losses[precision] = json.loads((WORK / "ours" / "run.json").read_text())["val_loss"]
+        print(f"ours {precision}: validation loss {losses[precision]:.5f} after {LOSS_STEPS} steps", flush=True)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     best = min(medians["ours_no"], medians["ours_bf16"])
     each = best / BATCH
@@ -86,6 +99,7 @@ def main() -> None:
             "caching_seconds_per_image": round(caching[0], 4),
             "samples_per_second": round(BATCH / best, 3),
             "seconds_per_step": {arm: round(value, 3) for arm, value in medians.items()},
+            "validation_loss": {**losses, "steps": LOSS_STEPS}, "validation_loss_bf16_to_fp32": losses["bf16"] / losses["no"],
             "batch": BATCH, "steps": steps, "rounds": rounds,
         },
     )  # fmt: skip
@@ -121,21 +135,23 @@ def peer_arguments(model: Path, dataset: Path) -> list[str]:
 
 
 def our_arguments(model: Path, dataset: Path) -> list[str]:
-    """The same; the run folder and its caches are made anew each time."""
-    for name in ("ours", "ours_cache"):
-        subprocess.run(["rm", "-rf", str(WORK / name)], check=True)
-    words = {
-        "config": "flowers", "pretrained_model_name_or_path": model, "vae": model, "text_encoder": model, "dataset": dataset,
-        "dataset_revision": "null", "label_names": "[]", "resolution": 128, "train_batch_size": BATCH, "learning_rate": 1e-5,
-        "max_grad_norm": 0.5, "lr_warmup_steps": 0, "output_dir": WORK / "ours", "cache_dir": WORK / "ours_cache",
-        "seed": 0, "report_to": "mlflow", "logging_steps": 1, "validation_images": 1,
-        "validation_prompts": "[]",
+    """The same, in a new run folder; what a run has cached serves the next one."""
+    shutil.rmtree(WORK / "ours", ignore_errors=True)
+    recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
+    recipe["data"] = {"dataset": str(dataset), "resolution": 128, "cache_dir": str(WORK / "ours_cache")}
+    recipe["vae"] = {"vae": str(model)}
+    recipe["unet"] |= {"pretrained_model_name_or_path": str(model), "text_encoder": str(model)}
+    recipe["train_unet"] |= {
+        "train_batch_size": BATCH, "learning_rate": 1e-5, "max_grad_norm": 0.5, "lr_warmup_steps": 0, "seed": 0,
+        "use_ema": False, "logging_steps": LOGGED, "validation_images": 16, "validation_prompts": [], "report_to": "mlflow",
+        "output_dir": str(WORK / "ours"),
     }  # fmt: skip
-    return [*(text for key, value in words.items() for text in (f"--{key}", str(value))), "--no-use_ema"]
+    (WORK / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", str(WORK / "recipe.yaml")]
 
 
 def run(words: list[str], environment: dict[str, str]) -> list[float]:
-    """Seconds of each step but the first ones, by when a script says that it has done it. Raises `RuntimeError`."""
+    """Seconds of a step, without the first ones, by when a script says which it has done. Raises `RuntimeError`."""
     environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, *words], env=environment, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -153,7 +169,7 @@ def run(words: list[str], environment: dict[str, str]) -> list[float]:
     if process.wait():
         raise RuntimeError(f"{words[0]} ended with {process.returncode}: {last.decode(errors='replace')}")
     known = sorted((number, at) for number, at in times.items() if number >= WARM)
-    return [b[1] - a[1] for a, b in pairwise(known) if b[0] == a[0] + 1]
+    return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(known)]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,16 +245,25 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
-    import torch
-
     from t2i import sampling
 
-    pipeline = sampling.load_pipeline(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load(checkpoint, config.engine)
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
         num_inference_steps=config.num_inference_steps, batch_size=config.eval_batch_size,
     )  # fmt: skip
+
+
+@lru_cache(1)
+def load(checkpoint: Path, engine: str) -> Any:
+    """The checkpoint's pipeline, kept for its next guidance scale."""
+    import torch
+
+    from t2i import sampling
+
+    on_gpu = torch.cuda.is_available() and engine != "openvino"
+    return sampling.load_pipeline(checkpoint, device="cuda" if on_gpu else "cpu", engine=engine)
 
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
@@ -339,7 +349,8 @@ def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scal
     for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        pipeline = sampling.load_pipeline(checkpoint, device=device)
+        engine = config.engine if device == "cpu" else "torch"
+        pipeline = sampling.load_pipeline(checkpoint, device=device, engine=engine)
         for _ in range(2):
             start = time.perf_counter()
             sampling.generate(

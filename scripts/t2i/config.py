@@ -215,6 +215,9 @@ class EvaluateConfig:
     sweep_prompts: Count = 24  # prompts a checkpoint and scale; the best pair is chosen on them
     report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
     eval_batch_size: Count = 32  # pictures at once
+    engine: Literal["auto", "torch", "openvino"] = (
+        "auto"  # on a CPU; openvino compiles each checkpoint, which pays with large UNets
+    )
     eval_seed: Natural = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
     classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
