@@ -19,8 +19,8 @@ BATCH = 32
 
 
 def main() -> None:
-    images = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    images = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
     from t2i.distributed import quiet_libraries
 
     quiet_libraries()

@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,9 @@ class Prompts:
     held_out: list[bool]  # whether the combination of attributes never occurred in training
 
 
+_kept: dict[Path, Any] = {}  # the pipeline that was drawn with last
+
+
 def main() -> None:
     argv = sys.argv[1:]
     model = option(argv, "model")
@@ -54,11 +56,15 @@ def main() -> None:
     from t2i.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i import cards, data
+    from t2i import cards, data, engines
 
+    if config.engine == "openvino":
+        engines.import_openvino()  # refused now, not after the classifier
     splits = data.load_splits(recipe.data)
     folder = run / "evaluation"
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "model"}
+    if config.engine != "openvino":
+        del settings["engine"]  # the others draw alike
     inputs = {
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
@@ -255,15 +261,17 @@ def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfi
     )  # fmt: skip
 
 
-@lru_cache(1)
 def load(checkpoint: Path, engine: str) -> Any:
     """The checkpoint's pipeline, kept for its next guidance scale."""
     import torch
 
     from t2i import sampling
 
-    on_gpu = torch.cuda.is_available() and engine != "openvino"
-    return sampling.load_pipeline(checkpoint, device="cuda" if on_gpu else "cpu", engine=engine)
+    if checkpoint not in _kept:
+        _kept.clear()  # before loading: both at once may not fit
+        on_gpu = torch.cuda.is_available() and engine != "openvino"
+        _kept[checkpoint] = sampling.load_pipeline(checkpoint, device="cuda" if on_gpu else "cpu", engine=engine)
+    return _kept[checkpoint]
 
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
@@ -340,17 +348,17 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 
 
 def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scale: float) -> dict[str, float | None]:
-    """Seconds for a single picture, second of two, on the CPU and on a GPU if there is one."""
+    """Seconds for a single picture by torch, second of two, on the CPU and on a GPU if there is one."""
     import torch
 
     from t2i import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
+    _kept.clear()
     for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        engine = config.engine if device == "cpu" else "torch"
-        pipeline = sampling.load_pipeline(checkpoint, device=device, engine=engine)
+        pipeline = sampling.load_pipeline(checkpoint, device=device)
         for _ in range(2):
             start = time.perf_counter()
             sampling.generate(

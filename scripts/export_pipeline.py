@@ -34,8 +34,9 @@ def main() -> None:
     quiet_libraries()
     from t2i import engines, sampling
 
-    settings = found[0].parent / "config.yaml"  # of the run whose pipeline it is
-    scale = load_recipe(str(settings)).train_unet.guidance_scale if settings.is_file() else 7.5
+    run = found[0].resolve().parent
+    trained = (run / "run.json").is_file() and (run / "config.yaml").is_file()
+    scale = load_recipe(str(run / "config.yaml")).train_unet.guidance_scale if trained else 7.5
     folder = engines.export(sampling.load_pipeline(found[0]), found[0], scale)
     size = sum(file.stat().st_size for file in folder.iterdir())
     known = read_json(folder / "engine.json")

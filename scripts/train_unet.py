@@ -177,10 +177,7 @@ def main() -> None:
         training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
-    results = {
-        "train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count,
-        "seconds_waited_for_data": round(batches.waited, 3),
-    }  # fmt: skip
+    results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
     finish(run, trained, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
     push(folder, config, accelerator)
 

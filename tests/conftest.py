@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,11 @@ def workspace(tmp_path_factory, command, launcher):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             train_workspace(part, command, launcher).rename(trained)
-    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("workspace") / "run"))
+    own = Path(shutil.copytree(trained, tmp_path_factory.mktemp("workspace") / "run"))
+    with closing(sqlite3.connect(own / "mlflow.db")) as store, store:  # MLflow keeps whole paths
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (f"{trained}.part", str(own)))
+    return own
 
 
 def train_workspace(folder, command, launcher):

@@ -119,6 +119,18 @@ def test_half_of_compiled_models_do_not_count(exported, tmp_path):
     assert not is_compiled(sampling.load_pipeline(run, engine="auto"))
 
 
+def test_damaged_compiled_models_get_a_sentence_and_old_ones_do_not_count(exported, tmp_path):
+    run = tmp_path / "unet"
+    shutil.copytree(exported, run)
+    network = run / "pipeline" / "openvino" / "unet.xml"
+    network.write_bytes(network.read_bytes()[:2000])
+    with pytest.raises(UserError, match="compiled models in .*openvino cannot be loaded .*or take --engine torch"):
+        sampling.load_pipeline(run, engine="auto")
+    engine = network.with_name("engine.json")
+    engine.write_text(json.dumps(json.loads(engine.read_text()) | {"format": 1}))
+    assert not is_compiled(sampling.load_pipeline(run, engine="auto"))
+
+
 def test_a_checkpoint_is_compiled_on_demand_alone(exported):
     checkpoint = exported / "checkpoint-000004"
     assert not is_compiled(sampling.load_pipeline(checkpoint, engine="auto"))

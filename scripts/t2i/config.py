@@ -216,7 +216,7 @@ class EvaluateConfig:
     report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
     eval_batch_size: Count = 32  # pictures at once
     engine: Literal["auto", "torch", "openvino"] = (
-        "auto"  # on a CPU; openvino compiles each checkpoint, which pays with large UNets
+        "auto"  # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
     )
     eval_seed: Natural = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier

@@ -33,6 +33,7 @@ WEIGHTS = {  # what is compiled, and the weights that it is made from
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
 }
 BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO knows them by model, processor and version
+FORMAT = 2  # of exported models; others are made anew
 TEXTS_KEPT = 64  # encoded prompts, 0.24 MB each of CLIP ViT-L/14
 SAMPLE = 1 << 20  # bytes at each end of a file of weights that tell it from another
 
@@ -145,7 +146,8 @@ def is_exported(folder: Path) -> bool:
     files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
     try:
         known = read_json(folder / FOLDER / "engine.json")
-        return all(file.is_file() for file in files) and known.get("weights") == _fingerprints(folder)
+        fresh = known.get("format") == FORMAT and known.get("weights") == _fingerprints(folder)
+        return fresh and all(file.is_file() for file in files)
     except (UserError, OSError, AttributeError):
         return False
 
@@ -155,7 +157,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
 
     guidance_scale: of the pictures that decide which parts may compute in 8 bits. Raises `UserError` where OpenVINO is not installed.
     """
-    openvino = _openvino()
+    openvino = import_openvino()
     from t2i.quantization import quantise
 
     made, int8, decibels = quantise(convert(pipeline), lambda networks: _around(pipeline, networks), guidance_scale)
@@ -164,7 +166,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
     try:
         for name, model in made.items():  # half the bytes to keep and to send
             openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)
-        known = {"weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
+        known = {"format": FORMAT, "weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
         write_json(part / "engine.json", {**known, "openvino": openvino.__version__, "int8": int8, "psnr_db": decibels})
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         os.replace(part, folder / FOLDER)
@@ -198,7 +200,7 @@ def _around(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> Stab
 @torch.no_grad()
 def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     """The pipeline's parts as OpenVINO models of static shape: two samples for the UNet, one for the others."""
-    openvino = _openvino()
+    openvino = import_openvino()
     unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
     side, channels, length = unet.config.sample_size, unet.config.in_channels, pipeline.tokenizer.model_max_length
     latents = torch.zeros(2, channels, side, side)
@@ -251,7 +253,7 @@ def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def compile_model(model: Any) -> Network:
     """model: of OpenVINO, or its file. In bf16 where the processor computes in it, else in float32."""
-    openvino = _openvino()
+    openvino = import_openvino()
     core = openvino.Core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
@@ -291,7 +293,8 @@ def _fingerprints(folder: Path) -> dict[str, str]:
     return found
 
 
-def _openvino() -> Any:
+def import_openvino() -> Any:
+    """OpenVINO, or a `UserError` where it is not installed."""
     try:
         import openvino
     except ImportError:

@@ -2,7 +2,7 @@
 
 NNCF, OpenVINO's own quantiser, puts rounding before the convolutions of UNet and decoder, its ranges taken from what they saw
 in some pictures. All that is added, normalised or attended to keeps its precision: with the timestep or the residual stream in
-8 bits as well the demo's pictures fell to 12 dB of the stock ones, with convolutions alone they stay above 40.
+8 bits as well the demo's pictures fell to 12 dB of the stock ones, with convolutions alone they stay above 35.
 """
 
 import logging

@@ -37,7 +37,14 @@ def load_pipeline(
     folder = Path(model).expanduser()
     compiled = engine != "torch" and _exported(folder, weights, device, engine)
     if compiled:
-        pipeline = engines.load_exported(compiled)
+        try:
+            pipeline = engines.load_exported(compiled)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the compiled models in {compiled / engines.FOLDER} cannot be loaded ({reason}); run make export "
+                f"MODEL={compiled}, or take --engine torch"
+            ) from None
     elif folder.is_dir():
         pipeline = _load_folder(folder, weights)
     elif folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
