@@ -124,7 +124,7 @@ def test_damaged_compiled_models_get_a_sentence_and_old_ones_do_not_count(export
     shutil.copytree(exported, run)
     network = run / "pipeline" / "openvino" / "unet.xml"
     network.write_bytes(network.read_bytes()[:2000])
-    with pytest.raises(UserError, match="compiled models in .*openvino cannot be loaded .*or take --engine torch"):
+    with pytest.raises(UserError, match=r"compiled models in .*openvino cannot be loaded .*or take --engine torch"):
         sampling.load_pipeline(run, engine="auto")
     engine = network.with_name("engine.json")
     engine.write_text(json.dumps(json.loads(engine.read_text()) | {"format": 1}))
