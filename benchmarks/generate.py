@@ -91,9 +91,11 @@ def forget(compiled: Any) -> None:
     compiled.text_encoder.known = {key: hidden for key, hidden in known.items() if key == ids.tobytes()}
 
 
-def psnr(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
-    error = np.square(wanted.astype(float) - found).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-6))
+def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
+    """PSNR in dB, [N], of pictures uint8 [N, R, R, 3]."""
+    from t2i import caches, metrics
+
+    return metrics.psnr(caches.to_pixels(wanted), caches.to_pixels(found))
 
 
 def quality(run: Path) -> dict[str, Any]:

@@ -34,9 +34,6 @@ class Prompts:
     held_out: list[bool]  # whether the combination of attributes never occurred in training
 
 
-_kept: dict[Path, Any] = {}  # the pipeline that was drawn with last
-
-
 def main() -> None:
     argv = sys.argv[1:]
     model = option(argv, "model")
@@ -56,9 +53,11 @@ def main() -> None:
     from t2i.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i import cards, data, engines
+    from t2i import cards, data
 
     if config.engine == "openvino":
+        from t2i import engines
+
         engines.import_openvino()  # refused now, not after the classifier
     splits = data.load_splits(recipe.data)
     folder = run / "evaluation"
@@ -259,6 +258,9 @@ def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfi
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
         num_inference_steps=config.num_inference_steps, batch_size=config.eval_batch_size,
     )  # fmt: skip
+
+
+_kept: dict[Path, Any] = {}  # the pipeline that was drawn with last
 
 
 def load(checkpoint: Path, engine: str) -> Any:

@@ -10,7 +10,7 @@ longer; the same command makes them anew.
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i.config import check_options, load_recipe, parse_options
+from t2i.config import Recipe, check_options, load_recipe, parse_options
 from t2i.runs import UserError, read_json, run_main
 
 
@@ -36,7 +36,8 @@ def main() -> None:
 
     run = found[0].resolve().parent
     trained = (run / "run.json").is_file() and (run / "config.yaml").is_file()
-    scale = load_recipe(str(run / "config.yaml")).train_unet.guidance_scale if trained else 7.5
+    recipe = load_recipe(str(run / "config.yaml")) if trained else Recipe()
+    scale = recipe.train_unet.guidance_scale
     folder = engines.export(sampling.load_pipeline(found[0]), found[0], scale)
     size = sum(file.stat().st_size for file in folder.iterdir())
     known = read_json(folder / "engine.json")

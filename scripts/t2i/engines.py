@@ -152,7 +152,7 @@ def is_exported(folder: Path) -> bool:
         return False
 
 
-def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float = 7.5) -> Path:
+def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
     """Write the models of `pipeline`, as loaded from `folder`, into that folder; returns theirs. Old ones are replaced at the end.
 
     guidance_scale: of the pictures that decide which parts may compute in 8 bits. Raises `UserError` where OpenVINO is not installed.

@@ -41,7 +41,9 @@ def quantise(
     of `PROMPTS` at `guidance_scale` stay within `LEAST_DB` of those without. Raises `UserError` where NNCF is not installed.
     """
     nncf = _nncf()
+    from t2i.caches import to_pixels
     from t2i.engines import compile_model
+    from t2i.metrics import psnr
 
     networks: dict[str, Any] = {name: compile_model(model) for name, model in models.items()}
     watched = {name: _Watched(networks[name], EVERY if name == "unet" else 1) for name in PARTS}
@@ -60,7 +62,10 @@ def quantise(
             ignored_scope=scope,
         )
         tried = {**networks, name: compile_model(rounded)}
-        decibels = _psnr(wanted, _draw(build(tried), COMPARED, guidance_scale, STEPS))
+        drawn = _draw(build(tried), COMPARED, guidance_scale, STEPS)
+        decibels = (
+            psnr(to_pixels(wanted), to_pixels(drawn)).min().clamp(max=100.0).item()
+        )  # equal pictures have no end of it
         if decibels >= LEAST_DB:
             networks, worst = tried, round(decibels, 1)
             made[name] = rounded
@@ -89,12 +94,6 @@ def _draw(pipeline: Any, count: int, guidance_scale: float, steps: int) -> np.nd
     return sampling.generate(
         pipeline, PROMPTS[:count], range(count), guidance_scale=guidance_scale, num_inference_steps=steps, batch_size=1, progress=False
     )  # fmt: skip
-
-
-def _psnr(wanted: np.ndarray, found: np.ndarray) -> float:
-    """PSNR in dB of the worst of pictures uint8 [N, R, R, 3]."""
-    error = np.square(wanted.astype(float) - found).mean(axis=(1, 2, 3)).max()
-    return float(10 * np.log10(255**2 / max(error, 1e-6)))
 
 
 def _nncf() -> Any:
