@@ -13,7 +13,7 @@
 # make dashboard what the runs in outputs/ look like
 # make screenshots  the dashboard's pages on the runs in outputs/, wide and narrow, light and dark, into outputs/screenshots
 # make style     ruff and mypy
-# make bench     the benchmarks (benchmarks/README.md)
+# make bench     the benchmarks (benchmarks/README.md); PEER=PATH/train_text_to_image.py: against diffusers' script as well
 
 PYTHON ?= python3
 VENV := .venv
@@ -99,6 +99,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/dashboard_start.py
 	$(BIN)/python benchmarks/captioning.py tiny
 	$(BIN)/python benchmarks/captioning.py base
+	$(BIN)/python benchmarks/step_limit.py 4 card bf16
+	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/memory.py $(PEER)
+	$(if $(PEER),$(BIN)/python benchmarks/train.py $(PEER))
 
 # The environment is made in a folder of its own name and marked ready at the end: an interrupted install is made anew.
 $(READY): requirements.txt scripts/requirements.txt

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def main() -> None:
     dataset = draw(WORK / "dataset")
     environment = make_environment(WORK / "peer_environment")
     seconds: dict[str, list[float]] = {}
-    caching: list[float] = []
+    peaks: dict[str, list[int]] = {}
+    caching: dict[str, float] = {}  # seconds an image
     shutil.rmtree(WORK / "ours_cache", ignore_errors=True)  # measured anew
     for number in range(rounds):
         for precision in ("no", "bf16"):
@@ -74,11 +76,12 @@ def main() -> None:
                 words += ["--max_train_steps", str(steps if arm == "peer" else LOGGED * (steps // 4 + 1))]
                 base = environment if arm == "peer" else dict(os.environ)
                 found = run(words, base | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
-                seconds.setdefault(f"{arm}_{precision}", []).extend(found)
-                print(f"{arm} {precision}: {statistics.median(found):.2f} s a step", flush=True)
-                if arm == "ours" and precision == "no" and not caching:
+                seconds.setdefault(f"{arm}_{precision}", []).extend(found.step_seconds)
+                peaks.setdefault(f"{arm}_{precision}", []).append(found.peak_rss_bytes)
+                print(f"{arm} {precision}: {statistics.median(found.step_seconds):.2f} s a step", flush=True)
+                if arm == "ours" and precision not in caching:
                     state = json.loads((WORK / "ours" / "run.json").read_text())
-                    caching.append(state["seconds"]["cache"] / IMAGES)
+                    caching[precision] = state["seconds"]["cache"] / IMAGES
     losses = {}
     for precision in ("no", "bf16"):
         words = [str(SCRIPTS / "train_unet.py"), *our_arguments(model, dataset), "--max_train_steps", str(LOSS_STEPS)]
@@ -87,16 +90,18 @@ def main() -> None:
         losses[precision] = json.loads((WORK / "ours" / "run.json").read_text())["val_loss"]
         print(f"ours {precision}: validation loss {losses[precision]:.5f} after {LOSS_STEPS} steps", flush=True)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
-    best = min(medians["ours_no"], medians["ours_bf16"])
+    precision = "no" if medians["ours_no"] < medians["ours_bf16"] else "bf16"
+    best = medians[f"ours_{precision}"]
     each = best / BATCH
-    epochs = EPOCHS * each / (caching[0] + EPOCHS * each)  # the share of the time that is training
+    epochs = EPOCHS * each / (caching[precision] + EPOCHS * each)  # the share of the time that is training
     keep(
         "train",
         {
             "ratio": round(medians["peer_no"] / best, 3), "goal": 5.0,
             "ratio_to_bf16": round(medians["peer_bf16"] / best, 3), "goal_to_bf16": 2.3,
             "ratio_with_caching_10_epochs": round(medians["peer_no"] / best * epochs, 3),
-            "caching_seconds_per_image": round(caching[0], 4),
+            "caching_seconds_per_image": {arm: round(value, 4) for arm, value in caching.items()},
+            "peak_rss_bytes": {arm: max(values) for arm, values in peaks.items()},
             "samples_per_second": round(BATCH / best, 3),
             "seconds_per_step": {arm: round(value, 3) for arm, value in medians.items()},
             "validation_loss": {**losses, "steps": LOSS_STEPS}, "validation_loss_bf16_to_fp32": losses["bf16"] / losses["no"],
@@ -150,11 +155,19 @@ def our_arguments(model: Path, dataset: Path) -> list[str]:
     return ["--config", str(WORK / "recipe.yaml")]
 
 
-def run(words: list[str], environment: dict[str, str]) -> list[float]:
-    """Seconds of a step, without the first ones, by when a script says which it has done. Raises `RuntimeError`."""
+@dataclass
+class Measured:
+    """What a process took."""
+
+    step_seconds: list[float]  # between the lines in which it says its steps, the first ones left out
+    peak_rss_bytes: int  # of resident memory
+
+
+def run(words: list[str], environment: dict[str, str], folder: Path = WORK) -> Measured:
+    """Run a training script in `folder` and measure it. Raises `RuntimeError` with its last lines if it fails."""
     environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, *words], env=environment, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *words], env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout
     said, times, last = b"", {}, b""
@@ -166,10 +179,12 @@ def run(words: list[str], environment: dict[str, str]) -> list[float]:
             times.setdefault(number, time.perf_counter())
         last = said[-3000:]
         said = said[-400:]
-    if process.wait():
+    _, status, usage = os.wait4(process.pid, 0)  # which tells this process's memory, as no other call does
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         raise RuntimeError(f"{words[0]} ended with {process.returncode}: {last.decode(errors='replace')}")
     known = sorted((number, at) for number, at in times.items() if number >= WARM)
-    return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(known)]
+    return Measured([(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(known)], 1024 * usage.ru_maxrss)
 
 
 if __name__ == "__main__":

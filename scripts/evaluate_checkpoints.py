@@ -64,6 +64,8 @@ def main() -> None:
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "model"}
     if config.engine != "openvino":
         del settings["engine"]  # the others draw alike
+    if config.preset is None:
+        del settings["preset"]  # evaluations from before there were presets count
     inputs = {
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
@@ -83,13 +85,14 @@ def main() -> None:
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
 
     # sweep
+    scheduler, steps = sampler(run, config)
     cells: list[dict[str, Any]] = []
     prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed, 0)
     sweep = {
         "checkpoints": checkpoints,
         "guidance_scales": config.guidance_scales,
-        "num_inference_steps": config.num_inference_steps,
-        "scheduler": read_json(run / "pipeline" / "scheduler" / "scheduler_config.json")["_class_name"],
+        "num_inference_steps": steps,
+        "scheduler": scheduler,
         "prompts": prompts.texts,
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
@@ -117,7 +120,8 @@ def main() -> None:
         "guidance_scale": scale,
         "checkpoint": best["checkpoint"],
         "prompts": len(prompts.texts),
-        "num_inference_steps": config.num_inference_steps,
+        "num_inference_steps": steps,
+        "scheduler": scheduler,
         "probe_accuracy": accuracy,
         "unseen_images": len(unseen),
         "near_copies_left_out": leaked,
@@ -248,15 +252,29 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     return Prompts([captions[(offset + number) % len(captions)] for number in range(count)], [], [False] * count)
 
 
+def sampler(run: Path, config: EvaluateConfig) -> tuple[str, int]:
+    """What draws: diffusers' name of the scheduler, and denoising steps."""
+    from t2i.pictures import PRESETS, SCHEDULERS
+
+    if config.preset:
+        name, steps = PRESETS[config.preset]
+        return SCHEDULERS[name], steps
+    return read_json(run / "pipeline" / "scheduler" / "scheduler_config.json")[
+        "_class_name"
+    ], config.num_inference_steps
+
+
 def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
     from t2i import sampling
 
+    scheduler, steps = sampler(checkpoint.parent, config)
     pipeline = load(checkpoint, config.engine)
+    pipeline.scheduler = sampling.make_scheduler(scheduler, pipeline.scheduler.config)
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
-        num_inference_steps=config.num_inference_steps, batch_size=config.eval_batch_size,
+        num_inference_steps=steps, batch_size=config.eval_batch_size,
     )  # fmt: skip
 
 
@@ -355,12 +373,13 @@ def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scal
 
     from t2i import sampling
 
+    scheduler, steps = sampler(checkpoint.parent, config)
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
     _kept.clear()
     for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        pipeline = sampling.load_pipeline(checkpoint, device=device)
+        pipeline = sampling.load_pipeline(checkpoint, scheduler=scheduler, device=device)
         for _ in range(2):
             start = time.perf_counter()
             sampling.generate(
@@ -368,7 +387,7 @@ def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scal
                 [prompt],
                 [0],
                 guidance_scale=scale,
-                num_inference_steps=config.num_inference_steps,
+                num_inference_steps=steps,
                 progress=False,
             )
             seconds[f"seconds_per_picture_{name}"] = round(time.perf_counter() - start, 3)

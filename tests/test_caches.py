@@ -1,10 +1,13 @@
 """Caches by content: reuse, refusal of what is stale, the empty caption."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
-from t2i import caches, models
+import train_unet
+from t2i import caches, config, models
 from t2i.config import UnetConfig, VaeConfig
 
 CAPTIONS = ["a red flower", "a blue flower", "a red flower", ""]
@@ -69,3 +72,36 @@ def test_text_is_computed_once_a_caption_with_the_empty_one_first(tmp_path):
     assert text.rows.tolist() == [1, 2, 1, 0]
     expected = models.encode_captions(encoder, tokenizer, ["", "a red flower"]).numpy()
     np.testing.assert_allclose(text.embeddings[:2], expected, atol=5e-3)  # stored as float16
+
+
+def cached_for(folder, precision):
+    """What train_unet.py caches of four noisy images in a training of this precision, and what it says."""
+    recipe = config.Recipe(data=config.DataConfig(cache_dir=str(folder), random_flip=False))
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+
+    class Split(types.SimpleNamespace):
+        def __len__(self):
+            return len(self.pixels)
+
+    split = Split(rows={"caption": CAPTIONS}, pixels=pixels, fingerprint="a")
+    encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
+    said = []
+    accelerator = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, print=said.append)
+    cached = train_unet.cache_inputs(
+        recipe, types.SimpleNamespace(train=split, validation=split),
+        {"vae": make_vae(0), "text_encoder": encoder, "tokenizer": tokenizer},
+        {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"}, accelerator,
+    )["train"]  # fmt: skip
+    return cached, said
+
+
+def test_a_training_in_bf16_caches_in_bf16_near_float32_and_apart_from_it(tmp_path):
+    (latents, text), _ = cached_for(tmp_path, "no")
+    (halved, halved_text), said = cached_for(tmp_path, "bf16")
+    assert said[0].startswith("computing")
+    assert latents.dtype == halved.dtype == np.float32
+    difference = np.square(halved[:, 0, :4] - latents[:, 0, :4]).mean() / np.var(latents[:, 0, :4])
+    assert 0 < difference < 1e-4  # the VAE's own posterior is wider: a thousandth and more
+    np.testing.assert_allclose(halved_text.embeddings, text.embeddings, atol=0.1)
+    _, said = cached_for(tmp_path, "fp16")  # whose range is too small: in float32, as before
+    assert all(line.startswith("reusing") for line in said if "latents" in line or "embeddings" in line)

@@ -115,6 +115,7 @@ def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
     assert "cosine schedule with 500 updates" in row(text, "Optimizer")
     assert row(text, "Train diffuser loss") == "0.2031"
     assert row(text, "Val diffuser loss") == "0.2114"
+    assert row(text, "Scheduler") == "DDIM, 20 steps"
     assert row(text, "Inference time") == "0.81 s a picture on CPU, not measured on GPU"
     assert row(text, "CLIP score") == "not measured"
     assert row(text, "CFG Scale") == "3 (chosen by the evaluation)"

@@ -108,6 +108,20 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     assert "reusing the finished evaluation" in again.stdout
 
 
+def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_path):
+    shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation", "cells"))
+    options = ("--config", workspace / "tiny.yaml", "--model", tmp_path / "unet", "--dataset", workspace / "dataset",
+               "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0)  # fmt: skip
+    command("evaluate_checkpoints.py", *options, cwd=tmp_path)
+    found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
+    for part in ("report", "sweep"):
+        assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
+    card = (tmp_path / "unet/pipeline/README.md").read_text()
+    assert "- **Scheduler**: UniPCMultistep, 3 steps" in card
+    assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card
+    assert "pipeline.scheduler = UniPCMultistepScheduler.from_config" in card
+
+
 def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     options = ("--config", "tiny.yaml", "--output_dir", "out", "--dataset", workspace / "dataset",

@@ -52,6 +52,10 @@ def make_run(folder: Path, **settings) -> Path:
     return run
 
 
+def presets(app: AppTest):
+    return app.get("button_group")[0]
+
+
 def show(**query: str) -> AppTest:
     app = AppTest.from_file(str(APP), default_timeout=120)
     for key, value in query.items():
@@ -164,6 +168,21 @@ def test_what_the_url_says_is_drawn_and_the_file_carries_it(tmp_path, painter):
     assert read_parameters(place.path)["prompt"] == EVIL
     file = Image.open(io.BytesIO(png_bytes(np.zeros((8, 8, 3), np.uint8), {"prompt": EVIL})))
     assert json.loads(file.info["parameters"]) == {"prompt": EVIL}
+
+
+def test_a_preset_fills_the_form_and_shows_when_the_form_is_one(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    assert presets(app).value is None  # as evaluated: DDIM, 4 steps
+    presets(app).set_value("fast").run()
+    assert not app.exception
+    assert (app.selectbox(key="scheduler").value, app.number_input(key="num_inference_steps").value) == ("unipc", 8)
+    place = wait(press(app, DRAW), has_picture) and painter.places[0]
+    assert (place.cell.scheduler, place.cell.num_inference_steps) == ("UniPCMultistepScheduler", 8)
+    app.number_input(key="num_inference_steps").set_value(9)
+    app = wait(press(app, DRAW), lambda app: len(painter.places) == 2)
+    assert painter.places[1].cell.num_inference_steps == 9
+    assert presets(app).value is None
 
 
 @pytest.mark.parametrize(

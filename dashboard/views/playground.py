@@ -19,7 +19,7 @@ from neighbours import show_neighbours
 from PIL import Image
 
 from t2i import cells
-from t2i.pictures import SCHEDULERS, png_bytes
+from t2i.pictures import PRESETS, SCHEDULERS, png_bytes
 from t2i.runs import UserError
 
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
@@ -80,6 +80,12 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     usual = found[0] if found else cells.Cell(first)
     short = {name: key for key, name in SCHEDULERS.items()}
     names = list(SCHEDULERS)
+    chosen = (st.session_state.get("scheduler"), st.session_state.get("num_inference_steps"))
+    st.session_state["_preset"] = next((name for name, preset in PRESETS.items() if preset == chosen), None)
+    st.segmented_control(
+        "Preset", list(PRESETS), key="_preset", on_change=take_preset,
+        help="scheduler and steps: " + ", ".join(f"{name} {one[0]} {one[1]}" for name, one in PRESETS.items()),
+    )  # fmt: skip
     with st.form("_picture"):
         prompt = st.text_area(
             "Prompt", first, key="prompt", bind="query-params", max_chars=MAX_PROMPT, height=80,
@@ -123,6 +129,13 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
 def clean(text: str | None) -> str:
     """A prompt of a URL may be longer than the field takes, or hold lone surrogates, which no file can store."""
     return (text or "")[:MAX_PROMPT].encode("utf-8", "replace").decode("utf-8")
+
+
+def take_preset() -> None:
+    """A preset's scheduler and steps go into the form; the picture is drawn when that is sent."""
+    name = st.session_state["_preset"]
+    if name in PRESETS:
+        st.session_state["scheduler"], st.session_state["num_inference_steps"] = PRESETS[name]
 
 
 def take_random_seed() -> None:

@@ -118,6 +118,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         training=training,
         inference=inference,
         prompt=_prompt(gallery[0][0] if gallery else _example(recipe)),
+        scheduler=_scheduler(report),
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
         figures=_figures(result, report, vae_run),
@@ -259,14 +260,21 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
     }
 
 
+def _scheduler(report: dict[str, Any]) -> str:
+    """diffusers' name of the scheduler that the evaluation drew with, and the card's example does."""
+    name = str(report.get("scheduler") or "DDIMScheduler")
+    return name if re.fullmatch(r"\w+Scheduler", name, re.ASCII) else "DDIMScheduler"
+
+
 def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
-    steps = report.get("num_inference_steps")
+    steps, sampler = report.get("num_inference_steps"), _scheduler(report).removesuffix("Scheduler")
     scale = _number(report.get("guidance_scale"))
     settings = recipe.train_unet
     cpu, gpu = (_number(report.get(f"seconds_per_picture_{device}")) for device in ("cpu", "gpu"))
     times = [f"{seconds:.2f} s" if seconds else NOT_MEASURED for seconds in (cpu, gpu)]
     return {
-        "Scheduler": f"DDIM, {steps or settings.num_inference_steps} steps" + ("" if steps else " (not evaluated)"),
+        "Scheduler": f"{sampler}, {steps or settings.num_inference_steps} steps"
+        + ("" if steps else " (not evaluated)"),
         "CFG Scale": f"{settings.guidance_scale:g} (not evaluated)"
         if scale is None
         else f"{scale:g} (chosen by the evaluation)",

@@ -211,7 +211,10 @@ class EvaluateConfig:
     model: str | None = None  # run folder of train_unet.py
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
     guidance_scales: list[NonNegative] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
-    num_inference_steps: Count = 30  # DDIM steps
+    preset: Literal["exact", "fast", "draft"] | None = (
+        None  # scheduler and steps of generate_images.py's presets; None: the model's scheduler, num_inference_steps
+    )
+    num_inference_steps: Count = 30  # denoising steps, where no preset says it
     sweep_prompts: Count = 24  # prompts a checkpoint and scale; the best pair is chosen on them
     report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
     eval_batch_size: Count = 32  # pictures at once

@@ -314,8 +314,9 @@ def write_usual(run: Path, model: Model) -> None:
         words = json.loads(prompt[1]).encode("utf-8", "replace").decode() if prompt else words
     write_text(run / "config.yaml", yaml_dump({"train_unet": {"validation_prompts": [words]}}))
     if steps and scale:
-        scheduler = read_json(model.folder / "model_index.json").get("scheduler") or [None, "DDIMScheduler"]
-        sweep = {"checkpoints": ["pipeline"], "guidance_scales": [float(scale[1])], "scheduler": scheduler[1],
+        named = re.search(r"(?m)^pipeline\.scheduler = (\w+Scheduler)\.from_config", text, re.ASCII)
+        saved = read_json(model.folder / "model_index.json").get("scheduler") or [None, "DDIMScheduler"]
+        sweep = {"checkpoints": ["pipeline"], "guidance_scales": [float(scale[1])], "scheduler": named[1] if named else saved[1],
                  "num_inference_steps": int(float(steps[1])), "prompts": [words], "seeds": [0]}  # fmt: skip
         write_json(
             run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": float(scale[1])}, "sweep": sweep}

@@ -1,0 +1,250 @@
+"""What changes of the recipe do, at equal time: the demo's denoiser, three seeds, by validation loss and prompt following.
+
+python benchmarks/ablations.py [steps] [arm ...]
+
+Wants a finished `make demo` in outputs/demo: its data, VAE, text encoder and classifier. Each arm is `train_unet.py` itself
+with the recipe `demo` and what `ARMS` changes in it, on one thread, two at once; what the suite does not offer is put in its
+place here, for the measurement alone. An arm whose steps cost more or fewer seconds than the baseline's gets fewer or more of
+them, by a measurement at the beginning. Then each draws PROMPTS pictures, half of them of held-out combinations of attributes,
+which the demo's classifier reads. An arm that is measured already (results/ablations.json, same steps) is kept.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from common import ROOT, keep
+
+WORK = ROOT / ".cache" / "ablations"
+DEMO = ROOT / "outputs" / "demo"
+SEEDS = (0, 1, 2)
+PROMPTS, SCALE, PROMPT_SEED = 192, 2.0, 77
+PROBE = (4, 16)  # steps that a cost is measured between
+
+# arm: options of train_unet.py, and the names of functions below that change it
+ARMS: dict[str, tuple[list[str], list[str]]] = {
+    "baseline": ([], []),
+    "zero_init": ([], ["zero_init"]),
+    "min_snr_5": (["--snr_gamma", "5"], []),
+    "epsilon": (["--prediction_type", "epsilon", "--no-rescale_betas_zero_snr"], []),
+    "logit_normal": ([], ["logit_normal"]),
+    "no_flip": (["--no-random_flip"], []),
+    "no_ema": (["--no-use_ema"], []),
+    "short_ema": (["--ema_decay", "0.9"], []),
+    "lr_half": (["--learning_rate", "5e-4"], []),
+    "lr_double": (["--learning_rate", "2e-3"], []),
+    "batch_16": (["--train_batch_size", "16"], []),
+    "batch_64": (["--train_batch_size", "64"], []),
+    "muon": ([], ["muon"]),
+}
+COSTLY = ("batch_16", "batch_64", "muon")  # a step of these does not cost what the baseline's does
+
+
+def main() -> None:
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    names = sys.argv[2:] or list(ARMS)
+    if not (DEMO / "unet" / "evaluation" / "classifier").is_dir():
+        sys.exit("outputs/demo holds no finished evaluation; run make demo first")
+    WORK.mkdir(parents=True, exist_ok=True)
+    log = WORK / f"results-{steps}.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    done = {(row["arm"], row["seed"]) for row in rows}
+
+    cost = dict.fromkeys(ARMS, 1.0)
+    costly = [name for name in COSTLY if name in names]
+    if any((name, seed) not in done for name in costly for seed in SEEDS):
+        seconds = {
+            name: [launch(name, 0, PROBE[1], "probe")["step_seconds"] for _ in range(2)]
+            for name in ["baseline", *costly]
+        }
+        cost |= {name: min(seconds[name]) / min(seconds["baseline"]) for name in costly}
+        print("cost of a step:", {name: round(cost[name], 3) for name in costly}, flush=True)
+    todo = [(name, seed) for seed in SEEDS for name in names if (name, seed) not in done]
+
+    def work(job: tuple[str, int]) -> None:
+        name, seed = job
+        row = launch(name, seed, round(steps / cost[name]), "measure")
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, todo))
+    keep("ablations", {"steps": steps, "seeds": len(SEEDS), "prompts": PROMPTS, "arms": summary(rows)})
+
+
+def launch(name: str, seed: int, steps: int, what: str) -> dict[str, Any]:
+    """One training in a process of one thread; its last line is its result."""
+    words = [sys.executable, __file__, "--one", name, str(seed), str(steps), what]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+    }  # fmt: skip
+    done = subprocess.run(words, env=environment, cwd=WORK, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stdout[-1000:]} {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(name: str, seed: int, steps: int, measured: bool) -> None:
+    """Train an arm, draw, measure; prints one line of JSON."""
+    import torch
+
+    import train_unet
+    from t2i import flowers, metrics, sampling, training
+
+    torch.set_num_threads(1)
+    options, changes = ARMS[name]
+    for change in changes:
+        CHANGES[change]()
+    times = []
+    record = training.record
+
+    def timed(row: Any, step: int, *rest: Any) -> None:
+        times.append((step, time.perf_counter()))
+        record(row, step, *rest)
+
+    training.record = timed
+    training.go_on = lambda *_: ({"step": 0}, None)  # neither resumed nor saved: these runs are not kept
+    training.save = lambda *_: None
+    folder = WORK / f"{name}-{seed}-{steps}{'' if measured else '-probe'}"
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    sys.argv = [
+        "train_unet.py", "--config", "demo", "--dataset", str(DEMO / "dataset"), "--vae", str(DEMO / "vae"),
+        "--cache_dir", str(WORK / "cache"), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
+        "--max_train_steps", str(steps), "--lr_warmup_steps", str(round(steps * 0.06)), "--validation_steps", str(steps),
+        "--checkpointing_steps", str(steps), "--validation_images", "64" if measured else "1", "--validation_prompts",
+        "--logging_steps", "4", *options,
+    ]  # fmt: skip
+    train_unet.main()
+    state = json.loads((folder / "run.json").read_text())
+    known = [(step, at) for step, at in times if step in PROBE]
+    row = {"arm": name, "seed": seed, "steps": steps, "val_loss": state["val_loss"]}
+    row["bands"] = {key: value for key, value in state.items() if key.startswith("val_loss_")}
+    if not measured:
+        row["step_seconds"] = (known[1][1] - known[0][1]) / (PROBE[1] - PROBE[0])
+    else:
+        prompts = flowers.prompts(PROMPTS // 2, PROMPT_SEED, False) + flowers.prompts(PROMPTS // 2, PROMPT_SEED, True)
+        pipeline = sampling.load_pipeline(folder / "pipeline", scheduler="unipc")
+        pictures = sampling.generate(
+            pipeline, [text for _, text in prompts], range(PROMPTS), guidance_scale=SCALE, num_inference_steps=10,
+            batch_size=32, progress=False,
+        )  # fmt: skip
+        classifier = metrics.Classifier.load(DEMO / "unet" / "evaluation" / "classifier")
+        row["following"] = metrics.prompt_following(classifier, pictures, [wanted for wanted, _ in prompts])
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    print(json.dumps(row))
+
+
+def zero_init() -> None:
+    """The last layer of each residual and attention block, and of the UNet, starts at nought (Ho et al., arXiv:2006.11239, code)."""
+    from t2i import models
+
+    build = models.build_unet
+
+    def built(*arguments: Any) -> Any:
+        import torch
+
+        unet = build(*arguments)
+        ends = [unet.conv_out]
+        for module in unet.modules():
+            ends += [module.conv2] if hasattr(module, "conv2") else []
+            ends += [module.proj_out] if hasattr(module, "proj_out") else []
+        for end in ends:
+            torch.nn.init.zeros_(end.weight)
+            torch.nn.init.zeros_(end.bias)
+        return unet
+
+    models.build_unet = built
+
+
+def logit_normal() -> None:
+    """Timesteps from a logit-normal distribution (Esser et al., arXiv:2403.03206, section 3.1), from the same coin tosses."""
+    import torch
+
+    from t2i import diffusion
+
+    draw = diffusion.draw
+
+    def drawn(seed: int, step: int, samples: list[int], shape: Any, levels: int) -> Any:
+        draws = draw(seed, step, samples, shape, levels)
+        normal = torch.special.ndtri((draws.timesteps.double() + 0.5) / levels)
+        draws.timesteps = (torch.sigmoid(normal) * levels).long().clamp(0, levels - 1)
+        return draws
+
+    diffusion.draw = drawn
+
+
+def muon() -> None:
+    """Muon for all weights of two and more dimensions but the first and last layers', AdamW for the others, one learning rate
+    (Jordan et al., 2024; Liu et al., arXiv:2502.16982, for the scale that matches AdamW's)."""
+    import torch
+
+    from t2i import training
+
+    build = training.build_optimizer
+
+    class Both(torch.optim.AdamW):
+        def __init__(self, parameters: list[Any], **options: Any) -> None:
+            big = [p for p in parameters[2:-2] if p.ndim > 1]
+            chosen = {id(p) for p in big}
+            super().__init__([p for p in parameters if id(p) not in chosen], **options)
+            self.pairs = [(p, torch.nn.Parameter(p.data.view(p.shape[0], -1))) for p in big]
+            self.muon = torch.optim.Muon(
+                [flat for _, flat in self.pairs], lr=options["lr"], weight_decay=options["weight_decay"],
+                adjust_lr_fn="match_rms_adamw",
+            )  # fmt: skip
+
+        def step(self, closure: Any = None) -> None:
+            for parameter, flat in self.pairs:
+                flat.grad = parameter.grad.view(flat.shape)
+                parameter.grad = None
+            self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            self.muon.step()
+            super().step()
+
+    def built(parameters: Any, config: Any, steps: int) -> Any:
+        plain = torch.optim.AdamW
+        torch.optim.AdamW = Both
+        try:
+            return build(list(parameters), config, steps)
+        finally:
+            torch.optim.AdamW = plain
+
+    training.build_optimizer = built
+
+
+CHANGES = {"zero_init": zero_init, "logit_normal": logit_normal, "muon": muon}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each seed's figures, their means, and the mean of the ratios to the baseline of the same seed."""
+    base = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
+    found = {}
+    for name in ARMS:
+        mine = [row for row in rows if row["arm"] == name]
+        if not mine:
+            continue
+        found[name] = {
+            "steps": mine[0]["steps"],
+            "val_loss": [round(row["val_loss"], 5) for row in mine],
+            "val_loss_mean": round(statistics.mean(row["val_loss"] for row in mine), 5),
+            "val_loss_ratio": round(statistics.mean(row["val_loss"] / base[row["seed"]]["val_loss"] for row in mine), 4),
+            "following": {
+                key: round(100 * statistics.mean(row["following"][key] for row in mine), 1) for key in mine[0]["following"]
+            },
+            "following_all": [round(100 * row["following"]["all"], 1) for row in mine],
+        }  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:  # the same file is the process that trains one arm
+        one(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "measure")
+    else:
+        main()

@@ -1,0 +1,231 @@
+"""How long train_unet.py takes to the validation loss that diffusers' train_text_to_image.py has after half an hour.
+
+python benchmarks/convergence.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [dataset] [minutes]
+
+The UNet of the model card from scratch, the same for both, in bf16, batch 8, 128 px, on the same images (drawn flowers, or any
+data set that train_unet.py reads). The peer runs unmodified, cosine schedule with warm-up, at the best of LEARNING_RATES by
+runs of a fifth of the time; ours as well, in a fifth of the time, caching counted; where its loss is not the peer's yet, in
+longer runs until it is. One evaluator scores both, on the same noise at the same timesteps, in float32. Starting Python and
+loading models count for neither. What has been run is kept and not run again.
+
+VAE and text encoder have random weights, which take the time of trained ones. The VAE's are such that latents are what those of
+a trained one are: of mean 0 and deviation 1, without noise, alike in neighbouring places.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from card_model import save_card_model
+from common import ROOT, SCRIPTS, keep
+from train import BATCH, make_environment, run
+
+WORK = ROOT / ".cache" / "benchmark_convergence"
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+SHARES = (1 / 5, 1 / 3, 1 / 2, 1.0)  # of the peer's time, that ours is given
+WARMUP = 0.05  # of the steps
+PROBE = 12  # steps that tell a step's seconds
+IMAGES = 720  # drawn, if no data set is given
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        sys.exit(f"name diffusers' script: {__doc__.splitlines()[2]}" if __doc__ else "")
+    peer = Path(sys.argv[1]).resolve()
+    WORK.mkdir(parents=True, exist_ok=True)
+    dataset = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else draw(WORK / "dataset")
+    seconds = 60 * (float(sys.argv[3]) if len(sys.argv) > 3 else 30.0)
+    model = WORK / "model"
+    recipe = make_recipe(model, dataset)
+    if not model.is_dir():
+        make_model(model, recipe)
+    count = prepare(recipe, WORK / "peer_dataset")
+    environment = make_environment(WORK / "peer_environment") | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+
+    def train_peer(steps: int, rate: float) -> dict[str, Any]:
+        words = {
+            "pretrained_model_name_or_path": model, "dataset_name": WORK / "peer_dataset", "caption_column": "caption",
+            "resolution": 128, "train_batch_size": BATCH, "learning_rate": rate, "lr_scheduler": "cosine",
+            "lr_warmup_steps": round(WARMUP * steps), "max_train_steps": steps, "output_dir": WORK / "peer", "seed": 0,
+            "cache_dir": WORK / "peer_cache", "report_to": "mlflow", "checkpointing_steps": 100_000,
+        }  # fmt: skip
+        options = [text for key, value in words.items() for text in (f"--{key}", str(value))]
+        seen = run([str(peer), *options, "--random_flip", "--center_crop"], environment, WORK)
+        return {
+            "step_seconds": statistics.median(seen.step_seconds),
+            "peak_rss_bytes": seen.peak_rss_bytes,
+            "val_loss": score(WORK / "peer" / "unet", recipe),
+        }
+
+    def train_ours(steps: int, rate: float) -> dict[str, Any]:
+        shutil.rmtree(WORK / "ours", ignore_errors=True)
+        recipe["train_unet"] |= {
+            "max_train_steps": steps,
+            "learning_rate": rate,
+            "lr_warmup_steps": round(WARMUP * steps),
+        }
+        (WORK / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        words = [str(SCRIPTS / "train_unet.py"), "--config", str(WORK / "recipe.yaml")]
+        seen = run(words, os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"}, WORK)
+        state = json.loads((WORK / "ours" / "run.json").read_text())
+        return {
+            "step_seconds": statistics.median(seen.step_seconds),
+            "peak_rss_bytes": seen.peak_rss_bytes,
+            "val_loss": score(WORK / "ours" / "pipeline" / "unet", recipe),
+            "cache": state["seconds"]["cache"],
+        }
+
+    probe = kept("peer", PROBE, LEARNING_RATES[0], train_peer)["step_seconds"]
+    pilots = {rate: kept("peer", round(seconds / 5 / probe), rate, train_peer) for rate in LEARNING_RATES}
+    rate = min(pilots, key=lambda one: pilots[one]["val_loss"])
+    step = statistics.median(pilot["step_seconds"] for pilot in pilots.values())
+    whole = kept("peer", round(seconds / step), rate, train_peer)
+
+    if not (WORK / "caching.json").is_file():
+        shutil.rmtree(WORK / "ours_cache", ignore_errors=True)  # measured anew
+        first = train_ours(PROBE, LEARNING_RATES[0])
+        (WORK / "caching.json").write_text(json.dumps(first))
+    first = json.loads((WORK / "caching.json").read_text())
+
+    def steps_in(share: float) -> int:
+        return max(1, round((share * seconds - first["cache"]) / first["step_seconds"]))
+
+    runs = {one: kept("ours", steps_in(SHARES[0]), one, train_ours) for one in LEARNING_RATES}
+    best = min(runs, key=lambda one: runs[one]["val_loss"])
+    reached = []
+    for share in SHARES:
+        mine = kept("ours", steps_in(share), best, train_ours)
+        reached.append({"share_of_time": round(share, 3), "steps": steps_in(share), "val_loss": mine["val_loss"]})
+        print(json.dumps(reached[-1]), flush=True)
+        if mine["val_loss"] <= whole["val_loss"]:
+            break
+    done = mine["val_loss"] <= whole["val_loss"]
+    found = {
+        "peer": {**whole, "steps": round(seconds / step), "learning_rate": rate, "pilots": losses(pilots)},
+        "ours": {"runs": reached, "learning_rate": best, "at_a_fifth": losses(runs), "step_seconds": first["step_seconds"],
+                 "caching_seconds": first["cache"]},
+    }  # fmt: skip
+    keep(
+        "convergence",
+        {
+            "ratio": round(1 / reached[-1]["share_of_time"], 2) if done else None, "goal": 5.0, "minutes": seconds / 60,
+            "dataset": dataset.name,
+            "train_images": count, "batch": BATCH, "precision": "bf16", **found,
+        },
+    )  # fmt: skip
+
+
+def losses(runs: dict[float, dict[str, Any]]) -> dict[str, float]:
+    """Validation losses by learning rate."""
+    return {f"{rate:g}": round(run["val_loss"], 5) for rate, run in runs.items()}
+
+
+def kept(arm: str, steps: int, rate: float, train: Any) -> dict[str, Any]:
+    """A run's result, if it is known; else the run."""
+    file = WORK / f"{arm}-{steps}-{rate:g}.json"
+    if not file.is_file():
+        start = time.perf_counter()
+        result = train(steps, rate)
+        file.write_text(json.dumps({**result, "seconds": time.perf_counter() - start}))
+    result = json.loads(file.read_text())
+    print(f"{arm}, {steps} steps at {rate:g}: {json.dumps(result)}", flush=True)
+    return result
+
+
+def draw(folder: Path) -> Path:
+    if not folder.is_dir():
+        import subprocess
+
+        words = ["--output_dir", folder, "--count", IMAGES, "--validation_count", 72, "--test_count", 16, "--size", 128]
+        subprocess.run([sys.executable, SCRIPTS / "make_flowers.py", *map(str, words)], check=True)
+    return folder
+
+
+def make_recipe(model: Path, dataset: Path) -> dict[str, Any]:
+    """The model card's recipe, on these data, with this model's VAE and text encoder, from this model's UNet."""
+    recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
+    recipe["data"] = {
+        "dataset": str(dataset), "resolution": 128, "validation_fraction": 0.1, "cache_dir": str(WORK / "ours_cache"),
+        "random_flip": False,
+    }  # fmt: skip
+    recipe["vae"] = {"vae": str(model)}
+    recipe["unet"] |= {"pretrained_model_name_or_path": str(model), "text_encoder": str(model)}
+    recipe["train_unet"] |= {
+        "train_batch_size": BATCH, "seed": 0, "logging_steps": 2, "validation_images": 1, "validation_prompts": [],
+        "report_to": "none", "output_dir": str(WORK / "ours"), "checkpointing_steps": 100_000, "validation_steps": 100_000,
+    }  # fmt: skip
+    return recipe
+
+
+def make_model(folder: Path, recipe: dict[str, Any]) -> None:
+    """The model of the card's sizes with random weights, and a VAE whose latents a denoiser can learn."""
+    import torch
+
+    from t2i import caches, models
+
+    part = save_card_model(folder.with_suffix(".part"))
+    vae = models.load_vae(str(part))
+    pixels = caches.to_pixels(load(recipe).train.pixels[:64])
+    with torch.no_grad():
+        for module in vae.encoder.modules():
+            if hasattr(module, "conv2"):  # of a residual branch: what remains is local
+                module.conv2.weight *= 0.1
+        latents = torch.cat([vae.encode(some).latent_dist.mean for some in pixels.split(16)])
+        models.fold_normalisation(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+        channels = latents.shape[1]
+        vae.quant_conv.weight[channels:], vae.quant_conv.bias[channels:] = 0.0, -20.0  # log-variance
+    vae.register_to_config(scaling_factor=1.0)
+    vae.save_pretrained(part / "vae")
+    part.rename(folder)
+
+
+def prepare(recipe: dict[str, Any], folder: Path) -> int:
+    """The training images and captions as a data set for the peer; how many there are."""
+    import datasets
+    from PIL import Image
+
+    split = load(recipe).train
+    if not folder.is_dir():
+        rows = {"image": [Image.fromarray(pixels) for pixels in split.pixels], "caption": list(split.rows["caption"])}
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        folder.mkdir()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return len(split)
+
+
+def load(recipe: dict[str, Any]) -> Any:
+    from t2i import config, data
+
+    return data.load_splits(config.DataConfig(**recipe["data"]))
+
+
+def score(unet: Path, recipe: dict[str, Any]) -> float:
+    """Validation loss of a UNet in float32, as train_unet.py measures it."""
+    from diffusers import UNet2DConditionModel
+
+    import train_unet
+    from t2i import config, data, models
+    from t2i.distributed import make_accelerator
+
+    (WORK / "score.yaml").write_text(yaml.safe_dump(recipe))
+    settings = config.load_recipe(str(WORK / "score.yaml"))
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    accelerator = make_accelerator(settings.train_unet)
+    splits = data.load_splits(settings.data, say=lambda _: None)
+    frozen, hashes = train_unet.load_frozen(settings, splits)
+    splits.train = splits.validation  # its caches alone are needed
+    caches = train_unet.cache_inputs(settings, splits, frozen, hashes, accelerator)
+    factor = frozen.pop("vae").config.scaling_factor
+    given = train_unet.Inputs(models.build_noise_scheduler(settings.unet), caches, factor, [])
+    model = UNet2DConditionModel.from_pretrained(unet)
+    return train_unet.validation_loss(model, given, 10_000, accelerator)["val_loss"]
+
+
+if __name__ == "__main__":
+    main()
