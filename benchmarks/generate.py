@@ -68,7 +68,7 @@ def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, 
     """Pictures of an arm: seeds 0, 1, …; the stock pipeline draws as preset `exact` does, by torch."""
     from t2i import sampling
 
-    scheduler, steps = sampling.PRESETS["exact" if arm == "stock" else arm]
+    scheduler, steps, end = sampling.PRESETS["exact" if arm == "stock" else arm]
     pipeline = stock if arm == "stock" else compiled
     saved, pipeline.scheduler = pipeline.scheduler, sampling.make_scheduler(scheduler, pipeline.scheduler.config)
     made = sampling.generate(
@@ -77,6 +77,7 @@ def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, 
         range(len(prompts)),
         guidance_scale=scale,
         num_inference_steps=steps,
+        guidance_end=end,
         progress=False,
         **options,
     )

@@ -20,6 +20,7 @@ AXES = {  # of `cells.AXES`, as they are called on the page
     "prompt": "prompt",
     "seed": "seed",
     "num_inference_steps": "steps",
+    "guidance_end": "guidance end",
     "scheduler": "scheduler",
     "run": "run",
 }
@@ -145,6 +146,7 @@ def choose_values(
     usual = {  # several on an axis, a single one elsewhere
         "guidance_scale": scales if "guidance_scale" in chosen else f"{best_scale(first, found):g}",
         "num_inference_steps": f"{max(1, steps // 2)},{steps}" if "num_inference_steps" in chosen else str(steps),
+        "guidance_end": "0.5,1" if "guidance_end" in chosen else f"{cell.guidance_end:g}",
         "seed": f"{seed}-{seed + 3}" if "seed" in chosen else str(seed),
     }
     if "sample" in chosen:

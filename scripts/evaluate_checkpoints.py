@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import EvaluateConfig, load_recipe, option, parse
+from t2i.pictures import PRESETS, SCHEDULERS, Preset
 from t2i.runs import RunFolder, UserError, checkpoint_folders, read_json, run_main, write_json
 
 if TYPE_CHECKING:
@@ -85,14 +86,13 @@ def main() -> None:
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
 
     # sweep
-    scheduler, steps = sampler(run, config)
+    preset = sampler(run, config)
     cells: list[dict[str, Any]] = []
     prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed, 0)
     sweep = {
         "checkpoints": checkpoints,
         "guidance_scales": config.guidance_scales,
-        "num_inference_steps": steps,
-        "scheduler": scheduler,
+        **preset._asdict(),
         "prompts": prompts.texts,
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
@@ -120,8 +120,7 @@ def main() -> None:
         "guidance_scale": scale,
         "checkpoint": best["checkpoint"],
         "prompts": len(prompts.texts),
-        "num_inference_steps": steps,
-        "scheduler": scheduler,
+        **preset._asdict(),
         "probe_accuracy": accuracy,
         "unseen_images": len(unseen),
         "near_copies_left_out": leaked,
@@ -252,29 +251,26 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     return Prompts([captions[(offset + number) % len(captions)] for number in range(count)], [], [False] * count)
 
 
-def sampler(run: Path, config: EvaluateConfig) -> tuple[str, int]:
-    """What draws: diffusers' name of the scheduler, and denoising steps."""
-    from t2i.pictures import PRESETS, SCHEDULERS
-
+def sampler(run: Path, config: EvaluateConfig) -> Preset:
+    """What draws, the scheduler by its name in diffusers."""
     if config.preset:
-        name, steps = PRESETS[config.preset]
-        return SCHEDULERS[name], steps
-    return read_json(run / "pipeline" / "scheduler" / "scheduler_config.json")[
-        "_class_name"
-    ], config.num_inference_steps
+        preset = PRESETS[config.preset]
+        return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
+    saved = read_json(run / "pipeline" / "scheduler" / "scheduler_config.json")["_class_name"]
+    return Preset(saved, config.num_inference_steps, 1.0)
 
 
 def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
     from t2i import sampling
 
-    scheduler, steps = sampler(checkpoint.parent, config)
+    preset = sampler(checkpoint.parent, config)
     pipeline = load(checkpoint, config.engine)
-    pipeline.scheduler = sampling.make_scheduler(scheduler, pipeline.scheduler.config)
+    pipeline.scheduler = sampling.make_scheduler(preset.scheduler, pipeline.scheduler.config)
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
-        num_inference_steps=steps, batch_size=config.eval_batch_size,
+        num_inference_steps=preset.num_inference_steps, guidance_end=preset.guidance_end, batch_size=config.eval_batch_size,
     )  # fmt: skip
 
 
@@ -301,7 +297,7 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
     made = [
         cells.Cell(
             prompt, seed=seed, guidance_scale=drawn["guidance_scale"],
-            num_inference_steps=drawn["num_inference_steps"], scheduler=drawn["scheduler"],
+            num_inference_steps=drawn["num_inference_steps"], scheduler=drawn["scheduler"], guidance_end=drawn["guidance_end"],
         )
         for prompt, seed in zip(drawn["prompts"], drawn["seeds"], strict=True)
     ]  # fmt: skip
@@ -373,13 +369,13 @@ def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scal
 
     from t2i import sampling
 
-    scheduler, steps = sampler(checkpoint.parent, config)
+    preset = sampler(checkpoint.parent, config)
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
     _kept.clear()
     for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        pipeline = sampling.load_pipeline(checkpoint, scheduler=scheduler, device=device)
+        pipeline = sampling.load_pipeline(checkpoint, scheduler=preset.scheduler, device=device)
         for _ in range(2):
             start = time.perf_counter()
             sampling.generate(
@@ -387,7 +383,8 @@ def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scal
                 [prompt],
                 [0],
                 guidance_scale=scale,
-                num_inference_steps=steps,
+                num_inference_steps=preset.num_inference_steps,
+                guidance_end=preset.guidance_end,
                 progress=False,
             )
             seconds[f"seconds_per_picture_{name}"] = round(time.perf_counter() - start, 3)

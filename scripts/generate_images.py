@@ -27,9 +27,12 @@ class Options:
     negative_prompt: str = ""  # what to stay away from
     guidance_scale: NonNegative = 7.5  # how strongly to follow the prompt; 1: without guidance
     preset: Literal["exact", "fast", "draft"] = (
-        "exact"  # ddim 30, unipc 8 or unipc 3 steps, where the next two do not say
+        "exact"  # ddim 30, unipc 8 or unipc 3 steps, of the latter two the first half guided, where the next three do not say
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
+    guidance_end: Annotated[float, Field(ge=0, le=1)] | None = (
+        None  # share of the steps, from the first on, that are guided (one at least); None: the preset's
+    )
     scheduler: str | None = (
         None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers
     )
@@ -55,8 +58,9 @@ def main() -> None:
     from t2i import sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scheduler, steps = sampling.PRESETS[options.preset]
+    scheduler, steps, end = sampling.PRESETS[options.preset]
     steps = options.num_inference_steps or steps
+    end = end if options.guidance_end is None else options.guidance_end
     pipeline = sampling.load_pipeline(
         options.model, scheduler=options.scheduler or scheduler, device=device, weights=options.weights,
         revision=options.revision, engine=options.engine,
@@ -66,7 +70,7 @@ def main() -> None:
     seeds = [options.seed + number for _ in prompts for number in range(each)]
     pictures = sampling.generate(
         pipeline, repeated, seeds, negative_prompt=options.negative_prompt, guidance_scale=options.guidance_scale,
-        num_inference_steps=steps, batch_size=options.batch_size,
+        num_inference_steps=steps, guidance_end=end, batch_size=options.batch_size,
     )  # fmt: skip
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def main() -> None:
         "weights": options.weights, "revision": options.revision, "unet_hash": sampling.unet_hash(pipeline),
         "model": Path(options.model).name if Path(options.model).exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
-        "num_inference_steps": steps, "scheduler": type(pipeline.scheduler).__name__,
+        "num_inference_steps": steps, "guidance_end": end, "scheduler": type(pipeline.scheduler).__name__,
     }  # fmt: skip
     for number, (picture, prompt, seed) in enumerate(zip(pictures, repeated, seeds, strict=True)):
         path = folder / f"{number:04d}-seed{seed}.png"

@@ -200,11 +200,20 @@ def test_mistakes_are_sentences(run, tmp_path):
     for wrong in (
         {"guidance_scale": float("nan")}, {"guidance_scale": "7"}, {"seed": 2**63}, {"seed": 1.0}, {"num_inference_steps": 0},
         {"num_inference_steps": True}, {"num_inference_steps": 3, "scheduler": "pndm"}, {"scheduler": "os"},
-        {"prompt": "\ud800"}, {"negative_prompt": None},
+        {"prompt": "\ud800"}, {"negative_prompt": None}, {"guidance_end": 1.5}, {"guidance_end": "1"}, {"guidance_end": float("nan")},
     ):  # fmt: skip
         with pytest.raises(UserError, match=next(iter(wrong))):
             Cell(**{"prompt": "a"} | wrong)
     assert Cell("a", guidance_scale=7) == Cell("a", guidance_scale=7.0)
+    assert set(Cell("a").settings()) == {
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "guidance_scale",
+        "num_inference_steps",
+        "scheduler",
+    }
+    assert Cell("a", guidance_end=0.5).settings()["guidance_end"] == 0.5
     place = cells.plan(run, "pipeline", CELL, [])[0]
     shutil.rmtree(run)  # deleted while shown
     with pytest.raises(UserError, match="cannot be written"):

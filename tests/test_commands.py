@@ -116,8 +116,9 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
     found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
     for part in ("report", "sweep"):
         assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
+        assert found[part]["guidance_end"] == 0.5
     card = (tmp_path / "unet/pipeline/README.md").read_text()
-    assert "- **Scheduler**: UniPCMultistep, 3 steps" in card
+    assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 50% of them guided" in card
     assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card
     assert "pipeline.scheduler = UniPCMultistepScheduler.from_config" in card
 

@@ -58,6 +58,29 @@ def test_a_picture_does_not_depend_on_its_batch(exported):
     assert (together == alone).all()
 
 
+def test_guidance_that_ends_costs_half_from_there_and_draws_as_stock_does(exported):
+    stock, compiled = sampling.load_pipeline(exported), sampling.load_pipeline(exported, engine="openvino")
+    sizes = []
+    hook = stock.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole, half = draw(stock), draw(stock, guidance_end=0.5)
+    hook.remove()
+    assert sizes == [6] * 4 + [6, 6, 3, 3]
+    assert np.abs(whole - half).mean() > 0
+    assert (draw(stock) == whole).all()  # nothing of it stays
+    assert (draw(stock, guidance_end=0.8) == whole).all()  # of 4 steps the fourth as well
+    found = draw(compiled, guidance_end=0.5)
+    assert np.abs(half - found).mean() < 1.0
+    assert set(compiled.unet.networks) == {1, 2}
+    assert (draw(compiled, guidance_end=0.5, batch_size=1) == found).all()
+
+
+@given(st.integers(1, 1000), st.floats(0, 1), st.floats(0, 1))
+def test_one_step_at_least_is_guided_and_all_at_the_end(steps, end, later):
+    low, high = sorted((sampling.guided_steps(steps, end), sampling.guided_steps(steps, later)))
+    assert 1 <= low <= high <= steps
+    assert (sampling.guided_steps(steps, min(end, later)), sampling.guided_steps(steps, 1.0)) == (low, steps)
+
+
 def test_eight_bits_are_kept_only_where_pictures_stay(exported, monkeypatch):
     known = json.loads((exported / "pipeline" / "openvino" / "engine.json").read_text())
     assert known["int8"]
@@ -158,6 +181,7 @@ def test_presets_by_the_command(exported, command, tmp_path):
     command("generate_images.py", *arguments, "--preset", "draft", cwd=tmp_path)
     known = json.loads(Image.open(tmp_path / "0000-seed0.png").info["parameters"])
     assert (known["scheduler"], known["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
+    assert known["guidance_end"] == 0.5
     command(
         "generate_images.py",
         *arguments,
@@ -165,12 +189,14 @@ def test_presets_by_the_command(exported, command, tmp_path):
         "fast",
         "--num_inference_steps",
         2,
+        "--guidance_end",
+        1,
         "--engine",
         "torch",
         cwd=tmp_path,
     )
     again = json.loads(Image.open(tmp_path / "0000-seed0.png").info["parameters"])
-    assert again["num_inference_steps"] == 2
+    assert (again["num_inference_steps"], again["guidance_end"]) == (2, 1.0)
     assert (
         again["unet_hash"] == known["unet_hash"] == json.loads((exported / "run.json").read_text())["output_unet_hash"]
     )

@@ -177,8 +177,10 @@ def test_a_preset_fills_the_form_and_shows_when_the_form_is_one(tmp_path, painte
     presets(app).set_value("fast").run()
     assert not app.exception
     assert (app.selectbox(key="scheduler").value, app.number_input(key="num_inference_steps").value) == ("unipc", 8)
+    assert app.number_input(key="guidance_end").value == 0.5
     place = wait(press(app, DRAW), has_picture) and painter.places[0]
     assert (place.cell.scheduler, place.cell.num_inference_steps) == ("UniPCMultistepScheduler", 8)
+    assert place.cell.guidance_end == 0.5
     app.number_input(key="num_inference_steps").set_value(9)
     app = wait(press(app, DRAW), lambda app: len(painter.places) == 2)
     assert painter.places[1].cell.num_inference_steps == 9

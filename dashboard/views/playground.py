@@ -19,7 +19,7 @@ from neighbours import show_neighbours
 from PIL import Image
 
 from t2i import cells
-from t2i.pictures import PRESETS, SCHEDULERS, png_bytes
+from t2i.pictures import PRESETS, SCHEDULERS, Preset, png_bytes
 from t2i.runs import UserError
 
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
@@ -80,11 +80,12 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     usual = found[0] if found else cells.Cell(first)
     short = {name: key for key, name in SCHEDULERS.items()}
     names = list(SCHEDULERS)
-    chosen = (st.session_state.get("scheduler"), st.session_state.get("num_inference_steps"))
+    chosen = tuple(st.session_state.get(name) for name in Preset._fields)
     st.session_state["_preset"] = next((name for name, preset in PRESETS.items() if preset == chosen), None)
     st.segmented_control(
         "Preset", list(PRESETS), key="_preset", on_change=take_preset,
-        help="scheduler and steps: " + ", ".join(f"{name} {one[0]} {one[1]}" for name, one in PRESETS.items()),
+        help="scheduler, steps, and the share of them that is guided: "
+        + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
     )  # fmt: skip
     with st.form("_picture"):
         prompt = st.text_area(
@@ -112,6 +113,10 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Scheduler", names, index=names.index(short.get(usual.scheduler, "ddim")), key="scheduler",
             bind="query-params",
         )  # fmt: skip
+        end = one.number_input(
+            "Guidance end", 0.0, 1.0, usual.guidance_end, 0.1, "%g", key="guidance_end", bind="query-params",
+            help="share of the steps, from the first on, that are guided; the others take half the time",
+        )  # fmt: skip
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
             other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
@@ -122,6 +127,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
         "guidance_scale": float(scale or 0),
         "num_inference_steps": int(steps or 1),
         "scheduler": str(scheduler),
+        "guidance_end": 1.0 if end is None else float(end),
     }
     return settings, draw or other
 
@@ -132,10 +138,10 @@ def clean(text: str | None) -> str:
 
 
 def take_preset() -> None:
-    """A preset's scheduler and steps go into the form; the picture is drawn when that is sent."""
+    """A preset's settings go into the form; the picture is drawn when that is sent."""
     name = st.session_state["_preset"]
     if name in PRESETS:
-        st.session_state["scheduler"], st.session_state["num_inference_steps"] = PRESETS[name]
+        st.session_state.update(PRESETS[name]._asdict())
 
 
 def take_random_seed() -> None:

@@ -18,6 +18,7 @@ from t2i.runs import UserError
 NUMBERS: dict[str, tuple[type, Decimal, Decimal]] = {  # axis -> its type, lowest and highest value
     "guidance_scale": (float, Decimal(0), Decimal(100)),
     "num_inference_steps": (int, Decimal(1), Decimal(1000)),
+    "guidance_end": (float, Decimal(0), Decimal(1)),
     "seed": (int, Decimal(0), Decimal(2**63 - 1)),
 }
 WORDS = ("checkpoint", "run", "scheduler")

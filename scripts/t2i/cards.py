@@ -268,12 +268,13 @@ def _scheduler(report: dict[str, Any]) -> str:
 
 def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
     steps, sampler = report.get("num_inference_steps"), _scheduler(report).removesuffix("Scheduler")
-    scale = _number(report.get("guidance_scale"))
+    scale, end = _number(report.get("guidance_scale")), _number(report.get("guidance_end"))
+    guided = f", the first {end:.0%} of them guided" if end is not None and end < 1 else ""
     settings = recipe.train_unet
     cpu, gpu = (_number(report.get(f"seconds_per_picture_{device}")) for device in ("cpu", "gpu"))
     times = [f"{seconds:.2f} s" if seconds else NOT_MEASURED for seconds in (cpu, gpu)]
     return {
-        "Scheduler": f"{sampler}, {steps or settings.num_inference_steps} steps"
+        "Scheduler": f"{sampler}, {steps or settings.num_inference_steps} steps{guided}"
         + ("" if steps else " (not evaluated)"),
         "CFG Scale": f"{settings.guidance_scale:g} (not evaluated)"
         if scale is None

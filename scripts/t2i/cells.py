@@ -32,8 +32,8 @@ MAX_CELLS = 10_000  # of a plan
 MAX_SIDE = 4096  # pixels; a larger picture in a store is foreign
 STEPS = 6  # of a watched picture, the finished one among them: decoding one costs as much as several denoising steps
 KEPT = 500  # watched pictures of a store; strangers may type any prompts, and the disk must not fill
-AXES = ("checkpoint", "run", "guidance_scale", "num_inference_steps", "scheduler", "seed", "prompt", "negative_prompt",
-        "sample")  # fmt: skip
+AXES = ("checkpoint", "run", "guidance_scale", "num_inference_steps", "guidance_end", "scheduler", "seed", "prompt",
+        "negative_prompt", "sample")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Cell:
     """One picture's prompt and settings, without the model; raises `UserError` for a value that no picture has.
 
     seed: 0 to 2**63 - 1. guidance_scale: 0 or more. num_inference_steps: 1 to 1000. scheduler: a key of
-    `pictures.SCHEDULERS` or a class name of diffusers; kept as the class name.
+    `pictures.SCHEDULERS` or a class name of diffusers; kept as the class name. guidance_end: 0 to 1, the share of the steps,
+    from the first on, that are guided.
     """
 
     prompt: str
@@ -50,6 +51,7 @@ class Cell:
     guidance_scale: float = 7.5
     num_inference_steps: int = 30
     scheduler: str = "DDIMScheduler"
+    guidance_end: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -59,13 +61,16 @@ class Cell:
         for name in ("seed", "num_inference_steps"):  # 1.0 and True would be other keys for the same picture
             if type(getattr(self, name)) is not int:
                 raise UserError(f"{name} {str(getattr(self, name))[:40]} is not a whole number; give one such as 1")
-        if type(self.guidance_scale) not in (int, float):
-            raise UserError(f"guidance_scale {str(self.guidance_scale)[:40]} is not a number; give one such as 7.5")
+        for name, usual in (("guidance_scale", 7.5), ("guidance_end", 1.0)):
+            if type(getattr(self, name)) not in (int, float):
+                raise UserError(f"{name} {str(getattr(self, name))[:40]} is not a number; give one such as {usual}")
         known = SCHEDULERS.get(self.scheduler.lower(), self.scheduler)
         if known not in SCHEDULERS.values() and not re.fullmatch(r"\w{1,80}Scheduler", known):
             raise UserError(f"unknown scheduler {self.scheduler[:40]!r}; take one of {', '.join(SCHEDULERS)}")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UserError(f"guidance_scale {self.guidance_scale} is no scale; give 0 or more, such as 7.5")
+        if not 0 <= self.guidance_end <= 1:
+            raise UserError(f"guidance_end {self.guidance_end} is no share of the steps; give 0 to 1, such as 0.5")
         if not 1 <= self.num_inference_steps <= 1000:
             raise UserError(f"num_inference_steps {self.num_inference_steps} is out of bounds; give 1 to 1000")
         if known == "PNDMScheduler" and self.num_inference_steps < 4:  # it starts with four steps; fewer crash in it
@@ -73,7 +78,13 @@ class Cell:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} is out of bounds; give 0 to {2**63 - 1}")
         object.__setattr__(self, "scheduler", known)
-        object.__setattr__(self, "guidance_scale", float(self.guidance_scale) + 0.0)  # 7 is 7.0, and -0.0 is 0.0
+        for name in ("guidance_scale", "guidance_end"):
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 7 is 7.0, and -0.0 is 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """What the picture is known by: its fields, without a guidance that never ends, as it was before one could."""
+        known = asdict(self)
+        return known if self.guidance_end < 1 else {key: value for key, value in known.items() if key != "guidance_end"}
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 def cell_path(run: Path, model_hash: str, cell: Cell) -> Path:
     """`<run>/cells/<key>.png`."""
-    return run / STORE / f"{hash_json({'model_hash': model_hash, **asdict(cell)})}.png"
+    return run / STORE / f"{hash_json({'model_hash': model_hash, **cell.settings()})}.png"
 
 
 def read_cell(run: Path, model_hash: str, cell: Cell) -> Image.Image | None:
@@ -197,7 +208,7 @@ def _read(
                 return None
             image.load()
             known = json.loads(image.info["parameters"])
-            wanted = {"model_hash": model_hash, "pixel_hash": pixel_hash(image), **asdict(cell)}
+            wanted = {"model_hash": model_hash, "pixel_hash": pixel_hash(image), **cell.settings()}
             same = isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
             return (image.copy(), known) if same else None
     except DAMAGE:
@@ -245,7 +256,7 @@ def _save(
     part = path.with_name(f".{path.stem}.part.png")
     shown = {"model": f"{run.resolve().name}/{checkpoint}", "pixel_hash": pixel_hash(Image.fromarray(picture)), **more}
     try:
-        save_picture(part, picture, {**asdict(cell), "model_hash": model_hash, **shown})
+        save_picture(part, picture, {**cell.settings(), "model_hash": model_hash, **shown})
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -427,8 +438,8 @@ def _draw(pipeline: Any, places: Sequence[Place], watch: Callable[..., None] | N
         return sampling.generate(
             pipeline, [place.cell.prompt for place in places], [place.cell.seed for place in places],
             negative_prompt=cell.negative_prompt, guidance_scale=cell.guidance_scale,
-            num_inference_steps=cell.num_inference_steps, batch_size=len(places), progress=False,
-            watch=watch,
+            num_inference_steps=cell.num_inference_steps, guidance_end=cell.guidance_end, batch_size=len(places),
+            progress=False, watch=watch,
         )  # fmt: skip
     finally:
         pipeline.scheduler = saved
@@ -570,7 +581,7 @@ def zipped(places: Sequence[Place]) -> bytes:
                 archive.write(place.path, f"{name}.png")
                 model = f"{place.run.resolve().name}/{place.checkpoint}"
                 rows.append(
-                    {"file": f"{name}.png", "model": model, "model_hash": place.model_hash, **asdict(place.cell)}
+                    {"file": f"{name}.png", "model": model, "model_hash": place.model_hash, **place.cell.settings()}
                 )
         archive.writestr("cells.json", json.dumps(rows, indent=2, ensure_ascii=False))
     return file.getvalue()
@@ -586,7 +597,8 @@ def evaluated(run: Path) -> tuple[Cell, list[Axis]] | None:
             Axis("guidance_scale", tuple(map(float, found["guidance_scales"]))),
             Axis("sample", samples),
         ]
-        steps, scheduler = int(found["num_inference_steps"]), str(found["scheduler"])
-        return Cell(*samples[0][:1], seed=samples[0][1], num_inference_steps=steps, scheduler=scheduler), axes
+        fixed = {"num_inference_steps": int(found["num_inference_steps"]), "scheduler": str(found["scheduler"])}
+        end = float(found.get("guidance_end", 1.0))
+        return Cell(*samples[0][:1], seed=samples[0][1], guidance_end=end, **fixed), axes  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError, IndexError, UserError):
         return None

@@ -1,4 +1,4 @@
-"""Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder as OpenVINO models of static shape.
+"""Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder by OpenVINO, compiled for static shapes.
 
 They stand in for the stock pipeline's modules, so that prompts, noise, schedule and guidance stay those of diffusers. `export`
 writes them into a pipeline folder (`openvino/`), where they count while the weights beside them are those they were made from;
@@ -33,7 +33,7 @@ WEIGHTS = {  # what is compiled, and the weights that it is made from
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
 }
 BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO knows them by model, processor and version
-FORMAT = 2  # of exported models; others are made anew
+FORMAT = 3  # of exported models; others are made anew
 TEXTS_KEPT = 64  # encoded prompts, 0.24 MB each of CLIP ViT-L/14
 SAMPLE = 1 << 20  # bytes at each end of a file of weights that tell it from another
 
@@ -46,6 +46,18 @@ class Network:
 
     def __call__(self, *inputs: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.request.infer(list(inputs))[0])
+
+
+class Sizes(dict[int, Network]):
+    """Networks of one model by how many samples they take, each compiled at its first use."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def __missing__(self, samples: int) -> Network:
+        self[samples] = compile_model(self.model, samples)
+        return self[samples]
 
 
 class CompiledText(torch.nn.Module):
@@ -74,23 +86,25 @@ class CompiledText(torch.nn.Module):
 class CompiledUnet(torch.nn.Module):
     """The UNet at the stock pipeline's call: noisy latents [B, C, h, w], timestep, hidden states [B, L, D] -> (prediction,).
 
-    Two samples at a time, which under guidance are one picture: the shape is static whatever the batch. weights_hash: of the
-    UNet that it was made from, as `models.hash_model` gives it.
+    A picture at a time, so that none depends on its batch: under guidance two samples, else one. networks: as `Sizes`.
+    weights_hash: of the UNet that it was made from, as `models.hash_model` gives it.
     """
 
-    def __init__(self, network: Network, config: Any, weights_hash: str):
+    def __init__(self, networks: dict[int, Any], config: Any, weights_hash: str):
         super().__init__()
         self.weights_hash = weights_hash
-        self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+        self.networks, self.config, self.dtype, self.device = networks, config, torch.float32, torch.device("cpu")
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor]:
-        half = -(-len(sample) // 2)  # the pipeline gives all unconditional rows first
+        half = len(sample) // 2
+        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # the same latents, both prompts
+        pictures = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
         step, made = np.array(float(timestep), np.float32), torch.empty_like(sample)
-        for row in range(half):
-            rows = [row, min(row + half, len(sample) - 1)]
-            made[rows] = self.network(sample[rows].numpy(), step, encoder_hidden_states[rows].numpy())
+        for rows in pictures:
+            network = self.networks[len(rows)]
+            made[rows] = network(sample[rows].numpy(), step, encoder_hidden_states[rows].numpy())
         return (made,)
 
 
@@ -177,7 +191,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
 
 def load_exported(folder: Path) -> StableDiffusionPipeline:
     """The stock pipeline around the compiled models in `folder`; the weights beside them are not read."""
-    networks = {name: compile_model(folder / FOLDER / f"{name}.xml") for name in WEIGHTS}
+    networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in WEIGHTS})
     return _pipeline(
         networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
         UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
@@ -187,7 +201,7 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """The same pipeline with its modules compiled in memory, which takes some seconds."""
-    return _around(pipeline, {name: compile_model(model) for name, model in convert(pipeline).items()})
+    return _around(pipeline, compile_models(convert(pipeline)))
 
 
 def _around(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> StableDiffusionPipeline:
@@ -199,7 +213,7 @@ def _around(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> Stab
 
 @torch.no_grad()
 def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's parts as OpenVINO models of static shape: two samples for the UNet, one for the others."""
+    """The pipeline's parts as OpenVINO models: the UNet for any number of samples, the others for one."""
     openvino = import_openvino()
     unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
     side, channels, length = unet.config.sample_size, unet.config.in_channels, pipeline.tokenizer.model_max_length
@@ -207,18 +221,20 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     ids = torch.zeros(1, length, dtype=torch.int64)
     context = torch.zeros(2, length, unet.config.cross_attention_dim)
     given = {
-        "text_encoder": (_Text(text), (ids,)),
-        "unet": (_Unet(unet), (latents, torch.tensor(1.0), context)),
-        "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],)),
+        "text_encoder": (_Text(text), (ids,), 1),
+        "unet": (_Unet(unet), (latents, torch.tensor(1.0), context), -1),
+        "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],), 1),
     }
     with warnings.catch_warnings(), patch.object(Upsample2D, "forward", _upsample):
         # what tracing takes for constants is the shape, which is one
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return {
             name: openvino.convert_model(
-                module, example_input=example, input=[openvino.PartialShape(list(one.shape)) for one in example]
+                module,
+                example_input=example,
+                input=[openvino.PartialShape([samples, *one.shape[1:]] if one.ndim else []) for one in example],
             )
-            for name, (module, example) in given.items()
+            for name, (module, example, samples) in given.items()
         }
 
 
@@ -251,14 +267,28 @@ def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
 
-def compile_model(model: Any) -> Network:
-    """model: of OpenVINO, or its file. In bf16 where the processor computes in it, else in float32."""
+def compile_models(models: dict[str, Any]) -> dict[str, Any]:
+    """Networks by name; of the UNet by number of samples, that of a guided picture made at once."""
+    unet = Sizes(models["unet"])
+    unet[2] = compile_model(models["unet"], 2)
+    return {"unet": unet} | {name: compile_model(model) for name, model in models.items() if name != "unet"}
+
+
+def compile_model(model: Any, samples: int | None = None) -> Network:
+    """In bf16 where the processor computes in it, else in float32.
+
+    model: of OpenVINO, or its file. samples: how many, where the model takes any number.
+    """
     openvino = import_openvino()
     core = openvino.Core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
     if isinstance(model, Path):
         options["CACHE_DIR"] = str(BLOBS)
+    if samples:
+        model = core.read_model(model) if isinstance(model, Path) else model.clone()
+        shapes = {one: one.partial_shape for one in model.inputs if one.partial_shape.is_dynamic}
+        model.reshape({one: openvino.PartialShape([samples, *list(shape)[1:]]) for one, shape in shapes.items()})
     return Network(core.compile_model(model, "CPU", options))
 
 

@@ -42,12 +42,15 @@ def quantise(
     """
     nncf = _nncf()
     from t2i.caches import to_pixels
-    from t2i.engines import compile_model
+    from t2i.engines import Sizes, compile_model, compile_models
     from t2i.metrics import psnr
 
-    networks: dict[str, Any] = {name: compile_model(model) for name, model in models.items()}
-    watched = {name: _Watched(networks[name], EVERY if name == "unet" else 1) for name in PARTS}
-    pipeline = build({**networks, **watched})
+    networks, samples = compile_models(models), 2 if guidance_scale > 1 else 1
+    watched = {
+        "vae_decoder": _Watched(networks["vae_decoder"], 1),
+        "unet": _Watched(networks["unet"][samples], EVERY),
+    }
+    pipeline = build({**networks, **watched, "unet": {samples: watched["unet"]}})
     wanted = _draw(pipeline, COMPARED, guidance_scale, STEPS)
     _draw(pipeline, len(PROMPTS), guidance_scale, MORE_STEPS)
     made, int8, worst = dict(models), [], None
@@ -61,7 +64,7 @@ def quantise(
             preset=nncf.QuantizationPreset.MIXED,
             ignored_scope=scope,
         )
-        tried = {**networks, name: compile_model(rounded)}
+        tried = {**networks, name: Sizes(rounded) if name == "unet" else compile_model(rounded)}
         drawn = _draw(build(tried), COMPARED, guidance_scale, STEPS)
         decibels = (
             psnr(to_pixels(wanted), to_pixels(drawn)).min().clamp(max=100.0).item()

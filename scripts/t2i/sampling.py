@@ -3,6 +3,7 @@
 A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def generate(
     negative_prompt: str = "",
     guidance_scale: float = 7.5,
     num_inference_steps: int = 30,
+    guidance_end: float = 1.0,
     batch_size: int = 8,
     progress: bool = True,
     watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
@@ -150,6 +152,7 @@ def generate(
 
     Noise is drawn on the CPU from the picture's own seed: the same picture, to within 1/255, whatever the batch.
 
+    guidance_end: share of the steps, from the first on, that are guided (one at least); the others cost half.
     watch: called after each denoising step of a batch with the step's number (from 1), how many there are, and a function
         that decodes what the model now takes the finished pictures to be (the predicted x0), uint8 [B, R, R, 3]. Watching
         changes no bit of the pictures; what it raises ends the drawing.
@@ -165,7 +168,7 @@ def generate(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             output_type="np",
-            **(_watching(pipeline, watch) if watch else {}),
+            **_after_steps(pipeline, guided_steps(num_inference_steps, guidance_end), num_inference_steps, watch),
         ).images
         pictures.append((made * 255).round().astype(np.uint8))
         bar.update(len(part))
@@ -173,9 +176,18 @@ def generate(
     return np.concatenate(pictures)
 
 
-def _watching(pipeline: StableDiffusionPipeline, watch: Callable[[int, int, Callable[[], np.ndarray]], None]) -> Any:
-    """Arguments of the pipeline that make it call `watch`."""
-    wanted = ["latent_model_input", "noise_pred"]
+def guided_steps(num_inference_steps: int, guidance_end: float) -> int:
+    """How many steps are guided, 1 to `num_inference_steps`, where the share `guidance_end` (0 to 1) of them is."""
+    return max(1, math.ceil(round(num_inference_steps * guidance_end, 6)))
+
+
+def _after_steps(
+    pipeline: StableDiffusionPipeline, guided: int, steps: int, watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of the pipeline that make it call `watch`, and end guidance after `guided` of `steps` steps."""
+    if guided >= steps and watch is None:
+        return {}
+    wanted = ["latent_model_input", "noise_pred"] if watch else []
     # diffusers hands out any local variable of its loop, but only lists others; this pipeline's list alone is changed
     pipeline._callback_tensor_inputs = [*type(pipeline)._callback_tensor_inputs, *wanted]
 
@@ -187,10 +199,14 @@ def _watching(pipeline: StableDiffusionPipeline, watch: Callable[[int, int, Call
                 images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
             return (pipe.image_processor.postprocess(images, output_type="np") * 255).round().astype(np.uint8)
 
-        watch(number + 1, pipe.num_timesteps, picture)
+        if watch:
+            watch(number + 1, pipe.num_timesteps, picture)
+        if number + 1 == guided and guided < steps and pipe.do_classifier_free_guidance:
+            pipe._guidance_scale = 1.0  # as diffusers' documentation ends guidance
+            return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
         return {}
 
-    return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": wanted}
+    return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": [*wanted, "prompt_embeds"]}
 
 
 def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:
