@@ -1,12 +1,12 @@
 """What changes of the recipe do, at equal time: the demo's denoiser, three seeds, by validation loss and prompt following.
 
-python benchmarks/ablations.py [steps] [arm ...]
+python benchmarks/ablations.py [steps] [seeds] [arm ...]
 
 Wants a finished `make demo` in outputs/demo: its data, VAE, text encoder and classifier. Each arm is `train_unet.py` itself
 with the recipe `demo` and what `ARMS` changes in it, on one thread, two at once; what the suite does not offer is put in its
 place here, for the measurement alone. An arm whose steps cost more or fewer seconds than the baseline's gets fewer or more of
 them, by a measurement at the beginning. Then each draws PROMPTS pictures, half of them of held-out combinations of attributes,
-which the demo's classifier reads. An arm that is measured already (results/ablations.json, same steps) is kept.
+which the demo's classifier reads. 200 steps are a quarter of the demo's time; what has been run is kept and not run again.
 """
 
 import json
@@ -22,7 +22,6 @@ from common import ROOT, keep
 
 WORK = ROOT / ".cache" / "ablations"
 DEMO = ROOT / "outputs" / "demo"
-SEEDS = (0, 1, 2)
 PROMPTS, SCALE, PROMPT_SEED = 192, 2.0, 77
 PROBE = (4, 16)  # steps that a cost is measured between
 
@@ -41,13 +40,22 @@ ARMS: dict[str, tuple[list[str], list[str]]] = {
     "batch_16": (["--train_batch_size", "16"], []),
     "batch_64": (["--train_batch_size", "64"], []),
     "muon": ([], ["muon"]),
+    "batch_8": (["--train_batch_size", "8"], []),
+    "batch_16_logit_normal": (["--train_batch_size", "16"], ["logit_normal"]),
 }
-COSTLY = ("batch_16", "batch_64", "muon")  # a step of these does not cost what the baseline's does
+COSTLY = (
+    "batch_16",
+    "batch_64",
+    "muon",
+    "batch_8",
+    "batch_16_logit_normal",
+)  # a step of these does not cost what the baseline's does
 
 
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    names = sys.argv[2:] or list(ARMS)
+    seeds = range(int(sys.argv[2]) if len(sys.argv) > 2 else 3)
+    names = ["baseline", *(name for name in sys.argv[3:] or ARMS if name != "baseline")]
     if not (DEMO / "unet" / "evaluation" / "classifier").is_dir():
         sys.exit("outputs/demo holds no finished evaluation; run make demo first")
     WORK.mkdir(parents=True, exist_ok=True)
@@ -57,14 +65,14 @@ def main() -> None:
 
     cost = dict.fromkeys(ARMS, 1.0)
     costly = [name for name in COSTLY if name in names]
-    if any((name, seed) not in done for name in costly for seed in SEEDS):
+    if any((name, seed) not in done for name in costly for seed in seeds):
         seconds = {
             name: [launch(name, 0, PROBE[1], "probe")["step_seconds"] for _ in range(2)]
             for name in ["baseline", *costly]
         }
         cost |= {name: min(seconds[name]) / min(seconds["baseline"]) for name in costly}
         print("cost of a step:", {name: round(cost[name], 3) for name in costly}, flush=True)
-    todo = [(name, seed) for seed in SEEDS for name in names if (name, seed) not in done]
+    todo = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
 
     def work(job: tuple[str, int]) -> None:
         name, seed = job
@@ -76,7 +84,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, todo))
-    keep("ablations", {"steps": steps, "seeds": len(SEEDS), "prompts": PROMPTS, "arms": summary(rows)})
+    keep(f"ablations_{steps}", {"steps": steps, "prompts": PROMPTS, "arms": summary(rows)})
 
 
 def launch(name: str, seed: int, steps: int, what: str) -> dict[str, Any]:
