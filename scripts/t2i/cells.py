@@ -597,8 +597,10 @@ def evaluated(run: Path) -> tuple[Cell, list[Axis]] | None:
             Axis("guidance_scale", tuple(map(float, found["guidance_scales"]))),
             Axis("sample", samples),
         ]
-        fixed = {"num_inference_steps": int(found["num_inference_steps"]), "scheduler": str(found["scheduler"])}
-        end = float(found.get("guidance_end", 1.0))
-        return Cell(*samples[0][:1], seed=samples[0][1], guidance_end=end, **fixed), axes  # type: ignore[arg-type]
+        cell = Cell(
+            samples[0][0], seed=samples[0][1], num_inference_steps=int(found["num_inference_steps"]),
+            scheduler=str(found["scheduler"]), guidance_end=float(found.get("guidance_end", 1.0)),
+        )  # fmt: skip
+        return cell, axes
     except (OSError, ValueError, KeyError, TypeError, IndexError, UserError):
         return None

@@ -168,7 +168,7 @@ def generate(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             output_type="np",
-            **_after_steps(pipeline, guided_steps(num_inference_steps, guidance_end), num_inference_steps, watch),
+            **_after_steps(pipeline, guidance_end, watch),
         ).images
         pictures.append((made * 255).round().astype(np.uint8))
         bar.update(len(part))
@@ -176,16 +176,16 @@ def generate(
     return np.concatenate(pictures)
 
 
-def guided_steps(num_inference_steps: int, guidance_end: float) -> int:
-    """How many steps are guided, 1 to `num_inference_steps`, where the share `guidance_end` (0 to 1) of them is."""
-    return max(1, math.ceil(round(num_inference_steps * guidance_end, 6)))
+def guided_steps(steps: int, guidance_end: float) -> int:
+    """How many of `steps` are guided, 1 to all, where the share `guidance_end` (0 to 1) of them is."""
+    return max(1, math.ceil(round(steps * guidance_end, 6)))
 
 
 def _after_steps(
-    pipeline: StableDiffusionPipeline, guided: int, steps: int, watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None
+    pipeline: StableDiffusionPipeline, guidance_end: float, watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of the pipeline that make it call `watch`, and end guidance after `guided` of `steps` steps."""
-    if guided >= steps and watch is None:
+    """Arguments of the pipeline that make it call `watch`, and end guidance after the share `guidance_end` of the steps."""
+    if guidance_end >= 1 and watch is None:
         return {}
     wanted = ["latent_model_input", "noise_pred"] if watch else []
     # diffusers hands out any local variable of its loop, but only lists others; this pipeline's list alone is changed
@@ -201,7 +201,8 @@ def _after_steps(
 
         if watch:
             watch(number + 1, pipe.num_timesteps, picture)
-        if number + 1 == guided and guided < steps and pipe.do_classifier_free_guidance:
+        ended = number + 1 == guided_steps(pipe.num_timesteps, guidance_end) < pipe.num_timesteps
+        if ended and pipe.do_classifier_free_guidance:
             pipe._guidance_scale = 1.0  # as diffusers' documentation ends guidance
             return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
         return {}
