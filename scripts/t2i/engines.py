@@ -94,6 +94,10 @@ class CompiledUnet(torch.nn.Module):
         super().__init__()
         self.weights_hash = weights_hash
         self.networks, self.config, self.dtype, self.device = networks, config, torch.float32, torch.device("cpu")
+        self.contexts: tuple[torch.Tensor, list[np.ndarray]] = (
+            torch.empty(0),
+            [],
+        )  # the last hidden states, by picture
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **options: Any
@@ -101,10 +105,13 @@ class CompiledUnet(torch.nn.Module):
         half = len(sample) // 2
         guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # the same latents, both prompts
         pictures = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
+        if (
+            self.contexts[0] is not encoder_hidden_states
+        ):  # the same in each step; PyTorch's threads would spin beside OpenVINO's
+            self.contexts = (encoder_hidden_states, [encoder_hidden_states[rows].numpy() for rows in pictures])
         step, made = np.array(float(timestep), np.float32), torch.empty_like(sample)
-        for rows in pictures:
-            network = self.networks[len(rows)]
-            made[rows] = network(sample[rows].numpy(), step, encoder_hidden_states[rows].numpy())
+        for rows, context in zip(pictures, self.contexts[1], strict=True):
+            made[rows] = self.networks[len(rows)](sample[rows].numpy(), step, context)
         return (made,)
 
 
