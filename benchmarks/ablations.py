@@ -6,7 +6,8 @@ Wants a finished `make demo` in outputs/demo: its data, VAE, text encoder and cl
 with the recipe `demo` and what `ARMS` changes in it, on one thread, two at once; what the suite does not offer is put in its
 place here, for the measurement alone. An arm whose steps cost more or fewer seconds than the baseline's gets fewer or more of
 them, by a measurement at the beginning. Then each draws PROMPTS pictures, half of them of held-out combinations of attributes,
-which the demo's classifier reads. 200 steps are a quarter of the demo's time; what has been run is kept and not run again.
+which the demo's classifier reads. 200 steps are a quarter of the
+demo's time then, when its batch was 32, which is the baseline's; what has been run is kept and not run again.
 """
 
 import json
@@ -127,7 +128,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
         "--cache_dir", str(WORK / "cache"), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
         "--max_train_steps", str(steps), "--lr_warmup_steps", str(round(steps * 0.06)), "--validation_steps", str(steps),
         "--checkpointing_steps", str(steps), "--validation_images", "64" if measured else "1", "--validation_prompts",
-        "--logging_steps", "4", *options,
+        "--logging_steps", "4", "--train_batch_size", "32", *options,
     ]  # fmt: skip
     train_unet.main()
     state = json.loads((folder / "run.json").read_text())

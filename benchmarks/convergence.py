@@ -40,6 +40,10 @@ def main() -> None:
     peer = Path(sys.argv[1]).resolve()
     WORK.mkdir(parents=True, exist_ok=True)
     dataset = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else draw(WORK / "dataset")
+    told = WORK / "dataset.txt"
+    if told.is_file() and told.read_text() != str(dataset):
+        sys.exit(f"{WORK} holds runs on {told.read_text()}; delete that folder, or name the same data set")
+    told.write_text(str(dataset))
     seconds = 60 * (float(sys.argv[3]) if len(sys.argv) > 3 else 30.0)
     model = WORK / "model"
     recipe = make_recipe(model, dataset)

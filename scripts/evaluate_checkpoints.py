@@ -65,8 +65,10 @@ def main() -> None:
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "model"}
     if config.engine != "openvino":
         del settings["engine"]  # the others draw alike
-    if config.preset is None:
-        del settings["preset"]  # evaluations from before there were presets count
+    del settings["preset"]  # its name; what it means counts
+    preset = sampler(run, config)
+    if config.preset:
+        settings |= preset._asdict()
     inputs = {
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
@@ -86,7 +88,6 @@ def main() -> None:
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
 
     # sweep
-    preset = sampler(run, config)
     cells: list[dict[str, Any]] = []
     prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed, 0)
     sweep = {

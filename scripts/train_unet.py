@@ -50,7 +50,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/unet")
 
     # accelerator
-    from t2i.distributed import check_effective, first_says, make_accelerator
+    from t2i.distributed import check_effective, first_says, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
     check_push(config, accelerator)
@@ -131,6 +131,7 @@ def main() -> None:
     )
 
     # loop
+    keep_freed_memory(accelerator)
     stopped, parts = False, config.gradient_accumulation_steps
     batches = Ahead(
         lambda number: make_batch(given, config, *divmod(number, parts), accelerator), steps * parts,

@@ -32,7 +32,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/vae")
 
     # accelerator
-    from t2i.distributed import first_says, make_accelerator
+    from t2i.distributed import first_says, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
     held = ExitStack()  # until the process ends: no second training writes into this folder
@@ -101,6 +101,7 @@ def main() -> None:
     )
 
     # loop
+    keep_freed_memory(accelerator)
     stopped, parts = False, config.gradient_accumulation_steps
     batches = Ahead(
         lambda number: make_batch(train, config, recipe.data.random_flip, number, vae, accelerator), steps * parts,

@@ -118,9 +118,11 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
         assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
         assert found[part]["guidance_end"] == 0.5
     card = (tmp_path / "unet/pipeline/README.md").read_text()
-    assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 50% of them guided" in card
+    assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 2 of them guided" in card
     assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card
     assert "pipeline.scheduler = UniPCMultistepScheduler.from_config" in card
+    assert "guidance_scale=1.5,  # the evaluation drew with generate_images.py --guidance_end 0.5\n    height=" in card
+    assert "UniPCMultistep (inference)" in card
 
 
 def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):

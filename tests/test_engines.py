@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import SCRIPTS
-from t2i import engines, quantization, sampling
+from t2i import engines, pictures, quantization, sampling
 from t2i.runs import UserError
 
 PROMPTS = ["a red flower", "a blue flower at night", "a white flower"]
@@ -74,11 +74,29 @@ def test_guidance_that_ends_costs_half_from_there_and_draws_as_stock_does(export
     assert (draw(compiled, guidance_end=0.5, batch_size=1) == found).all()
 
 
+def test_one_seed_for_several_prompts_without_guidance(exported):
+    stock, compiled = (sampling.load_pipeline(exported, engine=engine) for engine in ("torch", "openvino"))
+    wanted, found = (
+        sampling.generate(
+            pipeline, PROMPTS[:2], [5, 5], guidance_scale=1.0, num_inference_steps=3, progress=False
+        ).astype(int)
+        for pipeline in (stock, compiled)
+    )
+    assert np.abs(wanted - found).mean() < 1.0
+
+
+def test_a_step_of_two_calls_is_guided_in_both_or_in_neither(exported):
+    pipeline, sizes = sampling.load_pipeline(exported, scheduler="heun"), []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    sampling.generate(pipeline, PROMPTS[:1], [0], num_inference_steps=4, guidance_end=0.5, progress=False)
+    assert sizes == [2, 2, 2, 2, 1, 1, 1]
+
+
 @given(st.integers(1, 1000), st.floats(0, 1), st.floats(0, 1))
 def test_one_step_at_least_is_guided_and_all_at_the_end(steps, end, later):
-    low, high = sorted((sampling.guided_steps(steps, end), sampling.guided_steps(steps, later)))
+    low, high = sorted((pictures.guided_steps(steps, end), pictures.guided_steps(steps, later)))
     assert 1 <= low <= high <= steps
-    assert (sampling.guided_steps(steps, min(end, later)), sampling.guided_steps(steps, 1.0)) == (low, steps)
+    assert (pictures.guided_steps(steps, min(end, later)), pictures.guided_steps(steps, 1.0)) == (low, steps)
 
 
 def test_eight_bits_are_kept_only_where_pictures_stay(exported, monkeypatch):

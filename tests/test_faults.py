@@ -21,6 +21,7 @@ MARKS = "![x](//a.b) **c**"  # short enough for a tab
 HOSTILE = {
     "checkpoint": "../../etc/passwd", "run": "../../../etc", "runs": "/etc/passwd", "guidance_scale": "NaN", "seed": "1e99",
     "num_inference_steps": "-1", "prompt": "\x00" + EVIL, "negative_prompt": EVIL, "scheduler": "os.system", "columns": "run",
+    "guidance_end": "NaN",
     "rows": "../", "tabs": "<b>", "tab": "1e99", "page": "-1", "left": "row 9, column 9", "right": "\u202e", "view": "x",
     "metric": "../x", "name": "*", "smoothing": "NaN", "source": "file:///etc/passwd", "image": "../../etc/passwd", "n": "NaN",
 }  # fmt: skip

@@ -107,7 +107,8 @@ def test_the_hub_holds_a_private_pipeline_with_card_and_pictures(hub, run, publi
     for seed, entry in enumerate(card.data["widget"]):
         known = json.loads(Image.open(io.BytesIO(files[entry["output"]["url"]])).info["parameters"])
         assert known == {"prompt": prompts[seed], "seed": seed, "unet": result["output_unet_hash"],
-                         "guidance_scale": 3.0, "num_inference_steps": 2, "scheduler": "DDIMScheduler"}  # fmt: skip
+                         "guidance_scale": 3.0, "num_inference_steps": 2,
+                         "scheduler": "DDIMScheduler", "guidance_end": 1.0}  # fmt: skip
 
 
 def edit(card):

@@ -19,7 +19,7 @@ from neighbours import show_neighbours
 from PIL import Image
 
 from t2i import cells
-from t2i.pictures import PRESETS, SCHEDULERS, Preset, png_bytes
+from t2i.pictures import PRESETS, SCHEDULERS, png_bytes
 from t2i.runs import UserError
 
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
@@ -80,13 +80,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     usual = found[0] if found else cells.Cell(first)
     short = {name: key for key, name in SCHEDULERS.items()}
     names = list(SCHEDULERS)
-    chosen = tuple(st.session_state.get(name) for name in Preset._fields)
-    st.session_state["_preset"] = next((name for name, preset in PRESETS.items() if preset == chosen), None)
-    st.segmented_control(
-        "Preset", list(PRESETS), key="_preset", on_change=take_preset,
-        help="scheduler, steps, and the share of them that is guided: "
-        + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
-    )  # fmt: skip
+    above = st.container()  # for what the form's values decide
     with st.form("_picture"):
         prompt = st.text_area(
             "Prompt", first, key="prompt", bind="query-params", max_chars=MAX_PROMPT, height=80,
@@ -120,6 +114,8 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
             other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
+    with above:
+        show_preset((str(scheduler), int(steps or 1), 1.0 if end is None else float(end)))
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
@@ -135,6 +131,16 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
 def clean(text: str | None) -> str:
     """A prompt of a URL may be longer than the field takes, or hold lone surrogates, which no file can store."""
     return (text or "")[:MAX_PROMPT].encode("utf-8", "replace").decode("utf-8")
+
+
+def show_preset(chosen: tuple[str, int, float]) -> None:
+    """The presets, marked the one that the form's scheduler, steps and guidance end are."""
+    st.session_state["_preset"] = next((name for name, preset in PRESETS.items() if preset == chosen), None)
+    st.segmented_control(
+        "Preset", list(PRESETS), key="_preset", on_change=take_preset,
+        help="scheduler, steps, and the share of them that is guided: "
+        + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
+    )  # fmt: skip
 
 
 def take_preset() -> None:

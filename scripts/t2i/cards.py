@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import Recipe, load_recipe
+from t2i.pictures import guided_steps
 from t2i.runs import UserError, read_json, write_text
 from t2i.tracking import redact
 
@@ -76,7 +77,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     report = (evaluation or {}).get("report") or {}
     cells = (evaluation or {}).get("cells") or []
     vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
-    details = _details(run / "pipeline", recipe, vae_run)
+    details = _details(run / "pipeline", recipe, vae_run, report)
     training = _training(recipe, result, provenance)
     inference = _inference(recipe, report)
     rows = {**details, **training, **inference}
@@ -118,7 +119,8 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         training=training,
         inference=inference,
         prompt=_prompt(gallery[0][0] if gallery else _example(recipe)),
-        scheduler=_scheduler(report),
+        scheduler=scheduler_of(report),
+        guidance_end=end if (end := _number(report.get("guidance_end"))) is not None and end < 1 else None,
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
         figures=_figures(result, report, vae_run),
@@ -196,7 +198,7 @@ def escape_markdown(value: Any) -> str:
 # --- Sections --------------------------------------------------------------------------------------------------------
 
 
-def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any]) -> dict[str, str]:
+def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
     unet, vae, text, scheduler = (
         _optional(pipeline / part) for part in
         ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
@@ -217,7 +219,7 @@ def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any]) -> dict[st
     latents = f"{side // factor} × {side // factor} × {_text(vae.get('latent_channels'))}" if factor else NOT_MEASURED
     noise = f"{recipe.unet.beta_schedule}, {recipe.unet.prediction_type}"
     noise += ", zero-terminal SNR" if recipe.unet.rescale_betas_zero_snr else ""
-    sampler = str(scheduler.get("_class_name", "DDIMScheduler")).removesuffix("Scheduler")
+    sampler = scheduler_of({"scheduler": scheduler.get("_class_name")} | report).removesuffix("Scheduler")
     return {
         "Architecture": architecture + origin,
         "Text Encoder": f"{encoder} — frozen",
@@ -260,16 +262,16 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
     }
 
 
-def _scheduler(report: dict[str, Any]) -> str:
+def scheduler_of(report: dict[str, Any]) -> str:
     """diffusers' name of the scheduler that the evaluation drew with, and the card's example does."""
     name = str(report.get("scheduler") or "DDIMScheduler")
     return name if re.fullmatch(r"\w+Scheduler", name, re.ASCII) else "DDIMScheduler"
 
 
 def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
-    steps, sampler = report.get("num_inference_steps"), _scheduler(report).removesuffix("Scheduler")
+    steps, sampler = report.get("num_inference_steps"), scheduler_of(report).removesuffix("Scheduler")
     scale, end = _number(report.get("guidance_scale")), _number(report.get("guidance_end"))
-    guided = f", the first {end:.0%} of them guided" if end is not None and end < 1 else ""
+    guided = f", the first {guided_steps(int(steps or 1), end)} of them guided" if end is not None and end < 1 else ""
     settings = recipe.train_unet
     cpu, gpu = (_number(report.get(f"seconds_per_picture_{device}")) for device in ("cpu", "gpu"))
     times = [f"{seconds:.2f} s" if seconds else NOT_MEASURED for seconds in (cpu, gpu)]

@@ -212,7 +212,7 @@ class EvaluateConfig:
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
     guidance_scales: list[NonNegative] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
     preset: Literal["exact", "fast", "draft"] | None = (
-        None  # scheduler and steps of generate_images.py's presets; None: the model's scheduler, num_inference_steps
+        None  # as of generate_images.py; None: the model's scheduler, num_inference_steps, all of them guided
     )
     num_inference_steps: Count = 30  # denoising steps, where no preset says it
     sweep_prompts: Count = 24  # prompts a checkpoint and scale; the best pair is chosen on them
@@ -291,6 +291,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
         _let_go(section, before, "vae", "vae_revision")
         _let_go(section, before, "text_encoder", "text_encoder_revision")
         _let_go(section, before, "num_train_epochs", "max_train_steps")
+        _let_go(section, before, "num_inference_steps", "preset")
         if name == "source":
             recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
         else:

@@ -64,18 +64,16 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
         write_deepspeed_config(accelerator.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     set_seed(config.seed)
     return accelerator
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what a training step frees for the next one, which needs as much.
+def keep_freed_memory(accelerator: Any) -> None:
+    """Let glibc keep from now on what a training step frees for the next one, which needs as much; on a CPU alone.
 
     By default it gives large blocks back to the system and takes them page by page, each zeroed: a twentieth of a step's time.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and accelerator.device.type == "cpu":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
         if mallopt:
             mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own

@@ -49,14 +49,19 @@ class Network:
 
 
 class Sizes(dict[int, Network]):
-    """Networks of one model by how many samples they take, each compiled at its first use."""
+    """Networks of one model by how many samples they take: two, a guided picture's, now, another number at its first use.
+
+    model: of OpenVINO, or its file, which is read now: it may be another one by then.
+    """
 
     def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.kept = isinstance(model, Path)
+        self.model = import_openvino().Core().read_model(model) if self.kept else model
+        self.__missing__(2)
 
     def __missing__(self, samples: int) -> Network:
-        self[samples] = compile_model(self.model, samples)
+        self[samples] = compile_model(with_samples(self.model, samples), kept=self.kept)
         return self[samples]
 
 
@@ -94,25 +99,25 @@ class CompiledUnet(torch.nn.Module):
         super().__init__()
         self.weights_hash = weights_hash
         self.networks, self.config, self.dtype, self.device = networks, config, torch.float32, torch.device("cpu")
-        self.contexts: tuple[torch.Tensor, list[np.ndarray]] = (
-            torch.empty(0),
-            [],
-        )  # the last hidden states, by picture
+        self.given = torch.empty(0)  # the last hidden states, and which rows of them and of the latents are a picture's
+        self.pictures: list[tuple[list[int], np.ndarray]] = []
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor]:
-        half = len(sample) // 2
-        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # the same latents, both prompts
-        pictures = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
-        if (
-            self.contexts[0] is not encoder_hidden_states
-        ):  # the same in each step; PyTorch's threads would spin beside OpenVINO's
-            self.contexts = (encoder_hidden_states, [encoder_hidden_states[rows].numpy() for rows in pictures])
+        if self.given is not encoder_hidden_states:  # the same tensor in each step, until guidance ends
+            self.given, self.pictures = encoder_hidden_states, self._split(sample, encoder_hidden_states)
         step, made = np.array(float(timestep), np.float32), torch.empty_like(sample)
-        for rows, context in zip(pictures, self.contexts[1], strict=True):
+        for rows, context in self.pictures:
             made[rows] = self.networks[len(rows)](sample[rows].numpy(), step, context)
         return (made,)
+
+    def _split(self, sample: torch.Tensor, hidden: torch.Tensor) -> list[tuple[list[int], np.ndarray]]:
+        """Once a picture, not in each step: after work on large tensors PyTorch's threads spin beside OpenVINO's."""
+        half = len(sample) // 2
+        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # the same latents, both prompts
+        rows = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
+        return [(some, hidden[some].numpy()) for some in rows]
 
 
 class CompiledVae(torch.nn.Module):
@@ -275,28 +280,30 @@ def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compile_models(models: dict[str, Any]) -> dict[str, Any]:
-    """Networks by name; of the UNet by number of samples, that of a guided picture made at once."""
-    unet = Sizes(models["unet"])
-    unet[2] = compile_model(models["unet"], 2)
-    return {"unet": unet} | {name: compile_model(model) for name, model in models.items() if name != "unet"}
+    """Networks by name; of the UNet by number of samples."""
+    return {name: Sizes(model) if name == "unet" else compile_model(model) for name, model in models.items()}
 
 
-def compile_model(model: Any, samples: int | None = None) -> Network:
+def compile_model(model: Any, kept: bool = False) -> Network:
     """In bf16 where the processor computes in it, else in float32.
 
-    model: of OpenVINO, or its file. samples: how many, where the model takes any number.
+    model: of OpenVINO, or its file. kept: whether what is compiled is kept for the next time, as it is of a file.
     """
     openvino = import_openvino()
     core = openvino.Core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
-    if isinstance(model, Path):
+    if kept or isinstance(model, Path):
         options["CACHE_DIR"] = str(BLOBS)
-    if samples:
-        model = core.read_model(model) if isinstance(model, Path) else model.clone()
-        shapes = {one: one.partial_shape for one in model.inputs if one.partial_shape.is_dynamic}
-        model.reshape({one: openvino.PartialShape([samples, *list(shape)[1:]]) for one, shape in shapes.items()})
     return Network(core.compile_model(model, "CPU", options))
+
+
+def with_samples(model: Any, samples: int) -> Any:
+    """A copy of a model that takes any number of samples, for this number alone, which makes it faster."""
+    openvino, model = import_openvino(), model.clone()
+    shapes = {one: one.partial_shape for one in model.inputs if one.partial_shape.is_dynamic}
+    model.reshape({one: openvino.PartialShape([samples, *list(shape)[1:]]) for one, shape in shapes.items()})
+    return model
 
 
 def _pipeline(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -42,6 +43,12 @@ PRESETS = {
     "fast": Preset("unipc", 8, 0.5),
     "draft": Preset("unipc", 3, 0.5),
 }
+
+
+def guided_steps(steps: int, guidance_end: float) -> int:
+    """How many of `steps` are guided, 1 to all, where the share `guidance_end` (0 to 1) of them is."""
+    return max(1, math.ceil(round(steps * guidance_end, 6)))
+
 
 # what Pillow and json raise for files that are no whole PNG with parameters
 DAMAGE = (

@@ -64,7 +64,7 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
     pipeline = sampling.load_pipeline(folder, device=_device())
 
     settings = {"unet": result["output_unet_hash"], "guidance_scale": scale, "num_inference_steps": steps}
-    settings["scheduler"] = report.get("scheduler") or type(pipeline.scheduler).__name__
+    settings |= {"scheduler": cards.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
     gallery = draw_gallery(pipeline, folder, prompts, settings)
     chosen = license if license not in (None, "unknown") else recipe.train_unet.license
     publication = cards.Publication(repo_id, str(chosen), gallery)
@@ -96,7 +96,7 @@ def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[st
 def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict[str, Any]) -> list[tuple[str, str]]:
     """A picture a prompt in `folder`/images, seeds 0, 1, …; drawn where there is not the same one already.
 
-    settings: the UNet's hash, guidance scale, steps and scheduler. Returns prompts and paths relative to `folder`.
+    settings: the UNet's hash, guidance scale, steps, scheduler and guidance end. Returns prompts and paths relative to `folder`.
     """
     from t2i import sampling
 
@@ -114,6 +114,7 @@ def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict
         drawn = sampling.generate(
             pipeline, [wanted[path]["prompt"] for path in missing], [wanted[path]["seed"] for path in missing],
             guidance_scale=settings["guidance_scale"], num_inference_steps=settings["num_inference_steps"],
+            guidance_end=settings["guidance_end"],
         )  # fmt: skip
         pipeline.scheduler = saved
         (folder / "images").mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import engines, models
-from t2i.pictures import PRESETS, SCHEDULERS, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
+from t2i.pictures import PRESETS, SCHEDULERS, guided_steps, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
 from t2i.runs import UserError, checkpoint_folders
 
 
@@ -168,7 +167,7 @@ def generate(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             output_type="np",
-            **_after_steps(pipeline, guidance_end, watch),
+            **_after_steps(pipeline, num_inference_steps, guidance_end, watch),
         ).images
         pictures.append((made * 255).round().astype(np.uint8))
         bar.update(len(part))
@@ -176,16 +175,16 @@ def generate(
     return np.concatenate(pictures)
 
 
-def guided_steps(steps: int, guidance_end: float) -> int:
-    """How many of `steps` are guided, 1 to all, where the share `guidance_end` (0 to 1) of them is."""
-    return max(1, math.ceil(round(steps * guidance_end, 6)))
-
-
 def _after_steps(
-    pipeline: StableDiffusionPipeline, guidance_end: float, watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None
+    pipeline: StableDiffusionPipeline, steps: int, guidance_end: float,
+    watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of the pipeline that make it call `watch`, and end guidance after the share `guidance_end` of the steps."""
-    if guidance_end >= 1 and watch is None:
+    guided = guided_steps(steps, guidance_end)
+    last_guided = guided * getattr(
+        pipeline.scheduler, "order", 1
+    )  # of the calls of the UNet; Heun's method makes two a step
+    if guided == steps and watch is None:
         return {}
     wanted = ["latent_model_input", "noise_pred"] if watch else []
     # diffusers hands out any local variable of its loop, but only lists others; this pipeline's list alone is changed
@@ -201,8 +200,7 @@ def _after_steps(
 
         if watch:
             watch(number + 1, pipe.num_timesteps, picture)
-        ended = number + 1 == guided_steps(pipe.num_timesteps, guidance_end) < pipe.num_timesteps
-        if ended and pipe.do_classifier_free_guidance:
+        if guided < steps and number + 1 == last_guided and pipe.do_classifier_free_guidance:
             pipe._guidance_scale = 1.0  # as diffusers' documentation ends guidance
             return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
         return {}
