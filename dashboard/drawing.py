@@ -122,7 +122,7 @@ class GridJob:
                     start = time.monotonic()
                     cells.make(batch, load=pipeline, batch_size=BATCH, progress=count, cancelled=cancelled)
                     took = time.monotonic() - start
-                    _pace[batch[0].run] = took / sum(place.cell.num_inference_steps for place in batch)
+                    _pace[batch[0].run] = took / sum(place.cell.samples for place in batch)
         except Exception as error:
             self.error = sentence(error)
         finally:
@@ -185,15 +185,16 @@ def sentence(error: Exception) -> str:
     return f"drawing ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})"
 
 
-_pace: dict[Path, float] = {}  # run -> seconds a denoising step, as measured last by a grid in this server
+_pace: dict[Path, float] = {}  # run -> seconds a sample of the UNet, as measured last by a grid in this server
 
 
 def expected_seconds(places: Sequence[cells.Place], known: float | None = None) -> float | None:
     """What drawing the missing pictures of `places` takes; None where nothing tells.
 
-    known: seconds a denoising step of these models, measured elsewhere; what this server measured is taken first.
+    known: seconds a sample of the UNet (`cells.Cell.samples`) of these models, measured elsewhere; what this server measured
+    is taken first.
     """
-    paces = [(place.cell.num_inference_steps, _pace.get(place.run, known)) for place in cells.missing(places)]
+    paces = [(place.cell.samples, _pace.get(place.run, known)) for place in cells.missing(places)]
     if any(pace is None for _, pace in paces):
         return None
-    return float(sum(steps * pace for steps, pace in paces if pace is not None))
+    return float(sum(samples * pace for samples, pace in paces if pace is not None))

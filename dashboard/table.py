@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import escape, read, warn
+from common import escape, is_finite, read, warn
 from drawing import GridJob, expected_seconds
 from grid import AXES, Grid, name_of
 from PIL import Image
@@ -58,13 +58,17 @@ def announce(grid: Grid, places: Sequence[cells.Place], todo: Sequence[cells.Pla
 
 
 def known_pace(run: Path) -> float | None:
-    """Seconds a denoising step, as the evaluation measured it on this or another machine."""
+    """Seconds a sample of the UNet, as the evaluation measured it on this or another machine."""
     report = read(run / "evaluation" / "evaluation.json").get("report")
     if not isinstance(report, dict):
         return None
-    seconds, steps = report.get("seconds_per_picture_cpu"), report.get("num_inference_steps")
-    known = isinstance(seconds, int | float) and isinstance(steps, int) and steps > 0
-    return float(seconds) / steps if known and seconds is not None else None
+    seconds = report.get("seconds_per_picture_cpu")
+    names = ("guidance_scale", "num_inference_steps", "guidance_end")
+    try:
+        drawn = cells.Cell("", **{name: report[name] for name in names if name in report})
+    except UserError:
+        return None
+    return float(seconds) / drawn.samples if is_finite(seconds) else None  # type: ignore[arg-type]
 
 
 def words_for(seconds: float) -> str:

@@ -214,6 +214,8 @@ def test_mistakes_are_sentences(run, tmp_path):
         "scheduler",
     }
     assert Cell("a", guidance_end=0.5).settings()["guidance_end"] == 0.5
+    half = Cell("a", guidance_end=0.5, num_inference_steps=5)
+    assert (Cell("a").samples, half.samples, Cell("a", guidance_scale=1).samples) == (60, 8, 30)
     place = cells.plan(run, "pipeline", CELL, [])[0]
     shutil.rmtree(run)  # deleted while shown
     with pytest.raises(UserError, match="cannot be written"):

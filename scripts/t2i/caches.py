@@ -1,6 +1,6 @@
 """Latents and text embeddings, computed once and kept by content.
 
-A cache's folder is named by a hash of the weights that made it, of the transform, and of the images or captions: a stale
+A cache's folder is named by a hash of the weights that made it, of transform and precision, and of the images or captions: a stale
 one cannot be read by mistake. Arrays are `.npy` files, memory-mapped, so that memory does not grow with the data set.
 What is stored is unscaled: the posterior's mean and log-variance; hidden states, each distinct caption once.
 """

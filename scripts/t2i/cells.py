@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from t2i.pictures import DAMAGE, SCHEDULERS, read_parameters, save_picture
+from t2i.pictures import DAMAGE, SCHEDULERS, guided_steps, read_parameters, save_picture
 from t2i.runs import UserError, checkpoint_folders, hash_json, read_json, sha256_file
 
 if TYPE_CHECKING:
@@ -80,6 +80,12 @@ class Cell:
         object.__setattr__(self, "scheduler", known)
         for name in ("guidance_scale", "guidance_end"):
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 7 is 7.0, and -0.0 is 0.0
+
+    @property
+    def samples(self) -> int:
+        """How many the UNet computes for it, which its time grows with: two in a guided step, one in any other."""
+        guided = guided_steps(self.num_inference_steps, self.guidance_end) if self.guidance_scale > 1 else 0
+        return self.num_inference_steps + guided
 
     def settings(self) -> dict[str, Any]:
         """What the picture is known by: its fields, without a guidance that never ends, as it was before one could."""
