@@ -121,7 +121,8 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
     assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 2 of them guided" in card
     assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card
     assert "pipeline.scheduler = UniPCMultistepScheduler.from_config" in card
-    assert "guidance_scale=1.5,  # the evaluation drew with generate_images.py --guidance_end 0.5\n    height=" in card
+    said = f"guidance_scale={found['report']['guidance_scale']:g},  # the evaluation drew with generate_images.py --guidance_end 0.5"
+    assert f"{said}\n    height=" in card
     assert "UniPCMultistep (inference)" in card
 
 
