@@ -48,7 +48,7 @@ labelled(app.number_input, "Steps").set_value(int(sys.argv[2]))
 labelled(app.button, "Draw").click().run()
 end = time.monotonic() + 120
 while time.monotonic() < end:
-    pictures = [path for path in Path("outputs").glob("*/cells/*.png") if not path.name.endswith(".steps.png")]
+    pictures = [path for path in Path("outputs").glob("*/cells/*.png") if not path.name.endswith((".steps.png", ".part.png"))]
     if pictures or app.exception or app.warning or app.error:
         break
     time.sleep(0.2)
