@@ -29,7 +29,7 @@ def main() -> None:
     import train_unet
     from t2i import config, models, tracking, training
     from t2i.caches import TextCache
-    from t2i.distributed import make_accelerator
+    from t2i.distributed import keep_freed_memory, make_accelerator
     from t2i.prefetch import Ahead
 
     name, batch, steps = SIZES[size]
@@ -37,6 +37,7 @@ def main() -> None:
     settings = recipe.train_unet
     settings.train_batch_size, settings.max_train_steps, settings.logging_steps = batch, 10_000, steps
     accelerator = make_accelerator(settings)
+    keep_freed_memory(accelerator)
     scheduler = models.build_noise_scheduler(recipe.unet)
     side, channels = 16, recipe.vae.latent_channels
     width, length = (768, 77) if size == "card" else (recipe.unet.text_hidden_size, recipe.unet.text_max_length)
