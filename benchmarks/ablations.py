@@ -6,12 +6,13 @@ Wants a finished `make demo` in outputs/demo: its data, VAE, text encoder and cl
 with the recipe `demo` and what `ARMS` changes in it, on one thread, two at once; what the suite does not offer is put in its
 place here, for the measurement alone. An arm whose steps cost more or fewer seconds than the baseline's gets fewer or more of
 them, by a measurement at the beginning. Then each draws PROMPTS pictures, half of them of held-out combinations of attributes,
-which the demo's classifier reads. 200 steps are a quarter of the
-demo's time then, when its batch was 32, which is the baseline's; what has been run is kept and not run again.
+which the demo's classifier reads. The baseline has batch 32, as the demo had, and 200 of its steps are a quarter of the demo's
+time then. What has been run is kept and not run again.
 """
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,13 +45,8 @@ ARMS: dict[str, tuple[list[str], list[str]]] = {
     "batch_8": (["--train_batch_size", "8"], []),
     "batch_16_logit_normal": (["--train_batch_size", "16"], ["logit_normal"]),
 }
-COSTLY = (
-    "batch_16",
-    "batch_64",
-    "muon",
-    "batch_8",
-    "batch_16_logit_normal",
-)  # a step of these does not cost what the baseline's does
+# a step of these does not cost what the baseline's does
+COSTLY = ("batch_16", "batch_64", "muon", "batch_8", "batch_16_logit_normal")
 
 
 def main() -> None:
@@ -122,7 +118,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
     training.go_on = lambda *_: ({"step": 0}, None)  # neither resumed nor saved: these runs are not kept
     training.save = lambda *_: None
     folder = WORK / f"{name}-{seed}-{steps}{'' if measured else '-probe'}"
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
     sys.argv = [
         "train_unet.py", "--config", "demo", "--dataset", str(DEMO / "dataset"), "--vae", str(DEMO / "vae"),
         "--cache_dir", str(WORK / "cache"), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
@@ -146,7 +142,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
         )  # fmt: skip
         classifier = metrics.Classifier.load(DEMO / "unet" / "evaluation" / "classifier")
         row["following"] = metrics.prompt_following(classifier, pictures, [wanted for wanted, _ in prompts])
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(row))
 
 

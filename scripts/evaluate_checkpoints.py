@@ -99,7 +99,7 @@ def main() -> None:
     }
     with state.timed("sweep"):
         for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
-            pictures = draw(run / checkpoint, prompts, scale, config, config.eval_seed)
+            pictures = draw(run / checkpoint, prompts, scale, preset, config, config.eval_seed)
             keep(run, checkpoint, pictures, sweep | {"guidance_scale": scale})
             figures = measure(pictures, prompts, classifier, splits, unseen, config)
             grid = f"grid-{checkpoint}-{scale:g}.png"
@@ -114,7 +114,7 @@ def main() -> None:
     prompts = make_prompts(kind, splits, recipe, config.report_prompts, config.eval_seed + 1, config.sweep_prompts)
     scale = best["guidance_scale"]
     with state.timed("report"):
-        pictures = draw(run / best["checkpoint"], prompts, scale, config, config.eval_seed + REPORT_SEED)
+        pictures = draw(run / best["checkpoint"], prompts, scale, preset, config, config.eval_seed + REPORT_SEED)
         figures = measure(pictures, prompts, classifier, splits, unseen, config)
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
@@ -128,7 +128,7 @@ def main() -> None:
         **figures,
         "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
-        **time_one_picture(run / best["checkpoint"], prompts.texts[0], config, scale),
+        **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, scale),
     }
     results = {"report": report, "cells": cells, "prompts": prompts.texts, "sweep": sweep}
     write_json(folder / "evaluation.json", results)
@@ -261,11 +261,12 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
     return Preset(saved, config.num_inference_steps, 1.0)
 
 
-def draw(checkpoint: Path, prompts: Prompts, scale: float, config: EvaluateConfig, seed: int) -> "np.ndarray":
+def draw(
+    checkpoint: Path, prompts: Prompts, scale: float, preset: Preset, config: EvaluateConfig, seed: int
+) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
     from t2i import sampling
 
-    preset = sampler(checkpoint.parent, config)
     pipeline = load(checkpoint, config.engine)
     pipeline.scheduler = sampling.make_scheduler(preset.scheduler, pipeline.scheduler.config)
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
@@ -364,13 +365,12 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
     return losses[-1] if losses else None
 
 
-def time_one_picture(checkpoint: Path, prompt: str, config: EvaluateConfig, scale: float) -> dict[str, float | None]:
+def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
     """Seconds for a single picture by torch, second of two, on the CPU and on a GPU if there is one."""
     import torch
 
     from t2i import sampling
 
-    preset = sampler(checkpoint.parent, config)
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
     _kept.clear()
     for device, name in (("cpu", "cpu"), ("cuda", "gpu")):

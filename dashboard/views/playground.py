@@ -114,8 +114,6 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
             other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
-    with above:
-        show_preset((str(scheduler), int(steps or 1), 1.0 if end is None else float(end)))
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
@@ -125,6 +123,8 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
         "scheduler": str(scheduler),
         "guidance_end": 1.0 if end is None else float(end),
     }
+    with above:
+        show_preset(settings)
     return settings, draw or other
 
 
@@ -133,9 +133,10 @@ def clean(text: str | None) -> str:
     return (text or "")[:MAX_PROMPT].encode("utf-8", "replace").decode("utf-8")
 
 
-def show_preset(chosen: tuple[str, int, float]) -> None:
-    """The presets, marked the one that the form's scheduler, steps and guidance end are."""
-    st.session_state["_preset"] = next((name for name, preset in PRESETS.items() if preset == chosen), None)
+def show_preset(settings: dict[str, Any]) -> None:
+    """The presets, marked the one that the form's settings are."""
+    alike = (name for name, preset in PRESETS.items() if preset._asdict().items() <= settings.items())
+    st.session_state["_preset"] = next(alike, None)
     st.segmented_control(
         "Preset", list(PRESETS), key="_preset", on_change=take_preset,
         help="scheduler, steps, and the share of them that is guided: "

@@ -181,9 +181,7 @@ def _after_steps(
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of the pipeline that make it call `watch`, and end guidance after the share `guidance_end` of the steps."""
     guided = guided_steps(steps, guidance_end)
-    last_guided = guided * getattr(
-        pipeline.scheduler, "order", 1
-    )  # of the calls of the UNet; Heun's method makes two a step
+    last_guided = guided * pipeline.scheduler.order  # of the calls of the UNet; Heun's method makes two a step
     if guided == steps and watch is None:
         return {}
     wanted = ["latent_model_input", "noise_pred"] if watch else []
