@@ -32,7 +32,9 @@ class Options:
     dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = (
         None  # Hub id, dataset folder or imagefolder; None: flowers are drawn
     )
-    accelerate_config: str = "accelerate_configs/cpu.yaml"  # machine, processes and precision of the trainings
+    accelerate_config: str | None = (
+        None  # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
+    )
 
 
 def main() -> None:
@@ -46,10 +48,12 @@ def main() -> None:
         stage("draw", "drawing flowers", drawing, folder, folder / ".dataset" / "run.json")
     common = ["--config", options.config, "--dataset", dataset]
     vae, unet = folder / "vae", folder / "unet"
-    quiet_launcher(options.accelerate_config)
-    training = launch(options, "train_vae.py", *common, "--output_dir", str(vae))
+    config = options.accelerate_config or "accelerate_configs/cpu.yaml"
+    quiet_launcher(config)
+    training = launch([config], "train_vae.py", *common, "--output_dir", str(vae))
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
-    training = launch(options, "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet))
+    half = [] if options.accelerate_config or not computes_in_bf16() else ["--mixed_precision", "bf16"]
+    training = launch([config, *half], "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet))
     stage("train_unet", "caching, then training the denoiser", training, folder, unet / "run.json")
     evaluation = python("evaluate_checkpoints.py", *common, "--model", str(unet))
     stage("evaluate", "evaluating", evaluation, folder, unet / "evaluation" / "run.json")
@@ -63,16 +67,17 @@ def python(script: str, *arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPTS / script), *arguments]
 
 
-def launch(options: Options, script: str, *arguments: str) -> list[str]:
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--config_file",
-        options.accelerate_config,
-    ]
+def launch(config: list[str], script: str, *arguments: str) -> list[str]:
+    """The command that trains by an accelerate config, to which options of the launcher may be added."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", *config]
     return [*accelerate, str(SCRIPTS / script), *arguments]
+
+
+def computes_in_bf16() -> bool:
+    """Whether the processor has instructions for bf16, without which it is slower than fp32. Only Linux tells."""
+    told = Path("/proc/cpuinfo")
+    flags = set(told.read_text().split()) if told.is_file() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def quiet_launcher(config: str) -> None:

@@ -2,7 +2,7 @@
 
 python tests/prove_resume.py --kills 20     (make prove-resume)
 
-Modes: one process, two gloo processes, DeepSpeed ZeRO-2 on two. With gradient accumulation 2, caption dropout, flips and
+Modes: one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two. With gradient accumulation 2, caption dropout, flips and
 shuffling, across epochs' ends: SIGKILL to the whole process group, a third of the time as soon as a save is seen under
 way, else at a random moment after the first step; start the same command again, until it ends. Then the samples of each
 step, learning rates, losses and gradient norms must be the same, and weights and moving average bit for bit.
@@ -36,7 +36,9 @@ train_unet:
   {max_train_steps: 24, train_batch_size: 4, gradient_accumulation_steps: 2, lr_warmup_steps: 4, validation_steps: 6,
    validation_images: 4, checkpointing_steps: 3, logging_steps: 1, report_to: none}
 """
-MODES = {"one": "cpu", "two": "cpu", "zero2": "deepspeed_zero2"}
+MODES = {"one": "cpu", "bf16": "cpu", "two": "cpu", "zero2": "deepspeed_zero2"}
+ALONE = ("one", "bf16")  # modes with one process
+PRECISION = {"zero2": "no", "bf16": "bf16"}  # where it is not the config's
 
 
 def prepare(folder: Path) -> None:
@@ -62,7 +64,7 @@ def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
     whole = folder / f"{mode}-undisturbed"
     end = start(folder, whole, mode)
     assert end.wait(timeout=600) == 0, log_of(whole)
-    assert json.loads((whole / "run.json").read_text())["processes"] == (1 if mode == "one" else 2)
+    assert json.loads((whole / "run.json").read_text())["processes"] == (1 if mode in ALONE else 2)
     done, in_saves, runs = 0, 0, 0
     while done < kills:
         disturbed = folder / f"{mode}-disturbed"
@@ -97,9 +99,9 @@ def start(folder: Path, output: Path, mode: str) -> subprocess.Popen[bytes]:
     if mode == "two":
         text = text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU")
     config.write_text(text)
-    per_process = 4 if mode == "one" else 2
+    per_process = 4 if mode in ALONE else 2
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config),
-             *(["--mixed_precision", "no"] if mode == "zero2" else []), str(ROOT / "scripts" / "train_unet.py"),
+             *(["--mixed_precision", PRECISION[mode]] if mode in PRECISION else []), str(ROOT / "scripts" / "train_unet.py"),
              "--config", "recipe.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", str(output),
              "--train_batch_size", str(per_process)]  # fmt: skip
     settings = environment()

@@ -53,7 +53,7 @@ def test_latents_are_reused_and_never_stale(tmp_path):
 def test_a_failing_build_leaves_nothing(tmp_path):
     class Broken:
         config = make_vae(0).config
-        device, dtype = "cpu", torch.float32
+        device, dtype = torch.device("cpu"), torch.float32
 
         def encode(self, images):
             raise RuntimeError("no memory")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,8 +129,8 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
 
 def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
-    options = ("--config", "tiny.yaml", "--output_dir", "out", "--dataset", workspace / "dataset",
-               "--accelerate_config", ROOT / "accelerate_configs/cpu.yaml")  # fmt: skip
+    (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
+    options = ("--config", "tiny.yaml", "--output_dir", "out", "--dataset", workspace / "dataset")
     first = command("run_recipe.py", *options, cwd=tmp_path)
     report = json.loads((tmp_path / "out/report.json").read_text())
     for heads in ("probe_accuracy", "prompt_following"):
@@ -140,6 +141,9 @@ def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):
     assert report["peak_rss_bytes"] > 1e8
     assert (tmp_path / report["pipeline"] / "model_index.json").is_file()
     assert "streamlit run dashboard" in first.stdout
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    half = "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "no"  # of the processor that this test runs on
+    assert json.loads((tmp_path / "out/unet/run.json").read_text())["precision"] == half
     second = command("run_recipe.py", *options, cwd=tmp_path)
     assert second.stdout.count("reusing the finished") == 3
     assert json.loads((tmp_path / "out/report.json").read_text()) == report

@@ -104,3 +104,15 @@ def test_the_recipe_flowers_is_the_model_card():
     assert recipe.vae.vae == "stabilityai/sd-vae-ft-mse"
     assert recipe.unet.text_encoder == "openai/clip-vit-large-patch14"
     assert (recipe.train_unet.max_grad_norm, recipe.train_unet.proportion_empty_prompts) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize(("side", "is_plain"), [(16, True), (64, False)])
+def test_plain_attention_is_the_same_attention(side, is_plain):
+    torch.manual_seed(0)
+    unet = models.build_unet(UnetConfig(unet_channels=[8, 16], unet_layers=1, attention_head_dim=2,
+                                        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"]), side, 4, 12)  # fmt: skip
+    given = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 5, 12)
+    wanted = unet(*given).sample
+    models.use_plain_attention(unet)
+    assert all((type(one).__name__ == "AttnProcessor") == is_plain for one in unet.attn_processors.values())
+    torch.testing.assert_close(unet(*given).sample, wanted, rtol=1e-4, atol=1e-5)

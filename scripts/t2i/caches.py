@@ -22,6 +22,7 @@ from t2i.models import encode_captions, vae_factor
 from t2i.runs import UserError, hash_json, write_json
 
 NULL_CAPTION = ""  # what a dropped caption becomes, and what the stock pipeline guides away from
+CPU_BATCH_PIXELS = 1 << 16  # 4 images of 128 px, 16 of 64
 
 
 @dataclass
@@ -39,7 +40,7 @@ def cache_latents(
     cache_dir: str,
     *,
     flip: bool,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray:
     """Posterior moments of images: float32 [N, F, 2C, h, w], memory-mapped; F = 2 where mirrored images are cached too.
@@ -47,6 +48,8 @@ def cache_latents(
     pixels: uint8 [N, R, R, 3]; identity: the hashes of the images and of the VAE. The VAE must be in evaluation mode.
     """
     count, resolution = pixels.shape[0], pixels.shape[1]
+    if batch_size is None:  # on a CPU few at once are faster, and need less memory
+        batch_size = max(1, CPU_BATCH_PIXELS // resolution**2) if vae.device.type == "cpu" else 32
     side = resolution // vae_factor(vae)
     shape = (count, 2 if flip else 1, 2 * vae.config.latent_channels, side, side)
 
