@@ -62,6 +62,9 @@ def main() -> None:
         tracker = tracking.Tracker(folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri)
 
         bare = models.build_unet(recipe.unet, side, channels, width).train()
+        if accelerator.mixed_precision == "bf16":  # as a training does
+            for one in (unet, bare):
+                models.use_plain_attention(one)
         bare_optimizer, _ = training.build_optimizer(bare.parameters(), settings, 10_000)
         noisy, target = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
         timesteps, context = torch.randint(0, 1000, (batch,)), torch.randn(batch, length, width)
