@@ -190,6 +190,7 @@ def finish(
 ) -> None:
     """Save the pipeline, with the average's weights unless the raw ones are asked for, and the results. Every process calls."""
     from t2i import models, sampling, training, zero
+    from t2i.distributed import give_back_memory
 
     weights, average = training.gather(trained)
     accelerator.wait_for_everyone()
@@ -200,6 +201,9 @@ def finish(
         unet = zero.with_weights(unet, weights if average is None or config.save_raw_weights else average)
     elif trained.ema and not config.save_raw_weights:
         trained.ema.copy_to(trained.parameters)
+    if weights is None:  # VAE and text encoder take the place of the moments, which nothing needs any more
+        trained.optimizer.state.clear()
+    give_back_memory()
     sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
     skips = {f"{kind}_skips": count for kind, count in trained.skipped.items()}
     run.finish(

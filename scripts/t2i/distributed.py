@@ -80,6 +80,14 @@ def keep_freed_memory(accelerator: Any) -> None:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
+def give_back_memory() -> None:
+    """Give what is free to the system at once, after `keep_freed_memory`."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
 def first_says(value: Any, accelerator: Any) -> Any:
     """`value` as the first process has it, on every process: another node may lack the file that it was read from."""
     from accelerate.utils import broadcast_object_list
