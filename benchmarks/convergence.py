@@ -31,7 +31,7 @@ from train import BATCH, make_environment, run
 
 WORK = ROOT / ".cache" / "benchmark_convergence"
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-SHARES = (1 / 5, 1 / 2, 1.0)  # of the peer's time, that ours is given
+SHARES = (1 / 5, 3 / 8, 1 / 2, 1.0)  # of the peer's time, that ours is given
 WARMUP = 0.05  # of the steps
 PROBE = 12  # steps that tell a step's seconds
 IMAGES = 720  # drawn, if no data set is given
@@ -104,7 +104,11 @@ def main() -> None:
     if "velocity" in sys.argv[4:]:
         train_velocity = partial(train_ours, kind="v_prediction")
         count = round((seconds / 5 - first["cache"]) / first["step_seconds"])
-        print(losses({one: kept("ours_velocity", count, one, train_velocity) for one in LEARNING_RATES}))
+        found = losses({one: kept("ours_velocity", count, one, train_velocity) for one in LEARNING_RATES})
+        keep(
+            "convergence_velocity",
+            {"ratio": None, "goal": None, "steps": count, "dataset": dataset.name, "val_loss": found},
+        )
         return
     reached: list[dict[str, Any]] = []
     for share in SHARES:
