@@ -73,7 +73,11 @@ def main() -> None:
     def train_ours(steps: int, rate: float, kind: str = "epsilon") -> dict[str, Any]:
         shutil.rmtree(WORK / "ours", ignore_errors=True)
         mine = copy.deepcopy(recipe)
-        mine["unet"] |= {"prediction_type": kind, "pretrained_model_name_or_path": str(with_prediction(model, kind))}
+        if kind != "epsilon":
+            mine["unet"] |= {
+                "prediction_type": kind,
+                "pretrained_model_name_or_path": str(with_prediction(model, kind)),
+            }
         mine["train_unet"] |= {
             "max_train_steps": steps,
             "learning_rate": rate,
@@ -216,7 +220,7 @@ def load(recipe: dict[str, Any]) -> Any:
 
 
 def with_prediction(model: Path, kind: str) -> Path:
-    """The model as one whose UNet predicts `kind`: with random weights it is any."""
+    """The model, whose UNet predicts the noise, as one that predicts `kind`: with random weights it is any."""
     folder = model.with_name(f"{model.name}_{kind}")
     if not folder.is_dir():
         shutil.copytree(model, folder, copy_function=os.link)

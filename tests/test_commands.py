@@ -141,7 +141,8 @@ def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):
     assert report["peak_rss_bytes"] > 1e8
     assert (tmp_path / report["pipeline"] / "model_index.json").is_file()
     assert "streamlit run dashboard" in first.stdout
-    flags = set(Path("/proc/cpuinfo").read_text().split())
+    told = Path("/proc/cpuinfo")  # of Linux alone
+    flags = set(told.read_text().split()) if told.is_file() else set()
     half = "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "no"  # of the processor that this test runs on
     assert json.loads((tmp_path / "out/unet/run.json").read_text())["precision"] == half
     second = command("run_recipe.py", *options, cwd=tmp_path)
