@@ -12,7 +12,9 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import keep
@@ -28,9 +30,7 @@ def main() -> None:
 
     import train_unet
     from t2i import config, models, tracking, training
-    from t2i.caches import TextCache
     from t2i.distributed import keep_freed_memory, make_accelerator
-    from t2i.prefetch import Ahead
 
     name, batch, steps = SIZES[size]
     recipe = config.load_recipe(name)
@@ -38,26 +38,14 @@ def main() -> None:
     settings.train_batch_size, settings.max_train_steps, settings.logging_steps = batch, 10_000, steps
     accelerator = make_accelerator(settings)
     keep_freed_memory(accelerator)
-    scheduler = models.build_noise_scheduler(recipe.unet)
     side, channels = 16, recipe.vae.latent_channels
     width, length = (768, 77) if size == "card" else (recipe.unet.text_hidden_size, recipe.unet.text_max_length)
-    count = 4000 if size == "demo" else 400
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        caches = {"train": (stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32),
-                            TextCache(stored(folder / "text.npy", (count, length, width), np.float16),
-                                      np.arange(count)))}  # fmt: skip
-        unet = models.build_unet(recipe.unet, side, channels, width).train()
-        parameters = list(unet.parameters())
-        optimizer, schedule = training.build_optimizer(parameters, settings, 10_000)
-        ema = training.Average(parameters, decay=settings.ema_decay)
-        model, optimizer = accelerator.prepare(unet, optimizer)
-        trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
-        given = train_unet.Inputs(scheduler, caches, 1.0, [""] * count)
-        batches = Ahead(
-            lambda number: train_unet.make_batch(given, settings, number, 0, accelerator), 10_000, in_thread=False
-        )
+        count = 4000 if size == "demo" else 400
+        unet, trained, given, batches = make_training(recipe, accelerator, folder, count, channels, width, length)
+        backward, schedule = partial(train_unet.loss_of, trained, given, settings, accelerator), trained.schedule
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         tracker = tracking.Tracker(folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri)
 
@@ -71,7 +59,7 @@ def main() -> None:
 
         def ours(start: int) -> None:
             for step in range(start, start + steps):
-                loss, norm = train_unet.train_step(trained, batches, given, settings, step, accelerator)
+                loss, norm = train_unet.train_step(trained, batches, given, settings, step, accelerator, backward)
                 if (step + 1) % settings.logging_steps == 0:
                     row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
                     training.record(row, step + 1, folder / "run", tracker, True)
@@ -104,6 +92,42 @@ def main() -> None:
             "share_waiting_for_data": round(batches.waited / steps / sum(seconds["ours"]), 4),
         },
     )  # fmt: skip
+
+
+def make_training(
+    recipe: Any, accelerator: Any, folder: Path, count: int, channels: int, width: int, length: int
+) -> tuple[Any, Any, Any, Any]:
+    """What `train_unet.train_step` takes, without a data set: the UNet, `Trained`, `Inputs` from caches of random numbers, batches.
+
+    count: of samples; channels: of latents 16 x 16; width, length: of the text.
+    """
+    import torch
+
+    import train_unet
+    from t2i import models, training
+    from t2i.caches import TextCache
+    from t2i.prefetch import Ahead
+
+    settings, side = recipe.train_unet, 16
+    latents = stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32)
+    text = TextCache(stored(folder / "text.npy", (count, length, width), np.float16), np.arange(count))
+    unet = models.build_unet(recipe.unet, side, channels, width)
+    if settings.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
+    unet.to(accelerator.device).train()
+    parameters = list(unet.parameters())
+    optimizer, schedule = training.build_optimizer(parameters, settings, 10_000)
+    ema = training.Average(parameters, decay=settings.ema_decay)
+    model, optimizer = accelerator.prepare(torch.compile(unet) if settings.compile else unet, optimizer)
+    trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+    scheduler = models.build_noise_scheduler(recipe.unet)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    given = train_unet.Inputs(scheduler, {"train": (latents, text)}, 1.0, [""] * count)
+    batches = Ahead(
+        lambda number: train_unet.make_batch(given, settings, number, 0, accelerator), 10_000,
+        in_thread=accelerator.device.type != "cpu",
+    )  # fmt: skip
+    return unet, trained, given, batches
 
 
 def stored(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:

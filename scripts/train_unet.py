@@ -19,6 +19,8 @@ from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
 
@@ -62,6 +64,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from t2i import data, models, stopping, training, zero
+    from t2i.captured import capture
 
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
@@ -135,6 +138,10 @@ def main() -> None:
     # loop
     keep_freed_memory(accelerator)
     stopped, parts = False, config.gradient_accumulation_steps
+    backward = capture(
+        partial(loss_of, trained, given, config, accelerator), lambda: make_batch(given, config, start, 0, accelerator),
+        trained, config, accelerator,
+    )  # fmt: skip
     batches = Ahead(
         lambda number: make_batch(given, config, *divmod(number, parts), accelerator), steps * parts,
         in_thread=accelerator.device.type != "cpu",
@@ -145,7 +152,7 @@ def main() -> None:
             disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
         )  # fmt: skip
         for step in progress:
-            loss, norm = train_step(trained, batches, given, config, step, accelerator)
+            loss, norm = train_step(trained, batches, given, config, step, accelerator, backward)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
@@ -155,7 +162,7 @@ def main() -> None:
                 }  # a skipped update has others
                 losses = [*losses, mean_loss][-TRACKED:]
                 known = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
-                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **known)
+                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False, **known)
                 training.record(row, done, folder, tracker, accelerator.is_main_process)
                 if accelerator.is_main_process:
                     samples = hash_json(samples_of(given, config, step, accelerator))
@@ -351,22 +358,36 @@ def cache_inputs(
     return cached
 
 
+def loss_of(
+    trained: "Trained", given: Inputs, config: TrainUnetConfig, accelerator: Any,
+    latents: "torch.Tensor", noise: "torch.Tensor", timesteps: "torch.Tensor", context: "torch.Tensor",
+) -> "torch.Tensor":  # fmt: skip
+    """The loss of a batch, as `make_batch` gives it; its gradients are left in the parameters."""
+    from t2i.diffusion import denoising_loss
+
+    terms = denoising_loss(trained.model, given.scheduler, latents, noise, timesteps, context, config.snr_gamma)
+    loss = terms.mean()
+    accelerator.backward(loss)
+    return loss.detach()
+
+
 def train_step(
-    trained: "Trained", batches: "Ahead[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any
-) -> "tuple[torch.Tensor, float]":
-    """One weight update: forward, backward, and `training.update`. Returns loss and gradient norm."""
+    trained: "Trained", batches: "Ahead[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any,
+    backward: "Callable[..., torch.Tensor]",
+) -> "tuple[torch.Tensor, float]":  # fmt: skip
+    """One weight update: forward and backward pass, and `training.update`. Returns loss and gradient norm.
+
+    backward: `loss_of` a batch, or a recording of it.
+    """
     import torch
 
-    from t2i.diffusion import denoising_loss
     from t2i.training import update
 
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
         batch = batches.take(step * config.gradient_accumulation_steps + micro)
         with accelerator.accumulate(trained.model):
-            loss = denoising_loss(trained.model, given.scheduler, *batch, config.snr_gamma).mean()
-            accelerator.backward(loss)
-            total += loss.detach() / config.gradient_accumulation_steps
+            total += backward(*batch) / config.gradient_accumulation_steps
             if accelerator.sync_gradients:
                 samples = partial(samples_of, given, config, step, accelerator)
                 norm = update(trained, config, step, total, samples, accelerator)
@@ -422,11 +443,13 @@ def to_device(
     import torch
 
     from t2i.diffusion import sample_posterior
+    from t2i.prefetch import to_device_soon
 
-    device = accelerator.device
     latents = scaling_factor * sample_posterior(torch.from_numpy(moments), posterior_noise)
-    context = torch.from_numpy(text.embeddings[rows]).float()
-    return latents.to(device), noise.to(device), timesteps.to(device), context.to(device)
+    context = torch.from_numpy(text.embeddings[rows])  # float16 on its way
+    parts = (to_device_soon(tensor, accelerator.device) for tensor in (latents, noise, timesteps, context))
+    latents, noise, timesteps, context = parts
+    return latents, noise, timesteps, context.float()
 
 
 def validation_loss(unet: Any, given: Inputs, limit: int, accelerator: Any) -> dict[str, float]:

@@ -17,6 +17,8 @@ from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
 
@@ -43,6 +45,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from t2i import data, models, stopping, training
+    from t2i.captured import capture
 
     splits = data.load_splits(recipe.data, say=accelerator.print)
     if splits.validation is None:
@@ -103,22 +106,25 @@ def main() -> None:
     # loop
     keep_freed_memory(accelerator)
     stopped, parts = False, config.gradient_accumulation_steps
-    batches = Ahead(
-        lambda number: make_batch(train, config, recipe.data.random_flip, number, vae, accelerator), steps * parts,
-        in_thread=accelerator.device.type != "cpu",
-    )  # fmt: skip
+
+    def make(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return make_batch(train, config, recipe.data.random_flip, number, vae, accelerator)
+
+    start, compute = state["step"] * parts, partial(terms_of, trained, config, accelerator)
+    backward = capture(compute, lambda: make(start), trained, config, accelerator)
+    batches = Ahead(make, steps * parts, in_thread=accelerator.device.type != "cpu")
     with run.timed("train"), stopping.on_signals() as stop:
         progress = tqdm(
             range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
             disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
         )  # fmt: skip
         for step in progress:
-            terms = train_step(trained, batches, train, config, step, accelerator)
+            terms = train_step(trained, batches, train, config, step, accelerator, backward)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in terms.items()}
                 row = means | {"lr": schedule.get_last_lr()[0]}
-                progress.set_postfix(loss=f"{row['train_loss']:.4f}")
+                progress.set_postfix(loss=f"{row['train_loss']:.4f}", refresh=False)
                 training.record(row, done, folder, tracker, accelerator.is_main_process)
             if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
                 with training.averaged(trained):
@@ -163,26 +169,32 @@ def main() -> None:
     )
 
 
-def train_step(
-    trained: "Trained",
-    batches: "Ahead[tuple[torch.Tensor, torch.Tensor]]",
-    train: "Split",
-    config: TrainVaeConfig,
-    step: int,
-    accelerator: Any,
+def terms_of(
+    trained: "Trained", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
 ) -> dict[str, "torch.Tensor"]:
-    """One weight update: forward, backward, and `training.update`. Returns the loss and its terms."""
+    """The loss of a batch and its terms; the gradients are left in the parameters."""
+    reconstruction, mean, log_variance = trained.model(pixels, noise)
+    terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
+    accelerator.backward(terms["train_loss"])
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def train_step(
+    trained: "Trained", batches: "Ahead[tuple[torch.Tensor, torch.Tensor]]", train: "Split", config: TrainVaeConfig, step: int,
+    accelerator: Any, backward: "Callable[..., dict[str, torch.Tensor]]",
+) -> dict[str, "torch.Tensor"]:  # fmt: skip
+    """One weight update: forward and backward pass, and `training.update`. Returns the loss and its terms.
+
+    backward: `terms_of` a batch, or a recording of it.
+    """
     from t2i.training import update
 
     total: dict[str, torch.Tensor] = {}
     numbers = [step * config.gradient_accumulation_steps + micro for micro in range(config.gradient_accumulation_steps)]
     for number in numbers:
-        pixels, noise = batches.take(number)
+        batch = batches.take(number)
         with accelerator.accumulate(trained.model):
-            reconstruction, mean, log_variance = trained.model(pixels, noise)
-            terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
-            accelerator.backward(terms["train_loss"])
-            total = {name: total.get(name, 0) + value.detach() / len(numbers) for name, value in terms.items()}
+            total = {name: total.get(name, 0) + value / len(numbers) for name, value in backward(*batch).items()}
             if accelerator.sync_gradients:
                 samples = partial(samples_of, train, config, numbers, accelerator)
                 update(trained, config, step, total["train_loss"], samples, accelerator)
@@ -213,6 +225,7 @@ def make_batch(
     from t2i.caches import to_pixels
     from t2i.diffusion import draw
     from t2i.models import vae_factor
+    from t2i.prefetch import to_device_soon
 
     indices = sample_indices(train, config, number, accelerator)
     images = train.pixels[indices]
@@ -227,7 +240,7 @@ def make_batch(
         pixels = torch.where(draws.uniform[:, 0].view(-1, 1, 1, 1) < 0.5, pixels.flip(3), pixels)
     if config.channels_last:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-    return pixels.to(accelerator.device), draws.posterior_noise.to(accelerator.device)
+    return to_device_soon(pixels, accelerator.device), to_device_soon(draws.posterior_noise, accelerator.device)
 
 
 def loss_terms(
@@ -241,7 +254,7 @@ def loss_terms(
 
     The KL term is the closed form of KL(N(mean, variance) || N(0, 1)) (Kingma and Welling, arXiv:1312.6114, appendix B).
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    from t2i.metrics import uniform_ssim
 
     error = reconstruction - pixels
     terms = {"mse": error.square().mean(), "l1": error.abs().mean()}
@@ -249,7 +262,7 @@ def loss_terms(
     terms["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum() / pixels.numel()
     loss = config.mse_weight * terms["mse"] + config.l1_weight * terms["l1"] + config.kl_weight * terms["kl"]
     if config.ssim_weight:
-        terms["dssim"] = 1.0 - ssim(reconstruction, pixels, data_range=2.0, gaussian_kernel=False, kernel_size=7)
+        terms["dssim"] = 1.0 - uniform_ssim(reconstruction, pixels)
         loss = loss + config.ssim_weight * terms["dssim"]
     return {"train_loss": loss, **terms}
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from t2i import metrics
 from t2i.runs import UserError
@@ -124,6 +125,19 @@ def test_psnr_and_ssim_known_values() -> None:
     flat = metrics.ssim(torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.25))
     assert flat.item() == pytest.approx((0.25 + 4e-4) / (0.3125 + 4e-4), abs=1e-3)
     assert metrics.ssim(a[:1], b[:1]).shape == (1,)
+
+
+@pytest.mark.parametrize("size", [(2, 3, 16, 16), (1, 3, 9, 31)])
+def test_uniform_ssim_is_that_of_torchmetrics(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    a = (torch.rand(size) * 2 - 1).requires_grad_()
+    b = (a.detach() + 0.2 * torch.randn(size)).clamp(-1, 1)
+    known = structural_similarity_index_measure(a, b, data_range=2.0, gaussian_kernel=False, kernel_size=7)
+    found = metrics.uniform_ssim(a, b)
+    torch.testing.assert_close(found, known)
+    slopes = [torch.autograd.grad(value, a)[0] for value in (found, known)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+    assert metrics.uniform_ssim(b, b).item() == pytest.approx(1.0)
 
 
 def test_memorisation_flags_copies_and_passes_fresh_pictures() -> None:

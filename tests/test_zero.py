@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -147,14 +148,15 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     trained = training.Trained("unet", None, None, [], optimizer, step, step)
     given = train_unet.Inputs(None, {"train": (np.zeros(8), None)}, 1.0, [f"id{number}" for number in range(8)])
     settings = config.TrainUnetConfig(train_batch_size=2)
-    batches = SimpleNamespace(take=lambda number: ())
+    batches = SimpleNamespace(take=lambda number: (None,) * 4)
     monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.ones(1))
-    train_unet.train_step(trained, batches, given, settings, 0, accelerator)
+    backward = functools.partial(train_unet.loss_of, trained, given, settings, accelerator)
+    train_unet.train_step(trained, batches, given, settings, 0, accelerator, backward)
     assert (trained.skipped["overflow"], moved) == ((0, ["moved", "moved"]) if norm == 1.0 else (1, []))
     if norm != 1.0:  # and where the loss itself is no number, it is not the gradients' scale: samples are named
         monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.full((1,), float("nan")))
         with pytest.raises(UserError, match="no number at step 2, with the training samples id"):
-            train_unet.train_step(trained, batches, given, settings, 1, accelerator)
+            train_unet.train_step(trained, batches, given, settings, 1, accelerator, backward)
 
 
 @pytest.fixture

@@ -428,6 +428,22 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.as_tensor(similarity).reshape(len(a))
 
 
+def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
+    """Structural similarity, a scalar, of floats [B, C, H, W] in [-1, 1] (data range 2); uniform window, for a training's loss.
+
+    What torchmetrics gives with `gaussian_kernel=False`; that one makes its window on the CPU, which no CUDA graph can record.
+    """
+    a, b = (F.pad(images, [side // 2] * 4, mode="reflect") for images in (a, b))
+    window = torch.full((a.shape[1], 1, side, side), 1 / side**2, dtype=a.dtype, device=a.device)
+    means = F.conv2d(torch.cat([a, b, a * a, b * b, a * b]), window, groups=a.shape[1])
+    of_a, of_b, of_aa, of_bb, of_ab = means.chunk(5)
+    aa, bb, ab = of_a.square(), of_b.square(), of_a * of_b
+    luminance, contrast = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # c1 and c2 of Wang et al., 2004
+    variances = (of_aa - aa).clamp(min=0.0) + (of_bb - bb).clamp(min=0.0)
+    similarity = (2 * ab + luminance) * (2 * (of_ab - ab) + contrast) / ((aa + bb + luminance) * (variances + contrast))
+    return similarity.mean()
+
+
 @contextlib.contextmanager
 def _loading(name: str, use: str) -> Iterator[None]:
     try:

@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Batch = TypeVar("Batch")
 
@@ -29,3 +32,8 @@ class Ahead(Generic[Batch]):
         if self._pool and number + 1 < self.end:
             self._coming = {number + 1: self._pool.submit(self.make, number + 1)}
         return batch
+
+
+def to_device_soon(tensor: "torch.Tensor", device: Any) -> "torch.Tensor":
+    """A copy on the device that a GPU makes by itself, while this thread goes on; from memory that it can read."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,120 @@
+"""Training on one NVIDIA GPU, where there is one: a step recorded as a CUDA graph trains what its kernels train one by one."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, TINY
+from t2i import config
+from t2i.captured import capture
+from t2i.runs import UserError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+# bf16 rounds to 3 digits and fp16 to 4; the order in which kernels add is not always the same
+NEARNESS = {"no": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
+
+
+def launch(command, folder, script, name, precision, *options):
+    words = ("-m", "accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/single_gpu.yaml"),
+             "--mixed_precision", precision)  # fmt: skip
+    settings = (
+        "--config",
+        "tiny.yaml",
+        "--dataset",
+        "dataset",
+        "--report_to",
+        "none",
+        "--output_dir",
+        name,
+        "--logging_steps",
+        1,
+    )
+    return command(script, *settings, *options, cwd=folder, launcher=words, env={"CUDA_VISIBLE_DEVICES": "0"})
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, command):
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "tiny.yaml").write_text(TINY)
+    command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 12, "--test_count", 4,
+            "--size", 32, "--workers", 1, cwd=folder)  # fmt: skip
+    launch(command, folder, "train_vae.py", "vae", "no", "--ssim_weight", 0.1)
+    return folder
+
+
+def test_autoencoder(folder, command):
+    launch(command, folder, "train_vae.py", "vae_kernels", "no", "--ssim_weight", 0.1, "--no-cuda_graphs")
+    assert len(losses(folder / "vae")) == 12
+    np.testing.assert_allclose(losses(folder / "vae"), losses(folder / "vae_kernels"), rtol=NEARNESS["no"])
+
+
+@pytest.mark.parametrize("precision", NEARNESS)
+def test_denoiser_and_going_on(folder, command, precision):
+    graph, kernels = f"graph_{precision}", f"kernels_{precision}"
+    launch(command, folder, "train_unet.py", graph, precision, "--vae", "vae")
+    launch(command, folder, "train_unet.py", kernels, precision, "--vae", "vae", "--no-cuda_graphs")
+    assert len(losses(folder / graph)) == 8
+    np.testing.assert_allclose(losses(folder / graph), losses(folder / kernels), rtol=NEARNESS[precision])
+
+    shutil.copytree(folder / graph, folder / f"again_{precision}")
+    shutil.rmtree(folder / f"again_{precision}/checkpoint-000008")
+    state = json.loads((folder / graph / "run.json").read_text())
+    assert state["machine"].startswith("1 x ")
+    (folder / f"again_{precision}/run.json").write_text(json.dumps(state | {"status": "running"}))
+    done = launch(command, folder, "train_unet.py", f"again_{precision}", precision, "--vae", "vae")
+    assert "going on from" in done.stdout
+    np.testing.assert_allclose(
+        losses(folder / f"again_{precision}")[-4:], losses(folder / graph)[-4:], rtol=NEARNESS[precision]
+    )
+
+
+def test_accumulated_gradients_are_not_recorded(folder, command):
+    options = ("--vae", "vae", "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    launch(command, folder, "train_unet.py", "halves", "no", *options)
+    np.testing.assert_allclose(losses(folder / "halves"), losses(folder / "graph_no"), rtol=1e-3)
+
+
+@pytest.fixture
+def given():
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    accelerator = SimpleNamespace(num_processes=1, deepspeed_plugin=None, device=torch.device("cuda"))
+    return weight, SimpleNamespace(parameters=[weight]), config.TrainUnetConfig(), accelerator
+
+
+def test_each_replay_has_its_own_gradients(given):
+    weight, trained, settings, accelerator = given
+
+    def compute(x):
+        loss = (weight * x).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    backward = capture(compute, lambda: (torch.ones(3, device="cuda"),), trained, settings, accelerator)
+    assert weight.grad is None
+    for scale in (2.0, 3.0):
+        loss = backward(torch.full((3,), scale, device="cuda"))
+        assert (loss.item(), weight.grad.tolist()) == (3 * scale**2, [2 * scale**2] * 3)
+        weight.grad = None
+    with torch.no_grad():
+        weight.mul_(2.0)  # in place, as an optimiser does
+    assert backward(torch.ones(3, device="cuda")).item() == 12.0
+
+
+def test_what_cannot_be_recorded_is_said(given):
+    weight, trained, settings, accelerator = given
+
+    def compute(x):
+        if weight.sum().item() > 0:  # waits for the GPU, which a graph cannot
+            (weight * x).sum().backward()
+
+    with pytest.raises(UserError, match="give --no-cuda_graphs"):
+        capture(compute, lambda: (torch.ones(3, device="cuda"),), trained, settings, accelerator)
