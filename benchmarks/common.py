@@ -16,15 +16,22 @@ sys.path.append(str(SCRIPTS))
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the processor, those that matter to speed
 
 
-def keep(name: str, result: dict[str, Any]) -> None:
-    """Print a result and keep it as `results/<name>.json`, with machine and versions."""
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
+    """Print a result and keep it as `results/<name>.json`, with machine and versions. gpu: its name, where one was measured."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = next(
         (line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
         platform.processor(),
     )
     known = next((line for line in cpu.splitlines() if line.startswith("flags")), "").split()
-    machine = {"cpu": model, "cores": os.cpu_count(), "flags": [flag for flag in FLAGS if flag in known]}
+    machine: dict[str, Any] = {"cpu": model, "cores": cores(), "flags": [flag for flag in FLAGS if flag in known]}
+    if gpu:
+        machine["gpu"] = gpu
     versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers", "accelerate")}
     row = {"name": name, **result, "machine": machine, "versions": {"python": platform.python_version(), **versions}}
     folder = ROOT / "benchmarks" / "results"

@@ -2,9 +2,9 @@
 
 python benchmarks/convergence.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [dataset] [minutes] [velocity]
 
-The UNet of the model card from scratch, the same for both, in bf16, batch 8, 128 px, on the same images (drawn flowers, or any
-data set that train_unet.py reads). Both predict the noise, as the model card does. The peer runs unmodified, cosine schedule
-with warm-up, at the best of LEARNING_RATES by runs of a fifth of the time; ours at the same one, the objective being the same,
+The UNet of the model card from scratch, the same for both, in bf16, batch 8 (on a GPU 32), 128 px, on the same images (drawn
+flowers, or any data set that train_unet.py reads). Both predict the noise, as the model card does. The peer runs unmodified, cosine
+schedule with warm-up, at the best of LEARNING_RATES by runs of a fifth of the time; ours at the same one, the objective being the same,
 in SHARES of the time, caching counted, until its loss is the peer's. One evaluator scores both, on the same noise at the same
 timesteps, in float32. Starting Python and loading models count for neither. What has been run is kept and not run again.
 With `velocity` as the last word ours predicts the velocity, at each of LEARNING_RATES, in a fifth of the time alone.
@@ -27,13 +27,14 @@ from typing import Any
 import yaml
 from card_model import save_card_model
 from common import ROOT, SCRIPTS, keep
-from train import BATCH, make_environment, run
+from train import PLACE, REPORT, make_environment, run
 
 WORK = ROOT / ".cache" / "benchmark_convergence"
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 SHARES = (1 / 5, 3 / 8, 1 / 2, 1.0)  # of the peer's time, that ours is given
 WARMUP = 0.05  # of the steps
-PROBE = 12  # steps that tell a step's seconds
+LOGGED = 10 if PLACE.gpu else 2  # steps between two of our lines
+PROBE = 6 * LOGGED  # steps that tell a step's seconds
 IMAGES = 720  # drawn, if no data set is given
 
 
@@ -58,9 +59,9 @@ def main() -> None:
     def train_peer(steps: int, rate: float) -> dict[str, Any]:
         words = {
             "pretrained_model_name_or_path": model, "dataset_name": WORK / "peer_dataset", "caption_column": "caption",
-            "resolution": 128, "train_batch_size": BATCH, "learning_rate": rate, "lr_scheduler": "cosine",
+            "resolution": 128, "train_batch_size": PLACE.batch, "learning_rate": rate, "lr_scheduler": "cosine",
             "lr_warmup_steps": round(WARMUP * steps), "max_train_steps": steps, "output_dir": WORK / "peer", "seed": 0,
-            "cache_dir": WORK / "peer_cache", "report_to": "mlflow", "checkpointing_steps": 100_000,
+            "cache_dir": WORK / "peer_cache", "report_to": REPORT, "checkpointing_steps": 100_000,
         }  # fmt: skip
         options = [text for key, value in words.items() for text in (f"--{key}", str(value))]
         seen = run([str(peer), *options, "--random_flip", "--center_crop"], environment, WORK)
@@ -125,13 +126,14 @@ def main() -> None:
             break
     done = mine["val_loss"] <= whole["val_loss"]
     keep(
-        "convergence",
+        "convergence_gpu" if PLACE.gpu else "convergence",
         {
             "ratio": round(1 / reached[-1]["share_of_time"], 2) if done else None, "goal": 5.0, "minutes": seconds / 60,
-            "dataset": dataset.name, "train_images": images, "batch": BATCH, "precision": "bf16", "learning_rate": rate,
+            "dataset": dataset.name, "train_images": images, "batch": PLACE.batch, "precision": "bf16", "learning_rate": rate,
             "peer": {**whole, "steps": round(seconds / step), "pilots": losses(pilots)},
             "ours": {"caching_seconds": first["cache"], "runs": reached},
         },
+        PLACE.gpu,
     )  # fmt: skip
 
 
@@ -171,7 +173,7 @@ def make_recipe(model: Path, dataset: Path) -> dict[str, Any]:
     recipe["vae"] = {"vae": str(model)}
     recipe["unet"] |= {"pretrained_model_name_or_path": str(model), "text_encoder": str(model)}
     recipe["train_unet"] |= {
-        "train_batch_size": BATCH, "seed": 0, "logging_steps": 2, "validation_images": 1, "validation_prompts": [],
+        "train_batch_size": PLACE.batch, "seed": 0, "logging_steps": LOGGED, "validation_images": 1, "validation_prompts": [],
         "report_to": "none", "output_dir": str(WORK / "ours"), "checkpointing_steps": 100_000, "validation_steps": 100_000,
     }  # fmt: skip
     return recipe
@@ -250,7 +252,8 @@ def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
     caches = train_unet.cache_inputs(settings, splits, frozen, hashes, accelerator)
     factor = frozen.pop("vae").config.scaling_factor
     given = train_unet.Inputs(models.build_noise_scheduler(settings.unet), caches, factor, [])
-    model = UNet2DConditionModel.from_pretrained(unet)
+    given.scheduler.alphas_cumprod = given.scheduler.alphas_cumprod.to(accelerator.device)
+    model = UNet2DConditionModel.from_pretrained(unet).to(accelerator.device)
     if kind == "v_prediction":
 
         def to_noise(_: Any, args: Any, output: Any) -> Any:

@@ -1,0 +1,147 @@
+"""The model card's UNet from cached latents on one GPU: samples/s, share of the GPU's peak, memory, by batch and precision.
+
+python benchmarks/gpu.py
+
+Steps of `train_unet.py`'s own `train_step` (batches made in its thread, clipping, AdamW, schedule, average) with the
+recipe `flowers`, each arm in a process of its own: kernels started one by one, as one CUDA graph (the default), and a graph of
+what torch.compile made. The peak is that of a bf16 product of 8192 x 8192 matrices, measured beforehand; operations are counted by
+torch's FlopCounterMode, which knows products, convolutions and attention.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import SCRIPTS, keep
+from step_limit import make_training
+
+# arm: options of section train_unet
+ARMS: dict[str, dict[str, Any]] = {
+    "kernels": {"cuda_graphs": False},
+    "graph": {},
+    "graph_channels_last": {"channels_last": True},
+    "graph_compiled": {"compile": True},
+}
+# what is measured: arm, precision, batches; each batch is compiled anew, for minutes
+PLAN = [
+    ("kernels", "bf16", [32, 256]), ("kernels", "fp16", [32]), ("graph", "bf16", [8, 32, 128, 512, 1024]),
+    ("graph", "fp16", [32, 512]), ("graph_channels_last", "bf16", [32, 512]), ("graph_compiled", "bf16", [32]),
+]  # fmt: skip
+WARM, STEPS, BLOCKS = 6, 10, 3
+
+
+def main() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark wants an NVIDIA GPU, and PyTorch finds none")
+    name = torch.cuda.get_device_name()
+    peak = product_tflops()
+    print(f"{name}: {peak:.0f} TFLOP/s in a product of matrices in bf16", flush=True)
+    rows = [row for arm, precision, batches in PLAN for row in launch(arm, precision, batches)]
+    for row in rows:
+        row["share_of_peak"] = round(row["tflops"] / peak, 3)
+    at = {(row["arm"], row["precision"], row["batch"]): row["samples_per_second"] for row in rows}
+    ratio = at.get(("graph", "bf16", 32), 0) / at.get(("kernels", "bf16", 32), float("inf"))
+    keep("gpu", {"ratio": round(ratio, 3), "goal": None, "peak_tflops_bf16": round(peak), "arms": rows}, name)
+
+
+def product_tflops(side: int = 8192) -> float:
+    """Measured TFLOP/s of a product of two bf16 matrices of random numbers."""
+    import torch
+
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / 10)
+    return 2 * side**3 / statistics.median(seconds[2:]) / 1e12
+
+
+def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]:
+    """An arm's rows, one a batch, printed as they come; what fails, for memory say, is a row that says so."""
+    words = [sys.executable, __file__, "--one", arm, precision, *map(str, batches)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    rows = []
+    for line in process.stdout:
+        if line.startswith("{"):
+            rows.append(json.loads(line))
+            print(line, end="", flush=True)
+    if process.wait():
+        print(f"{arm} in {precision} ended with {process.returncode} after {len(rows)} batches", flush=True)
+    return rows
+
+
+def one(arm: str, precision: str, batches: list[int]) -> None:
+    """Measure an arm at several batches; prints a line of JSON each."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    sys.path.append(str(SCRIPTS))
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import train_unet
+    from t2i import config
+    from t2i.captured import capture
+    from t2i.distributed import make_accelerator
+
+    recipe = config.load_recipe("flowers")
+    settings = recipe.train_unet
+    settings.max_train_steps = 10_000
+    for name, value in ARMS[arm].items():
+        setattr(settings, name, value)
+    accelerator = make_accelerator(settings)
+    for batch in batches:
+        settings.train_batch_size = batch
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+        with tempfile.TemporaryDirectory() as place:
+            unet, trained, given, ahead = make_training(recipe, accelerator, Path(place), max(2048, batch), 4, 768, 77)
+            example = train_unet.make_batch(given, settings, 0, 0, accelerator)
+            with FlopCounterMode(display=False) as counter:
+                noisy, _, timesteps, context = (tensor[:1] for tensor in example)
+                unet(noisy, timesteps, context).sample.sum().backward()
+            trained.optimizer.zero_grad()
+            start = time.perf_counter()
+            compute = partial(train_unet.loss_of, trained, given, settings, accelerator)
+            backward = capture(compute, lambda made=example: made, trained, settings, accelerator)
+            seconds, waited, step = [], 0.0, 0
+            for block in range(BLOCKS + 1):
+                for _ in range(STEPS if block else WARM):
+                    train_unet.train_step(trained, ahead, given, settings, step, accelerator, backward)
+                    step += 1
+                torch.cuda.synchronize()
+                if block:
+                    seconds.append((time.perf_counter() - start) / STEPS)
+                else:
+                    first, ahead.waited = time.perf_counter() - start, 0.0
+                start = time.perf_counter()
+            took, waited = statistics.median(seconds), ahead.waited / BLOCKS / STEPS
+        flops = counter.get_total_flops() * batch
+        row = {
+            "arm": arm, "precision": precision, "batch": batch, "milliseconds_per_step": round(1000 * took, 2),
+            "samples_per_second": round(batch / took, 1), "tflops": round(flops / took / 1e12, 1),
+            "share_waiting_for_data": round(waited / took, 4), "peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+            "seconds_before": round(first, 1),
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        del unet, trained, given, ahead, example, backward, compute
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:  # the same file is the process of one arm
+        one(sys.argv[2], sys.argv[3], [int(batch) for batch in sys.argv[4:]])
+    else:
+        main()
