@@ -248,7 +248,8 @@ def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
     accelerator = make_accelerator(settings.train_unet)
     splits = data.load_splits(settings.data, say=lambda _: None)
     frozen, hashes = train_unet.load_frozen(settings, splits)
-    splits.train = splits.validation  # its caches alone are needed
+    splits.train = splits.validation  # its caches alone are needed, whole
+    settings.train_unet.validation_images = len(splits.validation)
     caches = train_unet.cache_inputs(settings, splits, frozen, hashes, accelerator)
     factor = frozen.pop("vae").config.scaling_factor
     given = train_unet.Inputs(models.build_noise_scheduler(settings.unet), caches, factor, [])

@@ -323,7 +323,8 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
 def cache_inputs(
     recipe: Recipe, splits: Any, frozen: dict[str, Any], hashes: dict[str, str], accelerator: Any
 ) -> dict[str, Any]:
-    """Latents and text embeddings of the training and validation splits: `{split: (latents, text)}`; reports long captions.
+    """Latents and text embeddings of the training split, and of as many validation images as the loss is measured on:
+    `{split: (latents, text)}`; reports long captions.
 
     A training in bf16 computes them in bf16 as well, in half the time: what is decoded from such latents is the same to 60 dB.
     fp16, whose range is not float32's, computes them in float32.
@@ -336,13 +337,13 @@ def cache_inputs(
     precision = {"precision": "bf16"} if in_bf16 else {}
     vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)  # a third faster, on a CPU as well
     text_encoder = frozen["text_encoder"].to(accelerator.device)
-    for name in ("train", "validation"):
+    for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
-        captions = split.rows["caption"]
+        captions, pixels = split.rows["caption"][:limit], split.pixels[:limit]
         long = data.count_long_captions(captions, frozen["tokenizer"])
         if long["over"]:
             accelerator.print(
-                f"{long['over']} of {len(split)} {name} captions exceed {long['limit']} tokens and are cut"
+                f"{long['over']} of {len(captions)} {name} captions exceed {long['limit']} tokens and are cut"
             )
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
@@ -352,7 +353,7 @@ def cache_inputs(
                 captions, text_identity, text_encoder, frozen["tokenizer"], recipe.data.cache_dir, say=accelerator.print
             )
             latents = caches.cache_latents(
-                split.pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, say=accelerator.print
+                pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, say=accelerator.print
             )
         cached[name] = (latents, text)
     return cached
