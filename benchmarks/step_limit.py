@@ -37,6 +37,8 @@ def main() -> None:
     settings = recipe.train_unet
     settings.train_batch_size, settings.max_train_steps, settings.logging_steps = batch, 10_000, steps
     accelerator = make_accelerator(settings)
+    if accelerator.device.type != "cpu":
+        sys.exit("this benchmark is of a CPU; run it with CUDA_VISIBLE_DEVICES= , or benchmarks/gpu.py for the GPU")
     keep_freed_memory(accelerator)
     side, channels = 16, recipe.vae.latent_channels
     width, length = (768, 77) if size == "card" else (recipe.unet.text_hidden_size, recipe.unet.text_max_length)

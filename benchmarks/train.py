@@ -99,7 +99,10 @@ def main() -> None:
             for arm in ("peer", "ours") if number % 2 else ("ours", "peer"):
                 words = [str(peer)] if arm == "peer" else [str(SCRIPTS / "train_unet.py")]
                 words += peer_arguments(model, dataset) if arm == "peer" else our_arguments(model, dataset)
-                words += ["--max_train_steps", str(steps if arm == "peer" else OUR_STEPS * steps)]
+                words += [
+                    "--max_train_steps",
+                    str(steps if arm == "peer" else LOGGED * max(3, OUR_STEPS * steps // LOGGED)),
+                ]
                 base = environment if arm == "peer" else dict(os.environ)
                 found = run(words, base | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
                 seconds.setdefault(f"{arm}_{precision}", []).extend(found.step_seconds)

@@ -187,6 +187,7 @@ def main() -> None:
         training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
+    del backward  # and the memory of a step
     results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
     finish(run, trained, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
     push(folder, config, accelerator)

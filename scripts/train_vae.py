@@ -138,6 +138,7 @@ def main() -> None:
         training.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
+    del backward  # and the memory of a step
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return

@@ -30,29 +30,30 @@ def capture(
 
     compute: tensors -> tensors on the device, forward and backward pass, without an optimiser's step; its shapes must not change.
     example: gives tensors like those it will get. What it returns is overwritten by the next call. Weights may change in place only.
-    Raises `UserError` where the pass cannot be recorded. No other thread may use the GPU meanwhile.
+    The memory of a pass stays taken as long as what is returned lives. No other thread may use the GPU meanwhile.
+    Raises `UserError` where the pass cannot be recorded, or memory is too small for it.
     """
-    alone = accelerator.num_processes == 1 and not accelerator.deepspeed_plugin
+    plain = accelerator.distributed_type.value == "NO"  # under DDP a process alone is not
     once = config.gradient_accumulation_steps == 1 and not config.gradient_checkpointing
-    if not (config.cuda_graphs and accelerator.device.type == "cuda" and alone and once):
+    if not (config.cuda_graphs and accelerator.device.type == "cuda" and plain and once):
         return compute
-    given = [tensor.clone() for tensor in example()]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    random = torch.cuda.get_rng_state()  # of layers that drop out; as it was when a run goes on
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
+        given = [tensor.clone() for tensor in example()]
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM):
                 compute(*given)
                 _forget(trained)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = compute(*given)
+        current.wait_stream(side)
+        graph, result = _record(lambda: compute(*given), current)
     except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the training step cannot be recorded ({reason}); give --no-cuda_graphs") from None
+        raise UserError(
+            f"the GPU's memory is too small for a step of train_batch_size {config.train_batch_size}; take half of it and "
+            "--gradient_accumulation_steps 2, or --gradient_checkpointing"
+        ) from None
+    torch.cuda.set_rng_state(random)
     gradients = [parameter.grad for parameter in trained.parameters]
     _forget(trained)
 
@@ -64,6 +65,21 @@ def capture(
         return result
 
     return replay
+
+
+def _record(compute: Callable[[], Result], current: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Result]:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = compute()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        torch.cuda.set_stream(current)  # which a failed recording leaves on another
+        first = error.__context__ or error  # the other is that the recording has been broken off
+        reason = " ".join(str(first).split())[:200]
+        raise UserError(f"the training step cannot be recorded ({reason}); give --no-cuda_graphs") from error
+    return graph, result
 
 
 def _forget(trained: "Trained") -> None:

@@ -45,7 +45,7 @@ def draw(seed: int, step: int, samples: list[int], shape: tuple[int, int, int], 
         noise[row].normal_(generator=generator)
         timesteps[row].random_(0, num_train_timesteps, generator=generator)
         uniform[row].uniform_(generator=generator)
-    return Draws(noise[:, 0], noise[:, 1], timesteps, uniform)
+    return Draws(noise[:, 0].contiguous(), noise[:, 1].contiguous(), timesteps, uniform)
 
 
 def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
