@@ -27,7 +27,7 @@ class Options:
     negative_prompt: str = ""  # what to stay away from
     guidance_scale: NonNegative = 7.5  # how strongly to follow the prompt; 1: without guidance
     preset: Literal["exact", "fast", "draft"] = (
-        "exact"  # ddim 30, unipc 8 (4 of them guided) or unipc 3 (2) steps, where the next three do not say
+        "exact"  # ddim 30, unipc 8 (4 of them guided) or unipc 3 (1) steps, where the next three do not say
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
     guidance_end: Annotated[float, Field(ge=0, le=1)] | None = (

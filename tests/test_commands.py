@@ -117,12 +117,12 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
     found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
     for part in ("report", "sweep"):
         assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
-        assert found[part]["guidance_end"] == 0.5
+        assert found[part]["guidance_end"] == 0.3
     card = (tmp_path / "unet/pipeline/README.md").read_text()
-    assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 2 of them guided" in card
+    assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 1 of them guided" in card
     assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card
     assert "pipeline.scheduler = UniPCMultistepScheduler.from_config" in card
-    said = f"guidance_scale={found['report']['guidance_scale']:g},  # the evaluation drew with generate_images.py --guidance_end 0.5"
+    said = f"guidance_scale={found['report']['guidance_scale']:g},  # the evaluation drew with generate_images.py --guidance_end 0.3"
     assert f"{said}\n    height=" in card
     assert "UniPCMultistep (inference)" in card
 

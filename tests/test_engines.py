@@ -199,7 +199,7 @@ def test_presets_by_the_command(exported, command, tmp_path):
     command("generate_images.py", *arguments, "--preset", "draft", cwd=tmp_path)
     known = json.loads(Image.open(tmp_path / "0000-seed0.png").info["parameters"])
     assert (known["scheduler"], known["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
-    assert known["guidance_end"] == 0.5
+    assert known["guidance_end"] == 0.3
     command(
         "generate_images.py",
         *arguments,

@@ -41,7 +41,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "exact": Preset("ddim", 30, 1.0),
     "fast": Preset("unipc", 8, 0.5),
-    "draft": Preset("unipc", 3, 0.5),
+    "draft": Preset("unipc", 3, 0.3),
 }
 
 
