@@ -71,7 +71,7 @@ def product_tflops(side: int = 8192) -> float:
 
 
 def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]:
-    """An arm's rows, one a batch, printed as they come; what fails, for memory say, is a row that says so."""
+    """An arm's rows, one a batch, printed as they come; where it fails, for memory say, that is printed and the rest left out."""
     words = [sys.executable, __file__, "--one", arm, precision, *map(str, batches)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -109,16 +109,16 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
         torch.cuda.reset_peak_memory_stats()
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as place:
-            unet, trained, given, ahead = make_training(recipe, accelerator, Path(place), max(2048, batch), 4, 768, 77)
+            trained, given, ahead = make_training(recipe, accelerator, Path(place), max(2048, batch), 4, 768, 77)
             example = train_unet.make_batch(given, settings, 0, 0, accelerator)
             with FlopCounterMode(display=False) as counter:
                 noisy, _, timesteps, context = (tensor[:1] for tensor in example)
-                unet(noisy, timesteps, context).sample.sum().backward()
+                trained.module(noisy, timesteps, context).sample.sum().backward()
             trained.optimizer.zero_grad()
             start = time.perf_counter()
             compute = partial(train_unet.loss_of, trained, given, settings, accelerator)
             backward = capture(compute, lambda made=example: made, trained, settings, accelerator)
-            seconds, waited, step = [], 0.0, 0
+            seconds, step = [], 0
             for block in range(BLOCKS + 1):
                 for _ in range(STEPS if block else WARM):
                     train_unet.train_step(trained, ahead, given, settings, step, accelerator, backward)
@@ -138,7 +138,7 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
             "seconds_before": round(first, 1),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
-        del unet, trained, given, ahead, example, backward, compute
+        del trained, given, ahead, example, backward, compute
         accelerator.free_memory()  # which knows of each model that it has prepared
         gc.collect()
 

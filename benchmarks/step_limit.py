@@ -46,14 +46,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         count = 4000 if size == "demo" else 400
-        unet, trained, given, batches = make_training(recipe, accelerator, folder, count, channels, width, length)
+        trained, given, batches = make_training(recipe, accelerator, folder, count, channels, width, length)
         backward, schedule = partial(train_unet.loss_of, trained, given, settings, accelerator), trained.schedule
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         tracker = tracking.Tracker(folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri)
 
         bare = models.build_unet(recipe.unet, side, channels, width).train()
         if accelerator.mixed_precision == "bf16":  # as a training does
-            for one in (unet, bare):
+            for one in (trained.module, bare):
                 models.use_plain_attention(one)
         bare_optimizer, _ = training.build_optimizer(bare.parameters(), settings, 10_000)
         noisy, target = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
@@ -98,8 +98,8 @@ def main() -> None:
 
 def make_training(
     recipe: Any, accelerator: Any, folder: Path, count: int, channels: int, width: int, length: int
-) -> tuple[Any, Any, Any, Any]:
-    """What `train_unet.train_step` takes, without a data set: the UNet, `Trained`, `Inputs` from caches of random numbers, batches.
+) -> tuple[Any, Any, Any]:
+    """What `train_unet.train_step` takes, without a data set: `Trained`, `Inputs` from caches of random numbers, batches.
 
     count: of samples; channels: of latents 16 x 16; width, length: of the text.
     """
@@ -129,7 +129,7 @@ def make_training(
         lambda number: train_unet.make_batch(given, settings, number, 0, accelerator), 10_000,
         in_thread=accelerator.device.type != "cpu",
     )  # fmt: skip
-    return unet, trained, given, batches
+    return trained, given, batches
 
 
 def stored(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:

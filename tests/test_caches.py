@@ -77,6 +77,7 @@ def test_text_is_computed_once_a_caption_with_the_empty_one_first(tmp_path):
 def cached_for(folder, precision):
     """What train_unet.py caches of four noisy images in a training of this precision, and what it says."""
     recipe = config.Recipe(data=config.DataConfig(cache_dir=str(folder), random_flip=False))
+    recipe.train_unet.validation_images = 3
     pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
 
     class Split(types.SimpleNamespace):
@@ -91,8 +92,10 @@ def cached_for(folder, precision):
         recipe, types.SimpleNamespace(train=split, validation=split),
         {"vae": make_vae(0), "text_encoder": encoder, "tokenizer": tokenizer},
         {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"}, accelerator,
-    )["train"]  # fmt: skip
-    return cached, said
+    )  # fmt: skip
+    latents, text = cached["validation"]  # what the loss is measured on, and no more
+    assert (len(latents), len(text.rows)) == (3, 3)
+    return cached["train"], said
 
 
 def test_a_training_in_bf16_caches_in_bf16_near_float32_and_apart_from_it(tmp_path):

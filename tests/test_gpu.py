@@ -16,21 +16,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 NEARNESS = {"no": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
 
 
-def launch(command, folder, script, name, precision, *options):
-    words = ("-m", "accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/single_gpu.yaml"),
-             "--mixed_precision", precision)  # fmt: skip
-    settings = (
-        "--config",
-        "tiny.yaml",
-        "--dataset",
-        "dataset",
-        "--report_to",
-        "none",
-        "--output_dir",
-        name,
-        "--logging_steps",
-        1,
-    )
+SINGLE = (
+    "-m",
+    "accelerate.commands.launch",
+    "--quiet",
+    "--config_file",
+    str(ROOT / "accelerate_configs/single_gpu.yaml"),
+)
+
+
+def launch(command, folder, script, name, precision, *options, launcher=None):
+    words = launcher or (*SINGLE, "--mixed_precision", precision)
+    settings = ("--config", "tiny.yaml", "--dataset", "dataset", "--report_to", "none", "--output_dir", name,
+                "--logging_steps", 1)  # fmt: skip
     return command(script, *settings, *options, cwd=folder, launcher=words, env={"CUDA_VISIBLE_DEVICES": "0"})
 
 
@@ -89,20 +87,8 @@ def test_accumulated_gradients_are_not_recorded(folder, graph, command):
 
 
 def test_a_process_alone_under_ddp_is_not_recorded(folder, graph, command):
-    words = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
-    settings = (
-        "--config",
-        "tiny.yaml",
-        "--dataset",
-        "dataset",
-        "--report_to",
-        "none",
-        "--output_dir",
-        "ddp",
-        "--logging_steps",
-        1,
-    )
-    command("train_unet.py", *settings, "--vae", "vae", cwd=folder, launcher=words, env={"CUDA_VISIBLE_DEVICES": "0"})
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
+    launch(command, folder, "train_unet.py", "ddp", "no", "--vae", "vae", launcher=torchrun)
     np.testing.assert_allclose(losses(folder / "ddp"), losses(graph), rtol=5e-3)
 
 

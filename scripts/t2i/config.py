@@ -158,9 +158,7 @@ class TrainConfig:
     gradient_checkpointing: Flag = False  # less memory, about a third more time
     channels_last: Flag = False  # NHWC memory layout
     compile: Flag = False  # torch.compile the trained model
-    cuda_graphs: Flag = (
-        True  # on a single GPU, start all kernels of a forward and backward pass at once (keeps their memory)
-    )
+    cuda_graphs: Flag = True  # on a single GPU, start all kernels of a step's passes at once; keeps their memory
     allow_tf32: Flag = False  # TF32 matrix products on Ampere GPUs and later
     validation_steps: Count = 500  # updates between validations
     checkpointing_steps: Count = 500  # updates between checkpoints
