@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i import cards
-from t2i.config import Recipe, TrainUnetConfig, parse, to_dict
+from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
 from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
 
@@ -110,6 +110,7 @@ def main() -> None:
 
     # optimiser
     parameters = list(unet.parameters())
+    training.warn_of_warmup(config, steps, accelerator.print)
     optimizer, schedule = training.build_optimizer(parameters, config, steps)
 
     # prepare
@@ -294,10 +295,8 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     from t2i import models
 
     vae, side, factor = frozen["vae"], recipe.data.resolution, models.vae_factor(frozen["vae"])
-    if side % factor:
-        raise UserError(
-            f"resolution {side} is not a multiple of {factor}, the VAE's factor; choose {side // factor * factor}"
-        )
+    check_vae(recipe, factor, crop=False)
+    check_unet(recipe, factor)
     base, channels, context = (
         recipe.unet.pretrained_model_name_or_path,
         vae.config.latent_channels,

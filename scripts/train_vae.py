@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.config import TrainVaeConfig, parse, to_dict
+from t2i.config import TrainVaeConfig, check_unet, check_vae, parse, to_dict
 from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
 
@@ -37,6 +37,10 @@ def main() -> None:
     from t2i.distributed import first_says, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
+    try:
+        check_unet(recipe)
+    except UserError as error:  # no hindrance to an autoencoder, but better known before it is trained
+        accelerator.print(f"WARNING: train_unet.py will refuse this recipe with this autoencoder: {error}")
     held = ExitStack()  # until the process ends: no second training writes into this folder
     held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
@@ -56,12 +60,7 @@ def main() -> None:
 
     # models
     vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
-    factor = models.vae_factor(vae)
-    for name, side in (("resolution", recipe.data.resolution), ("crop_size", config.crop_size or factor)):
-        if side % factor or side > recipe.data.resolution:
-            raise UserError(
-                f"{name} {side} must be a multiple of {factor}, the VAE's factor, and at most the resolution"
-            )
+    check_vae(recipe, models.vae_factor(vae))
     inputs = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
     steps = training.total_steps(config, len(train), accelerator.num_processes)
     batch = training.global_batch(config, accelerator.num_processes)
@@ -88,6 +87,7 @@ def main() -> None:
 
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    training.warn_of_warmup(config, steps, accelerator.print)
     optimizer, schedule = training.build_optimizer(parameters, config, steps)
     ema = training.Average(parameters, decay=config.ema_decay) if config.use_ema else None
 

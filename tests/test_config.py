@@ -1,13 +1,14 @@
 """Settings: defaults <- recipe <- command line, and what is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i.config import RECIPES, Recipe, load_recipe, parse, to_dict
+from t2i.config import RECIPES, Recipe, check_unet, check_vae, load_recipe, parse, to_dict
 from t2i.runs import UserError
 
 SECTIONS = ("data", "vae", "unet", "train_unet")
@@ -64,6 +65,46 @@ def test_mistakes_in_a_recipe_name_file_and_key(tmp_path, text, sentence):
 def test_an_unknown_recipe_names_the_known():
     with pytest.raises(UserError, match=r"demo, flowers, photos"):
         load_recipe("no_such")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rescale_betas_zero_snr"], "set prediction_type: v_prediction"),
+        (["--unet_channels", "16", "32"], "give one type per level"),
+        (["--resolution", "72"], "multiple of 16, such as 64"),  # latents of side 18 are not halved twice
+        (["--resolution", "66"], "resolution 66 does not fit"),
+        (["--vae", "folder", "--resolution", "4096"], "resolution = 4096"),
+        (["--vae", "folder", "--resolution", "36"], "multiple of 8, such as 32"),  # a factor of 2, read in its config.json
+        (["--output_dir", "~nobody_of_this_name/x"], "there is no user 'nobody_of_this_name'"),
+        (["--output_dir", ""], "it is empty"),
+        (["--run_name", "caf\udce9"], "not valid UTF-8"),
+        (["--train_batch_size", "99999999999"], "train_batch_size"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_the_parser(options, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder/vae").mkdir(parents=True)
+    (tmp_path / "folder/vae/config.json").write_text('{"block_out_channels": [8, 8]}')
+    with pytest.raises(UserError) as error:
+        parse(SECTIONS, "", options)
+    assert sentence in str(error.value)
+
+
+def test_the_sides_of_an_autoencoder_and_its_denoiser_fit_or_are_refused():
+    settings = parse(("data", "vae", "train_vae"), "", ["--resolution", "72", "--crop_size", "36"])
+    check_vae(settings)  # an autoencoder of its own is fine
+    with pytest.raises(UserError, match="cannot halve 2 times"):
+        check_unet(settings)
+    for crop in ("34", "76"):  # no multiple of 4; larger than the image
+        with pytest.raises(UserError, match=f"crop_size {crop} does not fit"):
+            parse(("data", "vae", "train_vae"), "", ["--resolution", "72", "--crop_size", crop])
+
+
+def test_a_path_of_the_home_is_expanded_wherever_it_is_written(tmp_path):
+    chosen = parse(SECTIONS, "", ["--config", recipe(tmp_path, "data: {cache_dir: ~/cache}\n"), "--output_dir=~/run"])
+    assert chosen.train_unet.output_dir == str(Path.home() / "run")
+    assert chosen.data.cache_dir == str(Path.home() / "cache")
 
 
 FIELDS = [

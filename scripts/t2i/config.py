@@ -6,6 +6,8 @@ diffusers' training scripts; where ours differ, theirs are accepted as aliases.
 
 import dataclasses
 import difflib
+import json
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +16,26 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
 from t2i.runs import UserError
 
+
+
+def _whole_path(text: str) -> str:
+    """The path with `~` expanded: a shell leaves it alone in `--output_dir=~/run`, and a recipe is read by no shell."""
+    if not text.strip():
+        raise ValueError("it is empty; give a path, or leave the option out")
+    whole = os.path.expanduser(text)
+    if whole.startswith("~"):
+        raise ValueError(f"there is no user {text.split('/')[0][1:]!r} here; write the whole path")
+    return whole
+
+
 Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,7 +62,7 @@ class HubConfig:
 class SourceConfig:
     """The images, and their captions or labels."""
 
-    dataset: Annotated[str | None, _alias("dataset_name", "train_data_dir")] = (
+    dataset: Annotated[PathText | None, _alias("dataset_name", "train_data_dir")] = (
         None  # Hub id, dataset folder or imagefolder
     )
     dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
@@ -69,15 +84,15 @@ class DataConfig(SourceConfig):
     )
     split_seed: int = 0  # another number gives another validation split
     max_train_samples: Count | None = None  # use this many training images at most
-    cache_dir: str = ".cache/t2i"  # prepared images, latents and text embeddings, by content
+    cache_dir: PathText = ".cache/t2i"  # prepared images, latents and text embeddings, by content
 
 
 @dataclass
 class CaptionConfig(HubConfig):
     """Captioning."""
 
-    output_dir: str | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
-    captioner: str = "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
+    output_dir: PathText | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
+    captioner: PathText = "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
     captioner_revision: str | None = None  # branch, tag or commit of a Hub model
     task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
     prompt: str = ""  # text for the model, where its task takes some
@@ -86,7 +101,7 @@ class CaptionConfig(HubConfig):
     num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
     strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
     fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
-    audit_tokenizer: str = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens
+    audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens
     license: str = "unknown"  # of the data set, as the Hub names licences, e.g. cc-by-4.0
     hub_dataset_id: str | None = None  # ORG/NAME of the data set on the Hub
 
@@ -95,7 +110,7 @@ class CaptionConfig(HubConfig):
 class VaeConfig:
     """The autoencoder."""
 
-    vae: Annotated[str | None, _alias("pretrained_vae_model_name_or_path")] = (
+    vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = (
         None  # run folder, path or Hub id; None: built from the numbers below
     )
     vae_revision: str | None = None  # branch, tag or commit of a Hub VAE
@@ -110,10 +125,10 @@ class VaeConfig:
 class UnetConfig:
     """The denoiser, what it is conditioned on, and the noise."""
 
-    pretrained_model_name_or_path: str | None = (
+    pretrained_model_name_or_path: PathText | None = (
         None  # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
     )
-    text_encoder: str | None = (
+    text_encoder: PathText | None = (
         None  # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
     )
     text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
@@ -137,7 +152,7 @@ class UnetConfig:
 class TrainConfig:
     """What both training scripts share."""
 
-    output_dir: str | None = None  # run folder
+    output_dir: PathText | None = None  # run folder
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
     train_batch_size: Count = 16  # images a process and step
     gradient_accumulation_steps: Count = 1  # steps a weight update
@@ -209,7 +224,7 @@ class TrainUnetConfig(HubConfig, TrainConfig):
 class EvaluateConfig:
     """Evaluation of checkpoints over guidance scales."""
 
-    model: str | None = None  # run folder of train_unet.py
+    model: PathText | None = None  # run folder of train_unet.py
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
     guidance_scales: list[NonNegative] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
     preset: Literal["exact", "fast", "draft"] | None = (
@@ -225,8 +240,8 @@ class EvaluateConfig:
     eval_seed: Natural = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
     classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
-    kid_network: str | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
-    clip: str | None = None  # CLIP (path or Hub id) for the CLIP score; None: not measured
+    kid_network: PathText | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
+    clip: PathText | None = None  # CLIP (path or Hub id) for the CLIP score; None: not measured
 
 
 @dataclass
@@ -297,7 +312,66 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
             recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
         else:
             setattr(recipe, name, section)
+    if "vae" in sections:
+        check_vae(recipe, crop="train_vae" in sections)
+    if "unet" in sections:
+        check_unet(recipe)
     return recipe
+
+
+def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> None:
+    """Refuse a resolution or crop that the autoencoder cannot take.
+
+    factor: pixels per latent and side; None: of the recipe's VAE, as far as that is known here. crop: check `crop_size` too.
+    """
+    factor, resolution = factor or _vae_factor(recipe.vae), recipe.data.resolution
+    if factor is None:
+        return
+    sides = {"resolution": resolution, "crop_size": recipe.train_vae.crop_size if crop else None}
+    for name, side in sides.items():
+        if side and (side % factor or side > resolution):
+            raise UserError(
+                f"{name} {side} does not fit: it must be a multiple of {factor}, the VAE's factor, and at most the resolution; "
+                f"set {name} to {max(factor, min(side, resolution) // factor * factor)}"
+            )
+
+
+def check_unet(recipe: Recipe, factor: int | None = None) -> None:
+    """Refuse a denoiser that cannot be built, or cannot take the latents of the recipe's autoencoder. factor: as `check_vae`'s."""
+    unet = recipe.unet
+    if unet.rescale_betas_zero_snr and unet.prediction_type == "epsilon":
+        raise UserError(
+            "rescale_betas_zero_snr with prediction_type epsilon cannot work: at the last noise level the noise is the input; "
+            "set prediction_type: v_prediction"
+        )
+    if unet.pretrained_model_name_or_path:
+        return
+    levels, factor = len(unet.unet_channels), factor or _vae_factor(recipe.vae)
+    if levels < 1:
+        raise UserError("unet_channels is empty; give the channels of one level at least")
+    if len(unet.down_block_types) != levels:
+        raise UserError(
+            f"down_block_types names {len(unet.down_block_types)} levels and unet_channels {levels}; give one type per level"
+        )
+    if factor and recipe.data.resolution // factor % 2 ** (levels - 1):
+        step = factor * 2 ** (levels - 1)
+        near = max(step, recipe.data.resolution // step * step)
+        raise UserError(
+            f"resolution {recipe.data.resolution} gives latents of side {recipe.data.resolution // factor}, which the UNet cannot "
+            f"halve {levels - 1} times; set resolution to a multiple of {step}, such as {near}, or give fewer unet_channels"
+        )
+
+
+def _vae_factor(config: VaeConfig) -> int | None:
+    """Pixels per latent and side, of the VAE that is built or lies in a folder here; None for one of the Hub."""
+    if config.vae is None:
+        return 2 ** (len(config.vae_channels) - 1)
+    for file in (Path(config.vae) / part / "config.json" for part in ("", "vae", "pipeline/vae")):
+        try:
+            return 2 ** (len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # what is wrong with it is said when it is loaded
+    return None
 
 
 def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
@@ -333,6 +407,10 @@ def known_key(key: Any, known: dict[str, Any], what: str) -> Any:
 
 def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
     """A dataclass of checked values; raises `UserError` with the first that is not usable."""
+    for key, value in values.items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and not _is_text(text):
+                raise UserError(f"{where}: {key} = {text!r} is not usable: it is not valid UTF-8; write it in UTF-8")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -340,7 +418,16 @@ def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
         key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
         if first["type"] == "missing":
             raise UserError(f"{where}: {key} is missing; add it") from None
-        raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {reason}") from None
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string can be written to a file: bytes of another encoding come as lone surrogates."""
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
 
 
 def _let_go(section: Any, before: Any, key: str, belongs: str) -> None:

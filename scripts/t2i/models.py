@@ -179,6 +179,8 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
+    width = config.text_hidden_size
+    heads = max(number for number in range(1, max(1, width // 32) + 1) if width % number == 0)  # CLIP wants a divisor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -187,7 +189,7 @@ def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTok
                 hidden_size=config.text_hidden_size,
                 intermediate_size=4 * config.text_hidden_size,
                 num_hidden_layers=config.text_layers,
-                num_attention_heads=max(1, config.text_hidden_size // 32),
+                num_attention_heads=heads,
                 max_position_embeddings=config.text_max_length,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -223,16 +225,7 @@ def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, capti
 def build_unet(
     config: UnetConfig, sample_size: int, latent_channels: int, cross_attention_dim: int
 ) -> UNet2DConditionModel:
-    """A new UNet of the recipe's size for latents [latent_channels, sample_size, sample_size]."""
-    levels = len(config.unet_channels)
-    if len(config.down_block_types) != levels:
-        raise UserError(
-            f"down_block_types names {len(config.down_block_types)} levels and unet_channels {levels}; give one type a level"
-        )
-    if sample_size % 2 ** (levels - 1):
-        raise UserError(
-            f"latents of side {sample_size} cannot be halved {levels - 1} times; use fewer unet_channels or another resolution"
-        )
+    """A new UNet of the recipe's size for latents [latent_channels, sample_size, sample_size], which `config.check_unet` passed."""
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=latent_channels,
@@ -257,11 +250,6 @@ def use_plain_attention(unet: UNet2DConditionModel) -> None:
 
 def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
     """The DDPM noise schedule of training: 1,000 levels, Stable Diffusion's range of betas."""
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        raise UserError(
-            "rescale_betas_zero_snr with prediction_type epsilon cannot work: at the last noise level the noise is the input; "
-            "set prediction_type: v_prediction"
-        )
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

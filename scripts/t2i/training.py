@@ -86,6 +86,15 @@ def total_steps(config: TrainConfig, samples: int, world: int) -> int:
     return config.max_train_steps or max(1, math.ceil(epochs))
 
 
+def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
+    """Say so if the training of `steps` updates ends while its learning rate still warms up."""
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
+        say(
+            f"WARNING: lr_warmup_steps {config.lr_warmup_steps} is not shorter than the training of {steps} updates: the learning "
+            f"rate ends at {steps / config.lr_warmup_steps:.1%} of {config.learning_rate:g}; try --lr_warmup_steps {steps // 10}"
+        )
+
+
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], config: TrainConfig, steps: int
 ) -> tuple[torch.optim.AdamW, Any]:
