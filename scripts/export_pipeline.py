@@ -10,7 +10,7 @@ longer; the same command makes them anew.
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i.config import Recipe, check_options, load_recipe, parse_options
+from t2i.config import PathText, Recipe, check_options, load_recipe, parse_options
 from t2i.runs import UserError, read_json, run_main
 
 
@@ -18,7 +18,7 @@ from t2i.runs import UserError, read_json, run_main
 class Options:
     """The model."""
 
-    model: str | None = None  # run folder of train_unet.py, or a pipeline folder
+    model: PathText | None = None  # run folder of train_unet.py, or a pipeline folder
 
 
 def main() -> None:

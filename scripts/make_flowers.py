@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from t2i.config import check_options, parse_options
+from t2i.config import Count, Natural, PathText, check_options, parse_options
 from t2i.runs import RunFolder, UserError, run_main
 
 
@@ -22,13 +22,13 @@ from t2i.runs import RunFolder, UserError, run_main
 class Options:
     """The drawings."""
 
-    output_dir: str = "outputs/flowers"  # dataset folder to write
-    count: Annotated[int, Field(ge=2)] = 4000  # drawings in the training split
-    validation_count: Annotated[int, Field(ge=1)] = 256  # drawings in the validation split
-    test_count: Annotated[int, Field(ge=1)] = 256  # drawings of held-out combinations, in the test split
+    output_dir: PathText = "outputs/flowers"  # dataset folder to write
+    count: Annotated[int, Field(ge=2, lt=2**31)] = 4000  # drawings in the training split
+    validation_count: Count = 256  # drawings in the validation split
+    test_count: Count = 256  # drawings of held-out combinations, in the test split
     size: Annotated[int, Field(ge=32, le=512)] = 64  # px, both sides
-    seed: Annotated[int, Field(ge=0)] = 0  # the same seed draws the same flowers
-    workers: Annotated[int, Field(ge=1)] = 2  # processes; the drawings do not depend on them
+    seed: Natural = 0  # the same seed draws the same flowers
+    workers: Annotated[int, Field(ge=1, le=256)] = 2  # processes; the drawings do not depend on them
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ changes nothing where nothing changed; what people wrote into the card on the Hu
 
 from dataclasses import dataclass
 
-from t2i.config import Flag, Natural, Positive, check_options, parse_options
+from t2i.config import Flag, Natural, PathText, Positive, check_options, parse_options
 from t2i.runs import run_main
 
 
@@ -16,7 +16,7 @@ from t2i.runs import run_main
 class Options:
     """The model and its repository."""
 
-    model: str | None = None  # finished run folder of train_unet.py
+    model: PathText | None = None  # finished run folder of train_unet.py
     hub_model_id: str | None = None  # ORG/NAME on the Hub; log in by `hf auth login`, or set HF_TOKEN
     hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
     hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long

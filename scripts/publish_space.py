@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from t2i.config import Flag, Positive, check_options, parse_options
+from t2i.config import Flag, PathText, Positive, check_options, parse_options
 from t2i.runs import run_main
 
 
@@ -19,7 +19,7 @@ from t2i.runs import run_main
 class Options:
     """The model and its Space."""
 
-    model: str | None = None  # run folder of train_unet.py, pipeline folder, or Hub id ORG/MODEL
+    model: PathText | None = None  # run folder of train_unet.py, pipeline folder, or Hub id ORG/MODEL
     space: str | None = None  # ORG/NAME on the Hub; log in by `hf auth login`, or set HF_TOKEN
     dry_run: Flag = False  # stage the folder and say how to start it here; nothing is pushed
     hub_private_repo: Flag = True  # a new Space is private; an existing one stays as it is

@@ -2,9 +2,11 @@
 
 python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-Each stage is one of the commands that the README names, printed before it runs. A finished stage is reused.
+Each stage is one of the commands that the README names, printed before it runs. A finished stage is reused. Settings that
+cannot work together are refused before the first stage.
 """
 
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -17,7 +19,7 @@ from typing import Annotated, Any
 import psutil
 import tyro
 
-from t2i.config import check_options, load_recipe, parse_options
+from t2i.config import PathText, Recipe, check_options, check_unet, check_vae, load_recipe, parse_options
 from t2i.runs import UserError, read_json, run_main, write_json
 
 SCRIPTS = Path(__file__).parent
@@ -28,11 +30,11 @@ class Options:
     """The run."""
 
     config: str = "demo"  # recipe: a YAML file, or the name of one in scripts/recipes
-    output_dir: str = "outputs/demo"  # everything goes below it
-    dataset: Annotated[str | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = (
+    output_dir: PathText = "outputs/demo"  # everything goes below it
+    dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = (
         None  # Hub id, dataset folder or imagefolder; None: flowers are drawn
     )
-    accelerate_config: str | None = (
+    accelerate_config: PathText | None = (
         None  # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
     )
 
@@ -40,6 +42,7 @@ class Options:
 def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
     recipe = load_recipe(options.config)
+    check_stages(recipe, options)
     folder = Path(options.output_dir)
     dataset = options.dataset or recipe.data.dataset or str(folder / "dataset")
     if not (options.dataset or recipe.data.dataset):
@@ -48,7 +51,7 @@ def main() -> None:
         stage("draw", "drawing flowers", drawing, folder, folder / ".dataset" / "run.json")
     common = ["--config", options.config, "--dataset", dataset]
     vae, unet = folder / "vae", folder / "unet"
-    config = options.accelerate_config or "accelerate_configs/cpu.yaml"
+    config = options.accelerate_config or str(SCRIPTS.parent / "accelerate_configs" / "cpu.yaml")
     quiet_launcher(config)
     training = launch([config], "train_vae.py", *common, "--output_dir", str(vae))
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
@@ -61,6 +64,29 @@ def main() -> None:
     report = make_report(folder)
     write_json(folder / "report.json", report)
     print_table(report, folder)
+
+
+def check_stages(recipe: Recipe, options: Options) -> None:
+    """Refuse now what a later stage would refuse after the hours of the earlier ones."""
+    check_vae(recipe)
+    check_unet(recipe)
+    if options.accelerate_config and not Path(options.accelerate_config).is_file():
+        raise UserError(
+            f"--accelerate_config {options.accelerate_config}: there is no such file; name one of "
+            f"{SCRIPTS.parent / 'accelerate_configs'}"
+        )
+    for key in ("kid_network", "clip"):
+        source = getattr(recipe.evaluate, key)
+        if source and not Path(source).is_dir() and (Path(source).is_absolute() or source.count("/") != 1):
+            raise UserError(f"{key} {source} in section evaluate is neither a folder here nor a Hub id ORG/NAME; correct it")
+    if recipe.evaluate.engine == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise UserError(
+            "engine openvino in section evaluate needs OpenVINO; run: pip install -r requirements.txt, or set engine: auto"
+        )
+    if recipe.train_unet.push_to_hub:
+        from t2i import hub
+
+        hub.check_access(hub.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model")
 
 
 def python(script: str, *arguments: str) -> list[str]:
@@ -99,7 +125,7 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
     code = subprocess.run(command).returncode
     if code:
         raise UserError(
-            f"{title} ended with exit code {code}; mend what it said above and run the same command again: finished stages are kept"
+            f"{title} ended with exit code {code}; fix what it said above and run the same command again: finished stages are kept"
         )
     if marker.stat().st_mtime_ns != before:
         stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}

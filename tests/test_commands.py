@@ -129,7 +129,6 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
 
 def test_a_whole_recipe_and_its_second_run(workspace, command, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
-    (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
     options = ("--config", "tiny.yaml", "--output_dir", "out", "--dataset", workspace / "dataset")
     first = command("run_recipe.py", *options, cwd=tmp_path)
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -176,6 +175,11 @@ MISTAKES = [
     ("generate_images.py", ["--model", "unet", "--prompt", "x", "--scheduler", "os"], "unknown scheduler"),
     ("evaluate_checkpoints.py", ["--model", "unet", "--checkpoints", "checkpoint-9"], "checkpoint-000004"),
     ("make_flowers.py", ["--output_dir", "vae"], "holds other files"),
+    ("run_recipe.py", ["--config", "late.yaml", "--dataset", "dataset", "--output_dir", "late"], "resolution 30 gives latents"),
+    ("run_recipe.py", ["--config", "tiny.yaml", "--accelerate_config", "none.yaml"], "none.yaml: there is no such file"),
+    ("train_unet.py", ["--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", "unet",
+                       "--max_train_steps", "16"], "add --pretrained_model_name_or_path unet"),
+    ("make_flowers.py", ["--output_dir", "tiny.yaml/below"], "tiny.yaml/below: Not a directory"),
     ("publish_model.py", ["--model", "unet"], "--hub_model_id is missing"),
     ("publish_model.py", ["--model", "vae", "--hub_model_id", "me/vae"], "holds no pipeline"),
 ]
@@ -184,6 +188,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("script", "arguments", "sentence"), MISTAKES)
 def test_mistakes_get_one_sentence(script, arguments, sentence, workspace, command):
     (workspace / "bad.yaml").write_text("train_unet: {learnin_rate: 1}\n")
+    (workspace / "late.yaml").write_text(TINY.replace("resolution: 32", "resolution: 30"))
     done = command(script, *arguments, cwd=workspace, code=2)
     assert sentence in done.stderr + done.stdout
     assert "Traceback" not in done.stderr

@@ -66,6 +66,8 @@ def _sentence_of(error: Exception) -> str | None:
 
 
 _OS_FIXES = {
+    errno.EEXIST: "a file stands where a folder is needed; name another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; name another folder",
     errno.ENOSPC: "make room on that disk, or name a folder on another",
     errno.EDQUOT: "make room in your quota, or name a folder on another disk",
     errno.EROFS: "that disk is read-only; name a folder on another",
