@@ -34,7 +34,7 @@ from t2i.curves import (
     shown_uri,
     store_stamp,
 )
-from t2i.runs import UserError
+from t2i.runs import UserError, run_status
 
 LIVE_S = 5  # between two looks at a run that goes on
 LIVE_SERVER_S = 15  # the same over HTTP, where others ask as well
@@ -78,7 +78,7 @@ def show_folders() -> None:
         return {(n, m): read_all[n][m] for n in chosen for m in options["metrics"] if m in read_all[n]}, ""
 
     def running() -> bool:
-        return any(read(runs[name] / "run.json").get("status") == "running" for name in chosen)
+        return any(run_status(runs[name], read(runs[name] / "run.json")) == "running" for name in chosen)
 
     follow(read_now, running, options, LIVE_S)
     show_sweep({name: runs[name] for name in chosen})
