@@ -25,6 +25,7 @@ sys.path.append(str(ROOT / "scripts"))
 sys.path.append(str(Path(__file__).parent))
 
 from processes import kill_all, marked, new_mark  # noqa: E402
+from t2i.runs import run_status  # noqa: E402
 
 STEPS, IMAGES = 24, 40
 SETTINGS = """
@@ -95,8 +96,9 @@ def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
             said = (disturbed / "log.txt").read_bytes()[logged:]
             assert b"stopped after" not in said, log_of(disturbed)
             assert b"SIGTERM" not in said, log_of(disturbed)
-            if not early and not is_finished(disturbed):
+            if not early and run_status(disturbed) != "finished":
                 assert len(killed) > workers, f"{len(killed)} processes for a launcher and {workers} workers"
+                assert run_status(disturbed) == "interrupted", run_status(disturbed)
             done, starting, in_saves = done + 1, starting + early, in_saves + bool(saving and not early)
         compare(whole, disturbed)
         runs += 1
@@ -154,10 +156,6 @@ def wait_for_save(output: Path, process: subprocess.Popen[bytes], seconds: float
 def rows_of(output: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
     text = (output / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def is_finished(output: Path) -> bool:
-    return bool(json.loads((output / "run.json").read_text())["status"] == "finished")
 
 
 def log_size(output: Path) -> int:
