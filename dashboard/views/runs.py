@@ -32,7 +32,9 @@ def main() -> None:
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
     )  # names of statuses come from files: looked up among those there
     names = choose_runs([name for name in runs if not kept or status[name] in kept])
-    st.dataframe(pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING)
+    st.dataframe(
+        pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
+    )
     if not names:
         st.text("no run matches")
         return
