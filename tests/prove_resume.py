@@ -4,7 +4,7 @@ python tests/prove_resume.py --kills 20     (make prove-resume)
 
 Modes: one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two. With gradient accumulation 2, caption dropout, flips and
 shuffling, across epochs' ends: SIGKILL to every process of the run at one moment, launcher and workers alike. Of six kills
-two come as soon as a save is seen under way, one while the command starts, the others at random moments after its first
+three come as soon as a save is seen under way, one while the command starts, the others at random moments after its first
 step. Then the same command is started again, until it ends. No process may be left, and none may have stopped by itself.
 Samples of each step, learning rates, losses and gradient norms must be the same, and weights and moving average bit for bit.
 """
@@ -84,9 +84,9 @@ def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
             known: set[int] = set()
             if early:
                 time.sleep(chance.uniform(0, starting_s))
-            elif done % 3 == 0:
+            elif done % 2 == 0:
                 known = marked(mark)
-                wait_for_save(disturbed, process, 20)
+                wait_for_save(disturbed, process, 60)
             else:
                 time.sleep(chance.uniform(0, 1.5))
             saving: list[Path] = []
