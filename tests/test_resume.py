@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import platform
 import shutil
 import signal
 import subprocess
@@ -301,7 +302,8 @@ def test_the_same_global_batch_by_accumulation_goes_on(trained, run_main, capsys
     assert first <= 4 < second == 8
 
 
-def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tmp_path):
+def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
     run = tmp_path / "run"
     run.mkdir()
     with open(run / ".lock", "a") as other:
@@ -383,6 +385,25 @@ def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, mon
     with pytest.raises(UserError, match=rf"process {worker.pid} on .* has not ended within 0 s; wait for it, stop it"):
         runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
     worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"{\n[]\n\x00\xff\n", "run; wait"),
+        (b'{"host": "gpu-7", "pid": 12, "started": 1.0}', r"run \(process 12 on gpu-7\); wait"),
+        (b'{"host": "%s", "pid": %d, "started": 1.0}' % (platform.node().encode(), os.getpid()), "run; wait"),
+    ],
+    ids=["damaged", "another host", "a number that another process had"],
+)
+def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_bytes(line)
+    with open(tmp_path / "run" / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match=f"another run is at work in .*{named}"):
+            runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
 
 
 def test_what_a_launcher_started_ends_with_it_before_the_first_step(launch):

@@ -273,7 +273,8 @@ def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+")  # noqa: SIM115 - closed below; NFS shares a lock only where it may read
+        # read as well, as NFS shares a lock only then
+        file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
     with file:
