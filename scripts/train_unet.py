@@ -147,7 +147,7 @@ def main() -> None:
         lambda number: make_batch(given, config, *divmod(number, parts), accelerator), steps * parts,
         in_thread=accelerator.device.type != "cpu",
     )  # fmt: skip
-    with run.timed("train"), stopping.on_signals() as stop:
+    with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = tqdm(
             range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
             disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),

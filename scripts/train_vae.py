@@ -113,7 +113,7 @@ def main() -> None:
     start, compute = state["step"] * parts, partial(terms_of, trained, config, accelerator)
     backward = capture(compute, lambda: make(start), trained, config, accelerator)
     batches = Ahead(make, steps * parts, in_thread=accelerator.device.type != "cpu")
-    with run.timed("train"), stopping.on_signals() as stop:
+    with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = tqdm(
             range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
             disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),

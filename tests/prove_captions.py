@@ -2,17 +2,17 @@
 
 python tests/prove_captions.py --kills 20     (make prove-captions)
 
-For one and for two processes: caption drawn flowers with a small random Florence-2, SIGKILL the whole process group at a
-random moment after the first caption, start the same command again, and so on; then let it finish. After each kill every
-line that was on disk must still be there unchanged, and at the end each image must have exactly one line.
+For one and for two processes: caption drawn flowers with a small random Florence-2, and SIGKILL every process of the run at
+one moment, launcher and workers alike. The moment is random after the first caption; every third time it comes at once when
+a file grows, which is within a write or beside one. Start the same command again, and so on; then let it finish. After each
+kill no process may be left, and every line that was on disk must still be there unchanged. At the end each image must have
+exactly one line.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
 sys.path.append(str(Path(__file__).parent))
 
+from processes import kill_all, marked, new_mark  # noqa: E402
+
 
 def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, seed: int) -> str:
     """Run the proof in `folder`; returns a line that sums up. Raises AssertionError where a promise is broken."""
@@ -32,34 +34,40 @@ def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, s
     kept: list[str] = []
     done = 0
     while done < kills:
-        process = start(photos, model, output, processes)
+        process, mark = start(photos, model, output, processes)
         before = len(kept)
         while len(lines(ledger)) <= before and process.poll() is None:  # until its first caption
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.5))
-        finished = process.poll() is not None
-        stop(process)
+        known = marked(mark)
+        if done % 3 == 0:
+            wait_for_write(ledger, process)
+        else:
+            time.sleep(chance.uniform(0, 0.5))
+        killed = kill_all(mark, known)
+        process.wait()
         now = lines(ledger)
         assert now, f"it ended before its first caption: {log_of(output).read_text(errors='replace')[-3000:]}"
+        finished = len(now) >= count and len(killed) <= processes  # a worker had come to its end
+        assert finished or len(killed) > processes, f"{len(killed)} processes for a launcher and {processes} workers"
         assert now[:before] == kept, "a caption that was on disk is gone or changed"
         kept = now
-        done += 1
+        done += not finished
         if finished or len(kept) >= count:  # nothing is left to interrupt: begin anew
             check(kept, count)
             ledger.unlink()
             kept = []
-    end = start(photos, model, output, processes)
+    end, _ = start(photos, model, output, processes)
     assert end.wait(timeout=300) == 0, log_of(output).read_text(errors="replace")[-3000:]
     now = lines(ledger)
     assert now[: len(kept)] == kept, "a caption that was on disk is gone or changed"
     check(now, count)
     if processes > 1:
         assert f"process 1 of {processes}" in log_of(output).read_text(errors="replace"), "it ran on one process"
-    return f"{processes} process(es): {done} kills, {count} images, no caption lost, none made twice"
+    return f"{processes} process(es): {done} kills of all processes, {count} images, no caption lost, none made twice"
 
 
-def start(photos: Path, model: Path, output: Path, processes: int) -> subprocess.Popen[bytes]:
-    """The command as users type it, in a process group of its own."""
+def start(photos: Path, model: Path, output: Path, processes: int) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    """The command as users type it, and the mark that its processes carry."""
     settings = (ROOT / "accelerate_configs" / "cpu.yaml").read_text()
     if processes > 1:
         settings = settings.replace("num_processes: 1", f"num_processes: {processes}").replace("'NO'", "MULTI_GPU")
@@ -70,20 +78,22 @@ def start(photos: Path, model: Path, output: Path, processes: int) -> subprocess
              "--output_dir", str(output), "--caption_batch_size", "2", "--max_new_tokens", "8", "--num_beams", "1",
              "--audit_tokenizer", str(model)]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = open(log_of(output), "ab")  # noqa: SIM115 - the child's, which outlives this call
-    return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+    mark = new_mark()
+    with open(log_of(output), "ab") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment | mark, start_new_session=True)
+    return process, mark
+
+
+def wait_for_write(ledger: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until the file grows."""
+    size = len(lines(ledger))
+    while process.poll() is None and len(lines(ledger)) == size:
+        time.sleep(0.0005)
 
 
 def log_of(output: Path) -> Path:
     """Beside the output folder, which is the command's own."""
     return output.with_name(f"{output.name}.log")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to every process of the group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def lines(ledger: Path) -> list[str]:

@@ -3,18 +3,17 @@
 python tests/prove_resume.py --kills 20     (make prove-resume)
 
 Modes: one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two. With gradient accumulation 2, caption dropout, flips and
-shuffling, across epochs' ends: SIGKILL to the whole process group, a third of the time as soon as a save is seen under
-way, else at a random moment after the first step; start the same command again, until it ends. Then the samples of each
-step, learning rates, losses and gradient norms must be the same, and weights and moving average bit for bit.
+shuffling, across epochs' ends: SIGKILL to every process of the run at one moment, launcher and workers alike. Of six kills
+three come as soon as a save is seen under way, one while the command starts, the others at random moments after its first
+step. Then the same command is started again, until it ends. No process may be left, and none may have stopped by itself.
+Samples of each step, learning rates, losses and gradient norms must be the same, and weights and moving average bit for bit.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,10 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(Path(__file__).parent))
+
+from processes import kill_all, marked, new_mark  # noqa: E402
+from t2i.runs import run_status  # noqa: E402
 
 STEPS, IMAGES = 24, 40
 SETTINGS = """
@@ -60,39 +63,54 @@ def environment() -> dict[str, str]:
 
 def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
     """Run the proof of one mode in `folder`; returns a line that sums up. Raises AssertionError for what differs."""
-    chance = random.Random(f"{mode} {seed}")
-    whole = folder / f"{mode}-undisturbed"
-    end = start(folder, whole, mode)
+    chance, workers = random.Random(f"{mode} {seed}"), 1 if mode in ALONE else 2
+    whole, disturbed = folder / f"{mode}-undisturbed", folder / f"{mode}-disturbed"
+    began = time.monotonic()
+    end, _ = start(folder, whole, mode)
+    assert wait_for_step(whole, end, 0), log_of(whole)
+    starting_s = time.monotonic() - began
     assert end.wait(timeout=600) == 0, log_of(whole)
-    assert json.loads((whole / "run.json").read_text())["processes"] == (1 if mode in ALONE else 2)
-    done, in_saves, runs = 0, 0, 0
+    assert json.loads((whole / "run.json").read_text())["processes"] == workers
+    done, in_saves, starting, runs = 0, 0, 0, 0
     while done < kills:
-        disturbed = folder / f"{mode}-disturbed"
         shutil.rmtree(disturbed, ignore_errors=True)
         while True:
-            process, last = start(folder, disturbed, mode), done >= kills
-            if last or not wait_for_step(disturbed, process):
+            logged = log_size(disturbed)
+            (process, mark), last, early = start(folder, disturbed, mode), done >= kills, done % 6 == 5
+            if last or (not early and not wait_for_step(disturbed, process, logged)):
                 code = process.wait(timeout=600)
                 assert code == 0, log_of(disturbed)
                 break
-            if done % 3 == 0:
-                wait_for_save(disturbed, process, 20)
+            known: set[int] = set()
+            if early:
+                time.sleep(chance.uniform(0, starting_s))
+            elif done % 2 == 0:
+                known = marked(mark)
+                wait_for_save(disturbed, process, 60)
             else:
                 time.sleep(chance.uniform(0, 1.5))
-            if process.poll() is not None:
-                assert process.returncode == 0, log_of(disturbed)
+            saving: list[Path] = []
+            killed = kill_all(mark, known, lambda: saving.extend(disturbed.glob(".checkpoint-*.part")))  # noqa: B023
+            if process.wait() == 0:  # it had come to its end
                 break
-            kill(process)
-            done += 1
-            in_saves += any(disturbed.glob(".checkpoint-*"))
+            said = (disturbed / "log.txt").read_bytes()[logged:]
+            assert b"stopped after" not in said, log_of(disturbed)
+            assert b"SIGTERM" not in said, log_of(disturbed)
+            if not early and run_status(disturbed) != "finished":
+                assert len(killed) > workers, f"{len(killed)} processes for a launcher and {workers} workers"
+                assert run_status(disturbed) == "interrupted", run_status(disturbed)
+            done, starting, in_saves = done + 1, starting + early, in_saves + bool(saving and not early)
         compare(whole, disturbed)
         runs += 1
     assert 4 * in_saves >= done, f"only {in_saves} of {done} kills fell into a save"
-    return f"{mode}: {done} kills ({in_saves} inside a save) in {runs} runs of {STEPS} steps; all equal, bit for bit"
+    return (
+        f"{mode}: {done} kills of all processes ({in_saves} inside a save, {starting} before the first step) in {runs} runs of "
+        f"{STEPS} steps; all equal, bit for bit"
+    )
 
 
-def start(folder: Path, output: Path, mode: str) -> subprocess.Popen[bytes]:
-    """The training as users start it, in a process group of its own."""
+def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    """The training as users start it, and the mark that its processes carry."""
     output.mkdir(exist_ok=True)
     config = folder / f"{mode}.yaml"
     text = (ROOT / "accelerate_configs" / f"{MODES[mode]}.yaml").read_text()
@@ -107,18 +125,21 @@ def start(folder: Path, output: Path, mode: str) -> subprocess.Popen[bytes]:
     settings = environment()
     if mode == "zero2":
         settings.pop("ACCELERATE_USE_CPU")
-    log = open(output / "log.txt", "ab")  # noqa: SIM115 - the child's, which outlives this call
-    return subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=settings, start_new_session=True)
+    mark = new_mark()
+    with open(output / "log.txt", "ab") as log:
+        process = subprocess.Popen(
+            words, cwd=folder, stdout=log, stderr=log, env=settings | mark, start_new_session=True
+        )
+    return process, mark
 
 
-def wait_for_step(output: Path, process: subprocess.Popen[bytes]) -> bool:
-    """Until this process has made a step; False where it ends before."""
-    file = output / "metrics.jsonl"
-    before = file.stat().st_mtime_ns if file.is_file() else 0
-    started = time.time_ns()
+def wait_for_step(output: Path, process: subprocess.Popen[bytes], logged: int) -> bool:
+    """Until a step stands in the log behind its first `logged` bytes, so that this launch made it; False if it ends before."""
     while process.poll() is None:
-        if file.is_file() and file.stat().st_mtime_ns > max(before, started) and rows_of(output):
-            return True
+        with open(output / "log.txt", "rb") as log:
+            log.seek(logged)
+            if b"\nstep " in b"\n" + log.read():
+                return True
         time.sleep(0.005)
     return False
 
@@ -132,15 +153,13 @@ def wait_for_save(output: Path, process: subprocess.Popen[bytes], seconds: float
         time.sleep(0.0005)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def rows_of(output: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
     text = (output / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def log_size(output: Path) -> int:
+    return (output / "log.txt").stat().st_size if (output / "log.txt").is_file() else 0
 
 
 def log_of(output: Path) -> str:

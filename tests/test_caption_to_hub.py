@@ -294,7 +294,8 @@ def test_a_slip_of_the_hand_names_the_line(tmp_path):
     assert [key.image for key in ledger.read(path)] == ["a", "b", "c", "d"]
 
 
-def test_another_run_in_the_same_folder_is_refused(drawn, run_main, tmp_path):
+def test_another_run_in_the_same_folder_is_refused(drawn, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr("t2i.runs.WAIT_FOR_UNKNOWN_S", 0.0)
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
+from t2i.runs import alone
+
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "dashboard" / "streamlit_app.py"
 HEAVY = {"torch", "diffusers", "transformers", "datasets", "mlflow", "accelerate"}
@@ -265,7 +267,18 @@ def test_curves_of_folders_by_band_smoothed_and_over_guidance(tmp_path: Path) ->
 def test_a_running_run_alone_is_live(tmp_path: Path) -> None:
     run = make_run(tmp_path / "outputs" / "one")
     (run / "run.json").write_text('{"status": "running"}')
-    assert "drawn again" in show("curves").caption[0].value
+    make_store(tmp_path, runs=1)  # MLflow calls a killed run RUNNING as well
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        store.execute("UPDATE runs SET status = 'RUNNING'")
+    store.close()
+    (run / "mlflow_spool").mkdir()
+    (run / "mlflow_spool" / "state.json").write_text(json.dumps({"run_id": "0" * 32}))
+    with alone(run, 0, lambda: None):
+        assert "drawn again" in show("curves").caption[0].value
+        assert "drawn again" in show("curves", source="MLflow").caption[0].value
+    assert not show("curves").caption  # it was killed
+    assert not show("curves", source="MLflow").caption
+    assert list(show("runs").dataframe[0].value["status"]) == ["interrupted"]
 
 
 def test_curves_of_a_sqlite_store_are_thinned(tmp_path: Path) -> None:

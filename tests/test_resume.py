@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import platform
 import shutil
 import signal
 import subprocess
@@ -11,13 +12,14 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import prove_resume
 import train_unet
 from conftest import SCRIPTS
-from t2i import checkpoints, models
+from t2i import checkpoints, models, runs
 from t2i.config import load_recipe
 from t2i.runs import UserError, checkpoint_folders
 from t2i.stopping import EXIT_STOPPED
@@ -300,7 +302,8 @@ def test_the_same_global_batch_by_accumulation_goes_on(trained, run_main, capsys
     assert first <= 4 < second == 8
 
 
-def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tmp_path):
+def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
     run = tmp_path / "run"
     run.mkdir()
     with open(run / ".lock", "a") as other:
@@ -309,10 +312,123 @@ def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tm
             run_main("--output_dir", run)
 
 
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+WORKER = """
+import signal, sys, time
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from t2i.runs import alone, run_main
+from t2i.stopping import on_signals
+
+def main():
+    folder = Path(sys.argv[2])
+    with alone(folder, 0, lambda: None), on_signals(folder) as stop:
+        print("at work", flush=True)
+        while not stop.asked:
+            time.sleep(0.01)
+        time.sleep(float(sys.argv[3]))  # a step and a save
+
+def caching():
+    print("at work", flush=True)
+    time.sleep(60)
+
+run_main(caching if len(sys.argv) < 4 else main)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start a script that holds a folder (or, without a time, is not that far yet) by a launcher; gives both processes."""
+    launchers = []
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def start(*words):
+        command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "worker.py"), str(SCRIPTS), str(tmp_path / "run")]
+        launcher = subprocess.Popen(
+            [*command, *words], env=os.environ | {"ACCELERATE_DYNAMO_BACKEND": "NO"}, stdout=subprocess.PIPE, text=True
+        )
+        launchers.append(launcher)
+        assert launcher.stdout.readline() == "at work\n"
+        return launcher, psutil.Process(launcher.pid).children()[0]
+
+    yield start
+    for launcher in launchers:
+        launcher.kill()
+        launcher.stdout.close()
+        launcher.wait()
+
+
+def test_a_run_that_is_about_to_end_is_waited_for_by_name(launch, tmp_path, capsys):
+    launcher, worker = launch("0.7")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"another run is at work in .*run \(process {worker.pid} on "):
+        runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+    assert time.monotonic() - began < 0.5
+    launcher.kill()
+    with runs.alone(tmp_path / "run", 0, lambda: None):
+        said = capsys.readouterr().out
+        assert f"which is about to end: process {worker.pid} on " in said
+        assert "it has ended after" in said
+        assert psutil.wait_procs([worker], timeout=5)[0]
+        assert len((tmp_path / "run" / ".lock").read_text().splitlines()) == 1  # the holder now
+
+
+def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, monkeypatch):
+    _, worker = launch("0.7")
+    worker.terminate()
+    with runs.alone(tmp_path / "run", 0, lambda: None):
+        assert f"process {worker.pid} on " in capsys.readouterr().out
+    _, worker = launch("60")
+    worker.terminate()
+    monkeypatch.setattr(runs, "WAIT_FOR_ENDING_S", 0.2)
+    time.sleep(0.3)  # until it has heard the signal
+    with pytest.raises(UserError, match=rf"process {worker.pid} on .* has not ended within 0 s; wait for it, stop it"):
+        runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+    worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"{\n[]\n\x00\xff\n", "run; wait"),
+        (b'{"host": "gpu-7", "pid": 12, "started": 1.0}', r"run \(process 12 on gpu-7\); wait"),
+        (b'{"host": "%s", "pid": %d, "started": 1.0}' % (platform.node().encode(), os.getpid()), "run; wait"),
+    ],
+    ids=["damaged", "another host", "a number that another process had"],
+)
+def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_bytes(line)
+    with open(tmp_path / "run" / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match=f"another run is at work in .*{named}"):
+            runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+
+
+def test_what_a_launcher_started_ends_with_it_before_the_first_step(launch):
+    launcher, worker = launch()
+    launcher.kill()
+    assert psutil.wait_procs([worker], timeout=5)[0]
+
+
+def test_a_status_is_what_holds_now(tmp_path):
+    def status(word):
+        (tmp_path / "run.json").write_text(json.dumps({"status": word}))
+        return runs.run_status(tmp_path)
+
+    words = ("unfinished", "running", "stopped", "finished")
+    assert [status(word) for word in words] == ["unfinished", "running", "stopped", "finished"]  # a copy
+    with runs.alone(tmp_path, 0, lambda: None):
+        assert [status(word) for word in words] == ["running", "running", "running", "finished"]
+    assert [status(word) for word in words] == ["interrupted", "interrupted", "stopped", "finished"]
+    assert runs.RunFolder(tmp_path / "new", {}).state["status"] == "unfinished"  # also where it is killed at once
+
+
 def test_killed_in_mid_epoch_and_mid_accumulation_goes_on_bit_for_bit(workspace):
-    """A sample of `make prove-resume`: 40 images in batches of 8, so that epochs end within the run; accumulation 2."""
+    """A sample of `make prove-resume` on two processes: epochs end within the run, accumulation 2, SIGKILL to all at once."""
     (workspace / "recipe.yaml").write_text(prove_resume.SETTINGS)
-    print(prove_resume.prove(workspace, "one", kills=1, seed=os.getpid()))
+    print(prove_resume.prove(workspace, "two", kills=1, seed=os.getpid()))
 
 
 # --- Signals and numbers ---------------------------------------------------------------------------------------------
@@ -346,6 +462,7 @@ def test_sigterm_twice_saves_ends_with_its_code_and_leaks_no_secret(workspace, e
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == EXIT_STOPPED
     assert time.monotonic() - began < 60
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     saved = checkpoint_folders(tmp_path / "run")[-1]
     assert checkpoints.damage(saved) is None
     step = int(saved.name.removeprefix("checkpoint-"))

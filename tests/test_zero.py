@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_unet
@@ -173,9 +174,33 @@ def test_what_the_machine_lacks_gets_a_sentence(asked):
     asked.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(UserError, match="--mixed_precision bf16 or --mixed_precision no"):
         distributed.prepare_launch(config.TrainUnetConfig())
+    asked.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     asked.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="DeepSpeed, which is not installed"):
         distributed.prepare_launch(config.TrainUnetConfig())
+
+
+@pytest.mark.parametrize("settings", [None, config.TrainVaeConfig(), config.TrainUnetConfig()])
+@pytest.mark.parametrize("word", ["fp16", "fp8", "FP16", "bf16"])
+def test_a_precision_is_in_force_or_refused(word, settings, monkeypatch):
+    """Of captioning and both trainings on a CPU; accelerate takes each of these words, and computes in float32 but for bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", word)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    try:
+        if word != "bf16":
+            told = "needs a GPU.*--mixed_precision bf16 or" if word == "fp16" else f"'{word}' is not supported; choose"
+            with pytest.raises(UserError, match=told):
+                distributed.make_accelerator(settings)
+            return
+        accelerator = distributed.make_accelerator(settings)
+        model = accelerator.prepare(torch.nn.Linear(2, 2))
+        with accelerator.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        assert accelerator.mixed_precision == "bf16"
+        assert not torch.equal(model(torch.full((1, 2), 1 / 3)), model.weight.sum(1) / 3 + model.bias)
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_other_scripts_run_data_parallel_under_the_same_launch(asked):

@@ -34,7 +34,8 @@ from t2i.curves import (
     shown_uri,
     store_stamp,
 )
-from t2i.runs import UserError
+from t2i.runs import UserError, run_status
+from t2i.tracking import SPOOL_FOLDER
 
 LIVE_S = 5  # between two looks at a run that goes on
 LIVE_SERVER_S = 15  # the same over HTTP, where others ask as well
@@ -78,7 +79,7 @@ def show_folders() -> None:
         return {(n, m): read_all[n][m] for n in chosen for m in options["metrics"] if m in read_all[n]}, ""
 
     def running() -> bool:
-        return any(read(runs[name] / "run.json").get("status") == "running" for name in chosen)
+        return any(run_status(runs[name], read(runs[name] / "run.json")) == "running" for name in chosen)
 
     follow(read_now, running, options, LIVE_S)
     show_sweep({name: runs[name] for name in chosen})
@@ -112,7 +113,8 @@ def show_stored() -> None:
     options = choose_view(sorted({metric for run in chosen.values() for metric in run.metrics}))
 
     def running() -> bool:
-        return any(run.status == "RUNNING" for run in chosen.values())
+        open_ids = {run.run_id for run in chosen.values() if run.status == "RUNNING"}
+        return bool(open_ids and open_ids - ended_here())
 
     if is_file_store():
         follow(lambda: (file_curves(chosen, options["metrics"]), ""), running, options, LIVE_S)
@@ -129,6 +131,12 @@ def show_stored() -> None:
         follow(so_far, lambda: not loading.done.is_set(), options, POLL_S)
     else:
         follow(so_far, running, options, LIVE_SERVER_S, again=True)
+
+
+def ended_here() -> set[str]:
+    """MLflow's ids of the runs in outputs/ that are not at work; MLflow calls a killed one RUNNING until it is resumed."""
+    ended = [run for run in find_runs("any").values() if run_status(run, read(run / "run.json")) != "running"]
+    return {str(read(run / SPOOL_FOLDER / "state.json").get("run_id")) for run in ended}
 
 
 def stored_runs(uri: str) -> list[StoredRun] | None:

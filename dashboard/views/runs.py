@@ -9,7 +9,7 @@ import streamlit as st
 from common import cells_of, choose_runs, find_runs, flat, headed, is_finite, nothing_yet, read, settings_of, step_of
 
 from t2i.curves import read_folder
-from t2i.runs import checkpoint_folders
+from t2i.runs import checkpoint_folders, run_status
 from t2i.tracking import redact_config
 
 MISSING = "–"  # in a table
@@ -26,12 +26,15 @@ def main() -> None:
         )
         return
     states = {name: read(run / "run.json") for name, run in runs.items()}
-    statuses = sorted({status_of(state) for state in states.values()})
+    status = {name: run_status(run, states[name]) for name, run in runs.items()}
+    statuses = sorted(set(status.values()))
     kept = headed("Runs").multiselect(
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
     )  # names of statuses come from files: looked up among those there
-    names = choose_runs([name for name in runs if not kept or status_of(states[name]) in kept])
-    st.dataframe(pd.DataFrame([row_of(name, states[name]) for name in names]), hide_index=True, placeholder=MISSING)
+    names = choose_runs([name for name in runs if not kept or status[name] in kept])
+    st.dataframe(
+        pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
+    )
     if not names:
         st.text("no run matches")
         return
@@ -42,14 +45,10 @@ def main() -> None:
     show_cards(chosen)
 
 
-def status_of(state: dict[str, Any]) -> str:
-    return str(state.get("status", "unknown"))
-
-
-def row_of(name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """A run's row: what run.json says. Cells of a table show text as it is."""
+def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
+    """A run's row: its status now, and what run.json says. Cells of a table show text as it is."""
     seconds = state.get("seconds")
-    row: dict[str, Any] = {"run": name, "status": status_of(state)}
+    row: dict[str, Any] = {"run": name, "status": status}
     for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
         row[key] = state[key] if is_finite(state.get(key)) else None
     row["minutes"] = None

@@ -12,7 +12,12 @@ from typing import Any
 from t2i.config import TrainConfig, TrainUnetConfig
 from t2i.runs import UserError
 
+PRECISIONS = ("no", "bf16", "fp16")  # that the suite trains in
 REDUCE_BUCKET = 50_000_000  # gradients reduced at once, 100 MB in fp16; DeepSpeed's default takes 1 GB of a 16 GB card
+NO_FP16 = (
+    "mixed_precision fp16 needs a GPU, and this run computes on the CPU; launch with --mixed_precision bf16 or "
+    "--mixed_precision no (plain python: the environment variable ACCELERATE_MIXED_PRECISION)"
+)
 
 
 def quiet_libraries() -> None:
@@ -41,16 +46,22 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
+    kinds: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(days=7))]}
+    if config is not None:
+        kinds = {
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "step_scheduler_with_optimizer": False,
+        }
     try:
-        if config is None:
-            return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-        accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            step_scheduler_with_optimizer=False,
-        )
-    except ValueError as error:  # fp16 without a GPU, and its like
+        accelerator = Accelerator(**kinds)
+    except ValueError as error:  # a precision that the device lacks, and its like
         reason = " ".join(str(error).split())
         raise UserError(f"the launch does not fit this machine ({reason}); take accelerate_configs/cpu.yaml") from None
+    in_fp16 = accelerator.device.type != "cpu" or (accelerator.deepspeed_plugin and _processor_has_fp16())
+    if accelerator.mixed_precision == "fp16" and not in_fp16:
+        raise UserError(NO_FP16)  # accelerate 1.15 would compute in float32, and say fp16
+    if config is None:
+        return accelerator
     wanted = int(
         os.environ.get("T2I_WORLD_SIZE", accelerator.num_processes)
     )  # run_sagemaker_job.py counts the machines' GPUs
@@ -101,10 +112,16 @@ def prepare_launch(config: TrainConfig | None) -> None:
     Without a GPU, processes of a launcher are CPU processes: accelerate 1.15 takes each of them for a run of its own unless
     the environment says so, which its launcher for several processes does not. Only train_unet.py runs under DeepSpeed;
     other scripts, whose models are small, run data parallel on the same processes.
-    Raises `UserError` where DeepSpeed is not installed or the processor lacks the precision.
+    Raises `UserError` where DeepSpeed is not installed, or the precision is unknown or not the machine's.
     """
     import torch
 
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:  # accelerate would compute in float32 and say this word
+        raise UserError(
+            f"mixed_precision {precision!r} is not supported; choose one of {', '.join(PRECISIONS)} in the launch's YAML, "
+            "by --mixed_precision, or in ACCELERATE_MIXED_PRECISION"
+        )
     on_cpu = not torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -124,11 +141,8 @@ def prepare_launch(config: TrainConfig | None) -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")
     if not on_cpu:
         return
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" and not _processor_has_fp16():
-        raise UserError(
-            "mixed_precision fp16 needs a GPU, or a processor that computes in fp16, which this one does not; launch with "
-            "--mixed_precision bf16 or --mixed_precision no"
-        )
+    if precision == "fp16" and not _processor_has_fp16():
+        raise UserError(NO_FP16)
     if "LOCAL_RANK" in os.environ:
         _run_deepspeed_on_cpu()
 

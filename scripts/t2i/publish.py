@@ -15,7 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i import cards, hub
 from t2i.config import Recipe, load_recipe
-from t2i.runs import UserError, read_json, write_text
+from t2i.runs import UserError, read_json, run_status, write_text
 from t2i.tracking import redact
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ are a person's
@@ -29,7 +29,7 @@ def find_run(model: str | None) -> Path:
     run = Path(model).expanduser()
     if not (run / "run.json").is_file():
         raise UserError(f"{model} is no run folder (no run.json in it); give --model the output_dir of train_unet.py")
-    status = read_json(run / "run.json").get("status")
+    status = run_status(run)
     if status != "finished":
         raise UserError(f"the run in {model} is not finished (it is {status}); let train_unet.py go on to its end")
     if not (run / "pipeline" / "model_index.json").is_file():

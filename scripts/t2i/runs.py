@@ -1,20 +1,31 @@
 """Run folders: their JSON files, hashes, state and reuse. Imports no torch, so that listing runs stays fast."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+UNFINISHED = "unfinished"  # in run.json: true of a run at work and of a killed one alike
+LOCK = ".lock"  # in a run folder: held by the processes at work there, whose names are its lines
+WAIT_FOR_ENDING_S = 300.0  # at most, for processes that save a last checkpoint
+WAIT_FOR_UNKNOWN_S = 1.0  # for a lock without a name: of the dashboard's look, or a process that is being killed
+SAME_START_S = 2.0  # between two readings of a process's start, as clocks are set
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  # set by launchers, rarely by hand
 
 
 class UserError(Exception):
@@ -30,6 +41,7 @@ def run_main(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal in ASCII shows other letters escaped, rather than ending the work
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    end_with_launcher()
     try:
         main()
         sys.stdout.flush()
@@ -74,6 +86,47 @@ _OS_FIXES = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
 }
+
+
+def end_with_launcher() -> None:
+    """Let this process get SIGTERM when the launcher that started it ends: before the first step it then ends at once, later
+    it saves a checkpoint.
+
+    accelerate's launcher dies of SIGTERM without passing it on, and no launcher can pass SIGKILL on. Linux alone can do so.
+    """
+    launcher = find_launcher()
+    if launcher is not None and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if (launcher is not None and os.getppid() != launcher.pid) or (launcher is None and _lost_launcher()):
+        raise SystemExit(f"error: the launcher of process {os.getpid()} has ended; start the same command again")
+
+
+def find_launcher() -> Any:
+    """The launcher that started this process, as `psutil.Process`; None where nobody did, or it is gone.
+
+    A launcher has this script in its own command line. A shell that exported a launcher's variables has not.
+    """
+    if not _LAUNCHED & set(os.environ):
+        return None
+    import psutil
+
+    with suppress(psutil.Error):
+        parent = psutil.Process(os.getppid())
+        if any(Path(word).name == Path(sys.argv[0]).name for word in parent.cmdline()):
+            return parent
+    return None
+
+
+def _lost_launcher() -> bool:
+    """Whether a process that a launcher started, and that has none, is now a child of the system's first process."""
+    if os.getppid() != 1 or not _LAUNCHED & set(os.environ):
+        return False
+    import psutil
+
+    with suppress(psutil.Error):
+        first = psutil.Process(1).cmdline()
+        return bool(first) and "python" not in first[0]  # in a container the first process may itself be a launcher
+    return False
 
 
 def hash_json(value: Any) -> str:
@@ -154,7 +207,7 @@ class RunFolder:
         """replace: results of another identity are made anew instead of refused."""
         self.folder = folder
         self.file = folder / "run.json"
-        self.state: dict[str, Any] = {"status": "running", "identity": identity, "seconds": {}}
+        self.state: dict[str, Any] = {"status": UNFINISHED, "identity": identity, "seconds": {}}
         if self.file.is_file():
             earlier = read_json(self.file)
             if not replace:
@@ -172,7 +225,7 @@ class RunFolder:
         write_text(
             self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
         )
-        self.save(quarantined=len(quarantine))
+        self.save(status=UNFINISHED, quarantined=len(quarantine))
 
     def save(self, **results: Any) -> None:
         """Add `results` to `run.json`."""
@@ -245,25 +298,163 @@ def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
         return None
 
 
+# --- Who is at work in a run folder ----------------------------------------------------------------------------------
+
+
 @contextmanager
 def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
-    """Hold `folder` for this run's processes; raise `UserError` where another run is at work in it.
+    """Hold `folder` for this run's processes.
 
-    meet: waits for all processes. The first one asks for the lock alone, then all share it: a process that outlives
-    its launcher keeps a new run out.
+    The first process asks for the lock alone, then all share it: a process that outlives its launcher keeps a new run out.
+    Processes that are about to end are waited for: those of a launcher that is gone, and those that were told to stop.
+
+    Args:
+        folder: the run folder; made if it is missing.
+        rank: this process's number in the run.
+        meet: waits for all processes of the run.
+
+    Raises:
+        UserError: another run is at work in `folder`, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below; NFS shares a lock only where it may read
+        # read as well, as NFS shares a lock only then
+        file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
     with file:
-        if rank == 0 and not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise UserError(f"another run is at work in {folder}; wait for it, stop it, or give another --output_dir")
+        if rank == 0:
+            _wait_for_ending(file, folder)
+            with suppress(OSError):  # the names help, the lock decides
+                os.ftruncate(file.fileno(), 0)  # holders of earlier runs
+            _write_holder(file.fileno(), _this_process())
         meet()
         _lock(file, fcntl.LOCK_SH)
+        if rank != 0:
+            _write_holder(file.fileno(), _this_process())
         meet()
         yield
+
+
+def mark_ending(folder: Path) -> None:
+    """Note beside the lock of `folder` that this process was told to stop; called by a handler of signals."""
+    with suppress(OSError):
+        handle = os.open(folder / LOCK, os.O_WRONLY | os.O_APPEND)
+        try:
+            _write_holder(handle, {**_this_process(), "ends": True})
+        finally:
+            os.close(handle)
+
+
+def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
+    """A run's status as it is now: "finished", "stopped", "running", "interrupted" (killed or failed) or "unfinished".
+
+    run.json cannot tell a run at work from one that was killed; the lock, which the kernel frees, can. "unfinished": neither
+    can be told, as there is no lock file (a copy) or the file system has no locks. Statuses of other words are passed on.
+
+    Args:
+        folder: the run folder.
+        state: what its run.json holds, if it was read already.
+    """
+    state = read_json(folder / "run.json") if state is None else state
+    status = str(state.get("status", "unknown"))
+    if status not in ("running", UNFINISHED, "stopped"):  # "running": of runs that were made before
+        return status
+    held = _is_held(folder)
+    if held:
+        return "running"
+    return "interrupted" if held is False and status != "stopped" else status
+
+
+def _is_held(folder: Path) -> bool | None:
+    """Whether a process holds the lock of `folder`; None where that cannot be told."""
+    try:
+        with open(folder / LOCK, "r+") as file:  # NFS gives a lock only where it may write
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def _wait_for_ending(file: Any, folder: Path) -> None:
+    """Take the lock alone, after waiting for holders that are about to end. Raises `UserError` for holders at work."""
+    began, told = time.monotonic(), ""
+    while not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        holders = _live_holders(file)
+        ending = any(holder["ends"] for holder in holders)
+        here = any(holder["host"] == platform.node() for holder in holders)
+        patience, waited = WAIT_FOR_ENDING_S if ending else 0 if here else WAIT_FOR_UNKNOWN_S, time.monotonic() - began
+        if waited >= patience:
+            who = f" ({_names(holders)})" if holders else ""
+            late = f" and has not ended within {waited:.0f} s" if ending else ""
+            raise UserError(
+                f"another run is at work in {folder}{who}{late}; wait for it, stop it, or give another --output_dir"
+            )
+        if ending and not told:
+            told = _names(holders)
+            print(
+                f"waiting for an earlier run in {folder}, which is about to end: {told} (at most {patience:.0f} s)",
+                flush=True,
+            )
+        time.sleep(0.05)
+    if told:
+        print(f"it has ended after {time.monotonic() - began:.1f} s", flush=True)
+
+
+def _this_process() -> dict[str, Any]:
+    """This process and its launcher, as others can find them."""
+    import psutil
+
+    here: dict[str, Any] = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    launcher = find_launcher()
+    return here | ({"launcher": launcher.pid, "launcher_started": launcher.create_time()} if launcher else {})
+
+
+def _write_holder(handle: int, holder: dict[str, Any]) -> None:
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        os.write(handle, (json.dumps(holder) + "\n").encode())
+
+
+def _live_holders(file: Any) -> list[dict[str, Any]]:
+    """The processes that the lock file names and that live, one row each; those of other hosts cannot be looked at, and count.
+
+    "ends": it was told to stop, or its launcher is gone.
+    """
+    file.seek(0)
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in file.read().splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a damaged line
+            row = json.loads(line)
+            key = str(row["host"]), int(row["pid"])
+            rows[key] = {"ends": False, **rows.get(key, {}), **row}
+    live = []
+    for (host, pid), row in rows.items():
+        if host == platform.node():
+            if not _lives(pid, row.get("started")):
+                continue
+            row["ends"] |= "launcher" in row and not _lives(row["launcher"], row.get("launcher_started"))
+        live.append(row)
+    return live
+
+
+def _lives(pid: int, started: Any) -> bool:
+    """Whether the process runs that had this number at that time (Unix seconds)."""
+    import psutil
+
+    with suppress(psutil.Error, TypeError, ValueError, OverflowError):
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(started)) < SAME_START_S
+    return False
+
+
+def _names(holders: list[dict[str, Any]]) -> str:
+    """The processes in words."""
+    hosts: dict[str, list[str]] = {}
+    for holder in holders:
+        hosts.setdefault(holder["host"], []).append(str(holder["pid"]))
+    return "; ".join(f"process {', '.join(pids)} on {host}" for host, pids in hosts.items())
 
 
 def _lock(file: Any, how: int) -> bool:

@@ -1,22 +1,23 @@
-"""Stopping a training by a signal, without losing a step."""
+"""Stopping by a signal without losing a step, and ending with the launcher."""
 
-import ctypes
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, and the same command goes on
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+from t2i.runs import mark_ending
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, and the same command resumes it
 
 
 class Stop:
     """Whether somebody asked for an end: SIGTERM (a spot instance's notice, a scheduler) or Ctrl-C."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.asked = False
+        self._folder = folder
 
     def __call__(self, number: int, frame: Any) -> None:
         if not self.asked:  # a second signal changes nothing: the save that is under way is not cut
@@ -25,17 +26,18 @@ class Stop:
                 file=sys.stderr,
                 flush=True,
             )
+            mark_ending(self._folder)
         self.asked = True
 
 
 @contextmanager
-def on_signals() -> Iterator[Stop]:
-    """Within the block, SIGTERM and SIGINT only set `asked`; so does the end of the launcher that started this process."""
-    stop = Stop()
+def on_signals(folder: Path) -> Iterator[Stop]:
+    """Within the block, SIGTERM and SIGINT only set `asked`; so does the end of the launcher that started this process.
+
+    folder: the run's; a command that is started meanwhile finds there that this run is about to end.
+    """
+    stop = Stop(folder)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and sys.platform == "linux":  # accelerate's launcher dies of SIGTERM without passing it on
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         yield stop
     finally:

@@ -244,7 +244,7 @@ def save(
 def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
     """End the process after a signal, its checkpoint saved, with exit code `EXIT_STOPPED`."""
     if accelerator.is_main_process:
-        run.save()
+        run.save(status="stopped")
         if tracker:
             tracker.finish("KILLED")
         print(f"stopped after step {done} of {steps}; the same command goes on from there")

@@ -1,0 +1,58 @@
+"""Every process of a run, found by a variable of its own in their environments, and SIGKILL for all of them at one moment.
+
+A launcher starts each worker in a session of its own, so that neither a process group nor a session holds them all, and what
+has lost its parent is in no tree. Linux alone.
+"""
+
+import contextlib
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+MARK = "T2I_PROOF_RUN"
+
+
+def new_mark() -> dict[str, str]:
+    """The variable for the environment of a run; all that it starts inherits it."""
+    return {MARK: uuid.uuid4().hex}
+
+
+def marked(mark: dict[str, str]) -> set[int]:
+    """The numbers of the processes that carry the mark and are not over (a zombie has no environment)."""
+    wanted, found = f"{MARK}={mark[MARK]}".encode(), set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.add(int(folder.name))
+    return found
+
+
+def kill_all(mark: dict[str, str], known: Collection[int] = (), look: Callable[[], None] = lambda: None) -> set[int]:
+    """SIGKILL to every marked process, at one moment: all are halted first, so that none sees another one die.
+
+    Args:
+        mark: of the run.
+        known: processes of it, halted before the others are looked for.
+        look: called while all stand still.
+
+    Returns:
+        The processes that were killed; none is left.
+    """
+    halted: set[int] = set()
+    while found := (marked(mark) | set(known)) - halted if halted else set(known) or marked(mark):
+        for number in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGSTOP)
+        halted |= found
+    look()
+    for number in marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    until = time.monotonic() + 60
+    while left := marked(mark):
+        assert time.monotonic() < until, f"processes {left} live after SIGKILL"
+        time.sleep(0.01)
+    return halted
