@@ -415,6 +415,19 @@ def sample_indices(given: Inputs, config: TrainUnetConfig, step: int, micro: int
     ]
 
 
+def sample_copies(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
+    """The `occurrences` of `sample_indices` within the whole weight update, over all its parts and processes: [B]."""
+    from t2i.data import batch_indices
+    from t2i.diffusion import occurrences
+
+    world, rank = accelerator.num_processes, accelerator.process_index
+    part = config.train_batch_size * world
+    update = batch_indices(
+        len(given.caches["train"][0]), part * config.gradient_accumulation_steps, config.seed, step
+    )  # the same samples in the same order, however they are shared out
+    return occurrences(update.tolist())[micro * part : (micro + 1) * part][rank::world]
+
+
 def make_batch(
     given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
@@ -427,7 +440,8 @@ def make_batch(
     latents, text = given.caches["train"]
     indices = sample_indices(given, config, step, micro, accelerator)
     shape = (latents.shape[2] // 2, *latents.shape[3:])
-    draws = draw(config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps)
+    copies = sample_copies(given, config, step, micro, accelerator)
+    draws = draw(config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps, copies)
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
     rows = text.rows[indices]
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
