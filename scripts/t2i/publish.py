@@ -15,7 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i import cards, hub
 from t2i.config import Recipe, load_recipe
-from t2i.runs import UserError, read_json, write_text
+from t2i.runs import UserError, read_json, read_object, write_text
 from t2i.tracking import redact
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ are a person's
@@ -29,7 +29,7 @@ def find_run(model: str | None) -> Path:
     run = Path(model).expanduser()
     if not (run / "run.json").is_file():
         raise UserError(f"{model} is no run folder (no run.json in it); give --model the output_dir of train_unet.py")
-    status = read_json(run / "run.json").get("status")
+    status = read_object(run / "run.json").get("status")
     if status != "finished":
         raise UserError(f"the run in {model} is not finished (it is {status}); let train_unet.py go on to its end")
     if not (run / "pipeline" / "model_index.json").is_file():
@@ -51,7 +51,7 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
     """
     from t2i import sampling
 
-    recipe, result = load_recipe(str(run / "config.yaml")), read_json(run / "run.json")
+    recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
     evaluated = run / "evaluation" / "evaluation.json"
     evaluation = read_json(evaluated) if evaluated.is_file() else {}
     report = evaluation.get("report") or {}
@@ -156,7 +156,7 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
 
 def pipeline_files(folder: Path) -> list[str]:
     """Patterns of a pipeline's files: model_index.json, the folders that it names, and models that `make export` compiled."""
-    parts = read_json(folder / "model_index.json").items()
+    parts = read_object(folder / "model_index.json").items()
     compiled = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
     return ["model_index.json", *(f"{name}/*" for name, kind in parts if isinstance(kind, list) and kind[0]), *compiled]
 
