@@ -4,7 +4,7 @@ import gc
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import islice
@@ -20,6 +20,7 @@ import yaml
 
 from t2i.cards import escape_markdown
 from t2i.curves import POINTS, Curve, smooth, thin
+from t2i.pictures import cut_prompt
 from t2i.runs import UserError, checkpoint_step, read_json
 from t2i.tracking import redact_config
 
@@ -260,6 +261,27 @@ def escape(text: Any) -> str:
 def shorten(text: str, most: int) -> str:
     """`text`, or those of its first words that fit into `most` characters, and "…"."""
     return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0].rstrip(" ,;") + "…"
+
+
+def say_cut(run: Path, prompts: Sequence[str]) -> None:
+    """Warn of prompts that the run's model reads only in part, and say what it does not read."""
+    folder = run / "pipeline" / "tokenizer"
+    limit = read(folder / "tokenizer_config.json").get("model_max_length")
+    long = [prompt for prompt in dict.fromkeys(prompts) if is_finite(limit) and len(prompt.encode()) + 2 > limit]
+    for prompt in long:
+        try:
+            cut = cut_prompt(_tokenizer(folder), prompt)
+        except Exception:  # of a damaged file; the model that needs it says so when it is loaded
+            return
+        if cut:
+            st.warning(escape(cut))
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer  # some seconds at its first use, for long prompts alone
+
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def warn(error: Exception) -> None:

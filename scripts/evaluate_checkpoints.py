@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import EvaluateConfig, load_recipe, option, parse
-from t2i.pictures import PRESETS, SCHEDULERS, Preset
+from t2i.pictures import PRESETS, SCHEDULERS, Preset, scheduler_problem
 from t2i.runs import (
     RunFolder,
     UserError,
@@ -272,13 +272,17 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:
     """What draws, the scheduler by its name in diffusers."""
-    if config.preset:
-        preset = PRESETS[config.preset]
-        return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
-    saved = read_object(file).get("_class_name")
+    schedule = read_object(file)
+    saved = schedule.get("_class_name")
     if not isinstance(saved, str):
         raise UserError(f"{file} names no _class_name; restore it from a copy")
+    if config.preset:
+        preset = PRESETS[config.preset]
+        problem = scheduler_problem(preset.scheduler, schedule, preset.num_inference_steps)
+        if problem:
+            raise UserError(f"preset {config.preset}: {problem}")
+        return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
     return Preset(saved, config.num_inference_steps, 1.0)
 
 
@@ -289,7 +293,9 @@ def draw(
     from t2i import sampling
 
     pipeline = load(checkpoint, config.engine)
-    pipeline.scheduler = sampling.make_scheduler(preset.scheduler, pipeline.scheduler.config)
+    pipeline.scheduler = sampling.make_scheduler(
+        preset.scheduler, pipeline.scheduler.config, preset.num_inference_steps
+    )
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,

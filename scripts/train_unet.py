@@ -7,6 +7,7 @@ Neither VAE nor text encoder is in memory during the loop: what they say of the 
 """
 
 import math
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -333,7 +334,12 @@ def cache_inputs(
     import torch
 
     from t2i import caches, data
+    from t2i.pictures import cut_prompt
 
+    for prompt in recipe.train_unet.validation_prompts:
+        cut = cut_prompt(frozen["tokenizer"], prompt)
+        if cut:
+            accelerator.print(f"WARNING: validation {cut}")
     cached, in_bf16 = {}, accelerator.mixed_precision == "bf16"
     precision = {"precision": "bf16"} if in_bf16 else {}
     vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)  # a third faster, on a CPU as well
@@ -511,11 +517,16 @@ def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any,
     unet.eval()
     pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)
     prompts = config.validation_prompts
-    pictures = sampling.generate(
-        pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
-        num_inference_steps=config.num_inference_steps, progress=False,
-    )  # fmt: skip
-    unet.train()
+    try:
+        pictures = sampling.generate(
+            pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps, progress=False,
+        )  # fmt: skip
+    except UserError as error:  # no reason to lose a training
+        print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)
+        return
+    finally:
+        unet.train()
     grid = sampling.picture_grid(pictures, columns=min(8, len(prompts)))
     (folder / "samples").mkdir(exist_ok=True)
     grid.save(folder / "samples" / f"step-{step:06d}.png")

@@ -324,7 +324,9 @@ def collect_lists(cls: type, argv: list[str]) -> list[str]:
     position = 0
     while position < len(argv):
         start = position
-        word, *values = argv[position].split("=", 1) if argv[position].startswith("--") else argv[position : position + 1]
+        word, *values = (
+            argv[position].split("=", 1) if argv[position].startswith("--") else argv[position : position + 1]
+        )
         position += 1
         while position < len(argv) and not argv[position].startswith("--"):
             values.append(argv[position])

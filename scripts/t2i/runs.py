@@ -73,7 +73,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise `UserError` naming the file when it is missing, damaged or holds anything else."""
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup")
+        raise UserError(
+            f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup"
+        )
     return found
 
 
