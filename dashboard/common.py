@@ -2,8 +2,14 @@
 
 import gc
 import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import altair as alt
@@ -14,11 +20,15 @@ import yaml
 
 from t2i.cards import escape_markdown
 from t2i.curves import POINTS, Curve, smooth, thin
-from t2i.runs import UserError, read_json
+from t2i.pictures import cut_prompt
+from t2i.runs import UserError, checkpoint_step, read_json
 from t2i.tracking import redact_config
 
 alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checking each against Vega-Lite's schema costs 0.1 s
 OUTPUTS = Path("outputs")
+DEPTH = 6  # levels of folders below outputs/ in which runs are looked for
+MOST_FOLDERS = 5000  # that are looked into, and names of one folder: each click looks again
+INSIDE = {"pipeline", "evaluation", "samples", "cells", "reconstructions"}  # folders of runs, which hold none
 CHART_POINTS = 60_000  # of a chart, over all its lines: what a browser draws without stuttering
 HEIGHT = 360  # of a chart with axes and legend, in pixels
 MARGIN = 8  # pixels between the outermost points and the frame, in which marks on them stand whole
@@ -46,32 +56,55 @@ def headed(title: str) -> Any:
 def find_runs(kind: str = "unet") -> dict[str, Path]:
     """Run folders below outputs/, the newest first: name -> folder. Nothing else can be opened, whatever a URL says.
 
+    Linked folders are found as well, each folder once and by its own name first.
+
     kind: "unet" (denoisers with something to show) or "any" (whatever has metrics: also VAEs, and runs just begun). A
     folder with a pipeline alone counts, so that a model of the Hub can be put there: outputs/NAME/pipeline.
     """
-    inside = OUTPUTS.resolve()
-    names = ("run.json", "pipeline/model_index.json")
-    files = [file for name in names for level in ("*", "*/*") for file in OUTPUTS.glob(f"{level}/{name}")]
-    files = [file for file in files if file.is_file() and file.resolve().is_relative_to(inside)]
-    folders = dict.fromkeys(
-        file.parent.parent if file.name == "model_index.json" else file.parent
-        for file in sorted(files, key=_changed, reverse=True)
-    )
-    return {folder.relative_to(OUTPUTS).as_posix(): folder for folder in folders if _is_kind(folder, kind)}
+    found = {folder: changed for folder in _folders() if (changed := _changed(folder)) is not None}
+    newest = sorted(found, key=lambda folder: found[folder], reverse=True)
+    return {folder.relative_to(OUTPUTS).as_posix(): folder for folder in newest if _is_kind(folder, kind)}
 
 
-def _changed(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except OSError:  # deleted between listing and looking
-        return 0.0
+def _folders() -> Iterator[Path]:
+    """The folders below outputs/ that may be runs, each once, those behind links last; bounded in depth and number."""
+    waiting, links = deque([(OUTPUTS, 0)]), deque[tuple[Path, int]]()
+    seen: set[tuple[int, int]] = set()
+    while (waiting or links) and len(seen) < MOST_FOLDERS:
+        folder, depth = waiting.popleft() if waiting else links.popleft()
+        try:
+            state = os.stat(folder)  # a link may lead back to a folder above it
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            if depth:
+                yield folder
+            if depth < DEPTH:
+                with os.scandir(folder) as entries:
+                    for entry in islice(entries, MOST_FOLDERS):
+                        own = entry.name in INSIDE or entry.name.startswith((".", "checkpoint-", "node-"))
+                        if not own and entry.is_dir():
+                            (links if entry.is_symlink() else waiting).append((folder / entry.name, depth + 1))
+        except OSError:  # not to be read, or gone meanwhile
+            continue
+
+
+def _changed(folder: Path) -> float | None:
+    """When a run last wrote its state; None for a folder that is no run."""
+    for name in ("run.json", "pipeline/model_index.json"):
+        with suppress(OSError):
+            state = os.stat(folder / name)
+            if S_ISREG(state.st_mode):
+                return state.st_mtime
+    return None
 
 
 def _is_kind(folder: Path, kind: str) -> bool:
-    trained = (folder / "pipeline").is_dir() or any(folder.glob("checkpoint-*"))
+    own = [path for path in folder.glob("checkpoint-*") if checkpoint_step(path) is not None]
+    trained = (folder / "pipeline").is_dir() or bool(own)
     if kind == "any":
         return trained or (folder / "metrics.jsonl").is_file()
-    return trained and not (folder / "vae").is_dir() and not any(folder.glob("checkpoint-*/vae"))
+    return trained and not (folder / "vae").is_dir() and not any((path / "vae").is_dir() for path in own)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -228,6 +261,27 @@ def escape(text: Any) -> str:
 def shorten(text: str, most: int) -> str:
     """`text`, or those of its first words that fit into `most` characters, and "…"."""
     return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0].rstrip(" ,;") + "…"
+
+
+def say_cut(run: Path, prompts: Sequence[str]) -> None:
+    """Warn of prompts that the run's model reads only in part, and say what it does not read."""
+    folder = run / "pipeline" / "tokenizer"
+    limit = read(folder / "tokenizer_config.json").get("model_max_length")
+    long = [prompt for prompt in dict.fromkeys(prompts) if is_finite(limit) and len(prompt.encode()) + 2 > limit]
+    for prompt in long:
+        try:
+            cut = cut_prompt(_tokenizer(folder), prompt)
+        except Exception:  # of a damaged file; the model that needs it says so when it is loaded
+            return
+        if cut:
+            st.warning(escape(cut))
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer  # some seconds at its first use, for long prompts alone
+
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def warn(error: Exception) -> None:

@@ -10,7 +10,7 @@ import streamlit as st
 from common import is_finite, read, settings_of
 
 from t2i import axes, cells
-from t2i.pictures import SCHEDULERS
+from t2i.pictures import SCHEDULERS, fitting_schedulers
 from t2i.runs import UserError, checkpoint_folders
 
 AXES = {  # of `cells.AXES`, as they are called on the page
@@ -157,9 +157,11 @@ def choose_values(
             title, anew(name, text), key=name, bind="query-params", help=HELP, max_chars=2000
         )
     short = {name: key for key, name in SCHEDULERS.items()}
+    fitting = [fitting_schedulers(cells.schedule_of(run)) for run in runs.values()]
+    offered = [name for name in SCHEDULERS if any(name in names for names in fitting)]
     own = short.get(cell.scheduler, "ddim")
     several = [own, *(name for name in ("dpm++", "unipc") if name != own and "scheduler" in chosen)]
-    typed["scheduler"] = pick("Scheduler", "scheduler", list(SCHEDULERS), several)
+    typed["scheduler"] = pick("Scheduler", "scheduler", offered, [name for name in several if name in offered])
     st.session_state.pop("_anew", None)
     typed["negative_prompt"] = st.text_input(
         "Negative prompt", key="negative_prompt", bind="query-params", max_chars=2000

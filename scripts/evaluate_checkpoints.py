@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import EvaluateConfig, load_recipe, option, parse
-from t2i.pictures import PRESETS, SCHEDULERS, Preset
-from t2i.runs import RunFolder, UserError, checkpoint_folders, read_json, run_main, write_json
+from t2i.pictures import PRESETS, SCHEDULERS, Preset, scheduler_problem
+from t2i.runs import (
+    RunFolder,
+    UserError,
+    checkpoint_copies,
+    checkpoint_folders,
+    checkpoint_step,
+    read_object,
+    run_main,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +54,7 @@ def main() -> None:
     if not config.model:
         raise UserError("no model: give --model with the run folder of train_unet.py")
     run = Path(config.model)
-    training = read_json(run / "run.json")
+    training = read_object(run / "run.json")
     trained = load_recipe(str(run / "config.yaml")).train_unet
     if not recipe.data.dataset:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
@@ -143,9 +152,18 @@ def main() -> None:
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
     """The named checkpoints of the run, or all of them, oldest first."""
     known = [path.name for path in checkpoint_folders(run)]
+    copies = checkpoint_copies(run)
+    if not known and copies:
+        raise UserError(
+            f"{run} holds no checkpoint of its own, only copies ({', '.join(copies)}); give one its old name back"
+        )
     if not known:
         raise UserError(f"{run} holds no checkpoint; train with scripts/train_unet.py --output_dir {run}")
     for name in config.checkpoints:
+        if name in copies:
+            raise UserError(
+                f"checkpoint {name} is a copy, which is not evaluated; give one of {', '.join(known)}, or the copy its old name"
+            )
         if name not in known:
             raise UserError(f"checkpoint {name} is not in {run}; there are: {', '.join(known)}")
     return config.checkpoints or known
@@ -254,10 +272,17 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:
     """What draws, the scheduler by its name in diffusers."""
+    file = run / "pipeline" / "scheduler" / "scheduler_config.json"
+    schedule = read_object(file)
+    saved = schedule.get("_class_name")
+    if not isinstance(saved, str):
+        raise UserError(f"{file} names no _class_name; restore it from a copy")
     if config.preset:
         preset = PRESETS[config.preset]
+        problem = scheduler_problem(preset.scheduler, schedule, preset.num_inference_steps)
+        if problem:
+            raise UserError(f"preset {config.preset}: {problem}")
         return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
-    saved = read_json(run / "pipeline" / "scheduler" / "scheduler_config.json")["_class_name"]
     return Preset(saved, config.num_inference_steps, 1.0)
 
 
@@ -268,7 +293,9 @@ def draw(
     from t2i import sampling
 
     pipeline = load(checkpoint, config.engine)
-    pipeline.scheduler = sampling.make_scheduler(preset.scheduler, pipeline.scheduler.config)
+    pipeline.scheduler = sampling.make_scheduler(
+        preset.scheduler, pipeline.scheduler.config, preset.num_inference_steps
+    )
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
@@ -359,7 +386,7 @@ def choose(cells: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]
 
 def logged_loss(run: Path, checkpoint: str) -> float | None:
     """The validation loss that training logged at the checkpoint's step."""
-    step = int(checkpoint.removeprefix("checkpoint-"))
+    step = checkpoint_step(run / checkpoint)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if row["step"] == step and "val_loss" in row]
     return losses[-1] if losses else None
@@ -407,7 +434,7 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
 
     tracker = Tracker(run, experiment=experiment, run_name=run.name, config={})
     for cell in results["cells"]:
-        step = int(cell["checkpoint"].removeprefix("checkpoint-"))
+        step = checkpoint_step(run / cell["checkpoint"]) or 0
         name = f"guidance_{cell['guidance_scale']:g}"
         figures = dict(cell["prompt_following"] or {})
         figures |= {"memorisation": cell["memorisation"]["share_closer"]} if cell["memorisation"] else {}

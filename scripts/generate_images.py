@@ -2,17 +2,27 @@
 
 python scripts/generate_images.py --model outputs/demo/unet --prompt "a red flower with five petals" "a blue flower at night"
 
-The same seed gives the same picture, whatever the batch size. Each PNG carries its parameters as text.
+The same seed gives the same picture, whatever the batch size. Each PNG carries its parameters as text. The same command
+writes the same files again; pictures of other settings get the next numbers, so that none is overwritten.
 """
 
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from t2i.config import Count, Flag, Natural, NonNegative, check_options, parse_options
+from t2i.config import MAX_SEED, Count, Flag, Guidance, Seed, Share, check_options, parse_options
 from t2i.runs import UserError, run_main
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
@@ -22,21 +32,21 @@ class Options:
     model: str = "outputs/demo/unet"  # run folder, checkpoint, pipeline folder or Hub id
     revision: str | None = None  # branch, tag or commit of a Hub id
     weights: Literal["ema", "raw"] = "ema"  # of a checkpoint
-    prompt: list[str] = field(default_factory=list)  # one or more prompts
+    prompt: list[str] = field(default_factory=list)  # one or more prompts; several --prompt add up
     prompt_file: str | None = None  # text file with a prompt a line
     negative_prompt: str = ""  # what to stay away from
-    guidance_scale: NonNegative = 7.5  # how strongly to follow the prompt; 1: without guidance
+    guidance_scale: Guidance = 7.5  # how strongly to follow the prompt; 1: without guidance
     preset: Literal["exact", "fast", "draft"] = (
         "exact"  # ddim 30, unipc 8 (4 of them guided) or unipc 3 (1) steps, where the next three do not say
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
-    guidance_end: Annotated[float, Field(ge=0, le=1)] | None = (
+    guidance_end: Share | None = (
         None  # share of the steps, from the first on, that are guided (one at least); None: the preset's
     )
     scheduler: str | None = (
-        None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers
+        None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers, if right for the model
     )
-    seed: Natural = 0  # of the first picture; each further picture of a prompt takes the next
+    seed: Seed = 0  # of the first picture; each further picture of a prompt takes the next
     num_images_per_prompt: Count = 1  # pictures a prompt
     batch_size: Count = 8  # pictures at once
     output_dir: str = "outputs/pictures"  # where the PNG files go
@@ -50,9 +60,15 @@ class Options:
 def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
     prompts = read_prompts(options)
+    if options.seed + options.num_images_per_prompt - 1 > MAX_SEED:
+        raise UserError(
+            f"seed {options.seed} leaves no seeds for the further pictures; give {MAX_SEED:,} at most for the last"
+        )
+    folder = writable_folder(options.output_dir)
     from t2i.distributed import quiet_libraries
 
     quiet_libraries()
+    import numpy as np
     import torch
 
     from t2i import sampling
@@ -62,9 +78,13 @@ def main() -> None:
     steps = options.num_inference_steps or steps
     end = end if options.guidance_end is None else options.guidance_end
     pipeline = sampling.load_pipeline(
-        options.model, scheduler=options.scheduler or scheduler, device=device, weights=options.weights,
-        revision=options.revision, engine=options.engine,
+        options.model, scheduler=options.scheduler or scheduler, num_inference_steps=steps, device=device,
+        weights=options.weights, revision=options.revision, engine=options.engine,
     )  # fmt: skip
+    for prompt in dict.fromkeys([*prompts, options.negative_prompt]):
+        cut = sampling.cut_prompt(pipeline.tokenizer, prompt)
+        if cut:
+            print(f"WARNING: {cut}", file=sys.stderr)
     each = options.num_images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(each)]
     seeds = [options.seed + number for _ in prompts for number in range(each)]
@@ -72,21 +92,86 @@ def main() -> None:
         pipeline, repeated, seeds, negative_prompt=options.negative_prompt, guidance_scale=options.guidance_scale,
         num_inference_steps=steps, guidance_end=end, batch_size=options.batch_size,
     )  # fmt: skip
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "weights": options.weights, "revision": options.revision, "unet_hash": sampling.unet_hash(pipeline),
-        "model": Path(options.model).name if Path(options.model).exists() else options.model,
+        "model": Path(options.model).name if Path(options.model).expanduser().exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
         "num_inference_steps": steps, "guidance_end": end, "scheduler": type(pipeline.scheduler).__name__,
     }  # fmt: skip
-    for number, (picture, prompt, seed) in enumerate(zip(pictures, repeated, seeds, strict=True)):
-        path = folder / f"{number:04d}-seed{seed}.png"
-        sampling.save_picture(path, picture, {"prompt": prompt, "seed": seed, **settings})
-        print(f"{path}: {prompt}")
+    parameters = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in zip(repeated, seeds, strict=True)]
+    paths = places(folder, parameters)
+    for path, picture, known in zip(paths, pictures, parameters, strict=True):
+        save(path, picture, known)
+        print(f"{path}: {known['prompt']}")
     if options.grid:
-        sampling.picture_grid(pictures, columns=each if each > 1 else min(8, len(pictures))).save(folder / "grid.png")
-        print(folder / "grid.png")
+        columns = each if each > 1 else min(8, len(pictures))
+        grid = np.asarray(sampling.picture_grid(pictures, columns=columns))
+        known = {"pictures": parameters}
+        path = grid_place(folder, known)
+        save(path, grid, known)
+        print(path)
+
+
+def writable_folder(name: str) -> Path:
+    """The folder of `--output_dir`, made where it is missing; raises `UserError` before anything is drawn in vain."""
+    try:
+        folder = Path(name).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output_dir {name[:200]} cannot be written ({reason}); give another --output_dir") from None
+    return folder
+
+
+def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
+    """A file for each picture: the one that holds a picture of the same parameters, else one with the next free number."""
+    from t2i.pictures import read_parameters
+
+    known: dict[str, list[Path]] = {}
+    numbers = [-1]
+    for path in sorted(folder.iterdir()):
+        found = re.fullmatch(r"([0-9]{4,9})-seed[0-9]+\.png", path.name)
+        if found:
+            numbers.append(int(found[1]))
+            known.setdefault(json.dumps(read_parameters(path), sort_keys=True), []).append(path)
+    following, chosen = max(numbers) + 1, []
+    for wanted in parameters:
+        same = known.get(json.dumps(wanted, sort_keys=True))
+        if same:
+            chosen.append(same.pop(0))
+        else:
+            chosen.append(folder / f"{following:04d}-seed{wanted['seed']}.png")
+            following += 1
+    return chosen
+
+
+def grid_place(folder: Path, parameters: dict[str, Any]) -> Path:
+    """`grid.png`, or the first of `grid-0001.png`, … that is free or holds the grid of the same pictures."""
+    from t2i.pictures import read_parameters
+
+    def names() -> Iterator[str]:
+        yield "grid.png"
+        yield from (f"grid-{number:04d}.png" for number in range(1, 10**9))
+
+    free = (folder / name for name in names())
+    return next(path for path in free if not os.path.lexists(path) or read_parameters(path) == parameters)
+
+
+def save(path: Path, picture: "np.ndarray", parameters: dict[str, Any]) -> None:
+    """Write a picture whole: a disk that fills leaves the one that was there."""
+    from t2i.pictures import png_bytes
+
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(png_bytes(picture, parameters))
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room, or give another --output_dir"
+        ) from None
 
 
 def read_prompts(options: Options) -> list[str]:
@@ -94,10 +179,17 @@ def read_prompts(options: Options) -> list[str]:
     prompts = list(options.prompt)
     if options.prompt_file:
         try:
-            lines = Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(options.prompt_file).expanduser().read_bytes()
+            is_utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows' editors call "Unicode"
+            lines = text.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (
+                "it is not UTF-8"
+                if isinstance(error, UnicodeDecodeError)
+                else getattr(error, "strerror", None) or error
+            )
             raise UserError(
-                f"prompt_file {options.prompt_file} cannot be read ({error}); give a UTF-8 text file, a prompt a line"
+                f"prompt_file {options.prompt_file} cannot be read ({reason}); give a UTF-8 text file, one prompt per line"
             ) from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -7,6 +7,7 @@ Neither VAE nor text encoder is in memory during the loop: what they say of the 
 """
 
 import math
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -332,7 +333,12 @@ def cache_inputs(
     import torch
 
     from t2i import caches, data
+    from t2i.pictures import cut_prompt
 
+    for prompt in recipe.train_unet.validation_prompts:
+        cut = cut_prompt(frozen["tokenizer"], prompt)
+        if cut:
+            accelerator.print(f"WARNING: validation {cut}")
     cached, in_bf16 = {}, accelerator.mixed_precision == "bf16"
     precision = {"precision": "bf16"} if in_bf16 else {}
     vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)  # a third faster, on a CPU as well
@@ -414,6 +420,19 @@ def sample_indices(given: Inputs, config: TrainUnetConfig, step: int, micro: int
     ]
 
 
+def sample_copies(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
+    """The `occurrences` of `sample_indices` within the whole weight update, over all its parts and processes: [B]."""
+    from t2i.data import batch_indices
+    from t2i.diffusion import occurrences
+
+    world, rank = accelerator.num_processes, accelerator.process_index
+    part = config.train_batch_size * world
+    update = batch_indices(
+        len(given.caches["train"][0]), part * config.gradient_accumulation_steps, config.seed, step
+    )  # the same samples in the same order, however they are shared out
+    return occurrences(update.tolist())[micro * part : (micro + 1) * part][rank::world]
+
+
 def make_batch(
     given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
@@ -426,7 +445,8 @@ def make_batch(
     latents, text = given.caches["train"]
     indices = sample_indices(given, config, step, micro, accelerator)
     shape = (latents.shape[2] // 2, *latents.shape[3:])
-    draws = draw(config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps)
+    copies = sample_copies(given, config, step, micro, accelerator)
+    draws = draw(config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps, copies)
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
     rows = text.rows[indices]
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
@@ -496,11 +516,16 @@ def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any,
     unet.eval()
     pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)
     prompts = config.validation_prompts
-    pictures = sampling.generate(
-        pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
-        num_inference_steps=config.num_inference_steps, progress=False,
-    )  # fmt: skip
-    unet.train()
+    try:
+        pictures = sampling.generate(
+            pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps, progress=False,
+        )  # fmt: skip
+    except UserError as error:  # no reason to lose a training
+        print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)
+        return
+    finally:
+        unet.train()
     grid = sampling.picture_grid(pictures, columns=min(8, len(prompts)))
     (folder / "samples").mkdir(exist_ok=True)
     grid.save(folder / "samples" / f"step-{step:06d}.png")

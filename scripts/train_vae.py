@@ -210,10 +210,14 @@ def samples_of(train: "Split", config: TrainVaeConfig, numbers: list[int], accel
 
 def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
     """This process's samples of batch `number`: int64 [B]."""
+    return batch_of_all(train, config, number, accelerator)[accelerator.process_index :: accelerator.num_processes]
+
+
+def batch_of_all(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
+    """The samples of batch `number` over all processes: int64 [B * processes]."""
     from t2i.data import batch_indices
 
-    world, rank = accelerator.num_processes, accelerator.process_index
-    return batch_indices(len(train), config.train_batch_size * world, config.seed, number)[rank::world]
+    return batch_indices(len(train), config.train_batch_size * accelerator.num_processes, config.seed, number)
 
 
 def make_batch(
@@ -224,7 +228,7 @@ def make_batch(
     import torch
 
     from t2i.caches import to_pixels
-    from t2i.diffusion import draw
+    from t2i.diffusion import draw, occurrences
     from t2i.models import vae_factor
     from t2i.prefetch import to_device_soon
 
@@ -232,7 +236,10 @@ def make_batch(
     images = train.pixels[indices]
     side, size = images.shape[1], config.crop_size or images.shape[1]
     latent = size // vae_factor(vae)
-    draws = draw(config.seed, number, indices.tolist(), (vae.config.latent_channels, latent, latent), 1)
+    copies = occurrences(batch_of_all(train, config, number, accelerator).tolist())
+    copies = copies[accelerator.process_index :: accelerator.num_processes]
+    shape = (vae.config.latent_channels, latent, latent)
+    draws = draw(config.seed, number, indices.tolist(), shape, 1, copies)
     if size < side:
         corners = (draws.uniform[:, 2:] * (side - size + 1)).int().tolist()
         images = np.stack([image[y : y + size, x : x + size] for image, (y, x) in zip(images, corners, strict=True)])

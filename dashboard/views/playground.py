@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import escape, find_runs, nothing_yet, warn
+from common import escape, find_runs, nothing_yet, say_cut, warn
 from drawing import PictureJob
 from grid import best_scale, checkpoints_of, first_prompt
 from neighbours import show_neighbours
 from PIL import Image
 
 from t2i import cells
-from t2i.pictures import PRESETS, SCHEDULERS, png_bytes
+from t2i.pictures import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
 from t2i.runs import UserError
 
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
@@ -43,6 +43,7 @@ def main() -> None:
             return
         settings, asked = choose_settings(found[0])
     with right:
+        say_cut(found[0], [settings["prompt"], settings["negative_prompt"]])
         try:
             place = cells.plan(*found, cells.Cell(**settings), [])[0]
         except UserError as error:
@@ -79,7 +80,8 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     first = first_prompt(run)[:MAX_PROMPT]
     usual = found[0] if found else cells.Cell(first)
     short = {name: key for key, name in SCHEDULERS.items()}
-    names = list(SCHEDULERS)
+    names = fitting_schedulers(cells.schedule_of(run))
+    own = short.get(usual.scheduler, "ddim")
     above = st.container()  # for what the form's values decide
     with st.form("_picture"):
         prompt = st.text_area(
@@ -104,7 +106,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             bind="query-params", help="denoising steps; the time to draw grows with them",
         )  # fmt: skip
         scheduler = two.selectbox(
-            "Scheduler", names, index=names.index(short.get(usual.scheduler, "ddim")), key="scheduler",
+            "Scheduler", names, index=names.index(own) if own in names else 0, key="scheduler",
             bind="query-params",
         )  # fmt: skip
         end = one.number_input(

@@ -14,7 +14,7 @@ from typing import Any
 
 from t2i.config import Recipe, load_recipe
 from t2i.pictures import guided_steps
-from t2i.runs import UserError, read_json, write_text
+from t2i.runs import UserError, read_json, read_object, write_text
 from t2i.tracking import redact
 
 TEMPLATE = Path(__file__).parents[2] / "datasets_card" / "model_card.md"
@@ -72,7 +72,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    recipe, result = load_recipe(str(run / "config.yaml")), read_json(run / "run.json")
+    recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
     provenance = _optional(run / "provenance.json")
     report = (evaluation or {}).get("report") or {}
     cells = (evaluation or {}).get("cells") or []

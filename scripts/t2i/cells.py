@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from t2i.pictures import DAMAGE, SCHEDULERS, guided_steps, read_parameters, save_picture
-from t2i.runs import UserError, checkpoint_folders, hash_json, read_json, sha256_file
+from t2i.config import MAX_GUIDANCE
+from t2i.pictures import DAMAGE, SCHEDULERS, guided_steps, read_parameters, save_picture, scheduler_problem
+from t2i.runs import UserError, checkpoint_folders, hash_json, read_json, read_object, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ AXES = ("checkpoint", "run", "guidance_scale", "num_inference_steps", "guidance_
 class Cell:
     """One picture's prompt and settings, without the model; raises `UserError` for a value that no picture has.
 
-    seed: 0 to 2**63 - 1. guidance_scale: 0 or more. num_inference_steps: 1 to 1000. scheduler: a key of
+    seed: 0 to 2**63 - 1. guidance_scale: 0 to 1000. num_inference_steps: 1 to 1000. scheduler: a key of
     `pictures.SCHEDULERS` or a class name of diffusers; kept as the class name. guidance_end: 0 to 1, the share of the steps,
     from the first on, that are guided.
     """
@@ -67,8 +68,10 @@ class Cell:
         known = SCHEDULERS.get(self.scheduler.lower(), self.scheduler)
         if known not in SCHEDULERS.values() and not re.fullmatch(r"\w{1,80}Scheduler", known):
             raise UserError(f"unknown scheduler {self.scheduler[:40]!r}; take one of {', '.join(SCHEDULERS)}")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise UserError(f"guidance_scale {self.guidance_scale} is no scale; give 0 or more, such as 7.5")
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise UserError(
+                f"guidance_scale {self.guidance_scale} is no scale; give 0 to {MAX_GUIDANCE:g}, such as 7.5"
+            )
         if not 0 <= self.guidance_end <= 1:
             raise UserError(f"guidance_end {self.guidance_end} is no share of the steps; give 0 to 1, such as 0.5")
         if not 1 <= self.num_inference_steps <= 1000:
@@ -341,9 +344,25 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
                     models[model] = _find_model(*model)
                 found, problem = models[model]
                 own = replace(cell, **settings)
+                problem = problem or scheduler_problem(own.scheduler, schedule_of(model[0]), own.num_inference_steps)
                 made = problem is None and is_made(model[0], found, own)
                 places.append(Place((tab, row, column), *model, found, own, made, problem))
     return places
+
+
+def schedule_of(run: Path) -> dict[str, Any]:
+    """The config of the scheduler that a run's model was saved with, which decides what others fit; {} where it is not to be read."""
+    file = run / "pipeline" / "scheduler" / "scheduler_config.json"
+    try:
+        stat = file.stat()
+        return _schedule(file, stat.st_size, stat.st_mtime_ns)
+    except (OSError, UserError, RecursionError):
+        return {}
+
+
+@lru_cache(maxsize=512)  # asked for each cell of a grid; nobody changes what it gives
+def _schedule(file: Path, *state: int) -> dict[str, Any]:
+    return read_object(file)
 
 
 def _find_model(run: Path, checkpoint: str) -> tuple[str, str | None]:
@@ -440,7 +459,7 @@ def _draw(pipeline: Any, places: Sequence[Place], watch: Callable[..., None] | N
 
     cell, saved = places[0].cell, pipeline.scheduler
     try:
-        pipeline.scheduler = sampling.make_scheduler(cell.scheduler, saved.config)
+        pipeline.scheduler = sampling.make_scheduler(cell.scheduler, saved.config, cell.num_inference_steps)
         return sampling.generate(
             pipeline, [place.cell.prompt for place in places], [place.cell.seed for place in places],
             negative_prompt=cell.negative_prompt, guidance_scale=cell.guidance_scale,

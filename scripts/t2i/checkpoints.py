@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from t2i.runs import UserError, checkpoint_folders, sha256_file, write_text
+from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, checkpoint_step, sha256_file, write_text
 
 MANIFEST = "manifest.json"
 
@@ -77,7 +77,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
     node.meet()
     if node.first:
         for old in checkpoint_folders(home)[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            _remove(old)
     return folder
 
 
@@ -153,7 +153,8 @@ def damage(folder: Path) -> str | None:
         return f"{folder / MANIFEST} is missing"
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {name: {"bytes": int(known["bytes"]), "sha256": str(known["sha256"])} for name, known in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder / MANIFEST} is damaged"
     for name, known in files.items():
         file = folder / name
@@ -176,12 +177,13 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
     if name is None:
         return None
     home = part_of(run, node)
-    there = sorted(path for path in home.glob("checkpoint-[0-9]*") if path.is_dir())
+    there = _own_checkpoints(home)
     if name != "latest":
         folder = home / name if Path(name).name == name else Path(name)
-        if folder.resolve().parent != home.resolve() or not folder.is_dir():
+        if folder.absolute().parent.resolve() != home.resolve() or folder.name not in {path.name for path in there}:
             known = ", ".join(path.name for path in there) or "none"
-            raise UserError(f"resume_from_checkpoint {name} is not a checkpoint of {run}; there are: {known}")
+            copy = " by its name; a copy is resumed from once it has its old name back" if folder.is_dir() else ""
+            raise UserError(f"resume_from_checkpoint {name} is not a checkpoint of {run}{copy}; there are: {known}")
         problem = damage(folder) if node.first else None
         if problem:
             raise UserError(
@@ -204,14 +206,34 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
             f"{run} has checkpoints, but none that is whole on every node; restore one from a copy, or start anew with another "
             "--output_dir"
         )
+    copies = checkpoint_copies(home) if node.first else []
+    if any(node.gather(bool(copies))):
+        raise UserError(
+            f"{run} has no checkpoint of its own, only copies ({', '.join(copies)}); give one its old name back, or set another "
+            "--output_dir"
+        )
     return None
+
+
+def _own_checkpoints(home: Path) -> list[Path]:
+    """The checkpoints of a node, whole or not, oldest first; copies under other names are left alone."""
+    found = {path: checkpoint_step(path) for path in home.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in found.items() if step is not None), key=lambda path: found[path] or 0)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; of a link to one elsewhere, the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
 
 
 def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) -> float:
     """The newest step up to `limit` whose folder is whole; -1 where there is none."""
     for folder in reversed(folders):
-        step = int(folder.name.removeprefix("checkpoint-"))
-        if step > limit:
+        step = checkpoint_step(folder)
+        if step is None or step > limit:
             continue
         problem = damage(folder)
         if problem is None:
@@ -223,9 +245,9 @@ def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) 
 def forget_after(run: Path, step: int, node: Node) -> None:
     """Remove this node's checkpoints, and what was logged, beyond `step`, which training is about to make anew."""
     home = part_of(run, node)
-    for folder in home.glob("checkpoint-[0-9]*"):
-        if int(folder.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(folder)
+    for folder in _own_checkpoints(home):
+        if (checkpoint_step(folder) or 0) > step:
+            _remove(folder)
     for file in (home / "metrics.jsonl", home / "samples.jsonl"):
         if file.is_file():
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -20,6 +20,8 @@ from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
 from t2i.runs import UserError
 
+MAX_SEED = 2**63 - 1  # of a picture
+MAX_GUIDANCE = 1000.0  # a hundred times what pictures need; far beyond it, numbers overflow
 
 
 def _whole_path(text: str) -> str:
@@ -36,10 +38,12 @@ Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -79,7 +83,7 @@ class DataConfig(SourceConfig):
 
     resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
-    validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = (
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.9, allow_inf_nan=False)] = (
         0.05  # share taken by content hash where a data set has no validation split
     )
     split_seed: int = 0  # another number gives another validation split
@@ -212,7 +216,7 @@ class TrainUnetConfig(HubConfig, TrainConfig):
     proportion_empty_prompts: Share = 0.1  # captions dropped, sample by sample, for classifier-free guidance
     validation_prompts: list[str] = field(default_factory=list)  # prompts drawn at each validation
     validation_images: Count = 256  # validation images that the loss is measured on, at most
-    guidance_scale: NonNegative = 7.5  # of those pictures
+    guidance_scale: Guidance = 7.5  # of those pictures
     num_inference_steps: Count = 30  # of those pictures
     save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
     hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
@@ -226,7 +230,7 @@ class EvaluateConfig:
 
     model: PathText | None = None  # run folder of train_unet.py
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
-    guidance_scales: list[NonNegative] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
+    guidance_scales: list[Guidance] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
     preset: Literal["exact", "fast", "draft"] | None = (
         None  # as of generate_images.py; None: the model's scheduler, num_inference_steps, all of them guided
     )
@@ -237,7 +241,7 @@ class EvaluateConfig:
     engine: Literal["auto", "torch", "openvino"] = (
         "auto"  # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
     )
-    eval_seed: Natural = 1000  # of prompts, noise and classifier
+    eval_seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
     classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
     kid_network: PathText | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
@@ -375,8 +379,63 @@ def _vae_factor(config: VaeConfig) -> int | None:
 
 
 def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
-    """Parse the command line into the dataclass `cls`: flat options, underscores, groups by nested dataclass."""
+    """Parse the command line into the dataclass `cls`: flat options, underscores, groups by nested dataclass.
+
+    A list option that is given several times collects all values. Raises `UserError` for any other option given twice, and
+    for bytes that are not UTF-8.
+    """
+    argv = collect_lists(cls, sys.argv[1:] if argv is None else argv)
     return tyro.cli(cls, args=argv, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def collect_lists(cls: type, argv: list[str]) -> list[str]:
+    """The command line with each list option once, with the values of all its places in order: tyro keeps the last alone."""
+    known = _options(cls)
+    collected: list[str] = []
+    ends: dict[str, int] = {}  # list option -> where in `collected` its values end
+    given: dict[str, str] = {}  # option -> its first value, as typed
+    position = 0
+    while position < len(argv):
+        start = position
+        word, *values = (
+            argv[position].split("=", 1) if argv[position].startswith("--") else argv[position : position + 1]
+        )
+        position += 1
+        while position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        if any("\ud800" <= letter <= "\udfff" for text in (word, *values) for letter in text):
+            raise UserError(f"{word[:40]!r} holds bytes that are not UTF-8; type the text anew, in a UTF-8 terminal")
+        name, is_list = known.get(word.removeprefix("--").replace("-", "_"), ("", False))
+        if name in ends:
+            end = ends[name]
+            collected[end:end] = values
+            ends = {other: at + len(values) * (at >= end) for other, at in ends.items()}
+            continue
+        if name in given:
+            raise UserError(f"--{name} is given twice ({given[name]}, then {' '.join((word, *values))}); give it once")
+        if is_list:
+            collected += [word, *values]
+            ends[name] = len(collected)
+            continue
+        if name:
+            given[name] = " ".join((word, *values))
+        collected += argv[start:position]
+    return collected
+
+
+def _options(cls: Any) -> dict[str, tuple[str, bool]]:
+    """The options of a dataclass and those nested in it, by all their names: their field, and whether it is a list."""
+    found: dict[str, tuple[str, bool]] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        kind, notes = (hint.__origin__, hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
+        if dataclasses.is_dataclass(kind):
+            found |= _options(kind)
+            continue
+        aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
+        names = [name, *(alias.removeprefix("--") for alias in aliases), *([f"no_{name}"] if kind is bool else [])]
+        found |= dict.fromkeys(names, (name, get_origin(kind) is list))
+    return found
 
 
 def check_options(options: T) -> T:

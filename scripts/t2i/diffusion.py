@@ -1,9 +1,12 @@
 """The mathematics of diffusion training: pure tensors. Schedulers and models come as arguments; nothing here reads files.
 
 Randomness is stateless: what a sample gets at a step is a function of (seed, step, sample), so that it does not depend
-on the batch's order, on the number of processes, or on what ran before.
+on the batch's order, on the number of processes, or on what ran before. A sample that comes again within a step, as in a
+data set smaller than the batch, gets draws of its own each time.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +37,32 @@ class Draws:
     uniform: torch.Tensor  # [B, 4] float32 in [0, 1): for the flip, the dropped caption, the crop's y and x
 
 
-def draw(seed: int, step: int, samples: list[int], shape: tuple[int, int, int], num_train_timesteps: int) -> Draws:
-    """Noise, timesteps and coin tosses of a batch, each sample's a function of (seed, step, sample) alone."""
+def occurrences(samples: Iterable[int]) -> list[int]:
+    """Count for each entry how many of the entries before it are the same sample: 0 for the first of each."""
+    seen: Counter[int] = Counter()
+    counts = []
+    for sample in samples:
+        counts.append(seen[sample])
+        seen[sample] += 1
+    return counts
+
+
+def draw(
+    seed: int, step: int, samples: list[int], shape: tuple[int, int, int], num_train_timesteps: int,
+    copies: Sequence[int] | None = None,
+) -> Draws:  # fmt: skip
+    """Draw noise, timesteps and coin tosses of a batch, each sample's a function of (seed, step, sample, copy) alone.
+
+    copies: the `occurrences` of the samples within the step; None counts them within `samples`. A process that holds a part of
+        the step passes its part of the whole step's. The first occurrence draws what (seed, step, sample) alone gives.
+    """
+    copies = occurrences(samples) if copies is None else copies
     noise = torch.empty(len(samples), 2, *shape)
     timesteps = torch.empty(len(samples), dtype=torch.int64)
     uniform = torch.empty(len(samples), 4)
     generator = torch.Generator()
-    for row, sample in enumerate(samples):
-        generator.manual_seed(mix(seed, step, sample))
+    for row, (sample, copy) in enumerate(zip(samples, copies, strict=True)):
+        generator.manual_seed(mix(seed, step, sample, copy) if copy else mix(seed, step, sample))
         noise[row].normal_(generator=generator)
         timesteps[row].random_(0, num_train_timesteps, generator=generator)
         uniform[row].uniform_(generator=generator)

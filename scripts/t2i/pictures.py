@@ -5,7 +5,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-# the names people type, for the classes that diffusers has; any other of its class names works too
+# the names people type, for the classes that diffusers has; other class names of `RIGHT` work too
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -26,6 +26,90 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
+
+
+# The classes of diffusers that are right for Stable Diffusion's kind of models. Measured with a denoiser whose right answer is known
+# (tests/test_schedulers.py): all others draw noise or need another kind of model (LCM: a third of the spread is missing).
+RIGHT = {
+    *SCHEDULERS.values(), "DDIMParallelScheduler", "DDPMParallelScheduler", "DPMSolverSinglestepScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler", "TCDScheduler",
+}  # fmt: skip
+NEED_SIGNAL = {
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+}  # else 20 times the spread at 8 steps of Heun's
+MIN_SIGNAL = 1e-5  # alpha-bar of the last noise level; 4e-5 (DDPM's own schedule) suffices, 2e-9 (squaredcos) does not
+SECOND_ORDER = {*NEED_SIGNAL, "KDPM2DiscreteScheduler"}
+SECOND_ORDER_STEPS = 10  # with fewer they overshoot, unless the steps are spread evenly to the end ("trailing")
+PNDM_STEPS = 4  # its start takes four; fewer crash in it
+NO_SAMPLE = {
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+}
+
+
+def last_signal(config: Mapping[str, Any]) -> float:
+    """The share of the image in the last noise level (alpha-bar, 0 to 1) by a scheduler's config; 0: zero terminal SNR."""
+    if config.get("rescale_betas_zero_snr"):
+        return 0.0
+    try:
+        count = int(config.get("num_train_timesteps", 1000))
+        ends = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        schedule = config.get("beta_schedule", "linear")
+        if config.get("trained_betas") is not None:
+            betas = np.asarray(config["trained_betas"], float)
+        elif schedule == "squaredcos_cap_v2":
+            levels = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - levels[1:] / levels[:-1], 0.999)
+        elif schedule == "scaled_linear":
+            betas = np.linspace(ends[0] ** 0.5, ends[1] ** 0.5, count) ** 2
+        else:
+            betas = np.linspace(*ends, count)
+        return float(np.prod(1 - betas))
+    except (TypeError, ValueError, ArithmeticError, MemoryError):  # of a file that is no scheduler's
+        return 1.0
+
+
+def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = None) -> str | None:
+    """Say why a scheduler is not right for a model; None where it is.
+
+    Args:
+        name: a key of `SCHEDULERS` or a class name of diffusers.
+        config: of the scheduler that the model was saved with (scheduler_config.json).
+        steps: denoising steps, if they are known.
+    """
+    reason = _misfit(SCHEDULERS.get(name.lower(), name), config, steps)
+    if reason is None:
+        return None
+    right = fitting_schedulers(config, steps)
+    instead = (
+        f"take one of {', '.join(right)}" if right else f"take {config.get('_class_name')}, which it was saved with"
+    )
+    return f"scheduler {name} {reason}; {instead}"
+
+
+def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> list[str]:
+    """The keys of `SCHEDULERS` that are right for a model; arguments as `scheduler_problem` takes them."""
+    return [name for name, cls in SCHEDULERS.items() if _misfit(cls, config, steps) is None]
+
+
+def _misfit(cls: str, config: Mapping[str, Any], steps: int | None) -> str | None:
+    own = config.get("_class_name")
+    if cls not in RIGHT:
+        return None if cls == own else "is not for this kind of model"
+    if own is not None and own not in RIGHT and "beta_schedule" not in config:
+        return "does not fit this model, which has no noise levels of DDPM's kind"
+    weak, kind = last_signal(config) < MIN_SIGNAL, config.get("prediction_type", "epsilon")
+    if weak and (cls in NEED_SIGNAL or (cls == "PNDMScheduler" and kind == "epsilon")):
+        return "does not fit this model: it needs some of the image in the last noise level, which is pure noise here"
+    if kind == "sample" and cls in NO_SAMPLE:
+        return "does not fit this model, which predicts the sample"
+    least = PNDM_STEPS if cls == "PNDMScheduler" and not config.get("skip_prk_steps") else 1
+    if cls in SECOND_ORDER and config.get("timestep_spacing", "leading") != "trailing":
+        least = SECOND_ORDER_STEPS
+    return f"needs {least} steps or more here, not {steps}" if steps is not None and steps < least else None
 
 
 class Preset(NamedTuple):
@@ -75,6 +159,20 @@ def png_bytes(picture: np.ndarray, parameters: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     save_picture(file, picture, parameters)
     return file.getvalue()
+
+
+def cut_prompt(tokenizer: Any, prompt: str) -> str | None:
+    """Say what a model does not read of a prompt, which is cut at its tokenizer's length; None where all is read."""
+    limit = tokenizer.model_max_length
+    if len(prompt.encode("utf-8", "replace")) + 2 <= limit:  # a token takes a byte at least
+        return None
+    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    if len(tokens) <= limit:
+        return None
+    lost = " ".join(tokenizer.decode(tokens[limit - 1 : -1], skip_special_tokens=True).split())
+    shown = prompt if len(prompt) <= 60 else prompt[:59] + "…"
+    lost = lost if len(lost) <= 120 else "…" + lost[-119:]
+    return f'prompt "{shown}" has {len(tokens)} tokens, and the model reads {limit}: "{lost}" is cut off; shorten the prompt'
 
 
 def read_parameters(path: Path) -> dict[str, Any] | None:

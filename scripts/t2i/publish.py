@@ -51,7 +51,7 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
     """
     from t2i import sampling
 
-    recipe, result = load_recipe(str(run / "config.yaml")), read_json(run / "run.json")
+    recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
     evaluated = run / "evaluation" / "evaluation.json"
     evaluation = read_json(evaluated) if evaluated.is_file() else {}
     report = evaluation.get("report") or {}
@@ -156,7 +156,7 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
 
 def pipeline_files(folder: Path) -> list[str]:
     """Patterns of a pipeline's files: model_index.json, the folders that it names, and models that `make export` compiled."""
-    parts = read_json(folder / "model_index.json").items()
+    parts = read_object(folder / "model_index.json").items()
     compiled = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
     return ["model_index.json", *(f"{name}/*" for name, kind in parts if isinstance(kind, list) and kind[0]), *compiled]
 

@@ -164,6 +164,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON ({error}); delete it or restore it from a backup") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise `UserError` naming the file when it is missing, damaged or holds anything else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup"
+        )
+    return found
+
+
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON line."""
     with open(path, "a", encoding="utf-8") as file:
@@ -209,7 +219,7 @@ class RunFolder:
         self.file = folder / "run.json"
         self.state: dict[str, Any] = {"status": UNFINISHED, "identity": identity, "seconds": {}}
         if self.file.is_file():
-            earlier = read_json(self.file)
+            earlier = read_object(self.file)
             if not replace:
                 _refuse_other_identity(folder, earlier.get("identity", {}), identity)
             if earlier.get("identity") == identity:
@@ -265,20 +275,52 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of a run's own checkpoint (`checkpoint-000500`: 500); None for any other folder.
+
+    Copies that people keep beside it (`checkpoint-000500-backup`, or another step's under this name) are theirs: they are neither
+    listed nor removed.
+    """
+    found = re.fullmatch(r"checkpoint-([0-9]{6,15})", folder.name)
+    if not found or folder.name != f"checkpoint-{int(found[1]):06d}":
+        return None
+    step = _manifest(folder).get("step", int(found[1]))  # what is no whole checkpoint is known by its name
+    return step if step == int(found[1]) else None
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints of a run folder that are complete, oldest first (`checkpoint-000500`: the number is the step).
 
     Complete: every file of the manifest is there with its size, which a copy made file by file reaches at its end.
     """
-    found = [path for path in run.glob("checkpoint-[0-9]*") if _is_complete(path)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = {path: checkpoint_step(path) for path in run.glob("checkpoint-*") if _is_complete(path)}
+    return sorted((path for path, step in found.items() if step is not None), key=lambda path: found[path] or 0)
+
+
+def checkpoint_copies(run: Path) -> list[str]:
+    """Names of folders in a run folder that hold a checkpoint and are not its own: copies that were renamed."""
+    try:
+        folders = [path.parent for path in run.glob("*/manifest.json")]
+    except OSError:
+        return []
+    others = (path for path in folders if checkpoint_step(path) is None and not path.name.startswith("."))
+    return sorted(path.name for path in others if {"files", "step"} <= _manifest(path).keys())
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; {} where it is missing or damaged."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_complete(folder: Path) -> bool:
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = _manifest(folder)["files"]
         return all((folder / name).stat().st_size == known["bytes"] for name, known in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -356,7 +398,7 @@ def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
         folder: the run folder.
         state: what its run.json holds, if it was read already.
     """
-    state = read_json(folder / "run.json") if state is None else state
+    state = read_object(folder / "run.json") if state is None else state
     status = str(state.get("status", "unknown"))
     if status not in ("running", UNFINISHED, "stopped"):  # "running": of runs that were made before
         return status

@@ -3,6 +3,7 @@
 A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,24 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import engines, models
-from t2i.pictures import PRESETS, SCHEDULERS, guided_steps, picture_grid, read_parameters, save_picture  # noqa: F401 - their names here stay
-from t2i.runs import UserError, checkpoint_folders
+from t2i.pictures import (  # noqa: F401 - their names here stay
+    PRESETS,
+    SCHEDULERS,
+    cut_prompt,
+    guided_steps,
+    picture_grid,
+    read_parameters,
+    save_picture,
+    scheduler_problem,
+)
+from t2i.runs import UserError, checkpoint_copies, checkpoint_folders
 
 
 def load_pipeline(
     model: str | Path,
     *,
     scheduler: str | None = None,
+    num_inference_steps: int | None = None,
     device: str | torch.device = "cpu",
     weights: str = "ema",
     revision: str | None = None,
@@ -30,11 +41,17 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """The stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
 
-    scheduler: a key of `SCHEDULERS` or a class name of diffusers; None keeps the saved one (DDIM). weights: "ema" or "raw",
-    for checkpoints. engine: one of `engines.ENGINES`; "auto" takes compiled models where the folder has them and the device
-    is the CPU, "openvino" compiles them where it has none. Raises `UserError` for a folder that is none of these.
+    scheduler: a key of `SCHEDULERS` or a class name of diffusers; None keeps the saved one (DDIM). num_inference_steps: with how
+    many the scheduler must work. weights: "ema" or "raw", for checkpoints. engine: one of `engines.ENGINES`; "auto" takes compiled
+    models where the folder has them and the device is the CPU, "openvino" compiles them where it has none. Raises `UserError`
+    for a folder that is none of these, a device that cannot be used, and a scheduler that is not right for the model.
     """
-    folder = Path(model).expanduser()
+    _check_device(device)
+    try:
+        folder = Path(model).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, of an unknown user
+        raise UserError(f"model {str(model)[:200]} cannot be a folder ({error}); correct the path") from None
     compiled = engine != "torch" and _exported(folder, weights, device, engine)
     if compiled:
         try:
@@ -45,7 +62,7 @@ def load_pipeline(
                 f"the compiled models in {compiled / engines.FOLDER} cannot be loaded ({reason}); run make export "
                 f"MODEL={compiled}, or take --engine torch"
             ) from None
-    elif folder.is_dir():
+    elif is_folder:
         pipeline = _load_folder(folder, weights)
     elif folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
@@ -62,13 +79,25 @@ def load_pipeline(
     if engine == "openvino" and not compiled:
         pipeline = engines.compile_pipeline(pipeline)
     if scheduler:
-        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config, num_inference_steps)
     pipeline.set_progress_bar_config(disable=True)
     try:
         return pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise UserError(
-            f"device {device} cannot be used ({str(error).splitlines()[0]}); give --device cpu, or leave it out"
+            f"the model cannot be moved to device {device} ({str(error).splitlines()[0][:150]}); give --device cpu"
+        ) from None
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise `UserError` for a device that is not here or unknown, before anything is loaded."""
+    try:
+        torch.zeros(1, device=device).add(1).cpu()
+    except Exception as error:  # each backend raises its own kinds
+        known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        known += ["mps"] if torch.backends.mps.is_available() else []
+        raise UserError(
+            f"device {device} cannot be used ({str(error).splitlines()[0][:150]}); give one of {', '.join(known)}, or leave it out"
         ) from None
 
 
@@ -95,6 +124,12 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
                 f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
             ) from None
     if (folder / "state.json").is_file():  # a checkpoint: its UNet, and what the run's pipeline shares
+        beside = folder.absolute().parent / "pipeline"
+        if not beside.is_dir():
+            raise UserError(
+                f"{folder} is a checkpoint without its run: VAE, text encoder and tokenizer lie in pipeline/ beside it, which is "
+                f"missing; copy the run folder whole, or put its pipeline/ at {beside}"
+            )
         part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
         return assemble(folder.parent / "pipeline", models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
     if (folder / "run.json").is_file():
@@ -103,6 +138,11 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         checkpoints = checkpoint_folders(folder)
         if checkpoints:
             return _load_folder(checkpoints[-1], weights)
+        copies = checkpoint_copies(folder)
+        if copies:
+            raise UserError(
+                f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with one"
+            )
         raise UserError(
             f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps"
         )
@@ -124,14 +164,22 @@ def unet_hash(pipeline: StableDiffusionPipeline) -> str:
     return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
 
 
-def make_scheduler(name: str, config: Any) -> Any:
-    """A scheduler by a key of `SCHEDULERS` or a class name of diffusers, with the noise schedule of another's `config`."""
+def make_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
+    """A scheduler by a key of `SCHEDULERS` or a class name of diffusers, with the noise schedule of another's `config`.
+
+    Raises `UserError` where there is no such scheduler, or where it is not right for the model or the number of steps.
+    """
     cls: Any = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
     if not (name.lower() in SCHEDULERS or name.endswith("Scheduler")) or not hasattr(cls, "from_config"):
         raise UserError(
             f"unknown scheduler {name!r}; take one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers"
         )
-    return cls.from_config(config)
+    problem = scheduler_problem(name, config, num_inference_steps)
+    if problem:
+        raise UserError(problem)
+    # latents have no bounds; a class that knows no clipping saved none, and others would clip by default
+    unclipped = "clip_sample" not in config and "clip_sample" in inspect.signature(cls.__init__).parameters
+    return cls.from_config(config, **({"clip_sample": False} if unclipped else {}))
 
 
 def generate(
@@ -160,7 +208,8 @@ def generate(
     bar = tqdm(total=len(prompts), desc="pictures", unit="picture", disable=not progress, mininterval=0.5)
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        made = pipeline(
+        made = _drawn(
+            pipeline,
             part,
             negative_prompt=[negative_prompt] * len(part),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
@@ -168,11 +217,31 @@ def generate(
             num_inference_steps=num_inference_steps,
             output_type="np",
             **_after_steps(pipeline, num_inference_steps, guidance_end, watch),
-        ).images
+        )
         pictures.append((made * 255).round().astype(np.uint8))
         bar.update(len(part))
     bar.close()
     return np.concatenate(pictures)
+
+
+def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any) -> np.ndarray:
+    """The pipeline's pictures, float [B, R, R, 3] in [0, 1]; raises `UserError` where memory or numbers do not suffice."""
+    try:
+        made = pipeline(prompts, **options).images
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text):
+            raise
+        raise UserError(
+            f"memory does not suffice for {len(prompts)} pictures at once ({text.splitlines()[0][:150] if text else 'none left'}); "
+            "give a smaller --batch_size"
+        ) from None
+    if not np.isfinite(made).all():
+        raise UserError(
+            f"the model's numbers overflowed at guidance_scale {options['guidance_scale']:g} with "
+            f"{type(pipeline.scheduler).__name__}, so there is no picture; lower the guidance scale, or take scheduler ddim"
+        )
+    return made
 
 
 def _after_steps(
