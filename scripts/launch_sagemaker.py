@@ -48,6 +48,7 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
     inner = jobs.read_inside(inside)
     jobs.check_precision(config, inside, inner)
     inputs = jobs.local_inputs(command, config)
+    check_push(command)
 
     # look at the account
     account = aws.look(config, inputs)
@@ -93,6 +94,21 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
     )
     if options.wait:
         wait(job, config, account)
+
+
+def check_push(command: jobs.Command) -> None:
+    """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
+    settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
+    if not getattr(settings, "push_to_hub", False):
+        return
+    from t2i import hub
+
+    captions = command.script == "caption_to_hub.py"
+    option = "hub_dataset_id" if captions else "hub_model_id"
+    repo_id = hub.check_repo_id(getattr(settings, option), f"--{option}")
+    hub.check_license(settings.license or None)
+    if os.environ.get("HF_TOKEN"):  # the token that travels
+        hub.check_access(repo_id, "dataset" if captions else "model", lambda text: print(text, file=sys.stderr))
 
 
 def read_options() -> argparse.Namespace:

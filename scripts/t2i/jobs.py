@@ -123,7 +123,7 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
     if (own or inner.get("mixed_precision")) == "fp16" and not has_gpu(config.ec2_instance_type):
         where = "the SageMaker YAML" if own else f"--inside {inside.name}"
         raise UserError(
-            f"mixed_precision fp16 of {where} needs a GPU, which {config.ec2_instance_type} has not; set ec2_instance_type: "
+            f"mixed_precision fp16 of {where} needs a GPU, and {config.ec2_instance_type} has none; set ec2_instance_type: "
             f"ml.g4dn.xlarge, or mixed_precision: 'no' in {'it' if own else 'the SageMaker YAML'}"
         )
 
