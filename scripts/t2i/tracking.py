@@ -617,7 +617,7 @@ def follow_move(database: Path) -> list[str]:
 
     MLflow keeps them as absolute paths. Changed are locations `…/mlruns/NAME` that were beside this database once: `…` is
     gone, or has a database of this name itself (it was copied), or `mlruns/NAME` is here as well. A run's artifacts that are
-    at the old place alone stay there. Returns a sentence for each experiment that was changed.
+    at the old place alone stay there. Returns a sentence for each experiment with runs that was changed.
     """
     told = []
     with closing(sqlite3.connect(database, timeout=30)) as store, store:
@@ -641,9 +641,10 @@ def follow_move(database: Path) -> list[str]:
                 here = new / unquote(rest.lstrip("/"))
                 if rest.startswith("/") and (here.exists() or not (old / unquote(rest.lstrip("/"))).exists()):
                     store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (uri + rest, run))
-            told.append(
-                f"MLflow's database was moved: artifacts of the experiment {name} are looked for and put in {new} now"
-            )
+            if runs:
+                told.append(
+                    f"MLflow's database was moved: artifacts of the experiment {name} go to, and come from, {new}"
+                )
     return told
 
 
@@ -692,7 +693,7 @@ def _first_line(error: BaseException) -> str:
     text = str(error)
     cause = re.search(r"\[Errno -?\d+\] ([\w ,'-]+)|(timed out)|Response body: '?(.{1,160})", text)
     told = next(filter(None, cause.groups())) if cause else text.strip().partition("\n")[0][:200]
-    return told.strip() or type(error).__name__
+    return told.strip().removesuffix("'") or type(error).__name__
 
 
 def _cut(text: str, limit: int) -> str:
