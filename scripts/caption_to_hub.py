@@ -75,6 +75,7 @@ def main() -> None:
     from t2i import captions, hub
 
     limits = captions.parse_thresholds(config.fail_on)
+    hub.check_license(config.license or None)
     if config.push_to_hub:
         hub.check_repo_id(config.hub_dataset_id, "--hub_dataset_id")
     folder = Path(config.output_dir or "outputs/captioned")

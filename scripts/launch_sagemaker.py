@@ -33,13 +33,22 @@ ENDED = ("Completed", "Failed", "Stopped")
 def main() -> None:
     options = read_options()
     config = jobs.read_config(Path(options.config_file))
+    aws.find_region(config)
+    with aws.in_words():  # whatever has no better words
+        launch(options, config)
+
+
+def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
+    """Plan, confirm and submit the job, or fetch one."""
     if options.fetch:
         fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
         return
     command = jobs.read_command(options.command)
     inside = Path(options.inside)
     inner = jobs.read_inside(inside)
+    jobs.check_precision(config, inside, inner)
     inputs = jobs.local_inputs(command, config)
+    check_push(command)
 
     # look at the account
     account = aws.look(config, inputs)
@@ -60,7 +69,8 @@ def main() -> None:
         hashes = {name: digest for name, (digest, _) in folders.items()}
         files = {name: found for name, (_, found) in folders.items()}
         secrets = aws.secrets_here(config)
-        plan = [f"{command.script} on SageMaker in {config.region}, in each container by {inside.name}:"]
+        where = f"{config.region} ({config.region_from})"
+        plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
         plan += [f"NOTE: {note}" for note in notes(command, config, estimate, secrets)]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
@@ -84,6 +94,21 @@ def main() -> None:
     )
     if options.wait:
         wait(job, config, account)
+
+
+def check_push(command: jobs.Command) -> None:
+    """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
+    settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
+    if not getattr(settings, "push_to_hub", False):
+        return
+    from t2i import hub
+
+    captions = command.script == "caption_to_hub.py"
+    option = "hub_dataset_id" if captions else "hub_model_id"
+    repo_id = hub.check_repo_id(getattr(settings, option), f"--{option}")
+    hub.check_license(settings.license or None)
+    if os.environ.get("HF_TOKEN"):  # the token that travels
+        hub.check_access(repo_id, "dataset" if captions else "model", lambda text: print(text, file=sys.stderr))
 
 
 def read_options() -> argparse.Namespace:
@@ -190,7 +215,7 @@ def build_request(
     def refuse(request: Any, **_: Any) -> None:
         raise EndpointConnectionError(endpoint_url=request.url)
 
-    boto = boto3.Session("-", "-", region_name=config.region)
+    boto = boto3.Session("-", "-", region_name=config.region, profile_name=config.profile)
     boto.events.register("provide-client-params.sagemaker.CreateTrainingJob", stop)
     boto.events.register_first("before-send", refuse)
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # the role was looked at, as far as it can be
@@ -285,17 +310,15 @@ def submit(
     config: jobs.SageMakerConfig, account: aws.Account, source: Path, channels: dict[str, str], secret: str | None
 ) -> str:
     """Send the job; returns its name."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core.helper.session_helper import Session
 
+    begin, end = "SageMaker does not take the job: ", "; nothing runs and nothing is billed"
     try:
-        made = trainer(config, account, Session(boto_session=account.session), source, channels, secret)
-        made.train(wait=False, logs=False)
-    except (ClientError, BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: the SDK's checks of the role
-        raise UserError(
-            f"SageMaker does not take the job ({aws.brief(error)}); nothing runs and nothing is billed"
-        ) from None
+        with aws.in_words(begin, end):
+            made = trainer(config, account, Session(boto_session=account.session), source, channels, secret)
+            made.train(wait=False, logs=False)
+    except ValueError as error:  # the SDK's checks of the role and of the request
+        raise UserError(f"{begin}{aws.brief(error)}{end}") from None
     return made._latest_training_job.training_job_name
 
 
@@ -329,7 +352,7 @@ def wait(job: str, config: jobs.SageMakerConfig, account: aws.Account) -> None:
         raise SystemExit(130) from None
     except (ClientError, BotoCoreError) as error:
         raise UserError(
-            f"{job} cannot be followed any more ({aws.brief(error)}); it goes on, --fetch brings it home"
+            f"{job} cannot be followed any more: {aws.explain(error)}; it goes on, and --fetch brings it home"
         ) from None
     if state["TrainingJobStatus"] != "Completed":
         raise UserError(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
@@ -362,16 +385,15 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
 
 def fetch(job: str, folder: Path, config: jobs.SageMakerConfig) -> None:
     """Bring an ended job's result home as a run folder: model, settings, curves and samples; not its checkpoints."""
-    import boto3
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import ClientError
 
     if folder.exists():
         raise UserError(f"{folder} is there already; give another --output_dir, or delete it")
     part = folder.with_name(f".{folder.name}.part")  # a fetch that breaks can be repeated
     shutil.rmtree(part, ignore_errors=True)
     try:
-        session = boto3.Session(profile_name=config.profile, region_name=config.region)
+        session = aws.open_session(config)
+        aws.check_credentials(session)
         state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
         if state["TrainingJobStatus"] not in ENDED:
             raise UserError(f"{job} is still at work ({state.get('SecondaryStatus', '')}); fetch it when it has ended")
@@ -381,11 +403,16 @@ def fetch(job: str, folder: Path, config: jobs.SageMakerConfig) -> None:
             fetch_run(s3, uri, part)
         fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
     except ClientError as error:
-        raise UserError(
-            f"{job} cannot be fetched ({aws.brief(error)}); check its name and region {config.region}"
-        ) from None
-    except (BotoCoreError, Boto3Error) as error:
-        raise UserError(f"AWS cannot be asked ({aws.brief(error)}); run aws configure, or check the network") from None
+        hint = f"check its name and the region {config.region} ({config.region_from})"
+        unknown = error.response["Error"]["Code"] in (
+            "ValidationException",
+            "ResourceNotFound",
+            "404",
+            "NoSuchKey",
+            "NoSuchBucket",
+        )
+        raise UserError(f"{job} cannot be fetched: {aws.brief(error) if unknown else aws.explain(error)}"
+                        + (f"; {hint}" if unknown else "")) from None  # fmt: skip
     except (OSError, tarfile.TarError) as error:
         raise UserError(
             f"{job} cannot be kept in {folder} ({aws.brief(error)}); make room, and fetch it again"

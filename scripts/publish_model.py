@@ -30,6 +30,7 @@ def main() -> None:
 
     run = publish.find_run(options.model)
     repo_id = hub.check_repo_id(options.hub_model_id, "--hub_model_id")
+    publish.choose_license(run, options.license)
     hub.check_access(repo_id, "model")
     from t2i.distributed import quiet_libraries
 

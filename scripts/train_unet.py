@@ -246,6 +246,7 @@ def check_push(config: TrainUnetConfig, accelerator: Any) -> None:
         from t2i import hub
 
         repo_id = hub.check_repo_id(config.hub_model_id, "--hub_model_id")
+        hub.check_license(config.license or None)
         if accelerator.is_main_process:
             hub.check_access(repo_id, "model")
 

@@ -87,7 +87,7 @@ def test_a_server_that_is_down_then_up_then_killed_then_silent(dashboard, mlflow
         assert session.has("vega_lite_chart")
         session.set("metric", ["val_loss"])
         look_until_done(session)
-        assert "start it or mend MLFLOW_TRACKING_URI" in words(session)  # its port may outlive its end by a moment
+        assert "start it or fix MLFLOW_TRACKING_URI" in words(session)  # its port may outlive its end by a moment
         with Session(dashboard.url).connected() as late:
             late.open("curves", "source=MLflow")
             look_until_done(late)

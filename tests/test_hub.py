@@ -11,7 +11,7 @@ from huggingface_hub.utils import get_session
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
 from t2i import hub as t2i_hub
-from t2i.hub import HubError, check_access, check_repo_id, push_folder
+from t2i.hub import HubError, check_access, check_license, check_repo_id, explain_loading, push_folder
 from t2i.runs import UserError
 
 REPO = "datasets/me/flowers"
@@ -289,7 +289,7 @@ def test_refusals_that_hf_xet_meets(hub, folder, monkeypatch):
     with pytest.raises(HubError, match="the Hub answers 403: Forbidden; run `hf auth login`"):
         push(folder)
     hub.mend()
-    with pytest.raises(HubError, match="the Hub answers 404: Not Found"):  # this Hub has no xet
+    with pytest.raises(HubError, match=r"no Xet storage.*set HF_HUB_DISABLE_XET=1"):  # which this Hub has not
         push(folder)
 
 
@@ -358,6 +358,121 @@ def test_access_is_known_before_the_work(hub, folder, monkeypatch):
             check_access("me/flowers", "dataset", said.append)
         assert "hf auth login" in str(error.value)
     assert said == []
+
+
+def test_roles_and_scopes_are_known_before_the_work(hub, monkeypatch):
+    """What whoami tells of organizations and fine-grained tokens, as the Hub writes it."""
+    from loopback_hub import Handler
+
+    whoami, said = Handler.whoami, []
+
+    def account(role=None, scoped=None):
+        def answer(handler):
+            status, body, headers = whoami(handler)
+            body["orgs"] = [{"name": "Club"} | ({"roleInOrg": role} if role else {})]
+            if scoped is not None:
+                scopes = [
+                    {"entity": {"type": kind, "name": name}, "permissions": rights} for kind, name, rights in scoped
+                ]
+                limits = {"global": ["discussion.write"], "scoped": scopes}
+                body["auth"]["accessToken"] = {"role": "fineGrained", "fineGrained": limits}
+            return status, body, headers
+
+        monkeypatch.setattr(Handler, "whoami", answer)
+
+    write, read = ["repo.content.read", "repo.write"], ["repo.content.read"]
+    hub.create("datasets/club/there")
+    for role, scoped, repo, words in (
+        ("read", None, "club/new", "may only read in club"),
+        (None, [("user", "me", write)], "club/new", "the fine-grained token of me may not write to club/new"),
+        (None, [("org", "club", read)], "club/there", "may not write to club/there"),
+        (None, [("dataset", "club/new", write)], "club/new", "may not create repositories of club"),
+        (None, [], "me/new", "give it write access to repositories of me"),
+    ):
+        account(role, scoped)
+        with pytest.raises(HubError, match=words):
+            check_access(repo, "dataset", said.append)
+    for role, scoped, repo in (
+        ("write", None, "club/new"), ("admin", [("org", "Club", write)], "club/new"),
+        ("read", [("dataset", "club/there", write)], "club/there"), (None, [("user", "me", write)], "me/new"),
+    ):  # fmt: skip
+        account(role, scoped)
+        check_access(repo, "dataset", said.append)
+    assert said == []
+    account("contributor")
+    check_access("club/new", "dataset", said.append)
+    assert said == [
+        "warning: me is a contributor in club, and may not be allowed to create club/new or to write to it later"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("CC-BY-4.0", "cc-by-4.0"), ("CC BY 4.0", "cc-by-4.0"), ("Apache 2.0", "apache-2.0"), ("GPLv3", "gpl-3.0"),
+        ("CC0", "cc0-1.0"), ("The MIT License", "mit"), ("https://creativecommons.org/licenses/by-nc-sa/4.0/", "cc-by-nc-sa-4.0"),
+        ("cc-by", "cc-by-4.0"), ("unlicensed", "unlicense"), ("proprietary", "give other"),
+    ],
+)  # fmt: skip
+def test_a_licence_that_the_hub_has_not_is_known_before_the_work(given, meant):
+    with pytest.raises(HubError, match=f"did you mean {meant}|{meant};"):
+        check_license(given)
+    for taken in ("cc-by-4.0", "unknown", "other", "openrail++", None):
+        check_license(taken)
+
+
+def test_what_cannot_be_loaded_says_why(hub, monkeypatch, tmp_path):
+    """By the real clients: gated, private or misspelled, a wrong revision or token, offline, no network."""
+    from diffusers import AutoencoderKL
+
+    from loopback_hub import Handler, Refusal
+    from t2i.models import load_vae
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def told(name="me/vae", revision=None):
+        with pytest.raises(UserError) as error:
+            load_vae(name, revision)
+        return str(error.value)
+
+    hub.create("models/me/vae")
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, latent_channels=1)
+    vae.save_pretrained(tmp_path / "vae")
+    push_folder(tmp_path / "vae", "me/vae", "model", files=["*"], message="vae")
+    assert "me/vae has no revision v9; " in told(revision="v9")
+    assert "the Hub shows no me/misspelled: correct the name, or your token may not read it" in told("me/misspelled")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "hf auth login" in told()
+    monkeypatch.delenv("HF_TOKEN")
+    assert "correct the name, or it is private: `hf auth login`, or set HF_TOKEN" in told()
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    resolve = Handler.resolve
+
+    def gated(*_, **__):
+        raise Refusal(403, "Access to model me/vae is restricted", "GatedRepo")
+
+    monkeypatch.setattr(Handler, "resolve", gated)
+    assert f"me/vae is gated: accept its conditions at {hub.url}/me/vae" in told()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set; unset it, or first run, with a network, `hf download me/vae`" in told()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Handler, "resolve", resolve)
+    assert load_vae("me/vae").config.latent_channels == 1  # and what was refused was the fault's doing alone
+    assert explain_loading(ValueError("no such thing"), "me/vae") is None
+
+
+def test_a_push_that_repeating_cannot_help_does_not_advise_it(hub, folder, monkeypatch):
+    from loopback_hub import Handler, Refusal
+
+    def refuse(handler):
+        raise Refusal(400, '"license" must be one of [apache-2.0, mit]')
+
+    monkeypatch.setattr(Handler, "validate_yaml", refuse)
+    (folder / "README.md").write_text("---\nlicense: MIT\n---\n")
+    with pytest.raises(HubError) as error:
+        push(folder, files=["README.md", "notes.txt"])
+    assert "correct that, then push again" in str(error.value)
+    assert "repeats the push" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["429", "500", "reset", "stalled"])

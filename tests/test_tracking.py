@@ -1,15 +1,19 @@
 """Tracking: what is recorded arrives once whatever the server does, and secrets arrive nowhere."""
 
+import http.server
 import math
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +173,181 @@ def test_a_plain_folder_is_refused_with_the_mend() -> None:
         start(tracking_uri="./mlruns")
     with pytest.raises(UserError, match="tracked"):
         tracking.replay(Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "fix"),
+    [
+        ("localhost:5000", "lacks http://; give http://localhost:5000"),
+        ("127.0.0.1:5000/x", "give http://127.0.0.1:5000/x"),
+        ("dagshub.com/me/flowers.mlflow", "give https://dagshub.com/me/flowers.mlflow"),
+        ("me:s3cretpw@mlflow.corp:5000", "give http://mlflow.corp:5000"),
+        ("http://", "names no host; give http://host:port"),
+        ("sqlite:runs.db", "lacks slashes; give sqlite:///runs.db"),
+        ("sqlite://runs.db", "give sqlite:///runs.db"),
+        ("sqlite:///", "names no file"),
+        ("runs.db", "lacks sqlite:///; give sqlite:///runs.db"),
+        ("postgres://me@db/mlflow", "give postgresql://"),
+        ("htps://mlflow.corp", r"give http\(s\)://host:port"),
+    ],
+)
+def test_an_address_that_is_none_gets_the_one_that_is_meant(uri: str, fix: str) -> None:
+    with pytest.raises(UserError, match=fix) as error:
+        tracking.resolve_uri(uri)
+    assert "s3cretpw" not in str(error.value)
+
+
+# --- A folder that moves ---------------------------------------------------------------------------------------------
+
+
+def test_artifacts_follow_the_database(empty_database: Path, tmp_path: Path) -> None:
+    """Moved, copied, or at a place of somebody's own choice: by MLflow's client before and after."""
+
+    def artifacts(home: Path) -> dict[str, str]:
+        found = client(f"sqlite:///{home}/mlflow.db")
+        return {run.info.run_name: run.info.artifact_uri for run in found.search_runs(["1", "2"])}
+
+    (tmp_path / "a").mkdir()
+    shutil.copy(empty_database, tmp_path / "a/mlflow.db")
+    before = client(f"sqlite:///{tmp_path}/a/mlflow.db")
+    chosen = (tmp_path / "disk/mlruns/own").as_uri()
+    (tmp_path / "disk/mlruns/own").mkdir(parents=True)
+    for name, location in (("t2i", (tmp_path / "a/mlruns/t2i").as_uri()), ("own", chosen)):
+        before.create_experiment(name, artifact_location=location)
+    first = before.create_run("1", run_name="first").info.run_id
+    before.create_run("2", run_name="own")
+    before.log_text(first, "as it was", "notes.txt")
+    assert tracking.follow_move(tmp_path / "a/mlflow.db") == []
+
+    (tmp_path / "a").rename(tmp_path / "b")
+    (told,) = tracking.follow_move(tmp_path / "b/mlflow.db")
+    assert told.endswith(f"experiment t2i go to, and come from, {tmp_path}/b/mlruns/t2i")
+    assert tracking.follow_move(tmp_path / "b/mlflow.db") == []
+    assert artifacts(tmp_path / "b")["first"].startswith((tmp_path / "b/mlruns/t2i").as_uri())
+    assert artifacts(tmp_path / "b")["own"].startswith(chosen)
+    after = client(f"sqlite:///{tmp_path}/b/mlflow.db")
+    assert [file.path for file in after.list_artifacts(first)] == ["notes.txt"]
+    second = after.create_run("1").info.run_id
+    after.log_text(second, "new", "notes.txt")
+    assert not (tmp_path / "a").exists()
+
+    shutil.copytree(tmp_path / "b", tmp_path / "c", ignore=shutil.ignore_patterns(second))
+    assert len(tracking.follow_move(tmp_path / "c/mlflow.db")) == 1
+    copied = client(f"sqlite:///{tmp_path}/c/mlflow.db")
+    assert copied.get_run(first).info.artifact_uri.startswith((tmp_path / "c").as_uri())
+    assert copied.get_run(second).info.artifact_uri.startswith((tmp_path / "b").as_uri())  # that one was left behind
+
+
+# --- What refuses, and why -------------------------------------------------------------------------------------------
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the server's `answer`: status and body; the first one `slow` seconds later."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        slow, self.server.slow = self.server.slow, 0
+        time.sleep(slow)
+        status, body = self.server.answer
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answering() -> Iterator[http.server.ThreadingHTTPServer]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.slow, server.url = 0, f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def why(uri: str) -> str:
+    tracking.import_mlflow()
+    with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises
+        client(uri).search_experiments(max_results=1)
+    return tracking.explain(error.value, uri)[0]
+
+
+def test_a_server_that_refuses_says_why(answering, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "<!DOCTYPE html><html>Sign in</html>"
+    for status, body, sentence in (
+        (
+            401,
+            '{"error_code": "UNAUTHENTICATED", "message": "token expired"}',
+            "token expired); correct MLFLOW_TRACKING_TOKEN",
+        ),
+        (403, "no", "it does not let these credentials write (no); correct MLFLOW_TRACKING_TOKEN"),
+        (200, page, "it answers with a web page, not as MLflow does; correct the address in MLFLOW_TRACKING_URI"),
+        (404, page, "it answers with a web page"),
+        (404, "nothing", "it has no MLflow at this address (nothing); correct MLFLOW_TRACKING_URI"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "x" * 12)
+        answering.answer = (status, body)
+        assert sentence in why(answering.url)
+    monkeypatch.setenv("http_proxy", answering.url.replace("//", "//me:s3cretpw@"))
+    monkeypatch.setenv("no_proxy", "")
+    answering.answer = (403, page)
+    told = why("http://mlflow.corp:5000")
+    assert f"through the proxy http://[redacted]@127.0.0.1:{answering.server_port}: set NO_PROXY=mlflow.corp" in told
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert why("http://mlflow.corp:5000").startswith(
+        "the proxy http://127.0.0.1:9 does not let the request through ([Errno 111]"
+    )
+
+
+def test_a_database_that_cannot_be_used_says_why(empty_database: Path, tmp_path: Path) -> None:
+    assert (
+        why("postgresql+psycopg://me@127.0.0.1:9/x")
+        == "its driver psycopg is not installed; run: pip install 'psycopg[binary]'"
+    )
+    assert why("mysql://me@127.0.0.1:9/x").endswith("pip install mysqlclient")
+    for name, version in (("newer", "ffffffffffff"), ("older", "f5a4f2784254")):
+        shutil.copy(empty_database, tmp_path / f"{name}.db")
+        with closing(sqlite3.connect(tmp_path / f"{name}.db")) as store, store:
+            store.execute("UPDATE alembic_version SET version_num = ?", (version,))
+    told = why(f"sqlite:///{tmp_path}/older.db")
+    assert told.endswith(f"copy older.db, then run: mlflow db upgrade sqlite:///{tmp_path}/older.db")
+    told = why(f"sqlite:///{tmp_path}/newer.db")
+    assert "install that MLflow (pip install --upgrade mlflow), or name another database" in told
+    assert "db upgrade" not in told
+    (tmp_path / "text.db").write_text("no database" * 100)
+    assert (
+        why(f"sqlite:///{tmp_path}/text.db") == "this file is no SQLite database; name another in MLFLOW_TRACKING_URI"
+    )
+
+
+def test_one_warning_does_not_silence_another(
+    answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "START_WAIT_S", 0.1)
+    answering.slow, answering.answer = 0.5, (401, '{"error_code": "UNAUTHENTICATED", "message": "token expired"}')
+    tracker = start(tracking_uri=answering.url)
+    tracker.finish()
+    said = capsys.readouterr().err
+    assert said.count("has not answered within") == 1
+    assert said.count("it does not accept the credentials (UNAUTHENTICATED: token expired)") == 1
+    assert "records not sent yet: 2" in said
+
+
+def test_a_deleted_experiment_says_how_to_go_on(empty_database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    client().delete_experiment(client().create_experiment("flowers"))
+    start().finish()
+    said = capsys.readouterr().err
+    assert f"MLFLOW_TRACKING_URI=sqlite:///{Path.cwd()}/mlflow.db mlflow experiments restore --experiment-id 1" in said
+    tracker = tracking.Tracker(Path("run"), experiment="roses", run_name="second", config=CONFIG)
+    tracker.finish()
+    assert client().get_experiment(client().get_run(tracker.run_id).info.experiment_id).name == "roses"
+    assert "records not sent yet" not in capsys.readouterr().err
 
 
 # --- A server that comes and goes ------------------------------------------------------------------------------------

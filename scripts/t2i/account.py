@@ -7,9 +7,11 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -18,6 +20,15 @@ from t2i import jobs
 from t2i.runs import UserError
 
 PLACEHOLDER = "000000000000"  # stands for the account in a dry run without credentials
+NO_CREDENTIALS = "no AWS credentials: run aws configure, or export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+DEFAULT_REGION = "us-east-1"
+ROLE_ARN = re.compile(r"arn:(aws[a-z-]*):iam::(\d{12}):role/((?:[\w+=,.@-]+/)*)([\w+=,.@-]{1,64})", re.ASCII)
+ROLE_NAME = re.compile(r"/?(?:[\w+=,.@-]+/)*([\w+=,.@-]{1,64})", re.ASCII)
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+UNKNOWN_KEY = ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId", "AuthFailure", "InvalidToken",
+               "SignatureDoesNotMatch", "IncompleteSignature", "InvalidSignatureException", "NotAuthorized",
+               "MissingAuthenticationToken", "MissingAuthenticationTokenException")  # fmt: skip
+NOT_ALLOWED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError", "403")
 
 
 @dataclass
@@ -35,17 +46,12 @@ class Account:
 
 def look(config: jobs.SageMakerConfig, inputs: dict[str, str]) -> Account:
     """Check against AWS what the job needs. Raises `UserError` for what no account mends; lists the rest in `missing`."""
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ProfileNotFound
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core import image_uris
 
     logging.getLogger("sagemaker").setLevel(logging.ERROR)  # what it says of defaults is in the plan
-    try:
-        session = boto3.Session(profile_name=config.profile, region_name=config.region)
-    except ProfileNotFound:
-        raise UserError(
-            f"profile {config.profile} is not in ~/.aws; run aws configure --profile {config.profile}"
-        ) from None
+    session = open_session(config)
     kinds = session.client("sagemaker", aws_access_key_id="-", aws_secret_access_key="-").meta.service_model
     known = kinds.shape_for("TrainingInstanceType").enum
     if config.ec2_instance_type not in known:
@@ -59,19 +65,19 @@ def look(config: jobs.SageMakerConfig, inputs: dict[str, str]) -> Account:
     partitions = session.get_available_partitions()
     regions = {region: part for part in partitions for region in session.get_available_regions("sagemaker", part)}
     if config.region not in regions:
-        raise UserError(f"region {config.region} is none that has SageMaker; take us-east-1, or look at AWS's list")
+        raise UserError(
+            f"region {config.region} ({config.region_from}) is none that has SageMaker; take {DEFAULT_REGION}, or look at "
+            "AWS's list"
+        )
     account = Account(session, partition=regions[config.region])
     account.image = config.image_uri or find_image(image_uris, config)
+    soon = Config(
+        connect_timeout=10, read_timeout=20, retries={"total_max_attempts": 2}
+    )  # else minutes without a network
     try:
-        account.number = session.client("sts").get_caller_identity()["Account"]
-    except NoCredentialsError:
-        account.missing.append(
-            "no AWS credentials: run aws configure, or export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    except (ClientError, BotoCoreError) as error:
-        account.missing.append(
-            f"AWS does not accept the credentials ({brief(error)}); run aws configure, or aws sso login"
-        )
+        account.number = session.client("sts", config=soon).get_caller_identity()["Account"]
+    except (ClientError, BotoCoreError, EOFError, OSError) as error:  # EOFError, OSError: of what a profile names
+        account.missing.append(explain(error))
     account.bucket = f"sagemaker-{config.region}-{account.number}"  # as the SDK names it
     account.role = find_role(config, account)
     if not account.missing:
@@ -80,48 +86,89 @@ def look(config: jobs.SageMakerConfig, inputs: dict[str, str]) -> Account:
 
 
 def find_image(image_uris: Any, config: jobs.SageMakerConfig) -> str:
-    """AWS's image for the YAML's versions."""
-    wanted: dict[str, Any] = {"framework": "pytorch", "version": config.pytorch_version}
-    if config.transformers_version:
-        wanted = {
-            "framework": "huggingface", "version": config.transformers_version,
-            "base_framework_version": f"pytorch{config.pytorch_version}",
-        }  # fmt: skip
-    try:
+    """AWS's image for the YAML's versions. Raises `UserError` with changes that give one, where they do not."""
+
+    def retrieve(config: jobs.SageMakerConfig) -> str:
+        wanted: dict[str, Any] = {"framework": "pytorch", "version": config.pytorch_version}
+        if config.transformers_version:
+            wanted = {
+                "framework": "huggingface", "version": config.transformers_version,
+                "base_framework_version": f"pytorch{config.pytorch_version}",
+            }  # fmt: skip
         return image_uris.retrieve(
             **wanted, region=config.region, py_version=config.py_version, instance_type=config.ec2_instance_type,
             image_scope="training",
         )  # fmt: skip
+
+    try:
+        return retrieve(config)
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"AWS has no image for pytorch_version {config.pytorch_version}, py_version {config.py_version} "
-            f"({brief(error)}); take pytorch_version: 2.9.0 with py_version: py312, or name image_uri"
-        ) from None
+        reason = brief(error)
+    changes = jobs.version_changes(config)
+    try:
+        retrieve(replace(config, **jobs.VERSIONS))
+    except (ValueError, KeyError):
+        changes = []  # none that would help
+    fix = f"in the YAML {', '.join(changes)}, or name image_uri" if changes else "name image_uri in the YAML"
+    named = ", ".join(f"{key} {getattr(config, key)}" for key in jobs.VERSIONS if getattr(config, key))
+    raise UserError(f"AWS has no image for {named} on {config.ec2_instance_type} ({reason}); {fix}")
 
 
 def find_role(config: jobs.SageMakerConfig, account: Account) -> str:
-    """The role's ARN; `missing` gets a sentence where there is none."""
+    """The role's ARN; `missing` gets a sentence where it is not known for sure.
+
+    An ARN is sent as it is written, or not at all. Of a bare name only AWS knows the whole ARN: a role's path is part of it.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     name = config.iam_role_name
-    arn = name if name.startswith("arn:") else f"arn:{account.partition}:iam::{account.number}:role/{name or 'ROLE'}"
     if not name:
         account.missing.append(
             "iam_role_name is empty: name the role that the job runs as (AWS console, IAM, Roles, SageMaker execution)"
         )
-    elif not account.missing:
-        try:
-            return account.session.client("iam").get_role(RoleName=name.split("/")[-1])["Role"]["Arn"]
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "NoSuchEntity":
-                account.missing.append(
-                    f"the role {name} is not in account {account.number}: make it (AWS console, IAM, Roles, SageMaker "
-                    "execution), or name another in iam_role_name"
-                )
-            # not allowed to look: AWS itself will say whether the role serves
-        except BotoCoreError as error:
-            account.missing.append(f"the role {name} cannot be looked up ({brief(error)})")
-    return arn
+        return f"arn:{account.partition}:iam::{account.number}:role/ROLE"
+    written = ROLE_ARN.fullmatch(name)
+    plain = ROLE_NAME.fullmatch(name)
+    if not written and not plain:
+        raise UserError(
+            f"iam_role_name {name!r} is neither a role's name nor its ARN; copy the ARN from AWS's console (IAM, Roles), it "
+            "reads arn:aws:iam::ACCOUNT:role/NAME"
+        )
+    role = written[4] if written else plain[1] if plain else ""
+    arn = name if written else f"arn:{account.partition}:iam::{account.number}:role/{name.lstrip('/')}"
+    if account.missing:  # nobody can be asked
+        return arn
+    if written and (written[1], written[2]) != (account.partition, account.number):
+        of = f"partition {written[1]}" if written[2] == account.number else f"account {written[2]}"
+        here = f"{account.partition}, by the region" if written[2] == account.number else account.number
+        account.missing.append(
+            f"the role {name} is of {of}, and the job goes to {here}: SageMaker takes no role of another; launch with that "
+            "account's credentials (profile in the YAML), or name a role of this one in iam_role_name"
+        )
+        return arn
+    try:
+        found = str(account.session.client("iam").get_role(RoleName=role)["Role"]["Arn"])
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code == "NoSuchEntity":
+            account.missing.append(
+                f"the role {name} is not in account {account.number}: make it (AWS console, IAM, Roles, SageMaker "
+                "execution), or name another in iam_role_name"
+            )
+        elif not written:
+            why = "you may not look it up (iam:GetRole)" if code in NOT_ALLOWED else explain(error)
+            account.missing.append(
+                f"the whole ARN of the role {name} is not known: {why}; give it in iam_role_name, as AWS's console shows it "
+                "(IAM, Roles)"
+            )
+        return arn  # as written: AWS itself will say whether it serves
+    except BotoCoreError as error:
+        account.missing.append(f"the role {name} cannot be looked up: {explain(error)}")
+        return arn
+    if (written or "/" in name) and found != arn:
+        account.missing.append(f"the role {role} is {found}, and iam_role_name says {name}; write it there as it is")
+        return arn
+    return found
 
 
 def check_buckets(config: jobs.SageMakerConfig, inputs: dict[str, str], account: Account) -> None:
@@ -143,7 +190,7 @@ def check_buckets(config: jobs.SageMakerConfig, inputs: dict[str, str], account:
                 account.missing.append(f"the bucket s3://{bucket} is closed to you; ask its owner, or name another")
                 continue
         except BotoCoreError as error:
-            account.missing.append(f"the bucket s3://{bucket} cannot be looked at ({brief(error)})")
+            account.missing.append(f"the bucket s3://{bucket} cannot be looked at: {explain(error)}")
             continue
         region = headers.get("x-amz-bucket-region", config.region)
         if region != config.region:
@@ -153,9 +200,148 @@ def check_buckets(config: jobs.SageMakerConfig, inputs: dict[str, str], account:
             )
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """An exception's message on one short line."""
     return " ".join(str(error).split())[:200]
+
+
+# --- AWS's words ------------------------------------------------------------------------------------------------------
+
+
+def find_region(config: jobs.SageMakerConfig) -> None:
+    """Set the job's region, and where it comes from: YAML, AWS_REGION, AWS_DEFAULT_REGION, the profile, else us-east-1."""
+    if config.region:
+        config.region_from = "region in the YAML"
+        return
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        if value := os.environ.get(name, "").strip():
+            config.region, config.region_from = value, f"by {name}"
+            break
+    else:
+        _profiles_region(config)
+    if not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d", config.region):
+        raise UserError(
+            f"{config.region!r} ({config.region_from}) is no region of AWS; set region in the YAML, such as us-east-1"
+        )
+
+
+def _profiles_region(config: jobs.SageMakerConfig) -> None:
+    import botocore.session
+
+    with in_words():
+        session = botocore.session.Session(profile=config.profile)
+        value = session.get_scoped_config().get("region")
+    named = session.profile or "default"
+    config.region = value or DEFAULT_REGION
+    config.region_from = f"of the profile {named}" if value else "nothing names another"
+
+
+def open_session(config: jobs.SageMakerConfig) -> Any:
+    """boto3's session for the YAML's profile and region."""
+    import boto3
+
+    with in_words():
+        return boto3.Session(profile_name=config.profile, region_name=config.region)
+
+
+def check_credentials(session: Any) -> None:
+    """Raise `UserError` if there are no AWS credentials, or they cannot be had."""
+    with in_words():
+        try:
+            found = session.get_credentials()
+        except OSError as error:  # of a command or file that a profile names
+            raise UserError(explain(error)) from None
+    if found is None:
+        raise UserError(NO_CREDENTIALS)
+
+
+@contextmanager
+def in_words(begin: str = "", end: str = "") -> Iterator[None]:
+    """Turn what AWS's clients raise into a `UserError`: `begin`, the cause with its fix, `end`."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (ClientError, BotoCoreError, Boto3Error) as error:
+        raise UserError(f"{begin}{explain(error)}{end}") from None
+    except EOFError as error:  # botocore asks for a profile's code
+        raise UserError(f"{begin}{explain(error)}{end}") from None
+    except ValueError as error:
+        if not re.match("Invalid endpoint|invalid literal for int", str(error)):
+            raise
+        raise UserError(
+            f"{begin}AWS's client cannot work with this environment ({brief(error)}); correct AWS_ENDPOINT_URL and its like{end}"
+        ) from None
+
+
+def explain(error: BaseException) -> str:
+    """What an exception of AWS's clients means, and what to do: one sentence, without a full stop."""
+    from botocore import exceptions as boto
+
+    if not isinstance(error, boto.ClientError | boto.BotoCoreError) and isinstance(
+        error.__context__, boto.ClientError | boto.BotoCoreError
+    ):  # an upload's: the cause says more
+        error = error.__context__
+    words = brief(error)
+    if isinstance(error, boto.ClientError):
+        return _explain_answer(error)
+    if isinstance(error, EOFError):
+        return "the AWS profile asks for a code (mfa_serial), and nobody is here to type it; log in first, or launch in a terminal"
+    if isinstance(error, boto.ProfileNotFound):
+        name = str(error.kwargs.get("profile"))
+        where = next(
+            (key for key in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE") if os.environ.get(key) == name), "the YAML's profile"
+        )
+        return f"the AWS profile {name} ({where}) is not in ~/.aws/config; run aws configure --profile {name}, or name another"
+    if isinstance(error, boto.NoCredentialsError):
+        return NO_CREDENTIALS
+    if isinstance(error, boto.PartialCredentialsError):
+        return (
+            f"the AWS credentials are incomplete: {error.kwargs.get('cred_var')} is missing ({error.kwargs.get('provider')}); add "
+            "it, or run aws configure"
+        )
+    if isinstance(error, boto.SSOError | boto.TokenRetrievalError):
+        return f"the AWS login is over ({words}); run aws sso login, with --profile if it is not the default one"
+    if isinstance(error, boto.LoginError):
+        return f"the AWS login is over ({words}); run aws login, with --profile if it is not the default one"
+    if isinstance(error, boto.MissingDependencyException):
+        return f"AWS's client lacks a package ({words})"
+    if isinstance(error, boto.CredentialRetrievalError | OSError):
+        return f"AWS credentials cannot be fetched ({words}); correct what ~/.aws/config names for them, or run aws configure"
+    if isinstance(error, boto.ConfigParseError | boto.ConfigNotFound):
+        return (
+            f"{error.kwargs.get('path', '~/.aws/config')} cannot be read as AWS's settings ({words}); correct that file"
+        )
+    if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):
+        return f"AWS's region is missing or wrong ({words}); set region in the YAML, such as us-east-1"
+    if isinstance(error, boto.ProxyConnectionError):
+        return f"the proxy to AWS does not answer ({words}); correct HTTPS_PROXY, or unset it"
+    if isinstance(error, boto.SSLError):
+        return f"AWS's certificate is not accepted ({words}); name your company's certificates in AWS_CA_BUNDLE"
+    if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
+        return f"AWS cannot be reached ({words}); check the network, HTTPS_PROXY and AWS_ENDPOINT_URL"
+    return f"AWS's client cannot go on ({words}); correct ~/.aws/config or the environment's AWS_ variables"
+
+
+def _explain_answer(error: Any) -> str:
+    """What an error that AWS answered means."""
+    told = error.response.get("Error", {})
+    code, words = str(told.get("Code", "")), brief(error)
+    if code in EXPIRED:
+        return f"the AWS credentials have expired ({code}); get new ones: aws sso login, aws configure, or export them anew"
+    if code in UNKNOWN_KEY:
+        return f"AWS does not accept the credentials ({code}); run aws configure, or export the right AWS_ACCESS_KEY_ID"
+    if code in ("RequestTimeTooSkewed", "RequestInTheFuture"):
+        return f"this machine's clock is wrong ({code}); set it, and launch again"
+    if code in NOT_ALLOWED:
+        return f"your AWS credentials may not do this ({words}); ask the account's administrator to allow {error.operation_name}"
+    if code in ("ResourceLimitExceeded", "LimitExceededException", "ServiceQuotaExceededException"):
+        return f"the account's limit is reached ({words}); ask for more in Service Quotas, SageMaker"
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
+    if "Throttl" in code or code in ("TooManyRequestsException", "SlowDown") or status >= 500:
+        return f"AWS is busy ({words}); launch again in a minute"
+    return f"AWS refuses it ({words})"
 
 
 # --- What is put into it ----------------------------------------------------------------------------------------------
@@ -178,17 +364,11 @@ def upload(
 
     files, hashes: of each folder, as `jobs.hash_folder` gives them.
     """
-    from boto3.exceptions import S3UploadFailedError
-    from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core.helper.session_helper import Session
 
-    try:
+    with in_words("S3 does not take the data: ", "; what was sent is kept, and then the same command sends the rest"):
         account.bucket = Session(boto_session=account.session).default_bucket()  # makes it, if there is none yet
         send_folders(inputs, files, hashes, account)
-    except (ClientError, BotoCoreError, S3UploadFailedError) as error:
-        raise UserError(
-            f"S3 does not take the data ({brief(error)}); what was sent is kept, the same command sends the rest"
-        ) from None
     return channels_of(inputs, hashes, account)
 
 
@@ -217,19 +397,13 @@ def secret_name(config: jobs.SageMakerConfig, secrets: dict[str, str]) -> str:
 
 def store_secret(config: jobs.SageMakerConfig, secrets: dict[str, str], account: Account) -> str | None:
     """Put credentials into Secrets Manager; returns the secret's name."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
     if not secrets:
         return None
     name, client = secret_name(config, secrets), account.session.client("secretsmanager")
-    try:
-        with suppress(client.exceptions.ResourceExistsException):  # of these very credentials
-            client.create_secret(Name=name, SecretString=json.dumps(secrets))
-    except (ClientError, BotoCoreError) as error:
-        raise UserError(
-            f"Secrets Manager does not take {', '.join(secrets)} as {name} ({brief(error)}); allow it, name a secret of your "
-            f"own in environment, {jobs.SECRETS}, of the YAML, or unset them"
-        ) from None
+    begin = f"Secrets Manager does not take {', '.join(secrets)} as {name}: "
+    end = f"; or name a secret of your own in environment, {jobs.SECRETS}, of the YAML, or unset them"
+    with in_words(begin, end), suppress(client.exceptions.ResourceExistsException):  # of these very credentials
+        client.create_secret(Name=name, SecretString=json.dumps(secrets))
     return name
 
 

@@ -67,7 +67,7 @@ def resolve(config: CaptionConfig) -> ModelName:
     try:  # a branch or tag: which commit is it now, or in the cache when there is no network
         local = snapshot_download(source, revision=wanted, allow_patterns=["config.json"])
     except Exception as error:  # network, spelling, access: a dozen types
-        raise UserError(_cannot_load(source, error)) from None
+        raise UserError(_cannot_load(source, error, wanted)) from None
     _refuse_own_code(source, Path(local))
     return ModelName(source, Path(local).name, source)
 
@@ -85,7 +85,7 @@ def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: to
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError, ImportError: by model and file
-        raise UserError(_cannot_load(name.path, error)) from None
+        raise UserError(_cannot_load(name.path, error, name.revision if remote else None)) from None
     model = model.to(device).eval()
     if kind == "florence2":
         return _florence(model, processor, config)
@@ -206,6 +206,11 @@ def _refuse_own_code(source: str, folder: Path) -> None:
         )
 
 
-def _cannot_load(source: str, error: Exception) -> str:
+def _cannot_load(source: str, error: Exception, revision: str | None) -> str:
+    from t2i.hub import explain_loading
+
+    why = None if Path(source).expanduser().is_dir() else explain_loading(error, source, revision)
+    if why:
+        return f"the captioner cannot be loaded: {why}"
     reason = " ".join(str(error).split())[:200]
     return f"--captioner {source} cannot be loaded ({type(error).__name__}: {reason}); check the name and the network"

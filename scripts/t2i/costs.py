@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from t2i.config import Count, DataConfig, NonNegative, Positive, Recipe, TrainConfig, checked
+from t2i.config import DataConfig, Natural, NonNegative, Positive, Recipe, TrainConfig, checked
 from t2i.jobs import ROOT, Command, SageMakerConfig, read_yaml
 from t2i.runs import read_json
 
@@ -20,7 +20,7 @@ class Instance:
     """A machine of the price file."""
 
     usd_per_hour: Positive
-    gpus: Count
+    gpus: Natural  # 0: it computes on its processor, and so do the peaks
     fp16_tflops: Positive  # peak of one GPU, for bf16 as well
     fp32_tflops: Positive
     network_gbps: Positive  # sustained, between machines
@@ -35,6 +35,7 @@ class Prices:
     utilisation: Annotated[float, Field(gt=0, le=1)]
     overhead_minutes: NonNegative
     instances: dict[str, Instance]
+    region: str = "us-east-1"  # whose prices these are
 
 
 def read_prices(path: Path = PRICES) -> Prices:
@@ -81,7 +82,7 @@ def estimate(
         result.updates = settings.max_train_steps
         result.epochs = None if settings.max_train_steps else settings.num_train_epochs
         return result
-    processes = config.num_machines * machine.gpus
+    processes = config.num_machines * max(1, machine.gpus)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     result.global_batch, result.updates = batch, settings.max_train_steps
     if images:
@@ -124,7 +125,7 @@ def _assume(
     said = f"an update computes {compute:.2f} s ({passes * flops / 1e9:.1f} GFLOP a sample at {utilisation:.0%} of {peak:g} TFLOPS)"
     if sending:
         said += f" and sends {sending:.2f} s ({sending * machine.network_gbps / 8 * 1000:.0f} MB at {machine.network_gbps:g} Gbit/s)"
-    return own * machines * machine.gpus / (compute + sending), said
+    return own * machines * max(1, machine.gpus) / (compute + sending), said
 
 
 def unet_size(recipe: Recipe) -> tuple[float, int]:
@@ -213,18 +214,23 @@ def report(found: Estimate, command: Command, config: SageMakerConfig, prices: P
     if found.usd_per_hour is None:
         return [*lines, f"no price of {config.ec2_instance_type} in {PRICES.name}; add it there for an estimate"]
     spot = config.additional_args.use_spot_instances
+    # each line with USD says whose prices these are, as lines are read and quoted alone
+    other = config.region != prices.region
+    whose = f" at {prices.region}'s prices; {config.region}'s differ" if other else ""
     lines.append(
         f"{config.num_machines} x {config.ec2_instance_type}: {found.usd_per_hour:.2f} USD an hour on demand"
         + (f", about {found.usd_per_hour * SPOT_SHARE:.2f} on spot" if spot else "")
-        + f" (prices of {prices.as_of}, {PRICES.name})"
+        + f" (prices of {prices.region}, {prices.as_of}, {PRICES.name}"
+        + (f"; for {config.region} edit it, its region as well)" if other else ")")
     )
     if found.usd:
         lines.append(
             f"{found.hours:.1f} h x {found.usd_per_hour:.2f} USD = {found.usd:.2f} USD on demand"
             + (f", about {found.usd * SPOT_SHARE:.2f} on spot" if spot else "")
+            + whose
         )
     lines.append(
-        f"at most {found.usd_at_most:.2f} USD: max_run {config.additional_args.max_run / 3600:g} h ends the job"
+        f"at most {found.usd_at_most:.2f} USD{whose}: max_run {config.additional_args.max_run / 3600:g} h ends the job"
     )
     return lines
 

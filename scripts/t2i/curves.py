@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from t2i.runs import UserError
-from t2i.tracking import SPOOL_FILE, database_file, import_mlflow, redact, resolve_uri
+from t2i.tracking import SPOOL_FILE, database_file, explain, import_mlflow, redact, resolve_uri, uses_proxy
 
 POINTS = 500  # of a curve, at most: more than a chart has columns of pixels for each line that an eye can follow
 CONNECT_S = 2.0  # a server that does not take a connection in this time is called down
@@ -233,19 +233,21 @@ def _server(uri: str) -> Iterator[Any]:
     """A client of an MLflow server; whatever goes wrong with it becomes one sentence."""
     parts = urlsplit(uri)
     name = redact(uri)
-    if parts.scheme in ("http", "https"):
+    if parts.scheme in ("http", "https") and not uses_proxy(uri):
         try:  # MLflow itself would try a dead host for a minute
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"MLflow at {name} does not answer ({error}); start it or mend MLFLOW_TRACKING_URI"
+                f"MLflow at {name} does not answer ({error}); start it or fix MLFLOW_TRACKING_URI"
             ) from None
     try:
         yield import_mlflow().MlflowClient(tracking_uri=uri)
     except Exception as error:  # of MLflow, of requests, of a database's driver
-        why = redact(str(error)).strip().split("\n")[0][:200]
-        raise UserError(f"MLflow at {name} cannot be read ({why}); start it or mend MLFLOW_TRACKING_URI") from None
+        why, known = explain(error, uri)[0], redact(str(error)).strip().split("\n")[0][:200]
+        if not why.startswith("does not take"):
+            raise UserError(f"MLflow at {name} cannot be read: {redact(why)}") from None
+        raise UserError(f"MLflow at {name} cannot be read ({known}); start it or fix MLFLOW_TRACKING_URI") from None
 
 
 @contextmanager
@@ -265,7 +267,7 @@ def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
         finally:
             store.close()
     except sqlite3.Error as error:
-        raise UserError(f"{file} cannot be read as MLflow's database ({error}); mend MLFLOW_TRACKING_URI") from None
+        raise UserError(f"{file} cannot be read as MLflow's database ({error}); fix MLFLOW_TRACKING_URI") from None
 
 
 def _sqlite_runs(file: Path) -> list[StoredRun]:

@@ -5,8 +5,10 @@ so that nobody's edit meanwhile is lost: the Hub refuses such a commit, and the 
 What was uploaded is not uploaded again. On disk nothing changes, whatever happens.
 """
 
+import difflib
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
 from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,
@@ -42,6 +51,19 @@ SHORTEST_SILENCE_S = 10.0  # the same shortly before the deadline; what huggingf
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, doubling, unless the Hub asks for more
 CHECK_S = 15.0  # for looking whether a push will be allowed
 QUOTED_CHARACTERS = 300  # of the Hub's own words
+NO_XET = "this Hub has no Xet storage, which huggingface_hub asks for; set HF_HUB_DISABLE_XET=1"
+LICENSE_LIST = "https://huggingface.co/docs/hub/repositories-licenses"
+# The identifiers that the Hub takes in a card: the table of LICENSE_LIST (huggingface/hub-docs 242f4a1 of 2026-08-22).
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
+    artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+    cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+    epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research
+    intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0
+    postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3
+    llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+""".split()  # noqa: SIM905 - a hundred quotation marks less
 
 
 class HubError(UserError):
@@ -67,32 +89,116 @@ def check_repo_id(repo_id: str | None, option: str) -> str:
     return repo_id
 
 
+def check_license(license: str | None, option: str = "license") -> None:
+    """Raise `HubError` naming `option` and the nearest identifier, unless the Hub takes `license` in a card; None is taken."""
+    if license is None or license in LICENSES:
+        return
+    near = _near_licenses(license)
+    meant = f"did you mean {' or '.join(near)}?" if near else "for a licence that the Hub does not list give other;"
+    raise HubError(f"{option} {redact(license)!r} is none of the Hub's licences; {meant} the list: {LICENSE_LIST}")
+
+
+def _near_licenses(text: str) -> list[str]:
+    """The Hub's identifiers, three at most, that somebody who wrote `text` may mean: the nearest first."""
+    address = re.search(r"creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/(\d\.\d)", text, re.IGNORECASE)
+    words = f"cc-{address[1]}-{address[2]}" if address else text
+    words = re.sub(
+        r"[^a-z0-9.+]+", "-", words.lower().replace("creative commons", "cc").replace("attribution", "by")
+    ).strip("-")
+    words = words.replace("cc-zero", "cc0").replace("publicdomain", "cc0").replace("public-domain", "cc0")
+    words = re.sub(r"-?(licen[cs]e|version|international|only|or-later|the)(?=-|$)", "", words).strip("-")
+    words = re.sub(r"(?<=[a-z])-?v?(\d)(?=[.-]|$)", r"-\1", words).replace("cc-0", "cc0")
+    forms = (words, f"{words}.0", words.replace("-", ""))
+    exact = [name for name in LICENSES if name in forms]
+    begun = sorted((name for name in LICENSES if words and name.startswith(words)), reverse=True)
+    begun.sort(key=len)  # the plainest first, and of these the newest version
+    return (exact or begun or difflib.get_close_matches(words, LICENSES, n=2, cutoff=0.7))[:3]
+
+
 def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print) -> None:
     """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`: before hours of work.
 
     A Hub that cannot be asked now costs a warning, since the push comes later.
 
     Raises:
-        HubError: there is no token, it is wrong, or it may not write; or HF_HUB_OFFLINE is set.
+        HubError: there is no token, it is wrong, or it or its account may not write; or HF_HUB_OFFLINE is set.
     """
     api = _connect(check_repo_id(repo_id, "repo_id"))
     user: dict[str, Any] = {}
     try:
         with _limited(CHECK_S):
             user = api.whoami()
-            if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            if (_token_of(user)).get("role") == "read":
                 raise HubError(f"the token of {user.get('name')} may only read; {_login(repo_id)}")
+            _check_scope(user, repo_id, repo_type)
             api.auth_check(repo_id, repo_type=repo_type, write=True)
     except (OSError, ValueError) as error:
         failure = _read(error, api)
         if failure.status == HTTPStatus.NOT_FOUND:  # the push will create it
-            owners = [str(owner.get("name")).lower() for owner in (user, *user.get("orgs", []))]
-            if repo_id.split("/")[0].lower() not in owners:
-                say(f"warning: the token is of {user.get('name')}, who may not be allowed to create {repo_id}")
+            _check_create(user, repo_id, say)
         elif failure.denied:
             raise HubError(f"{failure.reason}; {_login(repo_id)}") from None
         else:
             say(f"warning: cannot look now whether {repo_id} may be written to: {failure.reason}")
+
+
+def _token_of(user: dict[str, Any]) -> dict[str, Any]:
+    """What whoami tells of the token; {} where it tells nothing."""
+    token = (user.get("auth") or {}).get("accessToken")
+    return token if isinstance(token, dict) else {}
+
+
+def _check_scope(user: dict[str, Any], repo_id: str, repo_type: RepoType) -> None:
+    """Raise `HubError` if the token is fine-grained and covers neither the repository nor its owner."""
+    covered = _writable(user)
+    if covered is None or repo_id.lower() in covered or repo_id.split("/")[0].lower() in covered:
+        return
+    raise HubError(
+        f"the fine-grained token of {user.get('name')} may not write to {repo_id}: give it write access to repositories of "
+        f"{repo_id.split('/')[0]} (https://huggingface.co/settings/tokens), or {_login(repo_id)}"
+    )
+
+
+def _writable(user: dict[str, Any]) -> set[str] | None:
+    """Owners and repositories, in small letters, that a fine-grained token may write to; None for tokens without such limits."""
+    token = _token_of(user)
+    limits = token.get("fineGrained")
+    if token.get("role") != "fineGrained" or not isinstance(limits, dict) or not isinstance(limits.get("scoped"), list):
+        return None
+    writes = {"repo.write", "repo.content.write"}
+    if writes & set(limits.get("global") or []):
+        return None
+    scopes = [
+        scope for scope in limits["scoped"] if isinstance(scope, dict) and writes & set(scope.get("permissions") or [])
+    ]
+    return {str((scope.get("entity") or {}).get("name")).lower() for scope in scopes}
+
+
+def _check_create(user: dict[str, Any], repo_id: str, say: Callable[[str], Any]) -> None:
+    """Raise `HubError` if the account or its token surely may not create `repo_id`; say so where that is only likely."""
+    owner, name = repo_id.split("/")[0], user.get("name")
+    covered = _writable(user)
+    if covered is not None and owner.lower() not in covered:  # the repository alone is covered
+        raise HubError(
+            f"{repo_id} is not there, and the fine-grained token of {name} may not create repositories of {owner}; create it in "
+            f"the browser, or {_login(repo_id)}"
+        )
+    if owner.lower() == str(name).lower():
+        return
+    organizations = {str(org.get("name")).lower(): org for org in user.get("orgs") or [] if isinstance(org, dict)}
+    if owner.lower() not in organizations:
+        say(f"warning: the token is of {name}, who may not be allowed to create {repo_id}")
+        return
+    role = organizations[owner.lower()].get("roleInOrg")
+    if role in ("read", "no_access"):
+        raise HubError(
+            f"{name} may only read in {owner} (role {role}), so {repo_id} cannot be created; ask an administrator of {owner} for "
+            f"the role write, or push to {name}/{repo_id.split('/')[1]}"
+        )
+    if role == "contributor":  # the Hub's manual: may create, and write to what they created
+        say(
+            f"warning: {name} is a contributor in {owner}, and may not be allowed to create {repo_id} or to write to it later"
+        )
 
 
 def push_folder(
@@ -139,7 +245,7 @@ def push_folder(
         raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
     api = _connect(repo_id)
     url = _address(api, repo_id, repo_type)
-    kept = f"{folder} is kept as it is, and the same command repeats the push"
+    kept = f"{folder} is kept as it is"
     wait, sent, left = FIRST_WAIT_S, False, deadline
     until: float | None = None
     while True:
@@ -165,8 +271,12 @@ def push_folder(
         left = until - now
         if failure.denied:
             raise HubError(f"{failure.reason}; {_login(repo_id)}; {kept}")
-        if not failure.passing or left <= 0 or failure.retry_after > left:
-            raise HubError(f"the push to {repo_id} failed: {failure.reason}; {kept}")
+        if not failure.passing:  # the same command would meet the same
+            raise HubError(f"the push to {repo_id} failed: {failure.reason}; correct that, then push again; {kept}")
+        if left <= 0 or failure.retry_after > left:
+            raise HubError(
+                f"the push to {repo_id} failed: {failure.reason}; {kept}, and the same command repeats the push"
+            )
         pause = min(max(wait, failure.retry_after), left)
         say(
             f"the push to {repo_id} is interrupted: {failure.reason}; trying again in {pause:.0f} s ({left:.0f} s left)"
@@ -324,6 +434,8 @@ def _read(error: BaseException, api: HfApi) -> _Failure:
     while isinstance(cause, RuntimeError) and cause.__cause__:
         cause = cause.__cause__
     seconds, words = 0, str(cause) or type(cause).__name__
+    if "/xet-" in words and "token/" in words and "404" in words:  # asked for where to upload to
+        return _Failure(NO_XET)
     of_xet = re.search(r"HTTP status \w+ error \((\d+) ([^)]*)\)", words)  # hf_xet raises ConnectionError for all
     if isinstance(cause, HfHubHTTPError):
         response = cause.response
@@ -340,6 +452,8 @@ def _read(error: BaseException, api: HfApi) -> _Failure:
         # a local file that cannot be read, or what huggingface_hub finds wrong in the files, stays so
         stays = isinstance(cause, ValueError) or (isinstance(cause, OSError) and cause.filename is not None)
         return _Failure(_quote(words, api), passing=not stays, silence=isinstance(cause, TimeoutError))
+    if status == HTTPStatus.BAD_REQUEST and "license" in words.lower():
+        words = f"{words}; give a --license of {LICENSE_LIST}"
     return _Failure(
         f"the Hub answers {status}: {_quote(words, api)}" + (f" (asking to wait {seconds} s)" if seconds else ""),
         status,
@@ -352,3 +466,70 @@ def _read(error: BaseException, api: HfApi) -> _Failure:
 def _quote(text: str, api: HfApi) -> str:
     line = " ".join(redact(text.replace(str(api.token), "[redacted]")).split())
     return line if len(line) <= QUOTED_CHARACTERS else f"{line[:QUOTED_CHARACTERS]}…"
+
+
+# --- Loading from the Hub ---------------------------------------------------------------------------------------------
+
+
+def explain_loading(
+    error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
+) -> str | None:
+    """Why `repo_id` cannot be loaded from the Hub, with the fix, in one sentence; None if the Hub is not the reason.
+
+    error: as transformers, diffusers, datasets or huggingface_hub raise it, whose causes are looked through as well.
+    """
+    page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+    chain = list(_causes(error))
+    logged_in = "with an account that may read it" if get_token() else "and log in: `hf auth login`, or set HF_TOKEN"
+
+    def find(*kinds: type[BaseException]) -> BaseException | None:
+        return next((one for one in chain if isinstance(one, kinds)), None)
+
+    answers = (one for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None)
+    status = next((one.response.status_code for one in answers), None)
+    if find(GatedRepoError):
+        return f"{repo_id} is gated: accept its conditions at {page} {logged_in}"
+    if find(RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision or 'main'}; {page}/tree/main shows its branches and tags"
+    if find(RepositoryNotFoundError):
+        access = (
+            "or your token may not read it: take another one (`hf auth login`)"
+            if get_token()
+            else "or it is private: `hf auth login`, or set HF_TOKEN"
+        )
+        return f"the Hub shows no {repo_id}: correct the name, {access}"
+    if status == HTTPStatus.UNAUTHORIZED:
+        return "the Hub does not accept your token (401); run `hf auth login` anew, or correct HF_TOKEN"
+    if status == HTTPStatus.FORBIDDEN:
+        return f"your token may not read {repo_id} (403); give it that access, or take another one (`hf auth login`)"
+    if status is not None and (status >= 500 or status == HTTPStatus.TOO_MANY_REQUESTS):
+        return f"the Hub is busy (it answers {status}); try again in a few minutes"
+    offline = [
+        name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("0", "")
+    ]
+    if is_offline_mode() and find(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+        revised = f" --revision {revision}" if revision else ""
+        switch = offline[0] if offline else "HF_HUB_OFFLINE"
+        return (
+            f"{repo_id} is not in the Hub's cache here, and {switch} is set; unset it, or first run, with a network, "
+            f"`hf download {repo_id}{kind}{revised}`"
+        )
+    if find(httpx2.TransportError, LocalEntryNotFoundError) and not is_offline_mode():
+        return (
+            f"the Hub at {constants.ENDPOINT} cannot be reached, and {repo_id} is not in its cache here; check the network, "
+            "HTTPS_PROXY and HF_ENDPOINT"
+        )
+    if any("xet-read-token" in str(one) for one in chain):
+        return NO_XET
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and what it was raised from or while handling, nearest first."""
+    seen: set[int] = set()
+    todo: BaseException | None = error
+    while todo is not None and id(todo) not in seen:
+        seen.add(id(todo))
+        yield todo
+        todo = todo.__cause__ or todo.__context__

@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -73,7 +74,9 @@ class SageMakerConfig:
     num_machines: Count = 1
     distributed_type: Literal["NO"] = "NO"  # of SageMaker's own libraries; what trains inside is another YAML's
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: the inner YAML's
-    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")] = "us-east-1"
+    region: Annotated[str, Field(pattern=r"^([a-z]{2}(-[a-z]+)+-\d)?$")] = (
+        ""  # empty: AWS_REGION's, the profile's, or us-east-1
+    )
     profile: str | None = None  # of ~/.aws
     base_job_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9](-?[A-Za-z0-9]){0,45}$")] = "t2i"
     image_uri: str | None = None  # None: AWS's image by the versions below
@@ -90,6 +93,39 @@ class SageMakerConfig:
     num_processes: int | None = None
     dynamo_config: dict[str, Any] | None = None
     enable_cpu_affinity: Flag = False
+    region_from: str = field(default="", init=False)  # where `region` comes from, in words; no key of the YAML
+
+
+VERSIONS = {
+    "pytorch_version": "2.9.0",
+    "py_version": "py312",
+    "transformers_version": None,
+}  # of AWS's image that serves
+
+
+def version_changes(config: Any) -> list[str]:
+    """What to write into a YAML, of which `config` has the versions, to get the image that serves; [] if nothing changes."""
+    changes = []
+    for key, value in VERSIONS.items():
+        if getattr(config, key) != value:
+            changes.append(f"set {key}: {value}" if value else f"delete {key}")
+    return changes
+
+
+def has_gpu(instance_type: str) -> bool:
+    """Whether a SageMaker machine has NVIDIA GPUs, by its family's name: ml.p…, ml.g… and ml.gr…."""
+    return bool(re.match(r"ml\.(p|g|gr)\d", instance_type))
+
+
+def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]) -> None:
+    """Raise `UserError` if the machine cannot compute in the precision of the YAML, or else of the one inside."""
+    own = config.mixed_precision
+    if (own or inner.get("mixed_precision")) == "fp16" and not has_gpu(config.ec2_instance_type):
+        where = "the SageMaker YAML" if own else f"--inside {inside.name}"
+        raise UserError(
+            f"mixed_precision fp16 of {where} needs a GPU, and {config.ec2_instance_type} has none; set ec2_instance_type: "
+            f"ml.g4dn.xlarge, or mixed_precision: 'no' in {'it' if own else 'the SageMaker YAML'}"
+        )
 
 
 def read_config(path: Path) -> SageMakerConfig:
@@ -100,7 +136,7 @@ def read_config(path: Path) -> SageMakerConfig:
             f"{path} is for {values.get('compute_environment', 'a local machine')}, not AMAZON_SAGEMAKER; launch it with "
             f"accelerate launch --config_file {path}"
         )
-    fields = {item.name for item in dataclasses.fields(SageMakerConfig)}
+    fields = {item.name for item in dataclasses.fields(SageMakerConfig) if item.init}
     for key in values:
         known_key(key, dict.fromkeys(fields), f"key in {path}")
     extra = values.get("additional_args") or {}
@@ -113,17 +149,18 @@ def read_config(path: Path) -> SageMakerConfig:
             f"key in section additional_args of {path}",
         )
     additional = checked(Additional, extra, f"{path}, section additional_args")
+    values = {key: value for key, value in values.items() if value is not None}  # accelerate writes null for "not set"
+    if "distributed_type" in values and values["distributed_type"] != "NO":
+        refused = f"distributed_type {values['distributed_type']}, a library of SageMaker's own"
+        raise UserError(_to_change(path, refused, ["set distributed_type: 'NO'"], values))
     config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
     if additional.max_wait is not None and additional.max_wait < additional.max_run:
         raise UserError(
             f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); it counts both waiting "
             "and training"
         )
-    if not re.fullmatch(r"py3(1[1-9]|[2-9]\d)", config.py_version) and not config.image_uri:
-        raise UserError(
-            f"{path}: py_version {config.py_version}: the scripts need Python 3.11 or later; set py_version: py312 and "
-            "pytorch_version: 2.9.0"
-        )
+    if _is_old(config.py_version) and not config.image_uri:
+        raise UserError(_to_change(path, f"py_version {config.py_version}, older than Python 3.11", [], values))
     shown = {name: f"{name}={value}" for name, value in additional.environment.items() if name != SECRETS}
     secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
     if secret:
@@ -140,6 +177,18 @@ def read_config(path: Path) -> SageMakerConfig:
     if bool(additional.subnets) != bool(additional.security_group_ids):
         raise UserError(f"{path}: subnets and security_group_ids belong together; give both, or neither")
     return config
+
+
+def _is_old(py_version: str) -> bool:
+    return not re.fullmatch(r"py3(1[1-9]|[2-9]\d)", py_version)
+
+
+def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, Any]) -> str:
+    """A sentence with all that must change in a YAML as accelerate writes it, so that one round of changes is enough."""
+    versions = SimpleNamespace(**{key: values.get(key, default) for key, default in VERSIONS.items()})
+    if not values.get("image_uri") and _is_old(str(versions.py_version)):
+        changes = [*changes, *version_changes(versions)]
+    return f"{path} has {refused}, which these scripts cannot use; in it {', '.join(changes)}"
 
 
 def read_inside(path: Path) -> dict[str, Any]:

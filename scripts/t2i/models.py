@@ -55,7 +55,7 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
     else:
         attempts = ("", subfolder)  # a Hub repository of that model alone, or of a pipeline
         options["revision"] = revision
-    cause: Exception | None = None
+    causes: list[Exception] = []
     for attempt in attempts:
         try:
             model = cls.from_pretrained(path, subfolder=attempt, **options)
@@ -63,8 +63,14 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
                 model.register_to_config(_name_or_path="")  # a folder of this machine is nothing to publish
             return model
         except (OSError, ValueError, RuntimeError) as error:
-            cause = cause or error
-    reason = " ".join(str(cause).split())[:300]
+            causes.append(error)
+    reason = " ".join(str(causes[0]).split())[:300]
+    if not os.path.isdir(path):
+        from t2i.hub import explain_loading
+
+        why = next(filter(None, (explain_loading(error, source, revision) for error in causes)), None)
+        if why:
+            raise UserError(f"the {part} cannot be loaded: {why}")
     raise UserError(
         f"the {part} {source} cannot be loaded ({reason}); give a folder or Hub id with safetensors weights"
     )

@@ -37,6 +37,19 @@ def find_run(model: str | None) -> Path:
     return run
 
 
+def choose_license(run: Path, license: str | None) -> str:
+    """The licence of a run's card: `license`, or the one of its settings if that is None or "unknown".
+
+    Raises `UserError` if the Hub takes no such licence.
+    """
+    if license not in (None, "", "unknown"):
+        hub.check_license(license)
+        return str(license)
+    own = load_recipe(str(run / "config.yaml")).train_unet.license or "unknown"
+    hub.check_license(own, f"{run / 'config.yaml'}, train_unet, license")
+    return own
+
+
 def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, private: bool, deadline: float) -> None:
     """Publish the pipeline of a finished run as the model `repo_id`, and check that stock diffusers loads the same one back.
 
@@ -66,8 +79,8 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
     settings = {"unet": result["output_unet_hash"], "guidance_scale": scale, "num_inference_steps": steps}
     settings |= {"scheduler": cards.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
     gallery = draw_gallery(pipeline, folder, prompts, settings)
-    chosen = license if license not in (None, "unknown") else recipe.train_unet.license
-    publication = cards.Publication(repo_id, str(chosen), gallery)
+    chosen = choose_license(run, license)
+    publication = cards.Publication(repo_id, chosen, gallery)
     card = cards.write_model_card(run, evaluation, publication)
     results = write_eval_results(run, recipe, result, report)
     pushed = hub.push_folder(
@@ -205,10 +218,13 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
     try:
         loaded = DiffusionPipeline.from_pretrained(repo_id, revision=commit, use_safetensors=True).to(_device())
     except Exception as error:  # network, access, format: huggingface_hub and diffusers raise a dozen types
-        reason = " ".join(redact(str(error) or type(error).__name__).split())[:300]
+        reason = (
+            hub.explain_loading(error, repo_id, commit)
+            or " ".join(redact(str(error) or type(error).__name__).split())[:300]
+        )
         raise UserError(
-            f"the model is on the Hub (commit {commit[:7]}), but cannot be loaded back ({reason}); "
-            "the same command tries it again"
+            f"the model is on the Hub (commit {commit[:7]}), but cannot be loaded back: {reason}; then the same command tries "
+            "it again"
         ) from None
     loaded.set_progress_bar_config(disable=True)
     here, there = models.hash_model(pipeline.unet), models.hash_model(loaded.unet)

@@ -134,8 +134,10 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # network, access, absence: huggingface_hub raises a dozen types
-        reason = " ".join(redact(str(error) or type(error).__name__).split())[:300]
-        raise UserError(f"no folder {repo_id} here, and as a Hub id it cannot be downloaded ({reason})") from None
+        reason = (
+            hub.explain_loading(error, repo_id) or " ".join(redact(str(error) or type(error).__name__).split())[:300]
+        )
+        raise UserError(f"no folder {repo_id} is here, and as a Hub id it cannot be downloaded: {reason}") from None
 
 
 def _parts(folder: Path, model: str) -> set[str]:

@@ -16,16 +16,19 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 from PIL import Image
@@ -152,7 +155,7 @@ def _say(text: str) -> None:
 
 def resolve_uri(tracking_uri: str | None) -> str:
     """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    uri = (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip() or DEFAULT_TRACKING_URI
     try:
         parts = urlsplit(uri)
         parts.port  # noqa: B018 - reading it checks it
@@ -160,11 +163,7 @@ def resolve_uri(tracking_uri: str | None) -> str:
         raise UserError(
             f"MLFLOW_TRACKING_URI is no address ({type(error).__name__}); give http(s)://host:port or sqlite:///file.db"
         ) from None
-    if parts.scheme in ("", "file") and not uri.startswith("databricks"):
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={redact(uri)} is no server that MLflow 3 can write to; "
-            "give http(s)://host:port or sqlite:///file.db"
-        )
+    _check_address(uri)
     if parts.password:
         _url_passwords.update({parts.password, unquote(parts.password)})
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
@@ -176,6 +175,49 @@ def resolve_uri(tracking_uri: str | None) -> str:
     if os.environ.get("MLFLOW_TRACKING_URI") == uri:
         os.environ["MLFLOW_TRACKING_URI"] = bare  # child processes find the password in the other two
     return bare
+
+
+def _check_address(uri: str) -> None:
+    """Raise `UserError` with the address that is meant, where `uri` is none that MLflow 3 can write to."""
+    parts = urlsplit(uri)
+    scheme, bare = parts.scheme.partition("+")[0], uri.rpartition("@")[2]
+    shown = f"MLFLOW_TRACKING_URI={redact(uri) if '://' in uri or '@' not in uri else '[redacted]@' + bare}"
+    if scheme in ("http", "https"):
+        if not parts.hostname:
+            raise UserError(f"{shown} names no host; give {scheme}://host:port")
+        return
+    if scheme == "sqlite":
+        file = re.sub(r"^sqlite(\+\w+)?:/*", "", uri)
+        if not file or file == ":memory:":
+            raise UserError(f"{shown} names no file, and so keeps nothing; give {DEFAULT_TRACKING_URI}")
+        if not re.match(r"sqlite(\+\w+)?:///", uri):
+            raise UserError(
+                f"{shown} lacks slashes; give sqlite:///{file}, or sqlite:////{file} for a path from the root"
+            )
+        return
+    if scheme == "postgres":
+        raise UserError(f"{shown} begins with postgres://, which SQLAlchemy does not know; give postgresql://…")
+    if scheme in ("postgresql", "mysql", "mssql") or uri.startswith("databricks"):
+        return
+    if scheme and scheme in {entry.name for entry in entry_points(group="mlflow.tracking_store")}:  # of a plugin
+        return
+    host = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|localhost|[\w-]+(?:\.[\w-]+)*)(:\d{1,5})?(/.*)?", bare)
+    if re.search(r"\.(db|sqlite3?)$", uri) and "://" not in uri:
+        raise UserError(f"{shown} lacks sqlite:///; give sqlite:///{uri}")
+    if host and "://" not in uri and (host[2] or host[1] == "localhost" or "." in host[1].strip(".")):
+        local = host[2] or host[1] == "localhost" or re.fullmatch(r"[\d.]+", host[1])
+        wanted = "http" if local else "https"
+        raise UserError(f"{shown} lacks {wanted}://; give {wanted}://{bare}")
+    raise UserError(
+        f"{shown} is no server that MLflow 3 can write to; give http(s)://host:port, sqlite:///file.db or postgresql://…"
+    )
+
+
+def uses_proxy(uri: str) -> str | None:
+    """The proxy, without its password, that the environment has requests to an http(s) server go through; None: none."""
+    parts = urlsplit(uri)
+    proxy = getproxies().get(parts.scheme) or getproxies().get("all")
+    return redact(proxy) if proxy and parts.hostname and not proxy_bypass(parts.hostname) else None
 
 
 def database_file(uri: str) -> Path | None:
@@ -214,6 +256,113 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
         except OSError:  # a file system without locks
             pass
         yield True
+
+
+# --- What MLflow's exceptions mean -----------------------------------------------------------------------------------
+
+# Python's module of a database's driver -> the package that brings it
+DRIVERS = {
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+    "pymysql": "pymysql",
+    "mysql": "mysql-connector-python",
+    "pyodbc": "pyodbc",
+    "pymssql": "pymssql",
+}
+_SQLITE_FAULTS = {
+    "unable to open database file": "the database cannot be opened; correct its path in MLFLOW_TRACKING_URI, or the folder's rights",
+    "readonly database": "the database may not be written; correct its rights, or name another in MLFLOW_TRACKING_URI",
+    "file is not a database": "this file is no SQLite database; name another in MLFLOW_TRACKING_URI",
+    "malformed": "the database is damaged; restore a backup, or name another in MLFLOW_TRACKING_URI",
+    "disk is full": "the database's disk is full; make room",
+}
+
+
+class Unusable(RuntimeError):
+    """A store that refuses until somebody changes something there: one sentence with the fix."""
+
+
+def explain(error: BaseException, uri: str) -> tuple[str, bool]:
+    """(What an exception of MLflow's client means, with the fix where it is known; whether waiting may help)."""
+    text = str(error)
+    if isinstance(error, Unusable):
+        return text, False
+    if module := re.search(r"No module named '([\w.]+)'", text):
+        package = DRIVERS.get(module[1].partition(".")[0], module[1])
+        return f"its driver {module[1]} is not installed; run: pip install {package}", False
+    if found := re.search(r"found version (\w+)|Can't locate revision identified by '(\w+)'", text):
+        return _explain_schema(found[1] or found[2], uri), False
+    for words, meaning in _SQLITE_FAULTS.items():
+        if words in text:
+            return meaning, "full" in words
+    if "Invalid or unsupported" in text or "UnsupportedModelRegistryStoreURIException" in type(error).__name__:
+        return f"{_first_line(error)}; correct MLFLOW_TRACKING_URI", False
+    if urlsplit(uri).scheme in ("http", "https"):
+        return _explain_answer(error, text, uri)
+    return f"does not take records ({_first_line(error)})", True
+
+
+def _explain_answer(error: BaseException, text: str, uri: str) -> tuple[str, bool]:
+    """What a failed request to a server means."""
+    proxy, told = uses_proxy(uri), _first_line(error)
+    around = (
+        f"; the request went through the proxy {proxy}: set NO_PROXY={urlsplit(uri).hostname} to go past it"
+        if proxy
+        else ""
+    )
+    if "ProxyError" in text or "Tunnel connection failed" in text:
+        why = re.search(r"Tunnel connection failed: [\w ]+|\[Errno -?\d+\] [\w ,'-]+", text)
+        return f"the proxy {proxy or ''} does not let the request through ({why[0] if why else told}){around}", True
+    if re.search(r"Response body: '?\s*<(!doctype|html|\?xml)", text, re.IGNORECASE):
+        return (
+            f"it answers with a web page, not as MLflow does; correct the address in MLFLOW_TRACKING_URI{around}",
+            True,
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in text or "SSLError" in text:
+        return (
+            "its certificate is not accepted; name your company's in MLFLOW_TRACKING_SERVER_CERT_PATH, or correct http and https "
+            "in MLFLOW_TRACKING_URI",
+            True,
+        )
+    code = re.search(r"error code (\d{3})", text)
+    kind = getattr(error, "error_code", "")
+    status = (
+        int(code[1])
+        if code
+        else {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}.get(kind, 0)
+    )
+    if status in (401, 403):
+        given = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        if not os.environ.get("MLFLOW_TRACKING_USERNAME"):
+            given = (
+                "MLFLOW_TRACKING_TOKEN"
+                if os.environ.get("MLFLOW_TRACKING_TOKEN")
+                else f"{given}, or MLFLOW_TRACKING_TOKEN"
+            )
+        refused = "does not accept the credentials" if status == 401 else "does not let these credentials write"
+        return f"it {refused} ({told}); correct {given}{around}", True
+    if status == 407:
+        return f"the proxy {proxy or ''} asks for a password; write it into HTTP_PROXY and HTTPS_PROXY{around}", True
+    if status == 404 and kind in ("", "ENDPOINT_NOT_FOUND", "INTERNAL_ERROR"):
+        return f"it has no MLflow at this address ({told}); correct MLFLOW_TRACKING_URI{around}", True
+    return f"does not take records ({told})", True
+
+
+def _explain_schema(found: str, uri: str) -> str:
+    """What to do with a database whose tables are those of another MLflow; found: its version of them."""
+    import mlflow
+
+    file = database_file(uri)
+    shown = f"sqlite:///{file}" if file else redact(uri)
+    versions = Path(str(mlflow.__file__)).parent / "store" / "db_migrations" / "versions"
+    if any(versions.glob(f"{found}_*.py")):
+        copy = f"copy {file.name}, then run" if file else "back it up, then run"
+        return f"the database is of an older MLflow than {mlflow.__version__}: {copy}: mlflow db upgrade {shown}"
+    return (
+        f"the database is of a newer MLflow than {mlflow.__version__}, which cannot read it: install that MLflow "
+        "(pip install --upgrade mlflow), or name another database in MLFLOW_TRACKING_URI"
+    )
 
 
 # --- Sending the spool -----------------------------------------------------------------------------------------------
@@ -282,11 +431,13 @@ class _Sender:
         # Another server gets the whole history; the spool keeps it.
         return state if same else {**fresh, "offset": 0, "set_aside": []}
 
-    def _start(self) -> dict[str, Any]:
-        for record, _ in _read_spool(self.spool, 0):
-            if record["kind"] == "start":
-                return record
-        raise RuntimeError(f"{self.spool} has no start record")
+    def _start(self, newest: bool = False) -> dict[str, Any]:
+        """The spool's first record of a start, or its newest."""
+        starts = (record for record, _ in _read_spool(self.spool, 0) if record["kind"] == "start")
+        start = list(starts)[-1:] if newest else [next(starts, None)]
+        if not start or start[0] is None:
+            raise RuntimeError(f"{self.spool} has no start record")
+        return start[0]
 
     def _advance(self, offset: int) -> None:
         self._state["offset"] = offset
@@ -302,6 +453,8 @@ class _Sender:
         with _locked(database.with_name(f"{database.name}.lock"), wait=True):
             client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")
             client.search_experiments(max_results=1)  # makes the tables
+            for line in follow_move(database):
+                _say(line)
         self._client = client
 
     def _find_run(self) -> None:
@@ -321,7 +474,8 @@ class _Sender:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 self._state.update(run_id=None, offset=0, set_aside=[])  # a server set up anew gets everything again
-        start = self._start()
+        # no run yet: the newest start may name another experiment than one that was refused
+        start = self._start() | {key: self._start(newest=True)[key] for key in ("experiment", "run_name")}
         experiment_id = self._find_experiment(start["experiment"])
         # The answer to an earlier request may have been lost: never make a second run for the same spool.
         found = self._client.search_runs([experiment_id], f"tags.`t2i.spool_id` = '{start['spool_id']}'", max_results=1)
@@ -341,11 +495,26 @@ class _Sender:
             location = (database.parent / "mlruns" / folder).as_uri() if database else None
             try:
                 return self._client.create_experiment(name, artifact_location=location)
-            except MlflowException:  # another run may have made it meanwhile
+            except MlflowException as error:  # another run may have made it meanwhile
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:
+                    if error.error_code == "RESOURCE_ALREADY_EXISTS":  # servers that do not show what was deleted
+                        raise Unusable(
+                            self._restore(f"the experiment {name}", "experiments", "experiment-id", "ID")
+                        ) from error
                     raise
+        if experiment.lifecycle_stage == "deleted":
+            raise Unusable(
+                self._restore(f"the experiment {name}", "experiments", "experiment-id", experiment.experiment_id)
+            )
         return experiment.experiment_id
+
+    def _restore(self, what: str, group: str, option: str, name: str) -> str:
+        """What to say where something was deleted that the run needs."""
+        database = database_file(self.uri)
+        where = f"sqlite:///{database}" if database else redact(self.uri)
+        other = ", or give another --experiment" if group == "experiments" else ""
+        return f"{what} is deleted there; restore it: MLFLOW_TRACKING_URI={where} mlflow {group} restore --{option} {name}{other}"
 
     def _send_metrics(self, records: list[dict[str, Any]], end: int) -> None:
         from mlflow.entities import Metric
@@ -406,7 +575,11 @@ class _Sender:
         """Raise when the run is gone or deleted: its records wait in the spool."""
         self.found_run.clear()  # looked up again at the next attempt, unless the next line finds it
         if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
-            raise RuntimeError(f"run {self.run_id} was deleted there; restore it, or its records stay here") from error
+            experiment = self._client.get_experiment(self.experiment_id)
+            if experiment.lifecycle_stage == "deleted":
+                words = (f"the experiment {experiment.name}", "experiments", "experiment-id", experiment.experiment_id)
+                raise Unusable(self._restore(*words)) from error
+            raise Unusable(self._restore(f"the run {self.run_id}", "runs", "run-id", str(self.run_id))) from error
         self.found_run.set()
 
     def _send_set_aside(self) -> None:
@@ -437,6 +610,48 @@ class _Sender:
             self._check_run(error)  # raises when it is the whole server that does not answer
             self._state["set_aside"].append(record)
             _say(f"MLflow's artifact store did not take {path.name} ({_first_line(error)}); it is tried again later")
+
+
+def follow_move(database: Path) -> list[str]:
+    """Let the artifact locations in a SQLite database follow it, where its folder was moved, renamed or copied.
+
+    MLflow keeps them as absolute paths. Changed are locations `…/mlruns/NAME` that were beside this database once: `…` is
+    gone, or has a database of this name itself (it was copied), or `mlruns/NAME` is here as well. A run's artifacts that are
+    at the old place alone stay there. Returns a sentence for each experiment with runs that was changed.
+    """
+    told = []
+    with closing(sqlite3.connect(database, timeout=30)) as store, store:
+        rows = store.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
+        for experiment, name, location in rows:
+            old = _local_path(location)
+            if old is None or old.parent.name != "mlruns":
+                continue
+            new, home = database.parent / "mlruns" / old.name, old.parent.parent
+            if old == new or (old.exists() and new.exists() and old.samefile(new)):
+                continue
+            if home.exists() and not new.exists() and not (home / database.name).exists():
+                continue  # somebody chose that place
+            uri = new.as_uri() if location.startswith("file:") else str(new)
+            store.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (uri, experiment))
+            runs = store.execute(
+                "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,)
+            ).fetchall()
+            for run, artifacts in runs:
+                rest = (artifacts or "").removeprefix(location)
+                here = new / unquote(rest.lstrip("/"))
+                if rest.startswith("/") and (here.exists() or not (old / unquote(rest.lstrip("/"))).exists()):
+                    store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (uri + rest, run))
+            if runs:
+                told.append(
+                    f"MLflow's database was moved: artifacts of the experiment {name} go to, and come from, {new}"
+                )
+    return told
+
+
+def _local_path(location: str | None) -> Path | None:
+    """The absolute path that an artifact location names; None for those of servers and relative ones."""
+    text = unquote(location.removeprefix("file://")) if (location or "").startswith("file:///") else location or ""
+    return Path(text) if Path(text).is_absolute() else None
 
 
 def _read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -478,7 +693,7 @@ def _first_line(error: BaseException) -> str:
     text = str(error)
     cause = re.search(r"\[Errno -?\d+\] ([\w ,'-]+)|(timed out)|Response body: '?(.{1,160})", text)
     told = next(filter(None, cause.groups())) if cause else text.strip().partition("\n")[0][:200]
-    return told.strip() or type(error).__name__
+    return told.strip().removesuffix("'") or type(error).__name__
 
 
 def _cut(text: str, limit: int) -> str:
@@ -536,7 +751,7 @@ class Tracker:
     ):
         uri = resolve_uri(tracking_uri)
         self._sender = _Sender(run_dir, uri)
-        self._warned = False
+        self._warned: set[str] = set()  # reasons that were told since the server last took records
         self._lost_records = False
         self._finished = False
         self._recorded: set[tuple[str, int]] = (
@@ -565,7 +780,7 @@ class Tracker:
                 lambda: self._sender.found_run.is_set() or max(self._attempts.values()) >= 0, wait_s
             )
         if not answered:
-            self._warn(f"has not answered within {wait_s:.0f} s")
+            self._warn(f"has not answered within {wait_s:.0f} s", True)
 
     @property
     def uri(self) -> str:
@@ -676,12 +891,16 @@ class Tracker:
                 self._lost_records = True
                 _say(f"warning: records for MLflow are lost: {error}")
 
-    def _warn(self, why: str) -> None:
-        if not self._warned:
-            self._warned = True
+    def _warn(self, why: str, passing: bool) -> None:
+        """Tell each reason once, until the server takes records again. passing: waiting may help."""
+        reason = re.sub(r"0x[0-9a-f]+|\d+", "", why)  # but for ports, addresses and seconds
+        if reason not in self._warned:
+            self._warned.add(reason)
+            sent = "when the server answers" if passing else "at the next start on this folder"
+            mark = "" if why.startswith(("does not take", "has not answered")) else ": "
             _say(
-                f"warning: MLflow at {self.uri} {why}; the run goes on, its records are kept in {self._sender.spool} "
-                "and sent when the server answers"
+                f"warning: MLflow at {self.uri}{mark or ' '}{why}; the run goes on, its records are kept in {self._sender.spool} "
+                f"and sent {sent}"
             )
 
     def _send_until_finished(self) -> None:
@@ -693,10 +912,10 @@ class Tracker:
                 self._sender.send()
                 outcome, pause, delay = "sent", SEND_EVERY_S, 1.0
                 if self._warned:
-                    self._warned = False
+                    self._warned.clear()
                     _say(f"MLflow at {self.uri} answers: the records kept meanwhile are sent")
             except Exception as error:
-                self._warn(f"does not take records ({_first_line(error)})")
+                self._warn(*explain(error, self._sender.uri))
                 outcome, pause, delay = "failed", delay, min(2 * delay, RETRY_AT_MOST_EVERY_S)
             with self._turn:
                 self._attempts[outcome] = began
@@ -719,5 +938,6 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
     try:
         sender.send()
     except Exception as error:
-        _say(f"MLflow at {sender.uri} does not take records ({_first_line(error)})")
+        why = explain(error, sender.uri)[0]
+        _say(f"MLflow at {sender.uri}{' ' if why.startswith('does not take') else ': '}{why}")
     return sender.pending()
