@@ -38,7 +38,8 @@ def main() -> None:
 
     accelerator = make_accelerator(config)
     held = ExitStack()  # until the process ends: no second training writes into this folder
-    held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
+    if not config.dry_run:
+        held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
@@ -52,6 +53,8 @@ def main() -> None:
         raise UserError(
             f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
         )
+    if config.dry_run:
+        return
     train = splits.train
 
     # models

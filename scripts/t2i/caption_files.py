@@ -99,9 +99,9 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
     header = next(csv.reader([first.rstrip("\r")], delimiter=delimiter), [])
     # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
     spaced = any(name not in header and name in [cell.strip() for cell in header] for name in names)
+    reader: Any = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        plain = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in plain for cell in row)
+        spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
         columns = [name.strip() if spaced else name for name in reader.fieldnames or ()]
         reader.fieldnames = columns
@@ -111,7 +111,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         line = reader.line_num
         for row in reader:
             start, line = line + 1 + skipped, reader.line_num
-            more = row.pop(None, None)  # type: ignore[call-overload]  # fields that no column is for
+            more = row.pop(None, None)  # fields that no column is for
             if more and any(cell.strip() for cell in more):
                 raise UserError(
                     f"{path}, line {start} has {len(columns) + len(more)} fields, the header {len(columns)}; put quotation "
@@ -122,7 +122,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
                 raise UserError(f"{path}, line {start}: a quotation mark is not closed; close it, or double it")
             yield start, row
     except csv.Error as error:
-        raise UserError(f"{path}, line {plain.line_num + skipped} cannot be read ({error}); fix that line") from None
+        raise UserError(f"{path}, line {reader.line_num + skipped} cannot be read ({error}); fix that line") from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -130,7 +130,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            parsed = json.loads(line)
+            parsed = json.loads(line.strip())
         except (ValueError, RecursionError) as error:
             what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise UserError(

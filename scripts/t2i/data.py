@@ -36,7 +36,7 @@ from t2i.config import DataConfig
 from t2i.images import TRANSFORM_VERSION, BadImage, decode_image, fit
 from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
 from t2i.sources import (
-    CAPTION_MEND,
+    CAPTION_FIX,
     OTHER_SPLITS,
     WORKERS,
     Source,
@@ -123,7 +123,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
         else:
             _build(source, cfg, folder, say)
             pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
-    report = _report(folder, source.notes)
+    report = _report(folder, source)
     say(understood.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
@@ -133,13 +133,14 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
     return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
 
 
-def _report(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+def _report(folder: Path, source: Source) -> dict[str, Any]:
     """A cache folder's report, with what the data set's listing says now: what is left out belongs to no cache key."""
     report = read_json(folder / "report.json")
     if "understood" not in report:  # prepared before captions were counted
         report["understood"] = _describe(folder, [name for name, part in report["splits"].items() if part["images"]])
     other = {key: value for key, value in report.get("left_out", {}).items() if key == OTHER_SPLITS}
-    return {**report, **notes, "left_out": {**notes.get("left_out", {}), **other}}
+    left_out = {**source.notes.get("left_out", {}), **other}
+    return {**report, **source.notes, "dataset": source.name, "left_out": left_out}
 
 
 def _describe(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, lim
         raise UserError(
             f"{len(quarantine):,} of {found:,} images of {name} ({share:.1%}) cannot be used, more than the "
             f"{limit:.1%} allowed: {shown}{', …' if len(quarantine) > 3 else ''}; all are listed in {listing}; "
-            "mend or remove them, or raise --max_bad_share"
+            "fix or remove them, or raise --max_bad_share"
         )
 
 
@@ -274,7 +275,7 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
                 splits[split] = {"images": len(kept), "empty_captions": empty, "fingerprint": fingerprint}
                 digests[f"kept {split}"] = digests[origin][kept]
     if splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
-        raise UserError(f"all captions of {source.name} are empty; {CAPTION_MEND}")
+        raise UserError(f"all captions of {source.name} are empty; {CAPTION_FIX}")
     found = count + len(source.quarantine)
     left_out = len(candidates["train"]) - len(train) - len(validation)
     report = {

@@ -4,7 +4,8 @@
 
 | input | captions |
 |---|---|
-| Hub id, folder with Parquet shards (`save_dataset_folder`), of `Dataset.save_to_disk`, of webdataset's .tar shards | column `caption`, else `text`, else from the label |
+| Hub id, folder with Parquet shards (`save_dataset_folder`) | column `caption`, else `text`, else from the label |
+| folder of `Dataset.save_to_disk`, of webdataset's .tar shards | the same |
 | `[train/]<class>/x.jpg` | from the class name, by `caption_template` |
 | images with `metadata.jsonl`, `.csv` or `.parquet` (`file_name`, …) | column `caption`, else `text`, else from `label` |
 | images with `x.txt`, `x.caption` or `x.jpg.txt` beside `x.jpg` | that file; an image without one keeps its class name |
@@ -54,7 +55,7 @@ WORKERS = min(8, len(os.sched_getaffinity(0)))  # Pillow and hashlib release the
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
 OTHER_SPLITS = "splits that are not read"
 ARCHIVES = {".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
-CAPTION_MEND = (
+CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder a class; --caption_column "
     "names another column"
 )
@@ -434,15 +435,15 @@ def _folder_columns(
             if beside := _sidecar_of(file, sidecars):
                 known["caption"] = read_sidecar(folder / beside)
                 used.add(beside)
-                origins[f"from {PurePosixPath(beside).suffix} files"] += 1
+                origins[f"from {PurePosixPath(beside).suffix.lower()} files"] += 1
             if use_labels and (label := _class_of(file, has_train)) is not None:
                 known["label"] = label
             if not beside:
                 by_class.append((split, len(columns.get(split, {"image": ()})["image"]), known.get("label")))
             _add_row(columns, split, known)
-    for split, row, text in by_text:
+    for split, position, text in by_text:
         if "caption" in columns[split]:
-            columns[split]["caption"][row] = text
+            columns[split]["caption"][position] = text
     _fill_from_classes(name, columns, by_class, origins, cfg)
     for file in sorted(set(sidecars.values()) - used):
         if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
@@ -642,7 +643,7 @@ def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split:
     else:
         caption = next((column for column in ("caption", "text") if column in columns), None)
     if caption is None and label is None and split == "train":
-        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {CAPTION_MEND}")
+        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {CAPTION_FIX}")
     if caption is not None and not _holds_text(rows.features[caption]):
         raise UserError(
             f"{name}: column {caption!r} holds no text ({_kind(rows.features[caption])}), so no captions; write text, or a "
@@ -672,14 +673,14 @@ def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str
     """The distinct classes of a label column, as captions name them. Raises `UserError` for numbers without names."""
     kind = rows.features[label]
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
-        raise UserError(f"{name} has no captions, and its {label!r} holds {_kind(kind)}; {CAPTION_MEND}")
+        raise UserError(f"{name} has no captions, and its {label!r} holds {_kind(kind)}; {CAPTION_FIX}")
     numeric = isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string", "null")
     if numeric and not cfg.label_names:
         raise UserError(
-            f"{name} has no captions, and its {label!r} is a number without a name; give --label_names, or {CAPTION_MEND}"
+            f"{name} has no captions, and its {label!r} is a number without a name; give --label_names, or {CAPTION_FIX}"
         )
     found = (label_name(plain(kind, value), cfg.label_names) for value in rows.unique(label))
-    return [label for label in found if label]
+    return [text for text in found if text]
 
 
 def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
@@ -693,8 +694,8 @@ def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str
         )
     if numbers and len(numbers) == len(known):
         raise UserError(
-            f"{name} has no captions, and its classes are numbers ({shown}); name the classes by --label_names, or "
-            f"{CAPTION_MEND}"
+            f"{name} has no captions, and its classes are numbers ({shown}); give their names by --label_names, or in "
+            "place of the numbers"
         )
 
 

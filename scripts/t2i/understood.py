@@ -74,19 +74,20 @@ def table(report: dict[str, Any]) -> str:
     if classes:
         (large, most), (small, least) = classes["largest"], classes["smallest"]
         text = f"{classes['count']:,}, from {least:,} images ({small}) to {most:,} ({large})"
+        if most == least:
+            text = f"{classes['count']:,}, {most:,} images each ({large}{'' if small == large else f' … {small}'})"
         digits = f"; {classes['with_digits']:,} have numbers in their names" if classes["with_digits"] else ""
         rows.append(("classes", text + digits))
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
     rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
-    if captions["count"]:
+    if captions:
         several = f", {report['several_captions']:,} images have several: the first is used"
         rows.append(
             ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
                  f"{several if report.get('several_captions') else ''}")
         )  # fmt: skip
-    rows += [
-        ("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in captions["odd"].items()
-    ]
+    odd = captions["odd"] if captions else {}
+    rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
     copies = {key: count for key, count in report.get("duplicates", {}).items() if count}
     if copies:
         rows.append(("copies", ", ".join(f"{count:,} {_COPIES.get(key, key)}" for key, count in copies.items())))
