@@ -10,6 +10,7 @@ captioned alone, and captions edited there by hand survive. The photos themselve
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +50,7 @@ AHEAD = 2  # batches that are decoded while the model works
 # What may change without another data set: how the work is done and where it goes.
 PASSING = {
     "output_dir",
+    "dry_run",
     "caption_batch_size",
     "fail_on",
     "push_to_hub",
@@ -84,6 +86,12 @@ def main() -> None:
     from t2i.distributed import first_says, make_accelerator
 
     accelerator = make_accelerator()
+    if config.dry_run:
+        if accelerator.is_main_process:
+            with tempfile.TemporaryDirectory(prefix="t2i-") as scratch:
+                understand(recipe, Path(scratch))
+        accelerator.wait_for_everyone()
+        return
     if config.push_to_hub and accelerator.is_main_process:
         hub.check_access(str(config.hub_dataset_id), "dataset")  # before hours of work
     if accelerator.is_main_process:
@@ -125,6 +133,59 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
 
+def understand(recipe: Recipe, scratch: Path) -> None:
+    """Say what was understood of the input, and end there."""
+    from t2i.data import check_bad_share
+    from t2i.sources import find_source
+
+    source = find_source(recipe.data)
+    rows = candidates(source, recipe, scratch)
+    photos = list(_look(source, rows, recipe))
+    bad = bad_photos(source, photos)
+    say_understood(source, rows, photos, recipe)
+    check_bad_share(source.name, bad, len(photos) + len(source.quarantine), recipe.data.max_bad_share, scratch)
+
+
+def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
+    """The table of `t2i.understood`: the captions that are there, where they are used, else the images alone."""
+    from t2i import understood
+
+    good = [photo for photo in photos if not photo.reason]
+    texts = source_texts(rows, recipe)
+    labels = {split: labels_of(part, recipe) for split, part in rows.items()}
+    columns: dict[str, dict[str, list[Any]]] = {split: {"file": [], "caption": [], "label": []} for split in rows}
+    for photo in good:
+        part, names = columns[photo.split], labels[photo.split]
+        part["file"].append(photo.file)
+        part["caption"].append(texts[photo.split][photo.row] if texts else "")
+        part["label"].append(names[photo.row] if names else None)
+    copies = {
+        split: len(part["file"]) - len({p.id for p in good if p.split == split}) for split, part in columns.items()
+    }
+    found = understood.describe(columns)
+    notes = dict(source.notes)
+    if texts is None:  # a model makes them
+        notes |= {"captions_from": {}, "caption_columns": [f"to be made by {recipe.caption.captioner}"]}
+        found |= {"captions": None, "examples": [(file, "(to be made)") for file, _ in found["examples"]]}
+    elif recipe.caption.captioner == "label":
+        notes |= {"captions_from": {}, "caption_columns": ["from the class"]}
+    reasons = Counter(row["reason"].split(":")[0] for row in bad_photos(source, photos))
+    report = {
+        "dataset": source.name,
+        "splits": {split: {"images": len(part["file"])} for split, part in columns.items()},
+        "quarantined_by_reason": dict(reasons.most_common()),
+        "duplicates": copies,
+        "understood": found,
+    }
+    print(understood.table(report | notes))
+
+
+def bad_photos(source: "Source", photos: list[Photo]) -> list[dict[str, Any]]:
+    """File, split and reason of each image that cannot be used."""
+    bad = [{"file": photo.file, "split": photo.split, "reason": photo.reason} for photo in photos if photo.reason]
+    return source.quarantine + bad
+
+
 def require_own(folder: Path, dataset: Path) -> None:
     """Raise `UserError` unless `folder` is new, empty or made by this script, and apart from the data set's folder."""
     if dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
@@ -155,10 +216,15 @@ def captions_hash(folder: Path) -> str:
 
 def open_rows(source: "Source", recipe: Recipe, folder: Path, accelerator: Any) -> dict[str, "datasets.Dataset"]:
     """The candidates by split, images not decoded."""
+    with accelerator.local_main_process_first():  # the others find its copy of Parquet files
+        return candidates(source, recipe, folder / WORK / "source")
+
+
+def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "datasets.Dataset"]:
+    """The candidates by split, train first; what must be written for that goes to `scratch`."""
     from t2i.sources import check_image_column
 
-    with accelerator.local_main_process_first():  # the others find its copy of Parquet files
-        rows = source.open(folder / WORK / "source")
+    rows = source.open(scratch)
     order = [split for split in ("train", "validation", "test") if split in rows]
     return {split: check_image_column(rows[split], recipe.data, source.name, split) for split in order}
 
@@ -173,8 +239,8 @@ def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, a
     accelerator.wait_for_everyone()
     photos = [Photo(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()]
     if accelerator.is_main_process:
-        bad = [{"file": photo.file, "split": photo.split, "reason": photo.reason} for photo in photos if photo.reason]
-        bad = source.quarantine + bad
+        bad = bad_photos(source, photos)
+        say_understood(source, rows, photos, recipe)
         listing = folder / "quarantine.jsonl"
         write_text(listing, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
         check_bad_share(source.name, bad, len(photos) + len(source.quarantine), recipe.data.max_bad_share, listing)
@@ -247,7 +313,7 @@ def work_list(
 
 def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] | None:
     """The captions that need no model, by split: from labels, or those there; None where a model makes them."""
-    from t2i.sources import CAPTION_MEND, caption_columns, clean, label_caption
+    from t2i.sources import CAPTION_FIX, caption_columns, check_label_names, clean, label_caption
 
     kind, data = recipe.caption.captioner, recipe.data
     if kind not in ("label", "existing"):
@@ -260,11 +326,12 @@ def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] |
                 raise UserError(
                     f"{data.dataset} has no labels; take another --captioner, or sort the images into class folders"
                 )
+            check_label_names(labels or [], data, str(data.dataset))
             texts[split] = [label_caption(label, data.caption_template) for label in labels or [None] * len(part)]
         else:
             column = caption_columns(part, data, str(data.dataset), split)[0]
             if column is None and split == "train":
-                raise UserError(f"{data.dataset} has no captions; {CAPTION_MEND}")
+                raise UserError(f"{data.dataset} has no captions; {CAPTION_FIX}")
             texts[split] = [clean(text) for text in part[column]] if column else [""] * len(part)
     return texts
 
@@ -473,7 +540,8 @@ def make_card(
         making=making,
         audit=audit,
         quarantine=quarantine,
-        provenance={"Images": source.identity, "Captions": captions_hash(folder), "Data set revision": data.dataset_revision or "none",
+        provenance={"Images": source.identity, "Captions": captions_hash(folder),
+                    "Data set revision": source.notes.get("revision") or "none",
                     "Code revision": code_revision()},
         grid="images/grid.png",
         repo_id=config.hub_dataset_id,

@@ -58,7 +58,8 @@ def main() -> None:
     accelerator = make_accelerator(config)
     check_push(config, accelerator)
     held = ExitStack()  # until the process ends: no second training writes into this folder
-    held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
+    if not config.dry_run:
+        held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
@@ -73,6 +74,9 @@ def main() -> None:
         raise UserError(
             f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
         )
+    if config.dry_run:
+        say_long_captions(recipe, splits, known_tokenizer(recipe), accelerator)
+        return
     count = len(splits.train)
     steps = training.total_steps(config, count, accelerator.num_processes)
 
@@ -97,6 +101,7 @@ def main() -> None:
         for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
             model.save_pretrained(folder / "pipeline" / part)
     accelerator.wait_for_everyone()
+    say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
     scaling_factor = frozen["vae"].config.scaling_factor
@@ -290,6 +295,30 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
     return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, hashes
 
 
+def known_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer that options name, without its text encoder; None where one is to be learnt from the captions."""
+    from transformers import CLIPTokenizer
+
+    from t2i import models
+
+    source = recipe.unet.text_encoder or recipe.unet.pretrained_model_name_or_path
+    revision = recipe.unet.text_encoder_revision
+    return models.load_part(CLIPTokenizer, source, "tokenizer", revision) if source else None
+
+
+def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: Any) -> None:
+    """Say how many captions of the training and of the measured validation images the tokenizer cuts."""
+    from t2i.data import count_long_captions
+
+    if tokenizer is None or not accelerator.is_main_process:
+        return
+    for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
+        captions = getattr(splits, name).rows["caption"][:limit]
+        long = count_long_captions(captions, tokenizer)
+        if long["over"]:
+            print(f"{long['over']:,} of {len(captions):,} {name} captions exceed {long['limit']} tokens and are cut")
+
+
 def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     """The UNet to train: new, of the recipe's size, or the one of `pretrained_model_name_or_path`."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -326,14 +355,14 @@ def cache_inputs(
     recipe: Recipe, splits: Any, frozen: dict[str, Any], hashes: dict[str, str], accelerator: Any
 ) -> dict[str, Any]:
     """Latents and text embeddings of the training split, and of as many validation images as the loss is measured on:
-    `{split: (latents, text)}`; reports long captions.
+    `{split: (latents, text)}`.
 
     A training in bf16 computes them in bf16 as well, in half the time: what is decoded from such latents is the same to 60 dB.
     fp16, whose range is not float32's, computes them in float32.
     """
     import torch
 
-    from t2i import caches, data
+    from t2i import caches
     from t2i.pictures import cut_prompt
 
     for prompt in recipe.train_unet.validation_prompts:
@@ -347,11 +376,6 @@ def cache_inputs(
     for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
         captions, pixels = split.rows["caption"][:limit], split.pixels[:limit]
-        long = data.count_long_captions(captions, frozen["tokenizer"])
-        if long["over"]:
-            accelerator.print(
-                f"{long['over']} of {len(captions)} {name} captions exceed {long['limit']} tokens and are cut"
-            )
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
         flip = recipe.data.random_flip and name == "train"

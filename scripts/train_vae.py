@@ -42,7 +42,8 @@ def main() -> None:
     except UserError as error:  # no hindrance to an autoencoder, but better known before it is trained
         accelerator.print(f"WARNING: train_unet.py will refuse this recipe with this autoencoder: {error}")
     held = ExitStack()  # until the process ends: no second training writes into this folder
-    held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
+    if not config.dry_run:
+        held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
@@ -56,6 +57,8 @@ def main() -> None:
         raise UserError(
             f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
         )
+    if config.dry_run:
+        return
     train = splits.train
 
     # models

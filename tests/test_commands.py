@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import ROOT, SCRIPTS, TINY
+from conftest import SCRIPTS, TINY
 
 SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("*.py"))
 

@@ -1,12 +1,15 @@
 """Every input form gives the same rows; splits hold still; damage is listed; pixels are reused; the sampler is pure."""
 
+import importlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
+import unicodedata
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i import data, dataset_folder
+from t2i import data, dataset_folder, sources
 from t2i.config import DataConfig
 from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits
 from t2i.dataset_folder import save_dataset_folder
@@ -241,7 +244,7 @@ def test_mistakes_are_one_sentence_with_the_mend(tmp_path, monkeypatch):
         (tmp_path / "evil", {}, "metadata.jsonl, line 1 names '../../etc/passwd', which is outside"),
         (tmp_path / "rooted", {}, "'/etc/passwd', which is outside"),
         (tmp_path / "nameless", {}, "line 1 has no file_name .it has filename, caption."),
-        (tmp_path / "broken", {}, "metadata.jsonl cannot be read"),
+        (tmp_path / "broken", {}, "metadata.jsonl, line 1 cannot be read"),
         (tmp_path / "bad_parquet", {}, "Parquet files cannot be read"),
         (tmp_path / "good", {"image_column": "imag"}, "no column 'imag'; it has image, caption; did you mean .* image"),
         (tmp_path / "good", {"caption_column": "captoin"}, "did you mean --caption_column caption"),
@@ -278,6 +281,351 @@ def test_an_image_path_outside_the_folder_is_never_read(tmp_path):
         load(tmp_path / "a", tmp_path)
 
 
+# Captions that are surely wrong, and those that may be meant
+
+
+BAD_CAPTIONS = {
+    "a comma that is not quoted": (
+        {"metadata.csv": "file_name,text\n0.png,red\n1.png,a rose, wet with dew\n"},
+        r"metadata.csv, line 3 has 3 fields, the header 2; put quotation marks around a text with a comma",
+    ),
+    "a comma after a text of two lines": (
+        {"metadata.csv": 'file_name,text\n0.png,"red\nand wet"\n1.png,a rose, wet\n'},
+        "metadata.csv, line 4 has 3 fields",
+    ),
+    "a semicolon that is not quoted": (
+        {"metadata.csv": "file_name;text\n0.png;red; wet\n"},
+        "line 2 has 3 fields, .*with a semicolon",
+    ),
+    "a quotation mark that swallows rows": (
+        {"metadata.csv": 'file_name,text\n0.png,"a red rose\n1.png,"a tulip"\n2.png,x\n'},
+        "metadata.csv, line 2: a quotation mark is not closed",
+    ),
+    "a column twice": ({"metadata.csv": "file_name,text,text\n0.png,a,b\n"}, "names the column 'text' twice"),
+    "an object": (
+        {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": {"en": "x"}}\n'},
+        r"metadata.jsonl, line 2: column 'text' holds an object \({'en': 'x'}\); write text",
+    ),
+    "objects in a list": (
+        {"metadata.jsonl": '{"file_name": "0.png", "caption": [{"raw": "x"}]}\n'},
+        "line 1: column 'caption' holds an object",
+    ),
+    "a number among texts": (
+        {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n\n{"file_name": "1.png", "text": 5}\n'},
+        "line 3: column 'text' holds a number",
+    ),
+    "a comma after an object": (
+        {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "b"},\n'},
+        "metadata.jsonl, line 2 cannot be read .Extra data, column 36.; write one whole JSON object per line",
+    ),
+    "another encoding in a table": (
+        {"metadata.csv": "file_name,text\n0.png,a\n1.png,caf\u00e9\n".encode("cp1252")},
+        "metadata.csv, line 3 is not UTF-8 .byte 0xe9.*save the file as UTF-8",
+    ),
+    "another encoding beside an image": ({"0.txt": "it’s red".encode("cp1252")}, r"0\.txt, line 1 is not UTF-8"),
+    "UTF-16 without a mark": ({"0.txt": "a rose".encode("utf-16-le")}, r"0\.txt is UTF-16 without a byte order mark"),
+    "detection labels": ({"0.txt": "\n0 0.5 0.5 .1 1\n2 1e-1 0.5 0.1 0.2\n"}, r"0\.txt, line 2 holds detection labels"),
+    "outlines of objects": ({"0.caption": "3 0.1 0.2 0.3 0.4 0.5 0.6"}, r"0\.caption, line 1 holds detection labels"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CAPTIONS)
+def test_captions_that_are_surely_wrong_are_refused_with_file_and_line(kind, tmp_path):
+    files, message = BAD_CAPTIONS[kind]
+    for index in range(3):
+        write(tmp_path / "a" / f"{index}.png", png(index))
+    for name, text in files.items():
+        write(tmp_path / "a" / name, text)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "a", tmp_path)
+
+
+GOOD_CAPTIONS = {
+    "semicolons": {"metadata.csv": 'file_name;text\n0.png;"a; red"\n1.png;b\n2.png;c\n'},
+    "Excel's own first line": {"metadata.csv": 'sep=;\nfile_name;text\n0.png;"a; red"\n1.png;b\n2.png;c\n'},
+    "tabs": {"metadata.csv": "file_name\ttext\n0.png\ta; red\n1.png\tb\n2.png\tc\n"},
+    "spaces after commas": {"metadata.csv": 'file_name, text\n0.png, "a; red"\n1.png, b\n2.png, c\n'},
+    "fields without a text": {"metadata.csv": "file_name,text\n0.png,a; red,,\n1.png,b\n2.png,c\n"},
+    "a table of UTF-16": {"metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n".encode("utf-16")},
+    "files of UTF-16 and UTF-8": {
+        "0.txt": "a; red".encode("utf-16"), "1.txt": b"\xef\xbb\xbfb", "2.txt": "c".encode("utf-32"),
+    },
+    "kohya's files": {"0.caption": "a; red", "1.caption": "b", "2.caption": "c"},
+    "whole names and capitals": {"0.png.txt": "a; red", "1.TXT": "b", "2.png.caption": "c"},
+    "lists among texts": {
+        "metadata.jsonl": '{"file_name": "0.png", "text": ["", "a; red", "x"]}\n{"file_name": "1.png", "text": "b"}\n'
+        '{"file_name": "2.png", "text": ["c"]}\n'
+    },
+    "numbers beyond 64 bits beside": {
+        "metadata.jsonl": "".join(
+            json.dumps({"file_name": f"{i}.png", "text": text, "phash": 2**64 - i}) + "\n"
+            for i, text in enumerate(["a; red", "b", "c"])
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GOOD_CAPTIONS)
+def test_captions_as_programs_write_them_are_read(kind, tmp_path):
+    for index in range(3):
+        write(tmp_path / "a" / f"{index}.png", png(index))
+    for name, text in GOOD_CAPTIONS[kind].items():
+        write(tmp_path / "a" / name, text)
+    splits = load(tmp_path / "a", tmp_path)
+    assert captions_of(splits) == {"0.png": "a; red", "1.png": "b", "2.png": "c"}
+    assert splits.report.get("several_captions") == (1 if kind == "lists among texts" else 0)
+
+
+def captions_of(splits: data.Splits) -> dict[str, str]:
+    parts = (splits.train, splits.validation, splits.test)
+    return {row["file"]: row["caption"] for part in parts if part is not None for row in part.rows}
+
+
+def test_no_value_is_an_empty_caption_and_mixed_forms_keep_theirs(tmp_path):
+    """NaN; one caption file among classes; a folder with metadata among others."""
+    for index in range(8):
+        write(tmp_path / "a" / ("rose", "tulip")[index % 2] / f"{index}.png", png(index))
+    write(tmp_path / "a/rose/0.txt", "my own")
+    write(tmp_path / "a/rose/2.txt", "")
+    splits = load(tmp_path / "a", tmp_path)
+    found = captions_of(splits)
+    assert (found["rose/0.png"], found["rose/2.png"]) == ("my own", "")
+    assert set(found.values()) == {"my own", "", *(f"a photo of a {c}, a type of flower" for c in ("rose", "tulip"))}
+    assert splits.report["captions_from"] == {"from .txt files": 2, "from class names": 6}
+    write(tmp_path / "a/lily/metadata.jsonl", '{"file_name": "8.png", "text": "a lily"}\n{"file_name": "9.png", "text": NaN}')
+    for index in (8, 9):
+        write(tmp_path / "a/lily" / f"{index}.png", png(index))
+    assert captions_of(load(tmp_path / "a", tmp_path)) == found | {"lily/8.png": "a lily", "lily/9.png": ""}
+
+
+def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
+    for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
+        for index in range(6):
+            home = tmp_path / form / str(index % 2) if form == "folders" else tmp_path / form
+            if form not in ("parquet", "names"):
+                write(home / f"{index}.png", png(index))
+    lines = "".join(f"{i}.png,{i % 2}\n" for i in range(6))
+    write(tmp_path / "csv/metadata.csv", "file_name,label\n" + lines)
+    rows = [{"file_name": f"{i}.png", "label": i % 2} for i in range(6)]
+    write(tmp_path / "jsonl/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    write(tmp_path / "floats/metadata.jsonl", "\n".join(json.dumps(row | {"label": row["label"] + 1.0}) for row in rows))
+    save_dataset_folder(tmp_path / "parquet", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]})
+    classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
+    save_dataset_folder(tmp_path / "names", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]}, classes)
+    for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
+        with pytest.raises(UserError, match="numbers|is a number without a name"):
+            load(tmp_path / form, tmp_path)
+    with pytest.raises(UserError, match="--label_names has no name for the classes 0; its names stand for 1 to 2"):
+        load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
+    found = set(captions_of(load(tmp_path / "floats", tmp_path, label_names=["rose", "tulip"])).values())
+    assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
+
+
+def test_columns_that_hold_no_text_are_no_captions(tmp_path):
+    for column, value in (("number", 5), ("struct", {"en": "x"}), ("list", [{"raw": "x"}])):
+        table = pa.table({"image": pa.array([{"bytes": png(i), "path": None} for i in range(3)]), "text": [value] * 3})
+        (tmp_path / column).mkdir()
+        pq.write_table(table, tmp_path / column / "train.parquet")
+        with pytest.raises(UserError, match=r"column 'text' holds no text \((int64|objects with en|lists of objects)"):
+            load(tmp_path / column, tmp_path)
+
+
+def test_the_table_says_what_was_understood(tmp_path):
+    odd = ["12", "['a', 'b']", "caf\ufffd", "CafÃ©", "nan", "IMG_5", "0 0.5 0.5 1", "{label} rose", "a rose", "a rose", ""]
+    names = [*(f"IMG_{index}.png" for index in range(len(odd)))]
+    for index, name in enumerate(names):
+        write(tmp_path / "a" / name, png(index))
+    write(tmp_path / "a" / "extra.png", png(0))
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, odd, strict=True)]
+    write(tmp_path / "a" / "metadata.jsonl", "\n".join(lines))
+    said = []
+    splits = load_splits(config(tmp_path / "a", tmp_path), said.append)
+    table = said[1]
+    for line in ("11 from metadata.jsonl; column 'text'", "9 distinct, 1 empty, longest 4 words", "IMG_0.png: '12'",
+                 "with braces or brackets", "with replacement characters", "with misread", "that say no value", "that are file names",
+                 "with markup or a template", "1 not in the metadata (extra.png)", "IMG_0.png → 12"):  # fmt: skip
+        assert line in table
+    assert "2 of numbers only" in table
+    assert "rose'" not in table.split("examples")[0].replace("{label} rose'", "")
+    # a cache from before captions were counted opens as well, and a file that came later is said without a new cache
+    report = next((tmp_path / "cache").rglob("report.json"))
+    old = json.loads(report.read_text())
+    for key in ("understood", "several_captions", "caption_columns", "left_out", "captions_from", "form"):
+        old.pop(key)
+    report.write_text(json.dumps(old))
+    write(tmp_path / "a" / "more.png", png(50))
+    said.clear()
+    assert load_splits(config(tmp_path / "a", tmp_path), said.append).fingerprint == splits.fingerprint
+    assert "2 not in the metadata (extra.png; more.png)" in said[1]
+    assert "9 distinct" in said[1]
+
+
+# What is ours, and what is left alone
+
+
+def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):
+    rose = tmp_path / "a" / "rose"
+    for index in range(4):
+        write(rose / f"IMG {index}.JPG", png(index))
+        for name in ("xmp", "XML", "AAE", "MOV", "npz", "psd", "cr2", "json", "THM"):
+            write(rose / f"IMG {index}.{name}", png(90) if name == "THM" else b"<x/>")
+        write(rose / f"IMG {index}.JPG.xmp", b"<x/>")
+    for name in ("ehthumbs.db", "Picasa.ini", "photos.lnk", "clip.mp4", "list.xlsx"):
+        write(rose / name, b"\0\1")
+    folders = ("@eaDir/IMG 0.JPG", ".thumbnails", "__MACOSX", "Cat Previews.lrdata/1", "CaptureOne/Cache", "#recycle", "Thumbs")
+    for folder in folders:
+        write(rose / folder / "x.jpg", png(70))
+    write(rose / "._IMG 0.JPG", b"\0\5\x16\7")
+    splits = load(tmp_path / "a", tmp_path)
+    assert sorted(captions_of(splits)) == [f"rose/IMG {index}.JPG" for index in range(4)]
+    assert splits.quarantine == []
+    counts = {reason: entry["count"] for reason, entry in splits.report["left_out"].items()}
+    assert counts == {
+        "companion files": 40, "other files": 5, "folders of other programs, and hidden ones": 7, "hidden files": 1,
+    }  # fmt: skip
+    write(rose / "alone.psd", b"8BPS" + bytes(30))  # pictures, and what could be one, are bad images
+    write(rose / "alone.nef", b"II*\0" + bytes(30))
+    write(rose / "no_extension", b"x")
+    bad = {row["file"] for row in load(tmp_path / "a", tmp_path, max_bad_share=0.9).quarantine}
+    assert bad == {"rose/alone.psd", "rose/alone.nef", "rose/no_extension"}
+
+
+def test_links_hide_no_split_and_rename_no_class(tmp_path):
+    for index in range(4):
+        write(tmp_path / "a/train/rose" / f"{index}.png", png(index))
+    (tmp_path / "a/test").symlink_to("train")
+    (tmp_path / "a/train/a_best").symlink_to("rose")
+    (tmp_path / "a/train/rose/up").symlink_to("../..")
+    splits = load(tmp_path / "a", tmp_path)
+    assert set(captions_of(splits)) == {f"train/rose/{index}.png" for index in range(4)}
+    assert splits.report["left_out"]["folders read already"]["first"][:2] == ["train/a_best → train/rose", "train/rose/up → " + str(tmp_path / "a")] or (
+        splits.report["left_out"]["folders read already"]["count"] == 3
+    )
+    for index in range(4):  # both splits are links into one store
+        write(tmp_path / "b/store" / ("one", "two")[index % 2] / "rose" / f"{index}.png", png(index))
+    (tmp_path / "b/train").symlink_to("store/one")
+    (tmp_path / "b/test").symlink_to("store/two")
+    assert len(load(tmp_path / "b", tmp_path).test) == 2
+
+
+def test_names_match_in_both_forms_of_unicode(tmp_path):
+    for index in range(3):
+        write(tmp_path / "a" / unicodedata.normalize("NFD", f"été {index}.png"), png(index))
+        write(tmp_path / "b/rose" / unicodedata.normalize("NFD", f"été {index}.png"), png(index))
+        write(tmp_path / "b/rose" / unicodedata.normalize("NFC", f"été {index}.txt"), f"own {index}")
+    rows = [{"file_name": unicodedata.normalize("NFC", f"été {index}.png"), "text": f"own {index}"} for index in range(3)]
+    write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    for folder in ("a", "b"):
+        splits = load(tmp_path / folder, tmp_path)
+        assert splits.quarantine == []
+        assert set(captions_of(splits).values()) == {"own 0", "own 1", "own 2"}
+
+
+# Forms that `datasets` writes
+
+
+@pytest.mark.parametrize("name", ["flowers [2024]", "a::b", "what? *"])
+def test_parquet_is_read_whatever_its_path(name, tmp_path):
+    found = content(load(parquet(tmp_path / name), tmp_path))
+    assert found == content(load(parquet(tmp_path / "plain"), tmp_path))
+    splits = load(tmp_path / name, tmp_path / name)  # the cache as well
+    assert content(splits) == found
+
+
+def test_parquet_that_names_pictures_beside_it(tmp_path):
+    for index in range(4):
+        write(tmp_path / "a/images" / f"{index}.png", png(index))
+        write(tmp_path / "b/train/images" / f"{index}.png", png(index))
+    paths, texts = [f"images/{index}.png" for index in range(4)], [f"rose {index}" for index in range(4)]
+    pq.write_table(pa.table({"image": paths, "text": texts}), tmp_path / "a/data.parquet")
+    pq.write_table(pa.table({"file_name": paths, "text": texts}), tmp_path / "b/train/part.parquet")
+    (tmp_path / "c").mkdir()
+    shutil.copytree(tmp_path / "b/train/images", tmp_path / "c/images")
+    pq.write_table(pa.table({"file_name": paths, "text": texts}), tmp_path / "c/metadata.parquet")
+    found = {f"images/{index}.png": f"rose {index}" for index in range(4)}
+    for folder in ("a", "b", "c"):
+        assert captions_of(load(tmp_path / folder, tmp_path)) == found
+    before = load(tmp_path / "a", tmp_path).fingerprint
+    write(tmp_path / "a/images/0.png", png(77))  # another picture, another cache
+    assert load(tmp_path / "a", tmp_path).fingerprint != before
+    for index in range(4):  # embeddings beside photos are no data set
+        write(tmp_path / "d/rose" / f"{index}.png", png(index))
+    pq.write_table(pa.table({"embedding": [[0.0, 1.0]]}), tmp_path / "d/embeddings.parquet")
+    assert len(captions_of(load(tmp_path / "d", tmp_path))) == 4
+
+
+def test_a_configuration_is_chosen_and_the_names_are_said(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        rows = pa.table({"image": [png(i) for i in range(4)], "text": [f"{name} {i}" for i in range(4)]})
+        pq.write_table(rows, tmp_path / "many" / name / "train.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("a", "b"))
+    write(tmp_path / "many/README.md", f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(UserError, match=r"several configurations; choose one by --dataset_config_name .*\['a', 'b'\]"):
+        load(tmp_path / "many", tmp_path)
+    with pytest.raises(UserError, match=r"--dataset_config_name .*c.*a.*b"):
+        load(tmp_path / "many", tmp_path, dataset_config_name="c")
+    splits = [load(tmp_path / "many", tmp_path, dataset_config_name=name) for name in ("a", "b")]
+    assert [set(text[0] for text in captions_of(part).values()) for part in splits] == [{"a"}, {"b"}]
+
+
+def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "text": [f"rose {i}" for i in range(4)]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "disk"))
+    datasets.DatasetDict({"train": table, "extra": table}).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "tar").mkdir()
+    with tarfile.open(tmp_path / "tar/00000.tar", "w") as tar:
+        for index in range(4):
+            for ending, blob in (("png", png(index)), ("txt", f"rose {index}".encode())):
+                entry = tarfile.TarInfo(f"{index:05d}.{ending}")
+                entry.size = len(blob)
+                tar.addfile(entry, io.BytesIO(blob))
+    for form in ("disk", "dict", "tar"):
+        splits = load(tmp_path / form, tmp_path)
+        assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
+    assert splits.report["form"] == "webdataset, 1 file"
+    assert "extra, 4 rows" in str(load(tmp_path / "dict", tmp_path).report["left_out"])
+    write(tmp_path / "zip/photos.zip", b"PK")
+    with pytest.raises(UserError, match=r"holds archives \(.zip\) and no images; unpack them"):
+        load(tmp_path / "zip", tmp_path)
+
+
+def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):
+    """Where the Hub is not reached, `datasets` answers with the newest commit in its cache, whichever was asked for."""
+    commits = {"old": "a" * 40, "new": "b" * 40}
+    kept = tmp_path / "hf/me___flowers/default/0.0.0"
+    for name, commit in commits.items():
+        save_dataset_folder(tmp_path / name, {"train": [{"image": png(i), "caption": f"{name} {i}"} for i in range(4)]})
+        rows = datasets.load_dataset(str(tmp_path / name), cache_dir=str(tmp_path / "made" / name))
+        made = Path(rows["train"].cache_files[0]["filename"])
+        shutil.copytree(made.parent, kept / commit)
+        (kept / commit / made.name).rename(kept / commit / "flowers-train.arrow")
+    newest = datasets.DatasetDict({"train": datasets.Dataset.from_file(str(kept / commits["new"] / "flowers-train.arrow"))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: newest)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(sources, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    write(tmp_path / "hub/datasets--me--flowers/refs/v1", commits["old"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision, name in ((None, "new"), (commits["new"], "new"), (commits["old"], "old"), ("aaaaaaaa", "old"), ("v1", "old")):
+        splits = load("me/flowers", tmp_path, dataset_revision=revision)
+        assert {text.split()[0] for text in captions_of(splits).values()} == {name}
+        assert splits.report["revision"] == commits[name]
+    for revision in ("v9", "c" * 40):
+        with pytest.raises(UserError, match=f"--dataset_revision {revision} of me/flowers is not in the local cache"):
+            load("me/flowers", tmp_path, dataset_revision=revision)
+
+
+@pytest.mark.parametrize("script", ["train_vae", "train_unet"])
+def test_a_dry_run_ends_after_the_table(script, tmp_path, monkeypatch, capsys):
+    folder = class_folders(tmp_path / "a")
+    words = ("--dataset", folder, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--dry_run")
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words), "--resolution", "16", "--validation_fraction", "0.25"])
+    importlib.import_module(script).main()
+    assert "classes       2, from 5 images (sun flower)" in capsys.readouterr().out.replace("sun_flower", "sun flower")
+    assert not (tmp_path / "run").exists()
+
+
 # Damage
 
 
@@ -294,7 +642,7 @@ def damaged(folder: Path, good: int = 40) -> list[str]:
         "layers.psd": b"8BPS" + bytes(30),
         "tiny.png": png(5, 2),
         "zeros.jpg": bytes(3000),
-        "movie.mp4": b"\0\0\0\x18ftypisom" + bytes(30),
+        "movie.jpg": b"\0\0\0\x18ftypisom" + bytes(30),
     }
     for index in range(good):
         write(folder / "rose" / f"{index}.png", png(index + 100))
@@ -404,8 +752,10 @@ def test_the_second_call_reuses_and_says_so(tmp_path):
     assert "16 px" in said[0]
     assert "MB" in said[0]
     second = load_splits(config(folder, tmp_path), said.append)
-    assert said[1].startswith("reusing")
-    assert len(said) == 2
+    assert said[1].startswith("what was understood of the data:")
+    assert said[2].startswith("reusing")
+    assert said[3] == said[1]
+    assert len(said) == 4
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report
     assert content(second) == content(first)

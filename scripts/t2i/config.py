@@ -70,6 +70,7 @@ class SourceConfig:
         None  # Hub id, dataset folder or imagefolder
     )
     dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
+    dataset_config_name: str | None = None  # configuration of a data set that has several
     image_column: str = "image"  # column that holds the images
     caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
     label_names: list[str] = field(default_factory=list)  # names of labels that are numbers, from 1 on
@@ -96,6 +97,7 @@ class CaptionConfig(HubConfig):
     """Captioning."""
 
     output_dir: PathText | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
+    dry_run: Flag = False  # end after the table of what was understood of the input
     captioner: PathText = "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
     captioner_revision: str | None = None  # branch, tag or commit of a Hub model
     task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
@@ -157,6 +159,7 @@ class TrainConfig:
     """What both training scripts share."""
 
     output_dir: PathText | None = None  # run folder
+    dry_run: Flag = False  # end after the table of what was understood of the input
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
     train_batch_size: Count = 16  # images a process and step
     gradient_accumulation_steps: Count = 1  # steps a weight update
@@ -308,6 +311,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     for name, before in defaults.items():
         section = check_options(getattr(chosen, name))
         _let_go(section, before, "dataset", "dataset_revision")
+        _let_go(section, before, "dataset", "dataset_config_name")
         _let_go(section, before, "vae", "vae_revision")
         _let_go(section, before, "text_encoder", "text_encoder_revision")
         _let_go(section, before, "num_train_epochs", "max_train_steps")

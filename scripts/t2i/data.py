@@ -31,11 +31,13 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
+from t2i import understood
 from t2i.config import DataConfig
 from t2i.images import TRANSFORM_VERSION, BadImage, decode_image, fit
 from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
 from t2i.sources import (
-    CAPTION_MEND,
+    CAPTION_FIX,
+    OTHER_SPLITS,
     WORKERS,
     Source,
     caption_columns,
@@ -121,13 +123,34 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
         else:
             _build(source, cfg, folder, say)
             pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
-    report = read_json(folder / "report.json")
+    report = _report(folder, source)
+    say(understood.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
     train, validation, test = _open_splits(folder, report)
     if train is None:
         raise UserError(f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} says why")
     return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
+
+
+def _report(folder: Path, source: Source) -> dict[str, Any]:
+    """A cache folder's report, with what the data set's listing says now: what is left out belongs to no cache key."""
+    report = read_json(folder / "report.json")
+    if "understood" not in report:  # prepared before captions were counted
+        report["understood"] = _describe(folder, [name for name, part in report["splits"].items() if part["images"]])
+    other = {key: value for key, value in report.get("left_out", {}).items() if key == OTHER_SPLITS}
+    left_out = {**source.notes.get("left_out", {}), **other}
+    return {**report, **source.notes, "dataset": source.name, "left_out": left_out}
+
+
+def _describe(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
+    columns = {}
+    for name in splits:
+        with pa.OSFile(str(folder / f"{name}.arrow")) as file:
+            rows = pa.ipc.open_stream(file).read_all()
+            kept = [key for key in ("file", "caption", "label") if key in rows.column_names]
+            columns[name] = rows.select(kept).to_pydict()
+    return understood.describe(columns)
 
 
 def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
@@ -167,7 +190,7 @@ def check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, lim
         raise UserError(
             f"{len(quarantine):,} of {found:,} images of {name} ({share:.1%}) cannot be used, more than the "
             f"{limit:.1%} allowed: {shown}{', …' if len(quarantine) > 3 else ''}; all are listed in {listing}; "
-            "mend or remove them, or raise --max_bad_share"
+            "fix or remove them, or raise --max_bad_share"
         )
 
 
@@ -237,18 +260,22 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
 
         quarantine = list(source.quarantine)
         splits: dict[str, dict[str, Any]] = {}
+        several = 0
         with tqdm(total=count, desc="images", unit="image", mininterval=0.5) as bar:
             for split, (origin, indices) in chosen.items():
                 rows = candidates[origin]
                 kept = _write_pixels(
                     part / f"{split}.npy", pool, rows, indices, cfg, source.roots, split, quarantine, bar
                 )
-                empty = _write_rows(part / f"{split}.arrow", rows, kept, digests[origin], origin, cfg, captions[origin])
+                empty, lists = _write_rows(
+                    part / f"{split}.arrow", rows, kept, digests[origin], origin, cfg, captions[origin]
+                )
+                several += lists
                 fingerprint = hash_json([TRANSFORM_VERSION, cfg.resolution, digests[origin][kept].tobytes().hex()])
                 splits[split] = {"images": len(kept), "empty_captions": empty, "fingerprint": fingerprint}
                 digests[f"kept {split}"] = digests[origin][kept]
     if splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
-        raise UserError(f"all captions of {source.name} are empty; {CAPTION_MEND}")
+        raise UserError(f"all captions of {source.name} are empty; {CAPTION_FIX}")
     found = count + len(source.quarantine)
     left_out = len(candidates["train"]) - len(train) - len(validation)
     report = {
@@ -260,6 +287,9 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
         "quarantined": len(quarantine),
         "quarantined_by_reason": dict(Counter(row["reason"].split(":")[0] for row in quarantine).most_common()),
         "duplicates": _count_duplicates(digests),
+        "several_captions": several,
+        "caption_columns": _caption_columns(captions, "captions_from" in source.notes),
+        "understood": _describe(part, splits),
         **source.notes,
     }
     with open(part / "quarantine.jsonl", "w", encoding="utf-8") as file:
@@ -270,6 +300,16 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
             f"left out {len(quarantine):,} of {found:,} images: {report['quarantined_by_reason']}; "
             "quarantine.jsonl there lists them"
         )
+
+
+def _caption_columns(captions: dict[str, tuple[str | None, str | None]], counted: bool) -> list[str]:
+    """Where the captions of each split come from, in words; nothing for a folder whose files are counted instead."""
+    found: dict[str, list[str]] = {}
+    for split, (caption, label) in captions.items():
+        if not (counted and caption in (None, "caption") and label in (None, "label")):
+            origin = f"column {caption!r}" if caption else f"class, column {label!r}" if label else "none"
+            found.setdefault(origin, []).append(split)
+    return [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -338,8 +378,11 @@ def _write_npy_header(file: Any, count: int, resolution: int) -> None:
 def _write_rows(
     path: Path, rows: datasets.Dataset, kept: np.ndarray, digests: np.ndarray, split: str, cfg: DataConfig,
     columns: tuple[str | None, str | None],
-) -> int:  # fmt: skip
-    """Write id, file, caption, label and other plain columns of `rows[kept]`; returns the number of empty captions."""
+) -> tuple[int, int]:  # fmt: skip
+    """Write id, file, caption, label and other plain columns of `rows[kept]`.
+
+    Returns the number of empty captions, and of images with several.
+    """
     caption, label = columns
     taken = {"id", "file", "caption", "label", "labels", cfg.image_column, caption, label}
     text = datasets.Value("string")
@@ -351,7 +394,7 @@ def _write_rows(
     schema = datasets.Features(features).arrow_schema
     needed = [key for key in (cfg.image_column, caption, label, *others) if key]
     rows = rows.select_columns(list(dict.fromkeys(needed)))
-    empty = 0
+    empty = several = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for start in range(0, len(kept), ROWS_PER_BATCH):
             chosen = kept[start : start + ROWS_PER_BATCH]
@@ -364,6 +407,7 @@ def _write_rows(
                 out["label"] = [label_name(value, cfg.label_names) for value in batch[label]]
             if caption:
                 captions = [clean(value) for value in batch[caption]]
+                several += sum(isinstance(value, list) and sum(map(bool, value)) > 1 for value in batch[caption])
             elif label:
                 captions = [label_caption(value, cfg.caption_template) for value in out["label"]]
             else:
@@ -372,7 +416,7 @@ def _write_rows(
             out |= {"id": [digests[index].tobytes().hex()[:16] for index in chosen], "caption": captions}
             out["file"] = [shown_file(path, split, int(index)) for path, index in zip(paths, chosen, strict=True)]
             writer.write_table(pa.Table.from_pydict({key: out[key] for key in schema.names}, schema=schema))
-    return empty
+    return empty, several
 
 
 def _image_paths(rows: datasets.Dataset, column: str) -> list[str | None]:

@@ -150,10 +150,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def starts_like_an_image(path: str | Path) -> bool:
+    """Whether a file's first bytes are those of a format that is decoded here; False if it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            return False
+        with open(path, "rb") as file:
+            return _format_of(file.read(64)) in ALLOWED_FORMATS
+    except (OSError, ValueError):
+        return False
+
+
+def _format_of(head: bytes) -> str | None:
+    return next((name for offset, magic, name in _SIGNATURES if head[offset : offset + len(magic)] == magic), None)
+
+
 def _describe(data: bytes) -> str:
     """Why Pillow did not know these bytes, without running any further decoder."""
-    head = data[:64]
-    name = next((name for offset, magic, name in _SIGNATURES if head[offset : offset + len(magic)] == magic), None)
+    name = _format_of(data[:64])
     if name in ALLOWED_FORMATS:
         return f"damaged: the {name} header cannot be read"
     if name:

@@ -15,7 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i import cards, hub
 from t2i.config import Recipe, load_recipe
-from t2i.runs import UserError, read_json, run_status, write_text
+from t2i.runs import UserError, read_json, read_object, run_status, write_text
 from t2i.tracking import redact
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ are a person's

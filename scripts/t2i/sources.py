@@ -5,22 +5,24 @@
 | input | captions |
 |---|---|
 | Hub id, folder with Parquet shards (`save_dataset_folder`) | column `caption`, else `text`, else from the label |
+| folder of `Dataset.save_to_disk`, of webdataset's .tar shards | the same |
 | `[train/]<class>/x.jpg` | from the class name, by `caption_template` |
-| images with `metadata.jsonl` or `metadata.csv` (`file_name`, …) | column `caption`, else `text`, else from `label` |
-| images with `x.txt` beside `x.jpg` | the text file |
+| images with `metadata.jsonl`, `.csv` or `.parquet` (`file_name`, …) | column `caption`, else `text`, else from `label` |
+| images with `x.txt`, `x.caption` or `x.jpg.txt` beside `x.jpg` | that file; an image without one keeps its class name |
 
 Where captions exist at all, an empty one stays empty: such an image is kept, and trained as unconditional.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
 import os
 import re
-from collections import deque
+import shutil
+import tempfile
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,23 +31,31 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from t2i.caption_files import METADATA, SIDECARS, metadata_rows, read_sidecar
 from t2i.config import SourceConfig
+from t2i.folders import (
+    NOT_IMAGE_NAMES,
+    RAW,
+    SPLIT_NAMES,
+    LeftOut,
+    leave_out,
+    list_files,
+    pick_images,
+    plain_name,
+    without_suffix,
+)
 from t2i.images import BadImage, read_image_file
 from t2i.runs import UserError, hash_json, sha256_file
 
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # Pillow and hashlib release the GIL, so threads serve
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
-# All else in a folder is tried as an image, whatever its extension: what cannot be decoded shows in the quarantine.
-NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".html", ".py", ".lock"}
-NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
-CAPTION_MEND = (
+OTHER_SPLITS = "splits that are not read"
+ARCHIVES = {".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
+CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder a class; --caption_column "
     "names another column"
 )
@@ -56,7 +66,7 @@ class Source:
     name: str
     identity: str  # hash of the content: another one, another cache
     open: Callable[[Path], dict[str, datasets.Dataset]]  # scratch folder -> candidates by split, images not decoded
-    roots: tuple[Path, ...]  # images given by path must lie below one of these
+    roots: tuple[Path, ...]  # images given by path must lie below one of these; relative ones start at the first
     disk_bytes: int = 0  # what `open` writes to its scratch folder
     quarantine: list[dict[str, str]] = field(default_factory=list)  # found while listing
     notes: dict[str, Any] = field(default_factory=dict)  # for the report
@@ -68,66 +78,84 @@ def find_source(cfg: SourceConfig) -> Source:
         raise UserError("no data set given; add --dataset with a Hub id, a dataset folder or a folder of images")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        files = _list_files(folder)
-        shards = [file for file in files if file.endswith(".parquet")]
-        return _parquet_source(name, folder, shards) if shards else _folder_source(name, folder, files)
+        return _local_source(name, folder, cfg)
     if folder.exists():
         raise UserError(f"--dataset {name} is a file; give the folder that holds it")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise UserError(
-            f"--dataset {name!r}: there is no such folder, and a Hub id is written owner/name; mend the path"
+            f"--dataset {name!r}: there is no such folder, and a Hub id is written owner/name; fix the path"
         )
-    return _hub_source(name, cfg.dataset_revision)
+    return _hub_source(name, cfg)
 
 
-def _list_files(folder: Path) -> list[str]:
-    """Relative paths (with /) of all files below `folder`, sorted by folder; no hidden ones; links are followed."""
-    found, seen = [], set()
-    for current, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(current)
-        if real in seen:  # a link to a folder above, or one more link to the same folder
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        inside = PurePosixPath(os.path.relpath(current, folder))
-        found += [str(inside / name) for name in sorted(files) if not name.startswith(".")]
-    return found
-
-
-def _hub_source(name: str, revision: str | None) -> Source:
-    try:
-        loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # network, spelling, access, format: datasets raises a dozen types
+def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
+    files, left_out = list_files(folder)
+    if "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files):
+        return _disk_source(name, folder, files, left_out)
+    parquet = [file for file in files if file.endswith(".parquet") and PurePosixPath(file).name not in METADATA]
+    shards = [file for file in parquet if _holds_images(folder / file, cfg)]
+    for file in parquet if not shards else ():
+        leave_out(left_out, "Parquet files without an image column", file)
+    images = [] if shards else pick_images(folder, files, left_out)
+    if shards or (parquet and not images):
+        return _shard_source(name, folder, shards or parquet, cfg, "Parquet", left_out)
+    endings = Counter(PurePosixPath(file).suffix.lower() for file in files)
+    if not images and endings[".tar"]:
+        tars = [file for file in files if file.lower().endswith(".tar")]
+        return _shard_source(name, folder, tars, cfg, "webdataset", left_out)
+    if not images and (archives := sorted(ARCHIVES & endings.keys())):
         raise UserError(
-            f"--dataset {name!r}: there is no such folder here, and the Hub data set could not be loaded "
-            f"({_cause(error)}); check the spelling and the network, or give the path of a folder"
+            f"{name} holds archives ({', '.join(archives)}) and no images; unpack them, and give that folder"
+        )
+    return _folder_source(name, folder, files, images, cfg, left_out)
+
+
+# Data sets that `datasets` reads
+
+
+def _hub_source(name: str, cfg: SourceConfig) -> Source:
+    left_out: LeftOut = {}
+    try:
+        loaded = datasets.load_dataset(name, *_config_name(cfg), revision=cfg.dataset_revision)
+    except Exception as error:  # network, spelling, access, format: datasets raises a dozen types
+        raise _load_error(
+            f"--dataset {name!r}: there is no such folder here, and the Hub data set could not be loaded",
+            error,
+            "check the spelling and the network, or give the path of a folder",
         ) from error
-    rows = _name_splits(name, loaded)
+    read = _commit(loaded)
+    if cfg.dataset_revision and read:  # a Hub that is not reached is answered from the cache, by any commit there
+        wanted = _cached_commit(name, cfg.dataset_revision)
+        if not read.startswith(wanted):
+            loaded, read = _load_cached(name, cfg, wanted), wanted
+    rows = _name_splits(name, loaded, left_out)
     identity = hash_json(
         [[split, [sha256_file(Path(f["filename"])) for f in rows[split].cache_files]] for split in rows]
     )
     roots = (Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
-    return Source(name, identity, lambda scratch: rows, roots)
+    notes = {"form": "Hub data set", "left_out": left_out, **({"revision": read} if read else {})}
+    return Source(name, identity, lambda scratch: rows, roots, notes=notes)
 
 
-def _parquet_source(name: str, folder: Path, shards: list[str]) -> Source:
-    card = folder / "README.md"
-    front = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []  # which shard is which split
-    identity = hash_json([front, [[shard, sha256_file(folder / shard)] for shard in shards]])
+def _config_name(cfg: SourceConfig) -> list[str]:
+    return [cfg.dataset_config_name] if cfg.dataset_config_name else []
 
-    def load(scratch: Path) -> dict[str, datasets.Dataset]:
-        try:
-            return _name_splits(name, datasets.load_dataset(str(folder.resolve()), cache_dir=str(scratch)))
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"--dataset {name}: its Parquet files cannot be read ({_cause(error)}); mend or rewrite them"
-            ) from error
 
-    size = sum((folder / shard).stat().st_size for shard in shards)
-    return Source(name, identity, load, (folder,), disk_bytes=2 * size)
+def _load_error(what: str, error: Exception, fix: str) -> UserError:
+    """The sentence for what `datasets` raised: its own words, and the fix that belongs to them."""
+    own = " ".join(str(error).split())
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) or not own:
+        own = _cause(error)
+    own = own.split(" Example of usage:")[0][:400].rstrip(".")
+    if "onfig name is missing" in own or own.startswith("BuilderConfig"):
+        return UserError(
+            f"{what.split(':')[0]} has several configurations; choose one by --dataset_config_name ({own})"
+        )
+    if "evision" in own and "exist" in own:
+        fix = "give a branch, tag or commit that is there as --dataset_revision"
+    elif "gated" in own or "cannot be accessed" in own:
+        fix = "check the spelling; if it is private or gated, ask for access and log in by `hf auth login`"
+    return UserError(f"{what} ({own}); {fix}")
 
 
 def _cause(error: BaseException) -> str:
@@ -136,12 +164,176 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
-def _name_splits(name: str, loaded: datasets.DatasetDict) -> dict[str, datasets.Dataset]:
+def _commit(loaded: datasets.DatasetDict) -> str | None:
+    """The commit of a loaded Hub data set: `datasets` names the folder of its cache by it."""
+    files = [file["filename"] for part in loaded.values() for file in part.cache_files]
+    folder = Path(files[0]).parent.name if files else ""
+    return folder if re.fullmatch(r"[0-9a-f]{40}", folder) else None
+
+
+def _cached_commit(name: str, revision: str) -> str:
+    """The commit (or its beginning) that `revision` stands for, by the local cache, else by the Hub."""
+    if re.fullmatch(r"[0-9a-f]{7,40}", revision):
+        return revision
+    reference = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / revision
+    if reference.is_file():
+        return reference.read_text(encoding="utf-8").strip()
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=10).sha)
+    except Exception as error:  # network, access: a dozen types
+        raise _not_cached(name, revision) from error
+
+
+def _not_cached(name: str, revision: str) -> UserError:
+    return UserError(
+        f"--dataset_revision {revision} of {name} is not in the local cache, and the Hub is not reached; run once with "
+        "a network, or give a revision that was read before"
+    )
+
+
+def _load_cached(name: str, cfg: SourceConfig, commit: str) -> datasets.DatasetDict:
+    """What `datasets` keeps of a commit in its cache."""
+    from datasets.naming import camelcase_to_snakecase
+    from datasets.packaged_modules.cache.cache import Cache
+
+    *owner, short = name.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(short)])
+    kept = sorted(folder.glob(f"{cfg.dataset_config_name or '*'}/*/{commit}*/dataset_info.json"))
+    if len(kept) != 1:
+        raise _not_cached(name, str(cfg.dataset_revision))
+    config, version, folder_name = kept[0].parts[-4:-1]
+    try:
+        builder = Cache(repo_id=name, dataset_name=short, config_name=config, version=version, hash=folder_name)
+        return builder.as_dataset()
+    except Exception as error:
+        raise _load_error(f"--dataset {name}: commit {commit} in the local cache cannot be read", error,
+                          "delete that cache, and run with a network") from error  # fmt: skip
+
+
+def _holds_images(shard: Path, cfg: SourceConfig) -> bool:
+    """Whether a Parquet file has a column that could hold images, or cannot be read."""
+    try:
+        schema = pq.read_schema(shard)
+    except (OSError, pa.ArrowException):
+        return True
+    named = {cfg.image_column, "image", "file_name"} & set(schema.names)
+    kinds = [kind.storage_type if isinstance(kind, pa.ExtensionType) else kind for kind in schema.types]
+    return bool(named) or any(
+        pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0) for kind in kinds
+    )
+
+
+def _shard_source(
+    name: str, folder: Path, shards: list[str], cfg: SourceConfig, form: str, left_out: LeftOut
+) -> Source:
+    """Parquet or .tar shards, which `datasets` converts, and sorts into splits by the card or by their names."""
+    card = folder / "README.md"
+    front = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []  # which shard is which split
+    content = [front, [[shard, sha256_file(folder / shard)] for shard in shards]]
+    roots, pictures = _pictures_beside(folder, shards, cfg)
+    content += [pictures] if pictures else []
+    content += [_config_name(cfg)] if cfg.dataset_config_name else []
+
+    def load(scratch: Path) -> dict[str, datasets.Dataset]:
+        # `datasets` reads brackets and :: in a path as patterns, and takes pictures beside the shards for the data
+        # set: it is shown links to the shards alone, in a folder whose name is plain
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="t2i-") as plain:
+            for file in [*shards, *(["README.md"] if card.is_file() else [])]:
+                _link((folder / file).resolve(), Path(plain) / "data" / file)
+            try:
+                os.symlink(scratch.resolve(), Path(plain) / "cache", target_is_directory=True)
+            except OSError:  # Windows without the right to make links
+                cache = scratch
+            else:
+                cache = Path(plain) / "cache"
+            try:
+                loaded = datasets.load_dataset(str(Path(plain) / "data"), *_config_name(cfg), cache_dir=str(cache))
+            except Exception as error:
+                raise _load_error(
+                    f"--dataset {name}: its {form} files cannot be read", error, "fix or rewrite them"
+                ) from error
+        rows = _name_splits(name, loaded, left_out)
+        return {split: _name_columns(part, cfg, form) for split, part in rows.items()}
+
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    notes = {"form": f"{form}, {len(shards)} {'file' if len(shards) == 1 else 'files'}", "left_out": left_out}
+    return Source(name, hash_json(content), load, roots, disk_bytes=2 * size, notes=notes)
+
+
+def _link(file: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.symlink(file, link)
+    except OSError:  # Windows without the right to make links
+        shutil.copyfile(file, link)
+
+
+def _pictures_beside(folder: Path, shards: list[str], cfg: SourceConfig) -> tuple[tuple[Path, ...], list[str]]:
+    """Roots and hashes of the pictures that Parquet files name by path, in a column of text."""
+    paths: list[str] = []
+    for shard in shards if all(shard.endswith(".parquet") for shard in shards) else ():
+        try:
+            schema = pq.read_schema(folder / shard)
+            column = cfg.image_column if cfg.image_column in schema.names else "file_name"
+            if column in schema.names and _is_text(schema.field(column).type):
+                found = pq.read_table(folder / shard, columns=[column]).column(column).to_pylist()
+                paths += [path for path in found if path]
+        except (OSError, pa.ArrowException):
+            return (folder,), []  # said when it is loaded
+    roots: tuple[Path, ...] = (folder,)
+    homes = {(folder / shard).parent for shard in shards}
+    if paths and len(homes) == 1 and not (folder / paths[0]).is_file():
+        roots = (homes.pop(), folder)  # paths start at the Parquet file, or at the folder
+    with ThreadPoolExecutor(WORKERS) as pool:
+        cells = ({"bytes": None, "path": path} for path in paths)
+        return roots, [digest.hex() for digest in in_order(pool, lambda cell: image_digest(cell, roots), cells)]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _name_columns(rows: datasets.Dataset, cfg: SourceConfig, form: str) -> datasets.Dataset:
+    """Columns of other forms by our names: `file_name` of a Parquet file, and webdataset's endings."""
+    names = {} if cfg.image_column in rows.column_names else {"file_name": cfg.image_column}
+    if form == "webdataset":
+        images = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+        names = dict.fromkeys(images[:1], cfg.image_column) | {"txt": "caption", "cls": "label"}
+    for old, new in names.items():
+        if old in rows.column_names and new not in rows.column_names:
+            rows = rows.rename_column(old, new)
+    return rows
+
+
+def _disk_source(name: str, folder: Path, files: list[str], left_out: LeftOut) -> Source:
+    """A folder of `Dataset.save_to_disk`."""
+    kept = [file for file in files if PurePosixPath(file).suffix in (".arrow", ".json")]
+    identity = hash_json([[file, sha256_file(folder / file)] for file in kept])
+
+    def load(scratch: Path) -> dict[str, datasets.Dataset]:
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+        except Exception as error:
+            fix = "save it anew by Dataset.save_to_disk"
+            raise _load_error(f"--dataset {name}: its Arrow files cannot be read", error, fix) from error
+        if isinstance(loaded, datasets.Dataset):
+            loaded = datasets.DatasetDict({"train": loaded})
+        return _name_splits(name, loaded, left_out)
+
+    notes = {"form": "folder of Dataset.save_to_disk", "left_out": left_out}
+    return Source(name, identity, load, (folder,), notes=notes)
+
+
+def _name_splits(name: str, loaded: datasets.DatasetDict, left_out: LeftOut) -> dict[str, datasets.Dataset]:
     rows: dict[str, datasets.Dataset] = {}
+    left_out.pop(OTHER_SPLITS, None)  # of an earlier look
     for split, part in loaded.items():
         known = SPLIT_NAMES.get(str(split).lower())
         if known and known not in rows and len(part):
             rows[known] = part
+        elif len(part) and len(loaded) > 1:
+            leave_out(left_out, OTHER_SPLITS, f"{split}, {len(part):,} rows")
     if "train" not in rows and len(loaded) == 1 and not rows:
         rows["train"] = next(iter(loaded.values()))
     if not len(rows.get("train", ())):
@@ -151,17 +343,27 @@ def _name_splits(name: str, loaded: datasets.DatasetDict) -> dict[str, datasets.
     return rows
 
 
-def _folder_source(name: str, folder: Path, files: list[str]) -> Source:
+# Folders of images
+
+
+def _folder_source(
+    name: str, folder: Path, files: list[str], images: list[str], cfg: SourceConfig, left_out: LeftOut
+) -> Source:
     tops = {file.split("/")[0] for file in files if "/" in file}
     has_train = any(SPLIT_NAMES.get(top.lower()) == "train" for top in tops)
     if tops and not has_train and all(top.lower() in SPLIT_NAMES for top in tops):
         raise UserError(
             f"{name} has the splits {', '.join(sorted(tops))} but no train; name the folder to train on train"
         )
-    columns, notes, quarantine = _folder_columns(name, folder, files, has_train)
+    columns, notes, quarantine = _folder_columns(name, folder, files, images, has_train, cfg, left_out)
     if not columns:
-        raise UserError(f"{name} holds no images to train on; give a folder with photos, Parquet shards, or a Hub id")
-
+        endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files).most_common(4)
+        found = f" (it holds {', '.join(f'{count:,} of {ending}' for ending, count in endings)})" if endings else ""
+        skipped = [first for entry in left_out.values() for first in entry["first"]][:3]
+        found += f"; left out: {', '.join(skipped)}" if skipped else ""
+        raise UserError(
+            f"{name} holds no images to train on{found}; give a folder with photos, Parquet shards, or a Hub id"
+        )
     rows = {split: _folder_rows(part) for split, part in columns.items()}
     digest = hashlib.sha256()
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -175,79 +377,133 @@ def _folder_source(name: str, folder: Path, files: list[str]) -> Source:
 
 
 def _folder_columns(
-    name: str, folder: Path, files: list[str], has_train: bool
+    name: str, folder: Path, files: list[str], images: list[str], has_train: bool, cfg: SourceConfig, left_out: LeftOut
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, Any], list[dict[str, str]]]:
     """Columns by split (image; where known caption, label, the metadata's), notes, and what cannot be listed."""
     columns: dict[str, dict[str, list[Any]]] = {}
     quarantine: list[dict[str, str]] = []
+    origins: Counter[str] = Counter()
 
     def split_of(file: str) -> str | None:
         return SPLIT_NAMES.get(file.split("/")[0].lower()) if has_train else "train"
 
-    metadata = [file for file in files if PurePosixPath(file).name in ("metadata.jsonl", "metadata.csv")]
+    metadata = [file for file in files if PurePosixPath(file).name in METADATA]
     described = tuple(str(PurePosixPath(file).parent) for file in metadata)
     if len(set(described)) < len(described):
-        raise UserError(f"{name} has metadata.jsonl and metadata.csv in one folder; keep one of them")
+        raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
     listed, outside = set(), 0
+    exact, there = set(files), {plain_name(file): file for file in files}
+    by_text = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
     for file in metadata:
-        for line, row in _metadata_rows(folder / file):
-            target = _inside(
-                str(PurePosixPath(file).parent), row.pop("file_name", None), f"{folder / file}, line {line}", row
-            )
+        found = metadata_rows(folder / file, cfg.caption_column)
+        has_caption = any("caption" in row for _, row in found)
+        for line, row in found:
+            where = f"{folder / file}, line {line}"
+            target = _inside(str(PurePosixPath(file).parent), row.pop("file_name", None), where, row)
+            target = target if target in exact else there.get(plain_name(target), target)
             listed.add(target)
             split = split_of(target)
             if split is None:
                 outside += 1
+                leave_out(left_out, "outside the splits", target)
             else:
+                origins[f"from {PurePosixPath(file).name}"] += 1
+                if "text" in row and not has_caption:
+                    by_text.append((split, len(columns.get(split, {"image": ()})["image"]), row["text"]))
                 _add_row(columns, split, {**row, "image": target})
 
-    sidecars = {file for file in files if file.endswith(".txt")}
-    images = [file for file in files if _may_be_image(file) and not _is_below(file, described)]
-    labels = {_class_of(file, has_train) for file in images}
+    sidecars = _sidecars(files)
+    own = [file for file in images if not _is_below(file, described)]
+    labels = {_class_of(file, has_train) for file in own}
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
-    for file in images:
+    used: set[str] = set()
+    by_class = []  # rows that have a class and no caption file
+    for file in own:
         split = split_of(file)
         if not _is_utf8(file):  # neither Arrow nor JSON can hold such a name
             shown = file.encode("utf-8", "backslashreplace").decode()
             quarantine.append(
                 {"file": shown, "split": split or "none", "reason": "unreadable: the file's name is not UTF-8"}
             )
+        elif PurePosixPath(file).suffix.lower() in RAW:  # some hold a thumbnail that Pillow would take for the photo
+            quarantine.append({"file": file, "split": split or "none", "reason": "format not allowed: camera raw"})
         elif split is None:
             outside += 1
+            leave_out(left_out, "outside the splits", file)
         else:
             known: dict[str, Any] = {"image": file}
-            beside = str(PurePosixPath(file).with_suffix(".txt"))
-            if beside in sidecars:
-                known["caption"] = _read_sidecar(folder / beside)
+            if beside := _sidecar_of(file, sidecars):
+                known["caption"] = read_sidecar(folder / beside)
+                used.add(beside)
+                origins[f"from {PurePosixPath(beside).suffix.lower()} files"] += 1
             if use_labels and (label := _class_of(file, has_train)) is not None:
                 known["label"] = label
+            if not beside:
+                by_class.append((split, len(columns.get(split, {"image": ()})["image"]), known.get("label")))
             _add_row(columns, split, known)
-    unlisted = sum(_may_be_image(file) and _is_below(file, described) and file not in listed for file in files)
-    notes = {"files_not_in_metadata": unlisted, "files_outside_splits": outside}
+    for split, position, text in by_text:
+        if "caption" in columns[split]:
+            columns[split]["caption"][position] = text
+    _fill_from_classes(name, columns, by_class, origins, cfg)
+    for file in sorted(set(sidecars.values()) - used):
+        if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
+            described_too = _is_below(file, described)
+            leave_out(left_out, f"text files {'beside metadata' if described_too else 'without an image'}", file)
+    unlisted = [file for file in images if _is_below(file, described) and file not in listed]
+    for file in unlisted:
+        leave_out(left_out, "not in the metadata", file)
+    forms = [*sorted({PurePosixPath(file).name for file in metadata}), *(["caption files"] if used else [])]
+    forms += ["one folder per class"] if not forms and use_labels and labels != {None} else []
+    notes = {
+        "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
+        "captions_from": dict(origins),
+        "files_not_in_metadata": len(unlisted),
+        "files_outside_splits": outside,
+        "left_out": left_out,
+    }
     if "train" not in columns:
         columns.clear()
     return columns, notes, quarantine
 
 
-def _metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a metadata.jsonl or metadata.csv."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                for row in reader:
-                    yield reader.line_num, {key: value for key, value in row.items() if key is not None}
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    parsed = json.loads(line)
-                    if not isinstance(parsed, dict):
-                        raise UserError(
-                            f'{path}, line {number} is not a JSON object; write {{"file_name": …, "caption": …}}'
-                        )
-                    yield number, parsed
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); write it as UTF-8, one record a line") from None
+def _sidecars(files: list[str]) -> dict[str, str]:
+    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`."""
+    found: dict[str, str] = {}
+    for file in files:
+        suffix = PurePosixPath(file).suffix
+        if suffix.lower() in SIDECARS:
+            key = plain_name(without_suffix(file) + suffix.lower())
+            if key not in found or suffix.islower():
+                found[key] = file
+    return found
+
+
+def _sidecar_of(file: str, sidecars: dict[str, str]) -> str | None:
+    keys = (plain_name(name) + suffix for name in (without_suffix(file), file) for suffix in SIDECARS)
+    return next((sidecars[key] for key in keys if key in sidecars), None)
+
+
+def _fill_from_classes(
+    name: str, columns: dict[str, dict[str, list[Any]]], by_class: list[tuple[str, int, str | None]],
+    origins: Counter[str], cfg: SourceConfig,
+) -> None:  # fmt: skip
+    """Where some images have captions of their own, give the others that of their class."""
+    labels = [label_name(label, cfg.label_names) for _, _, label in by_class]
+    if any("caption" in part or "text" in part or cfg.caption_column in part for part in columns.values()):
+        if any(labels):
+            check_label_names(labels, cfg, name)
+        for (split, row, _), label in zip(by_class, labels, strict=True):
+            if label:
+                part = columns[split]
+                column = next((key for key in (cfg.caption_column, "caption", "text") if key in part), "caption")
+                values = part.setdefault(column, [None] * len(part["image"]))
+                values[row] = label_caption(label, cfg.caption_template)
+    for part in columns.values():  # text beside lists of texts becomes a list
+        for column in {"caption", "text", cfg.caption_column} & part.keys():
+            if any(isinstance(value, list) for value in part[column]):
+                part[column] = [[value] if isinstance(value, str) else value for value in part[column]]
+    for label in labels:
+        origins["from class names" if label else "without any"] += 1
 
 
 def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
@@ -256,31 +512,19 @@ def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
         raise UserError(f"{where} has no file_name (it has {', '.join(map(str, row)) or 'nothing'}); add it")
     path = PurePosixPath(target.replace("\\", "/"))
     if "\0" in target or not _is_utf8(target):
-        raise UserError(f"{where} has the file_name {target!r}, which no file can have; mend it")
+        raise UserError(f"{where} has the file_name {target!r}, which no file can have; fix it")
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", target):
         raise UserError(f"{where} names {target!r}, which is outside its folder; name files below it only")
     return str(PurePosixPath(base) / path)
 
 
-def _read_sidecar(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise UserError(f"the caption file {path} cannot be read ({error.strerror}); mend or remove it") from None
-
-
 def _add_row(columns: dict[str, dict[str, list[Any]]], split: str, row: dict[str, Any]) -> None:
     part = columns.setdefault(split, {"image": []})
     count = len(part["image"])
-    for key in row.keys() - part.keys():
+    for key in [key for key in row if key not in part]:
         part[key] = [None] * count
     for key, values in part.items():
         values.append(row.get(key))
-
-
-def _may_be_image(file: str) -> bool:
-    path = PurePosixPath(file)
-    return path.suffix.lower() not in NOT_IMAGES and path.name.lower() not in NOT_IMAGE_NAMES
 
 
 def _is_below(file: str, folders: tuple[str, ...]) -> bool:
@@ -304,11 +548,17 @@ def _folder_rows(columns: dict[str, list[Any]]) -> datasets.Dataset:
     for key, values in columns.items():
         try:
             pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):  # 5 and "five" in one column; half an emoji
-            columns[key] = [
-                None if value is None else str(value).encode("utf-8", "replace").decode() for value in values
-            ]
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            # 5 and "five" in one column; whole numbers beyond 64 bits; half an emoji
+            lists = all(value is None or isinstance(value, list) for value in values)
+            columns[key] = [_as_text(value, lists) for value in values]
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+
+
+def _as_text(value: Any, keep_list: bool) -> Any:
+    if keep_list and isinstance(value, list):
+        return [_as_text(item, keep_list=False) for item in value]
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 # Images and their hashes
@@ -380,7 +630,10 @@ def label_column(rows: datasets.Dataset) -> str | None:
 
 
 def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str) -> tuple[str | None, str | None]:
-    """(caption column, label column), each None where there is none. Only the training split must have one of them."""
+    """(caption column, label column), each None where there is none. Only the training split must have one of them.
+
+    Raises `UserError` for captions that are no text, and for labels that are to become captions and have no names.
+    """
     columns = rows.column_names
     label = label_column(rows)
     if cfg.caption_column is not None:
@@ -389,13 +642,65 @@ def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split:
         caption = cfg.caption_column if cfg.caption_column in columns else None
     else:
         caption = next((column for column in ("caption", "text") if column in columns), None)
-    if caption is None and split == "train":
-        if label is None:
-            raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {CAPTION_MEND}")
-        kind = rows.features[label]
-        if isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string") and not cfg.label_names:
-            raise UserError(f"{name} has no captions, and its {label!r} is a number without a name; {CAPTION_MEND}")
+    if caption is None and label is None and split == "train":
+        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {CAPTION_FIX}")
+    if caption is not None and not _holds_text(rows.features[caption]):
+        raise UserError(
+            f"{name}: column {caption!r} holds no text ({_kind(rows.features[caption])}), so no captions; write text, or a "
+            "list of texts, or name another --caption_column"
+        )
+    if caption is None and label is not None:
+        check_label_names(class_names(rows, label, cfg, name), cfg, name)
     return caption, label
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a column is text, a list of texts, a class label, or empty."""
+    inner = getattr(kind, "feature", kind)
+    return isinstance(kind, datasets.ClassLabel) or (
+        isinstance(inner, datasets.Value) and ("string" in inner.dtype or inner.dtype == "null")
+    )
+
+
+def _kind(kind: Any) -> str:
+    if isinstance(kind, dict):
+        return f"objects with {', '.join(kind)}"
+    inner = getattr(kind, "feature", None)
+    return f"lists of {_kind(inner)}" if inner is not None else str(getattr(kind, "dtype", kind))
+
+
+def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str) -> list[str]:
+    """The distinct classes of a label column, as captions name them. Raises `UserError` for numbers without names."""
+    kind = rows.features[label]
+    if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
+        raise UserError(f"{name} has no captions, and its {label!r} holds {_kind(kind)}; {CAPTION_FIX}")
+    numeric = isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string", "null")
+    if numeric and not cfg.label_names:
+        raise UserError(
+            f"{name} has no captions, and its {label!r} is a number without a name; give --label_names, or {CAPTION_FIX}"
+        )
+    found = (label_name(plain(kind, value), cfg.label_names) for value in rows.unique(label))
+    return [text for text in found if text]
+
+
+def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
+    """Raise `UserError` where classes that are to become captions are numbers, which say nothing of an image."""
+    known = {label for label in labels if label}
+    numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
+    shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
+    if numbers and cfg.label_names:
+        raise UserError(
+            f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}"
+        )
+    if numbers and len(numbers) == len(known):
+        raise UserError(
+            f"{name} has no captions, and its classes are numbers ({shown}); give their names by --label_names, or in "
+            "place of the numbers"
+        )
+
+
+def _by_number(label: str) -> float:
+    return float(label.strip().replace(",", "."))
 
 
 def is_plain(kind: Any) -> bool:
@@ -417,7 +722,11 @@ def clean(value: Any) -> str:
 
 def label_name(value: Any, names: list[str]) -> str | None:
     """A label as text; a number from 1 on by its name in `names`, where there are names."""
-    text = None if value is None else str(value)
+    if (
+        names and isinstance(value, float) and value.is_integer()
+    ):  # pandas writes whole numbers so, where some are missing
+        value = int(value)
+    text = None if value is None or value != value else str(value)  # NaN differs from itself
     if names and text is not None and text.isdecimal() and 1 <= int(text) <= len(names):
         return names[int(text) - 1]
     return text

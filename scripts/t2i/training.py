@@ -54,6 +54,7 @@ class Average(EMAModel):
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
+    *("dry_run", "dataset_config_name"),
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),

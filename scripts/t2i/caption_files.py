@@ -1,0 +1,155 @@
+"""Captions in files beside images, read strictly: metadata.jsonl, metadata.csv, metadata.parquet, x.txt and x.caption.
+
+What is surely no caption is refused with its file and line. No byte is ever replaced: a file is UTF-8, or UTF-16 or
+UTF-32 with a byte order mark.
+"""
+
+import codecs
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from t2i.runs import UserError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECARS = (".txt", ".caption")  # in this order: where both are there, the first is read
+BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+DELIMITERS = ",;\t|"
+DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+DETECTION_LABELS = re.compile(rf"\s*\d+(\s+{_NUMBER}){{4,}}\s*", re.IGNORECASE)  # YOLO: class, then box or polygon
+_NEXT_ROW = r'\n"?[^{0}\n"]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?)"?{0}'
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, its line ends as they are. Raises `UserError` with the line that is in no known encoding."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or remove it") from None
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
+        raise UserError(
+            f"{path}, line {line} is not {name} (byte 0x{data[error.start]:02x}, as older Windows programs write); "
+            "save the file as UTF-8"
+        ) from None
+    if text.count("\0") > len(text) / 4:
+        raise UserError(f"{path} is UTF-16 without a byte order mark; save it as UTF-8")
+    return text
+
+
+def read_sidecar(path: Path) -> str:
+    """The caption in a file beside an image. Raises `UserError` for detection labels in its place."""
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and all(map(DETECTION_LABELS.fullmatch, lines)):
+        line = text.split("\n").index(lines[0]) + 1
+        raise UserError(
+            f"{path}, line {line} holds detection labels ({lines[0].strip()[:40]!r}), no caption; move such files into a "
+            "folder of their own"
+        )
+    return text
+
+
+def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a metadata file; its captions are text, lists of texts, or None.
+
+    caption_column: None: `caption`, else `text`. Raises `UserError` with the line of what cannot be meant.
+    """
+    if path.suffix == ".parquet":
+        try:
+            rows = list(enumerate(pq.read_table(path).to_pylist(), 1))
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); write it anew") from None
+    else:
+        text = read_text(path)
+        names = ("file_name", "caption", "text", "label", caption_column or "caption")
+        rows = list(_csv_rows(path, text, names) if path.suffix == ".csv" else _json_rows(path, text))
+    column = caption_column or next((key for key in ("caption", "text") if any(key in row for _, row in rows)), None)
+    for line, row in rows:
+        if column in row:
+            row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+    return rows
+
+
+def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    first, _, rest = text.partition("\n")
+    told = re.fullmatch(r"sep=(.)\r?", first, re.IGNORECASE)  # Excel's own first line
+    skipped = 0
+    if told:
+        text, skipped = rest, 1
+        first = text.partition("\n")[0]
+    cells = {mark: [cell.strip().strip('"').strip() for cell in first.split(mark)] for mark in DELIMITERS}
+    delimiter = told[1] if told else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), ",")
+    header = next(csv.reader([first.rstrip("\r")], delimiter=delimiter), [])
+    # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
+    spaced = any(name not in header and name in [cell.strip() for cell in header] for name in names)
+    reader: Any = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
+        columns = [name.strip() if spaced else name for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        twice = next((name for name in columns if name and columns.count(name) > 1), None)
+        if twice:
+            raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
+        line = reader.line_num
+        for row in reader:
+            start, line = line + 1 + skipped, reader.line_num
+            more = row.pop(None, None)  # fields that no column is for
+            if more and any(cell.strip() for cell in more):
+                raise UserError(
+                    f"{path}, line {start} has {len(columns) + len(more)} fields, the header {len(columns)}; put quotation "
+                    f"marks around a text with a {DELIMITER_NAMES.get(delimiter, delimiter)}"
+                )
+            swallowed = _NEXT_ROW.format(re.escape(delimiter))
+            if any(value and "\n" in value and re.search(swallowed, value, re.IGNORECASE) for value in row.values()):
+                raise UserError(f"{path}, line {start}: a quotation mark is not closed; close it, or double it")
+            yield start, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + skipped} cannot be read ({error}); fix that line") from None
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(io.StringIO(text, newline=""), 1):
+        if not line.strip():
+            continue
+        try:
+            parsed = json.loads(line.strip())
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(
+                f"{path}, line {number} cannot be read ({what}); write one whole JSON object per line"
+            ) from None
+        if not isinstance(parsed, dict):
+            raise UserError(
+                f'{path}, line {number} is not a JSON object; write {{"file_name": …, "caption": …}} per line'
+            )
+        yield number, parsed
+
+
+def _caption(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
+        return [_caption(item, where) for item in value]
+    kinds = {dict: "an object", list: "a list of lists", bool: "a truth value"}
+    shown = str(value) if len(str(value)) <= 40 else str(value)[:37] + "..."
+    raise UserError(f"{where} holds {kinds.get(type(value), 'a number')} ({shown}); write text, or a list of texts")
