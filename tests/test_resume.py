@@ -374,14 +374,20 @@ def test_a_run_that_is_about_to_end_is_waited_for_by_name(launch, tmp_path, caps
 
 
 def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, monkeypatch):
-    _, worker = launch("0.7")
-    worker.terminate()
+    def stop(seconds):
+        _, worker = launch(seconds)
+        worker.terminate()
+        until = time.monotonic() + 20
+        while '"ends": true' not in (tmp_path / "run" / ".lock").read_text():  # it has heard the signal
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return worker
+
+    worker = stop("0.5")
     with runs.alone(tmp_path / "run", 0, lambda: None):
         assert f"process {worker.pid} on " in capsys.readouterr().out
-    _, worker = launch("60")
-    worker.terminate()
+    worker = stop("60")
     monkeypatch.setattr(runs, "WAIT_FOR_ENDING_S", 0.2)
-    time.sleep(0.3)  # until it has heard the signal
     with pytest.raises(UserError, match=rf"process {worker.pid} on .* has not ended within 0 s; wait for it, stop it"):
         runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
     worker.kill()
