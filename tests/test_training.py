@@ -1,4 +1,4 @@
-"""What makes a step quick and must change nothing: batches made ahead, the moving average in one pass."""
+"""What makes a step quick and must change nothing (batches made ahead, the average in one pass), and what is said of a schedule."""
 
 import threading
 import time
@@ -9,8 +9,9 @@ from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from t2i.config import TrainConfig
 from t2i.prefetch import Ahead
-from t2i.training import Average
+from t2i.training import Average, build_optimizer, warn_of_warmup
 
 
 def test_a_batch_is_made_while_the_one_before_is_trained_on():
@@ -66,3 +67,20 @@ def test_the_average_is_that_of_diffusers(sizes, decay, steps):
         assert torch.allclose(one, other, atol=1e-5)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert ours.optimization_step == theirs.optimization_step
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "steps", "share"),
+    [("cosine", 500, 4, "0.8%"), ("linear", 10, 10, "100.0%"), ("cosine", 9, 10, None), ("constant", 500, 4, None)],
+)
+def test_a_warm_up_that_is_too_long_is_said_with_the_rate_that_it_reaches(schedule, warmup, steps, share):
+    config, said = TrainConfig(lr_scheduler=schedule, lr_warmup_steps=warmup, learning_rate=0.5), []
+    warn_of_warmup(config, steps, said.append)
+    assert [share in line for line in said] == ([True] if share else [])
+    if share:  # the rate after the last update is what the sentence says
+        optimizer, rates = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config, steps)
+        for _ in range(steps):
+            optimizer.step()
+            rates.step()
+        reached = rates.get_last_lr()[0] / config.learning_rate
+        assert f"{reached:.1%}" == share or steps == warmup  # at the end of both, cosine and linear fall to zero
