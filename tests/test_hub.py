@@ -429,6 +429,8 @@ def test_what_cannot_be_loaded_says_why(hub, monkeypatch, tmp_path):
     from t2i.models import load_vae
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
 
     def told(name="me/vae", revision=None):
         with pytest.raises(UserError) as error:

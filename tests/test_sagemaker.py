@@ -457,7 +457,8 @@ ACCELERATE = {  # as `accelerate config` 1.15 writes it
     "changes",
     [
         {}, {"distributed_type": "DATA_PARALLEL"}, {"py_version": "py312"}, {"pytorch_version": "2.9.0", "py_version": "py312"},
-        {"transformers_version": None, "py_version": "py312"}, {"transformers_version": None, "py_version": "py312", "pytorch_version": "9.9"},
+        {"transformers_version": None, "py_version": "py312"},
+        {"transformers_version": None, "py_version": "py312", "pytorch_version": "9.9"},
     ],
 )  # fmt: skip
 def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, cloud):
