@@ -214,13 +214,13 @@ def mistakes():
         [],
         "max_wait",
     )
-    yield "old Python", {"py_version": "py38"}, [], "py_version py38, older than Python 3.11, which these scripts cannot use; in it set py_version: py312"
+    yield "old Python", {"py_version": "py38"}, [], r"py_version py38, older than Python 3\.11.* set py_version: py312"
     yield "no such image", {"pytorch_version": "9.9.9"}, [], "AWS has no image for pytorch_version 9.9.9"
     yield (
         "region",
         {"region": "us-nowhere-1"},
         [],
-        "region us-nowhere-1 \(region in the YAML\) is none that has SageMaker",
+        r"region us-nowhere-1 \(region in the YAML\) is none that has SageMaker",
     )
     yield (
         "secret in YAML",
