@@ -11,7 +11,8 @@ from huggingface_hub.utils import get_session
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
 from t2i import hub as t2i_hub
-from t2i.hub import HubError, check_access, check_license, check_repo_id, explain_loading, push_folder
+from t2i.hub import HubError, check_access, check_license, check_repo_id, push_folder
+from t2i.loading import explain_loading
 from t2i.runs import UserError
 
 REPO = "datasets/me/flowers"
