@@ -99,7 +99,7 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
 def check_push(command: jobs.Command) -> None:
     """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
     settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
-    if not getattr(settings, "push_to_hub", False):
+    if settings is None or not getattr(settings, "push_to_hub", False):
         return
     from t2i import hub
 

@@ -666,8 +666,9 @@ def follow_move(database: Path) -> list[str]:
 
 def _local_path(location: str | None) -> Path | None:
     """The absolute path that an artifact location names; None for those of servers and relative ones."""
-    text = unquote(location.removeprefix("file://")) if (location or "").startswith("file:///") else location or ""
-    return Path(text) if Path(text).is_absolute() else None
+    text = location or ""
+    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file:///") else text)
+    return path if path.is_absolute() else None
 
 
 def _read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
