@@ -99,7 +99,7 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
 def check_push(command: jobs.Command) -> None:
     """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
     settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
-    if not getattr(settings, "push_to_hub", False):
+    if settings is None or not getattr(settings, "push_to_hub", False):
         return
     from t2i import hub
 
@@ -385,7 +385,7 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
 
 def fetch(job: str, folder: Path, config: jobs.SageMakerConfig) -> None:
     """Bring an ended job's result home as a run folder: model, settings, curves and samples; not its checkpoints."""
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     if folder.exists():
         raise UserError(f"{folder} is there already; give another --output_dir, or delete it")
@@ -413,6 +413,8 @@ def fetch(job: str, folder: Path, config: jobs.SageMakerConfig) -> None:
         )
         raise UserError(f"{job} cannot be fetched: {aws.brief(error) if unknown else aws.explain(error)}"
                         + (f"; {hint}" if unknown else "")) from None  # fmt: skip
+    except BotoCoreError:  # some of which are of OSError's kind
+        raise
     except (OSError, tarfile.TarError) as error:
         raise UserError(
             f"{job} cannot be kept in {folder} ({aws.brief(error)}); make room, and fetch it again"

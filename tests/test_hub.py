@@ -11,7 +11,8 @@ from huggingface_hub.utils import get_session
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
 from t2i import hub as t2i_hub
-from t2i.hub import HubError, check_access, check_license, check_repo_id, explain_loading, push_folder
+from t2i.hub import HubError, check_access, check_license, check_repo_id, push_folder
+from t2i.loading import explain_loading
 from t2i.runs import UserError
 
 REPO = "datasets/me/flowers"
@@ -429,6 +430,8 @@ def test_what_cannot_be_loaded_says_why(hub, monkeypatch, tmp_path):
     from t2i.models import load_vae
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
 
     def told(name="me/vae", revision=None):
         with pytest.raises(UserError) as error:

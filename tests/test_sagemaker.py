@@ -1,15 +1,20 @@
 """SageMaker jobs: what is sent, what is refused, and a job played through on this machine."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from unittest import mock
 
+import botocore.client
+import botocore.exceptions
 import pytest
 import yaml
+from botocore.exceptions import ClientError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,9 +214,14 @@ def mistakes():
         [],
         "max_wait",
     )
-    yield "old Python", {"py_version": "py38"}, [], "py_version py38: the scripts need Python 3.11 or later"
+    yield "old Python", {"py_version": "py38"}, [], r"py_version py38, older than Python 3\.11.* set py_version: py312"
     yield "no such image", {"pytorch_version": "9.9.9"}, [], "AWS has no image for pytorch_version 9.9.9"
-    yield "region", {"region": "us-nowhere-1"}, [], "region us-nowhere-1 is none that has SageMaker"
+    yield (
+        "region",
+        {"region": "us-nowhere-1"},
+        [],
+        r"region us-nowhere-1 \(region in the YAML\) is none that has SageMaker",
+    )
     yield (
         "secret in YAML",
         {"additional_args": {"environment": {"HF_TOKEN": "hf_x"}}},
@@ -286,6 +296,231 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_uploaded(changes, words, sen
 def test_only_scripts_of_the_suite_are_sent(script, sentence, launcher):
     with pytest.raises(UserError, match=sentence):
         launcher("--yes", *([script] if script else []))
+
+
+@contextlib.contextmanager
+def answering(code, *names):
+    """AWS answers the calls `names` with this error."""
+    real = botocore.client.BaseClient._make_api_call
+
+    def call(client, name, arguments):
+        if name in names:
+            raise ClientError(
+                {"Error": {"Code": code, "Message": "words"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, name
+            )
+        return real(client, name, arguments)
+
+    with mock.patch.object(botocore.client.BaseClient, "_make_api_call", call):
+        yield
+
+
+ROLE = "arn:aws:iam::123456789012:role"
+
+
+@pytest.mark.parametrize(
+    ("written", "denied", "role", "sentence"),
+    [
+        ("runner", False, f"{ROLE}/service-role/runner", None),  # AWS knows its path
+        ("service-role/runner", False, f"{ROLE}/service-role/runner", None),
+        (f"{ROLE}/service-role/runner", False, f"{ROLE}/service-role/runner", None),
+        (f"{ROLE}/service-role/runner", True, f"{ROLE}/service-role/runner", None),
+        (
+            "runner",
+            True,
+            None,
+            r"whole ARN of the role runner is not known: you may not look it up \(iam:GetRole\); give it in",
+        ),
+        ("service-role/runner", True, None, "whole ARN of the role service-role/runner is not known"),
+        (
+            f"{ROLE}/runner",
+            False,
+            None,
+            f"the role runner is {ROLE}/service-role/runner, and iam_role_name says {ROLE}/runner",
+        ),
+        (
+            "arn:aws:iam::999999999999:role/sagemaker",
+            False,
+            None,
+            "is of account 999999999999, and the job goes to 123456789012",
+        ),
+        ("arn:aws-cn:iam::123456789012:role/sagemaker", False, None, "is of partition aws-cn, and the job goes to aws"),
+        ("arn:aws:sts::123456789012:assumed-role/x/y", False, None, "is neither a role's name nor its ARN"),
+        ("my role", False, None, "'my role' is neither a role's name nor its ARN"),
+    ],
+)
+def test_a_role_is_what_the_yaml_says_or_refused(written, denied, role, sentence, cloud):
+    iam = cloud.session.client("iam")
+    if not any(known["RoleName"] == "runner" for known in iam.list_roles()["Roles"]):
+        iam.create_role(RoleName="runner", Path="/service-role/", AssumeRolePolicyDocument="{}")
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}, "iam_role_name": written}, "test")
+    there = account.Account(cloud.session, number="123456789012")
+    with answering("AccessDenied", "GetRole") if denied else contextlib.nullcontext():
+        if sentence is None or sentence.startswith(("the role", "whole", "is of")):
+            assert account.find_role(settings, there) == (
+                role or f"{ROLE}/{written}" if "arn:" not in written else written
+            )
+            assert there.missing == [] if sentence is None else re.search(sentence, there.missing[0])
+        else:
+            with pytest.raises(UserError, match=sentence):
+                account.find_role(settings, there)
+
+
+def aws_faults():
+    made = botocore.exceptions
+    yield made.ProfileNotFound(profile="work"), "the AWS profile work (the YAML's profile) is not in ~/.aws/config"
+    yield made.ConfigParseError(path="/x/config", error=""), "/x/config cannot be read as AWS's settings"
+    yield made.NoCredentialsError(), "no AWS credentials: run aws configure"
+    yield (
+        made.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
+        "AWS_SECRET_ACCESS_KEY is missing (env)",
+    )
+    yield made.TokenRetrievalError(provider="sso", error_msg="Token has expired"), "run aws sso login"
+    yield made.SSOTokenLoadError(error_msg="no token"), "run aws sso login"
+    yield made.UnauthorizedSSOTokenError(), "run aws sso login"
+    yield made.LoginRefreshRequired(), "run aws login"
+    yield (
+        made.CredentialRetrievalError(provider="custom-process", error_msg="x"),
+        "correct what ~/.aws/config names for them",
+    )
+    yield made.EndpointConnectionError(endpoint_url="https://sts"), "AWS cannot be reached"
+    yield made.ReadTimeoutError(endpoint_url="https://sts"), "AWS cannot be reached"
+    yield made.ConnectTimeoutError(endpoint_url="https://sts"), "AWS cannot be reached"
+    yield made.ProxyConnectionError(proxy_url="http://p:1"), "the proxy to AWS does not answer"
+    yield made.SSLError(endpoint_url="https://sts", error="self-signed"), "AWS_CA_BUNDLE"
+    yield made.NoRegionError(), "set region in the YAML"
+    yield made.InvalidRegionError(region_name="a b"), "set region in the YAML"
+    yield made.InfiniteLoopConfigError(source_profile="a", visited_profiles=["a"]), "correct ~/.aws/config"
+    yield EOFError(), "asks for a code (mfa_serial)"
+    yield ValueError("Invalid endpoint: x"), "correct AWS_ENDPOINT_URL"
+    for code, words in (
+        ("ExpiredToken", "have expired"), ("InvalidClientTokenId", "does not accept the credentials"),
+        ("SignatureDoesNotMatch", "does not accept the credentials"), ("AccessDenied", "administrator to allow GetRole"),
+        ("RequestTimeTooSkewed", "clock is wrong"), ("ThrottlingException", "launch again in a minute"),
+        ("ResourceLimitExceeded", "Service Quotas"), ("ValidationException", "AWS refuses it"),
+    ):  # fmt: skip
+        yield ClientError({"Error": {"Code": code, "Message": "words"}}, "GetRole"), words
+
+
+@pytest.mark.parametrize(("error", "words"), aws_faults(), ids=lambda value: type(value).__name__)
+def test_whatever_aws_raises_becomes_one_sentence(error, words, monkeypatch):
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    with pytest.raises(UserError) as told, account.in_words("begin: ", "; end"):
+        raise error
+    text = str(told.value)
+    assert text.startswith("begin: ")
+    assert words in text
+    assert text.endswith("; end")
+    assert "\n" not in text
+    assert len(text) < 450
+
+
+def test_a_profile_that_is_none_ends_every_way_in(launcher, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    for words in (("--dry_run", UNET, "--config", "flowers"), ("--fetch", "job", "--output_dir", tmp_path / "home")):
+        for changes in ({}, {"region": None}):
+            with pytest.raises(UserError, match=r"the AWS profile work \(AWS_PROFILE\) is not in"):
+                launcher(*words, **changes)
+
+
+def test_the_region_and_whose_prices(monkeypatch, tmp_path):
+    (tmp_path / "config").write_text("[profile far]\nregion = ap-south-1\n[profile plain]\noutput = json\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    command = jobs.read_command([UNET, "--config", "flowers"])
+    for yaml_region, variables, profile, region, source in (
+        ("eu-west-1", {"AWS_REGION": "eu-central-1"}, "far", "eu-west-1", "region in the YAML"),
+        ("", {"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-3"}, "far", "eu-central-1", "by AWS_REGION"),
+        ("", {"AWS_DEFAULT_REGION": "eu-west-3"}, "far", "eu-west-3", "by AWS_DEFAULT_REGION"),
+        ("", {}, "far", "ap-south-1", "of the profile far"),
+        ("", {}, "plain", "us-east-1", "nothing names another"),
+    ):
+        for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            monkeypatch.setenv(name, variables.get(name, ""))
+        changes = {"additional_args": {}, "region": yaml_region, "profile": profile}
+        settings = jobs.checked(jobs.SageMakerConfig, BASE | changes, "test")
+        account.find_region(settings)
+        assert (settings.region, settings.region_from) == (region, source)
+        prices = costs.read_prices()
+        found = costs.report(costs.estimate(command, settings, ZERO2, prices, 6400, 100.0), command, settings, prices)
+        for line in (line for line in found if "USD" in line):
+            assert region == "us-east-1" or ("us-east-1" in line and region in line), line
+    monkeypatch.setenv("AWS_REGION", "Frankfurt")
+    settings.region = ""
+    with pytest.raises(UserError, match=r"'Frankfurt' \(by AWS_REGION\) is no region of AWS"):
+        account.find_region(settings)
+
+
+ACCELERATE = {  # as `accelerate config` 1.15 writes it
+    "compute_environment": "AMAZON_SAGEMAKER", "debug": False, "distributed_type": "NO", "ec2_instance_type": "ml.g4dn.xlarge",
+    "iam_role_name": "sagemaker", "base_job_name": "accelerate-sagemaker-1", "image_uri": None, "mixed_precision": "fp16",
+    "num_machines": 1, "profile": None, "py_version": "py38", "pytorch_version": "1.10.2", "region": "us-east-1",
+    "sagemaker_inputs_file": None, "sagemaker_metrics_file": None, "transformers_version": "4.17.0", "use_cpu": False,
+    "additional_args": None, "dynamo_config": None, "enable_cpu_affinity": False, "gpu_ids": "all",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"distributed_type": "DATA_PARALLEL"}, {"py_version": "py312"}, {"pytorch_version": "2.9.0", "py_version": "py312"},
+        {"transformers_version": None, "py_version": "py312"},
+        {"transformers_version": None, "py_version": "py312", "pytorch_version": "9.9"},
+    ],
+)  # fmt: skip
+def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, cloud):
+    from sagemaker.core import image_uris
+
+    file, values = tmp_path / "default_config.yaml", ACCELERATE | changes
+
+    def image():
+        file.write_text(yaml.safe_dump(values))
+        settings = jobs.read_config(file)
+        account.find_region(settings)
+        return account.find_image(image_uris, settings)
+
+    with pytest.raises(UserError) as told:
+        image()
+    text = str(told.value)
+    for key, value in re.findall(r"set (\w+): '?([\w.]+)", text):
+        values[key] = value
+    for key in re.findall(r"delete (\w+)", text):
+        del values[key]
+    assert "pytorch-training:2.9.0-gpu-py312" in image()
+
+
+@pytest.mark.parametrize(
+    ("machine", "own", "inner", "refused"),
+    [
+        ("ml.m5.xlarge", "fp16", {}, True), ("ml.m5.xlarge", None, ZERO2, True), ("ml.c7i.large", "fp16", {}, True),
+        ("ml.m5.xlarge", "no", ZERO2, False), ("ml.m5.xlarge", "bf16", {}, False), ("ml.g6e.xlarge", "fp16", {}, False),
+        ("ml.p5en.48xlarge", None, ZERO2, False), ("ml.gr6.4xlarge", "fp16", {}, False),
+    ],
+)  # fmt: skip
+def test_fp16_needs_a_gpu(machine, own, inner, refused):
+    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
+    with (
+        pytest.raises(UserError, match=f"needs a GPU, and {machine} has none") if refused else contextlib.nullcontext()
+    ):
+        jobs.check_precision(settings, jobs.ROOT / "x.yaml", inner)
+
+
+def test_what_the_hub_would_refuse_at_the_end_is_refused_before_the_job(launcher):
+    words = ("--dry_run", UNET, "--config", "flowers", "--push_to_hub")
+    with pytest.raises(UserError, match="--hub_model_id is missing"):
+        launcher(*words)
+    with pytest.raises(UserError, match=r"'CC-BY-4.0' is none of the Hub's licences; did you mean cc-by-4.0\?"):
+        launcher(*words, "--hub_model_id", "me/flowers", "--license", "CC-BY-4.0")
+
+
+def test_a_machine_without_a_gpu_can_have_a_price(tmp_path):
+    text = (
+        costs.PRICES.read_text()
+        + "  ml.m5.xlarge: {usd_per_hour: 0.23, gpus: 0, fp16_tflops: 1, fp32_tflops: 1, network_gbps: 1}\n"
+    )
+    (tmp_path / "prices.yaml").write_text(text)
+    prices, command = costs.read_prices(tmp_path / "prices.yaml"), jobs.read_command([UNET, "--config", "flowers"])
+    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.m5.xlarge", num_machines=2, mixed_precision="no")
+    found = costs.estimate(command, settings, {}, prices, 6400, 10.0)
+    assert (found.global_batch, found.usd_per_hour) == (64, 0.46)
 
 
 def test_wrong_arguments_end_before_anything_is_sent(launcher, cloud, capsys):

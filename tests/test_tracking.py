@@ -310,6 +310,9 @@ def test_a_database_that_cannot_be_used_says_why(empty_database: Path, tmp_path:
         == "its driver psycopg is not installed; run: pip install 'psycopg[binary]'"
     )
     assert why("mysql://me@127.0.0.1:9/x").endswith("pip install mysqlclient")
+    for uri, package in (("postgresql+psycopg2://me@db/x", "psycopg2-binary"), ("mssql+pyodbc://me@db/x", "pyodbc")):
+        assert tracking.explain(tracking.missing_driver(uri), uri)[0].endswith(f"pip install {package}")
+    assert tracking.missing_driver("sqlite:///x.db") is None
     for name, version in (("newer", "ffffffffffff"), ("older", "f5a4f2784254")):
         shutil.copy(empty_database, tmp_path / f"{name}.db")
         with closing(sqlite3.connect(tmp_path / f"{name}.db")) as store, store:

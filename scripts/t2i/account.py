@@ -307,7 +307,10 @@ def explain(error: BaseException) -> str:
         return f"the AWS login is over ({words}); run aws login, with --profile if it is not the default one"
     if isinstance(error, boto.MissingDependencyException):
         return f"AWS's client lacks a package ({words})"
-    if isinstance(error, boto.CredentialRetrievalError | OSError):
+    outside = isinstance(error, OSError) and not isinstance(
+        error, boto.BotoCoreError
+    )  # a command or file that a profile names
+    if isinstance(error, boto.CredentialRetrievalError) or outside:
         return f"AWS credentials cannot be fetched ({words}); correct what ~/.aws/config names for them, or run aws configure"
     if isinstance(error, boto.ConfigParseError | boto.ConfigNotFound):
         return (

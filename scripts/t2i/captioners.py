@@ -207,7 +207,7 @@ def _refuse_own_code(source: str, folder: Path) -> None:
 
 
 def _cannot_load(source: str, error: Exception, revision: str | None) -> str:
-    from t2i.hub import explain_loading
+    from t2i.loading import explain_loading
 
     why = None if Path(source).expanduser().is_dir() else explain_loading(error, source, revision)
     if why:

@@ -8,7 +8,6 @@ What was uploaded is not uploaded again. On disk nothing changes, whatever happe
 import difflib
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,19 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
 from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,
@@ -40,10 +32,9 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils._http import default_client_factory
 
+from t2i.loading import NO_XET, RepoType
 from t2i.runs import UserError, sha256_file
 from t2i.tracking import redact
-
-RepoType = Literal["dataset", "model", "space"]
 
 CARD = "README.md"
 SILENCE_S = 120.0  # a request fails when no byte has moved for so long; the Hub takes a minute for large commits
@@ -51,7 +42,6 @@ SHORTEST_SILENCE_S = 10.0  # the same shortly before the deadline; what huggingf
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, doubling, unless the Hub asks for more
 CHECK_S = 15.0  # for looking whether a push will be allowed
 QUOTED_CHARACTERS = 300  # of the Hub's own words
-NO_XET = "this Hub has no Xet storage, which huggingface_hub asks for; set HF_HUB_DISABLE_XET=1"
 LICENSE_LIST = "https://huggingface.co/docs/hub/repositories-licenses"
 # The identifiers that the Hub takes in a card: the table of LICENSE_LIST (huggingface/hub-docs 242f4a1 of 2026-08-22).
 LICENSES = """
@@ -466,70 +456,3 @@ def _read(error: BaseException, api: HfApi) -> _Failure:
 def _quote(text: str, api: HfApi) -> str:
     line = " ".join(redact(text.replace(str(api.token), "[redacted]")).split())
     return line if len(line) <= QUOTED_CHARACTERS else f"{line[:QUOTED_CHARACTERS]}…"
-
-
-# --- Loading from the Hub ---------------------------------------------------------------------------------------------
-
-
-def explain_loading(
-    error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
-) -> str | None:
-    """Why `repo_id` cannot be loaded from the Hub, with the fix, in one sentence; None if the Hub is not the reason.
-
-    error: as transformers, diffusers, datasets or huggingface_hub raise it, whose causes are looked through as well.
-    """
-    page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
-    chain = list(_causes(error))
-    logged_in = "with an account that may read it" if get_token() else "and log in: `hf auth login`, or set HF_TOKEN"
-
-    def find(*kinds: type[BaseException]) -> BaseException | None:
-        return next((one for one in chain if isinstance(one, kinds)), None)
-
-    answers = (one for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None)
-    status = next((one.response.status_code for one in answers), None)
-    if find(GatedRepoError):
-        return f"{repo_id} is gated: accept its conditions at {page} {logged_in}"
-    if find(RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision or 'main'}; {page}/tree/main shows its branches and tags"
-    if find(RepositoryNotFoundError):
-        access = (
-            "or your token may not read it: take another one (`hf auth login`)"
-            if get_token()
-            else "or it is private: `hf auth login`, or set HF_TOKEN"
-        )
-        return f"the Hub shows no {repo_id}: correct the name, {access}"
-    if status == HTTPStatus.UNAUTHORIZED:
-        return "the Hub does not accept your token (401); run `hf auth login` anew, or correct HF_TOKEN"
-    if status == HTTPStatus.FORBIDDEN:
-        return f"your token may not read {repo_id} (403); give it that access, or take another one (`hf auth login`)"
-    if status is not None and (status >= 500 or status == HTTPStatus.TOO_MANY_REQUESTS):
-        return f"the Hub is busy (it answers {status}); try again in a few minutes"
-    offline = [
-        name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("0", "")
-    ]
-    if is_offline_mode() and find(LocalEntryNotFoundError, OfflineModeIsEnabled):
-        kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
-        revised = f" --revision {revision}" if revision else ""
-        switch = offline[0] if offline else "HF_HUB_OFFLINE"
-        return (
-            f"{repo_id} is not in the Hub's cache here, and {switch} is set; unset it, or first run, with a network, "
-            f"`hf download {repo_id}{kind}{revised}`"
-        )
-    if find(httpx2.TransportError, LocalEntryNotFoundError) and not is_offline_mode():
-        return (
-            f"the Hub at {constants.ENDPOINT} cannot be reached, and {repo_id} is not in its cache here; check the network, "
-            "HTTPS_PROXY and HF_ENDPOINT"
-        )
-    if any("xet-read-token" in str(one) for one in chain):
-        return NO_XET
-    return None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it was raised from or while handling, nearest first."""
-    seen: set[int] = set()
-    todo: BaseException | None = error
-    while todo is not None and id(todo) not in seen:
-        seen.add(id(todo))
-        yield todo
-        todo = todo.__cause__ or todo.__context__

@@ -96,7 +96,7 @@ class SageMakerConfig:
     region_from: str = field(default="", init=False)  # where `region` comes from, in words; no key of the YAML
 
 
-VERSIONS = {
+VERSIONS: dict[str, Any] = {
     "pytorch_version": "2.9.0",
     "py_version": "py312",
     "transformers_version": None,

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from huggingface_hub.constants import is_offline_mode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -56,6 +57,7 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
         attempts = ("", subfolder)  # a Hub repository of that model alone, or of a pipeline
         options["revision"] = revision
     causes: list[Exception] = []
+    why = None  # the Hub's reason, which the folder's own message would hide
     for attempt in attempts:
         try:
             model = cls.from_pretrained(path, subfolder=attempt, **options)
@@ -64,13 +66,15 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
             return model
         except (OSError, ValueError, RuntimeError) as error:
             causes.append(error)
-    reason = " ".join(str(causes[0]).split())[:300]
-    if not os.path.isdir(path):
-        from t2i.hub import explain_loading
+        if not os.path.isdir(path):
+            from t2i.loading import explain_loading
 
-        why = next(filter(None, (explain_loading(error, source, revision) for error in causes)), None)
-        if why:
-            raise UserError(f"the {part} cannot be loaded: {why}")
+            why = why or explain_loading(causes[-1], source, revision)
+            if why and not is_offline_mode():  # offline the cache may hold the pipeline alone
+                break
+    if why:
+        raise UserError(f"the {part} cannot be loaded: {why}")
+    reason = " ".join(str(causes[0]).split())[:300]
     raise UserError(
         f"the {part} {source} cannot be loaded ({reason}); give a folder or Hub id with safetensors weights"
     )

@@ -15,6 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i import cards, hub
 from t2i.config import Recipe, load_recipe
+from t2i.loading import explain_loading
 from t2i.runs import UserError, read_json, read_object, run_status, write_text
 from t2i.tracking import redact
 
@@ -219,7 +220,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
         loaded = DiffusionPipeline.from_pretrained(repo_id, revision=commit, use_safetensors=True).to(_device())
     except Exception as error:  # network, access, format: huggingface_hub and diffusers raise a dozen types
         reason = (
-            hub.explain_loading(error, repo_id, commit)
+            explain_loading(error, repo_id, commit)
             or " ".join(redact(str(error) or type(error).__name__).split())[:300]
         )
         raise UserError(

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from t2i import cards, hub
 from t2i.dataset_cards import merge_cards
+from t2i.loading import explain_loading
 from t2i.publish import pipeline_files
 from t2i.runs import UserError, read_json, write_json, write_text
 from t2i.tracking import redact
@@ -134,9 +135,7 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # network, access, absence: huggingface_hub raises a dozen types
-        reason = (
-            hub.explain_loading(error, repo_id) or " ".join(redact(str(error) or type(error).__name__).split())[:300]
-        )
+        reason = explain_loading(error, repo_id) or " ".join(redact(str(error) or type(error).__name__).split())[:300]
         raise UserError(f"no folder {repo_id} is here, and as a Hub id it cannot be downloaded: {reason}") from None
 
 

@@ -303,6 +303,22 @@ def explain(error: BaseException, uri: str) -> tuple[str, bool]:
     return f"does not take records ({_first_line(error)})", True
 
 
+def missing_driver(uri: str) -> ImportError | None:
+    """The error that a database's URI would meet because its driver is not installed; None if it is, and for servers."""
+    if urlsplit(uri).scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ImportError as error:
+        return error
+    except ArgumentError:  # MLflow will say what is wrong with it
+        pass
+    return None
+
+
 def _explain_answer(error: BaseException, text: str, uri: str) -> tuple[str, bool]:
     """What a failed request to a server means."""
     proxy, told = uses_proxy(uri), _first_line(error)
@@ -650,8 +666,9 @@ def follow_move(database: Path) -> list[str]:
 
 def _local_path(location: str | None) -> Path | None:
     """The absolute path that an artifact location names; None for those of servers and relative ones."""
-    text = unquote(location.removeprefix("file://")) if (location or "").startswith("file:///") else location or ""
-    return Path(text) if Path(text).is_absolute() else None
+    text = location or ""
+    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file:///") else text)
+    return path if path.is_absolute() else None
 
 
 def _read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -772,6 +789,8 @@ class Tracker:
             tags={str(key): str(value) for key, value in redact_config(source | dict(tags or {})).items()},
         )
         import_mlflow()  # here rather than in the thread: two threads importing at once may see half-made modules
+        if missing := missing_driver(uri):  # at once: a short run may end before the thread has found out
+            self._warn(*explain(missing, uri))
         atexit.register(self.finish, "FAILED")
         threading.Thread(target=self._send_until_finished, name="mlflow", daemon=True).start()
         wait_s = START_WAIT_S if database_file(uri) is None else START_WAIT_DATABASE_S
@@ -779,7 +798,7 @@ class Tracker:
             answered = self._turn.wait_for(
                 lambda: self._sender.found_run.is_set() or max(self._attempts.values()) >= 0, wait_s
             )
-        if not answered:
+        if not answered and not self._warned:
             self._warn(f"has not answered within {wait_s:.0f} s", True)
 
     @property

@@ -1,0 +1,90 @@
+"""Why something cannot be loaded from the Hugging Face Hub, in a sentence with the fix. Imports no torch."""
+
+import os
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Literal
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+RepoType = Literal["dataset", "model", "space"]
+
+NO_XET = "this Hub has no Xet storage, which huggingface_hub asks for; set HF_HUB_DISABLE_XET=1"
+
+
+def explain_loading(
+    error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
+) -> str | None:
+    """Why `repo_id` cannot be loaded from the Hub, with the fix, in one sentence; None if the Hub is not the reason.
+
+    error: as transformers, diffusers, datasets or huggingface_hub raise it, whose causes are looked through as well.
+    """
+    page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+    chain = list(_causes(error))
+    logged_in = "with the account of your token" if get_token() else "and log in: `hf auth login`, or set HF_TOKEN"
+
+    def find(*kinds: type[BaseException]) -> BaseException | None:
+        return next((one for one in chain if isinstance(one, kinds)), None)
+
+    answers = (one for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None)
+    status = next((one.response.status_code for one in answers), None)
+    if find(GatedRepoError):
+        return f"{repo_id} is gated: accept its conditions at {page} {logged_in}"
+    if find(RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision or 'main'}; {page}/tree/main shows its branches and tags"
+    if find(RepositoryNotFoundError) or (status == HTTPStatus.UNAUTHORIZED and not get_token()):
+        access = (
+            "or your token may not read it: take another one (`hf auth login`)"
+            if get_token()
+            else "or it is private: `hf auth login`, or set HF_TOKEN"
+        )
+        return f"the Hub shows no {repo_id}: correct the name, {access}"
+    if status == HTTPStatus.UNAUTHORIZED and get_token():
+        return "the Hub does not accept your token (401); run `hf auth login` anew, or correct HF_TOKEN"
+    if status == HTTPStatus.FORBIDDEN:
+        return f"your token may not read {repo_id} (403); give it that access, or take another one (`hf auth login`)"
+    if status is not None and (status >= 500 or status == HTTPStatus.TOO_MANY_REQUESTS):
+        return f"the Hub is busy (it answers {status}); try again in a few minutes"
+    offline = [
+        name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("0", "")
+    ]
+    if is_offline_mode() and find(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+        revised = f" --revision {revision}" if revision else ""
+        switch = offline[0] if offline else "HF_HUB_OFFLINE"
+        return (
+            f"{repo_id} is not in the Hub's cache here, and {switch} is set; unset it, or first run, with a network, "
+            f"`hf download {repo_id}{kind}{revised}`"
+        )
+    if (find(LocalEntryNotFoundError) or any(_is_transport(one) for one in chain)) and not is_offline_mode():
+        return (
+            f"the Hub at {constants.ENDPOINT} cannot be reached, and {repo_id} is not in its cache here; check the network, "
+            "HTTPS_PROXY and HF_ENDPOINT"
+        )
+    if any("xet-read-token" in str(one) for one in chain):
+        return NO_XET
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and what it was raised from or while handling, nearest first."""
+    seen: set[int] = set()
+    todo: BaseException | None = error
+    while todo is not None and id(todo) not in seen:
+        seen.add(id(todo))
+        yield todo
+        todo = todo.__cause__ or todo.__context__
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Whether a request failed on its way, in the words of the client of huggingface_hub."""
+    return any(cls.__name__ == "TransportError" and cls.__module__.startswith("httpx") for cls in type(error).__mro__)
