@@ -71,7 +71,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from t2i import sampling
+    from t2i import engines, sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scheduler, steps, end = sampling.PRESETS[options.preset]
@@ -97,6 +97,7 @@ def main() -> None:
         "model": Path(options.model).name if Path(options.model).expanduser().exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
         "num_inference_steps": steps, "guidance_end": end, "scheduler": type(pipeline.scheduler).__name__,
+        "engine": "openvino" if isinstance(pipeline.unet, engines.CompiledUnet) else "torch",
     }  # fmt: skip
     parameters = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in zip(repeated, seeds, strict=True)]
     paths = places(folder, parameters)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +218,40 @@ def test_pndm_with_too_few_steps_gets_a_sentence(tmp_path, painter):
     app = press(show(scheduler="pndm", num_inference_steps="2"), DRAW)
     assert "too few for pndm" in warnings(app)
     assert app.number_input(key="num_inference_steps").value == 2  # and the form stays
+
+
+def test_only_schedulers_that_are_right_for_the_model_are_offered(tmp_path, painter):
+    folder = make_run(tmp_path / "outputs" / "flowers") / "pipeline" / "scheduler"
+    folder.mkdir(exist_ok=True)
+    schedule = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    (folder / "scheduler_config.json").write_text(json.dumps(schedule))
+    app = show(scheduler="heun")
+    offered = next(box for box in app.selectbox if box.label == "Scheduler")
+    assert "heun" not in offered.options
+    assert {"ddim", "unipc", "euler", "pndm"} <= set(offered.options)
+    assert offered.value == "ddim"
+    place = cells.plan(tmp_path / "outputs" / "flowers", "checkpoint-000010", cells.Cell("x", scheduler="heun"), [])[0]
+    assert "needs some of the image in the last noise level" in place.problem
+
+
+def test_a_prompt_that_the_model_reads_in_part_is_said(tmp_path, painter, monkeypatch):
+    folder = make_run(tmp_path / "outputs" / "flowers") / "pipeline" / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 5}')
+
+    class Tokenizer:
+        model_max_length = 5
+
+        def __call__(self, prompt, **options):
+            return SimpleNamespace(input_ids=["<", *prompt.split(), ">"])
+
+        def decode(self, tokens, **options):
+            return " ".join(tokens)
+
+    monkeypatch.setattr(sys.modules["common"], "_tokenizer", lambda folder: Tokenizer())
+    assert not warnings(show(prompt="a red flower"))
+    said = warnings(show(prompt="a red flower with five petals"))
+    assert 'has 8 tokens, and the model reads 5: "with five petals" is cut off' in said
 
 
 def test_two_sessions_draw_one_after_the_other(tmp_path, painter):
