@@ -47,7 +47,7 @@ class Options:
         None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers, if right for the model
     )
     seed: Seed = 0  # of the first picture; each further picture of a prompt takes the next
-    num_images_per_prompt: Count = 1  # pictures a prompt
+    num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # pictures a prompt
     batch_size: Count = 8  # pictures at once
     output_dir: str = "outputs/pictures"  # where the PNG files go
     grid: Flag = False  # write grid.png as well: a row a prompt
