@@ -419,7 +419,7 @@ def trained(workspace, tmp_path):
 def test_the_watched_picture_is_the_same_bit_for_bit(trained):
     from t2i import sampling
 
-    for scheduler in ("ddim", "euler", "heun"):
+    for scheduler in ("ddim", "euler", "KDPM2DiscreteScheduler"):
         cell = cells.Cell("a red flower", "blue", 3, 4.0, 5, scheduler)
         seen = []
         watched = cells.make_watched(
@@ -430,7 +430,7 @@ def test_the_watched_picture_is_the_same_bit_for_bit(trained):
         theirs = sampling.generate(pipeline, [cell.prompt], [3], negative_prompt="blue", guidance_scale=4.0,
                                    num_inference_steps=5, progress=False)[0]  # fmt: skip
         assert np.array_equal(watched.picture, theirs)
-        count = 9 if scheduler == "heun" else 5  # it asks the model twice a step, but for the last
+        count = 9 if scheduler == "KDPM2DiscreteScheduler" else 5  # it asks the model twice a step, but for the last
         assert [one[:2] for one in seen] == [(step, count) for step in range(1, count + 1)]
         assert sum(drawn for *_, drawn in seen) == len(watched.steps) <= cells.STEPS - 1
         stored = cells.read_watched(cells.plan(trained, "pipeline", cell, [])[0])
