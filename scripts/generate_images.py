@@ -107,9 +107,9 @@ def main() -> None:
     if options.grid:
         columns = each if each > 1 else min(8, len(pictures))
         grid = np.asarray(sampling.picture_grid(pictures, columns=columns))
-        known = {"pictures": parameters}
-        path = grid_place(folder, known)
-        save(path, grid, known)
+        drawn: dict[str, Any] = {"pictures": parameters}
+        path = grid_place(folder, drawn)
+        save(path, grid, drawn)
         print(path)
 
 
