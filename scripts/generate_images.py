@@ -47,7 +47,7 @@ class Options:
         None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers, if right for the model
     )
     seed: Seed = 0  # of the first picture; each further picture of a prompt takes the next
-    num_images_per_prompt: Count = 1  # pictures a prompt
+    num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # pictures a prompt
     batch_size: Count = 8  # pictures at once
     output_dir: str = "outputs/pictures"  # where the PNG files go
     grid: Flag = False  # write grid.png as well: a row a prompt
@@ -71,7 +71,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from t2i import sampling
+    from t2i import engines, sampling
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scheduler, steps, end = sampling.PRESETS[options.preset]
@@ -97,6 +97,7 @@ def main() -> None:
         "model": Path(options.model).name if Path(options.model).expanduser().exists() else options.model,
         "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
         "num_inference_steps": steps, "guidance_end": end, "scheduler": type(pipeline.scheduler).__name__,
+        "engine": "openvino" if isinstance(pipeline.unet, engines.CompiledUnet) else "torch",
     }  # fmt: skip
     parameters = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in zip(repeated, seeds, strict=True)]
     paths = places(folder, parameters)
@@ -106,9 +107,9 @@ def main() -> None:
     if options.grid:
         columns = each if each > 1 else min(8, len(pictures))
         grid = np.asarray(sampling.picture_grid(pictures, columns=columns))
-        known = {"pictures": parameters}
-        path = grid_place(folder, known)
-        save(path, grid, known)
+        drawn: dict[str, Any] = {"pictures": parameters}
+        path = grid_place(folder, drawn)
+        save(path, grid, drawn)
         print(path)
 
 

@@ -134,3 +134,35 @@ def refusal(path):
     except UserError as error:
         return str(error)
     return None
+
+
+def test_list_options_add_up_and_others_are_given_once():
+    words = ["--validation_prompts", "a", "b c", "--seed", "3", "--validation-prompts=d=e", "f", "--vae", "x"]
+    chosen = parse(SECTIONS, "", words)
+    assert chosen.train_unet.validation_prompts == ["a", "b c", "d=e", "f"]
+    assert (chosen.train_unet.seed, chosen.vae.vae) == (3, "x")
+    words = ["--fail_on", "empty=0", "--label_names", "a", "--fail_on", "over_limit=0.1", "--label_names", "b"]
+    chosen = parse(("source", "caption"), "", words)
+    assert (chosen.caption.fail_on, chosen.data.label_names) == (["empty=0", "over_limit=0.1"], ["a", "b"])
+    for twice, sentence in (
+        (["--seed", "1", "--seed=2"], "--seed is given twice (--seed 1, then --seed 2); give it once"),
+        (["--use_ema", "--no_use_ema"], "--use_ema is given twice (--use_ema, then --no_use_ema)"),
+        (["--dataset", "a", "--dataset_name", "b"], "--dataset is given twice (--dataset a, then --dataset_name b)"),
+        (["--config", "demo", "--config", "photos"], "--config is given twice"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse(SECTIONS, "", twice)
+        assert sentence in str(error.value)
+    with pytest.raises(UserError, match="bytes that are not UTF-8"):
+        parse(SECTIONS, "", ["--output_dir", "caf\udce9"])
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_every_number_of_a_recipe_is_finite(tmp_path, value):
+    for section in dataclasses.fields(Recipe):
+        for item in dataclasses.fields(section.default_factory):
+            default = item.default
+            if isinstance(default, float) or item.name in ("snr_gamma", "guidance_scales"):
+                shown = f"[{value}]" if item.name == "guidance_scales" else value
+                with pytest.raises(UserError, match=f"{item.name}.* is not usable"):
+                    load_recipe(recipe(tmp_path, f"{section.name}: {{{item.name}: {shown}}}\n"))

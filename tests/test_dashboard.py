@@ -346,3 +346,37 @@ def test_a_model_of_the_hub_is_a_run_of_its_pipeline(tmp_path: Path) -> None:
     assert app.multiselect(key="checkpoint").options == ["pipeline"]
     for page in PAGES:
         assert not show(page).exception
+
+
+def test_linked_and_deeper_runs_are_listed_once_and_without_loops(tmp_path: Path) -> None:
+    for name in ("outputs/one", "outputs/a/b/c/deep", "outputs/flowers/unet", "elsewhere/far"):
+        make_run(tmp_path / name)
+    outputs = tmp_path / "outputs"
+    (outputs / "linked").symlink_to(tmp_path / "elsewhere" / "far")
+    (outputs / "again").symlink_to(outputs / "one")
+    (outputs / "loop").symlink_to(outputs)
+    (outputs / "a" / "up").symlink_to("..")
+    (outputs / "gone").symlink_to("nowhere")
+    show()
+    found = sys.modules["common"].find_runs()
+    assert set(found) == {"one", "linked", "a/b/c/deep", "flowers/unet"}
+    assert "linked" in show("compare", run="linked").multiselect[0].value
+
+
+@pytest.mark.parametrize("page", [*PAGES, "vae"])
+def test_foreign_files_and_copies_break_no_page(tmp_path: Path, page: str) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    for name in (".DS_Store", "Thumbs.db", "run.json.bak", "checkpoint-notes.txt"):
+        (run / name).write_bytes(b"\0\1")
+    for name in (
+        "checkpoint-000020-backup",
+        "checkpoint-000020 (copy)",
+        "checkpoint-\u0663\u0663\u0663\u0663\u0663\u0663",
+    ):
+        (run / name / "vae").mkdir(parents=True)
+        (run / name / "manifest.json").write_text('{"step": 20, "files": {}}')
+    for name, text in (("empty", ""), ("list", "[1]"), ("text", '"x"'), ("other", '{"status": ["a"], "identity": 3}')):
+        (make_run(tmp_path / "outputs" / name) / "run.json").write_text(text)
+    (tmp_path / "outputs" / ".DS_Store").write_bytes(b"")
+    show(page)
+    assert "one" in sys.modules["common"].find_runs()

@@ -1,11 +1,16 @@
 """The mathematics: stateless draws, targets, weights, against closed forms and diffusers."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_unet
+import train_vae
 from t2i import diffusion
 
 WHOLE = st.integers(0, 2**40)
@@ -23,6 +28,49 @@ def test_draws_are_a_function_of_seed_step_and_sample(seed, step, samples):
     assert torch.equal(together.posterior_noise[:1], alone.posterior_noise)
     assert not torch.equal(alone.noise, diffusion.draw(seed, step + 1, samples[:1], shape, 1000).noise)
     assert not torch.equal(alone.noise, alone.posterior_noise)
+
+
+@given(WHOLE, WHOLE, st.lists(st.integers(0, 3), min_size=2, max_size=12))
+def test_copies_within_a_step_draw_their_own_and_the_first_as_ever(seed, step, samples):
+    drawn = diffusion.draw(seed, step, samples, (1, 2, 2), 1000)
+    assert len({noise.numpy().tobytes() for noise in drawn.noise}) == len(samples)
+    assert len({coins.numpy().tobytes() for coins in drawn.uniform}) == len(samples)
+    for sample in set(samples):
+        alone = diffusion.draw(seed, step, [sample], (1, 2, 2), 1000)
+        assert torch.equal(drawn.noise[samples.index(sample)], alone.noise[0])
+
+
+@pytest.mark.parametrize(("images", "batch"), [(3, 16), (16, 16), (10, 8)])
+def test_copies_are_counted_over_the_whole_update(images, batch):
+    """However an update is shared out over processes and parts, each of its samples draws the same; no two draw alike."""
+    drawn = []
+    for world, parts in ((1, 1), (2, 1), (1, 4), (2, 2)):
+        config = SimpleNamespace(train_batch_size=batch // world // parts, gradient_accumulation_steps=parts, seed=5)
+        given = SimpleNamespace(caches={"train": (range(images), None)})
+        noise: list = [None] * batch
+        for part in range(parts):
+            for rank in range(world):
+                place = SimpleNamespace(num_processes=world, process_index=rank)
+                indices = train_unet.sample_indices(given, config, 7, part, place).tolist()
+                copies = train_unet.sample_copies(given, config, 7, part, place)
+                found = diffusion.draw(5, 7, indices, (1, 2, 2), 1000, copies).noise
+                start = part * batch // parts + rank
+                noise[start : (part + 1) * batch // parts : world] = found
+        drawn.append(torch.stack(noise))
+    assert len({one.numpy().tobytes() for one in drawn[0]}) == batch
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_the_vae_counts_copies_over_its_processes():
+    images = SimpleNamespace(pixels=np.zeros((3, 8, 8, 3), np.uint8))
+    train = type("Split", (), {"__len__": lambda self: 3, "pixels": images.pixels})()
+    config = SimpleNamespace(train_batch_size=4, seed=0, crop_size=None, channels_last=False)
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=2, block_out_channels=[1, 1]))
+    noise = []
+    for rank in (0, 1):
+        place = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
+        noise += train_vae.make_batch(train, config, True, 0, vae, place)[1]
+    assert len({one.numpy().tobytes() for one in noise}) == 8
 
 
 def test_draws_have_the_right_distribution():

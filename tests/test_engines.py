@@ -86,7 +86,7 @@ def test_one_seed_for_several_prompts_without_guidance(exported):
 
 
 def test_a_step_of_two_calls_is_guided_in_both_or_in_neither(exported):
-    pipeline, sizes = sampling.load_pipeline(exported, scheduler="heun"), []
+    pipeline, sizes = sampling.load_pipeline(exported, scheduler="KDPM2DiscreteScheduler"), []
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     sampling.generate(pipeline, PROMPTS[:1], [0], num_inference_steps=4, guidance_end=0.5, progress=False)
     assert sizes == [2, 2, 2, 2, 1, 1, 1]

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,6 +220,40 @@ def test_pndm_with_too_few_steps_gets_a_sentence(tmp_path, painter):
     assert app.number_input(key="num_inference_steps").value == 2  # and the form stays
 
 
+def test_only_schedulers_that_are_right_for_the_model_are_offered(tmp_path, painter):
+    folder = make_run(tmp_path / "outputs" / "flowers") / "pipeline" / "scheduler"
+    folder.mkdir(exist_ok=True)
+    schedule = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    (folder / "scheduler_config.json").write_text(json.dumps(schedule))
+    app = show(scheduler="heun")
+    offered = next(box for box in app.selectbox if box.label == "Scheduler")
+    assert "heun" not in offered.options
+    assert {"ddim", "unipc", "euler", "pndm"} <= set(offered.options)
+    assert offered.value == "ddim"
+    place = cells.plan(tmp_path / "outputs" / "flowers", "checkpoint-000010", cells.Cell("x", scheduler="heun"), [])[0]
+    assert "needs some of the image in the last noise level" in place.problem
+
+
+def test_a_prompt_that_the_model_reads_in_part_is_said(tmp_path, painter, monkeypatch):
+    folder = make_run(tmp_path / "outputs" / "flowers") / "pipeline" / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 5}')
+
+    class Tokenizer:
+        model_max_length = 5
+
+        def __call__(self, prompt, **options):
+            return SimpleNamespace(input_ids=["<", *prompt.split(), ">"])
+
+        def decode(self, tokens, **options):
+            return " ".join(tokens)
+
+    monkeypatch.setattr(sys.modules["common"], "_tokenizer", lambda folder: Tokenizer())
+    assert not warnings(show(prompt="a red flower"))
+    said = warnings(show(prompt="a red flower with five petals"))
+    assert 'has 8 tokens, and the model reads 5: "with five petals" is cut off' in said
+
+
 def test_two_sessions_draw_one_after_the_other(tmp_path, painter):
     make_run(tmp_path / "outputs" / "one")
     painter.go.clear()
@@ -384,7 +419,7 @@ def trained(workspace, tmp_path):
 def test_the_watched_picture_is_the_same_bit_for_bit(trained):
     from t2i import sampling
 
-    for scheduler in ("ddim", "euler", "heun"):
+    for scheduler in ("ddim", "euler", "KDPM2DiscreteScheduler"):
         cell = cells.Cell("a red flower", "blue", 3, 4.0, 5, scheduler)
         seen = []
         watched = cells.make_watched(
@@ -395,7 +430,7 @@ def test_the_watched_picture_is_the_same_bit_for_bit(trained):
         theirs = sampling.generate(pipeline, [cell.prompt], [3], negative_prompt="blue", guidance_scale=4.0,
                                    num_inference_steps=5, progress=False)[0]  # fmt: skip
         assert np.array_equal(watched.picture, theirs)
-        count = 9 if scheduler == "heun" else 5  # it asks the model twice a step, but for the last
+        count = 9 if scheduler == "KDPM2DiscreteScheduler" else 5  # it asks the model twice a step, but for the last
         assert [one[:2] for one in seen] == [(step, count) for step in range(1, count + 1)]
         assert sum(drawn for *_, drawn in seen) == len(watched.steps) <= cells.STEPS - 1
         stored = cells.read_watched(cells.plan(trained, "pipeline", cell, [])[0])

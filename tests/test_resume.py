@@ -21,7 +21,7 @@ import train_unet
 from conftest import SCRIPTS
 from t2i import checkpoints, models, runs
 from t2i.config import load_recipe
-from t2i.runs import UserError, checkpoint_folders
+from t2i.runs import UserError, checkpoint_copies, checkpoint_folders
 from t2i.stopping import EXIT_STOPPED
 
 COMMON = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none")
@@ -137,6 +137,33 @@ def test_a_copy_made_file_by_file_counts_when_it_is_whole(tmp_path):
                 with pytest.raises(UserError, match="none that is whole"):
                     checkpoints.find_checkpoint(target.parent, "latest", Alone, say=lambda text: None)
         assert checkpoints.find_checkpoint(target.parent, "latest", Alone) == target
+
+
+def test_copies_beside_checkpoints_are_neither_used_nor_removed(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in (3, 6):
+        checkpoints.save_checkpoint(run, step, write_files(step), Alone, None)
+    copies = ("checkpoint-000006-backup", "checkpoint-000006 (copy)", "checkpoint-000099", "checkpoint-6", "best")
+    for name in copies:
+        shutil.copytree(run / "checkpoint-000006", run / name)
+    (run / "checkpoint-notes.txt").write_text("mine")
+    (run / "checkpoint-000050").write_text("a file")
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-000003", "checkpoint-000006"]
+    assert checkpoint_copies(run) == sorted(copies)
+    assert checkpoints.find_checkpoint(run, "latest", Alone) == run / "checkpoint-000006"
+    with pytest.raises(UserError, match="a copy is resumed from once it has its old name back"):
+        checkpoints.find_checkpoint(run, "checkpoint-000006-backup", Alone)
+    (run / "checkpoint-000006").rename(elsewhere)
+    (run / "checkpoint-000006").symlink_to(elsewhere)  # moved to another disk
+    checkpoints.forget_after(run, 3, Alone)
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-000003"]
+    assert elsewhere.is_dir()
+    checkpoints.save_checkpoint(run, 9, write_files(9), Alone, 1)
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-000009"]
+    assert checkpoint_copies(run) == sorted(copies)
+    shutil.rmtree(run / "checkpoint-000009")
+    with pytest.raises(UserError, match="no checkpoint of its own, only copies"):
+        checkpoints.find_checkpoint(run, "latest", Alone)
 
 
 def test_nodes_agree_on_the_newest_step_that_is_whole_everywhere(tmp_path):

@@ -169,7 +169,7 @@ def cut_prompt(tokenizer: Any, prompt: str) -> str | None:
     tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(tokens) <= limit:
         return None
-    lost = " ".join(tokenizer.decode(tokens[limit - 1 : -1], skip_special_tokens=True).split())
+    lost = " ".join(tokenizer.decode(tokens[limit - 1 : -1], skip_special_tokens=True).replace("\ufffd", "").split())
     shown = prompt if len(prompt) <= 60 else prompt[:59] + "…"
     lost = lost if len(lost) <= 120 else "…" + lost[-119:]
     return f'prompt "{shown}" has {len(tokens)} tokens, and the model reads {limit}: "{lost}" is cut off; shorten the prompt'

@@ -230,7 +230,8 @@ def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any
         made = pipeline(prompts, **options).images
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text):
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not exhausted and "allocate memory" not in text and "out of memory" not in text:
             raise
         raise UserError(
             f"memory does not suffice for {len(prompts)} pictures at once ({text.splitlines()[0][:150] if text else 'none left'}); "

@@ -1,0 +1,156 @@
+"""generate_images.py: what it refuses before it draws, what it says, and that it overwrites no picture of other settings."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate_images
+from t2i import sampling
+from t2i.pictures import read_parameters
+from t2i.runs import UserError
+
+
+@pytest.fixture
+def draw(workspace, tmp_path, monkeypatch):
+    """Run the script's main in a folder of its own; gives the folder's pictures by name, with their bytes."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pictures are small
+    pipeline = sampling.load_pipeline(workspace / "unet")
+    scheduler = pipeline.scheduler
+
+    def load(model, **options):
+        if options.get("device") != "cpu" or str(model) != "kept":
+            return load_pipeline(model, **options)
+        pipeline.scheduler = sampling.make_scheduler(
+            options["scheduler"], scheduler.config, options["num_inference_steps"]
+        )
+        return pipeline
+
+    load_pipeline = sampling.load_pipeline
+    monkeypatch.setattr(sampling, "load_pipeline", load)
+
+    def run(*words, model="kept", folder="pictures"):
+        given = ["generate_images.py", "--model", str(model), "--output_dir", folder, *words]
+        given += [] if "--num_inference_steps" in words else ["--num_inference_steps", "2"]
+        given += [] if "--device" in words else ["--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", given)
+        generate_images.main()
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_another_command_continues_the_numbers_and_the_same_writes_the_same(draw):
+    first = draw("--prompt", "a red flower")
+    assert list(first) == ["0000-seed0.png"]
+    both = draw("--prompt", "a blue flower", "--grid")
+    assert list(both) == ["0000-seed0.png", "0001-seed0.png", "grid.png"]
+    assert both["0000-seed0.png"] == first["0000-seed0.png"]
+    assert draw("--prompt", "a blue flower", "--grid") == both
+    more = draw("--prompt", "a blue flower", "a red flower", "--grid", "--guidance_scale", "3")
+    assert {name: more[name] for name in both} == both
+    assert sorted(more.keys() - both) == ["0002-seed0.png", "0003-seed0.png", "grid-0001.png"]
+    Path("pictures/0000-seed0.png").write_bytes(b"edited by somebody")
+    kept = draw("--prompt", "a red flower")
+    assert kept["0000-seed0.png"] == b"edited by somebody"
+    assert kept["0004-seed0.png"] == first["0000-seed0.png"]
+
+
+def test_prompts_given_several_times_are_all_drawn(draw, capsys):
+    draw("--prompt", "a", "b", "--prompt", "c", "--prompt=a")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(": ", 1)[1] for line in said] == ["a", "b", "c", "a"]
+    assert read_parameters(Path("pictures/0002-seed0.png"))["prompt"] == "c"
+
+
+def test_a_prompt_beyond_the_models_tokens_is_said(draw, capsys):
+    draw("--prompt", "red flower " * 30 + "and an elephant", "a flower", "--negative_prompt", "dog " * 40)
+    said = capsys.readouterr().err
+    assert said.count("WARNING: prompt") == 2
+    assert 'and the model reads 24: "' in said
+    assert 'elephant" is cut off' in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--guidance_scale", "inf"], "guidance_scale = inf is not usable"),
+        (["--guidance_scale", "nan"], "guidance_scale = nan is not usable"),
+        (["--guidance_scale", "1e30"], "less than or equal to 1000"),
+        (["--guidance_end", "nan"], "guidance_end = nan is not usable"),
+        (["--seed", str(2**64)], "less than or equal to 9223372036854775807"),
+        (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "leaves no seeds"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice (--seed 1, then --seed 2); give it once"),
+        (["--device", "gpu"], "device gpu cannot be used"),
+        (["--device", "meta"], "device meta cannot be used"),
+        (["--device", "cuda:99"], "device cuda:99 cannot be used"),
+        (["--prompt", "caf\udce9"], "bytes that are not UTF-8"),
+        (["--scheduler", "heun"], "needs some of the image in the last noise level"),
+        (["--scheduler", "pndm"], "scheduler pndm needs 4 steps or more here, not 2"),
+        (["--scheduler", "VQDiffusionScheduler"], "is not for this kind of model; take one of ddim"),
+        (["--prompt_file", "latin.txt"], "it is not UTF-8"),
+        (["--prompt_file", "."], "prompt_file . cannot be read (Is a directory)"),
+    ],
+)
+def test_mistakes_are_sentences_before_anything_is_drawn(draw, monkeypatch, words, sentence):
+    monkeypatch.setattr(sampling, "generate", None)  # nothing is drawn
+    Path("latin.txt").write_bytes("été".encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        draw("--prompt", "x", *words)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/t2i", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_said_before_drawing(draw, monkeypatch, folder):
+    monkeypatch.setattr(sampling, "generate", None)
+    Path("file").touch()
+    with pytest.raises(UserError, match=r"^output_dir .* cannot be written"):
+        draw("--prompt", "x", folder=folder)
+
+
+def test_a_prompt_file_of_windows(draw, capsys):
+    Path("a.txt").write_bytes("\ufeffété\r\n\r\nrose\r\n".encode())
+    Path("b.txt").write_bytes("été\nrose\n".encode("utf-16"))
+    first = draw("--prompt_file", "a.txt")
+    assert read_parameters(Path("pictures/0000-seed0.png"))["prompt"] == "été"
+    assert draw("--prompt_file", "b.txt") == first
+
+
+def test_numbers_that_overflow_and_memory_that_ends_get_a_sentence(draw, workspace, monkeypatch):
+    broken = sampling.load_pipeline(workspace / "unet")
+    with torch.no_grad():
+        broken.unet.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"numbers overflowed at guidance_scale 7\.5 with DDIMScheduler"):
+        sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
+
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(type(broken), "__call__", fails)
+    with pytest.raises(UserError, match=r"memory does not suffice for 1 pictures at once .*--batch_size"):
+        sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
+
+
+def test_copies_of_checkpoints(draw, workspace, tmp_path):
+    run = workspace / "unet"
+    (tmp_path / "run").mkdir()
+    for name in ("run.json", "config.yaml"):
+        (tmp_path / "run" / name).write_bytes((run / name).read_bytes())
+    (tmp_path / "run" / "checkpoint-000008-backup").symlink_to(run / "checkpoint-000008")
+    with pytest.raises(UserError, match=r"has no checkpoint of its own, only copies; give --model .*-backup"):
+        draw("--prompt", "x", model=tmp_path / "run")
+    (tmp_path / "alone").symlink_to(run / "checkpoint-000008")
+    with pytest.raises(UserError, match=r"is a checkpoint without its run: .* pipeline/ beside it, which is missing"):
+        draw("--prompt", "x", model=tmp_path / "alone")
+    (tmp_path / "run" / "pipeline").symlink_to(run / "pipeline")
+    assert draw("--prompt", "x", model=tmp_path / "run" / "checkpoint-000008-backup")
+    pictures = sampling.generate(
+        sampling.load_pipeline(run / "checkpoint-000008"), ["x"], [0], num_inference_steps=2, progress=False
+    )
+    assert np.array_equal(np.asarray(Image.open("pictures/0000-seed0.png")), pictures[0])
