@@ -1,6 +1,5 @@
 """Every input form gives the same rows; splits hold still; damage is listed; pixels are reused; the sampler is pure."""
 
-import importlib
 import io
 import json
 import os
@@ -248,7 +247,7 @@ def test_mistakes_are_one_sentence_with_the_mend(tmp_path, monkeypatch):
         (tmp_path / "bad_parquet", {}, "Parquet files cannot be read"),
         (tmp_path / "good", {"image_column": "imag"}, "no column 'imag'; it has image, caption; did you mean .* image"),
         (tmp_path / "good", {"caption_column": "captoin"}, "did you mean --caption_column caption"),
-        (tmp_path / "good", {"image_column": "caption"}, "outside the dataset folder|missing file|no usable"),
+        (tmp_path / "good", {"image_column": "caption"}, "column 'caption' holds no text"),
         (tmp_path / "good", {"caption_template": "a flower"}, "lacks {label}"),
         (tmp_path / "wordless", {}, "'label' is a number without a name"),
         (tmp_path / "blank", {}, "all captions of .* are empty"),
@@ -498,9 +497,9 @@ def test_links_hide_no_split_and_rename_no_class(tmp_path):
     (tmp_path / "a/train/rose/up").symlink_to("../..")
     splits = load(tmp_path / "a", tmp_path)
     assert set(captions_of(splits)) == {f"train/rose/{index}.png" for index in range(4)}
-    assert splits.report["left_out"]["folders read already"]["first"][:2] == ["train/a_best → train/rose", "train/rose/up → " + str(tmp_path / "a")] or (
-        splits.report["left_out"]["folders read already"]["count"] == 3
-    )
+    links = splits.report["left_out"]["folders read already"]
+    assert links["count"] == 3
+    assert links["first"][1] == "train/a_best → train/rose"
     for index in range(4):  # both splits are links into one store
         write(tmp_path / "b/store" / ("one", "two")[index % 2] / "rose" / f"{index}.png", png(index))
     (tmp_path / "b/train").symlink_to("store/one")
@@ -566,7 +565,7 @@ def test_a_configuration_is_chosen_and_the_names_are_said(tmp_path):
     with pytest.raises(UserError, match=r"--dataset_config_name .*c.*a.*b"):
         load(tmp_path / "many", tmp_path, dataset_config_name="c")
     splits = [load(tmp_path / "many", tmp_path, dataset_config_name=name) for name in ("a", "b")]
-    assert [set(text[0] for text in captions_of(part).values()) for part in splits] == [{"a"}, {"b"}]
+    assert [{text[0] for text in captions_of(part).values()} for part in splits] == [{"a"}, {"b"}]
 
 
 def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
@@ -614,16 +613,6 @@ def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):
     for revision in ("v9", "c" * 40):
         with pytest.raises(UserError, match=f"--dataset_revision {revision} of me/flowers is not in the local cache"):
             load("me/flowers", tmp_path, dataset_revision=revision)
-
-
-@pytest.mark.parametrize("script", ["train_vae", "train_unet"])
-def test_a_dry_run_ends_after_the_table(script, tmp_path, monkeypatch, capsys):
-    folder = class_folders(tmp_path / "a")
-    words = ("--dataset", folder, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--dry_run")
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words), "--resolution", "16", "--validation_fraction", "0.25"])
-    importlib.import_module(script).main()
-    assert "classes       2, from 5 images (sun flower)" in capsys.readouterr().out.replace("sun_flower", "sun flower")
-    assert not (tmp_path / "run").exists()
 
 
 # Damage

@@ -127,7 +127,7 @@ def _hub_source(name: str, cfg: SourceConfig) -> Source:
     if cfg.dataset_revision and read:  # a Hub that is not reached is answered from the cache, by any commit there
         wanted = _cached_commit(name, cfg.dataset_revision)
         if not read.startswith(wanted):
-            loaded, read = _load_cached(name, cfg, wanted), wanted
+            loaded, read = _load_cached(name, cfg, wanted)
     rows = _name_splits(name, loaded, left_out)
     identity = hash_json(
         [[split, [sha256_file(Path(f["filename"])) for f in rows[split].cache_files]] for split in rows]
@@ -191,8 +191,8 @@ def _not_cached(name: str, revision: str) -> UserError:
     )
 
 
-def _load_cached(name: str, cfg: SourceConfig, commit: str) -> datasets.DatasetDict:
-    """What `datasets` keeps of a commit in its cache."""
+def _load_cached(name: str, cfg: SourceConfig, commit: str) -> tuple[datasets.DatasetDict, str]:
+    """What `datasets` keeps of a commit in its cache, and the whole commit."""
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -204,7 +204,7 @@ def _load_cached(name: str, cfg: SourceConfig, commit: str) -> datasets.DatasetD
     config, version, folder_name = kept[0].parts[-4:-1]
     try:
         builder = Cache(repo_id=name, dataset_name=short, config_name=config, version=version, hash=folder_name)
-        return builder.as_dataset()
+        return builder.as_dataset(), folder_name
     except Exception as error:
         raise _load_error(f"--dataset {name}: commit {commit} in the local cache cannot be read", error,
                           "delete that cache, and run with a network") from error  # fmt: skip

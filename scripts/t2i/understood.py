@@ -81,10 +81,11 @@ def table(report: dict[str, Any]) -> str:
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
     rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
     if captions:
-        several = f", {report['several_captions']:,} images have several: the first is used"
+        several = report.get("several_captions")
+        more = f", {several:,} images have several: the first is used" if several else ""
         rows.append(
             ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
-                 f"{several if report.get('several_captions') else ''}")
+                 f"{more}")
         )  # fmt: skip
     odd = captions["odd"] if captions else {}
     rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
