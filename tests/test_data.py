@@ -391,7 +391,10 @@ def test_no_value_is_an_empty_caption_and_mixed_forms_keep_theirs(tmp_path):
     assert (found["rose/0.png"], found["rose/2.png"]) == ("my own", "")
     assert set(found.values()) == {"my own", "", *(f"a photo of a {c}, a type of flower" for c in ("rose", "tulip"))}
     assert splits.report["captions_from"] == {"from .txt files": 2, "from class names": 6}
-    write(tmp_path / "a/lily/metadata.jsonl", '{"file_name": "8.png", "text": "a lily"}\n{"file_name": "9.png", "text": NaN}')
+    write(
+        tmp_path / "a/lily/metadata.jsonl",
+        '{"file_name": "8.png", "text": "a lily"}\n{"file_name": "9.png", "text": NaN}',
+    )
     for index in (8, 9):
         write(tmp_path / "a/lily" / f"{index}.png", png(index))
     assert captions_of(load(tmp_path / "a", tmp_path)) == found | {"lily/8.png": "a lily", "lily/9.png": ""}
@@ -407,12 +410,14 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     write(tmp_path / "csv/metadata.csv", "file_name,label\n" + lines)
     rows = [{"file_name": f"{i}.png", "label": i % 2} for i in range(6)]
     write(tmp_path / "jsonl/metadata.jsonl", "\n".join(map(json.dumps, rows)))
-    write(tmp_path / "floats/metadata.jsonl", "\n".join(json.dumps(row | {"label": row["label"] + 1.0}) for row in rows))
+    write(
+        tmp_path / "floats/metadata.jsonl", "\n".join(json.dumps(row | {"label": row["label"] + 1.0}) for row in rows)
+    )
     save_dataset_folder(tmp_path / "parquet", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]})
     classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
     save_dataset_folder(tmp_path / "names", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]}, classes)
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
-        with pytest.raises(UserError, match="numbers|is a number without a name"):
+        with pytest.raises(UserError, match=r"numbers|is a number without a name"):
             load(tmp_path / form, tmp_path)
     with pytest.raises(UserError, match="--label_names has no name for the classes 0; its names stand for 1 to 2"):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
@@ -430,7 +435,19 @@ def test_columns_that_hold_no_text_are_no_captions(tmp_path):
 
 
 def test_the_table_says_what_was_understood(tmp_path):
-    odd = ["12", "['a', 'b']", "caf\ufffd", "CafÃ©", "nan", "IMG_5", "0 0.5 0.5 1", "{label} rose", "a rose", "a rose", ""]
+    odd = [
+        "12",
+        "['a', 'b']",
+        "caf\ufffd",
+        "CafÃ©",
+        "nan",
+        "IMG_5",
+        "0 0.5 0.5 1",
+        "{label} rose",
+        "a rose",
+        "a rose",
+        "",
+    ]
     names = [*(f"IMG_{index}.png" for index in range(len(odd)))]
     for index, name in enumerate(names):
         write(tmp_path / "a" / name, png(index))
@@ -471,7 +488,15 @@ def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):
         write(rose / f"IMG {index}.JPG.xmp", b"<x/>")
     for name in ("ehthumbs.db", "Picasa.ini", "photos.lnk", "clip.mp4", "list.xlsx"):
         write(rose / name, b"\0\1")
-    folders = ("@eaDir/IMG 0.JPG", ".thumbnails", "__MACOSX", "Cat Previews.lrdata/1", "CaptureOne/Cache", "#recycle", "Thumbs")
+    folders = (
+        "@eaDir/IMG 0.JPG",
+        ".thumbnails",
+        "__MACOSX",
+        "Cat Previews.lrdata/1",
+        "CaptureOne/Cache",
+        "#recycle",
+        "Thumbs",
+    )
     for folder in folders:
         write(rose / folder / "x.jpg", png(70))
     write(rose / "._IMG 0.JPG", b"\0\5\x16\7")
@@ -512,7 +537,9 @@ def test_names_match_in_both_forms_of_unicode(tmp_path):
         write(tmp_path / "a" / unicodedata.normalize("NFD", f"été {index}.png"), png(index))
         write(tmp_path / "b/rose" / unicodedata.normalize("NFD", f"été {index}.png"), png(index))
         write(tmp_path / "b/rose" / unicodedata.normalize("NFC", f"été {index}.txt"), f"own {index}")
-    rows = [{"file_name": unicodedata.normalize("NFC", f"été {index}.png"), "text": f"own {index}"} for index in range(3)]
+    rows = [
+        {"file_name": unicodedata.normalize("NFC", f"été {index}.png"), "text": f"own {index}"} for index in range(3)
+    ]
     write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
     for folder in ("a", "b"):
         splits = load(tmp_path / folder, tmp_path)
@@ -600,13 +627,21 @@ def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):
         made = Path(rows["train"].cache_files[0]["filename"])
         shutil.copytree(made.parent, kept / commit)
         (kept / commit / made.name).rename(kept / commit / "flowers-train.arrow")
-    newest = datasets.DatasetDict({"train": datasets.Dataset.from_file(str(kept / commits["new"] / "flowers-train.arrow"))})
+    newest = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_file(str(kept / commits["new"] / "flowers-train.arrow"))}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: newest)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(sources, "HF_HUB_CACHE", str(tmp_path / "hub"))
     write(tmp_path / "hub/datasets--me--flowers/refs/v1", commits["old"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for revision, name in ((None, "new"), (commits["new"], "new"), (commits["old"], "old"), ("aaaaaaaa", "old"), ("v1", "old")):
+    for revision, name in (
+        (None, "new"),
+        (commits["new"], "new"),
+        (commits["old"], "old"),
+        ("aaaaaaaa", "old"),
+        ("v1", "old"),
+    ):
         splits = load("me/flowers", tmp_path, dataset_revision=revision)
         assert {text.split()[0] for text in captions_of(splits).values()} == {name}
         assert splits.report["revision"] == commits[name]

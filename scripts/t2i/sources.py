@@ -432,10 +432,12 @@ def _folder_columns(
             leave_out(left_out, "outside the splits", file)
         else:
             known: dict[str, Any] = {"image": file}
-            if beside := _sidecar_of(file, sidecars):
-                known["caption"] = read_sidecar(folder / beside)
-                used.add(beside)
-                origins[f"from {PurePosixPath(beside).suffix.lower()} files"] += 1
+            if beside := _sidecars_of(file, sidecars):
+                known["caption"] = read_sidecar(folder / beside[0])
+                origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
+                used.update(beside)
+                for other in beside[1:]:
+                    leave_out(left_out, "caption files beside another that is read", other)
             if use_labels and (label := _class_of(file, has_train)) is not None:
                 known["label"] = label
             if not beside:
@@ -478,9 +480,11 @@ def _sidecars(files: list[str]) -> dict[str, str]:
     return found
 
 
-def _sidecar_of(file: str, sidecars: dict[str, str]) -> str | None:
-    keys = (plain_name(name) + suffix for name in (without_suffix(file), file) for suffix in SIDECARS)
-    return next((sidecars[key] for key in keys if key in sidecars), None)
+def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:
+    """The caption files of an image, the one to read first."""
+    names = dict.fromkeys((without_suffix(file), file))  # the same where there is no ending
+    keys = (plain_name(name) + suffix for name in names for suffix in SIDECARS)
+    return [sidecars[key] for key in keys if key in sidecars]
 
 
 def _fill_from_classes(
