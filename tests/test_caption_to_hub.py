@@ -119,7 +119,7 @@ def test_a_dry_run_says_what_was_understood_and_leaves_nothing(run_main, drawn, 
     run_main("--dataset", drawn, "--captioner", "existing", "--output_dir", "out", "--dry_run")
     said = capsys.readouterr().out
     assert "12 from .txt files" in said
-    assert "1 caption files beside another that is read (0003.caption)" in said
+    assert "caption files beside another that is read: 1 (0003.caption)" in said
     assert not (tmp_path / "out").exists()
     (tmp_path / "numbers").mkdir()
     drawn.rename(tmp_path / "numbers" / "1")

@@ -342,6 +342,7 @@ def test_captions_that_are_surely_wrong_are_refused_with_file_and_line(kind, tmp
 GOOD_CAPTIONS = {
     "semicolons": {"metadata.csv": 'file_name;text\n0.png;"a; red"\n1.png;b\n2.png;c\n'},
     "Excel's own first line": {"metadata.csv": 'sep=;\nfile_name;text\n0.png;"a; red"\n1.png;b\n2.png;c\n'},
+    "line ends of old Macs": {"metadata.csv": "file_name,text\r0.png,a; red\r1.png,b\r2.png,c\r"},
     "tabs": {"metadata.csv": "file_name\ttext\n0.png\ta; red\n1.png\tb\n2.png\tc\n"},
     "spaces after commas": {"metadata.csv": 'file_name, text\n0.png, "a; red"\n1.png, b\n2.png, c\n'},
     "fields without a text": {"metadata.csv": "file_name,text\n0.png,a; red,,\n1.png,b\n2.png,c\n"},
@@ -459,9 +460,9 @@ def test_the_table_says_what_was_understood(tmp_path):
     table = said[1]
     for line in ("11 from metadata.jsonl; column 'text'", "9 distinct, 1 empty, longest 4 words", "IMG_0.png: '12'",
                  "with braces or brackets", "with replacement characters", "with misread", "that say no value", "that are file names",
-                 "with markup or a template", "1 not in the metadata (extra.png)", "IMG_0.png → 12"):  # fmt: skip
+                 "with markup or a template", "not in the metadata: 1 (extra.png)", "IMG_0.png → 12"):  # fmt: skip
         assert line in table
-    assert "2 of numbers only" in table
+    assert "of numbers only: 2" in table
     assert "rose'" not in table.split("examples")[0].replace("{label} rose'", "")
     # a cache from before captions were counted opens as well, and a file that came later is said without a new cache
     report = next((tmp_path / "cache").rglob("report.json"))
@@ -472,7 +473,7 @@ def test_the_table_says_what_was_understood(tmp_path):
     write(tmp_path / "a" / "more.png", png(50))
     said.clear()
     assert load_splits(config(tmp_path / "a", tmp_path), said.append).fingerprint == splits.fingerprint
-    assert "2 not in the metadata (extra.png; more.png)" in said[1]
+    assert "not in the metadata: 2 (extra.png; more.png)" in said[1]
     assert "9 distinct" in said[1]
 
 
@@ -571,6 +572,11 @@ def test_parquet_that_names_pictures_beside_it(tmp_path):
     found = {f"images/{index}.png": f"rose {index}" for index in range(4)}
     for folder in ("a", "b", "c"):
         assert captions_of(load(tmp_path / folder, tmp_path)) == found
+    (tmp_path / "e").mkdir()
+    for split in ("train", "extra"):  # `datasets` reads no other file beside those of splits
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(3)], "text": ["a"] * 3}
+        pq.write_table(pa.table(rows), tmp_path / "e" / f"{split}.parquet")
+    assert "3 rows in files that no split names" in str(load(tmp_path / "e", tmp_path).report["left_out"])
     before = load(tmp_path / "a", tmp_path).fingerprint
     write(tmp_path / "a/images/0.png", png(77))  # another picture, another cache
     assert load(tmp_path / "a", tmp_path).fingerprint != before

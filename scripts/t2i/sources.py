@@ -254,6 +254,10 @@ def _shard_source(
                     f"--dataset {name}: its {form} files cannot be read", error, "fix or rewrite them"
                 ) from error
         rows = _name_splits(name, loaded, left_out)
+        if form == "Parquet":
+            unread = sum(pq.read_metadata(folder / shard).num_rows for shard in shards) - sum(map(len, loaded.values()))
+            if unread > 0:  # beside files named train and test, `datasets` reads no others
+                leave_out(left_out, OTHER_SPLITS, f"{unread:,} rows in files that no split names")
         return {split: _name_columns(part, cfg, form) for split, part in rows.items()}
 
     size = sum((folder / shard).stat().st_size for shard in shards)
@@ -417,6 +421,7 @@ def _folder_columns(
     labels = {_class_of(file, has_train) for file in own}
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
     used: set[str] = set()
+    joined = 0
     by_class = []  # rows that have a class and no caption file
     for file in own:
         split = split_of(file)
@@ -435,6 +440,7 @@ def _folder_columns(
             if beside := _sidecars_of(file, sidecars):
                 known["caption"] = read_sidecar(folder / beside[0])
                 origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
+                joined += "\n" in known["caption"].strip()
                 used.update(beside)
                 for other in beside[1:]:
                     leave_out(left_out, "caption files beside another that is read", other)
@@ -459,6 +465,7 @@ def _folder_columns(
     notes = {
         "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
         "captions_from": dict(origins),
+        "joined_lines": joined,
         "files_not_in_metadata": len(unlisted),
         "files_outside_splits": outside,
         "left_out": left_out,

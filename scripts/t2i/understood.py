@@ -87,6 +87,8 @@ def table(report: dict[str, Any]) -> str:
             ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
                  f"{more}")
         )  # fmt: skip
+    if report.get("joined_lines"):
+        rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
     odd = captions["odd"] if captions else {}
     rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
     copies = {key: count for key, count in report.get("duplicates", {}).items() if count}
@@ -126,7 +128,7 @@ def _splits(report: dict[str, Any]) -> str:
 
 def _counted(count: int, what: str, first: Iterable[str]) -> str:
     shown = list(first)
-    return f"{count:,} {what} ({'; '.join(shown)}{'; …' if count > len(shown) else ''})"
+    return f"{what}: {count:,} ({'; '.join(shown)}{'; …' if count > len(shown) else ''})"
 
 
 def _short(text: str, length: int) -> str:
