@@ -525,7 +525,7 @@ def test_links_hide_no_split_and_rename_no_class(tmp_path):
     assert set(captions_of(splits)) == {f"train/rose/{index}.png" for index in range(4)}
     links = splits.report["left_out"]["folders read already"]
     assert links["count"] == 3
-    assert links["first"][1] == "train/a_best → train/rose"
+    assert links["first"][0] == "train/a_best → train/rose"
     for index in range(4):  # both splits are links into one store
         write(tmp_path / "b/store" / ("one", "two")[index % 2] / "rose" / f"{index}.png", png(index))
     (tmp_path / "b/train").symlink_to("store/one")
