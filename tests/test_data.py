@@ -392,6 +392,10 @@ def test_no_value_is_an_empty_caption_and_mixed_forms_keep_theirs(tmp_path):
     assert (found["rose/0.png"], found["rose/2.png"]) == ("my own", "")
     assert set(found.values()) == {"my own", "", *(f"a photo of a {c}, a type of flower" for c in ("rose", "tulip"))}
     assert splits.report["captions_from"] == {"from .txt files": 2, "from class names": 6}
+    write(tmp_path / "b/train/rose/0.png", png(0))
+    write(tmp_path / "b/train/rose/0.txt", "my own")
+    write(tmp_path / "b/test/rose/1.png", png(1))
+    assert captions_of(load(tmp_path / "b", tmp_path))["test/rose/1.png"] == "a photo of a rose, a type of flower"
     write(
         tmp_path / "a/lily/metadata.jsonl",
         '{"file_name": "8.png", "text": "a lily"}\n{"file_name": "9.png", "text": NaN}',

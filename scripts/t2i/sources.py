@@ -90,7 +90,8 @@ def find_source(cfg: SourceConfig) -> Source:
 
 def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
     files, left_out = list_files(folder)
-    if "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files):
+    saved = "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files)
+    if saved and any(file.endswith(".arrow") for file in files):
         return _disk_source(name, folder, files, left_out)
     parquet = [file for file in files if file.endswith(".parquet") and PurePosixPath(file).name not in METADATA]
     shards = [file for file in parquet if _holds_images(folder / file, cfg)]
@@ -499,21 +500,19 @@ def _fill_from_classes(
     origins: Counter[str], cfg: SourceConfig,
 ) -> None:  # fmt: skip
     """Where some images have captions of their own, give the others that of their class."""
-    labels = [label_name(label, cfg.label_names) for _, _, label in by_class]
-    if any("caption" in part or "text" in part or cfg.caption_column in part for part in columns.values()):
-        if any(labels):
-            check_label_names(labels, cfg, name)
-        for (split, row, _), label in zip(by_class, labels, strict=True):
-            if label:
-                part = columns[split]
-                column = next((key for key in (cfg.caption_column, "caption", "text") if key in part), "caption")
-                values = part.setdefault(column, [None] * len(part["image"]))
-                values[row] = label_caption(label, cfg.caption_template)
+    keys = (cfg.caption_column, "caption", "text")
+    column = {split: next((key for key in keys if key in part), None) for split, part in columns.items()}
+    lacking = [(split, row, label_name(label, cfg.label_names)) for split, row, label in by_class if column[split]]
+    if any(label for _, _, label in lacking):
+        check_label_names((label for _, _, label in lacking), cfg, name)
+    for split, row, label in lacking:
+        if label:
+            columns[split][str(column[split])][row] = label_caption(label, cfg.caption_template)
     for part in columns.values():  # text beside lists of texts becomes a list
-        for column in {"caption", "text", cfg.caption_column} & part.keys():
-            if any(isinstance(value, list) for value in part[column]):
-                part[column] = [[value] if isinstance(value, str) else value for value in part[column]]
-    for label in labels:
+        for key in {*keys} & part.keys():
+            if any(isinstance(value, list) for value in part[key]):
+                part[key] = [[value] if isinstance(value, str) else value for value in part[key]]
+    for _, _, label in by_class:
         origins["from class names" if label else "without any"] += 1
 
 
