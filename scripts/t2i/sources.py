@@ -398,7 +398,7 @@ def _folder_columns(
         raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
     listed, outside = set(), 0
     exact, there = set(files), {plain_name(file): file for file in files}
-    by_text = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
+    by_text: list[tuple[str, int, Any]] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
     for file in metadata:
         found = metadata_rows(folder / file, cfg.caption_column)
         has_caption = any("caption" in row for _, row in found)
@@ -423,7 +423,7 @@ def _folder_columns(
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
     used: set[str] = set()
     joined = 0
-    by_class = []  # rows that have a class and no caption file
+    by_class: list[tuple[str, int, str | None]] = []  # rows that have a class and no caption file
     for file in own:
         split = split_of(file)
         if not _is_utf8(file):  # neither Arrow nor JSON can hold such a name
