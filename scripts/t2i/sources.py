@@ -398,7 +398,9 @@ def _folder_columns(
         raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
     listed, outside = set(), 0
     exact, there = set(files), {plain_name(file): file for file in files}
-    by_text: list[tuple[str, int, Any]] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
+    by_text: list[
+        tuple[str, int, Any]
+    ] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
     for file in metadata:
         found = metadata_rows(folder / file, cfg.caption_column)
         has_caption = any("caption" in row for _, row in found)
