@@ -1,6 +1,7 @@
 """Captioning by the real command: every source, resume, edits, hostile captions, and from photos to the Hub and back."""
 
 import fcntl
+import importlib
 import json
 import os
 import subprocess
@@ -107,6 +108,36 @@ def test_captions_of_every_kind_stay_valid(run_main, tmp_path):
     assert "<script>" not in card.content
     with pytest.raises(UserError, match="empty"):
         run_main(*words, "--fail_on", "empty=0", "duplicates=1")
+
+
+def test_a_dry_run_says_what_was_understood_and_leaves_nothing(run_main, drawn, tmp_path, capsys):
+    run_main("--dataset", drawn, "--captioner", "nowhere", "--output_dir", "out", "--dry_run")
+    said = capsys.readouterr().out
+    assert "images        train 12" in said
+    assert "captions      to be made by nowhere" in said
+    (drawn / "0003.caption").write_text("another")
+    run_main("--dataset", drawn, "--captioner", "existing", "--output_dir", "out", "--dry_run")
+    said = capsys.readouterr().out
+    assert "12 from .txt files" in said
+    assert "caption files beside another that is read: 1 (0003.caption)" in said
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "numbers").mkdir()
+    drawn.rename(tmp_path / "numbers" / "1")
+    with pytest.raises(UserError, match="its classes are numbers"):
+        run_main("--dataset", tmp_path / "numbers", "--captioner", "label", "--output_dir", "out", "--dry_run")
+
+
+@pytest.mark.parametrize("script", ["train_vae", "train_unet"])
+def test_a_training_s_dry_run_ends_after_the_table(script, drawn, tmp_path, monkeypatch, capsys):
+    drawn.rename(tmp_path / "rose")
+    words = ("--dataset", tmp_path, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / ".cache", "--dry_run")
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words), "--resolution", "16"])
+    importlib.import_module(script).main()
+    said = capsys.readouterr().out
+    assert "classes       1, 12 images each (rose)" in said
+    assert "12 from .txt files" in said
+    assert "rose/0000.png → " in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_written_where_something_else_lies(drawn, run_main, tmp_path):

@@ -1,6 +1,5 @@
 """Every input form gives the same rows; splits hold still; damage is listed; pixels are reused; the sampler is pure."""
 
-import importlib
 import io
 import json
 import os
@@ -248,7 +247,7 @@ def test_mistakes_are_one_sentence_with_the_mend(tmp_path, monkeypatch):
         (tmp_path / "bad_parquet", {}, "Parquet files cannot be read"),
         (tmp_path / "good", {"image_column": "imag"}, "no column 'imag'; it has image, caption; did you mean .* image"),
         (tmp_path / "good", {"caption_column": "captoin"}, "did you mean --caption_column caption"),
-        (tmp_path / "good", {"image_column": "caption"}, "outside the dataset folder|missing file|no usable"),
+        (tmp_path / "good", {"image_column": "caption"}, "column 'caption' holds no text"),
         (tmp_path / "good", {"caption_template": "a flower"}, "lacks {label}"),
         (tmp_path / "wordless", {}, "'label' is a number without a name"),
         (tmp_path / "blank", {}, "all captions of .* are empty"),
@@ -343,6 +342,7 @@ def test_captions_that_are_surely_wrong_are_refused_with_file_and_line(kind, tmp
 GOOD_CAPTIONS = {
     "semicolons": {"metadata.csv": 'file_name;text\n0.png;"a; red"\n1.png;b\n2.png;c\n'},
     "Excel's own first line": {"metadata.csv": 'sep=;\nfile_name;text\n0.png;"a; red"\n1.png;b\n2.png;c\n'},
+    "line ends of old Macs": {"metadata.csv": "file_name,text\r0.png,a; red\r1.png,b\r2.png,c\r"},
     "tabs": {"metadata.csv": "file_name\ttext\n0.png\ta; red\n1.png\tb\n2.png\tc\n"},
     "spaces after commas": {"metadata.csv": 'file_name, text\n0.png, "a; red"\n1.png, b\n2.png, c\n'},
     "fields without a text": {"metadata.csv": "file_name,text\n0.png,a; red,,\n1.png,b\n2.png,c\n"},
@@ -392,7 +392,14 @@ def test_no_value_is_an_empty_caption_and_mixed_forms_keep_theirs(tmp_path):
     assert (found["rose/0.png"], found["rose/2.png"]) == ("my own", "")
     assert set(found.values()) == {"my own", "", *(f"a photo of a {c}, a type of flower" for c in ("rose", "tulip"))}
     assert splits.report["captions_from"] == {"from .txt files": 2, "from class names": 6}
-    write(tmp_path / "a/lily/metadata.jsonl", '{"file_name": "8.png", "text": "a lily"}\n{"file_name": "9.png", "text": NaN}')
+    write(tmp_path / "b/train/rose/0.png", png(0))
+    write(tmp_path / "b/train/rose/0.txt", "my own")
+    write(tmp_path / "b/test/rose/1.png", png(1))
+    assert captions_of(load(tmp_path / "b", tmp_path))["test/rose/1.png"] == "a photo of a rose, a type of flower"
+    write(
+        tmp_path / "a/lily/metadata.jsonl",
+        '{"file_name": "8.png", "text": "a lily"}\n{"file_name": "9.png", "text": NaN}',
+    )
     for index in (8, 9):
         write(tmp_path / "a/lily" / f"{index}.png", png(index))
     assert captions_of(load(tmp_path / "a", tmp_path)) == found | {"lily/8.png": "a lily", "lily/9.png": ""}
@@ -408,12 +415,14 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     write(tmp_path / "csv/metadata.csv", "file_name,label\n" + lines)
     rows = [{"file_name": f"{i}.png", "label": i % 2} for i in range(6)]
     write(tmp_path / "jsonl/metadata.jsonl", "\n".join(map(json.dumps, rows)))
-    write(tmp_path / "floats/metadata.jsonl", "\n".join(json.dumps(row | {"label": row["label"] + 1.0}) for row in rows))
+    write(
+        tmp_path / "floats/metadata.jsonl", "\n".join(json.dumps(row | {"label": row["label"] + 1.0}) for row in rows)
+    )
     save_dataset_folder(tmp_path / "parquet", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]})
     classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
     save_dataset_folder(tmp_path / "names", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]}, classes)
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
-        with pytest.raises(UserError, match="numbers|is a number without a name"):
+        with pytest.raises(UserError, match=r"numbers|is a number without a name"):
             load(tmp_path / form, tmp_path)
     with pytest.raises(UserError, match="--label_names has no name for the classes 0; its names stand for 1 to 2"):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
@@ -431,7 +440,19 @@ def test_columns_that_hold_no_text_are_no_captions(tmp_path):
 
 
 def test_the_table_says_what_was_understood(tmp_path):
-    odd = ["12", "['a', 'b']", "caf\ufffd", "CafÃ©", "nan", "IMG_5", "0 0.5 0.5 1", "{label} rose", "a rose", "a rose", ""]
+    odd = [
+        "12",
+        "['a', 'b']",
+        "caf\ufffd",
+        "CafÃ©",
+        "nan",
+        "IMG_5",
+        "0 0.5 0.5 1",
+        "{label} rose",
+        "a rose",
+        "a rose",
+        "",
+    ]
     names = [*(f"IMG_{index}.png" for index in range(len(odd)))]
     for index, name in enumerate(names):
         write(tmp_path / "a" / name, png(index))
@@ -443,9 +464,9 @@ def test_the_table_says_what_was_understood(tmp_path):
     table = said[1]
     for line in ("11 from metadata.jsonl; column 'text'", "9 distinct, 1 empty, longest 4 words", "IMG_0.png: '12'",
                  "with braces or brackets", "with replacement characters", "with misread", "that say no value", "that are file names",
-                 "with markup or a template", "1 not in the metadata (extra.png)", "IMG_0.png → 12"):  # fmt: skip
+                 "with markup or a template", "not in the metadata: 1 (extra.png)", "IMG_0.png → 12"):  # fmt: skip
         assert line in table
-    assert "2 of numbers only" in table
+    assert "of numbers only: 2" in table
     assert "rose'" not in table.split("examples")[0].replace("{label} rose'", "")
     # a cache from before captions were counted opens as well, and a file that came later is said without a new cache
     report = next((tmp_path / "cache").rglob("report.json"))
@@ -456,7 +477,7 @@ def test_the_table_says_what_was_understood(tmp_path):
     write(tmp_path / "a" / "more.png", png(50))
     said.clear()
     assert load_splits(config(tmp_path / "a", tmp_path), said.append).fingerprint == splits.fingerprint
-    assert "2 not in the metadata (extra.png; more.png)" in said[1]
+    assert "not in the metadata: 2 (extra.png; more.png)" in said[1]
     assert "9 distinct" in said[1]
 
 
@@ -472,7 +493,15 @@ def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):
         write(rose / f"IMG {index}.JPG.xmp", b"<x/>")
     for name in ("ehthumbs.db", "Picasa.ini", "photos.lnk", "clip.mp4", "list.xlsx"):
         write(rose / name, b"\0\1")
-    folders = ("@eaDir/IMG 0.JPG", ".thumbnails", "__MACOSX", "Cat Previews.lrdata/1", "CaptureOne/Cache", "#recycle", "Thumbs")
+    folders = (
+        "@eaDir/IMG 0.JPG",
+        ".thumbnails",
+        "__MACOSX",
+        "Cat Previews.lrdata/1",
+        "CaptureOne/Cache",
+        "#recycle",
+        "Thumbs",
+    )
     for folder in folders:
         write(rose / folder / "x.jpg", png(70))
     write(rose / "._IMG 0.JPG", b"\0\5\x16\7")
@@ -498,9 +527,9 @@ def test_links_hide_no_split_and_rename_no_class(tmp_path):
     (tmp_path / "a/train/rose/up").symlink_to("../..")
     splits = load(tmp_path / "a", tmp_path)
     assert set(captions_of(splits)) == {f"train/rose/{index}.png" for index in range(4)}
-    assert splits.report["left_out"]["folders read already"]["first"][:2] == ["train/a_best → train/rose", "train/rose/up → " + str(tmp_path / "a")] or (
-        splits.report["left_out"]["folders read already"]["count"] == 3
-    )
+    links = splits.report["left_out"]["folders read already"]
+    assert links["count"] == 3
+    assert links["first"][0] == "train/a_best → train/rose"
     for index in range(4):  # both splits are links into one store
         write(tmp_path / "b/store" / ("one", "two")[index % 2] / "rose" / f"{index}.png", png(index))
     (tmp_path / "b/train").symlink_to("store/one")
@@ -513,7 +542,9 @@ def test_names_match_in_both_forms_of_unicode(tmp_path):
         write(tmp_path / "a" / unicodedata.normalize("NFD", f"été {index}.png"), png(index))
         write(tmp_path / "b/rose" / unicodedata.normalize("NFD", f"été {index}.png"), png(index))
         write(tmp_path / "b/rose" / unicodedata.normalize("NFC", f"été {index}.txt"), f"own {index}")
-    rows = [{"file_name": unicodedata.normalize("NFC", f"été {index}.png"), "text": f"own {index}"} for index in range(3)]
+    rows = [
+        {"file_name": unicodedata.normalize("NFC", f"été {index}.png"), "text": f"own {index}"} for index in range(3)
+    ]
     write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
     for folder in ("a", "b"):
         splits = load(tmp_path / folder, tmp_path)
@@ -545,6 +576,11 @@ def test_parquet_that_names_pictures_beside_it(tmp_path):
     found = {f"images/{index}.png": f"rose {index}" for index in range(4)}
     for folder in ("a", "b", "c"):
         assert captions_of(load(tmp_path / folder, tmp_path)) == found
+    (tmp_path / "e").mkdir()
+    for split in ("train", "extra"):  # `datasets` reads no other file beside those of splits
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(3)], "text": ["a"] * 3}
+        pq.write_table(pa.table(rows), tmp_path / "e" / f"{split}.parquet")
+    assert "3 rows in files that no split names" in str(load(tmp_path / "e", tmp_path).report["left_out"])
     before = load(tmp_path / "a", tmp_path).fingerprint
     write(tmp_path / "a/images/0.png", png(77))  # another picture, another cache
     assert load(tmp_path / "a", tmp_path).fingerprint != before
@@ -566,7 +602,7 @@ def test_a_configuration_is_chosen_and_the_names_are_said(tmp_path):
     with pytest.raises(UserError, match=r"--dataset_config_name .*c.*a.*b"):
         load(tmp_path / "many", tmp_path, dataset_config_name="c")
     splits = [load(tmp_path / "many", tmp_path, dataset_config_name=name) for name in ("a", "b")]
-    assert [set(text[0] for text in captions_of(part).values()) for part in splits] == [{"a"}, {"b"}]
+    assert [{text[0] for text in captions_of(part).values()} for part in splits] == [{"a"}, {"b"}]
 
 
 def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
@@ -601,29 +637,27 @@ def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):
         made = Path(rows["train"].cache_files[0]["filename"])
         shutil.copytree(made.parent, kept / commit)
         (kept / commit / made.name).rename(kept / commit / "flowers-train.arrow")
-    newest = datasets.DatasetDict({"train": datasets.Dataset.from_file(str(kept / commits["new"] / "flowers-train.arrow"))})
+    newest = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_file(str(kept / commits["new"] / "flowers-train.arrow"))}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: newest)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(sources, "HF_HUB_CACHE", str(tmp_path / "hub"))
     write(tmp_path / "hub/datasets--me--flowers/refs/v1", commits["old"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for revision, name in ((None, "new"), (commits["new"], "new"), (commits["old"], "old"), ("aaaaaaaa", "old"), ("v1", "old")):
+    for revision, name in (
+        (None, "new"),
+        (commits["new"], "new"),
+        (commits["old"], "old"),
+        ("aaaaaaaa", "old"),
+        ("v1", "old"),
+    ):
         splits = load("me/flowers", tmp_path, dataset_revision=revision)
         assert {text.split()[0] for text in captions_of(splits).values()} == {name}
         assert splits.report["revision"] == commits[name]
     for revision in ("v9", "c" * 40):
         with pytest.raises(UserError, match=f"--dataset_revision {revision} of me/flowers is not in the local cache"):
             load("me/flowers", tmp_path, dataset_revision=revision)
-
-
-@pytest.mark.parametrize("script", ["train_vae", "train_unet"])
-def test_a_dry_run_ends_after_the_table(script, tmp_path, monkeypatch, capsys):
-    folder = class_folders(tmp_path / "a")
-    words = ("--dataset", folder, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--dry_run")
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words), "--resolution", "16", "--validation_fraction", "0.25"])
-    importlib.import_module(script).main()
-    assert "classes       2, from 5 images (sun flower)" in capsys.readouterr().out.replace("sun_flower", "sun flower")
-    assert not (tmp_path / "run").exists()
 
 
 # Damage

@@ -88,17 +88,17 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
 
 
 def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    first, _, rest = text.partition("\n")
-    told = re.fullmatch(r"sep=(.)\r?", first, re.IGNORECASE)  # Excel's own first line
+    first, rest = [*re.split(r"\r\n|\r|\n", text, maxsplit=1), ""][:2]
+    told = re.fullmatch(r"sep=(.)", first, re.IGNORECASE)  # Excel's own first line
     skipped = 0
     if told:
         text, skipped = rest, 1
-        first = text.partition("\n")[0]
+        first = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
     cells = {mark: [cell.strip().strip('"').strip() for cell in first.split(mark)] for mark in DELIMITERS}
     delimiter = told[1] if told else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), ",")
-    header = next(csv.reader([first.rstrip("\r")], delimiter=delimiter), [])
     # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
-    spaced = any(name not in header and name in [cell.strip() for cell in header] for name in names)
+    raw = [cell.strip('"') for cell in first.split(delimiter)]
+    spaced = any(name not in raw and name in cells.get(delimiter, ()) for name in names)
     reader: Any = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)

@@ -62,7 +62,7 @@ def list_files(folder: Path) -> tuple[list[str], LeftOut]:
         real = os.path.realpath(current)
         above = parts and Path(root).is_relative_to(real)
         if real in seen or above:
-            leave_out(left_out, "folders read already", f"{shown} → {seen.get(real, real)}")
+            leave_out(left_out, "folders read already", f"{shown} → {seen.get(real) or real}")
             continue
         seen[real] = shown
         try:

@@ -90,7 +90,8 @@ def find_source(cfg: SourceConfig) -> Source:
 
 def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
     files, left_out = list_files(folder)
-    if "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files):
+    saved = "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files)
+    if saved and any(file.endswith(".arrow") for file in files):
         return _disk_source(name, folder, files, left_out)
     parquet = [file for file in files if file.endswith(".parquet") and PurePosixPath(file).name not in METADATA]
     shards = [file for file in parquet if _holds_images(folder / file, cfg)]
@@ -127,7 +128,7 @@ def _hub_source(name: str, cfg: SourceConfig) -> Source:
     if cfg.dataset_revision and read:  # a Hub that is not reached is answered from the cache, by any commit there
         wanted = _cached_commit(name, cfg.dataset_revision)
         if not read.startswith(wanted):
-            loaded, read = _load_cached(name, cfg, wanted), wanted
+            loaded, read = _load_cached(name, cfg, wanted)
     rows = _name_splits(name, loaded, left_out)
     identity = hash_json(
         [[split, [sha256_file(Path(f["filename"])) for f in rows[split].cache_files]] for split in rows]
@@ -191,8 +192,8 @@ def _not_cached(name: str, revision: str) -> UserError:
     )
 
 
-def _load_cached(name: str, cfg: SourceConfig, commit: str) -> datasets.DatasetDict:
-    """What `datasets` keeps of a commit in its cache."""
+def _load_cached(name: str, cfg: SourceConfig, commit: str) -> tuple[datasets.DatasetDict, str]:
+    """What `datasets` keeps of a commit in its cache, and the whole commit."""
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -204,7 +205,7 @@ def _load_cached(name: str, cfg: SourceConfig, commit: str) -> datasets.DatasetD
     config, version, folder_name = kept[0].parts[-4:-1]
     try:
         builder = Cache(repo_id=name, dataset_name=short, config_name=config, version=version, hash=folder_name)
-        return builder.as_dataset()
+        return builder.as_dataset(), folder_name
     except Exception as error:
         raise _load_error(f"--dataset {name}: commit {commit} in the local cache cannot be read", error,
                           "delete that cache, and run with a network") from error  # fmt: skip
@@ -254,6 +255,10 @@ def _shard_source(
                     f"--dataset {name}: its {form} files cannot be read", error, "fix or rewrite them"
                 ) from error
         rows = _name_splits(name, loaded, left_out)
+        if form == "Parquet":
+            unread = sum(pq.read_metadata(folder / shard).num_rows for shard in shards) - sum(map(len, loaded.values()))
+            if unread > 0:  # beside files named train and test, `datasets` reads no others
+                leave_out(left_out, OTHER_SPLITS, f"{unread:,} rows in files that no split names")
         return {split: _name_columns(part, cfg, form) for split, part in rows.items()}
 
     size = sum((folder / shard).stat().st_size for shard in shards)
@@ -393,7 +398,9 @@ def _folder_columns(
         raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
     listed, outside = set(), 0
     exact, there = set(files), {plain_name(file): file for file in files}
-    by_text = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
+    by_text: list[
+        tuple[str, int, Any]
+    ] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
     for file in metadata:
         found = metadata_rows(folder / file, cfg.caption_column)
         has_caption = any("caption" in row for _, row in found)
@@ -417,7 +424,8 @@ def _folder_columns(
     labels = {_class_of(file, has_train) for file in own}
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
     used: set[str] = set()
-    by_class = []  # rows that have a class and no caption file
+    joined = 0
+    by_class: list[tuple[str, int, str | None]] = []  # rows that have a class and no caption file
     for file in own:
         split = split_of(file)
         if not _is_utf8(file):  # neither Arrow nor JSON can hold such a name
@@ -432,10 +440,13 @@ def _folder_columns(
             leave_out(left_out, "outside the splits", file)
         else:
             known: dict[str, Any] = {"image": file}
-            if beside := _sidecar_of(file, sidecars):
-                known["caption"] = read_sidecar(folder / beside)
-                used.add(beside)
-                origins[f"from {PurePosixPath(beside).suffix.lower()} files"] += 1
+            if beside := _sidecars_of(file, sidecars):
+                known["caption"] = read_sidecar(folder / beside[0])
+                origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
+                joined += "\n" in known["caption"].strip()
+                used.update(beside)
+                for other in beside[1:]:
+                    leave_out(left_out, "caption files beside another that is read", other)
             if use_labels and (label := _class_of(file, has_train)) is not None:
                 known["label"] = label
             if not beside:
@@ -457,6 +468,7 @@ def _folder_columns(
     notes = {
         "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
         "captions_from": dict(origins),
+        "joined_lines": joined,
         "files_not_in_metadata": len(unlisted),
         "files_outside_splits": outside,
         "left_out": left_out,
@@ -478,9 +490,11 @@ def _sidecars(files: list[str]) -> dict[str, str]:
     return found
 
 
-def _sidecar_of(file: str, sidecars: dict[str, str]) -> str | None:
-    keys = (plain_name(name) + suffix for name in (without_suffix(file), file) for suffix in SIDECARS)
-    return next((sidecars[key] for key in keys if key in sidecars), None)
+def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:
+    """The caption files of an image, the one to read first."""
+    names = dict.fromkeys((without_suffix(file), file))  # the same where there is no ending
+    keys = (plain_name(name) + suffix for name in names for suffix in SIDECARS)
+    return [sidecars[key] for key in keys if key in sidecars]
 
 
 def _fill_from_classes(
@@ -488,21 +502,19 @@ def _fill_from_classes(
     origins: Counter[str], cfg: SourceConfig,
 ) -> None:  # fmt: skip
     """Where some images have captions of their own, give the others that of their class."""
-    labels = [label_name(label, cfg.label_names) for _, _, label in by_class]
-    if any("caption" in part or "text" in part or cfg.caption_column in part for part in columns.values()):
-        if any(labels):
-            check_label_names(labels, cfg, name)
-        for (split, row, _), label in zip(by_class, labels, strict=True):
-            if label:
-                part = columns[split]
-                column = next((key for key in (cfg.caption_column, "caption", "text") if key in part), "caption")
-                values = part.setdefault(column, [None] * len(part["image"]))
-                values[row] = label_caption(label, cfg.caption_template)
+    keys = (cfg.caption_column, "caption", "text")
+    column = {split: next((key for key in keys if key in part), None) for split, part in columns.items()}
+    lacking = [(split, row, label_name(label, cfg.label_names)) for split, row, label in by_class if column[split]]
+    if any(label for _, _, label in lacking):
+        check_label_names((label for _, _, label in lacking), cfg, name)
+    for split, row, label in lacking:
+        if label:
+            columns[split][str(column[split])][row] = label_caption(label, cfg.caption_template)
     for part in columns.values():  # text beside lists of texts becomes a list
-        for column in {"caption", "text", cfg.caption_column} & part.keys():
-            if any(isinstance(value, list) for value in part[column]):
-                part[column] = [[value] if isinstance(value, str) else value for value in part[column]]
-    for label in labels:
+        for key in {*keys} & part.keys():
+            if any(isinstance(value, list) for value in part[key]):
+                part[key] = [[value] if isinstance(value, str) else value for value in part[key]]
+    for _, _, label in by_class:
         origins["from class names" if label else "without any"] += 1
 
 

@@ -50,12 +50,17 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
     for entry in odd.values():
         texts = set(entry.pop("texts"))
         entry["count"] = sum(caption in texts for part in splits.values() for caption in part["caption"])
-    coded = sum(bool(re.search(r"\d", name)) for name in classes)
+    coded = [name for name in classes if re.search(r"\d", name)]
     ranked = classes.most_common()
-    first = next(iter(splits.values()), {"file": [], "caption": []})
+    first: dict[str, list[Any]] = next(iter(splits.values()), {"file": [], "caption": []})
     shown = sorted({0, len(first["file"]) // 2, len(first["file"]) - 1}) if first["file"] else []
     return {
-        "classes": {"count": len(ranked), "largest": ranked[0], "smallest": ranked[-1], "with_digits": coded}
+        "classes": {
+            "count": len(ranked),
+            "largest": ranked[0],
+            "smallest": ranked[-1],
+            "with_digits": (len(coded), *coded[:1]),
+        }
         if ranked
         else None,
         "captions": {"count": count, "empty": empty, "distinct": len(distinct - {""}), "longest": longest, "odd": odd},
@@ -76,16 +81,20 @@ def table(report: dict[str, Any]) -> str:
         text = f"{classes['count']:,}, from {least:,} images ({small}) to {most:,} ({large})"
         if most == least:
             text = f"{classes['count']:,}, {most:,} images each ({large}{'' if small == large else f' … {small}'})"
-        digits = f"; {classes['with_digits']:,} have numbers in their names" if classes["with_digits"] else ""
+        coded, *such = classes["with_digits"]
+        digits = f"; numbers in the names of {coded:,}, such as {such[0]}" if coded else ""
         rows.append(("classes", text + digits))
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
     rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
     if captions:
-        several = f", {report['several_captions']:,} images have several: the first is used"
+        several = report.get("several_captions")
+        more = f", {several:,} images have several: the first is used" if several else ""
         rows.append(
             ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
-                 f"{several if report.get('several_captions') else ''}")
+                 f"{more}")
         )  # fmt: skip
+    if report.get("joined_lines"):
+        rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
     odd = captions["odd"] if captions else {}
     rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
     copies = {key: count for key, count in report.get("duplicates", {}).items() if count}
@@ -125,7 +134,7 @@ def _splits(report: dict[str, Any]) -> str:
 
 def _counted(count: int, what: str, first: Iterable[str]) -> str:
     shown = list(first)
-    return f"{count:,} {what} ({'; '.join(shown)}{'; …' if count > len(shown) else ''})"
+    return f"{what}: {count:,} ({'; '.join(shown)}{'; …' if count > len(shown) else ''})"
 
 
 def _short(text: str, length: int) -> str:
