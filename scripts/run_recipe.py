@@ -78,7 +78,9 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     for key in ("kid_network", "clip"):
         source = getattr(recipe.evaluate, key)
         if source and not Path(source).is_dir() and (Path(source).is_absolute() or source.count("/") != 1):
-            raise UserError(f"{key} {source} in section evaluate is neither a folder here nor a Hub id ORG/NAME; correct it")
+            raise UserError(
+                f"{key} {source} in section evaluate is neither a folder here nor a Hub id ORG/NAME; correct it"
+            )
     if recipe.evaluate.engine == "openvino" and importlib.util.find_spec("openvino") is None:
         raise UserError(
             "engine openvino in section evaluate needs OpenVINO; run: pip install -r requirements.txt, or set engine: auto"

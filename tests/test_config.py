@@ -75,7 +75,10 @@ def test_an_unknown_recipe_names_the_known():
         (["--resolution", "72"], "multiple of 16, such as 64"),  # latents of side 18 are not halved twice
         (["--resolution", "66"], "resolution 66 does not fit"),
         (["--vae", "folder", "--resolution", "4096"], "resolution = 4096"),
-        (["--vae", "folder", "--resolution", "36"], "multiple of 8, such as 32"),  # a factor of 2, read in its config.json
+        (
+            ["--vae", "folder", "--resolution", "36"],
+            "multiple of 8, such as 32",
+        ),  # a factor of 2, read in its config.json
         (["--output_dir", "~nobody_of_this_name/x"], "there is no user 'nobody_of_this_name'"),
         (["--output_dir", ""], "it is empty"),
         (["--run_name", "caf\udce9"], "not valid UTF-8"),

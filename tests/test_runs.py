@@ -30,12 +30,21 @@ class OutOfMemoryError(RuntimeError):
     ("error", "sentence"),
     [
         (UserError("the key x is missing; add it"), "error: the key x is missing; add it"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/a.png"), "out/a.png: No space left on device; make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a.png"),
+            "out/a.png: No space left on device; make room",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "/root/x: Permission denied; check that path"),
-        (FileExistsError(errno.EEXIST, "File exists", b"caf\xe9"), "File exists; a file stands where a folder is needed"),
+        (
+            FileExistsError(errno.EEXIST, "File exists", b"caf\xe9"),
+            "File exists; a file stands where a folder is needed",
+        ),
         (MemoryError(), "the memory is full (MemoryError); use a smaller batch"),
-        (OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "(CUDA out of memory. Tried to allocate 2 GiB)"),
+        (
+            OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+            "(CUDA out of memory. Tried to allocate 2 GiB)",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "the memory is full"),
     ],
 )

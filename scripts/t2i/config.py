@@ -98,7 +98,9 @@ class CaptionConfig(HubConfig):
 
     output_dir: PathText | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
     dry_run: Flag = False  # end after the table of what was understood of the input
-    captioner: PathText = "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
+    captioner: PathText = (
+        "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
+    )
     captioner_revision: str | None = None  # branch, tag or commit of a Hub model
     task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
     prompt: str = ""  # text for the model, where its task takes some

@@ -38,7 +38,10 @@ def run_main(main: Callable[[], None]) -> None:
     Ctrl-C gives exit code 130, and a reader of the output that went away 141, as shells count them. What is left is a fault of
     the suite and keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal in ASCII shows other letters escaped, rather than ending the work
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal in ASCII shows other letters escaped, rather than ending the work
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     end_with_launcher()
@@ -46,7 +49,9 @@ def run_main(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted: finished stages, checkpoints and caches are kept; the same command resumes", file=sys.stderr)
+        print(
+            "interrupted: finished stages, checkpoints and caches are kept; the same command resumes", file=sys.stderr
+        )
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more while it ends
