@@ -94,7 +94,9 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
     time is still seen, and a copy of the data set elsewhere finds the same cache), their captions and every setting
     that shapes the result. Processes that want the same folder at once wait while the first builds it.
 
-    `say` gets the progress messages. Raises UserError for a data set that is missing, empty or without captions, for a
+    `say` gets the progress messages, and the table of what was understood (`t2i.understood`).
+
+    Raises UserError for a data set that is missing, empty or without captions, for a
     full disk, and where more than `cfg.max_bad_share` of the images cannot be used.
     """
     if "{label}" not in cfg.caption_template:

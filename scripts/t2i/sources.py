@@ -149,10 +149,8 @@ def _load_error(what: str, error: Exception, fix: str) -> UserError:
         own = _cause(error)
     own = own.split(" Example of usage:")[0][:400].rstrip(".")
     if "onfig name is missing" in own or own.startswith("BuilderConfig"):
-        return UserError(
-            f"{what.split(':')[0]} has several configurations; choose one by --dataset_config_name ({own})"
-        )
-    if "evision" in own and "exist" in own:
+        fix = "choose a configuration by --dataset_config_name"
+    elif "evision" in own and "exist" in own:
         fix = "give a branch, tag or commit that is there as --dataset_revision"
     elif "gated" in own or "cannot be accessed" in own:
         fix = "check the spelling; if it is private or gated, ask for access and log in by `hf auth login`"
@@ -511,8 +509,8 @@ def _fill_from_classes(
         if label:
             columns[split][str(column[split])][row] = label_caption(label, cfg.caption_template)
     for part in columns.values():  # text beside lists of texts becomes a list
-        for key in {*keys} & part.keys():
-            if any(isinstance(value, list) for value in part[key]):
+        for key in filter(None, keys):
+            if any(isinstance(value, list) for value in part.get(key, ())):
                 part[key] = [[value] if isinstance(value, str) else value for value in part[key]]
     for _, _, label in by_class:
         origins["from class names" if label else "without any"] += 1
