@@ -207,6 +207,12 @@ MISTAKES = [
 ]
 
 
+def test_a_wrong_tracking_address_is_refused_before_the_data_set_is_read(workspace, command):
+    arguments = ("--dataset", "nowhere/at/all", "--vae", "vae", "--output_dir", "untracked")
+    done = command("train_unet.py", *arguments, cwd=workspace, code=2, env={"MLFLOW_TRACKING_URI": "localhost:5000"})
+    assert "give http://localhost:5000" in done.stderr
+
+
 @pytest.mark.parametrize(("script", "arguments", "sentence"), MISTAKES)
 def test_mistakes_get_one_sentence(script, arguments, sentence, workspace, command):
     (workspace / "bad.yaml").write_text("train_unet: {learnin_rate: 1}\n")

@@ -316,6 +316,14 @@ def dataset_name(config: DataConfig) -> str:
     return str(config.dataset).rstrip("/").split("/")[-1]
 
 
+def check_tracker(config: TrainConfig) -> None:
+    """Raise `UserError` for an address that MLflow cannot use: now, not after the data set was prepared."""
+    if config.report_to == "mlflow":
+        from t2i.tracking import resolve_uri
+
+        resolve_uri(None)
+
+
 def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
     """The run's MLflow tracker, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
     if config.report_to == "none":
