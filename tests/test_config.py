@@ -81,7 +81,7 @@ def test_an_unknown_recipe_names_the_known():
         ),  # a factor of 2, read in its config.json
         (["--output_dir", "~nobody_of_this_name/x"], "there is no user 'nobody_of_this_name'"),
         (["--output_dir", ""], "it is empty"),
-        (["--run_name", "caf\udce9"], "not valid UTF-8"),
+        (["--run_name", "caf\udce9"], "not UTF-8"),
         (["--train_batch_size", "99999999999"], "train_batch_size"),
     ],
 )
