@@ -284,8 +284,10 @@ def work_list(
 
     texts = source_texts(rows, recipe)
     done = ledger.read(folder / "captions.jsonl")
+    by_hand = {key.image: key for key, row in done.items() if key.model == name.model and is_edited(row)}
     todo: dict[Key, tuple[Photo, str]] = {}
     wanted: list[Key | None] = []
+    outdated = 0  # captions that were edited, and whose label or text has changed since
     for photo in photos:
         if photo.reason:
             wanted.append(None)
@@ -295,6 +297,8 @@ def work_list(
         else:
             text = texts[photo.split][photo.row]
             key = Key(photo.id, name.model, "", "", hash_json(text))
+            if key not in done and photo.id in by_hand:
+                key, outdated = by_hand[photo.id], outdated + 1
         wanted.append(key)
         if key not in done:
             todo.setdefault(key, (photo, text))
@@ -305,10 +309,20 @@ def work_list(
             f"{other:,} captions were made with other settings and are kept; delete their lines in captions.jsonl to have them made "
             "anew"
         )
+    if outdated:
+        accelerator.print(
+            f"{outdated:,} captions that you edited are kept, though their text in the data set is another now; delete their lines "
+            "in captions.jsonl to take that"
+        )
     made = len({key for key in wanted if key}) - len(todo)
     if made and todo:
         accelerator.print(f"{made:,} captions are there already, {len(todo):,} are to be made")
     return todo, wanted
+
+
+def is_edited(line: dict[str, Any]) -> bool:
+    """Whether a line of captions.jsonl holds another caption than the one that was made."""
+    return bool(line.get("made") != hash_json(line["caption"]))
 
 
 def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] | None:
@@ -476,7 +490,7 @@ def write_dataset(
     splits = {
         split: dataset_rows(found, rows[split], source, features, recipe) for split, found in by_split.items() if found
     }
-    edited = sum(line.get("made") != hash_json(line["caption"]) for _, line in kept)
+    edited = sum(map(is_edited, (line for _, line in kept)))
     card = make_card(
         [photo for photo, _ in kept],
         texts,

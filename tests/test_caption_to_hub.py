@@ -47,6 +47,10 @@ def run_main(monkeypatch, tmp_path):
     return run
 
 
+def line(image, caption="a flower"):
+    return {**ledger.Key(image, "m", "r", "t", "p")._asdict(), "caption": caption}
+
+
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -125,6 +129,21 @@ def test_a_dry_run_says_what_was_understood_and_leaves_nothing(run_main, drawn, 
     drawn.rename(tmp_path / "numbers" / "1")
     with pytest.raises(UserError, match="its classes are numbers"):
         run_main("--dataset", tmp_path / "numbers", "--captioner", "label", "--output_dir", "out", "--dry_run")
+
+
+def test_an_edited_caption_stays_when_the_text_it_replaced_changes(drawn, run_main, tmp_path, capsys):
+    words = ("--dataset", drawn, "--captioner", "existing", "--output_dir", "out", "--audit_tokenizer", tmp_path / "no")
+    run_main(*words)
+    rows = rows_of(tmp_path / "out")
+    rows[3]["caption"] = "as a person described it"
+    (tmp_path / "out" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (drawn / "0003.txt").write_text("another text")
+    (drawn / "0004.txt").write_text("a new text")
+    run_main(*words)
+    assert "1 captions that you edited are kept" in capsys.readouterr().out
+    captions = datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]
+    assert {"as a person described it", "a new text"} <= set(captions)
+    assert "another text" not in captions
 
 
 @pytest.mark.parametrize("script", ["train_vae", "train_unet"])
@@ -298,10 +317,6 @@ def test_batches_are_halved_until_they_fit(drawn, tmp_path):
 # --- The ledger ------------------------------------------------------------------------------------------------------
 
 
-def line(image, caption="a flower"):
-    return {**ledger.Key(image, "m", "r", "t", "p")._asdict(), "caption": caption}
-
-
 def test_a_torn_line_is_taken_off_and_costs_nothing(tmp_path):
     path = tmp_path / "captions.jsonl"
     ledger.append(path, [line("a"), line("b", "línea\nزهرة \ud800")])
@@ -311,6 +326,25 @@ def test_a_torn_line_is_taken_off_and_costs_nothing(tmp_path):
         assert [key.image for key in ledger.read(path)] == ["a", "b"]
         ledger.append(path, [line("d")])
         assert [key.image for key in ledger.read(path)] == ["a", "b", "d"]
+    assert len((tmp_path / "captions.jsonl.torn").read_bytes().splitlines()) == 59  # what was cut off is kept
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (json.dumps(line("b", "BIG")).replace("BIG", 'a "BIG" tulip'), "JSON: Expecting ',' delimiter"),
+        (json.dumps([line("a"), line("b")]), "it is no JSON object"),
+        (json.dumps({**line("b"), "caption": None}), "caption must be there, as text"),
+        ("null", "it is no JSON object"),
+    ],
+)
+def test_a_last_line_that_was_edited_is_never_cut_off(broken, reason, tmp_path):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps(line("x")) + "\n" + broken)
+    for act in (ledger.read, lambda file: ledger.append(file, [line("c")])):
+        with pytest.raises(UserError, match=reason):
+            act(path)
+    assert path.read_text().endswith(broken)
 
 
 def test_a_slip_of_the_hand_names_the_line(tmp_path):

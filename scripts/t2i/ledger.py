@@ -28,7 +28,8 @@ class Key(NamedTuple):
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows (the fields of `Key`, `caption` and what else is known) and wait until they are on disk.
 
-    A torn last line, as a cut of power leaves it, is taken off first: it was never reported as done.
+    A torn last line, as a cut of power leaves it, goes to `captions.jsonl.torn` first: it was never reported as done.
+    Raises `UserError` for any other last line that is not a caption's.
     """
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -36,6 +37,10 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)  # writers take turns; the kernel frees it when one is killed
         tail = _tail(handle)
         if tail and _row(tail) is None:
+            if not _is_torn(tail):
+                raise _damaged(path, "the last line", tail)
+            with open(path.with_name(f"{path.name}.torn"), "ab") as torn:
+                torn.write(tail + b"\n")
             os.ftruncate(handle, os.fstat(handle).st_size - len(tail))
         elif tail:  # a whole line whose end an editor left off
             data = b"\n" + data
@@ -60,12 +65,32 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
         row = _row(line)
         if row is not None:
             rows[Key(*(row[field] for field in Key._fields))] = row
-        elif line.strip() and number < len(lines):
-            raise UserError(
-                f"{path}, line {number} is not a caption's line; mend it (it needs {', '.join(Key._fields)} and caption, "
-                "as JSON on one line) or delete the line to have it captioned anew"
-            )
+        elif line.strip() and not (number == len(lines) and _is_torn(line)):
+            raise _damaged(path, f"line {number}", line)
     return rows
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a last line is one of ours that was cut while it was written: it begins as ours do, and has no end."""
+    start = b'{"image": "'
+    return (line.startswith(start) or start.startswith(line)) and not line.rstrip().endswith(b"}")
+
+
+def _damaged(path: Path, where: str, line: bytes) -> UserError:
+    """What is wrong with a line that is not a caption's, and the fix."""
+    needed = (*Key._fields, "caption")
+    try:
+        row = json.loads(line.decode("utf-8"))
+        lacking = [field for field in needed if not isinstance(row.get(field), str)] if isinstance(row, dict) else None
+        what = "it is no JSON object" if lacking is None else f"{', '.join(lacking)} must be there, as text in quotes"
+    except UnicodeDecodeError:
+        what = "it is not UTF-8"
+    except ValueError as error:
+        what = f"JSON: {error}"
+    return UserError(
+        f"{path}, {where} is not a caption's line ({what[:160]}); fix it, one JSON object per line, or delete it to have the image "
+        "captioned anew"
+    )
 
 
 def _write_all(handle: int, data: bytes) -> None:
