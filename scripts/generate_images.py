@@ -182,7 +182,12 @@ def read_prompts(options: Options) -> list[str]:
         try:
             text = Path(options.prompt_file).expanduser().read_bytes()
             is_utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows' editors call "Unicode"
-            lines = text.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
+            decoded = text.decode("utf-16" if is_utf16 else "utf-8-sig")
+            if "\0" in decoded:
+                raise ValueError("it holds zero bytes, as UTF-16 does")
+            lines = re.split(
+                r"\r\n|\n|\r", decoded
+            )  # splitlines() would split at a line separator within a prompt, too
         except (OSError, ValueError, RuntimeError) as error:
             reason = (
                 "it is not UTF-8"

@@ -42,7 +42,13 @@ def main() -> None:
     wanted = {"count": options.count, "validation_count": options.validation_count, "test_count": options.test_count,
               "size": options.size, "seed": options.seed, "version": flowers.VERSION}  # fmt: skip
     marker = folder.with_name(f".{folder.name}")  # the dataset folder itself holds nothing but the data set
-    run = RunFolder(marker, wanted)
+    try:
+        run = RunFolder(marker, wanted)
+    except UserError as error:
+        reason = str(error).split("(", 1)[-1].split(")", 1)[0]
+        raise UserError(
+            f"{folder} holds other drawings ({reason}); give another --output_dir, or delete {folder} and {marker}"
+        ) from None
     if run.finished and folder.is_dir():
         print(f"reusing the drawings in {folder}")
         return

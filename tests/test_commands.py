@@ -202,6 +202,16 @@ MISTAKES = [
         "add --pretrained_model_name_or_path unet",
     ),
     ("make_flowers.py", ["--output_dir", "tiny.yaml/below"], "tiny.yaml/below: Not a directory"),
+    (
+        "run_recipe.py",
+        ["--config", "elsewhere.yaml", "--dataset", "dataset", "--output_dir", "late"],
+        "clip nowhere/at-all in section evaluate cannot be read",
+    ),
+    (
+        "make_flowers.py",
+        ["--output_dir", "dataset", "--count", "9"],
+        "delete dataset and .dataset",
+    ),
     ("publish_model.py", ["--model", "unet"], "--hub_model_id is missing"),
     ("publish_model.py", ["--model", "vae", "--hub_model_id", "me/vae"], "holds no pipeline"),
 ]
@@ -216,6 +226,7 @@ def test_a_wrong_tracking_address_is_refused_before_the_data_set_is_read(workspa
 @pytest.mark.parametrize(("script", "arguments", "sentence"), MISTAKES)
 def test_mistakes_get_one_sentence(script, arguments, sentence, workspace, command):
     (workspace / "bad.yaml").write_text("train_unet: {learnin_rate: 1}\n")
+    (workspace / "elsewhere.yaml").write_text(TINY + "  clip: nowhere/at-all\n")
     (workspace / "late.yaml").write_text(TINY.replace("resolution: 32", "resolution: 30"))
     done = command(script, *arguments, cwd=workspace, code=2)
     assert sentence in done.stderr + done.stdout

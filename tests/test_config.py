@@ -54,12 +54,24 @@ def test_the_names_of_diffusers_scripts_are_accepted():
         ("- a\n", "must hold sections"),
         ("train_unet: [\n", "not valid YAML"),
         ("unet: {prediction_type: x0}\n", "prediction_type = 'x0'"),
+        ("train_unet: {train_batch_size: yes}\n", "it is a truth value, and a number is needed"),
+        ("train_unet: {learning_rate: true}\n", "it is a truth value, and a number is needed"),
+        ("evaluate: {guidance_scales: []}\n", "guidance_scales = []"),
+        ("vae: {vae_channels: []}\n", "vae_channels = []"),
+        ("unet: {unet_channels: []}\n", "unet_channels = []"),
     ],
 )
 def test_mistakes_in_a_recipe_name_file_and_key(tmp_path, text, sentence):
     with pytest.raises(UserError, match=r"recipe\.yaml") as error:
         load_recipe(recipe(tmp_path, text))
     assert sentence in str(error.value)
+
+
+def test_a_recipe_is_found_in_the_home_and_without_an_ending(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("train_unet: {seed: 5}")
+    assert load_recipe("~/mine").train_unet.seed == load_recipe("mine").train_unet.seed == 5
 
 
 def test_an_unknown_recipe_names_the_known():
@@ -82,11 +94,13 @@ def test_an_unknown_recipe_names_the_known():
         (["--output_dir", "~nobody_of_this_name/x"], "there is no user 'nobody_of_this_name'"),
         (["--output_dir", ""], "it is empty"),
         (["--run_name", "caf\udce9"], "not UTF-8"),
+        (["--config", "blind.yaml"], "nothing asks the autoencoder to look like the image"),
         (["--train_batch_size", "99999999999"], "train_batch_size"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_the_parser(options, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "blind.yaml").write_text("train_vae: {mse_weight: 0, ssim_weight: 0}")
     (tmp_path / "folder/vae").mkdir(parents=True)
     (tmp_path / "folder/vae/config.json").write_text('{"block_out_channels": [8, 8]}')
     with pytest.raises(UserError) as error:

@@ -1,5 +1,6 @@
 """generate_images.py: what it refuses before it draws, what it says, and that it overwrites no picture of other settings."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -154,3 +155,36 @@ def test_copies_of_checkpoints(draw, workspace, tmp_path):
         sampling.load_pipeline(run / "checkpoint-000008"), ["x"], [0], num_inference_steps=2, progress=False
     )
     assert np.array_equal(np.asarray(Image.open("pictures/0000-seed0.png")), pictures[0])
+
+
+def test_a_copy_that_is_damaged_or_not_whole_draws_nothing(draw, workspace, tmp_path):
+    run = Path(shutil.copytree(workspace / "unet", tmp_path / "copied"))
+    weights = run / "checkpoint-000008/unet_ema/diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(
+        data[:-5000] + bytes(5000)
+    )  # of the right size, as a copy that was broken off in a preallocated file
+    with pytest.raises(UserError, match=r"unet_ema.*is damaged \(its SHA-256"):
+        draw("--prompt", "x", model=run / "checkpoint-000008")
+    shutil.rmtree(run / "pipeline/tokenizer")
+    with pytest.raises(UserError, match=r"lacks tokenizer, which its model_index\.json names"):
+        draw("--prompt", "x", model=run)
+
+
+@pytest.mark.parametrize(
+    ("data", "prompts"),
+    [
+        ("a red\u2028flower\r\na blue\x0bone\r".encode(), ["a red\u2028flower", "a blue\x0bone"]),
+        ("red\nblue".encode("utf-16"), ["red", "blue"]),
+        ("red\nblue".encode("utf-16-le"), "holds zero bytes, as UTF-16 does"),
+        (b"caf\xe9", "it is not UTF-8"),
+    ],
+)
+def test_a_prompt_file_has_one_prompt_per_line(data, prompts, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(data)
+    options = generate_images.Options(prompt_file=str(tmp_path / "prompts.txt"))
+    if isinstance(prompts, list):
+        assert generate_images.read_prompts(options) == prompts
+    else:
+        with pytest.raises(UserError, match=prompts):
+            generate_images.read_prompts(options)

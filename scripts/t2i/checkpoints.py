@@ -147,8 +147,8 @@ def _reason(error: Exception) -> str:
 # --- Finding ---------------------------------------------------------------------------------------------------------
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None where every byte is as its manifest says."""
+def damage(folder: Path, part: str = "") -> str | None:
+    """What is wrong with a checkpoint, or with the files below its folder `part`; None where every byte is as its manifest says."""
     if not (folder / MANIFEST).is_file():
         return f"{folder / MANIFEST} is missing"
     try:
@@ -158,6 +158,8 @@ def damage(folder: Path) -> str | None:
         return f"{folder / MANIFEST} is damaged"
     for name, known in files.items():
         file = folder / name
+        if not name.startswith(part):
+            continue
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != known["bytes"]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 import yaml
-from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
 from t2i.runs import UserError
 
@@ -34,16 +34,24 @@ def _whole_path(text: str) -> str:
     return whole
 
 
+def _not_a_truth(value: Any) -> Any:
+    """Refuse `yes` and `true` as numbers, which YAML reads as truths, and Python as 1."""
+    if isinstance(value, bool):
+        raise ValueError("it is a truth value, and a number is needed; write the number")
+    return value
+
+
+Number = BeforeValidator(_not_a_truth)
 Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Number, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Number, Field(ge=0, lt=2**31)]
 PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+Guidance = Annotated[float, Number, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Seed = Annotated[int, Number, Field(ge=0, le=MAX_SEED)]
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -122,7 +130,7 @@ class VaeConfig:
         None  # run folder, path or Hub id; None: built from the numbers below
     )
     vae_revision: str | None = None  # branch, tag or commit of a Hub VAE
-    vae_channels: list[Count] = field(
+    vae_channels: Annotated[list[Count], Field(min_length=1)] = field(
         default_factory=lambda: [32, 64, 96]
     )  # channels a level; each further level halves the side
     vae_layers: Count = 1  # residual layers a level
@@ -143,7 +151,9 @@ class UnetConfig:
     text_hidden_size: Count = 128  # width of a built text encoder
     text_layers: Count = 2  # layers of a built text encoder
     text_max_length: Annotated[int, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
-    unet_channels: list[Count] = field(default_factory=lambda: [192, 384, 576])  # channels a level
+    unet_channels: Annotated[list[Count], Field(min_length=1)] = field(
+        default_factory=lambda: [192, 384, 576]
+    )  # channels a level
     unet_layers: Count = 2  # residual and attention layers a level
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
         default_factory=lambda: ["CrossAttnDownBlock2D"] * 3
@@ -235,7 +245,9 @@ class EvaluateConfig:
 
     model: PathText | None = None  # run folder of train_unet.py
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
-    guidance_scales: list[Guidance] = field(default_factory=lambda: [1.5, 3.0, 5.0, 7.5])  # to choose from
+    guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
+        default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
+    )  # to choose from
     preset: Literal["exact", "fast", "draft"] | None = (
         None  # as of generate_images.py; None: the model's scheduler, num_inference_steps, all of them guided
     )
@@ -271,7 +283,9 @@ def load_recipe(name: str) -> Recipe:
 
     Raises `UserError` naming the file and key for a missing file, unknown section or key, or a wrong value.
     """
-    path = Path(name) if Path(name).suffix else RECIPES / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if not path.suffix and not path.is_file():
+        path = RECIPES / f"{name}.yaml"
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
@@ -334,7 +348,12 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
 
     factor: pixels per latent and side; None: of the recipe's VAE, as far as that is known here. crop: check `crop_size` too.
     """
-    factor, resolution = factor or _vae_factor(recipe.vae), recipe.data.resolution
+    factor, resolution, losses = factor or _vae_factor(recipe.vae), recipe.data.resolution, recipe.train_vae
+    if not losses.mse_weight + losses.l1_weight + losses.ssim_weight:
+        raise UserError(
+            "mse_weight, l1_weight and ssim_weight are all 0, so nothing asks the autoencoder to look like the image; set "
+            "mse_weight: 1"
+        )
     if factor is None:
         return
     sides = {"resolution": resolution, "crop_size": recipe.train_vae.crop_size if crop else None}
@@ -357,8 +376,6 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
     if unet.pretrained_model_name_or_path:
         return
     levels, factor = len(unet.unet_channels), factor or _vae_factor(recipe.vae)
-    if levels < 1:
-        raise UserError("unet_channels is empty; give the channels of one level at least")
     if len(unet.down_block_types) != levels:
         raise UserError(
             f"down_block_types names {len(unet.down_block_types)} levels and unet_channels {levels}; give one type per level"

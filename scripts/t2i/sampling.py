@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import engines, models
+from t2i.checkpoints import MANIFEST, damage
 from t2i.pictures import (  # noqa: F401 - their names here stay
     PRESETS,
     SCHEDULERS,
@@ -26,7 +27,7 @@ from t2i.pictures import (  # noqa: F401 - their names here stay
     save_picture,
     scheduler_problem,
 )
-from t2i.runs import UserError, checkpoint_copies, checkpoint_folders
+from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, read_object
 
 
 def load_pipeline(
@@ -116,6 +117,16 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
 def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
     options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     if (folder / "model_index.json").is_file():
+        parts = read_object(folder / "model_index.json").items()
+        missing = [
+            name
+            for name, kind in parts
+            if isinstance(kind, list) and kind[:1] != [None] and not (folder / name).is_dir()
+        ]
+        if missing:
+            raise UserError(
+                f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy it whole"
+            )
         try:
             return StableDiffusionPipeline.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of damaged JSON
@@ -131,6 +142,8 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
                 f"missing; copy the run folder whole, or put its pipeline/ at {beside}"
             )
         part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
+        if (folder / MANIFEST).is_file() and (problem := damage(folder, f"{part}/")):
+            raise UserError(f"{problem}, so its pictures would be wrong; copy that checkpoint again, or take another")
         return assemble(folder.parent / "pipeline", models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
     if (folder / "run.json").is_file():
         if (folder / "pipeline" / "unet").is_dir() and weights == "ema":
