@@ -153,7 +153,7 @@ def refusal(path):
     return None
 
 
-def test_list_options_add_up_and_others_are_given_once():
+def test_list_options_add_up_and_of_others_the_last_holds_which_is_said(capsys):
     words = ["--validation_prompts", "a", "b c", "--seed", "3", "--validation-prompts=d=e", "f", "--vae", "x"]
     chosen = parse(SECTIONS, "", words)
     assert chosen.train_unet.validation_prompts == ["a", "b c", "d=e", "f"]
@@ -161,15 +161,17 @@ def test_list_options_add_up_and_others_are_given_once():
     words = ["--fail_on", "empty=0", "--label_names", "a", "--fail_on", "over_limit=0.1", "--label_names", "b"]
     chosen = parse(("source", "caption"), "", words)
     assert (chosen.caption.fail_on, chosen.data.label_names) == (["empty=0", "over_limit=0.1"], ["a", "b"])
+    assert "twice" not in capsys.readouterr().err
     for twice, sentence in (
-        (["--seed", "1", "--seed=2"], "--seed is given twice (--seed 1, then --seed 2); give it once"),
+        (["--seed", "1", "--seed=2"], "--seed is given twice (--seed 1, then --seed 2); the last one holds"),
         (["--use_ema", "--no_use_ema"], "--use_ema is given twice (--use_ema, then --no_use_ema)"),
         (["--dataset", "a", "--dataset_name", "b"], "--dataset is given twice (--dataset a, then --dataset_name b)"),
         (["--config", "demo", "--config", "photos"], "--config is given twice"),
     ):
-        with pytest.raises(UserError) as error:
-            parse(SECTIONS, "", twice)
-        assert sentence in str(error.value)
+        chosen = parse(SECTIONS, "", twice)
+        assert sentence in capsys.readouterr().err
+    assert chosen.unet.unet_channels == parse(SECTIONS, "", ["--config", "photos"]).unet.unet_channels
+    assert parse(SECTIONS, "", ["--seed", "1", "--seed=2"]).train_unet.seed == 2
     with pytest.raises(UserError, match="bytes that are not UTF-8"):
         parse(SECTIONS, "", ["--output_dir", "caf\udce9"])
 

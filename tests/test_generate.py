@@ -87,7 +87,6 @@ def test_a_prompt_beyond_the_models_tokens_is_said(draw, capsys):
         (["--guidance_end", "nan"], "guidance_end = nan is not usable"),
         (["--seed", str(2**64)], "less than or equal to 9223372036854775807"),
         (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "leaves no seeds"),
-        (["--seed", "1", "--seed", "2"], "--seed is given twice (--seed 1, then --seed 2); give it once"),
         (["--device", "gpu"], "device gpu cannot be used"),
         (["--device", "meta"], "device meta cannot be used"),
         (["--device", "cuda:99"], "device cuda:99 cannot be used"),

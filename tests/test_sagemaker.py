@@ -132,7 +132,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "validation_prompts": st.lists(TEXT.filter(lambda text: not text.startswith("-")), min_size=1, max_size=3).map(
             lambda texts: ["--validation_prompts", *texts]
         ),
-        "unet_channels": st.lists(st.integers(1, 512), min_size=1, max_size=3).map(
+        "unet_channels": st.lists(st.integers(1, 512), min_size=3, max_size=3).map(
             lambda numbers: ["--unet_channels", *map(str, numbers)]
         ),
         "flags": st.sampled_from(
@@ -255,7 +255,7 @@ def mistakes():
     )
     yield "deep missing folder", {}, ["--dataset", "my/deep/folder"], "--dataset my/deep/folder is not here"
     yield "a file", {}, ["--vae", str(ROOT / "README.md")], "is a file; give the folder"
-    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "is not here"
+    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "there is no user 'nobody-here'"
     yield "credential typed", {}, ["--run_name", "hf_abcdefghijklmnopqrstuv"], "an argument looks like a credential"
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"

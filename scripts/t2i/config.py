@@ -404,8 +404,8 @@ def _vae_factor(config: VaeConfig) -> int | None:
 def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Parse the command line into the dataclass `cls`: flat options, underscores, groups by nested dataclass.
 
-    A list option that is given several times collects all values. Raises `UserError` for any other option given twice, and
-    for bytes that are not UTF-8.
+    A list option that is given several times collects all values; of another one the last holds, which is said. Raises
+    `UserError` for bytes that are not UTF-8.
     """
     argv = collect_lists(cls, sys.argv[1:] if argv is None else argv)
     return tyro.cli(cls, args=argv, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
@@ -435,14 +435,17 @@ def collect_lists(cls: type, argv: list[str]) -> list[str]:
             collected[end:end] = values
             ends = {other: at + len(values) * (at >= end) for other, at in ends.items()}
             continue
-        if name in given:
-            raise UserError(f"--{name} is given twice ({given[name]}, then {' '.join((word, *values))}); give it once")
+        typed = " ".join((word, *values))
+        if (
+            given.get(name, typed) != typed and os.environ.get("RANK", "0") == "0"
+        ):  # the later one wins, as in a shell's alias
+            print(f"NOTE: --{name} is given twice ({given[name]}, then {typed}); the last one holds", file=sys.stderr)
         if is_list:
             collected += [word, *values]
             ends[name] = len(collected)
             continue
         if name:
-            given[name] = " ".join((word, *values))
+            given[name] = typed
         collected += argv[start:position]
     return collected
 
