@@ -733,6 +733,47 @@ def test_files_outside_metadata_and_splits_are_counted(tmp_path):
 # Splits
 
 
+def in_folders(folder: Path, names: str) -> Path:
+    """Two classes in each of the folders; a final ~ stands for a space."""
+    for index, name in enumerate(names.split()):
+        for label in ("rose", "tulip"):
+            write(folder / name.replace("~", " ") / label / f"{index}.png", png(2 * index + (label == "rose")))
+    return folder
+
+
+@pytest.mark.parametrize("names", ["data/train data/test", "a/b/Training a/b/val", "train~ test~", "Train TEST"])
+def test_splits_are_found_below_a_common_folder(names, tmp_path):
+    splits = load(in_folders(tmp_path / "a", names), tmp_path, validation_fraction=0)
+    assert len(splits.test or splits.validation) == len(splits.train) == 2
+    assert set(splits.train.rows["label"]) == {"rose", "tulip"}
+
+
+LOOK_ALIKES = {
+    "training_set test_set": "test_set, training_set look like splits; rename them test, train, or give --dataset .*/a/training_set",
+    "train_images test_images": "rename them test, train",
+    "seg_train seg_test seg_pred": "seg_test, seg_train look like splits",
+    "train2017 val2017": "rename them train, validation",
+    "trainA trainB testA testB": "testA, testB, trainA, trainB look like splits; rename them test, train$",
+    "data/TrainSet data/valset": "give --dataset .*/a/data/TrainSet",
+    "data/train data/test extra": "data/test, data/train look like splits; make folders test, train at the top",
+    "rose/train rose/test tulip/train": "rose/test, rose/train look like splits; make folders",
+    "a/val a/test": "name the folder to train on train",
+}
+
+
+@pytest.mark.parametrize("names", LOOK_ALIKES)
+def test_folders_that_look_like_splits_are_refused(names, tmp_path):
+    with pytest.raises(UserError, match=LOOK_ALIKES[names]):
+        load(in_folders(tmp_path / "a", names), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train"]
+)
+def test_classes_that_hold_such_words_are_classes(names, tmp_path):
+    assert load(in_folders(tmp_path / "a", names), tmp_path).test is None
+
+
 def ids(splits: data.Splits, name: str) -> set[str]:
     return set(getattr(splits, name).rows["id"])
 

@@ -46,6 +46,9 @@ from t2i.folders import (
     list_files,
     pick_images,
     plain_name,
+    split_depth,
+    split_look_alikes,
+    split_name,
     without_suffix,
 )
 from t2i.images import BadImage, read_image_file
@@ -353,12 +356,12 @@ def _folder_source(
     name: str, folder: Path, files: list[str], images: list[str], cfg: SourceConfig, left_out: LeftOut
 ) -> Source:
     tops = {file.split("/")[0] for file in files if "/" in file}
-    has_train = any(SPLIT_NAMES.get(top.lower()) == "train" for top in tops)
-    if tops and not has_train and all(top.lower() in SPLIT_NAMES for top in tops):
+    depth = split_depth(files, images)
+    if tops and not depth and all(map(split_name, tops)):
         raise UserError(
             f"{name} has the splits {', '.join(sorted(tops))} but no train; name the folder to train on train"
         )
-    columns, notes, quarantine = _folder_columns(name, folder, files, images, has_train, cfg, left_out)
+    columns, notes, quarantine = _folder_columns(name, folder, files, images, depth, cfg, left_out)
     if not columns:
         endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files).most_common(4)
         found = f" (it holds {', '.join(f'{count:,} of {ending}' for ending, count in endings)})" if endings else ""
@@ -380,7 +383,7 @@ def _folder_source(
 
 
 def _folder_columns(
-    name: str, folder: Path, files: list[str], images: list[str], has_train: bool, cfg: SourceConfig, left_out: LeftOut
+    name: str, folder: Path, files: list[str], images: list[str], depth: int, cfg: SourceConfig, left_out: LeftOut
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, Any], list[dict[str, str]]]:
     """Columns by split (image; where known caption, label, the metadata's), notes, and what cannot be listed."""
     columns: dict[str, dict[str, list[Any]]] = {}
@@ -388,7 +391,7 @@ def _folder_columns(
     origins: Counter[str] = Counter()
 
     def split_of(file: str) -> str | None:
-        return SPLIT_NAMES.get(file.split("/")[0].lower()) if has_train else "train"
+        return split_name(file.split("/")[depth - 1]) if depth else "train"
 
     metadata = [file for file in files if PurePosixPath(file).name in METADATA]
     described = tuple(str(PurePosixPath(file).parent) for file in metadata)
@@ -419,7 +422,7 @@ def _folder_columns(
 
     sidecars = _sidecars(files)
     own = [file for file in images if not _is_below(file, described)]
-    labels = {_class_of(file, has_train) for file in own}
+    labels = {_class_of(file, depth) for file in own}
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
     used: set[str] = set()
     joined = 0
@@ -445,7 +448,7 @@ def _folder_columns(
                 used.update(beside)
                 for other in beside[1:]:
                     leave_out(left_out, "caption files beside another that is read", other)
-            if use_labels and (label := _class_of(file, has_train)) is not None:
+            if use_labels and (label := _class_of(file, depth)) is not None:
                 known["label"] = label
             if not beside:
                 by_class.append((split, len(columns.get(split, {"image": ()})["image"]), known.get("label")))
@@ -473,7 +476,26 @@ def _folder_columns(
     }
     if "train" not in columns:
         columns.clear()
+    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"])
     return columns, notes, quarantine
+
+
+def _refuse_look_alikes(name: str, images: list[str]) -> None:
+    """Raise `UserError` where folders that are all trained on look like splits: a test set would be among them."""
+    alike = split_look_alikes(images)
+    if not alike:
+        return
+    parent = str(PurePosixPath(next(iter(alike))).parent)
+    splits = ", ".join(dict.fromkeys(alike.values()))
+    if "train" not in alike.values():
+        fix = "name the folder to train on train"
+    elif all(parent == "." or _is_below(image, (parent,)) for image in images):
+        fix = f"rename them {splits}"
+    else:
+        fix = f"make folders {splits} at the top of the data set, with the others below these"
+    train = [folder for folder, split in alike.items() if split == "train"]
+    only = f", or give --dataset {Path(name) / train[0]} to use that alone" if len(train) == 1 else ""
+    raise UserError(f"{name}: {', '.join(alike)} look like splits; {fix}{only}")
 
 
 def _sidecars(files: list[str]) -> dict[str, str]:
@@ -541,8 +563,8 @@ def _is_below(file: str, folders: tuple[str, ...]) -> bool:
     return any(folder == "." or file.startswith(folder + "/") for folder in folders)
 
 
-def _class_of(file: str, has_train: bool) -> str | None:
-    parents = file.split("/")[has_train:-1]
+def _class_of(file: str, depth: int) -> str | None:
+    parents = file.split("/")[depth:-1]
     return parents[-1] if parents else None
 
 
