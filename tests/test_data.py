@@ -748,6 +748,44 @@ def test_splits_are_found_below_a_common_folder(names, tmp_path):
     assert set(splits.train.rows["label"]) == {"rose", "tulip"}
 
 
+@pytest.mark.parametrize("column", ["split", "Set", "subset"])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_column_that_names_splits_is_used(form, column, tmp_path):
+    values = ["train", "Training", "test", "val", "train"]
+    if form == "csv":
+        for index in range(5):
+            write(tmp_path / "a" / f"{index}.png", png(index))
+        lines = [f"{index}.png,flower {index},{value}" for index, value in enumerate(values)]
+        write(tmp_path / "a/metadata.csv", "\n".join([f"file_name,text,{column}", *lines]))
+    else:
+        (tmp_path / "a").mkdir()
+        rows = {"image": [png(i) for i in range(5)], "text": [f"flower {i}" for i in range(5)], column: values}
+        pq.write_table(pa.table(rows), tmp_path / "a/train.parquet")
+    splits = load(tmp_path / "a", tmp_path)
+    found = [list(part.rows["caption"]) for part in (splits.train, splits.validation, splits.test)]
+    assert found == [["flower 0", "flower 1", "flower 4"], ["flower 3"], ["flower 2"]]
+
+
+SPLIT_COLUMN_MISTAKES = {
+    "empty": ("0.png,train\n1.png,test\n2.png,\n", "metadata.csv, line 4: column 'split' is empty; write train"),
+    "no train": ("0.png,val\n1.png,test\n", "column 'split' names test and validation but no train; add it"),
+    "another folder": (
+        "test/0.png,train\n1.png,test\n",
+        "line 2: column 'split' says train, but test/0.png lies in test",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT_COLUMN_MISTAKES)
+def test_split_columns_that_cannot_be_followed_are_refused(kind, tmp_path):
+    lines, message = SPLIT_COLUMN_MISTAKES[kind]
+    for name in ("0.png", "1.png", "2.png", *(("train/3.png", "test/0.png") if kind == "another folder" else ())):
+        write(tmp_path / "a" / name, png(len(name)))
+    write(tmp_path / "a/metadata.csv", "file_name,split\n" + lines)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "a", tmp_path)
+
+
 LOOK_ALIKES = {
     "training_set test_set": "test_set, training_set look like splits; rename them test, train, or give --dataset .*/a/training_set",
     "train_images test_images": "rename them test, train",

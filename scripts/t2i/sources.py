@@ -56,6 +56,7 @@ from t2i.runs import UserError, hash_json, sha256_file
 
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # Pillow and hashlib release the GIL, so threads serve
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
+SPLIT_COLUMNS = {"split", "set", "subset"}
 OTHER_SPLITS = "splits that are not read"
 ARCHIVES = {".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
 CAPTION_FIX = (
@@ -346,7 +347,33 @@ def _name_splits(name: str, loaded: datasets.DatasetDict, left_out: LeftOut) -> 
         raise UserError(
             f"{name} has no images to train on (splits: {', '.join(map(str, loaded))}); name one of them train"
         )
-    return rows
+    return rows if len(rows) > 1 else _split_by_column(name, rows["train"])
+
+
+def _split_by_column(name: str, rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """The splits that a column of `rows` names, where there is one."""
+    for column in rows.column_names:
+        text = isinstance(kind := rows.features[column], datasets.Value) and "string" in kind.dtype
+        if text and column.lower() in SPLIT_COLUMNS and _names_splits(name, column, rows.unique(column)):
+            found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+            for index, value in enumerate(rows[column]):
+                found[_told_split(f"{name}, row {index}", column, value, None, "")].append(index)
+            return {split: rows.select(indices) for split, indices in found.items() if indices}
+    return {"train": rows}
+
+
+def _names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
+    """Whether a column says which row is in which split: it is called so, and holds several splits' names alone."""
+    if column.strip().lower() not in SPLIT_COLUMNS:
+        return False
+    splits = {split_name(str(value)) for value in values if value}
+    if None in splits or len(splits) < 2:
+        return False
+    if "train" not in splits:
+        raise UserError(
+            f"{name}: column {column!r} names {' and '.join(sorted(map(str, splits)))} but no train; add it"
+        )
+    return True
 
 
 # Folders of images
@@ -402,8 +429,11 @@ def _folder_columns(
     by_text: list[
         tuple[str, int, Any]
     ] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
-    for file in metadata:
-        found = metadata_rows(folder / file, cfg.caption_column)
+    tables = {file: metadata_rows(folder / file, cfg.caption_column) for file in metadata}
+    rows = [row for found in tables.values() for _, row in found]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    split_column = next((key for key in keys if _names_splits(name, key, (row.get(key) for row in rows))), None)
+    for file, found in tables.items():
         has_caption = any("caption" in row for _, row in found)
         for line, row in found:
             where = f"{folder / file}, line {line}"
@@ -411,6 +441,8 @@ def _folder_columns(
             target = target if target in exact else there.get(plain_name(target), target)
             listed.add(target)
             split = split_of(target)
+            if split_column:
+                split = _told_split(where, split_column, row.get(split_column), split, target)
             if split is None:
                 outside += 1
                 leave_out(left_out, "outside the splits", target)
@@ -478,6 +510,18 @@ def _folder_columns(
         columns.clear()
     _refuse_look_alikes(name, columns.get("train", {"image": []})["image"])
     return columns, notes, quarantine
+
+
+def _told_split(where: str, column: str, value: Any, split: str | None, target: str) -> str:
+    """The split that a metadata row names; refused where it would train on a validation or test folder."""
+    told = split_name(str(value or ""))
+    if told is None:
+        raise UserError(f"{where}: column {column!r} is empty; write train, validation or test")
+    if split not in (None, "train", told):
+        raise UserError(
+            f"{where}: column {column!r} says {told}, but {target} lies in {split}; make them agree, or rename the column"
+        )
+    return told
 
 
 def _refuse_look_alikes(name: str, images: list[str]) -> None:
