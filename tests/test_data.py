@@ -300,6 +300,23 @@ BAD_CAPTIONS = {
         {"metadata.csv": 'file_name,text\n0.png,"a red rose\n1.png,"a tulip"\n2.png,x\n'},
         "metadata.csv, line 2: a quotation mark is not closed",
     ),
+    "an end inside quotation marks": (
+        {"metadata.csv": 'sep=,\nfile_name,text\n0.png,"red\nand wet"\n1.png,"a tulip, half of '},
+        "metadata.csv, line 5: a quotation mark is not closed; close it, or double it",
+    ),
+    "an end after a doubled mark": ({"metadata.csv": 'file_name,text\n0.png,"a ""rose""'}, "line 2: a quotation mark"),
+    "a comma under a column without a name": (
+        {"metadata.csv": "file_name,text,\n0.png,a rose, wet\n"},
+        "line 2 has 3 fields, the header 2",
+    ),
+    "a pointer in place of a table": (
+        {"METADATA.CSV": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"},
+        "METADATA.CSV is a Git LFS pointer, not the file itself; run git lfs pull",
+    ),
+    "a pointer in place of a caption": (
+        {"0.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
+        r"0\.txt is a Git LFS pointer",
+    ),
     "a column twice": ({"metadata.csv": "file_name,text,text\n0.png,a,b\n"}, "names the column 'text' twice"),
     "an object": (
         {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": {"en": "x"}}\n'},
@@ -346,6 +363,18 @@ GOOD_CAPTIONS = {
     "tabs": {"metadata.csv": "file_name\ttext\n0.png\ta; red\n1.png\tb\n2.png\tc\n"},
     "spaces after commas": {"metadata.csv": 'file_name, text\n0.png, "a; red"\n1.png, b\n2.png, c\n'},
     "fields without a text": {"metadata.csv": "file_name,text\n0.png,a; red,,\n1.png,b\n2.png,c\n"},
+    "pandas' index": {"metadata.csv": ",file_name,text\n0,0.png,a; red\n1,1.png,b\n2,2.png,c\n"},
+    "nameless columns": {"metadata.csv": "file_name,,text, ,\n0.png,5,a; red,,\n1.png,5,b\n2.png,5,c,,,\n"},
+    "a nameless key": {"metadata.jsonl": "".join(
+        json.dumps({"": 5, "file_name": f"{i}.png", "text": text}) + "\n" for i, text in enumerate(["a; red", "b", "c"])
+    )},
+    "capitals of Windows": {"Metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n"},
+    "capitals of an ending": {
+        "metadata.JSONL": "".join(
+            json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i, text in enumerate(["a; red", "b", "c"])
+        )
+    },
+    "marks within a text": {"metadata.csv": 'file_name,text\n0.png,a; red\n1.png,b\n2.png,"c"'},
     "a table of UTF-16": {"metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n".encode("utf-16")},
     "files of UTF-16 and UTF-8": {
         "0.txt": "a; red".encode("utf-16"), "1.txt": b"\xef\xbb\xbfb", "2.txt": "c".encode("utf-32"),
@@ -482,6 +511,15 @@ def test_the_table_says_what_was_understood(tmp_path):
 
 
 # What is ours, and what is left alone
+
+
+def test_tables_beside_classes_are_named(tmp_path):
+    for name in ("rose/0.png", "tulip/1.png"):
+        write(tmp_path / "a" / name, png(len(name)))
+    for name in ("captions.json", "meta_cap.JSON", "list.csv"):
+        write(tmp_path / "a" / name, "{}")
+    left_out = load(tmp_path / "a", tmp_path).report["left_out"]
+    assert left_out["tables that are not named metadata.csv or metadata.jsonl"]["count"] == 3
 
 
 def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"
 DELIMITERS = ",;\t|"
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 DETECTION_LABELS = re.compile(rf"\s*\d+(\s+{_NUMBER}){{4,}}\s*", re.IGNORECASE)  # YOLO: class, then box or polygon
+_OPEN_QUOTE = "{}, line {}: a quotation mark is not closed; close it, or double it"
 _NEXT_ROW = r'\n"?[^{0}\n"]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?)"?{0}'
 
 
@@ -38,6 +41,8 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or remove it") from None
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
@@ -71,7 +76,8 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
 
     caption_column: None: `caption`, else `text`. Raises `UserError` with the line of what cannot be meant.
     """
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         try:
             rows = list(enumerate(pq.read_table(path).to_pylist(), 1))
         except (OSError, pa.ArrowException) as error:
@@ -79,9 +85,10 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
     else:
         text = read_text(path)
         names = ("file_name", "caption", "text", "label", caption_column or "caption")
-        rows = list(_csv_rows(path, text, names) if path.suffix == ".csv" else _json_rows(path, text))
+        rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
     column = caption_column or next((key for key in ("caption", "text") if any(key in row for _, row in rows)), None)
     for line, row in rows:
+        row.pop("", None)  # pandas writes its index so
         if column in row:
             row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
     return rows
@@ -103,12 +110,15 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
     try:
         spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
-        columns = [name.strip() if spaced else name for name in reader.fieldnames or ()]
+        columns = [name.strip() if spaced or not name.strip() else name for name in reader.fieldnames or ()]
+        while columns and not columns[-1]:  # commas at the end: a text there is one of a caption that is not quoted
+            columns.pop()
         reader.fieldnames = columns
         twice = next((name for name in columns if name and columns.count(name) > 1), None)
         if twice:
             raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
         line = reader.line_num
+        start = 1 + skipped
         for row in reader:
             start, line = line + 1 + skipped, reader.line_num
             more = row.pop(None, None)  # fields that no column is for
@@ -119,10 +129,21 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
                 )
             swallowed = _NEXT_ROW.format(re.escape(delimiter))
             if any(value and "\n" in value and re.search(swallowed, value, re.IGNORECASE) for value in row.values()):
-                raise UserError(f"{path}, line {start}: a quotation mark is not closed; close it, or double it")
+                raise UserError(_OPEN_QUOTE.format(path, start))
             yield start, row
+        _refuse_open_quote(path, text, start - skipped, skipped, delimiter, spaced)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num + skipped} cannot be read ({error}); fix that line") from None
+
+
+def _refuse_open_quote(path: Path, text: str, start: int, skipped: int, delimiter: str, spaced: bool) -> None:
+    """Raise `UserError` where the last row, from line `start` of `text` on, ends inside quotation marks."""
+    last = islice(io.StringIO(text, newline=""), start - 1, None)
+    try:
+        list(csv.reader(last, delimiter=delimiter, skipinitialspace=spaced, strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(_OPEN_QUOTE.format(path, start + skipped)) from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -173,7 +173,7 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
             leave_out(left_out, "companion files", file)
         elif file in readable or not suffix or suffix in UNREADABLE:
             images.append(file)
-        elif suffix in (".csv", ".tsv", ".jsonl"):
+        elif suffix in (".csv", ".tsv", ".jsonl", ".json"):
             leave_out(left_out, "tables that are not named metadata.csv or metadata.jsonl", file)
         elif suffix not in NOT_IMAGES:
             if starts_like_an_image(folder / file):

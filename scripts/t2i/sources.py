@@ -97,7 +97,9 @@ def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
     saved = "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files)
     if saved and any(file.endswith(".arrow") for file in files):
         return _disk_source(name, folder, files, left_out)
-    parquet = [file for file in files if file.endswith(".parquet") and PurePosixPath(file).name not in METADATA]
+    parquet = [
+        file for file in files if file.lower().endswith(".parquet") and PurePosixPath(file).name.lower() not in METADATA
+    ]
     shards = [file for file in parquet if _holds_images(folder / file, cfg)]
     for file in parquet if not shards else ():
         leave_out(left_out, "Parquet files without an image column", file)
@@ -243,7 +245,8 @@ def _shard_source(
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="t2i-") as plain:
             for file in [*shards, *(["README.md"] if card.is_file() else [])]:
-                _link((folder / file).resolve(), Path(plain) / "data" / file)
+                link = Path(plain) / "data" / file
+                _link((folder / file).resolve(), link.with_suffix(link.suffix.lower()))
             try:
                 os.symlink(scratch.resolve(), Path(plain) / "cache", target_is_directory=True)
             except OSError:  # Windows without the right to make links
@@ -279,7 +282,7 @@ def _link(file: Path, link: Path) -> None:
 def _pictures_beside(folder: Path, shards: list[str], cfg: SourceConfig) -> tuple[tuple[Path, ...], list[str]]:
     """Roots and hashes of the pictures that Parquet files name by path, in a column of text."""
     paths: list[str] = []
-    for shard in shards if all(shard.endswith(".parquet") for shard in shards) else ():
+    for shard in shards if all(shard.lower().endswith(".parquet") for shard in shards) else ():
         try:
             schema = pq.read_schema(folder / shard)
             column = cfg.image_column if cfg.image_column in schema.names else "file_name"
@@ -420,7 +423,7 @@ def _folder_columns(
     def split_of(file: str) -> str | None:
         return split_name(file.split("/")[depth - 1]) if depth else "train"
 
-    metadata = [file for file in files if PurePosixPath(file).name in METADATA]
+    metadata = [file for file in files if PurePosixPath(file).name.lower() in METADATA]
     described = tuple(str(PurePosixPath(file).parent) for file in metadata)
     if len(set(described)) < len(described):
         raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
