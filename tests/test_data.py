@@ -659,10 +659,49 @@ def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
         splits = load(tmp_path / form, tmp_path)
         assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
     assert splits.report["form"] == "webdataset, 1 file"
+    assert splits.report["left_out"] == {}
     assert "extra, 4 rows" in str(load(tmp_path / "dict", tmp_path).report["left_out"])
     write(tmp_path / "zip/photos.zip", b"PK")
     with pytest.raises(UserError, match=r"holds archives \(.zip\) and no images; unpack them"):
         load(tmp_path / "zip", tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["data/train-00000-of-00001.parquet"], r"00001.parquet is a Git LFS pointer, .*; run git lfs pull"),
+        (["metadata.parquet", "0.png"], "metadata.parquet is a Git LFS pointer"),
+        (["00000.tar"], "00000.tar is a Git LFS pointer"),
+        (["state.json", "dataset_info.json", "data-00000-of-00001.arrow"], "is a Git LFS pointer"),
+        (["rose/0.png", "rose/1.png"], r"0.png \(Git LFS pointer: run git lfs pull\)"),
+    ],
+)
+def test_git_lfs_pointers_are_refused(names, message, tmp_path):
+    for name in names:
+        write(tmp_path / "a" / name, POINTER)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "a", tmp_path)
+
+
+def test_shards_that_are_missing_and_files_beside_are_named(tmp_path):
+    folder = parquet(tmp_path / "a")
+    for name in ("cover.png", "list.csv", "metadata.csv", "data/train-00001.parquet.incomplete", "data/x.part"):
+        write(folder / name, png(5) if name == "cover.png" else "x")
+    counts = {reason: entry["first"] for reason, entry in load(folder, tmp_path).report["left_out"].items()}
+    assert counts == {
+        "pictures beside the shards": ["cover.png"],
+        "tables beside the shards": ["metadata.csv"],
+        "tables that are not named metadata.csv or metadata.jsonl": ["list.csv"],
+        "unfinished downloads": ["data/train-00001.parquet.incomplete", "data/x.part"],
+    }
+    shard = folder / "data/train-00000-of-00001.parquet"
+    shard.rename(folder / "data/train-00003-of-00005-0123456789abcdef.parquet")
+    message = "4 of 5 files are missing: data/train-00000-of-00005.parquet, .*, …; download them, or rename those here"
+    with pytest.raises(UserError, match=message):
+        load(folder, tmp_path)
 
 
 def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):

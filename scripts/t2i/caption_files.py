@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from t2i.images import LFS_POINTER
 from t2i.runs import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -26,7 +27,6 @@ BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-LFS_POINTER = b"version https://git-lfs"
 DELIMITERS = ",;\t|"
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
@@ -35,14 +35,24 @@ _OPEN_QUOTE = "{}, line {}: a quotation mark is not closed; close it, or double 
 _NEXT_ROW = r'\n"?[^{0}\n"]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?)"?{0}'
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise `UserError` for what Git LFS leaves in a file's place until it is pulled."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:  # said when it is read
+        return
+    if pointer:
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
+
+
 def read_text(path: Path) -> str:
     """The text of a file, its line ends as they are. Raises `UserError` with the line that is in no known encoding."""
+    refuse_pointer(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or remove it") from None
-    if data.startswith(LFS_POINTER):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
@@ -78,6 +88,7 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
+        refuse_pointer(path)
         try:
             rows = list(enumerate(pq.read_table(path).to_pylist(), 1))
         except (OSError, pa.ArrowException) as error:

@@ -28,6 +28,8 @@ UNREADABLE |= {".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".dds", ".qoi", ".icns"}
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".html", ".py", ".lock"}
 NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
+NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
 FOREIGN_FOLDERS = re.compile(  # of storage systems, unpackers and photo programs: copies, thumbnails, what was deleted
     r"\..*|__macosx.*|@eadir|@tmp|[@#$]recycle(\.bin)?|#snapshot|@recently.*|@transcode|system volume information"
     r"|lost\+found|found\.\d+|.*\.lrdata|.*\.lrcat-data|captureone|ipod photo cache|_?thumb(s|nails?)|__pycache__",
@@ -179,5 +181,5 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
             if starts_like_an_image(folder / file):
                 images.append(file)
             else:
-                leave_out(left_out, "other files", file)
+                leave_out(left_out, "unfinished downloads" if suffix in UNFINISHED else "other files", file)
     return images

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from t2i.caption_files import METADATA, SIDECARS, metadata_rows, read_sidecar
+from t2i.caption_files import METADATA, SIDECARS, metadata_rows, read_sidecar, refuse_pointer
 from t2i.config import SourceConfig
 from t2i.folders import (
     NOT_IMAGE_NAMES,
@@ -59,6 +59,7 @@ NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture
 SPLIT_COLUMNS = {"split", "set", "subset"}
 OTHER_SPLITS = "splits that are not read"
 ARCHIVES = {".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?(\.\w+)")
 CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder a class; --caption_column "
     "names another column"
@@ -98,23 +99,25 @@ def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
     if saved and any(file.endswith(".arrow") for file in files):
         return _disk_source(name, folder, files, left_out)
     parquet = [
-        file for file in files if file.lower().endswith(".parquet") and PurePosixPath(file).name.lower() not in METADATA
-    ]
+        file for file in files
+        if file.lower().endswith(".parquet") and PurePosixPath(file).name.lower() not in METADATA
+    ]  # fmt: skip
     shards = [file for file in parquet if _holds_images(folder / file, cfg)]
-    for file in parquet if not shards else ():
-        leave_out(left_out, "Parquet files without an image column", file)
-    images = [] if shards else pick_images(folder, files, left_out)
+    passed: LeftOut = {}
+    images = [] if shards else pick_images(folder, files, passed)
     if shards or (parquet and not images):
-        return _shard_source(name, folder, shards or parquet, cfg, "Parquet", left_out)
+        return _shard_source(name, folder, files, shards or parquet, cfg, "Parquet", left_out)
     endings = Counter(PurePosixPath(file).suffix.lower() for file in files)
     if not images and endings[".tar"]:
         tars = [file for file in files if file.lower().endswith(".tar")]
-        return _shard_source(name, folder, tars, cfg, "webdataset", left_out)
+        return _shard_source(name, folder, files, tars, cfg, "webdataset", left_out)
     if not images and (archives := sorted(ARCHIVES & endings.keys())):
         raise UserError(
             f"{name} holds archives ({', '.join(archives)}) and no images; unpack them, and give that folder"
         )
-    return _folder_source(name, folder, files, images, cfg, left_out)
+    for file in parquet:
+        leave_out(left_out, "Parquet files without an image column", file)
+    return _folder_source(name, folder, files, images, cfg, left_out | passed)
 
 
 # Data sets that `datasets` reads
@@ -229,13 +232,19 @@ def _holds_images(shard: Path, cfg: SourceConfig) -> bool:
 
 
 def _shard_source(
-    name: str, folder: Path, shards: list[str], cfg: SourceConfig, form: str, left_out: LeftOut
+    name: str, folder: Path, files: list[str], shards: list[str], cfg: SourceConfig, form: str, left_out: LeftOut
 ) -> Source:
     """Parquet or .tar shards, which `datasets` converts, and sorts into splits by the card or by their names."""
+    _check_shards(name, folder, shards)
     card = folder / "README.md"
     front = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []  # which shard is which split
     content = [front, [[shard, sha256_file(folder / shard)] for shard in shards]]
-    roots, pictures = _pictures_beside(folder, shards, cfg)
+    roots, named, pictures = _pictures_beside(folder, shards, cfg)
+    for file in pick_images(folder, sorted(set(files) - set(shards) - named), left_out):
+        leave_out(left_out, "pictures beside the shards", file)
+    for file in files:
+        if PurePosixPath(file).name.lower() in METADATA:
+            leave_out(left_out, "tables beside the shards", file)
     content += [pictures] if pictures else []
     content += [_config_name(cfg)] if cfg.dataset_config_name else []
 
@@ -279,8 +288,27 @@ def _link(file: Path, link: Path) -> None:
         shutil.copyfile(file, link)
 
 
-def _pictures_beside(folder: Path, shards: list[str], cfg: SourceConfig) -> tuple[tuple[Path, ...], list[str]]:
-    """Roots and hashes of the pictures that Parquet files name by path, in a column of text."""
+def _check_shards(name: str, folder: Path, shards: list[str]) -> None:
+    """Raise `UserError` for shards that are Git LFS pointers, and where some of a numbered set are missing."""
+    numbered: dict[tuple[str, int, str], set[int]] = {}
+    for shard in shards:
+        refuse_pointer(folder / shard)
+        if found := _NUMBERED.fullmatch(shard):  # train-00000-of-00005.parquet
+            before, number, count, ending = found.groups()
+            numbered.setdefault((before, int(count), ending), set()).add(int(number))
+    for (before, count, ending), there in numbered.items():
+        missing = [f"{before}-{number:05d}-of-{count:05d}{ending}" for number in range(count) if number not in there]
+        if missing:
+            raise UserError(
+                f"{name}: {len(missing):,} of {count:,} files are missing: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}; download them, or rename those here to use them alone"
+            )
+
+
+def _pictures_beside(
+    folder: Path, shards: list[str], cfg: SourceConfig
+) -> tuple[tuple[Path, ...], set[str], list[str]]:
+    """Roots, paths from `folder` and hashes of the pictures that Parquet files name by path, in a column of text."""
     paths: list[str] = []
     for shard in shards if all(shard.lower().endswith(".parquet") for shard in shards) else ():
         try:
@@ -290,14 +318,15 @@ def _pictures_beside(folder: Path, shards: list[str], cfg: SourceConfig) -> tupl
                 found = pq.read_table(folder / shard, columns=[column]).column(column).to_pylist()
                 paths += [path for path in found if path]
         except (OSError, pa.ArrowException):
-            return (folder,), []  # said when it is loaded
+            return (folder,), set(), []  # said when it is loaded
     roots: tuple[Path, ...] = (folder,)
     homes = {(folder / shard).parent for shard in shards}
     if paths and len(homes) == 1 and not (folder / paths[0]).is_file():
         roots = (homes.pop(), folder)  # paths start at the Parquet file, or at the folder
     with ThreadPoolExecutor(WORKERS) as pool:
         cells = ({"bytes": None, "path": path} for path in paths)
-        return roots, [digest.hex() for digest in in_order(pool, lambda cell: image_digest(cell, roots), cells)]
+        named = {os.path.relpath(roots[0] / path, folder).replace(os.sep, "/") for path in paths}
+        return roots, named, [digest.hex() for digest in in_order(pool, lambda cell: image_digest(cell, roots), cells)]
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -319,6 +348,7 @@ def _name_columns(rows: datasets.Dataset, cfg: SourceConfig, form: str) -> datas
 def _disk_source(name: str, folder: Path, files: list[str], left_out: LeftOut) -> Source:
     """A folder of `Dataset.save_to_disk`."""
     kept = [file for file in files if PurePosixPath(file).suffix in (".arrow", ".json")]
+    _check_shards(name, folder, kept)
     identity = hash_json([[file, sha256_file(folder / file)] for file in kept])
 
     def load(scratch: Path) -> dict[str, datasets.Dataset]:
