@@ -385,6 +385,13 @@ GOOD_CAPTIONS = {
         "metadata.jsonl": '{"file_name": "0.png", "text": ["", "a; red", "x"]}\n{"file_name": "1.png", "text": "b"}\n'
         '{"file_name": "2.png", "text": ["c"]}\n'
     },
+    "a text where there is no caption": {
+        "metadata.csv": "file_name,text,caption\n0.png,a; red, \n1.png,no,b\n2.png,c,\n"
+    },
+    "captions in some objects": {
+        "metadata.jsonl": '{"file_name": "0.png", "text": "a; red"}\n{"file_name": "1.png", "caption": "b", "text": 5}\n'
+        '{"file_name": "2.png", "caption": null, "text": "c"}\n'
+    },
     "numbers beyond 64 bits beside": {
         "metadata.jsonl": "".join(
             json.dumps({"file_name": f"{i}.png", "text": text, "phash": 2**64 - i}) + "\n"
@@ -403,6 +410,36 @@ def test_captions_as_programs_write_them_are_read(kind, tmp_path):
     splits = load(tmp_path / "a", tmp_path)
     assert captions_of(splits) == {"0.png": "a; red", "1.png": "b", "2.png": "c"}
     assert splits.report.get("several_captions") == (1 if kind == "lists among texts" else 0)
+
+
+def test_which_of_two_columns_is_read_is_said(tmp_path):
+    rows = [{"image": png(i), "caption": "a", "text": "b"} for i in range(3)]
+    save_dataset_folder(tmp_path / "a", {"train": rows})
+    assert load(tmp_path / "a", tmp_path).report["caption_columns"] == [
+        "column 'caption'", "column 'text' is not used, as there is 'caption'"
+    ]  # fmt: skip
+    save_dataset_folder(tmp_path / "b", {"train": [row | {"caption": " "} for row in rows]})
+    with pytest.raises(
+        UserError, match=r"all captions .* are empty; column 'text' holds text: give --caption_column text"
+    ):
+        load(tmp_path / "b", tmp_path)
+    for index in range(3):
+        write(tmp_path / "c" / f"{index}.png", png(index))
+    write(tmp_path / "c/metadata.csv", "file_name,caption,text\n0.png,a,\n1.png,,b\n2.png,c,d\n")
+    assert load(tmp_path / "c", tmp_path).report["caption_columns"] == [
+        "column 'text' is read where 'caption' is empty"
+    ]
+
+
+def test_caption_files_that_serve_several_images_or_hide_others_are_said(tmp_path):
+    for name in ("3.jpg", "3.png", "3.webp", "4.png"):
+        write(tmp_path / "a" / name, png(len(name)))
+    for name in ("3.txt", "4.txt", "4.TXT"):
+        write(tmp_path / "a" / name, "a rose")
+    said = []
+    splits = load_splits(config(tmp_path / "a", tmp_path), said.append)
+    assert "1 caption file serves several images: 3.jpg, 3.png, 3.webp" in said[1]
+    assert splits.report["left_out"]["caption files beside another that is read"]["first"] == ["4.TXT"]
 
 
 def captions_of(splits: data.Splits) -> dict[str, str]:

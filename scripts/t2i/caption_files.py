@@ -84,7 +84,7 @@ def read_sidecar(path: Path) -> str:
 def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
     """(line number, row) of a metadata file; its captions are text, lists of texts, or None.
 
-    caption_column: None: `caption`, else `text`. Raises `UserError` with the line of what cannot be meant.
+    caption_column: None: `caption`, else `text`, in each row. Raises `UserError` with the line of what cannot be meant.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -97,11 +97,14 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
         text = read_text(path)
         names = ("file_name", "caption", "text", "label", caption_column or "caption")
         rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
-    column = caption_column or next((key for key in ("caption", "text") if any(key in row for _, row in rows)), None)
     for line, row in rows:
         row.pop("", None)  # pandas writes its index so
-        if column in row:
-            row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+        for column in [caption_column] if caption_column else ["caption", "text"]:
+            if column in row:
+                row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+                texts = row[column] if isinstance(row[column], list) else [row[column]]
+                if any(text and text.strip() for text in texts):
+                    break  # `text` is read where there is no caption
     return rows
 
 

@@ -32,7 +32,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from t2i import understood
-from t2i.config import DataConfig
+from t2i.config import DataConfig, SourceConfig
 from t2i.images import TRANSFORM_VERSION, BadImage, decode_image, fit
 from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
 from t2i.sources import (
@@ -277,7 +277,7 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
                 splits[split] = {"images": len(kept), "empty_captions": empty, "fingerprint": fingerprint}
                 digests[f"kept {split}"] = digests[origin][kept]
     if splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
-        raise UserError(f"all captions of {source.name} are empty; {CAPTION_FIX}")
+        raise UserError(f"all captions of {source.name} are empty; {_full_column(candidates['train'], cfg)}")
     found = count + len(source.quarantine)
     left_out = len(candidates["train"]) - len(train) - len(validation)
     report = {
@@ -290,7 +290,7 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
         "quarantined_by_reason": dict(Counter(row["reason"].split(":")[0] for row in quarantine).most_common()),
         "duplicates": _count_duplicates(digests),
         "several_captions": several,
-        "caption_columns": _caption_columns(captions, "captions_from" in source.notes),
+        "caption_columns": caption_origins(candidates, captions, "captions_from" in source.notes, cfg),
         "understood": _describe(part, splits),
         **source.notes,
     }
@@ -304,14 +304,31 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
         )
 
 
-def _caption_columns(captions: dict[str, tuple[str | None, str | None]], counted: bool) -> list[str]:
-    """Where the captions of each split come from, in words; nothing for a folder whose files are counted instead."""
+def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:
+    """What fixes captions that are all empty: the other column that holds text, else the sentence for none."""
+    for column in {"caption", "text"} & set(rows.column_names) - {cfg.caption_column or "caption"}:
+        if any(map(clean, rows[column])):
+            return f"column {column!r} holds text: give --caption_column {column}"
+    return CAPTION_FIX
+
+
+def caption_origins(
+    rows: dict[str, datasets.Dataset], captions: dict[str, tuple[str | None, str | None]], counted: bool,
+    cfg: SourceConfig,
+) -> list[str]:  # fmt: skip
+    """Where the captions of each split come from, in words; a folder's files are `counted` instead."""
     found: dict[str, list[str]] = {}
     for split, (caption, label) in captions.items():
         if not (counted and caption in (None, "caption") and label in (None, "label")):
             origin = f"column {caption!r}" if caption else f"class, column {label!r}" if label else "none"
             found.setdefault(origin, []).append(split)
-    return [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
+    said = [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
+    if cfg.caption_column is None and any(
+        captions[split][0] == "caption" and "text" in rows[split].column_names for split in captions
+    ):
+        where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
+        said.append(f"column 'text' {where}")
+    return said
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -459,15 +459,12 @@ def _folder_columns(
         raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
     listed, outside = set(), 0
     exact, there = set(files), {plain_name(file): file for file in files}
-    by_text: list[
-        tuple[str, int, Any]
-    ] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
+    by_text: list[tuple[str, int, Any]] = []  # rows of metadata that have a `text`: read where they have no caption
     tables = {file: metadata_rows(folder / file, cfg.caption_column) for file in metadata}
     rows = [row for found in tables.values() for _, row in found]
     keys = dict.fromkeys(key for row in rows for key in row)
     split_column = next((key for key in keys if _names_splits(name, key, (row.get(key) for row in rows))), None)
     for file, found in tables.items():
-        has_caption = any("caption" in row for _, row in found)
         for line, row in found:
             where = f"{folder / file}, line {line}"
             target = _inside(str(PurePosixPath(file).parent), row.pop("file_name", None), where, row)
@@ -481,11 +478,14 @@ def _folder_columns(
                 leave_out(left_out, "outside the splits", target)
             else:
                 origins[f"from {PurePosixPath(file).name}"] += 1
-                if "text" in row and not has_caption:
+                if cfg.caption_column is None and isinstance(row.get("text"), (str, list)):
                     by_text.append((split, len(columns.get(split, {"image": ()})["image"]), row["text"]))
                 _add_row(columns, split, {**row, "image": target})
 
-    sidecars = _sidecars(files)
+    sidecars, hidden = _sidecars(files)
+    for file in hidden:
+        leave_out(left_out, "caption files beside another that is read", file)
+    served: dict[str, list[str]] = {}  # images by the caption file that is read for them
     own = [file for file in images if not _is_below(file, described)]
     labels = {_class_of(file, depth) for file in own}
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
@@ -511,6 +511,7 @@ def _folder_columns(
                 origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
                 joined += "\n" in known["caption"].strip()
                 used.update(beside)
+                served.setdefault(beside[0], []).append(file)
                 for other in beside[1:]:
                     leave_out(left_out, "caption files beside another that is read", other)
             if use_labels and (label := _class_of(file, depth)) is not None:
@@ -519,7 +520,7 @@ def _folder_columns(
                 by_class.append((split, len(columns.get(split, {"image": ()})["image"]), known.get("label")))
             _add_row(columns, split, known)
     for split, position, text in by_text:
-        if "caption" in columns[split]:
+        if "caption" in columns[split] and not clean(columns[split]["caption"][position]):
             columns[split]["caption"][position] = text
     _fill_from_classes(name, columns, by_class, origins, cfg)
     for file in sorted(set(sidecars.values()) - used):
@@ -535,6 +536,7 @@ def _folder_columns(
         "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
         "captions_from": dict(origins),
         "joined_lines": joined,
+        "shared_caption_files": [files for files in served.values() if len(files) > 1],
         "files_not_in_metadata": len(unlisted),
         "files_outside_splits": outside,
         "left_out": left_out,
@@ -575,16 +577,22 @@ def _refuse_look_alikes(name: str, images: list[str]) -> None:
     raise UserError(f"{name}: {', '.join(alike)} look like splits; {fix}{only}")
 
 
-def _sidecars(files: list[str]) -> dict[str, str]:
-    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`."""
+def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`.
+
+    Then those that another hides, whose ending differs in capitals alone.
+    """
     found: dict[str, str] = {}
+    hidden: list[str] = []
     for file in files:
         suffix = PurePosixPath(file).suffix
         if suffix.lower() in SIDECARS:
             key = plain_name(without_suffix(file) + suffix.lower())
+            if key in found:
+                hidden.append(found[key] if suffix.islower() else file)
             if key not in found or suffix.islower():
                 found[key] = file
-    return found
+    return found, hidden
 
 
 def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:

@@ -95,6 +95,10 @@ def table(report: dict[str, Any]) -> str:
         )  # fmt: skip
     if report.get("joined_lines"):
         rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
+    if shared := report.get("shared_caption_files"):
+        text = "1 caption file serves" if len(shared) == 1 else f"{len(shared):,} caption files each serve"
+        more = "; …" if len(shared) > 1 else ""
+        rows.append(("", f"{text} several images: {', '.join(shared[0][:4])}{more}"))
     odd = captions["odd"] if captions else {}
     rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
     copies = {key: count for key, count in report.get("duplicates", {}).items() if count}
