@@ -9,6 +9,8 @@ import sys
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
@@ -125,6 +127,19 @@ def test_a_dry_run_says_what_was_understood_and_leaves_nothing(run_main, drawn, 
     drawn.rename(tmp_path / "numbers" / "1")
     with pytest.raises(UserError, match="its classes are numbers"):
         run_main("--dataset", tmp_path / "numbers", "--captioner", "label", "--output_dir", "out", "--dry_run")
+
+
+def test_existing_captions_of_parquet_are_named(run_main, drawn, tmp_path, capsys):
+    images = [
+        {"bytes": path.read_bytes(), "path": None} for path in sorted(drawn.glob("*.*"))[:3] if path.suffix != ".txt"
+    ]
+    rows = {"image": images, "text": [["a rose", "a red one"]] * len(images)}
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "parquet" / "train.parquet")
+    run_main("--dataset", tmp_path / "parquet", "--captioner", "existing", "--output_dir", "out", "--dry_run")
+    said = capsys.readouterr().out
+    assert "captions      column 'text'" in said
+    assert f"{len(images)} images have several: the first is used" in said
 
 
 @pytest.mark.parametrize("script", ["train_vae", "train_unet"])

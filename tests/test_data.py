@@ -490,8 +490,13 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
         with pytest.raises(UserError, match=r"numbers|is a number without a name"):
             load(tmp_path / form, tmp_path)
-    with pytest.raises(UserError, match="--label_names has no name for the classes 0; its names stand for 1 to 2"):
+    message = (
+        "--label_names has no name for the classes 0; its names stand for 1 to 2; put the names in place of the numb"
+    )
+    with pytest.raises(UserError, match=message):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
+    said = load(class_folders(tmp_path / "words"), tmp_path, label_names=["rose"]).report["caption_columns"]
+    assert said == ["--label_names is not used, as no class is a number"]
     found = set(captions_of(load(tmp_path / "floats", tmp_path, label_names=["rose", "tulip"])).values())
     assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
 

@@ -44,6 +44,7 @@ from t2i.sources import (
     check_image_column,
     clean,
     find_source,
+    has_numbers,
     image_bytes,
     image_digest,
     in_order,
@@ -312,6 +313,11 @@ def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:
     return CAPTION_FIX
 
 
+def count_several(captions: Iterable[Any]) -> int:
+    """How many of these are lists of several captions."""
+    return sum(isinstance(value, list) and sum(map(bool, value)) > 1 for value in captions)
+
+
 def caption_origins(
     rows: dict[str, datasets.Dataset], captions: dict[str, tuple[str | None, str | None]], counted: bool,
     cfg: SourceConfig,
@@ -328,6 +334,9 @@ def caption_origins(
     ):
         where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
         said.append(f"column 'text' {where}")
+    named = [(rows[split], label) for split, (caption, label) in captions.items() if label and not caption]
+    if cfg.label_names and named and not any(has_numbers(part, str(label), cfg) for part, label in named):
+        said.append("--label_names is not used, as no class is a number")
     return said
 
 
@@ -426,7 +435,7 @@ def _write_rows(
                 out["label"] = [label_name(value, cfg.label_names) for value in batch[label]]
             if caption:
                 captions = [clean(value) for value in batch[caption]]
-                several += sum(isinstance(value, list) and sum(map(bool, value)) > 1 for value in batch[caption])
+                several += count_several(batch[caption])
             elif label:
                 captions = [label_caption(value, cfg.caption_template) for value in out["label"]]
             else:

@@ -800,14 +800,22 @@ def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str
     return [text for text in found if text]
 
 
+def has_numbers(rows: datasets.Dataset, label: str, cfg: SourceConfig) -> bool:
+    """Whether a label column has numbers that `label_names` names."""
+    values = (plain(rows.features[label], value) for value in rows.unique(label))
+    return any(label_name(value, cfg.label_names) != label_name(value, []) for value in values)
+
+
 def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
     """Raise `UserError` where classes that are to become captions are numbers, which say nothing of an image."""
     known = {label for label in labels if label}
     numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
     shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
     if numbers and cfg.label_names:
+        fix = "add the others" if _by_number(numbers[0]) > 0 else "put the names in place of the numbers"
         raise UserError(
-            f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}"
+            f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}; "
+            f"{fix}"
         )
     if numbers and len(numbers) == len(known):
         raise UserError(
