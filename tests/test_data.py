@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i import data, dataset_folder, sources
+from t2i import data, dataset_folder, sources, understood
 from t2i.config import DataConfig
 from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits
 from t2i.dataset_folder import save_dataset_folder
@@ -300,6 +300,10 @@ BAD_CAPTIONS = {
         {"metadata.csv": 'file_name,text\n0.png,"a red rose\n1.png,"a tulip"\n2.png,x\n'},
         "metadata.csv, line 2: a quotation mark is not closed",
     ),
+    "a header without file_name": (
+        {"metadata.csv": "filename,text\n0.png,red\n"},
+        r"metadata.csv, line 1 names no column file_name \(it has filename, text\); rename 'filename' to file_name",
+    ),
     "an end inside quotation marks": (
         {"metadata.csv": 'sep=,\nfile_name,text\n0.png,"red\nand wet"\n1.png,"a tulip, half of '},
         "metadata.csv, line 5: a quotation mark is not closed; close it, or double it",
@@ -550,6 +554,77 @@ def test_the_table_says_what_was_understood(tmp_path):
     assert load_splits(config(tmp_path / "a", tmp_path), said.append).fingerprint == splits.fingerprint
     assert "not in the metadata: 2 (extra.png; more.png)" in said[1]
     assert "9 distinct" in said[1]
+
+
+NEAR = {
+    "0.PNG": "0.png",
+    "0": "0.png",
+    "0 .png": "0.png",
+    "0.jpg": "0.png",
+    "other/0.png": "0.png",
+    "a%20b.png": "a b.png",
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_missing_file_with_a_near_name_is_named(name, tmp_path):
+    for there in ("0.png", "a b.png", "c.png"):
+        write(tmp_path / "a" / there, png(len(there)))
+    write(tmp_path / "a/metadata.csv", f"file_name,text\n{name},a rose\nc.png,b\n")
+    with pytest.raises(UserError, match=rf"{name} \(missing file: did you mean {NEAR[name]}\?\)"):
+        load(tmp_path / "a", tmp_path)
+    write(tmp_path / "a/metadata.csv", f"file_name,text\n{name},a rose\n")
+    with pytest.raises(UserError, match=rf"no image to train on that can be used: {name} \(missing file: did you mean"):
+        load(tmp_path / "a", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["captions.json", "labels.csv", "captions.txt"])
+def test_a_table_that_may_hold_the_captions_is_named(name, tmp_path):
+    write(tmp_path / "a/0.png", png(0))
+    write(tmp_path / "a" / name, "x")
+    with pytest.raises(
+        UserError, match=f"if {name} holds the captions, save it as metadata.csv with the columns file_nam"
+    ):
+        load(tmp_path / "a", tmp_path)
+
+
+ODD = {
+    "that say no value": ["#NAME?", "#N/A", "true", "False", "TODO", "unknown", "n/a."],
+    "with control or invisible": ["a\u200brose", "a\x07rose", "\ufeffa rose", "ro\u00adse"],
+    "that are messages": ["Error: no image", "I am sorry, I see none", "I cannot help", "I’m sorry", "ValueError: x"],
+    "of numbers mostly": ["12 5 rose", "-1.5 2,3 x"],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_captions_are_marked(kind):
+    found = understood.describe({"train": {"file": ["x.png"] * len(ODD[kind]), "caption": ODD[kind]}})
+    assert [(key[: len(kind)], entry["count"]) for key, entry in found["captions"]["odd"].items()] == [
+        (kind, len(ODD[kind]))
+    ]
+
+
+def test_common_captions_are_not_odd():
+    good = [
+        "a rose - red - in bloom",
+        "an unknown flower",
+        "true blue",
+        "گل‌ها",
+        "👩‍🌾 with a rose",
+        "a sorry sight",
+        "#rose",
+    ]
+    assert not understood.describe({"train": {"file": ["x.png"] * len(good), "caption": good}})["captions"]["odd"]
+
+
+def test_classes_that_differ_by_capitals_or_accents_alone_are_said(tmp_path):
+    for index, name in enumerate(("Rose", "rose", "\u00e9t\u00e9", "e\u0301te\u0301", "lily")):
+        write(tmp_path / "a" / name / "0.png", png(index))
+    said = []
+    load_splits(config(tmp_path / "a", tmp_path), said.append)
+    assert "names that differ only by capitals, spaces or accents: 2 (" in said[1]
+    assert "Rose, rose" in said[1] or "rose, Rose" in said[1]
+    assert "e\\u0301te\\u0301" in said[1]
 
 
 # What is ours, and what is left alone

@@ -131,6 +131,12 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         twice = next((name for name in columns if name and columns.count(name) > 1), None)
         if twice:
             raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
+        if columns and "file_name" not in columns:
+            near = next((name for name in columns if re.search("file|image|path", name, re.IGNORECASE)), None)
+            fix = f"rename {near!r} to file_name" if near else "add it"
+            raise UserError(
+                f"{path}, line {1 + skipped} names no column file_name (it has {', '.join(filter(None, columns))}); {fix}"
+            )
         line = reader.line_num
         start = 1 + skipped
         for row in reader:

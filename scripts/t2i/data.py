@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -248,7 +248,8 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
     candidates = source.open(part / "source")
     for split, rows in candidates.items():
         candidates[split] = check_image_column(rows, cfg, source.name, split)
-    captions = {split: caption_columns(rows, cfg, source.name, split) for split, rows in candidates.items()}
+    listed = source.notes.get("left_out")
+    captions = {split: caption_columns(rows, cfg, source.name, split, listed) for split, rows in candidates.items()}
     with ThreadPoolExecutor(WORKERS) as pool:
         digests = {split: _digests(pool, rows, cfg, source.roots) for split, rows in candidates.items()}
         order = _hash_order(digests["train"], cfg.split_seed)
@@ -319,7 +320,7 @@ def count_several(captions: Iterable[Any]) -> int:
 
 
 def caption_origins(
-    rows: dict[str, datasets.Dataset], captions: dict[str, tuple[str | None, str | None]], counted: bool,
+    rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[str | None, str | None]], counted: bool,
     cfg: SourceConfig,
 ) -> list[str]:  # fmt: skip
     """Where the captions of each split come from, in words; a folder's files are `counted` instead."""

@@ -40,6 +40,9 @@ SILENT_FOLDERS = {".git", ".cache", ".locks"}  # never images
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # "trainA" and "TestSet" are two words each
 _SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
 
+TABLES = "tables that are not named metadata.csv or metadata.jsonl"
+TEXTS = "text files without an image"
+
 LeftOut = dict[str, dict[str, Any]]  # reason -> count, and the first names
 
 
@@ -176,7 +179,7 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
         elif file in readable or not suffix or suffix in UNREADABLE:
             images.append(file)
         elif suffix in (".csv", ".tsv", ".jsonl", ".json"):
-            leave_out(left_out, "tables that are not named metadata.csv or metadata.jsonl", file)
+            leave_out(left_out, TABLES, file)
         elif suffix not in NOT_IMAGES:
             if starts_like_an_image(folder / file):
                 images.append(file)

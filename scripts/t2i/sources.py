@@ -40,7 +40,10 @@ from t2i.config import SourceConfig
 from t2i.folders import (
     NOT_IMAGE_NAMES,
     RAW,
+    READABLE,
     SPLIT_NAMES,
+    TABLES,
+    TEXTS,
     LeftOut,
     leave_out,
     list_files,
@@ -63,6 +66,11 @@ _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?(\.\w+)")
 CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder a class; --caption_column "
     "names another column"
+)
+
+
+_AS_METADATA = (
+    "save it as metadata.csv with the columns file_name and caption, or as metadata.jsonl with one such object per line"
 )
 
 
@@ -422,6 +430,9 @@ def _folder_source(
             f"{name} has the splits {', '.join(sorted(tops))} but no train; name the folder to train on train"
         )
     columns, notes, quarantine = _folder_columns(name, folder, files, images, depth, cfg, left_out)
+    if not columns and quarantine:
+        shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
+        raise UserError(f"{name} has no image to train on that can be used: {shown}; fix or replace them")
     if not columns:
         endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files).most_common(4)
         found = f" (it holds {', '.join(f'{count:,} of {ending}' for ending, count in endings)})" if endings else ""
@@ -460,6 +471,7 @@ def _folder_columns(
     listed, outside = set(), 0
     exact, there = set(files), {plain_name(file): file for file in files}
     by_text: list[tuple[str, int, Any]] = []  # rows of metadata that have a `text`: read where they have no caption
+    near_files: _NearFiles | None = None  # made once a file is missing
     tables = {file: metadata_rows(folder / file, cfg.caption_column) for file in metadata}
     rows = [row for found in tables.values() for _, row in found]
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -470,6 +482,12 @@ def _folder_columns(
             target = _inside(str(PurePosixPath(file).parent), row.pop("file_name", None), where, row)
             target = target if target in exact else there.get(plain_name(target), target)
             listed.add(target)
+            if target not in exact:
+                near_files = near_files or _NearFiles(images)
+                if near := near_files.find(target):
+                    reason = f"missing file: did you mean {near}?"
+                    quarantine.append({"file": target, "split": split_of(target) or "none", "reason": reason})
+                    continue
             split = split_of(target)
             if split_column:
                 split = _told_split(where, split_column, row.get(split_column), split, target)
@@ -526,7 +544,7 @@ def _folder_columns(
     for file in sorted(set(sidecars.values()) - used):
         if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
             described_too = _is_below(file, described)
-            leave_out(left_out, f"text files {'beside metadata' if described_too else 'without an image'}", file)
+            leave_out(left_out, "text files beside metadata" if described_too else TEXTS, file)
     unlisted = [file for file in images if _is_below(file, described) and file not in listed]
     for file in unlisted:
         leave_out(left_out, "not in the metadata", file)
@@ -633,6 +651,30 @@ def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", target):
         raise UserError(f"{where} names {target!r}, which is outside its folder; name files below it only")
     return str(PurePosixPath(base) / path)
+
+
+class _NearFiles:
+    """Finds the one image that a name in metadata is likely to mean: other capitals, spaces, ending or folder."""
+
+    def __init__(self, images: list[str]):
+        self.by_name: list[dict[str, list[str]]] = []
+        for image in images:
+            for depth, name in enumerate(self.names(image)):
+                if depth == len(self.by_name):
+                    self.by_name.append({})
+                self.by_name[depth].setdefault(name, []).append(image)
+
+    @staticmethod
+    def names(path: str) -> list[str]:
+        plain_path = re.sub(r"[\s_-]|%20", "", plain_name(path)).lower()
+        ends = PurePosixPath(plain_path).suffix in READABLE
+        stem = without_suffix(plain_path) if ends else plain_path
+        return [plain_path, stem, PurePosixPath(plain_path).name, PurePosixPath(stem).name]
+
+    def find(self, target: str) -> str | None:
+        found = (known.get(name) for known, name in zip(self.by_name, self.names(target), strict=False))
+        near = next(filter(None, found), [])
+        return near[0] if len(near) == 1 else None
 
 
 def _add_row(columns: dict[str, dict[str, list[Any]]], split: str, row: dict[str, Any]) -> None:
@@ -746,9 +788,12 @@ def label_column(rows: datasets.Dataset) -> str | None:
     return next(named, None) or next(classes, None)
 
 
-def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str) -> tuple[str | None, str | None]:
+def caption_columns(
+    rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str, left_out: LeftOut | None = None
+) -> tuple[str | None, str | None]:
     """(caption column, label column), each None where there is none. Only the training split must have one of them.
 
+    left_out: what the listing left out, to name the table that may hold the captions.
     Raises `UserError` for captions that are no text, and for labels that are to become captions and have no names.
     """
     columns = rows.column_names
@@ -760,7 +805,9 @@ def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split:
     else:
         caption = next((column for column in ("caption", "text") if column in columns), None)
     if caption is None and label is None and split == "train":
-        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {CAPTION_FIX}")
+        meant = [entry["first"][0] for reason in (TABLES, TEXTS) if (entry := (left_out or {}).get(reason))]
+        fix = f"if {meant[0]} holds the captions, {_AS_METADATA}" if meant else CAPTION_FIX
+        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {fix}")
     if caption is not None and not _holds_text(rows.features[caption]):
         raise UserError(
             f"{name}: column {caption!r} holds no text ({_kind(rows.features[caption])}), so no captions; write text, or a "
