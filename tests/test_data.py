@@ -311,7 +311,7 @@ BAD_CAPTIONS = {
     "an end after a doubled mark": ({"metadata.csv": 'file_name,text\n0.png,"a ""rose""'}, "line 2: a quotation mark"),
     "a comma under a column without a name": (
         {"metadata.csv": "file_name,text,\n0.png,a rose, wet\n"},
-        "line 2 has 3 fields, the header 2",
+        "line 2 has 3 fields, the header 2; .*, or name the last",
     ),
     "a pointer in place of a table": (
         {"METADATA.CSV": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"},
@@ -495,7 +495,7 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
         with pytest.raises(UserError, match=r"numbers|is a number without a name"):
             load(tmp_path / form, tmp_path)
     message = (
-        "--label_names has no name for the classes 0; its names stand for 1 to 2; put the names in place of the numb"
+        "--label_names has no name for the classes 0; its names stand for 1 to 2; numbers start at 1: put the names in "
     )
     with pytest.raises(UserError, match=message):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
@@ -816,7 +816,7 @@ def test_shards_that_are_missing_and_files_beside_are_named(tmp_path):
     }
     shard = folder / "data/train-00000-of-00001.parquet"
     shard.rename(folder / "data/train-00003-of-00005-0123456789abcdef.parquet")
-    message = "4 of 5 files are missing: data/train-00000-of-00005.parquet, .*, …; download them, or rename those here"
+    message = "lacks 4 of 5 files: data/train-00000-of-00005.parquet, .*, …; download them, or rename those here"
     with pytest.raises(UserError, match=message):
         load(folder, tmp_path)
 

@@ -116,7 +116,11 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         text, skipped = rest, 1
         first = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
     cells = {mark: [cell.strip().strip('"').strip() for cell in first.split(mark)] for mark in DELIMITERS}
-    delimiter = told[1] if told else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), ",")
+    delimiter = (
+        told[1]
+        if told
+        else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), max(DELIMITERS, key=first.count))
+    )
     # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
     raw = [cell.strip('"') for cell in first.split(delimiter)]
     spaced = any(name not in raw and name in cells.get(delimiter, ()) for name in names)
@@ -125,6 +129,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
         columns = [name.strip() if spaced or not name.strip() else name for name in reader.fieldnames or ()]
+        named = len(columns)
         while columns and not columns[-1]:  # commas at the end: a text there is one of a caption that is not quoted
             columns.pop()
         reader.fieldnames = columns
@@ -133,7 +138,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
             raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
         if columns and "file_name" not in columns:
             near = next((name for name in columns if re.search("file|image|path", name, re.IGNORECASE)), None)
-            fix = f"rename {near!r} to file_name" if near else "add it"
+            fix = f"rename {near!r} to file_name" if near else "name the column of the files so"
             raise UserError(
                 f"{path}, line {1 + skipped} names no column file_name (it has {', '.join(filter(None, columns))}); {fix}"
             )
@@ -146,6 +151,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
                 raise UserError(
                     f"{path}, line {start} has {len(columns) + len(more)} fields, the header {len(columns)}; put quotation "
                     f"marks around a text with a {DELIMITER_NAMES.get(delimiter, delimiter)}"
+                    f"{', or name the last column' if named > len(columns) else ''}"
                 )
             swallowed = _NEXT_ROW.format(re.escape(delimiter))
             if any(value and "\n" in value and re.search(swallowed, value, re.IGNORECASE) for value in row.values()):

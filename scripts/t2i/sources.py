@@ -308,7 +308,7 @@ def _check_shards(name: str, folder: Path, shards: list[str]) -> None:
         missing = [f"{before}-{number:05d}-of-{count:05d}{ending}" for number in range(count) if number not in there]
         if missing:
             raise UserError(
-                f"{name}: {len(missing):,} of {count:,} files are missing: {', '.join(missing[:3])}"
+                f"{name} lacks {len(missing):,} of {count:,} files: {', '.join(missing[:3])}"
                 f"{', …' if len(missing) > 3 else ''}; download them, or rename those here to use them alone"
             )
 
@@ -805,7 +805,11 @@ def caption_columns(
     else:
         caption = next((column for column in ("caption", "text") if column in columns), None)
     if caption is None and label is None and split == "train":
-        meant = [entry["first"][0] for reason in (TABLES, TEXTS) if (entry := (left_out or {}).get(reason))]
+        passed = {reason: (left_out or {}).get(reason, {"count": 0}) for reason in (TABLES, TEXTS)}
+        several = passed[TEXTS]["count"] > 1  # not a table, but notes or labels of each image
+        meant = [
+            entry["first"][0] for key, entry in passed.items() if entry["count"] and not (key == TEXTS and several)
+        ]
         fix = f"if {meant[0]} holds the captions, {_AS_METADATA}" if meant else CAPTION_FIX
         raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {fix}")
     if caption is not None and not _holds_text(rows.features[caption]):
@@ -859,7 +863,11 @@ def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str
     numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
     shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
     if numbers and cfg.label_names:
-        fix = "add the others" if _by_number(numbers[0]) > 0 else "put the names in place of the numbers"
+        fix = (
+            "add the others"
+            if _by_number(numbers[0]) > 0
+            else "numbers start at 1: put the names in place of the numbers"
+        )
         raise UserError(
             f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}; "
             f"{fix}"

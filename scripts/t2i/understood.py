@@ -10,7 +10,8 @@ from typing import Any
 _MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252
 _INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")  # not the joiners of emoji and of Persian
 _NO_VALUE = re.compile(
-    r"[<(\[]?(nan|none|null|nil|n/?a|undefined|unknown|todo|tbd|true|false)[>)\]]?[.:!]?|#(n/a|(name|value|ref|null|num|div/0|error)[?!]?)",
+    r"[<(\[]?(nan|none|null|nil|n/?a|undefined|unknown|todo|tbd|true|false)[>)\]]?[.:!]?"
+    r"|#(n/a|(name|value|ref|null|num|div/0|error)[?!]?)",
     re.IGNORECASE,
 )
 _MESSAGE = re.compile(
