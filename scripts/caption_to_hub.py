@@ -149,6 +149,8 @@ def understand(recipe: Recipe, scratch: Path) -> None:
 def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
     """The table of `t2i.understood`: the captions that are there, where they are used, else the images alone."""
     from t2i import understood
+    from t2i.data import caption_origins, count_several
+    from t2i.sources import caption_columns
 
     good = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
@@ -169,6 +171,15 @@ def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], 
         found |= {"captions": None, "examples": [(file, "(to be made)") for file, _ in found["examples"]]}
     elif recipe.caption.captioner == "label":
         notes |= {"captions_from": {}, "caption_columns": ["from the class"]}
+    else:
+        captions = {
+            split: (caption_columns(part, recipe.data, source.name, split)[0], None) for split, part in rows.items()
+        }
+        notes["caption_columns"] = caption_origins(rows, captions, "captions_from" in notes, recipe.data)
+        notes["several_captions"] = 0
+        for split, (column, _) in captions.items():
+            kept = rows[split].select([photo.row for photo in good if photo.split == split])
+            notes["several_captions"] += count_several(kept[column]) if column else 0
     reasons = Counter(row["reason"].split(":")[0] for row in bad_photos(source, photos))
     report = {
         "dataset": source.name,

@@ -9,6 +9,8 @@ import sys
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
@@ -144,6 +146,19 @@ def test_an_edited_caption_stays_when_the_text_it_replaced_changes(drawn, run_ma
     captions = datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]
     assert {"as a person described it", "a new text"} <= set(captions)
     assert "another text" not in captions
+
+
+def test_existing_captions_of_parquet_are_named(run_main, drawn, tmp_path, capsys):
+    images = [
+        {"bytes": path.read_bytes(), "path": None} for path in sorted(drawn.glob("*.*"))[:3] if path.suffix != ".txt"
+    ]
+    rows = {"image": images, "text": [["a rose", "a red one"]] * len(images)}
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "parquet" / "train.parquet")
+    run_main("--dataset", tmp_path / "parquet", "--captioner", "existing", "--output_dir", "out", "--dry_run")
+    said = capsys.readouterr().out
+    assert "captions      column 'text'" in said
+    assert f"{len(images)} images have several: the first is used" in said
 
 
 @pytest.mark.parametrize("script", ["train_vae", "train_unet"])

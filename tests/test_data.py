@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i import data, dataset_folder, sources
+from t2i import data, dataset_folder, sources, understood
 from t2i.config import DataConfig
 from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits
 from t2i.dataset_folder import save_dataset_folder
@@ -300,6 +300,27 @@ BAD_CAPTIONS = {
         {"metadata.csv": 'file_name,text\n0.png,"a red rose\n1.png,"a tulip"\n2.png,x\n'},
         "metadata.csv, line 2: a quotation mark is not closed",
     ),
+    "a header without file_name": (
+        {"metadata.csv": "filename,text\n0.png,red\n"},
+        r"metadata.csv, line 1 names no column file_name \(it has filename, text\); rename 'filename' to file_name",
+    ),
+    "an end inside quotation marks": (
+        {"metadata.csv": 'sep=,\nfile_name,text\n0.png,"red\nand wet"\n1.png,"a tulip, half of '},
+        "metadata.csv, line 5: a quotation mark is not closed; close it, or double it",
+    ),
+    "an end after a doubled mark": ({"metadata.csv": 'file_name,text\n0.png,"a ""rose""'}, "line 2: a quotation mark"),
+    "a comma under a column without a name": (
+        {"metadata.csv": "file_name,text,\n0.png,a rose, wet\n"},
+        "line 2 has 3 fields, the header 2; .*, or name the last",
+    ),
+    "a pointer in place of a table": (
+        {"METADATA.CSV": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"},
+        "METADATA.CSV is a Git LFS pointer, not the file itself; run git lfs pull",
+    ),
+    "a pointer in place of a caption": (
+        {"0.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
+        r"0\.txt is a Git LFS pointer",
+    ),
     "a column twice": ({"metadata.csv": "file_name,text,text\n0.png,a,b\n"}, "names the column 'text' twice"),
     "an object": (
         {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": {"en": "x"}}\n'},
@@ -346,6 +367,18 @@ GOOD_CAPTIONS = {
     "tabs": {"metadata.csv": "file_name\ttext\n0.png\ta; red\n1.png\tb\n2.png\tc\n"},
     "spaces after commas": {"metadata.csv": 'file_name, text\n0.png, "a; red"\n1.png, b\n2.png, c\n'},
     "fields without a text": {"metadata.csv": "file_name,text\n0.png,a; red,,\n1.png,b\n2.png,c\n"},
+    "pandas' index": {"metadata.csv": ",file_name,text\n0,0.png,a; red\n1,1.png,b\n2,2.png,c\n"},
+    "nameless columns": {"metadata.csv": "file_name,,text, ,\n0.png,5,a; red,,\n1.png,5,b\n2.png,5,c,,,\n"},
+    "a nameless key": {"metadata.jsonl": "".join(
+        json.dumps({"": 5, "file_name": f"{i}.png", "text": text}) + "\n" for i, text in enumerate(["a; red", "b", "c"])
+    )},
+    "capitals of Windows": {"Metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n"},
+    "capitals of an ending": {
+        "metadata.JSONL": "".join(
+            json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i, text in enumerate(["a; red", "b", "c"])
+        )
+    },
+    "marks within a text": {"metadata.csv": 'file_name,text\n0.png,a; red\n1.png,b\n2.png,"c"'},
     "a table of UTF-16": {"metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n".encode("utf-16")},
     "files of UTF-16 and UTF-8": {
         "0.txt": "a; red".encode("utf-16"), "1.txt": b"\xef\xbb\xbfb", "2.txt": "c".encode("utf-32"),
@@ -355,6 +388,13 @@ GOOD_CAPTIONS = {
     "lists among texts": {
         "metadata.jsonl": '{"file_name": "0.png", "text": ["", "a; red", "x"]}\n{"file_name": "1.png", "text": "b"}\n'
         '{"file_name": "2.png", "text": ["c"]}\n'
+    },
+    "a text where there is no caption": {
+        "metadata.csv": "file_name,text,caption\n0.png,a; red, \n1.png,no,b\n2.png,c,\n"
+    },
+    "captions in some objects": {
+        "metadata.jsonl": '{"file_name": "0.png", "text": "a; red"}\n{"file_name": "1.png", "caption": "b", "text": 5}\n'
+        '{"file_name": "2.png", "caption": null, "text": "c"}\n'
     },
     "numbers beyond 64 bits beside": {
         "metadata.jsonl": "".join(
@@ -374,6 +414,36 @@ def test_captions_as_programs_write_them_are_read(kind, tmp_path):
     splits = load(tmp_path / "a", tmp_path)
     assert captions_of(splits) == {"0.png": "a; red", "1.png": "b", "2.png": "c"}
     assert splits.report.get("several_captions") == (1 if kind == "lists among texts" else 0)
+
+
+def test_which_of_two_columns_is_read_is_said(tmp_path):
+    rows = [{"image": png(i), "caption": "a", "text": "b"} for i in range(3)]
+    save_dataset_folder(tmp_path / "a", {"train": rows})
+    assert load(tmp_path / "a", tmp_path).report["caption_columns"] == [
+        "column 'caption'", "column 'text' is not used, as there is 'caption'"
+    ]  # fmt: skip
+    save_dataset_folder(tmp_path / "b", {"train": [row | {"caption": " "} for row in rows]})
+    with pytest.raises(
+        UserError, match=r"all captions .* are empty; column 'text' holds text: give --caption_column text"
+    ):
+        load(tmp_path / "b", tmp_path)
+    for index in range(3):
+        write(tmp_path / "c" / f"{index}.png", png(index))
+    write(tmp_path / "c/metadata.csv", "file_name,caption,text\n0.png,a,\n1.png,,b\n2.png,c,d\n")
+    assert load(tmp_path / "c", tmp_path).report["caption_columns"] == [
+        "column 'text' is read where 'caption' is empty"
+    ]
+
+
+def test_caption_files_that_serve_several_images_or_hide_others_are_said(tmp_path):
+    for name in ("3.jpg", "3.png", "3.webp", "4.png"):
+        write(tmp_path / "a" / name, png(len(name)))
+    for name in ("3.txt", "4.txt", "4.TXT"):
+        write(tmp_path / "a" / name, "a rose")
+    said = []
+    splits = load_splits(config(tmp_path / "a", tmp_path), said.append)
+    assert "1 caption file serves several images: 3.jpg, 3.png, 3.webp" in said[1]
+    assert splits.report["left_out"]["caption files beside another that is read"]["first"] == ["4.TXT"]
 
 
 def captions_of(splits: data.Splits) -> dict[str, str]:
@@ -424,8 +494,13 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
         with pytest.raises(UserError, match=r"numbers|is a number without a name"):
             load(tmp_path / form, tmp_path)
-    with pytest.raises(UserError, match="--label_names has no name for the classes 0; its names stand for 1 to 2"):
+    message = (
+        "--label_names has no name for the classes 0; its names stand for 1 to 2; numbers start at 1: put the names in "
+    )
+    with pytest.raises(UserError, match=message):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
+    said = load(class_folders(tmp_path / "words"), tmp_path, label_names=["rose"]).report["caption_columns"]
+    assert said == ["--label_names is not used, as no class is a number"]
     found = set(captions_of(load(tmp_path / "floats", tmp_path, label_names=["rose", "tulip"])).values())
     assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
 
@@ -481,7 +556,87 @@ def test_the_table_says_what_was_understood(tmp_path):
     assert "9 distinct" in said[1]
 
 
+NEAR = {
+    "0.PNG": "0.png",
+    "0": "0.png",
+    "0 .png": "0.png",
+    "0.jpg": "0.png",
+    "other/0.png": "0.png",
+    "a%20b.png": "a b.png",
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_missing_file_with_a_near_name_is_named(name, tmp_path):
+    for there in ("0.png", "a b.png", "c.png"):
+        write(tmp_path / "a" / there, png(len(there)))
+    write(tmp_path / "a/metadata.csv", f"file_name,text\n{name},a rose\nc.png,b\n")
+    with pytest.raises(UserError, match=rf"{name} \(missing file: did you mean {NEAR[name]}\?\)"):
+        load(tmp_path / "a", tmp_path)
+    write(tmp_path / "a/metadata.csv", f"file_name,text\n{name},a rose\n")
+    with pytest.raises(UserError, match=rf"no image to train on that can be used: {name} \(missing file: did you mean"):
+        load(tmp_path / "a", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["captions.json", "labels.csv", "captions.txt"])
+def test_a_table_that_may_hold_the_captions_is_named(name, tmp_path):
+    write(tmp_path / "a/0.png", png(0))
+    write(tmp_path / "a" / name, "x")
+    with pytest.raises(
+        UserError, match=f"if {name} holds the captions, save it as metadata.csv with the columns file_nam"
+    ):
+        load(tmp_path / "a", tmp_path)
+
+
+ODD = {
+    "that say no value": ["#NAME?", "#N/A", "true", "False", "TODO", "unknown", "n/a."],
+    "with control or invisible": ["a\u200brose", "a\x07rose", "\ufeffa rose", "ro\u00adse"],
+    "that are messages": ["Error: no image", "I am sorry, I see none", "I cannot help", "I’m sorry", "ValueError: x"],
+    "of numbers mostly": ["12 5 rose", "-1.5 2,3 x"],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_captions_are_marked(kind):
+    found = understood.describe({"train": {"file": ["x.png"] * len(ODD[kind]), "caption": ODD[kind]}})
+    assert [(key[: len(kind)], entry["count"]) for key, entry in found["captions"]["odd"].items()] == [
+        (kind, len(ODD[kind]))
+    ]
+
+
+def test_common_captions_are_not_odd():
+    good = [
+        "a rose - red - in bloom",
+        "an unknown flower",
+        "true blue",
+        "گل‌ها",
+        "👩‍🌾 with a rose",
+        "a sorry sight",
+        "#rose",
+    ]
+    assert not understood.describe({"train": {"file": ["x.png"] * len(good), "caption": good}})["captions"]["odd"]
+
+
+def test_classes_that_differ_by_capitals_or_accents_alone_are_said(tmp_path):
+    for index, name in enumerate(("Rose", "rose", "\u00e9t\u00e9", "e\u0301te\u0301", "lily")):
+        write(tmp_path / "a" / name / "0.png", png(index))
+    said = []
+    load_splits(config(tmp_path / "a", tmp_path), said.append)
+    assert "names that differ only by capitals, spaces or accents: 2 (" in said[1]
+    assert "Rose, rose" in said[1] or "rose, Rose" in said[1]
+    assert "e\\u0301te\\u0301" in said[1]
+
+
 # What is ours, and what is left alone
+
+
+def test_tables_beside_classes_are_named(tmp_path):
+    for name in ("rose/0.png", "tulip/1.png"):
+        write(tmp_path / "a" / name, png(len(name)))
+    for name in ("captions.json", "meta_cap.JSON", "list.csv"):
+        write(tmp_path / "a" / name, "{}")
+    left_out = load(tmp_path / "a", tmp_path).report["left_out"]
+    assert left_out["tables that are not named metadata.csv or metadata.jsonl"]["count"] == 3
 
 
 def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):
@@ -621,10 +776,49 @@ def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
         splits = load(tmp_path / form, tmp_path)
         assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
     assert splits.report["form"] == "webdataset, 1 file"
+    assert splits.report["left_out"] == {}
     assert "extra, 4 rows" in str(load(tmp_path / "dict", tmp_path).report["left_out"])
     write(tmp_path / "zip/photos.zip", b"PK")
     with pytest.raises(UserError, match=r"holds archives \(.zip\) and no images; unpack them"):
         load(tmp_path / "zip", tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["data/train-00000-of-00001.parquet"], r"00001.parquet is a Git LFS pointer, .*; run git lfs pull"),
+        (["metadata.parquet", "0.png"], "metadata.parquet is a Git LFS pointer"),
+        (["00000.tar"], "00000.tar is a Git LFS pointer"),
+        (["state.json", "dataset_info.json", "data-00000-of-00001.arrow"], "is a Git LFS pointer"),
+        (["rose/0.png", "rose/1.png"], r"0.png \(Git LFS pointer: run git lfs pull\)"),
+    ],
+)
+def test_git_lfs_pointers_are_refused(names, message, tmp_path):
+    for name in names:
+        write(tmp_path / "a" / name, POINTER)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "a", tmp_path)
+
+
+def test_shards_that_are_missing_and_files_beside_are_named(tmp_path):
+    folder = parquet(tmp_path / "a")
+    for name in ("cover.png", "list.csv", "metadata.csv", "data/train-00001.parquet.incomplete", "data/x.part"):
+        write(folder / name, png(5) if name == "cover.png" else "x")
+    counts = {reason: entry["first"] for reason, entry in load(folder, tmp_path).report["left_out"].items()}
+    assert counts == {
+        "pictures beside the shards": ["cover.png"],
+        "tables beside the shards": ["metadata.csv"],
+        "tables that are not named metadata.csv or metadata.jsonl": ["list.csv"],
+        "unfinished downloads": ["data/train-00001.parquet.incomplete", "data/x.part"],
+    }
+    shard = folder / "data/train-00000-of-00001.parquet"
+    shard.rename(folder / "data/train-00003-of-00005-0123456789abcdef.parquet")
+    message = "lacks 4 of 5 files: data/train-00000-of-00005.parquet, .*, …; download them, or rename those here"
+    with pytest.raises(UserError, match=message):
+        load(folder, tmp_path)
 
 
 def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):
@@ -731,6 +925,85 @@ def test_files_outside_metadata_and_splits_are_counted(tmp_path):
 
 
 # Splits
+
+
+def in_folders(folder: Path, names: str) -> Path:
+    """Two classes in each of the folders; a final ~ stands for a space."""
+    for index, name in enumerate(names.split()):
+        for label in ("rose", "tulip"):
+            write(folder / name.replace("~", " ") / label / f"{index}.png", png(2 * index + (label == "rose")))
+    return folder
+
+
+@pytest.mark.parametrize("names", ["data/train data/test", "a/b/Training a/b/val", "train~ test~", "Train TEST"])
+def test_splits_are_found_below_a_common_folder(names, tmp_path):
+    splits = load(in_folders(tmp_path / "a", names), tmp_path, validation_fraction=0)
+    assert len(splits.test or splits.validation) == len(splits.train) == 2
+    assert set(splits.train.rows["label"]) == {"rose", "tulip"}
+
+
+@pytest.mark.parametrize("column", ["split", "Set", "subset"])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_column_that_names_splits_is_used(form, column, tmp_path):
+    values = ["train", "Training", "test", "val", "train"]
+    if form == "csv":
+        for index in range(5):
+            write(tmp_path / "a" / f"{index}.png", png(index))
+        lines = [f"{index}.png,flower {index},{value}" for index, value in enumerate(values)]
+        write(tmp_path / "a/metadata.csv", "\n".join([f"file_name,text,{column}", *lines]))
+    else:
+        (tmp_path / "a").mkdir()
+        rows = {"image": [png(i) for i in range(5)], "text": [f"flower {i}" for i in range(5)], column: values}
+        pq.write_table(pa.table(rows), tmp_path / "a/train.parquet")
+    splits = load(tmp_path / "a", tmp_path)
+    found = [list(part.rows["caption"]) for part in (splits.train, splits.validation, splits.test)]
+    assert found == [["flower 0", "flower 1", "flower 4"], ["flower 3"], ["flower 2"]]
+
+
+SPLIT_COLUMN_MISTAKES = {
+    "empty": ("0.png,train\n1.png,test\n2.png,\n", "metadata.csv, line 4: column 'split' is empty; write train"),
+    "no train": ("0.png,val\n1.png,test\n", "column 'split' names test and validation but no train; add it"),
+    "another folder": (
+        "test/0.png,train\n1.png,test\n",
+        "line 2: column 'split' says train, but test/0.png lies in test",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT_COLUMN_MISTAKES)
+def test_split_columns_that_cannot_be_followed_are_refused(kind, tmp_path):
+    lines, message = SPLIT_COLUMN_MISTAKES[kind]
+    for name in ("0.png", "1.png", "2.png", *(("train/3.png", "test/0.png") if kind == "another folder" else ())):
+        write(tmp_path / "a" / name, png(len(name)))
+    write(tmp_path / "a/metadata.csv", "file_name,split\n" + lines)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "a", tmp_path)
+
+
+LOOK_ALIKES = {
+    "training_set test_set": "test_set, training_set look like splits; rename them test, train, or give --dataset .*/a/training_set",
+    "train_images test_images": "rename them test, train",
+    "seg_train seg_test seg_pred": "seg_test, seg_train look like splits",
+    "train2017 val2017": "rename them train, validation",
+    "trainA trainB testA testB": "testA, testB, trainA, trainB look like splits; rename them test, train$",
+    "data/TrainSet data/valset": "give --dataset .*/a/data/TrainSet",
+    "data/train data/test extra": "data/test, data/train look like splits; make folders test, train at the top",
+    "rose/train rose/test tulip/train": "rose/test, rose/train look like splits; make folders",
+    "a/val a/test": "name the folder to train on train",
+}
+
+
+@pytest.mark.parametrize("names", LOOK_ALIKES)
+def test_folders_that_look_like_splits_are_refused(names, tmp_path):
+    with pytest.raises(UserError, match=LOOK_ALIKES[names]):
+        load(in_folders(tmp_path / "a", names), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train"]
+)
+def test_classes_that_hold_such_words_are_classes(names, tmp_path):
+    assert load(in_folders(tmp_path / "a", names), tmp_path).test is None
 
 
 def ids(splits: data.Splits, name: str) -> set[str]:

@@ -11,12 +11,14 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from t2i.images import LFS_POINTER
 from t2i.runs import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -29,11 +31,24 @@ DELIMITERS = ",;\t|"
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 DETECTION_LABELS = re.compile(rf"\s*\d+(\s+{_NUMBER}){{4,}}\s*", re.IGNORECASE)  # YOLO: class, then box or polygon
+_OPEN_QUOTE = "{}, line {}: a quotation mark is not closed; close it, or double it"
 _NEXT_ROW = r'\n"?[^{0}\n"]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?)"?{0}'
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `UserError` for what Git LFS leaves in a file's place until it is pulled."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:  # said when it is read
+        return
+    if pointer:
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
 
 
 def read_text(path: Path) -> str:
     """The text of a file, its line ends as they are. Raises `UserError` with the line that is in no known encoding."""
+    refuse_pointer(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -69,9 +84,11 @@ def read_sidecar(path: Path) -> str:
 def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
     """(line number, row) of a metadata file; its captions are text, lists of texts, or None.
 
-    caption_column: None: `caption`, else `text`. Raises `UserError` with the line of what cannot be meant.
+    caption_column: None: `caption`, else `text`, in each row. Raises `UserError` with the line of what cannot be meant.
     """
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        refuse_pointer(path)
         try:
             rows = list(enumerate(pq.read_table(path).to_pylist(), 1))
         except (OSError, pa.ArrowException) as error:
@@ -79,11 +96,15 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
     else:
         text = read_text(path)
         names = ("file_name", "caption", "text", "label", caption_column or "caption")
-        rows = list(_csv_rows(path, text, names) if path.suffix == ".csv" else _json_rows(path, text))
-    column = caption_column or next((key for key in ("caption", "text") if any(key in row for _, row in rows)), None)
+        rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
     for line, row in rows:
-        if column in row:
-            row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+        row.pop("", None)  # pandas writes its index so
+        for column in [caption_column] if caption_column else ["caption", "text"]:
+            if column in row:
+                row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+                texts = row[column] if isinstance(row[column], list) else [row[column]]
+                if any(text and text.strip() for text in texts):
+                    break  # `text` is read where there is no caption
     return rows
 
 
@@ -95,7 +116,11 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         text, skipped = rest, 1
         first = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
     cells = {mark: [cell.strip().strip('"').strip() for cell in first.split(mark)] for mark in DELIMITERS}
-    delimiter = told[1] if told else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), ",")
+    delimiter = (
+        told[1]
+        if told
+        else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), max(DELIMITERS, key=first.count))
+    )
     # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
     raw = [cell.strip('"') for cell in first.split(delimiter)]
     spaced = any(name not in raw and name in cells.get(delimiter, ()) for name in names)
@@ -103,12 +128,22 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
     try:
         spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
-        columns = [name.strip() if spaced else name for name in reader.fieldnames or ()]
+        columns = [name.strip() if spaced or not name.strip() else name for name in reader.fieldnames or ()]
+        named = len(columns)
+        while columns and not columns[-1]:  # commas at the end: a text there is one of a caption that is not quoted
+            columns.pop()
         reader.fieldnames = columns
         twice = next((name for name in columns if name and columns.count(name) > 1), None)
         if twice:
             raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
+        if columns and "file_name" not in columns:
+            near = next((name for name in columns if re.search("file|image|path", name, re.IGNORECASE)), None)
+            fix = f"rename {near!r} to file_name" if near else "name the column of the files so"
+            raise UserError(
+                f"{path}, line {1 + skipped} names no column file_name (it has {', '.join(filter(None, columns))}); {fix}"
+            )
         line = reader.line_num
+        start = 1 + skipped
         for row in reader:
             start, line = line + 1 + skipped, reader.line_num
             more = row.pop(None, None)  # fields that no column is for
@@ -116,13 +151,25 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
                 raise UserError(
                     f"{path}, line {start} has {len(columns) + len(more)} fields, the header {len(columns)}; put quotation "
                     f"marks around a text with a {DELIMITER_NAMES.get(delimiter, delimiter)}"
+                    f"{', or name the last column' if named > len(columns) else ''}"
                 )
             swallowed = _NEXT_ROW.format(re.escape(delimiter))
             if any(value and "\n" in value and re.search(swallowed, value, re.IGNORECASE) for value in row.values()):
-                raise UserError(f"{path}, line {start}: a quotation mark is not closed; close it, or double it")
+                raise UserError(_OPEN_QUOTE.format(path, start))
             yield start, row
+        _refuse_open_quote(path, text, start - skipped, skipped, delimiter, spaced)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num + skipped} cannot be read ({error}); fix that line") from None
+
+
+def _refuse_open_quote(path: Path, text: str, start: int, skipped: int, delimiter: str, spaced: bool) -> None:
+    """Raise `UserError` where the last row, from line `start` of `text` on, ends inside quotation marks."""
+    last = islice(io.StringIO(text, newline=""), start - 1, None)
+    try:
+        list(csv.reader(last, delimiter=delimiter, skipinitialspace=spaced, strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(_OPEN_QUOTE.format(path, start + skipped)) from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +32,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from t2i import understood
-from t2i.config import DataConfig
+from t2i.config import DataConfig, SourceConfig
 from t2i.images import TRANSFORM_VERSION, BadImage, decode_image, fit
 from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
 from t2i.sources import (
@@ -44,6 +44,7 @@ from t2i.sources import (
     check_image_column,
     clean,
     find_source,
+    has_numbers,
     image_bytes,
     image_digest,
     in_order,
@@ -247,7 +248,8 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
     candidates = source.open(part / "source")
     for split, rows in candidates.items():
         candidates[split] = check_image_column(rows, cfg, source.name, split)
-    captions = {split: caption_columns(rows, cfg, source.name, split) for split, rows in candidates.items()}
+    listed = source.notes.get("left_out")
+    captions = {split: caption_columns(rows, cfg, source.name, split, listed) for split, rows in candidates.items()}
     with ThreadPoolExecutor(WORKERS) as pool:
         digests = {split: _digests(pool, rows, cfg, source.roots) for split, rows in candidates.items()}
         order = _hash_order(digests["train"], cfg.split_seed)
@@ -277,7 +279,7 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
                 splits[split] = {"images": len(kept), "empty_captions": empty, "fingerprint": fingerprint}
                 digests[f"kept {split}"] = digests[origin][kept]
     if splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
-        raise UserError(f"all captions of {source.name} are empty; {CAPTION_FIX}")
+        raise UserError(f"all captions of {source.name} are empty; {_full_column(candidates['train'], cfg)}")
     found = count + len(source.quarantine)
     left_out = len(candidates["train"]) - len(train) - len(validation)
     report = {
@@ -290,7 +292,7 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
         "quarantined_by_reason": dict(Counter(row["reason"].split(":")[0] for row in quarantine).most_common()),
         "duplicates": _count_duplicates(digests),
         "several_captions": several,
-        "caption_columns": _caption_columns(captions, "captions_from" in source.notes),
+        "caption_columns": caption_origins(candidates, captions, "captions_from" in source.notes, cfg),
         "understood": _describe(part, splits),
         **source.notes,
     }
@@ -304,14 +306,39 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
         )
 
 
-def _caption_columns(captions: dict[str, tuple[str | None, str | None]], counted: bool) -> list[str]:
-    """Where the captions of each split come from, in words; nothing for a folder whose files are counted instead."""
+def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:
+    """What fixes captions that are all empty: the other column that holds text, else the sentence for none."""
+    for column in {"caption", "text"} & set(rows.column_names) - {cfg.caption_column or "caption"}:
+        if any(map(clean, rows[column])):
+            return f"column {column!r} holds text: give --caption_column {column}"
+    return CAPTION_FIX
+
+
+def count_several(captions: Iterable[Any]) -> int:
+    """How many of these are lists of several captions."""
+    return sum(isinstance(value, list) and sum(map(bool, value)) > 1 for value in captions)
+
+
+def caption_origins(
+    rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[str | None, str | None]], counted: bool,
+    cfg: SourceConfig,
+) -> list[str]:  # fmt: skip
+    """Where the captions of each split come from, in words; a folder's files are `counted` instead."""
     found: dict[str, list[str]] = {}
     for split, (caption, label) in captions.items():
         if not (counted and caption in (None, "caption") and label in (None, "label")):
             origin = f"column {caption!r}" if caption else f"class, column {label!r}" if label else "none"
             found.setdefault(origin, []).append(split)
-    return [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
+    said = [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
+    if cfg.caption_column is None and any(
+        captions[split][0] == "caption" and "text" in rows[split].column_names for split in captions
+    ):
+        where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
+        said.append(f"column 'text' {where}")
+    named = [(rows[split], label) for split, (caption, label) in captions.items() if label and not caption]
+    if cfg.label_names and named and not any(has_numbers(part, str(label), cfg) for part, label in named):
+        said.append("--label_names is not used, as no class is a number")
+    return said
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -409,7 +436,7 @@ def _write_rows(
                 out["label"] = [label_name(value, cfg.label_names) for value in batch[label]]
             if caption:
                 captions = [clean(value) for value in batch[caption]]
-                several += sum(isinstance(value, list) and sum(map(bool, value)) > 1 for value in batch[caption])
+                several += count_several(batch[caption])
             elif label:
                 captions = [label_caption(value, cfg.caption_template) for value in out["label"]]
             else:

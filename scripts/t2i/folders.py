@@ -28,6 +28,8 @@ UNREADABLE |= {".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".dds", ".qoi", ".icns"}
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".html", ".py", ".lock"}
 NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
+NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
 FOREIGN_FOLDERS = re.compile(  # of storage systems, unpackers and photo programs: copies, thumbnails, what was deleted
     r"\..*|__macosx.*|@eadir|@tmp|[@#$]recycle(\.bin)?|#snapshot|@recently.*|@transcode|system volume information"
     r"|lost\+found|found\.\d+|.*\.lrdata|.*\.lrcat-data|captureone|ipod photo cache|_?thumb(s|nails?)|__pycache__",
@@ -35,7 +37,58 @@ FOREIGN_FOLDERS = re.compile(  # of storage systems, unpackers and photo program
 )
 SILENT_FOLDERS = {".git", ".cache", ".locks"}  # never images
 
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # "trainA" and "TestSet" are two words each
+_SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
+
+TABLES = "tables that are not named metadata.csv or metadata.jsonl"
+TEXTS = "text files without an image"
+
 LeftOut = dict[str, dict[str, Any]]  # reason -> count, and the first names
+
+
+def split_name(folder: str) -> str | None:
+    """The split that a folder of this name holds, or None."""
+    return SPLIT_NAMES.get(folder.strip().lower())
+
+
+def split_depth(files: Iterable[str], images: Iterable[str]) -> int:
+    """How many folders lead to an image's split: 0 without splits, 1 for `train/x.jpg`, 2 for `data/train/x.jpg`."""
+    if any(split_name(file.split("/")[0]) == "train" for file in files if "/" in file):
+        return 1
+    homes = _homes(images)
+    for depth in range(1, max(map(len, homes), default=0)):
+        if len({home[:depth] for home in homes}) > 1 or any(len(home) < depth for home in homes):
+            return 0
+        splits = {split_name(home[depth]) for home in homes if len(home) > depth} - {None}
+        if "train" in splits and len(splits) > 1:
+            return depth + 1
+    return 0
+
+
+def split_look_alikes(images: Iterable[str]) -> dict[str, str]:
+    """`{folder: split}` of folders side by side whose names hold words such as train and test, as `train_images` does.
+
+    At least half of the folders there must have such names: among many classes, `steam_train` and `test_tube` are two.
+    """
+    beside: dict[tuple[str, ...], set[str]] = {}
+    for home in _homes(images):
+        for depth, name in enumerate(home):
+            beside.setdefault(home[:depth], set()).add(name)
+    for parent, names in sorted(beside.items()):
+        alike = {name: split for name in sorted(names) if (split := _split_in(name))}
+        if len(set(alike.values())) > 1 and 2 * len(alike) >= len(names):
+            return {"/".join((*parent, name)): split for name, split in alike.items()}
+    return {}
+
+
+def _homes(images: Iterable[str]) -> set[tuple[str, ...]]:
+    return {tuple(image.split("/")[:-1]) for image in images}
+
+
+def _split_in(name: str) -> str | None:
+    words = (word.lower() for word in _WORDS.findall(name))
+    found = (SPLIT_NAMES.get(word) or SPLIT_NAMES.get(_SET_ENDINGS.sub("", word)) for word in words)
+    return next(filter(None, found), None)
 
 
 def leave_out(left_out: LeftOut, reason: str, name: str) -> None:
@@ -79,7 +132,7 @@ def list_files(folder: Path) -> tuple[list[str], LeftOut]:
                         leave_out(left_out, "folders of other programs, and hidden ones", path)
                     continue
                 by_link = linked or entry.is_symlink()
-                split = SPLIT_NAMES.get(inside[0].lower())
+                split = split_name(inside[0])
                 heapq.heappush(waiting, ((split is None, by_link, split != "train", inside), inside, by_link))
             elif not entry.name.startswith("."):
                 found.append(path)
@@ -125,11 +178,11 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
             leave_out(left_out, "companion files", file)
         elif file in readable or not suffix or suffix in UNREADABLE:
             images.append(file)
-        elif suffix in (".csv", ".tsv", ".jsonl"):
-            leave_out(left_out, "tables that are not named metadata.csv or metadata.jsonl", file)
+        elif suffix in (".csv", ".tsv", ".jsonl", ".json"):
+            leave_out(left_out, TABLES, file)
         elif suffix not in NOT_IMAGES:
             if starts_like_an_image(folder / file):
                 images.append(file)
             else:
-                leave_out(left_out, "other files", file)
+                leave_out(left_out, "unfinished downloads" if suffix in UNFINISHED else "other files", file)
     return images

@@ -38,6 +38,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False  # a half-grey photo must be quarantined
 # MAX_PIXELS is checked below, and is lower than the size at which Pillow would start to warn.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+LFS_POINTER = b"version https://git-lfs"
 _SIGNATURES = (  # (offset, bytes, name), to name what a file is without running its decoder
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD"), (0, b"\0\0\1\0", "ICO"),
@@ -167,6 +168,8 @@ def _format_of(head: bytes) -> str | None:
 
 def _describe(data: bytes) -> str:
     """Why Pillow did not know these bytes, without running any further decoder."""
+    if data.startswith(LFS_POINTER):
+        return "Git LFS pointer: run git lfs pull"
     name = _format_of(data[:64])
     if name in ALLOWED_FORMATS:
         return f"damaged: the {name} header cannot be read"

@@ -35,17 +35,23 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from t2i.caption_files import METADATA, SIDECARS, metadata_rows, read_sidecar
+from t2i.caption_files import METADATA, SIDECARS, metadata_rows, read_sidecar, refuse_pointer
 from t2i.config import SourceConfig
 from t2i.folders import (
     NOT_IMAGE_NAMES,
     RAW,
+    READABLE,
     SPLIT_NAMES,
+    TABLES,
+    TEXTS,
     LeftOut,
     leave_out,
     list_files,
     pick_images,
     plain_name,
+    split_depth,
+    split_look_alikes,
+    split_name,
     without_suffix,
 )
 from t2i.images import BadImage, read_image_file
@@ -53,11 +59,18 @@ from t2i.runs import UserError, hash_json, sha256_file
 
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # Pillow and hashlib release the GIL, so threads serve
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
+SPLIT_COLUMNS = {"split", "set", "subset"}
 OTHER_SPLITS = "splits that are not read"
 ARCHIVES = {".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?(\.\w+)")
 CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder a class; --caption_column "
     "names another column"
+)
+
+
+_AS_METADATA = (
+    "save it as metadata.csv with the columns file_name and caption, or as metadata.jsonl with one such object per line"
 )
 
 
@@ -93,22 +106,26 @@ def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
     saved = "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= set(files)
     if saved and any(file.endswith(".arrow") for file in files):
         return _disk_source(name, folder, files, left_out)
-    parquet = [file for file in files if file.endswith(".parquet") and PurePosixPath(file).name not in METADATA]
+    parquet = [
+        file for file in files
+        if file.lower().endswith(".parquet") and PurePosixPath(file).name.lower() not in METADATA
+    ]  # fmt: skip
     shards = [file for file in parquet if _holds_images(folder / file, cfg)]
-    for file in parquet if not shards else ():
-        leave_out(left_out, "Parquet files without an image column", file)
-    images = [] if shards else pick_images(folder, files, left_out)
+    passed: LeftOut = {}
+    images = [] if shards else pick_images(folder, files, passed)
     if shards or (parquet and not images):
-        return _shard_source(name, folder, shards or parquet, cfg, "Parquet", left_out)
+        return _shard_source(name, folder, files, shards or parquet, cfg, "Parquet", left_out)
     endings = Counter(PurePosixPath(file).suffix.lower() for file in files)
     if not images and endings[".tar"]:
         tars = [file for file in files if file.lower().endswith(".tar")]
-        return _shard_source(name, folder, tars, cfg, "webdataset", left_out)
+        return _shard_source(name, folder, files, tars, cfg, "webdataset", left_out)
     if not images and (archives := sorted(ARCHIVES & endings.keys())):
         raise UserError(
             f"{name} holds archives ({', '.join(archives)}) and no images; unpack them, and give that folder"
         )
-    return _folder_source(name, folder, files, images, cfg, left_out)
+    for file in parquet:
+        leave_out(left_out, "Parquet files without an image column", file)
+    return _folder_source(name, folder, files, images, cfg, left_out | passed)
 
 
 # Data sets that `datasets` reads
@@ -223,13 +240,19 @@ def _holds_images(shard: Path, cfg: SourceConfig) -> bool:
 
 
 def _shard_source(
-    name: str, folder: Path, shards: list[str], cfg: SourceConfig, form: str, left_out: LeftOut
+    name: str, folder: Path, files: list[str], shards: list[str], cfg: SourceConfig, form: str, left_out: LeftOut
 ) -> Source:
     """Parquet or .tar shards, which `datasets` converts, and sorts into splits by the card or by their names."""
+    _check_shards(name, folder, shards)
     card = folder / "README.md"
     front = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []  # which shard is which split
     content = [front, [[shard, sha256_file(folder / shard)] for shard in shards]]
-    roots, pictures = _pictures_beside(folder, shards, cfg)
+    roots, named, pictures = _pictures_beside(folder, shards, cfg)
+    for file in pick_images(folder, sorted(set(files) - set(shards) - named), left_out):
+        leave_out(left_out, "pictures beside the shards", file)
+    for file in files:
+        if PurePosixPath(file).name.lower() in METADATA:
+            leave_out(left_out, "tables beside the shards", file)
     content += [pictures] if pictures else []
     content += [_config_name(cfg)] if cfg.dataset_config_name else []
 
@@ -239,7 +262,8 @@ def _shard_source(
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="t2i-") as plain:
             for file in [*shards, *(["README.md"] if card.is_file() else [])]:
-                _link((folder / file).resolve(), Path(plain) / "data" / file)
+                link = Path(plain) / "data" / file
+                _link((folder / file).resolve(), link.with_suffix(link.suffix.lower()))
             try:
                 os.symlink(scratch.resolve(), Path(plain) / "cache", target_is_directory=True)
             except OSError:  # Windows without the right to make links
@@ -272,10 +296,29 @@ def _link(file: Path, link: Path) -> None:
         shutil.copyfile(file, link)
 
 
-def _pictures_beside(folder: Path, shards: list[str], cfg: SourceConfig) -> tuple[tuple[Path, ...], list[str]]:
-    """Roots and hashes of the pictures that Parquet files name by path, in a column of text."""
+def _check_shards(name: str, folder: Path, shards: list[str]) -> None:
+    """Raise `UserError` for shards that are Git LFS pointers, and where some of a numbered set are missing."""
+    numbered: dict[tuple[str, int, str], set[int]] = {}
+    for shard in shards:
+        refuse_pointer(folder / shard)
+        if found := _NUMBERED.fullmatch(shard):  # train-00000-of-00005.parquet
+            before, number, count, ending = found.groups()
+            numbered.setdefault((before, int(count), ending), set()).add(int(number))
+    for (before, count, ending), there in numbered.items():
+        missing = [f"{before}-{number:05d}-of-{count:05d}{ending}" for number in range(count) if number not in there]
+        if missing:
+            raise UserError(
+                f"{name} lacks {len(missing):,} of {count:,} files: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}; download them, or rename those here to use them alone"
+            )
+
+
+def _pictures_beside(
+    folder: Path, shards: list[str], cfg: SourceConfig
+) -> tuple[tuple[Path, ...], set[str], list[str]]:
+    """Roots, paths from `folder` and hashes of the pictures that Parquet files name by path, in a column of text."""
     paths: list[str] = []
-    for shard in shards if all(shard.endswith(".parquet") for shard in shards) else ():
+    for shard in shards if all(shard.lower().endswith(".parquet") for shard in shards) else ():
         try:
             schema = pq.read_schema(folder / shard)
             column = cfg.image_column if cfg.image_column in schema.names else "file_name"
@@ -283,14 +326,15 @@ def _pictures_beside(folder: Path, shards: list[str], cfg: SourceConfig) -> tupl
                 found = pq.read_table(folder / shard, columns=[column]).column(column).to_pylist()
                 paths += [path for path in found if path]
         except (OSError, pa.ArrowException):
-            return (folder,), []  # said when it is loaded
+            return (folder,), set(), []  # said when it is loaded
     roots: tuple[Path, ...] = (folder,)
     homes = {(folder / shard).parent for shard in shards}
     if paths and len(homes) == 1 and not (folder / paths[0]).is_file():
         roots = (homes.pop(), folder)  # paths start at the Parquet file, or at the folder
     with ThreadPoolExecutor(WORKERS) as pool:
         cells = ({"bytes": None, "path": path} for path in paths)
-        return roots, [digest.hex() for digest in in_order(pool, lambda cell: image_digest(cell, roots), cells)]
+        named = {os.path.relpath(roots[0] / path, folder).replace(os.sep, "/") for path in paths}
+        return roots, named, [digest.hex() for digest in in_order(pool, lambda cell: image_digest(cell, roots), cells)]
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -312,6 +356,7 @@ def _name_columns(rows: datasets.Dataset, cfg: SourceConfig, form: str) -> datas
 def _disk_source(name: str, folder: Path, files: list[str], left_out: LeftOut) -> Source:
     """A folder of `Dataset.save_to_disk`."""
     kept = [file for file in files if PurePosixPath(file).suffix in (".arrow", ".json")]
+    _check_shards(name, folder, kept)
     identity = hash_json([[file, sha256_file(folder / file)] for file in kept])
 
     def load(scratch: Path) -> dict[str, datasets.Dataset]:
@@ -343,7 +388,33 @@ def _name_splits(name: str, loaded: datasets.DatasetDict, left_out: LeftOut) -> 
         raise UserError(
             f"{name} has no images to train on (splits: {', '.join(map(str, loaded))}); name one of them train"
         )
-    return rows
+    return rows if len(rows) > 1 else _split_by_column(name, rows["train"])
+
+
+def _split_by_column(name: str, rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """The splits that a column of `rows` names, where there is one."""
+    for column in rows.column_names:
+        text = isinstance(kind := rows.features[column], datasets.Value) and "string" in kind.dtype
+        if text and column.lower() in SPLIT_COLUMNS and _names_splits(name, column, rows.unique(column)):
+            found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+            for index, value in enumerate(rows[column]):
+                found[_told_split(f"{name}, row {index}", column, value, None, "")].append(index)
+            return {split: rows.select(indices) for split, indices in found.items() if indices}
+    return {"train": rows}
+
+
+def _names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
+    """Whether a column says which row is in which split: it is called so, and holds several splits' names alone."""
+    if column.strip().lower() not in SPLIT_COLUMNS:
+        return False
+    splits = {split_name(str(value)) for value in values if value}
+    if None in splits or len(splits) < 2:
+        return False
+    if "train" not in splits:
+        raise UserError(
+            f"{name}: column {column!r} names {' and '.join(sorted(map(str, splits)))} but no train; add it"
+        )
+    return True
 
 
 # Folders of images
@@ -353,12 +424,15 @@ def _folder_source(
     name: str, folder: Path, files: list[str], images: list[str], cfg: SourceConfig, left_out: LeftOut
 ) -> Source:
     tops = {file.split("/")[0] for file in files if "/" in file}
-    has_train = any(SPLIT_NAMES.get(top.lower()) == "train" for top in tops)
-    if tops and not has_train and all(top.lower() in SPLIT_NAMES for top in tops):
+    depth = split_depth(files, images)
+    if tops and not depth and all(map(split_name, tops)):
         raise UserError(
             f"{name} has the splits {', '.join(sorted(tops))} but no train; name the folder to train on train"
         )
-    columns, notes, quarantine = _folder_columns(name, folder, files, images, has_train, cfg, left_out)
+    columns, notes, quarantine = _folder_columns(name, folder, files, images, depth, cfg, left_out)
+    if not columns and quarantine:
+        shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
+        raise UserError(f"{name} has no image to train on that can be used: {shown}; fix or replace them")
     if not columns:
         endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files).most_common(4)
         found = f" (it holds {', '.join(f'{count:,} of {ending}' for ending, count in endings)})" if endings else ""
@@ -380,7 +454,7 @@ def _folder_source(
 
 
 def _folder_columns(
-    name: str, folder: Path, files: list[str], images: list[str], has_train: bool, cfg: SourceConfig, left_out: LeftOut
+    name: str, folder: Path, files: list[str], images: list[str], depth: int, cfg: SourceConfig, left_out: LeftOut
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, Any], list[dict[str, str]]]:
     """Columns by split (image; where known caption, label, the metadata's), notes, and what cannot be listed."""
     columns: dict[str, dict[str, list[Any]]] = {}
@@ -388,38 +462,50 @@ def _folder_columns(
     origins: Counter[str] = Counter()
 
     def split_of(file: str) -> str | None:
-        return SPLIT_NAMES.get(file.split("/")[0].lower()) if has_train else "train"
+        return split_name(file.split("/")[depth - 1]) if depth else "train"
 
-    metadata = [file for file in files if PurePosixPath(file).name in METADATA]
+    metadata = [file for file in files if PurePosixPath(file).name.lower() in METADATA]
     described = tuple(str(PurePosixPath(file).parent) for file in metadata)
     if len(set(described)) < len(described):
         raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
     listed, outside = set(), 0
     exact, there = set(files), {plain_name(file): file for file in files}
-    by_text: list[
-        tuple[str, int, Any]
-    ] = []  # rows of metadata whose captions are in `text`, as theirs has no `caption`
-    for file in metadata:
-        found = metadata_rows(folder / file, cfg.caption_column)
-        has_caption = any("caption" in row for _, row in found)
+    by_text: list[tuple[str, int, Any]] = []  # rows of metadata that have a `text`: read where they have no caption
+    near_files: _NearFiles | None = None  # made once a file is missing
+    tables = {file: metadata_rows(folder / file, cfg.caption_column) for file in metadata}
+    rows = [row for found in tables.values() for _, row in found]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    split_column = next((key for key in keys if _names_splits(name, key, (row.get(key) for row in rows))), None)
+    for file, found in tables.items():
         for line, row in found:
             where = f"{folder / file}, line {line}"
             target = _inside(str(PurePosixPath(file).parent), row.pop("file_name", None), where, row)
             target = target if target in exact else there.get(plain_name(target), target)
             listed.add(target)
+            if target not in exact:
+                near_files = near_files or _NearFiles(images)
+                if near := near_files.find(target):
+                    reason = f"missing file: did you mean {near}?"
+                    quarantine.append({"file": target, "split": split_of(target) or "none", "reason": reason})
+                    continue
             split = split_of(target)
+            if split_column:
+                split = _told_split(where, split_column, row.get(split_column), split, target)
             if split is None:
                 outside += 1
                 leave_out(left_out, "outside the splits", target)
             else:
                 origins[f"from {PurePosixPath(file).name}"] += 1
-                if "text" in row and not has_caption:
+                if cfg.caption_column is None and isinstance(row.get("text"), (str, list)):
                     by_text.append((split, len(columns.get(split, {"image": ()})["image"]), row["text"]))
                 _add_row(columns, split, {**row, "image": target})
 
-    sidecars = _sidecars(files)
+    sidecars, hidden = _sidecars(files)
+    for file in hidden:
+        leave_out(left_out, "caption files beside another that is read", file)
+    served: dict[str, list[str]] = {}  # images by the caption file that is read for them
     own = [file for file in images if not _is_below(file, described)]
-    labels = {_class_of(file, has_train) for file in own}
+    labels = {_class_of(file, depth) for file in own}
     use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
     used: set[str] = set()
     joined = 0
@@ -443,21 +529,22 @@ def _folder_columns(
                 origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
                 joined += "\n" in known["caption"].strip()
                 used.update(beside)
+                served.setdefault(beside[0], []).append(file)
                 for other in beside[1:]:
                     leave_out(left_out, "caption files beside another that is read", other)
-            if use_labels and (label := _class_of(file, has_train)) is not None:
+            if use_labels and (label := _class_of(file, depth)) is not None:
                 known["label"] = label
             if not beside:
                 by_class.append((split, len(columns.get(split, {"image": ()})["image"]), known.get("label")))
             _add_row(columns, split, known)
     for split, position, text in by_text:
-        if "caption" in columns[split]:
+        if "caption" in columns[split] and not clean(columns[split]["caption"][position]):
             columns[split]["caption"][position] = text
     _fill_from_classes(name, columns, by_class, origins, cfg)
     for file in sorted(set(sidecars.values()) - used):
         if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
             described_too = _is_below(file, described)
-            leave_out(left_out, f"text files {'beside metadata' if described_too else 'without an image'}", file)
+            leave_out(left_out, "text files beside metadata" if described_too else TEXTS, file)
     unlisted = [file for file in images if _is_below(file, described) and file not in listed]
     for file in unlisted:
         leave_out(left_out, "not in the metadata", file)
@@ -467,25 +554,63 @@ def _folder_columns(
         "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
         "captions_from": dict(origins),
         "joined_lines": joined,
+        "shared_caption_files": [files for files in served.values() if len(files) > 1],
         "files_not_in_metadata": len(unlisted),
         "files_outside_splits": outside,
         "left_out": left_out,
     }
     if "train" not in columns:
         columns.clear()
+    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"])
     return columns, notes, quarantine
 
 
-def _sidecars(files: list[str]) -> dict[str, str]:
-    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`."""
+def _told_split(where: str, column: str, value: Any, split: str | None, target: str) -> str:
+    """The split that a metadata row names; refused where it would train on a validation or test folder."""
+    told = split_name(str(value or ""))
+    if told is None:
+        raise UserError(f"{where}: column {column!r} is empty; write train, validation or test")
+    if split not in (None, "train", told):
+        raise UserError(
+            f"{where}: column {column!r} says {told}, but {target} lies in {split}; make them agree, or rename the column"
+        )
+    return told
+
+
+def _refuse_look_alikes(name: str, images: list[str]) -> None:
+    """Raise `UserError` where folders that are all trained on look like splits: a test set would be among them."""
+    alike = split_look_alikes(images)
+    if not alike:
+        return
+    parent = str(PurePosixPath(next(iter(alike))).parent)
+    splits = ", ".join(dict.fromkeys(alike.values()))
+    if "train" not in alike.values():
+        fix = "name the folder to train on train"
+    elif all(parent == "." or _is_below(image, (parent,)) for image in images):
+        fix = f"rename them {splits}"
+    else:
+        fix = f"make folders {splits} at the top of the data set, with the others below these"
+    train = [folder for folder, split in alike.items() if split == "train"]
+    only = f", or give --dataset {Path(name) / train[0]} to use that alone" if len(train) == 1 else ""
+    raise UserError(f"{name}: {', '.join(alike)} look like splits; {fix}{only}")
+
+
+def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`.
+
+    Then those that another hides, whose ending differs in capitals alone.
+    """
     found: dict[str, str] = {}
+    hidden: list[str] = []
     for file in files:
         suffix = PurePosixPath(file).suffix
         if suffix.lower() in SIDECARS:
             key = plain_name(without_suffix(file) + suffix.lower())
+            if key in found:
+                hidden.append(found[key] if suffix.islower() else file)
             if key not in found or suffix.islower():
                 found[key] = file
-    return found
+    return found, hidden
 
 
 def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:
@@ -528,6 +653,30 @@ def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
     return str(PurePosixPath(base) / path)
 
 
+class _NearFiles:
+    """Finds the one image that a name in metadata is likely to mean: other capitals, spaces, ending or folder."""
+
+    def __init__(self, images: list[str]):
+        self.by_name: list[dict[str, list[str]]] = []
+        for image in images:
+            for depth, name in enumerate(self.names(image)):
+                if depth == len(self.by_name):
+                    self.by_name.append({})
+                self.by_name[depth].setdefault(name, []).append(image)
+
+    @staticmethod
+    def names(path: str) -> list[str]:
+        plain_path = re.sub(r"[\s_-]|%20", "", plain_name(path)).lower()
+        ends = PurePosixPath(plain_path).suffix in READABLE
+        stem = without_suffix(plain_path) if ends else plain_path
+        return [plain_path, stem, PurePosixPath(plain_path).name, PurePosixPath(stem).name]
+
+    def find(self, target: str) -> str | None:
+        found = (known.get(name) for known, name in zip(self.by_name, self.names(target), strict=False))
+        near = next(filter(None, found), [])
+        return near[0] if len(near) == 1 else None
+
+
 def _add_row(columns: dict[str, dict[str, list[Any]]], split: str, row: dict[str, Any]) -> None:
     part = columns.setdefault(split, {"image": []})
     count = len(part["image"])
@@ -541,8 +690,8 @@ def _is_below(file: str, folders: tuple[str, ...]) -> bool:
     return any(folder == "." or file.startswith(folder + "/") for folder in folders)
 
 
-def _class_of(file: str, has_train: bool) -> str | None:
-    parents = file.split("/")[has_train:-1]
+def _class_of(file: str, depth: int) -> str | None:
+    parents = file.split("/")[depth:-1]
     return parents[-1] if parents else None
 
 
@@ -639,9 +788,12 @@ def label_column(rows: datasets.Dataset) -> str | None:
     return next(named, None) or next(classes, None)
 
 
-def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str) -> tuple[str | None, str | None]:
+def caption_columns(
+    rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str, left_out: LeftOut | None = None
+) -> tuple[str | None, str | None]:
     """(caption column, label column), each None where there is none. Only the training split must have one of them.
 
+    left_out: what the listing left out, to name the table that may hold the captions.
     Raises `UserError` for captions that are no text, and for labels that are to become captions and have no names.
     """
     columns = rows.column_names
@@ -653,7 +805,13 @@ def caption_columns(rows: datasets.Dataset, cfg: SourceConfig, name: str, split:
     else:
         caption = next((column for column in ("caption", "text") if column in columns), None)
     if caption is None and label is None and split == "train":
-        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {CAPTION_FIX}")
+        passed = {reason: (left_out or {}).get(reason, {"count": 0}) for reason in (TABLES, TEXTS)}
+        several = passed[TEXTS]["count"] > 1  # not a table, but notes or labels of each image
+        meant = [
+            entry["first"][0] for key, entry in passed.items() if entry["count"] and not (key == TEXTS and several)
+        ]
+        fix = f"if {meant[0]} holds the captions, {_AS_METADATA}" if meant else CAPTION_FIX
+        raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {fix}")
     if caption is not None and not _holds_text(rows.features[caption]):
         raise UserError(
             f"{name}: column {caption!r} holds no text ({_kind(rows.features[caption])}), so no captions; write text, or a "
@@ -693,14 +851,26 @@ def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str
     return [text for text in found if text]
 
 
+def has_numbers(rows: datasets.Dataset, label: str, cfg: SourceConfig) -> bool:
+    """Whether a label column has numbers that `label_names` names."""
+    values = (plain(rows.features[label], value) for value in rows.unique(label))
+    return any(label_name(value, cfg.label_names) != label_name(value, []) for value in values)
+
+
 def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
     """Raise `UserError` where classes that are to become captions are numbers, which say nothing of an image."""
     known = {label for label in labels if label}
     numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
     shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
     if numbers and cfg.label_names:
+        fix = (
+            "add the others"
+            if _by_number(numbers[0]) > 0
+            else "numbers start at 1: put the names in place of the numbers"
+        )
         raise UserError(
-            f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}"
+            f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}; "
+            f"{fix}"
         )
     if numbers and len(numbers) == len(known):
         raise UserError(

@@ -1,12 +1,24 @@
 """What was understood of a data set: counted once, and told in one short table before any work begins."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 _MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252
+_INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")  # not the joiners of emoji and of Persian
+_NO_VALUE = re.compile(
+    r"[<(\[]?(nan|none|null|nil|n/?a|undefined|unknown|todo|tbd|true|false)[>)\]]?[.:!]?"
+    r"|#(n/a|(name|value|ref|null|num|div/0|error)[?!]?)",
+    re.IGNORECASE,
+)
+_MESSAGE = re.compile(
+    r"(\w*error|exception|failed)\s*:|traceback \(|http\w* error|(i'm|i am|we are)( \w+)? (sorry|unable)|sorry[,.]"
+    r"|i (cannot|can't|can not)\b|as an ai\b",
+    re.IGNORECASE,
+)
 # What may be meant as a caption, and rarely is: name -> test of (caption, file). The first that holds is counted.
 ODD: dict[str, Callable[[str, str], Any]] = {
     "with replacement characters (U+FFFD)": lambda text, file: "\ufffd" in text,
@@ -14,8 +26,10 @@ ODD: dict[str, Callable[[str, str], Any]] = {
     "with braces or brackets around": lambda text, file: re.fullmatch(r"[\[{(].*[\]})]", text),
     "with markup or a template": lambda text, file: re.search(r"<\w+[^>]*>|\{\w*\}|\{\{", text),
     "of numbers only": lambda text, file: not re.search(r"[^\W\d_]", text) and re.search(r"\d", text),
-    "of numbers mostly": lambda text, file: 2 * len(re.findall(r"(?<!\S)[-+\d.,]+(?!\S)", text)) > len(text.split()),
-    "that say no value (nan, none, null)": lambda text, file: text.lower() in ("nan", "none", "null", "n/a", "<na>"),
+    "of numbers mostly": lambda text, file: 2 * len(re.findall(r"(?<!\S)[-+.,]*\d[-+\d.,]*(?!\S)", text)) > len(text.split()),
+    "that say no value (nan, none, null)": lambda text, file: _NO_VALUE.fullmatch(text),
+    "that are messages of a program": lambda text, file: _MESSAGE.match(text.replace("’", "'")),
+    "with control or invisible characters": lambda text, file: _INVISIBLE.search(text),
     "that are file names": lambda text, file: (
         text in (Path(file).name, Path(file).stem) or re.fullmatch(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|txt)", text)
     ),
@@ -51,6 +65,9 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
         texts = set(entry.pop("texts"))
         entry["count"] = sum(caption in texts for part in splits.values() for caption in part["caption"])
     coded = [name for name in classes if re.search(r"\d", name)]
+    by_letters: dict[str, list[str]] = {}
+    for name in classes:
+        by_letters.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), []).append(name)
     ranked = classes.most_common()
     first: dict[str, list[Any]] = next(iter(splits.values()), {"file": [], "caption": []})
     shown = sorted({0, len(first["file"]) // 2, len(first["file"]) - 1}) if first["file"] else []
@@ -60,6 +77,7 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
             "largest": ranked[0],
             "smallest": ranked[-1],
             "with_digits": (len(coded), *coded[:1]),
+            "alike": [names for names in by_letters.values() if len(names) > 1],
         }
         if ranked
         else None,
@@ -84,6 +102,9 @@ def table(report: dict[str, Any]) -> str:
         coded, *such = classes["with_digits"]
         digits = f"; numbers in the names of {coded:,}, such as {such[0]}" if coded else ""
         rows.append(("classes", text + digits))
+        if alike := classes.get("alike"):  # not in reports of before
+            shown = [", ".join(map(_visible, names)) for names in alike[:3]]
+            rows.append(("", _counted(len(alike), "names that differ only by capitals, spaces or accents", shown)))
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
     rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
     if captions:
@@ -95,6 +116,10 @@ def table(report: dict[str, Any]) -> str:
         )  # fmt: skip
     if report.get("joined_lines"):
         rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
+    if shared := report.get("shared_caption_files"):
+        text = "1 caption file serves" if len(shared) == 1 else f"{len(shared):,} caption files each serve"
+        more = "; …" if len(shared) > 1 else ""
+        rows.append(("", f"{text} several images: {', '.join(shared[0][:4])}{more}"))
     odd = captions["odd"] if captions else {}
     rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
     copies = {key: count for key, count in report.get("duplicates", {}).items() if count}
@@ -135,6 +160,11 @@ def _splits(report: dict[str, Any]) -> str:
 def _counted(count: int, what: str, first: Iterable[str]) -> str:
     shown = list(first)
     return f"{what}: {count:,} ({'; '.join(shown)}{'; …' if count > len(shown) else ''})"
+
+
+def _visible(name: str) -> str:
+    """A name with its combining accents written out: é as one character and as two look the same."""
+    return "".join(f"\\u{ord(mark):04x}" if unicodedata.combining(mark) else mark for mark in name)
 
 
 def _short(text: str, length: int) -> str:
