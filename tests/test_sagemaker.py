@@ -255,7 +255,7 @@ def mistakes():
     )
     yield "deep missing folder", {}, ["--dataset", "my/deep/folder"], "--dataset my/deep/folder is not here"
     yield "a file", {}, ["--vae", str(ROOT / "README.md")], "is a file; give the folder"
-    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "is not here"
+    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "there is no user 'nobody-here' here"
     yield "credential typed", {}, ["--run_name", "hf_abcdefghijklmnopqrstuv"], "an argument looks like a credential"
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
@@ -621,6 +621,56 @@ def test_an_mlflow_address_with_odd_letters(monkeypatch):
     assert account.secrets_here(settings) == {"MLFLOW_TRACKING_USERNAME": "us@er", "MLFLOW_TRACKING_PASSWORD": "p@ss"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert launch_sagemaker.environment(settings, None) == {}  # the container's 127.0.0.1 is another
+
+
+@pytest.mark.parametrize(
+    ("shell", "named", "sent", "said"),
+    [
+        ("", None, None, "is not set, so no MLflow server follows the job"),
+        ("http://127.0.0.1:5000", None, None, "is of a server on this machine, which the job cannot reach"),
+        ("http://me:pw@0.0.0.0:5000", None, None, "is of a server on this machine"),
+        ("http://[::1]:5000", None, None, "is of a server on this machine"),
+        ("sqlite:///mlflow.db", None, None, "is of a SQLite file on this machine"),
+        ("postgresql://me:pw@db/x", None, None, r"is not sent, since it is of no http\(s\) server \(postgresql\)"),
+        ("  HTTPS://me:p%2Fw@h.org/x", None, "https://h.org/x", ""),
+        ("https://me:p/w@h.org/x", "https://other.org", "https://other.org", ""),
+        ("https://me:pw@h.org/x", " HTTPS://h.org/y", "https://h.org/y", ""),
+        ("https://h.org", "sqlite:////opt/ml/m.db", "sqlite:////opt/ml/m.db", "of the YAML names no server"),
+    ],
+)
+def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, named, sent, said):
+    extra = {"environment": {} if named is None else {"MLFLOW_TRACKING_URI": named}}
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": extra}, "test")
+    for name in jobs.SECRET_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shell)
+    assert launch_sagemaker.environment(settings, None).get("MLFLOW_TRACKING_URI") == sent
+    assert re.search(said, jobs.tracking_server(settings)[1])
+    assert bool(jobs.tracking_server(settings)[1]) == bool(said)
+    travels = (
+        {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} if "h.org" in (sent or "") and "@" in shell else set()
+    )
+    assert set(account.secrets_here(settings)) == travels
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("mlflow.example.org:5000", "a.yaml: MLFLOW_TRACKING_URI in environment=.* lacks http://; give http://mlflow"),
+        ("https://me:canary-77aa", "MLFLOW_TRACKING_URI in environment has no valid port"),
+        ("http://localhost:5000", "is http://localhost:5000, which in the job is the job's own machine"),
+        ("http://127.0.1.1:5000", "give the server's address on the network"),
+    ],
+)
+def test_an_mlflow_address_in_the_yaml_that_no_job_can_use(tmp_path, monkeypatch, uri, sentence):
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"additional_args": {"environment": {"MLFLOW_TRACKING_URI": uri}}}))
+    with pytest.raises(UserError, match=sentence) as error:
+        jobs.read_config(file)
+    assert "canary" not in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("http://", "ftp://"))  # and in the shell
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+        jobs.tracking_server(jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test"))
 
 
 @pytest.mark.parametrize(

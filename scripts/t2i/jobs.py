@@ -5,25 +5,28 @@ Knows nothing of AWS's interfaces (scripts/launch_sagemaker.py does) and imports
 
 import dataclasses
 import hashlib
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field
 
 from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse
 from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
-from t2i.tracking import redact
+from t2i.tracking import Address, redact, split_uri
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
 RUN = "/opt/ml/checkpoints/run"  # in the container, synced with S3: the run folder
 CACHE = "/opt/ml/cache"  # on the job's volume, synced with nothing
 SECRETS = "T2I_SECRETS"  # names the Secrets Manager secret whose JSON the container puts into its environment
+SERVER = "MLFLOW_TRACKING_URI"
 SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 
 # Sections of the recipe that each training script parses: their arguments are checked before anything is sent.
@@ -174,9 +177,49 @@ def read_config(path: Path) -> SageMakerConfig:
     own = [name for name in additional.environment if name.startswith("SM_") or name == "T2I_WORLD_SIZE"]
     if own:
         raise UserError(f"{path}: environment sets {own[0]}, which SageMaker or this suite sets; take it out")
+    server = additional.environment.get(SERVER, "").strip()
+    if server and split_uri(server, f"{path}: {SERVER} in environment").is_local:
+        raise UserError(
+            f"{path}: {SERVER} in environment is {server}, which in the job is the job's own machine; "
+            "give the server's address on the network"
+        )
     if bool(additional.subnets) != bool(additional.security_group_ids):
         raise UserError(f"{path}: subnets and security_group_ids belong together; give both, or neither")
     return config
+
+
+def tracking_server(config: SageMakerConfig) -> tuple[Address, str]:
+    """The MLflow server that the job records to, as the YAML or else this shell names it, and what a user should know of it.
+
+    Its user and password are of this shell alone. The address has no `uri` if the job gets none from here.
+    Raises `UserError` if the shell's is to be sent and cannot be used.
+    """
+    home = "the job's curves come home with --fetch"
+    named = config.additional_args.environment.get(SERVER)
+    given = os.environ.get(SERVER, "").strip()
+    try:
+        here = split_uri(given) if given else Address("")
+    except UserError:
+        if named is None:
+            raise
+        here = Address("")
+    if named is not None:
+        there = split_uri(named) if named.strip() else Address("")
+        if here.user and urlsplit(here.uri).hostname == urlsplit(there.uri).hostname:
+            there = Address(there.uri, here.user, here.password)
+        lost = not named.strip() or there.uri.startswith("sqlite")
+        return there, f"{SERVER} of the YAML names no server: {home}" if lost else ""
+    if here.is_server and not here.is_local:
+        return here, ""
+    if not here.uri:
+        return here, f"{SERVER} is not set, so no MLflow server follows the job: {home}"
+    if here.is_local:
+        why = "is of a server on this machine, which the job cannot reach"
+    elif here.uri.startswith("sqlite"):
+        why = "is of a SQLite file on this machine, which the job cannot reach"
+    else:
+        why = f"is not sent, since it is of no http(s) server ({urlsplit(here.uri).scheme or here.uri})"
+    return Address(""), f"{SERVER} {why}: {home}"
 
 
 def _is_old(py_version: str) -> bool:

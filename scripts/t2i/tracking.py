@@ -176,7 +176,8 @@ class Address:
     def is_local(self) -> bool:
         """Whether it is of a server on this machine, which other machines do not reach by this address."""
         host = (urlsplit(self.uri).hostname or "").rstrip(".")
-        return host.endswith("localhost") or bool(re.fullmatch(r"127(\.\d+){1,3}|0|0\.0\.0\.0|::1?|::ffff:127.*", host))
+        number = re.fullmatch(r"127(\.\d+){1,3}|0|0\.0\.0\.0|::1?|::ffff:127.*", host)
+        return bool(number) or host == "localhost" or host.endswith(".localhost")
 
 
 def split_uri(uri: str, name: str = "MLFLOW_TRACKING_URI") -> Address:
