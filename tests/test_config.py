@@ -54,12 +54,31 @@ def test_the_names_of_diffusers_scripts_are_accepted():
         ("- a\n", "must hold sections"),
         ("train_unet: [\n", "not valid YAML"),
         ("unet: {prediction_type: x0}\n", "prediction_type = 'x0'"),
+        (
+            "vae: {}\n\nunet: {}\nvae: {}\n",
+            "recipe.yaml, line 4: key vae stands in line 1 already; delete one of the two",
+        ),
+        ("train_unet:\n  seed: 1\n  'seed': 2\n", "recipe.yaml, line 3: key seed stands in line 2 already"),
+        ("zzz: {}\n", "'zzz'; give one of data, caption, vae, unet"),
+        ("vae: {qqqqqq: 1}\n", "'qqqqqq'; give one of vae, vae_revision, vae_channels"),
     ],
 )
 def test_mistakes_in_a_recipe_name_file_and_key(tmp_path, text, sentence):
     with pytest.raises(UserError, match=r"recipe\.yaml") as error:
         load_recipe(recipe(tmp_path, text))
     assert sentence in str(error.value)
+
+
+def test_a_recipe_may_merge_and_must_be_in_utf_8(tmp_path):
+    twice = "train_unet: &a {seed: 3, use_ema: false}\ntrain_vae: {<<: *a, seed: 4}\n"  # a merged key may be given anew
+    assert (
+        load_recipe(recipe(tmp_path, twice)).train_vae.seed,
+        load_recipe(recipe(tmp_path, twice)).train_unet.seed,
+    ) == (4, 3)
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
+        (tmp_path / "a.yaml").write_bytes("data: {image_column: é}\n".encode(encoding))
+        with pytest.raises(UserError, match=r"a\.yaml is not in UTF-8; save it as UTF-8"):
+            load_recipe(str(tmp_path / "a.yaml"))
 
 
 def test_an_unknown_recipe_names_the_known():

@@ -654,6 +654,25 @@ def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, na
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "a.yaml is empty; give keys such as compute_environment"),
+        ("[]", r"a.yaml must hold keys and values, not '\[\]'; write key: value"),
+        (
+            "region: us-east-1\nadditional_args:\n  max_run: 1\n  max_run: 2\n",
+            "a.yaml, line 4: key max_run stands in line 3",
+        ),
+        ("region: us-east-1\nregion: us-west-2\n", "a.yaml, line 2: key region stands in line 1 already; delete one"),
+    ],
+)
+def test_a_yaml_that_says_nothing_or_two_things(tmp_path, text, sentence):
+    (tmp_path / "a.yaml").write_text(text)
+    for read in (jobs.read_config, jobs.read_inside):
+        with pytest.raises(UserError, match=sentence):
+            read(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
     ("uri", "sentence"),
     [
         ("mlflow.example.org:5000", "a.yaml: MLFLOW_TRACKING_URI in environment=.* lacks http://; give http://mlflow"),

@@ -266,6 +266,41 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's loader, which refuses a key that stands twice in one mapping, instead of taking its last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            line, same = key.start_mark.line + 1, (key.tag, str(key.value))
+            if same in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise UserError(
+                    f"{self.name}, line {line}: key {key.value} stands in line {lines[same]} already; delete one of the two"
+                )
+            lines[same] = line
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, None if it is empty.
+
+    Raises `UserError` naming the file if it is not valid YAML in UTF-8, or a key stands twice; `OSError` if it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # of UTF-16 without its mark, too
+        raise UserError(f"{path} is not in UTF-8; save it as UTF-8")
+    try:
+        loader = _Loader(text)
+        loader.name = str(path)
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_recipe(name: str) -> Recipe:
     """Read a recipe: a YAML file, or the name of one in scripts/recipes.
 
@@ -273,12 +308,10 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name) if Path(name).suffix else RECIPES / f"{name}.yaml"
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sections = read_yaml(path)
     except OSError:
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise UserError(f"recipe {name} cannot be read; give a YAML file, or one of: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections or {}, dict):
         raise UserError(f"{path} must hold sections ({', '.join(_fields(Recipe))}), not a {type(sections).__name__}")
     values = {}
@@ -463,10 +496,11 @@ def _fields(cls: Any) -> dict[str, Any]:
 
 
 def known_key(key: Any, known: dict[str, Any], what: str) -> Any:
-    """`key`, if it is one of `known`; else raises `UserError` naming the nearest. what: such as "key in x.yaml"."""
+    """`key`, if it is one of `known`; else raises `UserError` naming the nearest, or all. what: such as "key in x.yaml"."""
     if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-        raise UserError(f"unknown {what}: {key!r}; did you mean {near[0] if near else min(known)!r}?")
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(map(str, known))}"
+        raise UserError(f"unknown {what}: {key!r}; {meant}")
     return key
 
 

@@ -14,10 +14,9 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import Field
 
-from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse
+from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse, read_yaml
 from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
 from t2i.tracking import Address, redact, split_uri
 
@@ -133,7 +132,7 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
 
 def read_config(path: Path) -> SageMakerConfig:
     """Read an accelerate SageMaker YAML. Raises `UserError` naming file and key where it cannot be used."""
-    values = read_yaml(path)
+    values = read_mapping(path)
     if values.get("compute_environment") != "AMAZON_SAGEMAKER":
         raise UserError(
             f"{path} is for {values.get('compute_environment', 'a local machine')}, not AMAZON_SAGEMAKER; launch it with "
@@ -236,7 +235,7 @@ def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, A
 
 def read_inside(path: Path) -> dict[str, Any]:
     """The YAML that holds in the containers. Raises `UserError` where it is not one, or names what is not sent or not run."""
-    values = read_yaml(path)
+    values = read_mapping(path)
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise UserError(f"--inside {path} is for SageMaker itself; name one for machines, such as deepspeed_zero2.yaml")
     zero = values.get("deepspeed_config") or {}
@@ -247,16 +246,19 @@ def read_inside(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; raises `UserError` where there is none."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give an accelerate YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise UserError(
+            f"{path} is empty; give keys such as compute_environment, mixed_precision and num_machines, or have "
+            f"accelerate config --config_file {path} write them"
+        )
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values")
+        raise UserError(f"{path} must hold keys and values, not {str(values)[:40]!r}; write key: value, one per line")
     return values
 
 
