@@ -654,6 +654,40 @@ def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, na
 
 
 @pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("compute_environment: amazon_sagemaker", "compute_environment is amazon_sagemaker; write AMAZON_SAGEMAKER"),
+        ("py_version: '3.12'", "py_version 3.12 is not written as SageMaker's images are; write py312"),
+        ("py_version: 3.12", "write py312"),
+        ("py_version: python3.11", "write py311"),
+        (
+            "distributed_type: NO",
+            "distributed_type = False is not usable: YAML reads NO as false; write 'NO' in quotes",
+        ),
+        (
+            "distributed_type: MULTI_GPU",
+            "has distributed_type MULTI_GPU, which these scripts cannot use; .* 'NO'",
+        ),
+        ("distributed_type: DATA_PARALLEL", "DATA_PARALLEL, a library of SageMaker's own, which these"),
+        ("mixed_precision: no", "mixed_precision = False is not usable: YAML reads no as false; write 'no' in quotes"),
+        ("mixed_precision: fp8", "mixed_precision = 'fp8' is not usable: give 'no', 'fp16' or 'bf16'"),
+        ("pytorch_version: 2.9", "pytorch_version = 2.9 is not usable: it is not text; put it in quotes"),
+        ("ec2_instance_type: g4dn.xlarge", "'g4dn.xlarge' is not usable: give one such as ml.g4dn.xlarge"),
+        ("num_machines: true", "num_machines = True is not usable: give a number"),
+        ("num_machines: two", "num_machines = 'two' is not usable: give a whole number"),
+        ("additional_args: {max_run: 10h}", "max_run = '10h' is not usable: give a whole number, without a unit"),
+        ("additional_args: {tags: a}", "tags = 'a' is not usable: give keys and values, such as {name: value}"),
+        ("additional_args: {environment: {A: 1}}", "environment.A = 1 is not usable: it is not text; put it in quotes"),
+    ],
+)
+def test_a_wrong_value_in_the_yaml_gets_the_right_one(tmp_path, line, sentence):
+    known = {key: value for key, value in BASE.items() if key != line.partition(":")[0]}
+    (tmp_path / "a.yaml").write_text(f"{yaml.safe_dump(known)}{line}\n")
+    with pytest.raises(UserError, match=f"a.yaml.*{sentence}"):
+        jobs.read_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("", "a.yaml is empty; give keys such as compute_environment"),

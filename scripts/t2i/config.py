@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 import yaml
-from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
 from t2i.runs import UserError
 
@@ -34,16 +35,23 @@ def _whole_path(text: str) -> str:
     return whole
 
 
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes as 0 or 1
+        raise ValueError("give a number")
+    return value
+
+
+_Number = BeforeValidator(_no_flag)
 Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, _Number, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, _Number, Field(ge=0, lt=2**31)]
 PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Positive = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, _Number, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, _Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+Guidance = Annotated[float, _Number, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -82,9 +90,11 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """The captioned images."""
 
-    resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
+    resolution: Annotated[int, _Number, Field(ge=8, le=2048)] = (
+        128  # px, both sides: shorter side resized, centre cropped
+    )
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
-    validation_fraction: Annotated[float, Field(gt=0, lt=0.9, allow_inf_nan=False)] = (
+    validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = (
         0.05  # share taken by content hash where a data set has no validation split
     )
     split_seed: int = 0  # another number gives another validation split
@@ -105,7 +115,9 @@ class CaptionConfig(HubConfig):
     task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
     prompt: str = ""  # text for the model, where its task takes some
     caption_batch_size: Count = 8  # images at once; halved when memory runs out
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 128  # tokens of a caption at most; CLIP reads 77 of its own
+    max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = (
+        128  # tokens of a caption at most; CLIP reads 77 of its own
+    )
     num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
     strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
     fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
@@ -142,7 +154,7 @@ class UnetConfig:
     text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
     text_hidden_size: Count = 128  # width of a built text encoder
     text_layers: Count = 2  # layers of a built text encoder
-    text_max_length: Annotated[int, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
+    text_max_length: Annotated[int, _Number, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
     unet_channels: list[Count] = field(default_factory=lambda: [192, 384, 576])  # channels a level
     unet_layers: Count = 2  # residual and attention layers a level
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
@@ -162,7 +174,7 @@ class TrainConfig:
 
     output_dir: PathText | None = None  # run folder
     dry_run: Flag = False  # end after the table of what was understood of the input
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
+    seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
     train_batch_size: Count = 16  # images a process and step
     gradient_accumulation_steps: Count = 1  # steps a weight update
     max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
@@ -246,7 +258,7 @@ class EvaluateConfig:
     engine: Literal["auto", "torch", "openvino"] = (
         "auto"  # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
     )
-    eval_seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
+    eval_seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
     classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
     kid_network: PathText | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
@@ -517,8 +529,52 @@ def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
         key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
         if first["type"] == "missing":
             raise UserError(f"{where}: {key} is missing; add it") from None
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = _reason(first["type"], first["input"], first.get("ctx", {})) or first["msg"]
         raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {reason}") from None
+
+
+_REASONS = {  # pydantic's types of errors, by how they begin -> what to do
+    "value_error": "{error}",
+    "string_type": "it is not text; put it in quotes",
+    "int_": "give a whole number, without a unit",
+    "float_": "give a number, without a unit",
+    "bool_": "write true or false, without quotes",
+    "list_": "give a list, such as [a, b]",
+    "dict_": "give keys and values, such as {{name: value}}",
+    "dataclass_": "give keys and values, such as {{name: value}}",
+    "literal_error": "give {expected}",
+    "greater_than_equal": "it must be at least {ge}",
+    "greater_than": "it must be greater than {gt}",
+    "less_than_equal": "it must be at most {le}",
+    "less_than": "it must be less than {lt}",
+    "finite_number": "it must be a finite number",
+}
+
+
+def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
+    """What to do about a value that pydantic refused, in words of a YAML's writer; empty for an error not in the table."""
+    wants_text = kind in ("string_type", "literal_error")
+    if value is None and wants_text:
+        return "it is empty; give a value, or delete the key"
+    if isinstance(value, bool) and wants_text:
+        word = "no" if not value else "yes"
+        expected = str(context.get("expected", ""))
+        word = next((quoted for quoted in (word, word.upper()) if f"'{quoted}'" in expected), word)
+        if not expected or f"'{word}'" in expected:
+            return f"YAML reads {word} as {str(value).lower()}; write '{word}' in quotes"
+    found = next((text for start, text in _REASONS.items() if kind.startswith(start)), "")
+    return found.format(**context)
+
+
+def matching(pattern: str, example: str) -> AfterValidator:
+    """A check that a text is as `pattern`; its error gives an example."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"give one such as {example}")
+        return text
+
+    return AfterValidator(check)
 
 
 def _is_text(text: str) -> bool:

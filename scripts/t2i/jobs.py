@@ -14,9 +14,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
-
-from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse, read_yaml
+from t2i.config import Count, Flag, Recipe, checked, known_key, matching, option, parse, read_yaml
 from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
 from t2i.tracking import Address, redact, split_uri
 
@@ -46,7 +44,7 @@ AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "
            "launch_sagemaker.py", "run_sagemaker_job.py")  # fmt: skip
 
 
-S3Uri = Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$")]
+S3Uri = Annotated[str, matching(r"s3://[a-z0-9][a-z0-9.-]+(/.*)?", "s3://bucket/folder")]
 
 
 @dataclass
@@ -71,16 +69,18 @@ class SageMakerConfig:
     """The YAML that `accelerate config` writes for Amazon SageMaker, key by key."""
 
     compute_environment: Literal["AMAZON_SAGEMAKER"]
-    ec2_instance_type: Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+    ec2_instance_type: Annotated[str, matching(r"ml\.[a-z0-9-]+\.[a-z0-9]+", "ml.g4dn.xlarge")]
     iam_role_name: str = ""  # name or ARN of the role that the job runs as
     num_machines: Count = 1
     distributed_type: Literal["NO"] = "NO"  # of SageMaker's own libraries; what trains inside is another YAML's
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: the inner YAML's
-    region: Annotated[str, Field(pattern=r"^([a-z]{2}(-[a-z]+)+-\d)?$")] = (
+    region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = (
         ""  # empty: AWS_REGION's, the profile's, or us-east-1
     )
     profile: str | None = None  # of ~/.aws
-    base_job_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9](-?[A-Za-z0-9]){0,45}$")] = "t2i"
+    base_job_name: Annotated[
+        str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
+    ] = "t2i"
     image_uri: str | None = None  # None: AWS's image by the versions below
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
@@ -133,7 +133,14 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
 def read_config(path: Path) -> SageMakerConfig:
     """Read an accelerate SageMaker YAML. Raises `UserError` naming file and key where it cannot be used."""
     values = read_mapping(path)
-    if values.get("compute_environment") != "AMAZON_SAGEMAKER":
+    kind = str(values.get("compute_environment"))
+    if kind != "AMAZON_SAGEMAKER" and re.sub(r"[\W_]+", "_", kind).upper() in (
+        "AMAZON_SAGEMAKER",
+        "SAGEMAKER",
+        "AWS_SAGEMAKER",
+    ):
+        raise UserError(f"{path}: compute_environment is {kind}; write AMAZON_SAGEMAKER")
+    if kind != "AMAZON_SAGEMAKER":
         raise UserError(
             f"{path} is for {values.get('compute_environment', 'a local machine')}, not AMAZON_SAGEMAKER; launch it with "
             f"accelerate launch --config_file {path}"
@@ -152,9 +159,17 @@ def read_config(path: Path) -> SageMakerConfig:
         )
     additional = checked(Additional, extra, f"{path}, section additional_args")
     values = {key: value for key, value in values.items() if value is not None}  # accelerate writes null for "not set"
-    if "distributed_type" in values and values["distributed_type"] != "NO":
-        refused = f"distributed_type {values['distributed_type']}, a library of SageMaker's own"
+    kind = values.get("distributed_type", "NO")
+    if isinstance(kind, str) and kind != "NO":
+        library = ", a library of SageMaker's own" if kind in ("DATA_PARALLEL", "MODEL_PARALLEL") else ""
+        refused = f"distributed_type {kind}{library}"
         raise UserError(_to_change(path, refused, ["set distributed_type: 'NO'"], values))
+    if meant := re.fullmatch(r"(?:py|python)?\s?3\.?(\d+)(?:\.\d+)?", str(values.get("py_version", "")), re.IGNORECASE):
+        wanted = f"py3{meant[1]}"
+        if values["py_version"] != wanted and not _is_old(wanted):
+            raise UserError(
+                f"{path}: py_version {values['py_version']} is not written as SageMaker's images are; write {wanted}"
+            )
     config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
     if additional.max_wait is not None and additional.max_wait < additional.max_run:
         raise UserError(
