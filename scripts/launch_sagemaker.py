@@ -73,7 +73,8 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
         where = f"{config.region} ({config.region_from})"
         plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        plan += [f"NOTE: {note}" for note in notes(command, config, estimate, secrets)]
+        said = [*notes(command, config, estimate, secrets), jobs.precision_note(config, inner)]
+        plan += [f"NOTE: {note}" for note in said if note]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:
             request = build_request(config, account, source, aws.channels_of(inputs, hashes, account), secrets)

@@ -488,6 +488,20 @@ def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, clou
 
 
 @pytest.mark.parametrize(
+    ("machine", "own", "inner", "said"),
+    [
+        ("ml.g4dn.xlarge", "bf16", {}, "ml.g4dn.xlarge have no bf16 units, .* set mixed_precision: fp16$"),
+        ("ml.p3.2xlarge", None, {"mixed_precision": "bf16"}, "set mixed_precision: fp16 in the SageMaker YAML$"),
+        ("ml.g4dn.xlarge", "fp16", {"mixed_precision": "bf16"}, "^$"),
+        ("ml.g5.xlarge", "bf16", {}, "^$"),
+    ],
+)
+def test_bf16_is_noted_where_gpus_have_no_units_for_it(machine, own, inner, said):
+    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
+    assert re.search(said, jobs.precision_note(settings, inner))
+
+
+@pytest.mark.parametrize(
     ("machine", "own", "inner", "refused"),
     [
         ("ml.m5.xlarge", "fp16", {}, True), ("ml.m5.xlarge", None, ZERO2, True), ("ml.c7i.large", "fp16", {}, True),

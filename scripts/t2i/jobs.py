@@ -130,6 +130,19 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
         )
 
 
+def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
+    """What a user should know of the precision on this machine; empty if nothing. inner: as of `read_inside`."""
+    own = config.mixed_precision
+    if (own or inner.get("mixed_precision")) != "bf16" or not re.match(
+        r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type
+    ):
+        return ""
+    return (
+        f"the GPUs of {config.ec2_instance_type} have no bf16 units, so mixed_precision bf16 is slow there; "
+        f"set mixed_precision: fp16{'' if own else ' in the SageMaker YAML'}"
+    )
+
+
 def read_config(path: Path) -> SageMakerConfig:
     """Read an accelerate SageMaker YAML. Raises `UserError` naming file and key where it cannot be used."""
     values = read_mapping(path)
