@@ -195,6 +195,8 @@ def test_a_plain_folder_is_refused_with_the_mend() -> None:
         ("https://me:s3cretpw", r"no valid port \(1 to 65535\); give https://host:port; if it has a password, write /"),
         ("https://h.org:99999", r"no valid port \(1 to 65535\)"),
         ("https://me:s3cret[pw@h.org", "write those of a password as %5B %5D"),
+        ("postgresql://me:p/s3cretpw@db/x", r"give postgresql://host:port/database; if it has .* as %2F %3F %23 %40$"),
+        ("MySQL://me:s3cretpw@db/x", "give mysql://…$"),
         ("SQLITE:///mlflow.db", "begins with capitals, which MLflow does not know; give sqlite:///mlflow.db"),
         ("notes.txt", "is a file here, to which MLflow 3 cannot write; give sqlite:///mlflow.db"),
         ("runs.data", "lacks sqlite:///; give sqlite:///runs.data"),

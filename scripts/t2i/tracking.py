@@ -154,9 +154,8 @@ def _say(text: str) -> None:
 # --- Where to send ---------------------------------------------------------------------------------------------------
 
 
-_ENCODED = (
-    "write / ? # @ of the password as %2F %3F %23 %40, or give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-)
+_ENCODED = "write / ? # @ of the password as %2F %3F %23 %40"
+_OR_VARIABLES = ", or give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # for http(s) servers alone
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def split_uri(uri: str, name: str = "MLFLOW_TRACKING_URI") -> Address:
     uri = uri.strip()
     cut = re.match(r"(?i)https?:/*[^/?#]*(.*)", uri, re.DOTALL)
     if cut and "@" in cut[1]:  # the user and password reach up to this @, but a URL's server ends at the first / ? #
-        raise UserError(f"{name} has an @ after its server's name; {_ENCODED}")
+        raise UserError(f"{name} has an @ after its server's name; {_ENCODED}{_OR_VARIABLES}")
     try:
         parts = urlsplit(uri)
     except ValueError:  # its words are not shown: they may hold a part of a password
@@ -197,9 +196,9 @@ def split_uri(uri: str, name: str = "MLFLOW_TRACKING_URI") -> Address:
     try:
         parts.port  # noqa: B018 - reading it checks it
     except ValueError:
-        raise UserError(
-            f"{name} has no valid port (1 to 65535); give {parts.scheme}://host:port; if it has a password, {_ENCODED}"
-        ) from None
+        example = f"{parts.scheme}://host:port" + ("" if cut else "/database")
+        fix = f"give {example}; if it has a password, {_ENCODED}{_OR_VARIABLES if cut else ''}"
+        raise UserError(f"{name} has no valid port (1 to 65535); {fix}") from None
     _check_address(uri, name)
     if parts.scheme not in ("http", "https"):
         return Address(uri)
@@ -233,7 +232,7 @@ def _check_address(uri: str, name: str) -> None:
             raise UserError(f"{shown} names no host; give {scheme}://host:port")
         return
     if scheme in ("sqlite", "postgresql", "postgres", "mysql", "mssql", "databricks") and not uri.startswith(scheme):
-        fix = f"{scheme}{redact(uri)[len(scheme) :]}"
+        fix = f"{scheme}{uri[len(scheme) :]}" if "@" not in uri else f"{scheme}://…"
         raise UserError(f"{shown} begins with capitals, which MLflow does not know; give {fix}")
     if scheme == "sqlite":
         file = re.sub(r"^sqlite(\+\w+)?:/*", "", uri)
