@@ -47,6 +47,7 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
     inside = Path(options.inside)
     inner = jobs.read_inside(inside)
     jobs.check_precision(config, inside, inner)
+    jobs.tracking_server(config)  # refuses an address that nobody could record to
     inputs = jobs.local_inputs(command, config)
     check_push(command)
 
@@ -72,7 +73,8 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
         where = f"{config.region} ({config.region_from})"
         plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        plan += [f"NOTE: {note}" for note in notes(command, config, estimate, secrets)]
+        said = [*notes(command, config, estimate, secrets), jobs.precision_note(config, inner)]
+        plan += [f"NOTE: {note}" for note in said if note]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:
             request = build_request(config, account, source, aws.channels_of(inputs, hashes, account), secrets)
@@ -168,8 +170,8 @@ def notes(
     own_secret = jobs.SECRETS in config.additional_args.environment
     if getattr(settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
         found.append("push_to_hub needs a token in the job: export HF_TOKEN (what hf auth login keeps does not travel)")
-    if not environment(config, None).get("MLFLOW_TRACKING_URI", "").startswith("http"):
-        found.append("no MLflow server (MLFLOW_TRACKING_URI is not an address): curves come home with --fetch")
+    if said := jobs.tracking_server(config)[1]:
+        found.append(said)
     too_long = costs.too_long(estimate, config)
     return [*found, too_long] if too_long else found
 
@@ -297,10 +299,8 @@ def trainer(
 def environment(config: jobs.SageMakerConfig, secret: str | None) -> dict[str, str]:
     """The container's variables: those of the YAML, the MLflow server's address without its user, the secret's name."""
     found = dict(config.additional_args.environment)
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    parts = urlsplit(uri)
-    if uri.startswith("http") and parts.hostname not in ("localhost", "127.0.0.1", "::1"):  # not the container's own
-        found.setdefault("MLFLOW_TRACKING_URI", parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+    if uri := jobs.tracking_server(config)[0].uri:
+        found[jobs.SERVER] = uri
     if secret:
         found[jobs.SECRETS] = secret
     return found

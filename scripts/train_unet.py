@@ -68,6 +68,7 @@ def main() -> None:
     from t2i import data, models, stopping, training, zero
     from t2i.captured import capture
 
+    stopping.end_in_words()
     training.check_tracker(config)
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)

@@ -52,6 +52,7 @@ def main() -> None:
     from t2i import data, models, stopping, training
     from t2i.captured import capture
 
+    stopping.end_in_words()
     training.check_tracker(config)
     splits = data.load_splits(recipe.data, say=accelerator.print)
     if splits.validation is None:

@@ -53,9 +53,29 @@ def test_the_names_of_diffusers_scripts_are_accepted():
         ("train_unet: 3\n", "must hold keys and values"),
         ("- a\n", "must hold sections"),
         ("train_unet: [\n", "not valid YAML"),
-        ("unet: {prediction_type: x0}\n", "prediction_type = 'x0'"),
-        ("train_unet: {train_batch_size: yes}\n", "it is a truth value, and a number is needed"),
-        ("train_unet: {learning_rate: true}\n", "it is a truth value, and a number is needed"),
+        ("unet: {prediction_type: x0}\n", "prediction_type = 'x0' is not usable: give 'epsilon' or 'v_prediction'"),
+        ("train_unet: {seed: 2.5}\n", "seed = 2.5 is not usable: give a whole number, without a unit"),
+        ("train_unet: {seed: true}\n", "seed = True is not usable: give a number"),
+        ("train_unet: {max_train_steps: true}\n", "max_train_steps = True is not usable: give a number"),
+        ("train_unet: {learning_rate: fast}\n", "learning_rate = 'fast' is not usable: give a number"),
+        ("train_unet: {learning_rate: 0}\n", "it must be greater than 0"),
+        ("train_unet: {use_ema: 'yes'}\n", "write true or false, without quotes"),
+        ("train_unet: {run_name: 3}\n", "run_name = 3 is not usable: it is not text; put it in quotes"),
+        (
+            "data: {image_column: no}\n",
+            "image_column = False is not usable: YAML reads no as false; write 'no' in quotes",
+        ),
+        ("data: {image_column: }\n", "it is empty; give a value, or delete the key"),
+        ("vae: {vae_channels: 32}\n", "vae_channels = 32 is not usable: give a list, such as [a, b]"),
+        ("train_unet: {train_batch_size: 0}\n", "it must be at least 1"),
+        (
+            "vae: {}\n\nunet: {}\nvae: {}\n",
+            "recipe.yaml, line 4: key vae stands in line 1 already; delete one of the two",
+        ),
+        ("train_unet:\n  seed: 1\n  'seed': 2\n", "recipe.yaml, line 3: key seed stands in line 2 already"),
+        ("zzz: {}\n", "'zzz'; give one of data, caption, vae, unet"),
+        ("vae: {qqqqqq: 1}\n", "'qqqqqq'; give one of vae, vae_revision, vae_channels"),
+        ("train_unet: {train_batch_size: yes}\n", "train_batch_size = True is not usable: give a number"),
         ("evaluate: {guidance_scales: []}\n", "guidance_scales = []"),
         ("vae: {vae_channels: []}\n", "vae_channels = []"),
         ("unet: {unet_channels: []}\n", "unet_channels = []"),
@@ -72,6 +92,18 @@ def test_a_recipe_is_found_in_the_home_and_without_an_ending(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("train_unet: {seed: 5}")
     assert load_recipe("~/mine").train_unet.seed == load_recipe("mine").train_unet.seed == 5
+
+
+def test_a_recipe_may_merge_and_must_be_in_utf_8(tmp_path):
+    twice = "train_unet: &a {seed: 3, use_ema: false}\ntrain_vae: {<<: *a, seed: 4}\n"  # a merged key may be given anew
+    assert (
+        load_recipe(recipe(tmp_path, twice)).train_vae.seed,
+        load_recipe(recipe(tmp_path, twice)).train_unet.seed,
+    ) == (4, 3)
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
+        (tmp_path / "a.yaml").write_bytes("data: {image_column: é}\n".encode(encoding))
+        with pytest.raises(UserError, match=r"a\.yaml is not in UTF-8; save it as UTF-8"):
+            load_recipe(str(tmp_path / "a.yaml"))
 
 
 def test_an_unknown_recipe_names_the_known():

@@ -83,9 +83,9 @@ def test_a_prompt_beyond_the_models_tokens_is_said(draw, capsys):
     [
         (["--guidance_scale", "inf"], "guidance_scale = inf is not usable"),
         (["--guidance_scale", "nan"], "guidance_scale = nan is not usable"),
-        (["--guidance_scale", "1e30"], "less than or equal to 1000"),
+        (["--guidance_scale", "1e30"], "it must be at most 1000"),
         (["--guidance_end", "nan"], "guidance_end = nan is not usable"),
-        (["--seed", str(2**64)], "less than or equal to 9223372036854775807"),
+        (["--seed", str(2**64)], "it must be at most 9223372036854775807"),
         (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "leaves no seeds"),
         (["--device", "gpu"], "device gpu cannot be used"),
         (["--device", "meta"], "device meta cannot be used"),

@@ -408,6 +408,18 @@ def test_roles_and_scopes_are_known_before_the_work(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        "me/flowers.git", "https://huggingface.co/datasets/me/flowers", "datasets/me/flowers", "hf.co/me/flowers/",
+        "https://huggingface.co/me/flowers/tree/main", " me/flowers ", "https://huggingface.co/datasets/me/flowers.git",
+    ],
+)  # fmt: skip
+def test_an_address_of_the_hub_gets_the_name_that_is_meant(given):
+    with pytest.raises(HubError, match=r"--hub_dataset_id '.*' is no repository of the Hub; give me/flowers$"):
+        check_repo_id(given, "--hub_dataset_id")
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("CC-BY-4.0", "cc-by-4.0"), ("CC BY 4.0", "cc-by-4.0"), ("Apache 2.0", "apache-2.0"), ("GPLv3", "gpl-3.0"),

@@ -19,7 +19,7 @@ import torch
 import prove_resume
 import train_unet
 from conftest import SCRIPTS
-from t2i import checkpoints, models, runs
+from t2i import checkpoints, models, runs, stopping
 from t2i.config import load_recipe
 from t2i.runs import UserError, checkpoint_copies, checkpoint_folders
 from t2i.stopping import EXIT_STOPPED
@@ -502,6 +502,26 @@ def test_sigterm_twice_saves_ends_with_its_code_and_leaks_no_secret(workspace, e
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == step  # nothing after the last step is lost
     everything = b"".join(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())
     assert canary.encode() not in everything + (tmp_path / "log").read_bytes()
+
+
+def test_sigterm_outside_the_loop_ends_with_a_sentence(tmp_path, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stopping.end_in_words()
+        with stopping.on_signals(tmp_path) as stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.code == EXIT_STOPPED
+        assert "SIGTERM: ending now; finished caches and checkpoints are kept" in capfd.readouterr().err
+        if (child := os.fork()) == 0:  # as a pool's worker is ended
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert capfd.readouterr().err == ""
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("allowed", [0, 100])

@@ -255,7 +255,7 @@ def mistakes():
     )
     yield "deep missing folder", {}, ["--dataset", "my/deep/folder"], "--dataset my/deep/folder is not here"
     yield "a file", {}, ["--vae", str(ROOT / "README.md")], "is a file; give the folder"
-    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "there is no user 'nobody-here'"
+    yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "there is no user 'nobody-here' here"
     yield "credential typed", {}, ["--run_name", "hf_abcdefghijklmnopqrstuv"], "an argument looks like a credential"
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
@@ -488,6 +488,20 @@ def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, clou
 
 
 @pytest.mark.parametrize(
+    ("machine", "own", "inner", "said"),
+    [
+        ("ml.g4dn.xlarge", "bf16", {}, "ml.g4dn.xlarge have no bf16 units, .* set mixed_precision: fp16$"),
+        ("ml.p3.2xlarge", None, {"mixed_precision": "bf16"}, "set mixed_precision: fp16 in the SageMaker YAML$"),
+        ("ml.g4dn.xlarge", "fp16", {"mixed_precision": "bf16"}, "^$"),
+        ("ml.g5.xlarge", "bf16", {}, "^$"),
+    ],
+)
+def test_bf16_is_noted_where_gpus_have_no_units_for_it(machine, own, inner, said):
+    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
+    assert re.search(said, jobs.precision_note(settings, inner))
+
+
+@pytest.mark.parametrize(
     ("machine", "own", "inner", "refused"),
     [
         ("ml.m5.xlarge", "fp16", {}, True), ("ml.m5.xlarge", None, ZERO2, True), ("ml.c7i.large", "fp16", {}, True),
@@ -621,6 +635,109 @@ def test_an_mlflow_address_with_odd_letters(monkeypatch):
     assert account.secrets_here(settings) == {"MLFLOW_TRACKING_USERNAME": "us@er", "MLFLOW_TRACKING_PASSWORD": "p@ss"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert launch_sagemaker.environment(settings, None) == {}  # the container's 127.0.0.1 is another
+
+
+@pytest.mark.parametrize(
+    ("shell", "named", "sent", "said"),
+    [
+        ("", None, None, "is not set, so no MLflow server follows the job"),
+        ("http://127.0.0.1:5000", None, None, "is of a server on this machine, which the job cannot reach"),
+        ("http://me:pw@0.0.0.0:5000", None, None, "is of a server on this machine"),
+        ("http://[::1]:5000", None, None, "is of a server on this machine"),
+        ("sqlite:///mlflow.db", None, None, "is of a SQLite file on this machine"),
+        ("postgresql://me:pw@db/x", None, None, r"is not sent, since it is of no http\(s\) server \(postgresql\)"),
+        ("  HTTPS://me:p%2Fw@h.org/x", None, "https://h.org/x", ""),
+        ("https://me:p/w@h.org/x", "https://other.org", "https://other.org", ""),
+        ("https://me:pw@h.org/x", " HTTPS://h.org/y", "https://h.org/y", ""),
+        ("https://h.org", "sqlite:////opt/ml/m.db", "sqlite:////opt/ml/m.db", "of the YAML names no server"),
+    ],
+)
+def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, named, sent, said):
+    extra = {"environment": {} if named is None else {"MLFLOW_TRACKING_URI": named}}
+    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": extra}, "test")
+    for name in jobs.SECRET_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shell)
+    assert launch_sagemaker.environment(settings, None).get("MLFLOW_TRACKING_URI") == sent
+    assert re.search(said, jobs.tracking_server(settings)[1])
+    assert bool(jobs.tracking_server(settings)[1]) == bool(said)
+    travels = (
+        {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} if "h.org" in (sent or "") and "@" in shell else set()
+    )
+    assert set(account.secrets_here(settings)) == travels
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("compute_environment: amazon_sagemaker", "compute_environment is amazon_sagemaker; write AMAZON_SAGEMAKER"),
+        ("py_version: '3.12'", "py_version 3.12 is not written as SageMaker's images are; write py312"),
+        ("py_version: 3.12", "write py312"),
+        ("py_version: python3.11", "write py311"),
+        (
+            "distributed_type: NO",
+            "distributed_type = False is not usable: YAML reads NO as false; write 'NO' in quotes",
+        ),
+        (
+            "distributed_type: MULTI_GPU",
+            "has distributed_type MULTI_GPU, which these scripts cannot use; .* 'NO'",
+        ),
+        ("distributed_type: DATA_PARALLEL", "DATA_PARALLEL, a library of SageMaker's own, which these"),
+        ("mixed_precision: no", "mixed_precision = False is not usable: YAML reads no as false; write 'no' in quotes"),
+        ("mixed_precision: fp8", "mixed_precision = 'fp8' is not usable: give 'no', 'fp16' or 'bf16'"),
+        ("pytorch_version: 2.9", "pytorch_version = 2.9 is not usable: it is not text; put it in quotes"),
+        ("ec2_instance_type: g4dn.xlarge", "'g4dn.xlarge' is not usable: give one such as ml.g4dn.xlarge"),
+        ("num_machines: true", "num_machines = True is not usable: give a number"),
+        ("num_machines: two", "num_machines = 'two' is not usable: give a whole number"),
+        ("additional_args: {max_run: 10h}", "max_run = '10h' is not usable: give a whole number, without a unit"),
+        ("additional_args: {tags: a}", "tags = 'a' is not usable: give keys and values, such as {name: value}"),
+        ("additional_args: {environment: {A: 1}}", "environment.A = 1 is not usable: it is not text; put it in quotes"),
+    ],
+)
+def test_a_wrong_value_in_the_yaml_gets_the_right_one(tmp_path, line, sentence):
+    known = {key: value for key, value in BASE.items() if key != line.partition(":")[0]}
+    (tmp_path / "a.yaml").write_text(f"{yaml.safe_dump(known)}{line}\n")
+    with pytest.raises(UserError, match=f"a.yaml.*{sentence}"):
+        jobs.read_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "a.yaml is empty; give keys such as compute_environment"),
+        ("[]", r"a.yaml must hold keys and values, not '\[\]'; write key: value"),
+        (
+            "region: us-east-1\nadditional_args:\n  max_run: 1\n  max_run: 2\n",
+            "a.yaml, line 4: key max_run stands in line 3",
+        ),
+        ("region: us-east-1\nregion: us-west-2\n", "a.yaml, line 2: key region stands in line 1 already; delete one"),
+    ],
+)
+def test_a_yaml_that_says_nothing_or_two_things(tmp_path, text, sentence):
+    (tmp_path / "a.yaml").write_text(text)
+    for read in (jobs.read_config, jobs.read_inside):
+        with pytest.raises(UserError, match=sentence):
+            read(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("mlflow.example.org:5000", "a.yaml: MLFLOW_TRACKING_URI in environment=.* lacks http://; give http://mlflow"),
+        ("https://me:canary-77aa", "MLFLOW_TRACKING_URI in environment has no valid port"),
+        ("http://localhost:5000", "is http://localhost:5000, which in the job is the job's own machine"),
+        ("http://127.0.1.1:5000", "give the server's address on the network"),
+    ],
+)
+def test_an_mlflow_address_in_the_yaml_that_no_job_can_use(tmp_path, monkeypatch, uri, sentence):
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"additional_args": {"environment": {"MLFLOW_TRACKING_URI": uri}}}))
+    with pytest.raises(UserError, match=sentence) as error:
+        jobs.read_config(file)
+    assert "canary" not in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("http://", "ftp://"))  # and in the shell
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+        jobs.tracking_server(jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test"))
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,25 @@ def test_a_plain_folder_is_refused_with_the_mend() -> None:
         ("localhost:5000", "lacks http://; give http://localhost:5000"),
         ("127.0.0.1:5000/x", "give http://127.0.0.1:5000/x"),
         ("dagshub.com/me/flowers.mlflow", "give https://dagshub.com/me/flowers.mlflow"),
-        ("me:s3cretpw@mlflow.corp:5000", "give http://mlflow.corp:5000"),
+        ("me:s3cretpw@mlflow.corp:5000", "give http://mlflow.corp:5000, and the user in MLFLOW_TRACKING_USERNAME"),
+        (
+            "https://me:p@ss/s3cretpw@h.org:5000/x",
+            "has an @ after its server's name; write / [?] # @ of the password as %2F",
+        ),
+        (
+            "https://me:p/s3cretpw@h.org",
+            "write / [?] # @ of the password as %2F %3F %23 %40, or give MLFLOW_TRACKING_USERNAME",
+        ),
+        ("HTTPS://me:p#s3cretpw@h.org", "write / [?] # @ of the password"),
+        ("https://me:p?s3cretpw@h.org", "write / [?] # @ of the password"),
+        ("https://me:s3cretpw", r"no valid port \(1 to 65535\); give https://host:port; if it has a password, write /"),
+        ("https://h.org:99999", r"no valid port \(1 to 65535\)"),
+        ("https://me:s3cret[pw@h.org", "write those of a password as %5B %5D"),
+        ("postgresql://me:p/s3cretpw@db/x", r"give postgresql://host:port/database; if it has .* as %2F %3F %23 %40$"),
+        ("MySQL://me:s3cretpw@db/x", "give mysql://…$"),
+        ("SQLITE:///mlflow.db", "begins with capitals, which MLflow does not know; give sqlite:///mlflow.db"),
+        ("notes.txt", "is a file here, to which MLflow 3 cannot write; give sqlite:///mlflow.db"),
+        ("runs.data", "lacks sqlite:///; give sqlite:///runs.data"),
         ("http://", "names no host; give http://host:port"),
         ("sqlite:runs.db", "lacks slashes; give sqlite:///runs.db"),
         ("sqlite://runs.db", "give sqlite:///runs.db"),
@@ -192,9 +210,18 @@ def test_a_plain_folder_is_refused_with_the_mend() -> None:
     ],
 )
 def test_an_address_that_is_none_gets_the_one_that_is_meant(uri: str, fix: str) -> None:
+    Path("notes.txt").touch()
+    Path("runs.data").write_bytes(b"SQLite format 3\0")
     with pytest.raises(UserError, match=fix) as error:
         tracking.resolve_uri(uri)
-    assert "s3cretpw" not in str(error.value)
+    assert "s3cret" not in str(error.value)
+
+
+def test_the_password_of_an_address_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTPS://me:p@ss%2Fw0rd@h.org:5000/x ")
+    assert tracking.resolve_uri(None) == os.environ["MLFLOW_TRACKING_URI"] == "https://h.org:5000/x"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss/w0rd")
+    assert "p@ss" not in tracking.redact("told: p@ss/w0rd, p%40ss%2Fw0rd")
 
 
 # --- A folder that moves ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from t2i import jobs
 from t2i.runs import UserError
@@ -415,9 +415,9 @@ def secrets_here(config: jobs.SageMakerConfig) -> dict[str, str]:
     if jobs.SECRETS in config.additional_args.environment:
         return {}  # the user's own secret
     found = {name: os.environ[name] for name in jobs.SECRET_NAMES if os.environ.get(name)}
-    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if parts.username:
-        found["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-    if parts.password:
-        found["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+    server, _ = jobs.tracking_server(config)
+    if server.user:
+        found["MLFLOW_TRACKING_USERNAME"] = server.user
+    if server.password:
+        found["MLFLOW_TRACKING_PASSWORD"] = server.password
     return found

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,24 +35,23 @@ def _whole_path(text: str) -> str:
     return whole
 
 
-def _not_a_truth(value: Any) -> Any:
-    """Refuse `yes` and `true` as numbers, which YAML reads as truths, and Python as 1."""
-    if isinstance(value, bool):
-        raise ValueError("it is a truth value, and a number is needed; write the number")
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes as 0 or 1
+        raise ValueError("give a number")
     return value
 
 
-Number = BeforeValidator(_not_a_truth)
+_Number = BeforeValidator(_no_flag)
 Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
-Count = Annotated[int, Number, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, Number, Field(ge=0, lt=2**31)]
+Count = Annotated[int, _Number, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, _Number, Field(ge=0, lt=2**31)]
 PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
-Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
-BelowOne = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
-Guidance = Annotated[float, Number, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
-Seed = Annotated[int, Number, Field(ge=0, le=MAX_SEED)]
+Positive = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, _Number, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, _Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+Guidance = Annotated[float, _Number, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -90,9 +90,11 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """The captioned images."""
 
-    resolution: Annotated[int, Field(ge=8, le=2048)] = 128  # px, both sides: shorter side resized, centre cropped
+    resolution: Annotated[int, _Number, Field(ge=8, le=2048)] = (
+        128  # px, both sides: shorter side resized, centre cropped
+    )
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
-    validation_fraction: Annotated[float, Field(gt=0, lt=0.9, allow_inf_nan=False)] = (
+    validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = (
         0.05  # share taken by content hash where a data set has no validation split
     )
     split_seed: int = 0  # another number gives another validation split
@@ -113,7 +115,9 @@ class CaptionConfig(HubConfig):
     task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
     prompt: str = ""  # text for the model, where its task takes some
     caption_batch_size: Count = 8  # images at once; halved when memory runs out
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 128  # tokens of a caption at most; CLIP reads 77 of its own
+    max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = (
+        128  # tokens of a caption at most; CLIP reads 77 of its own
+    )
     num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
     strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
     fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
@@ -150,7 +154,7 @@ class UnetConfig:
     text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
     text_hidden_size: Count = 128  # width of a built text encoder
     text_layers: Count = 2  # layers of a built text encoder
-    text_max_length: Annotated[int, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
+    text_max_length: Annotated[int, _Number, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
     unet_channels: Annotated[list[Count], Field(min_length=1)] = field(
         default_factory=lambda: [192, 384, 576]
     )  # channels a level
@@ -172,7 +176,7 @@ class TrainConfig:
 
     output_dir: PathText | None = None  # run folder
     dry_run: Flag = False  # end after the table of what was understood of the input
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
+    seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
     train_batch_size: Count = 16  # images a process and step
     gradient_accumulation_steps: Count = 1  # steps a weight update
     max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
@@ -258,7 +262,7 @@ class EvaluateConfig:
     engine: Literal["auto", "torch", "openvino"] = (
         "auto"  # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
     )
-    eval_seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
+    eval_seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
     classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
     kid_network: PathText | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
@@ -278,6 +282,41 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's loader, which refuses a key that stands twice in one mapping, instead of taking its last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            line, same = key.start_mark.line + 1, (key.tag, str(key.value))
+            if same in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise UserError(
+                    f"{self.name}, line {line}: key {key.value} stands in line {lines[same]} already; delete one of the two"
+                )
+            lines[same] = line
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, None if it is empty.
+
+    Raises `UserError` naming the file if it is not valid YAML in UTF-8, or a key stands twice; `OSError` if it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # of UTF-16 without its mark, too
+        raise UserError(f"{path} is not in UTF-8; save it as UTF-8")
+    try:
+        loader = _Loader(text)
+        loader.name = str(path)
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_recipe(name: str) -> Recipe:
     """Read a recipe: a YAML file, or the name of one in scripts/recipes.
 
@@ -287,12 +326,10 @@ def load_recipe(name: str) -> Recipe:
     if not path.suffix and not path.is_file():
         path = RECIPES / f"{name}.yaml"
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sections = read_yaml(path)
     except OSError:
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise UserError(f"recipe {name} cannot be read; give a YAML file, or one of: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections or {}, dict):
         raise UserError(f"{path} must hold sections ({', '.join(_fields(Recipe))}), not a {type(sections).__name__}")
     values = {}
@@ -483,10 +520,11 @@ def _fields(cls: Any) -> dict[str, Any]:
 
 
 def known_key(key: Any, known: dict[str, Any], what: str) -> Any:
-    """`key`, if it is one of `known`; else raises `UserError` naming the nearest. what: such as "key in x.yaml"."""
+    """`key`, if it is one of `known`; else raises `UserError` naming the nearest, or all. what: such as "key in x.yaml"."""
     if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-        raise UserError(f"unknown {what}: {key!r}; did you mean {near[0] if near else min(known)!r}?")
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(map(str, known))}"
+        raise UserError(f"unknown {what}: {key!r}; {meant}")
     return key
 
 
@@ -503,8 +541,52 @@ def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
         key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
         if first["type"] == "missing":
             raise UserError(f"{where}: {key} is missing; add it") from None
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = _reason(first["type"], first["input"], first.get("ctx", {})) or first["msg"]
         raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {reason}") from None
+
+
+_REASONS = {  # pydantic's types of errors, by how they begin -> what to do
+    "value_error": "{error}",
+    "string_type": "it is not text; put it in quotes",
+    "int_": "give a whole number, without a unit",
+    "float_": "give a number, without a unit",
+    "bool_": "write true or false, without quotes",
+    "list_": "give a list, such as [a, b]",
+    "dict_": "give keys and values, such as {{name: value}}",
+    "dataclass_": "give keys and values, such as {{name: value}}",
+    "literal_error": "give {expected}",
+    "greater_than_equal": "it must be at least {ge}",
+    "greater_than": "it must be greater than {gt}",
+    "less_than_equal": "it must be at most {le}",
+    "less_than": "it must be less than {lt}",
+    "finite_number": "it must be a finite number",
+}
+
+
+def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
+    """What to do about a value that pydantic refused, in words of a YAML's writer; empty for an error not in the table."""
+    wants_text = kind in ("string_type", "literal_error")
+    if value is None and wants_text:
+        return "it is empty; give a value, or delete the key"
+    if isinstance(value, bool) and wants_text:
+        word = "no" if not value else "yes"
+        expected = str(context.get("expected", ""))
+        word = next((quoted for quoted in (word, word.upper()) if f"'{quoted}'" in expected), word)
+        if not expected or f"'{word}'" in expected:
+            return f"YAML reads {word} as {str(value).lower()}; write '{word}' in quotes"
+    found = next((text for start, text in _REASONS.items() if kind.startswith(start)), "")
+    return found.format(**context)
+
+
+def matching(pattern: str, example: str) -> AfterValidator:
+    """A check that a text is as `pattern`; its error gives an example."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"give one such as {example}")
+        return text
+
+    return AfterValidator(check)
 
 
 def _is_text(text: str) -> bool:

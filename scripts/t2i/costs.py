@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from t2i.config import DataConfig, Natural, NonNegative, Positive, Recipe, TrainConfig, checked
-from t2i.jobs import ROOT, Command, SageMakerConfig, read_yaml
+from t2i.jobs import ROOT, Command, SageMakerConfig, read_mapping
 from t2i.runs import read_json
 
 PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
@@ -40,7 +40,7 @@ class Prices:
 
 def read_prices(path: Path = PRICES) -> Prices:
     """Read the price file. Raises `UserError` naming the key that cannot be used."""
-    return checked(Prices, read_yaml(path), str(path))
+    return checked(Prices, read_mapping(path), str(path))
 
 
 @dataclass

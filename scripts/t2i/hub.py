@@ -71,12 +71,22 @@ class Pushed:
 
 def check_repo_id(repo_id: str | None, option: str) -> str:
     """Return `repo_id` if it is a name `owner/name` that the Hub allows; raise `HubError` naming `option` otherwise."""
+    if repo_id and _is_repo_id(repo_id):
+        return repo_id
+    shown = f"{option} {redact(repo_id)!r} is no repository of the Hub" if repo_id else f"{option} is missing"
+    address = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|git@hf\.co:"
+    meant = re.sub(
+        rf"^(?:{address})?(?:(?:datasets|models|spaces)/)?", "", (repo_id or "").strip(), flags=re.IGNORECASE
+    )
+    meant = re.sub(r"(?:/(?:tree|blob|resolve)/.*|[?#].*|\.git/*|/+)$", "", meant)
+    if meant != repo_id and _is_repo_id(meant):
+        raise HubError(f"{shown}; give {meant}")
+    raise HubError(f"{shown}; give owner/name, each of letters, digits and single - _ . between them")
+
+
+def _is_repo_id(text: str) -> bool:
     word = r"\w([\w.-]{0,94}\w)?"
-    wrong = not re.fullmatch(f"{word}/{word}", repo_id or "", re.ASCII) or re.search(r"--|\.\.|\.git$", repo_id or "")
-    if not repo_id or wrong:
-        shown = f"{option} {redact(repo_id)!r} is no repository of the Hub" if repo_id else f"{option} is missing"
-        raise HubError(f"{shown}; give owner/name, each of letters, digits and single - _ . between them")
-    return repo_id
+    return bool(re.fullmatch(f"{word}/{word}", text, re.ASCII)) and not re.search(r"--|\.\.|\.git$", text)
 
 
 def check_license(license: str | None, option: str = "license") -> None:

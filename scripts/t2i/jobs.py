@@ -5,25 +5,25 @@ Knows nothing of AWS's interfaces (scripts/launch_sagemaker.py does) and imports
 
 import dataclasses
 import hashlib
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-import yaml
-from pydantic import Field
-
-from t2i.config import Count, Flag, Recipe, checked, known_key, option, parse
+from t2i.config import Count, Flag, Recipe, checked, known_key, matching, option, parse, read_yaml
 from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
-from t2i.tracking import redact
+from t2i.tracking import Address, redact, split_uri
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
 RUN = "/opt/ml/checkpoints/run"  # in the container, synced with S3: the run folder
 CACHE = "/opt/ml/cache"  # on the job's volume, synced with nothing
 SECRETS = "T2I_SECRETS"  # names the Secrets Manager secret whose JSON the container puts into its environment
+SERVER = "MLFLOW_TRACKING_URI"
 SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 
 # Sections of the recipe that each training script parses: their arguments are checked before anything is sent.
@@ -44,7 +44,7 @@ AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "
            "launch_sagemaker.py", "run_sagemaker_job.py")  # fmt: skip
 
 
-S3Uri = Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$")]
+S3Uri = Annotated[str, matching(r"s3://[a-z0-9][a-z0-9.-]+(/.*)?", "s3://bucket/folder")]
 
 
 @dataclass
@@ -69,16 +69,18 @@ class SageMakerConfig:
     """The YAML that `accelerate config` writes for Amazon SageMaker, key by key."""
 
     compute_environment: Literal["AMAZON_SAGEMAKER"]
-    ec2_instance_type: Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+    ec2_instance_type: Annotated[str, matching(r"ml\.[a-z0-9-]+\.[a-z0-9]+", "ml.g4dn.xlarge")]
     iam_role_name: str = ""  # name or ARN of the role that the job runs as
     num_machines: Count = 1
     distributed_type: Literal["NO"] = "NO"  # of SageMaker's own libraries; what trains inside is another YAML's
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: the inner YAML's
-    region: Annotated[str, Field(pattern=r"^([a-z]{2}(-[a-z]+)+-\d)?$")] = (
+    region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = (
         ""  # empty: AWS_REGION's, the profile's, or us-east-1
     )
     profile: str | None = None  # of ~/.aws
-    base_job_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9](-?[A-Za-z0-9]){0,45}$")] = "t2i"
+    base_job_name: Annotated[
+        str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
+    ] = "t2i"
     image_uri: str | None = None  # None: AWS's image by the versions below
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
@@ -128,10 +130,30 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
         )
 
 
+def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
+    """What a user should know of the precision on this machine; empty if nothing. inner: as of `read_inside`."""
+    own = config.mixed_precision
+    if (own or inner.get("mixed_precision")) != "bf16" or not re.match(
+        r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type
+    ):
+        return ""
+    return (
+        f"the GPUs of {config.ec2_instance_type} have no bf16 units, so mixed_precision bf16 is slow there; "
+        f"set mixed_precision: fp16{'' if own else ' in the SageMaker YAML'}"
+    )
+
+
 def read_config(path: Path) -> SageMakerConfig:
     """Read an accelerate SageMaker YAML. Raises `UserError` naming file and key where it cannot be used."""
-    values = read_yaml(path)
-    if values.get("compute_environment") != "AMAZON_SAGEMAKER":
+    values = read_mapping(path)
+    kind = str(values.get("compute_environment"))
+    if kind != "AMAZON_SAGEMAKER" and re.sub(r"[\W_]+", "_", kind).upper() in (
+        "AMAZON_SAGEMAKER",
+        "SAGEMAKER",
+        "AWS_SAGEMAKER",
+    ):
+        raise UserError(f"{path}: compute_environment is {kind}; write AMAZON_SAGEMAKER")
+    if kind != "AMAZON_SAGEMAKER":
         raise UserError(
             f"{path} is for {values.get('compute_environment', 'a local machine')}, not AMAZON_SAGEMAKER; launch it with "
             f"accelerate launch --config_file {path}"
@@ -150,9 +172,17 @@ def read_config(path: Path) -> SageMakerConfig:
         )
     additional = checked(Additional, extra, f"{path}, section additional_args")
     values = {key: value for key, value in values.items() if value is not None}  # accelerate writes null for "not set"
-    if "distributed_type" in values and values["distributed_type"] != "NO":
-        refused = f"distributed_type {values['distributed_type']}, a library of SageMaker's own"
+    kind = values.get("distributed_type", "NO")
+    if isinstance(kind, str) and kind != "NO":
+        library = ", a library of SageMaker's own" if kind in ("DATA_PARALLEL", "MODEL_PARALLEL") else ""
+        refused = f"distributed_type {kind}{library}"
         raise UserError(_to_change(path, refused, ["set distributed_type: 'NO'"], values))
+    if meant := re.fullmatch(r"(?:py|python)?\s?3\.?(\d+)(?:\.\d+)?", str(values.get("py_version", "")), re.IGNORECASE):
+        wanted = f"py3{meant[1]}"
+        if values["py_version"] != wanted and not _is_old(wanted):
+            raise UserError(
+                f"{path}: py_version {values['py_version']} is not written as SageMaker's images are; write {wanted}"
+            )
     config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
     if additional.max_wait is not None and additional.max_wait < additional.max_run:
         raise UserError(
@@ -174,9 +204,49 @@ def read_config(path: Path) -> SageMakerConfig:
     own = [name for name in additional.environment if name.startswith("SM_") or name == "T2I_WORLD_SIZE"]
     if own:
         raise UserError(f"{path}: environment sets {own[0]}, which SageMaker or this suite sets; take it out")
+    server = additional.environment.get(SERVER, "").strip()
+    if server and split_uri(server, f"{path}: {SERVER} in environment").is_local:
+        raise UserError(
+            f"{path}: {SERVER} in environment is {server}, which in the job is the job's own machine; "
+            "give the server's address on the network"
+        )
     if bool(additional.subnets) != bool(additional.security_group_ids):
         raise UserError(f"{path}: subnets and security_group_ids belong together; give both, or neither")
     return config
+
+
+def tracking_server(config: SageMakerConfig) -> tuple[Address, str]:
+    """The MLflow server that the job records to, as the YAML or else this shell names it, and what a user should know of it.
+
+    Its user and password are of this shell alone. The address has no `uri` if the job gets none from here.
+    Raises `UserError` if the shell's is to be sent and cannot be used.
+    """
+    home = "the job's curves come home with --fetch"
+    named = config.additional_args.environment.get(SERVER)
+    given = os.environ.get(SERVER, "").strip()
+    try:
+        here = split_uri(given) if given else Address("")
+    except UserError:
+        if named is None:
+            raise
+        here = Address("")
+    if named is not None:
+        there = split_uri(named) if named.strip() else Address("")
+        if here.user and urlsplit(here.uri).hostname == urlsplit(there.uri).hostname:
+            there = Address(there.uri, here.user, here.password)
+        lost = not named.strip() or there.uri.startswith("sqlite")
+        return there, f"{SERVER} of the YAML names no server: {home}" if lost else ""
+    if here.is_server and not here.is_local:
+        return here, ""
+    if not here.uri:
+        return here, f"{SERVER} is not set, so no MLflow server follows the job: {home}"
+    if here.is_local:
+        why = "is of a server on this machine, which the job cannot reach"
+    elif here.uri.startswith("sqlite"):
+        why = "is of a SQLite file on this machine, which the job cannot reach"
+    else:
+        why = f"is not sent, since it is of no http(s) server ({urlsplit(here.uri).scheme or here.uri})"
+    return Address(""), f"{SERVER} {why}: {home}"
 
 
 def _is_old(py_version: str) -> bool:
@@ -193,7 +263,7 @@ def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, A
 
 def read_inside(path: Path) -> dict[str, Any]:
     """The YAML that holds in the containers. Raises `UserError` where it is not one, or names what is not sent or not run."""
-    values = read_yaml(path)
+    values = read_mapping(path)
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise UserError(f"--inside {path} is for SageMaker itself; name one for machines, such as deepspeed_zero2.yaml")
     zero = values.get("deepspeed_config") or {}
@@ -204,16 +274,19 @@ def read_inside(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; raises `UserError` where there is none."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give an accelerate YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise UserError(
+            f"{path} is empty; give keys such as compute_environment, mixed_precision and num_machines, or have "
+            f"accelerate config --config_file {path} write them"
+        )
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values")
+        raise UserError(f"{path} must hold keys and values, not {str(values)[:40]!r}; write key: value, one per line")
     return values
 
 

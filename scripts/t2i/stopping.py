@@ -1,5 +1,6 @@
 """Stopping by a signal without losing a step, and ending with the launcher."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,24 @@ class Stop:
             )
             mark_ending(self._folder)
         self.asked = True
+
+
+def end_in_words() -> None:
+    """From now on, SIGTERM outside `on_signals` ends this process with a sentence and exit code `EXIT_STOPPED`."""
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a forked worker of a pool, which is ended by this signal
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        print(
+            f"{signal.Signals(number).name}: ending now; finished caches and checkpoints are kept, and the same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(EXIT_STOPPED)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
@@ -153,39 +154,86 @@ def _say(text: str) -> None:
 # --- Where to send ---------------------------------------------------------------------------------------------------
 
 
-def resolve_uri(tracking_uri: str | None) -> str:
-    """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
-    uri = (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip() or DEFAULT_TRACKING_URI
+_ENCODED = "write / ? # @ of the password as %2F %3F %23 %40"
+_OR_VARIABLES = ", or give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # for http(s) servers alone
+
+
+@dataclass(frozen=True)
+class Address:
+    """A tracking URI taken apart."""
+
+    uri: str  # without user and password, if it is of an http(s) server
+    user: str = ""
+    password: str = ""
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it is of a server that is reached over HTTP."""
+        return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is of a server on this machine, which other machines do not reach by this address."""
+        host = (urlsplit(self.uri).hostname or "").rstrip(".")
+        number = re.fullmatch(r"127(\.\d+){1,3}|0|0\.0\.0\.0|::1?|::ffff:127.*", host)
+        return bool(number) or host == "localhost" or host.endswith(".localhost")
+
+
+def split_uri(uri: str, name: str = "MLFLOW_TRACKING_URI") -> Address:
+    """Take a tracking URI apart, and change nothing.
+
+    name: what it is called in a message. Raises `UserError` with the fix if MLflow cannot use it; the sentence shows no
+    part of a password.
+    """
+    uri = uri.strip()
+    cut = re.match(r"(?i)https?:/*[^/?#]*(.*)", uri, re.DOTALL)
+    if cut and "@" in cut[1]:  # the user and password reach up to this @, but a URL's server ends at the first / ? #
+        raise UserError(f"{name} has an @ after its server's name; {_ENCODED}{_OR_VARIABLES}")
     try:
         parts = urlsplit(uri)
+    except ValueError:  # its words are not shown: they may hold a part of a password
+        raise UserError(f"{name} is no address: [ and ] are for IPv6; write those of a password as %5B %5D") from None
+    try:
         parts.port  # noqa: B018 - reading it checks it
-    except ValueError as error:  # its words are not shown: they may hold a part of a password
-        raise UserError(
-            f"MLFLOW_TRACKING_URI is no address ({type(error).__name__}); give http(s)://host:port or sqlite:///file.db"
-        ) from None
-    _check_address(uri)
+    except ValueError:
+        example = f"{parts.scheme}://host:port" + ("" if cut else "/database")
+        fix = f"give {example}; if it has a password, {_ENCODED}{_OR_VARIABLES if cut else ''}"
+        raise UserError(f"{name} has no valid port (1 to 65535); {fix}") from None
+    _check_address(uri, name)
+    if parts.scheme not in ("http", "https"):
+        return Address(uri)
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return Address(bare, unquote(parts.username or ""), unquote(parts.password or ""))
+
+
+def resolve_uri(tracking_uri: str | None) -> str:
+    """The tracking URI to connect to, without user and password, which go to MLflow's own environment variables."""
+    given = (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip() or DEFAULT_TRACKING_URI
+    address = split_uri(given)
+    parts = urlsplit(given)
     if parts.password:
         _url_passwords.update({parts.password, unquote(parts.password)})
-    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
-        return uri
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
-    if parts.password:
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    if os.environ.get("MLFLOW_TRACKING_URI") == uri:
-        os.environ["MLFLOW_TRACKING_URI"] = bare  # child processes find the password in the other two
-    return bare
+    if address.is_server and "@" in parts.netloc:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = address.user
+        if address.password:
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = address.password
+        if os.environ.get("MLFLOW_TRACKING_URI", "").strip() == given:
+            os.environ["MLFLOW_TRACKING_URI"] = address.uri  # child processes find the password in the other two
+    return address.uri
 
 
-def _check_address(uri: str) -> None:
+def _check_address(uri: str, name: str) -> None:
     """Raise `UserError` with the address that is meant, where `uri` is none that MLflow 3 can write to."""
     parts = urlsplit(uri)
     scheme, bare = parts.scheme.partition("+")[0], uri.rpartition("@")[2]
-    shown = f"MLFLOW_TRACKING_URI={redact(uri) if '://' in uri or '@' not in uri else '[redacted]@' + bare}"
+    shown = f"{name}={redact(uri) if '://' in uri or '@' not in uri else '[redacted]@' + bare}"
     if scheme in ("http", "https"):
         if not parts.hostname:
             raise UserError(f"{shown} names no host; give {scheme}://host:port")
         return
+    if scheme in ("sqlite", "postgresql", "postgres", "mysql", "mssql", "databricks") and not uri.startswith(scheme):
+        fix = f"{scheme}{uri[len(scheme) :]}" if "@" not in uri else f"{scheme}://…"
+        raise UserError(f"{shown} begins with capitals, which MLflow does not know; give {fix}")
     if scheme == "sqlite":
         file = re.sub(r"^sqlite(\+\w+)?:/*", "", uri)
         if not file or file == ":memory:":
@@ -202,15 +250,30 @@ def _check_address(uri: str) -> None:
     if scheme and scheme in {entry.name for entry in entry_points(group="mlflow.tracking_store")}:  # of a plugin
         return
     host = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|localhost|[\w-]+(?:\.[\w-]+)*)(:\d{1,5})?(/.*)?", bare)
-    if re.search(r"\.(db|sqlite3?)$", uri) and "://" not in uri:
+    if "://" not in uri and (re.search(r"\.(db|sqlite3?)$", uri) or _is_database(Path(uri))):
         raise UserError(f"{shown} lacks sqlite:///; give sqlite:///{uri}")
+    if "://" not in uri and os.path.exists(uri):
+        kind = "folder" if os.path.isdir(uri) else "file"
+        raise UserError(
+            f"{shown} is a {kind} here, to which MLflow 3 cannot write; give {DEFAULT_TRACKING_URI} or http(s)://…"
+        )
     if host and "://" not in uri and (host[2] or host[1] == "localhost" or "." in host[1].strip(".")):
         local = host[2] or host[1] == "localhost" or re.fullmatch(r"[\d.]+", host[1])
         wanted = "http" if local else "https"
-        raise UserError(f"{shown} lacks {wanted}://; give {wanted}://{bare}")
+        user = ", and the user in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if bare != uri else ""
+        raise UserError(f"{shown} lacks {wanted}://; give {wanted}://{bare}{user}")
     raise UserError(
         f"{shown} is no server that MLflow 3 can write to; give http(s)://host:port, sqlite:///file.db or postgresql://…"
     )
+
+
+def _is_database(path: Path) -> bool:
+    """Whether it is a file of SQLite's."""
+    try:
+        with path.open("rb") as file:
+            return file.read(15) == b"SQLite format 3"
+    except (OSError, ValueError):
+        return False
 
 
 def uses_proxy(uri: str) -> str | None:
