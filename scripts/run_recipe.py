@@ -75,12 +75,22 @@ def check_stages(recipe: Recipe, options: Options) -> None:
             f"--accelerate_config {options.accelerate_config}: there is no such file; name one of "
             f"{SCRIPTS.parent / 'accelerate_configs'}"
         )
+    folder, resume = Path(options.output_dir), recipe.train_unet.resume_from_checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume not in (None, "latest") and not (folder / "unet" / resume).is_dir():
+        raise UserError(
+            f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of it, or latest"
+        )
     for key in ("kid_network", "clip"):
         source = getattr(recipe.evaluate, key)
-        if source and not Path(source).is_dir() and (Path(source).is_absolute() or source.count("/") != 1):
-            raise UserError(
-                f"{key} {source} in section evaluate is neither a folder here nor a Hub id ORG/NAME; correct it"
-            )
+        if source:
+            from transformers import AutoConfig
+
+            try:
+                AutoConfig.from_pretrained(source)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())[:160]
+                raise UserError(f"{key} {source} in section evaluate cannot be read ({reason}); correct it") from None
     if recipe.evaluate.engine == "openvino" and importlib.util.find_spec("openvino") is None:
         raise UserError(
             "engine openvino in section evaluate needs OpenVINO; run: pip install -r requirements.txt, or set engine: auto"

@@ -201,7 +201,7 @@ MISTAKES = [
         ],
         "add --pretrained_model_name_or_path unet",
     ),
-    ("make_flowers.py", ["--output_dir", "tiny.yaml/below"], "tiny.yaml/below: Not a directory"),
+    ("make_flowers.py", ["--output_dir", "tiny.yaml/below"], "a file stands where a folder is needed"),
     (
         "run_recipe.py",
         ["--config", "elsewhere.yaml", "--dataset", "dataset", "--output_dir", "late"],

@@ -28,7 +28,11 @@ def exported(workspace, command, tmp_path_factory):
     shutil.copytree(workspace / "unet", run)
     done = command("export_pipeline.py", "--model", run, cwd=run.parent)
     assert f"MB in {run}/pipeline/openvino: " in done.stdout
-    assert "dB PSNR of those without, at guidance scale 7.5" in done.stdout
+    quality = (
+        "dB PSNR of those without" in done.stdout or ": none in 8 bits" in done.stdout
+    )  # as the processor computes
+    assert quality
+    assert "at guidance scale 7.5" in done.stdout
     return run
 
 

@@ -245,7 +245,7 @@ def _shard_source(
     """Parquet or .tar shards, which `datasets` converts, and sorts into splits by the card or by their names."""
     _check_shards(name, folder, shards)
     card = folder / "README.md"
-    front = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []  # which shard is which split
+    front = _front_matter(card) if card.is_file() else []  # which shard is which split
     content = [front, [[shard, sha256_file(folder / shard)] for shard in shards]]
     roots, named, pictures = _pictures_beside(folder, shards, cfg)
     for file in pick_images(folder, sorted(set(files) - set(shards) - named), left_out):
@@ -286,6 +286,14 @@ def _shard_source(
     size = sum((folder / shard).stat().st_size for shard in shards)
     notes = {"form": f"{form}, {len(shards)} {'file' if len(shards) == 1 else 'files'}", "left_out": left_out}
     return Source(name, hash_json(content), load, roots, disk_bytes=2 * size, notes=notes)
+
+
+def _front_matter(card: Path) -> list[str]:
+    """What stands between the lines `---` of a data set's card."""
+    try:
+        return card.read_text(encoding="utf-8").split("---")[1:2]
+    except UnicodeDecodeError:
+        raise UserError(f"{card} is not UTF-8, and says which file is which split; save it as UTF-8") from None
 
 
 def _link(file: Path, link: Path) -> None:
