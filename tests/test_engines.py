@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ def exported(workspace, command, tmp_path_factory):
     assert quality
     assert "at guidance scale 7.5" in done.stdout
     return run
+
+
+def has_8_bit_products() -> bool:
+    """Whether the processor multiplies and adds 8-bit numbers without saturating (VNNI, AMX). Only Linux tells."""
+    told = Path("/proc/cpuinfo")
+    return bool(set(told.read_text().split()) & {"avx512_vnni", "avx_vnni", "amx_int8"}) if told.is_file() else True
 
 
 def draw(pipeline, prompts=PROMPTS, **options):
@@ -105,8 +112,9 @@ def test_one_step_at_least_is_guided_and_all_at_the_end(steps, end, later):
 
 def test_eight_bits_are_kept_only_where_pictures_stay(exported, monkeypatch):
     known = json.loads((exported / "pipeline" / "openvino" / "engine.json").read_text())
-    assert known["int8"]
-    assert known["psnr_db"] >= quantization.LEAST_DB
+    if known["int8"] or has_8_bit_products():  # without them, sums of products saturate, and pictures differ
+        assert known["int8"]
+        assert known["psnr_db"] >= quantization.LEAST_DB
     monkeypatch.setattr(quantization, "LEAST_DB", 1000.0)
     pipeline = sampling.load_pipeline(exported)
     models = engines.convert(pipeline)
