@@ -35,7 +35,7 @@ class OutOfMemoryError(RuntimeError):
             "out/a.png: No space left on device; make room",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "/root/x: Permission denied; check that path"),
+        (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), "/srv/x: Permission denied; check that path"),
         (
             FileExistsError(errno.EEXIST, "File exists", b"caf\xe9"),
             "File exists; a file stands where a folder is needed",
