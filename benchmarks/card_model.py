@@ -5,8 +5,8 @@ from pathlib import Path
 import common  # noqa: F401 - puts scripts/ on the path
 
 
-def save_card_model(folder: Path, seed: int = 0) -> Path:
-    """Save it where it is not there yet; stock diffusers loads it. About 1.4 GB."""
+def save_card_model(folder: Path, seed: int = 0, tiny: bool = False) -> Path:
+    """Save it where it is not there yet; stock diffusers loads it. About 1.4 GB. tiny: of the same layout, 3 MB."""
     if (folder / "model_index.json").is_file():
         return folder
     import torch
@@ -19,6 +19,10 @@ def save_card_model(folder: Path, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     recipe = config.load_recipe("flowers").unet
+    width, layers, heads, vae_channels = 768, 12, 12, (128, 256, 512, 512)
+    if tiny:
+        width, layers, heads, vae_channels = 32, 1, 2, (32, 32, 32, 32)
+        recipe.unet_channels, recipe.unet_layers, recipe.attention_head_dim = [32, 32, 64], 1, 2
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     words = [
@@ -32,16 +36,16 @@ def save_card_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = CLIPTokenizer(vocab=saved[0], merges=saved[1], model_max_length=77)
     text = CLIPTextModel(  # openai/clip-vit-large-patch14, but for its vocabulary, of which each caption reads 77 rows
         CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            max_position_embeddings=77, projection_dim=768, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, max_position_embeddings=77, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     vae = AutoencoderKL(  # stabilityai/sd-vae-ft-mse
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256,
+        block_out_channels=vae_channels, layers_per_block=1 if tiny else 2, latent_channels=4, sample_size=256,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
-    unet = build_unet(recipe, 16, 4, 768)
+    unet = build_unet(recipe, 16, 4, width)
     pipeline = build_pipeline(vae, text, tokenizer, unet, build_ddim(build_noise_scheduler(recipe)))
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -21,8 +21,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
-    """Print a result and keep it as `results/<name>.json`, with machine and versions. gpu: its name, where one was measured."""
+def describe_machine(gpu: str | None = None) -> dict[str, Any]:
+    """Processor, cores and those of its abilities that matter here; gpu: its name, where one is measured."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = next(
         (line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
@@ -30,14 +30,21 @@ def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
     )
     known = next((line for line in cpu.splitlines() if line.startswith("flags")), "").split()
     machine: dict[str, Any] = {"cpu": model, "cores": cores(), "flags": [flag for flag in FLAGS if flag in known]}
-    if gpu:
-        machine["gpu"] = gpu
+    return {"gpu": gpu, **machine} if gpu else machine
+
+
+def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
+    """Print a result and keep it as `results/<name>.json` with machine and versions, or where `BENCHMARK_RESULTS` says.
+
+    gpu: its name, where one was measured.
+    """
     versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers", "accelerate")}
-    row = {"name": name, **result, "machine": machine, "versions": {"python": platform.python_version(), **versions}}
-    folder = ROOT / "benchmarks" / "results"
+    versions = {"python": platform.python_version(), **versions}
+    row = {"name": name, **result, "machine": describe_machine(gpu), "versions": versions}
+    folder = Path(os.environ.get("BENCHMARK_RESULTS", ROOT / "benchmarks" / "results"))
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(row, indent=2) + "\n")
-    print(json.dumps(row))
+    print(json.dumps(row), flush=True)
 
 
 def run_script(script: str, *arguments: Any, cwd: Path) -> str:

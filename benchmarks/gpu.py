@@ -1,9 +1,11 @@
 """The model card's UNet from cached latents on one GPU: samples/s, share of the GPU's peak, memory, by batch and precision.
 
-python benchmarks/gpu.py
+python benchmarks/gpu.py [short | tiny]
 
-Steps of `train_unet.py`'s own `train_step` (batches made in its thread, clipping, AdamW, schedule, average) with the
-recipe `flowers`, each arm in a process of its own: kernels started one by one, as one CUDA graph (the default), and a graph of
+short: the figures that matter most, in a minute or two and without compiling. tiny: a rehearsal of it on a CPU.
+
+Steps of `train_unet.py`'s own `train_step` (batches made in its thread, clipping, AdamW, schedule, average) with the recipe
+`flowers`, each arm in a process of its own: kernels started one by one, as one CUDA graph (the default), and a graph of
 what torch.compile made. The peak is that of a bf16 product of 8192 x 8192 matrices, measured beforehand; operations are counted by
 torch's FlopCounterMode, which knows products, convolutions and attention.
 """
@@ -31,43 +33,65 @@ ARMS: dict[str, dict[str, Any]] = {
     "graph_compiled": {"compile": True},
 }
 # what is measured: arm, precision, batches; each batch is compiled anew, for minutes
-PLAN = [
-    ("kernels", "bf16", [32, 256]), ("kernels", "fp16", [32]), ("graph", "bf16", [8, 32, 128, 512, 1024]),
-    ("graph", "fp16", [32, 512]), ("graph_channels_last", "bf16", [32, 512]), ("graph_compiled", "bf16", [32, 256]),
-]  # fmt: skip
+PLANS = {
+    "full": [
+        ("kernels", "bf16", [32, 256]), ("kernels", "fp16", [32]), ("graph", "bf16", [8, 32, 128, 512, 1024]),
+        ("graph", "fp16", [32, 512]), ("graph_channels_last", "bf16", [32, 512]), ("graph_compiled", "bf16", [32, 256]),
+    ],
+    "short": [
+        ("graph", "bf16", [32, 512]), ("kernels", "bf16", [32]), ("graph", "fp16", [32, 512]), ("kernels", "fp16", [32]),
+    ],
+    "tiny": [("graph", "no", [2])],
+}  # fmt: skip
 WARM, STEPS, BLOCKS = 6, 10, 3
 
 
-def main() -> None:
+def main(plan: str) -> None:
+    if plan not in PLANS:
+        sys.exit(f"unknown plan {plan}; take {', '.join(PLANS)}")
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and plan != "tiny":
         sys.exit("this benchmark wants an NVIDIA GPU, and PyTorch finds none")
-    name = torch.cuda.get_device_name()
-    peak = product_tflops()
-    print(f"{name}: {peak:.0f} TFLOP/s in a product of matrices in bf16", flush=True)
-    rows = [row for arm, precision, batches in PLAN for row in launch(arm, precision, batches)]
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    peak = product_tflops() if name else product_tflops(64, "cpu")
+    print(f"{name or 'CPU'}: {peak:.0f} TFLOP/s in a product of matrices in bf16", flush=True)
+    rows = [row for arm, precision, batches in PLANS[plan] for row in launch(arm, precision, batches)]
+    if not rows:
+        sys.exit("no arm was measured; the lines above say why")
     for row in rows:
         row["share_of_peak"] = round(row["tflops"] / peak, 3)
     at = {(row["arm"], row["precision"], row["batch"]): row["samples_per_second"] for row in rows}
     ratio = at.get(("graph", "bf16", 32), 0) / at.get(("kernels", "bf16", 32), float("inf"))
-    keep("gpu", {"ratio": round(ratio, 3), "goal": None, "peak_tflops_bf16": round(peak), "arms": rows}, name)
+    keep(
+        "gpu" if plan == "full" else f"gpu_{plan}",
+        {"ratio": round(ratio, 3), "goal": None, "peak_tflops_bf16": round(peak), "arms": rows},
+        name,
+    )
 
 
-def product_tflops(side: int = 8192) -> float:
+def product_tflops(side: int = 8192, device: str = "cuda") -> float:
     """Measured TFLOP/s of a product of two bf16 matrices of random numbers."""
     import torch
 
-    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(8):
-        torch.cuda.synchronize()
+        wait(device)
         start = time.perf_counter()
         for _ in range(10):
             a @ b
-        torch.cuda.synchronize()
+        wait(device)
         seconds.append((time.perf_counter() - start) / 10)
     return 2 * side**3 / statistics.median(seconds[2:]) / 1e12
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]:
@@ -97,7 +121,9 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
     from t2i.captured import capture
     from t2i.distributed import make_accelerator
 
-    recipe = config.load_recipe("flowers")
+    on_gpu = torch.cuda.is_available()
+    recipe = config.load_recipe("flowers" if on_gpu else "demo")
+    warm, steps, blocks, samples = (WARM, STEPS, BLOCKS, 2048) if on_gpu else (1, 1, 1, 16)
     settings = recipe.train_unet
     settings.max_train_steps = 10_000
     for name, value in ARMS[arm].items():
@@ -105,11 +131,12 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
     accelerator = make_accelerator(settings)
     for batch in batches:
         settings.train_batch_size = batch
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as place:
-            trained, given, ahead = make_training(recipe, accelerator, Path(place), max(2048, batch), 4, 768, 77)
+            trained, given, ahead = make_training(recipe, accelerator, Path(place), max(samples, batch), 4, 768, 77)
             example = train_unet.make_batch(given, settings, 0, 0, accelerator)
             with FlopCounterMode(display=False) as counter:
                 noisy, _, timesteps, context = (tensor[:1] for tensor in example)
@@ -119,17 +146,17 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
             compute = partial(train_unet.loss_of, trained, given, settings, accelerator)
             backward = capture(compute, lambda made=example: made, trained, settings, accelerator)
             seconds, step = [], 0
-            for block in range(BLOCKS + 1):
-                for _ in range(STEPS if block else WARM):
+            for block in range(blocks + 1):
+                for _ in range(steps if block else warm):
                     train_unet.train_step(trained, ahead, given, settings, step, accelerator, backward)
                     step += 1
-                torch.cuda.synchronize()
+                wait(accelerator.device.type)
                 if block:
-                    seconds.append((time.perf_counter() - start) / STEPS)
+                    seconds.append((time.perf_counter() - start) / steps)
                 else:
                     first, ahead.waited = time.perf_counter() - start, 0.0
                 start = time.perf_counter()
-            took, waited = statistics.median(seconds), ahead.waited / BLOCKS / STEPS
+            took, waited = statistics.median(seconds), ahead.waited / blocks / steps
         flops = counter.get_total_flops() * batch
         row = {
             "arm": arm, "precision": precision, "batch": batch, "milliseconds_per_step": round(1000 * took, 2),
@@ -147,4 +174,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:  # the same file is the process of one arm
         one(sys.argv[2], sys.argv[3], [int(batch) for batch in sys.argv[4:]])
     else:
-        main()
+        main(sys.argv[1] if len(sys.argv) > 1 else "full")

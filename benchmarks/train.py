@@ -1,6 +1,7 @@
 """train_unet.py against diffusers' train_text_to_image.py, each as its own process, at the model card's sizes.
 
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [steps] [rounds]
+python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py tiny    rehearses it: small models
 
 The same drawn flowers, models with random weights, 128 px, no gradient checkpointing, no EMA; on a CPU batch 8, in fp32 and in
 bf16, on a GPU batch 32, in fp16 and in bf16; alternating. Then ours alone for LOSS_STEPS from the same UNet in each precision and
@@ -27,7 +28,8 @@ import yaml
 from card_model import save_card_model
 from common import ROOT, SCRIPTS, keep
 
-WORK = ROOT / ".cache" / "benchmark_train"
+TINY = sys.argv[2:3] == ["tiny"]
+WORK = ROOT / ".cache" / ("benchmark_train_tiny" if TINY else "benchmark_train")
 TRACKING = f"sqlite:///{WORK / 'mlflow.db'}"
 IMAGES = 128
 EPOCHS = 10  # over which caching is counted
@@ -71,6 +73,8 @@ class Place:
 def find_place() -> Place:
     import torch
 
+    if TINY:
+        return Place(None, 2, ("no", "bf16"), 4, (None, None))
     if torch.cuda.is_available():
         return Place(torch.cuda.get_device_name(), 32, ("fp16", "bf16"), 80, (None, None))
     return Place(None, 8, ("no", "bf16"), 8, (5.0, 2.3))
@@ -84,10 +88,10 @@ def main() -> None:
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit(f"name diffusers' script: {__doc__.splitlines()[2]}" if __doc__ else "")
     peer = Path(sys.argv[1]).resolve()
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else PLACE.steps
-    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 and not TINY else PLACE.steps
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 1 if TINY else 2
     WORK.mkdir(parents=True, exist_ok=True)
-    model = save_card_model(WORK / "model")
+    model = save_card_model(WORK / "model", tiny=TINY)
     dataset = draw(WORK / "dataset")
     environment = make_environment(WORK / "peer_environment")
     seconds: dict[str, list[float]] = {}
@@ -107,7 +111,9 @@ def main() -> None:
                 found = run(words, base | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
                 seconds.setdefault(f"{arm}_{precision}", []).extend(found.step_seconds)
                 peaks.setdefault(f"{arm}_{precision}", []).append(found.peak_rss_bytes)
-                print(f"{arm} {precision}: {statistics.median(found.step_seconds):.3f} s a step", flush=True)
+                took = round(statistics.median(found.step_seconds), 4)
+                row = {"arm": arm, "precision": precision, "batch": PLACE.batch, "seconds_per_step": took}
+                print(json.dumps(row), flush=True)  # a run that is cut short has told what it measured
                 if arm == "ours" and precision not in caching:
                     state = json.loads((WORK / "ours" / "run.json").read_text())
                     caching[precision] = state["seconds"]["cache"] / IMAGES
@@ -117,7 +123,8 @@ def main() -> None:
         words += ["--learning_rate", "1e-4"]
         run(words, dict(os.environ) | {"ACCELERATE_MIXED_PRECISION": precision, "MLFLOW_TRACKING_URI": TRACKING})
         losses[precision] = json.loads((WORK / "ours" / "run.json").read_text())["val_loss"]
-        print(f"ours {precision}: validation loss {losses[precision]:.5f} after {LOSS_STEPS} steps", flush=True)
+        row = {"arm": "ours", "precision": precision, "steps": LOSS_STEPS, "validation_loss": losses[precision]}
+        print(json.dumps(row), flush=True)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     best = min(PLACE.precisions, key=lambda one: medians[f"ours_{one}"])
     ours = medians[f"ours_{best}"]
@@ -125,7 +132,7 @@ def main() -> None:
     epochs = EPOCHS * each / (caching[best] + EPOCHS * each)  # the share of the time that is training
     first, second = (medians[f"peer_{one}"] / ours for one in PLACE.precisions)
     keep(
-        "train_gpu" if PLACE.gpu else "train",
+        "train_tiny" if TINY else "train_gpu" if PLACE.gpu else "train",
         {
             "ratio": round(first, 3), "goal": PLACE.goals[0], f"ratio_to_{PLACE.precisions[1]}": round(second, 3),
             f"goal_to_{PLACE.precisions[1]}": PLACE.goals[1], "ratio_with_caching_10_epochs": round(first * epochs, 3),
