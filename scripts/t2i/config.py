@@ -205,7 +205,7 @@ class TrainConfig:
     max_nonfinite_steps: Natural = 0  # updates skipped for a loss or gradient that is no number before the run ends
     logging_steps: Count = 10  # updates between logged losses
     report_to: Literal["mlflow", "none"] = "mlflow"  # where curves and pictures go
-    experiment: str = "t2i"  # MLflow experiment
+    experiment: str = "t2i"  # MLflow experiment; left as it is, MLFLOW_EXPERIMENT_NAME holds
     run_name: str | None = None  # MLflow run; None: name of output_dir
 
 
