@@ -111,7 +111,9 @@ def check_push(command: jobs.Command) -> None:
     repo_id = hub.check_repo_id(getattr(settings, option), f"--{option}")
     hub.check_license(settings.license or None)
     if os.environ.get("HF_TOKEN"):  # the token that travels
-        hub.check_access(repo_id, "dataset" if captions else "model", lambda text: print(text, file=sys.stderr))
+        target = hub.Target(settings.hub_revision, settings.create_pr)
+        kind = "dataset" if captions else "model"
+        hub.check_access(repo_id, kind, lambda text: print(text, file=sys.stderr), target)
 
 
 def read_options() -> argparse.Namespace:

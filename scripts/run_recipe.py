@@ -98,7 +98,8 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     if recipe.train_unet.push_to_hub:
         from t2i import hub
 
-        hub.check_access(hub.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model")
+        target = hub.Target(recipe.train_unet.hub_revision, recipe.train_unet.create_pr)
+        hub.check_access(hub.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model", target=target)
 
 
 def python(script: str, *arguments: str) -> list[str]:
