@@ -52,6 +52,7 @@ from t2i.sources import (
     label_caption,
     label_name,
     plain,
+    prefixed,
     shown_file,
 )
 
@@ -116,9 +117,9 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
         *("resolution", "image_column", "caption_column", "caption_template", "label_names"),
         *("validation_fraction", "split_seed"),
     )
-    key = hash_json(
-        [CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, [getattr(cfg, s) for s in settings]]
-    )
+    shaping = [getattr(cfg, name) for name in settings]
+    shaping += [cfg.caption_prefix] if cfg.caption_prefix else []  # without one, caches of before stay
+    key = hash_json([CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, shaping])
     folder = prepared_folder(cfg.cache_dir, key)
     with FileLock(cache / f"{key}.lock"):
         if folder.is_dir():
@@ -126,7 +127,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
         else:
             _build(source, cfg, folder, say)
             pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
-    report = _report(folder, source)
+    report = _report(folder, source) | {"caption_prefix": cfg.caption_prefix}
     say(understood.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
@@ -442,6 +443,7 @@ def _write_rows(
             else:
                 captions = [""] * len(chosen)
             empty += captions.count("")
+            captions = [prefixed(text, cfg.caption_prefix) for text in captions]
             out |= {"id": [digests[index].tobytes().hex()[:16] for index in chosen], "caption": captions}
             out["file"] = [shown_file(path, split, int(index)) for path, index in zip(paths, chosen, strict=True)]
             writer.write_table(pa.Table.from_pydict({key: out[key] for key in schema.names}, schema=schema))

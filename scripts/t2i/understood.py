@@ -114,6 +114,8 @@ def table(report: dict[str, Any]) -> str:
             ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
                  f"{more}")
         )  # fmt: skip
+    if report.get("caption_prefix"):
+        rows.append(("", f"each begins with {_short(report['caption_prefix'], 40)!r} (--caption_prefix)"))
     if report.get("joined_lines"):
         rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
     if shared := report.get("shared_caption_files"):
