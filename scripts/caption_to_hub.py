@@ -254,8 +254,10 @@ def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "da
 def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any) -> list[Photo]:
     """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `WORK`."""
     from t2i.data import check_bad_share
+    from t2i.images import HEIF_FIX
 
-    kept = folder / WORK / f"photos-{hash_json([source.identity, recipe.data.image_column])}.jsonl"
+    seen = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
+    kept = folder / WORK / f"photos-{hash_json(seen)}.jsonl"
     if accelerator.is_main_process and not kept.is_file():
         write_text(kept, "".join(json.dumps(asdict(photo)) + "\n" for photo in _look(source, rows, recipe)))
     accelerator.wait_for_everyone()

@@ -107,7 +107,9 @@ def table(report: dict[str, Any]) -> str:
             rows.append(("", _counted(len(alike), "names that differ only by capitals, spaces or accents", shown)))
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
     rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
-    if captions:
+    if report.get("captions_missing"):
+        rows[-1] = ("captions", "none, and this training needs none")
+    elif captions:
         several = report.get("several_captions")
         more = f", {several:,} images have several: the first is used" if several else ""
         rows.append(
