@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -112,8 +113,8 @@ def check_push(command: jobs.Command) -> None:
     hub.check_license(settings.license or None)
     if os.environ.get("HF_TOKEN"):  # the token that travels
         target = hub.Target(settings.hub_revision, settings.create_pr)
-        kind = "dataset" if captions else "model"
-        hub.check_access(repo_id, kind, lambda text: print(text, file=sys.stderr), target)
+        say = partial(print, file=sys.stderr)
+        hub.check_access(repo_id, "dataset" if captions else "model", say, target)
 
 
 def read_options() -> argparse.Namespace:

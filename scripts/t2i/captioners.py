@@ -164,7 +164,11 @@ def without_prompt(text: str, prompt: str) -> str:
 
 
 def _generate(model: Any, config: CaptionConfig) -> Callable[[Any], torch.Tensor]:
-    options = {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "num_beams": config.num_beams,
+        "do_sample": False,
+    }
     chosen = {"no_repeat_ngram_size": config.no_repeat_ngram_size, "repetition_penalty": config.repetition_penalty}
     options |= {key: value for key, value in chosen.items() if value is not None}  # else the model's own stay
 

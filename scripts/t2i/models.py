@@ -65,8 +65,14 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None, **o
             if part == "tokenizer" and len(model) <= len(set(model.all_special_ids)):
                 # transformers makes one of its special tokens alone where it gets no vocabulary
                 if not os.path.isdir(path):
-                    names = {"subfolder": attempt or None, "revision": revision}
-                    hf_hub_download(path, "tokenizer_config.json", **names, local_files_only=is_offline_mode())
+                    cached = bool(options.get("local_files_only")) or is_offline_mode()
+                    hf_hub_download(  # which says why nothing came
+                        path,
+                        "tokenizer_config.json",
+                        subfolder=attempt or None,
+                        revision=revision,
+                        local_files_only=cached,
+                    )
                 raise OSError("it holds no vocabulary: no tokenizer.json, nor vocab.json and merges.txt")
             if os.path.isdir(path) and hasattr(model, "register_to_config"):
                 model.register_to_config(_name_or_path="")  # a folder of this machine is nothing to publish
