@@ -4,6 +4,10 @@ streamlit run dashboard
 
 Run it from the repository root: it shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
 (mlflow.db where that is unset). It reads alone; what is computed is computed by t2i.
+
+Behind a reverse proxy or a notebook server, HOST being the name in the browser's address:
+streamlit run dashboard --server.allowedHosts=HOST --server.allowedHosts=localhost --server.corsAllowedOrigins=https://HOST
+If the proxy keeps its path (/proxy/absolute/8501, say), add --server.baseUrlPath=proxy/absolute/8501.
 """
 
 import sys

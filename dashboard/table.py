@@ -15,7 +15,7 @@ from PIL import Image
 from widgets import address, picture_grid, picture_pair
 
 from t2i import cells
-from t2i.pictures import difference, labelled_grid
+from t2i.pictures import difference, grid_png, labelled_grid
 from t2i.runs import UserError, hash_json
 
 SHOWN = 100  # cells of a grid at once; the rows of a larger one are shown in pages
@@ -227,7 +227,12 @@ def show_pair(shown: dict[str, Any], there: list[str], left: str, right: str) ->
 def show_downloads(grid: Grid, places: Sequence[cells.Place], rows: slice) -> None:
     left, right = st.columns(2)
     left.download_button(
-        "Grid as PNG", lambda: grid_png(grid, places, rows), "grid.png", "image/png", width="stretch", on_click="ignore"
+        "Grid as PNG",
+        lambda: whole_grid(grid, places, rows),
+        "grid.png",
+        "image/png",
+        width="stretch",
+        on_click="ignore",
     )
     right.download_button(
         "Pictures with their parameters", lambda: cells.zipped(places), "pictures.zip", "application/zip",
@@ -235,14 +240,12 @@ def show_downloads(grid: Grid, places: Sequence[cells.Place], rows: slice) -> No
     )  # fmt: skip
 
 
-def grid_png(grid: Grid, places: Sequence[cells.Place], rows: slice) -> bytes:
+def whole_grid(grid: Grid, places: Sequence[cells.Place], rows: slice) -> bytes:
     table: list[list[Any]] = [[None] * len(grid.labels[0]) for _ in grid.labels[1][rows]]
     for place in places:
         table[place.at[1]][place.at[2]] = open_cell(place)
     title = f"{AXES[grid.axes[1].name]} by {AXES[grid.axes[0].name]}"
-    file = io.BytesIO()
-    labelled_grid(table, grid.labels[1][rows], grid.labels[0], title).save(file, "PNG")
-    return file.getvalue()
+    return grid_png(labelled_grid(table, grid.labels[1][rows], grid.labels[0], title))
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,12 @@ PASSING = {
     "push_to_hub",
     "hub_private_repo",
     "hub_deadline",
+    "hub_revision",
+    "create_pr",
 }
+
+
+LATER = ("no_repeat_ngram_size", "repetition_penalty")
 
 
 @dataclass
@@ -93,7 +99,8 @@ def main() -> None:
         accelerator.wait_for_everyone()
         return
     if config.push_to_hub and accelerator.is_main_process:
-        hub.check_access(str(config.hub_dataset_id), "dataset")  # before hours of work
+        target = hub.Target(config.hub_revision, config.create_pr)
+        hub.check_access(str(config.hub_dataset_id), "dataset", target=target)  # before hours of work
     if accelerator.is_main_process:
         require_own(folder, Path(str(recipe.data.dataset)).expanduser())
     with alone(folder, accelerator.process_index, accelerator.wait_for_everyone):
@@ -104,6 +111,8 @@ def main() -> None:
         source = find_source(recipe.data)
         name = model_name(config)
         settings = {key: value for key, value in asdict(config).items() if key not in PASSING}
+        # what was not chosen before these options were there leaves a folder of before as it is
+        settings = {key: value for key, value in settings.items() if value is not None or key not in LATER}
         settings |= {"images": source.identity, "model": asdict(name) | {"path": ""}, "columns": columns_of(recipe)}
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
@@ -150,7 +159,7 @@ def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], 
     """The table of `t2i.understood`: the captions that are there, where they are used, else the images alone."""
     from t2i import understood
     from t2i.data import caption_origins, count_several
-    from t2i.sources import caption_columns
+    from t2i.sources import caption_columns, prefixed
 
     good = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
@@ -159,7 +168,7 @@ def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], 
     for photo in good:
         part, names = columns[photo.split], labels[photo.split]
         part["file"].append(photo.file)
-        part["caption"].append(texts[photo.split][photo.row] if texts else "")
+        part["caption"].append(prefixed(texts[photo.split][photo.row], recipe.data.caption_prefix) if texts else "")
         part["label"].append(names[photo.row] if names else None)
     copies = {
         split: len(part["file"]) - len({p.id for p in good if p.split == split}) for split, part in columns.items()
@@ -187,6 +196,7 @@ def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], 
         "quarantined_by_reason": dict(reasons.most_common()),
         "duplicates": copies,
         "understood": found,
+        "caption_prefix": recipe.data.caption_prefix,
     }
     print(understood.table(report | notes))
 
@@ -217,7 +227,8 @@ def model_name(config: CaptionConfig) -> "ModelName":
 def columns_of(recipe: Recipe) -> list[Any]:
     """The settings that say which column is what."""
     data = recipe.data
-    return [data.image_column, data.caption_column, data.caption_template, data.label_names]
+    prefix = [data.caption_prefix] if data.caption_prefix else []
+    return [data.image_column, data.caption_column, data.caption_template, data.label_names, *prefix]
 
 
 def captions_hash(folder: Path) -> str:
@@ -243,8 +254,10 @@ def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "da
 def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any) -> list[Photo]:
     """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `WORK`."""
     from t2i.data import check_bad_share
+    from t2i.images import HEIF_FIX
 
-    kept = folder / WORK / f"photos-{hash_json([source.identity, recipe.data.image_column])}.jsonl"
+    seen = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
+    kept = folder / WORK / f"photos-{hash_json(seen)}.jsonl"
     if accelerator.is_main_process and not kept.is_file():
         write_text(kept, "".join(json.dumps(asdict(photo)) + "\n" for photo in _look(source, rows, recipe)))
     accelerator.wait_for_everyone()
@@ -451,7 +464,8 @@ def caption_batches(
 def settings_of(config: CaptionConfig) -> str:
     """What shapes a model's captions beside what they belong to."""
     openings = "stripped" if config.strip_boilerplate else "kept"
-    return f"{config.num_beams} beams, at most {config.max_new_tokens} tokens, openings {openings}"
+    chosen = "".join(f", {key} {value:g}" for key in LATER if (value := getattr(config, key)) is not None)
+    return f"{config.num_beams} beams, at most {config.max_new_tokens} tokens, openings {openings}{chosen}"
 
 
 def ledger_row(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dict[str, Any]:
@@ -475,13 +489,15 @@ def write_dataset(
     from t2i import captions, ledger
     from t2i.dataset_cards import merge_cards
     from t2i.dataset_folder import save_dataset_folder
+    from t2i.sources import prefixed
     from t2i.training import public
 
     lines = ledger.read(folder / "captions.jsonl")
     kept = [(photo, lines[key]) for photo, key in zip(photos, wanted, strict=True) if key]
     labels = {split: labels_of(part, recipe) for split, part in rows.items()}
     known = [names[photo.row] if (names := labels[photo.split]) else None for photo, _ in kept]
-    texts = [captions.clean_caption(line["caption"]) for _, line in kept]
+    prefix = recipe.data.caption_prefix  # captions.jsonl keeps captions as they were made or edited
+    texts = [prefixed(captions.clean_caption(line["caption"]), prefix) for _, line in kept]
     audit = captions.audit(
         texts,
         [photo.id for photo, _ in kept],
@@ -490,6 +506,7 @@ def write_dataset(
         colors=[photo.colors for photo, _ in kept],
         raw=[line.get("raw") for _, line in kept],
         tokenizer=load_tokenizer(recipe.caption.audit_tokenizer),
+        of_labels=recipe.caption.captioner == "label",
     )
     write_json(folder / "audit.json", audit)
     part = folder / WORK / "dataset"
@@ -556,6 +573,8 @@ def make_card(
         kinds = Counter(line.get("settings") for line in lines)
         making |= {"Model": name.model, "Revision": name.revision, "Task": config.task, "Prompt": config.prompt or "none",
                    "Settings": "; ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())}  # fmt: skip
+    if data.caption_prefix:
+        making |= {"Prefix of each caption": data.caption_prefix}
     hub_id = cards.hub_id(data.dataset)
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     return dataset_cards.render_dataset_card(
@@ -579,12 +598,16 @@ def load_tokenizer(source: str) -> Any:
     """The CLIP tokenizer that counts tokens; None, with a word on it, where it cannot be had."""
     from transformers import CLIPTokenizer
 
+    from t2i import hub
     from t2i.models import load_part
 
+    with suppress(UserError):  # a copy in the Hub's cache serves, and needs no network
+        return load_part(CLIPTokenizer, source, "tokenizer", local_files_only=True)
     try:
-        return load_part(CLIPTokenizer, source, "tokenizer")
+        with hub.limited(hub.CHECK_S):  # one figure of the audit is not worth minutes of trying again
+            return load_part(CLIPTokenizer, source, "tokenizer")
     except UserError as error:
-        print(f"caption lengths are not measured: {error}")
+        print(f"caption lengths are not measured: {error}; or name a folder with a tokenizer in --audit_tokenizer")
         return None
 
 
@@ -646,6 +669,7 @@ def push(folder: Path, config: CaptionConfig) -> None:
     done = hub.push_folder(
         folder, str(config.hub_dataset_id), "dataset", files=["README.md", "data/*.parquet", "images/grid.png"],
         message="Captioned images", private=config.hub_private_repo, deadline=config.hub_deadline, merge_card=merge,
+        target=hub.Target(config.hub_revision, config.create_pr),
     )  # fmt: skip
     if merged != ours and (last is None or merge_cards(ours, last) != ours):  # edited here as well as there
         write_text(folder / "README.local.md", ours)

@@ -250,7 +250,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     offset: how many captions other prompts have used before.
     """
     from t2i import flowers
-    from t2i.sources import label_caption
+    from t2i.sources import label_caption, prefixed
 
     if kind == "drawn":
         seen = flowers.prompts(count - count // 2, seed, False)
@@ -260,7 +260,8 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     if kind == "labelled":
         labels = known_labels(splits.train)
         chosen = [labels[number % len(labels)] for number in range(count)]
-        texts = [label_caption(label, recipe.data.caption_template) for label in chosen]
+        data = recipe.data
+        texts = [prefixed(label_caption(label, data.caption_template), data.caption_prefix) for label in chosen]
         return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
     if not captions:

@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,6 +50,7 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
     jobs.check_precision(config, inside, inner)
     jobs.tracking_server(config)  # refuses an address that nobody could record to
     inputs = jobs.local_inputs(command, config)
+    jobs.check_isolation(command, config, inputs)
     check_push(command)
 
     # look at the account
@@ -110,7 +112,9 @@ def check_push(command: jobs.Command) -> None:
     repo_id = hub.check_repo_id(getattr(settings, option), f"--{option}")
     hub.check_license(settings.license or None)
     if os.environ.get("HF_TOKEN"):  # the token that travels
-        hub.check_access(repo_id, "dataset" if captions else "model", lambda text: print(text, file=sys.stderr))
+        target = hub.Target(settings.hub_revision, settings.create_pr)
+        say = partial(print, file=sys.stderr)
+        hub.check_access(repo_id, "dataset" if captions else "model", say, target)
 
 
 def read_options() -> argparse.Namespace:
@@ -172,6 +176,7 @@ def notes(
         found.append("push_to_hub needs a token in the job: export HF_TOKEN (what hf auth login keeps does not travel)")
     if said := jobs.tracking_server(config)[1]:
         found.append(said)
+    found += jobs.estimator_notes(config)
     too_long = costs.too_long(estimate, config)
     return [*found, too_long] if too_long else found
 
@@ -223,7 +228,9 @@ def build_request(
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # the role was looked at, as far as it can be
     secret = aws.secret_name(config, secrets) if secrets else None
     try:
-        trainer(config, account, DrySession(boto_session=boto), source, channels, secret).train(wait=False)
+        trainer(
+            config, account, aws.sdk_session(account, DrySession, boto_session=boto), source, channels, secret
+        ).train(wait=False)
     except Seen as seen:
         return seen.args[0]
     finally:
@@ -240,7 +247,7 @@ def trainer(
     secret: str | None,
 ) -> Any:
     """The SDK's `ModelTrainer` for this job."""
-    from sagemaker.core.shapes import MetricDefinition
+    from sagemaker.core.shapes import MetricDefinition, S3DataSource
     from sagemaker.train import ModelTrainer
     from sagemaker.train.configs import (
         CheckpointConfig,
@@ -256,12 +263,20 @@ def trainer(
     extra = config.additional_args
     spot = extra.use_spot_instances
     networking = None
-    if extra.subnets or extra.encrypt_inter_container_traffic:
+    if extra.subnets or extra.encrypt_inter_container_traffic or extra.enable_network_isolation:
         networking = Networking(
             subnets=extra.subnets or None,
             security_group_ids=extra.security_group_ids or None,
+            enable_network_isolation=extra.enable_network_isolation or None,
             enable_inter_container_traffic_encryption=extra.encrypt_inter_container_traffic or None,
         )
+    streamed = extra.input_mode == "FastFile"
+    output = {"s3_output_path": extra.output_path, "kms_key_id": extra.output_kms_key}
+
+    def data(uri: str) -> Any:  # as text, the SDK has it copied whatever the job's input mode is
+        kind = {"s3_data_type": "S3Prefix", "s3_data_distribution_type": "FullyReplicated"}
+        return S3DataSource(s3_uri=uri, **kind) if streamed else uri
+
     made = ModelTrainer(
         sagemaker_session=session,
         role=account.role,
@@ -270,13 +285,15 @@ def trainer(
         # `exec`: the script becomes the container's first process, the one that SageMaker's SIGTERM reaches
         source_code=SourceCode(
             source_dir=str(source),
-            requirements="scripts/requirements.txt",
+            requirements=None if extra.enable_network_isolation else "scripts/requirements.txt",
             command="exec python3 scripts/run_sagemaker_job.py",
         ),
         compute=Compute(
             instance_type=config.ec2_instance_type,
             instance_count=config.num_machines,
             volume_size_in_gb=extra.volume_size,
+            volume_kms_key_id=extra.volume_kms_key,
+            keep_alive_period_in_seconds=extra.keep_alive_period_in_seconds,
             enable_managed_spot_training=spot or None,
         ),
         networking=networking,
@@ -285,8 +302,9 @@ def trainer(
             max_wait_time_in_seconds=(extra.max_wait or extra.max_run) if spot else None,
         ),
         checkpoint_config=CheckpointConfig(s3_uri=extra.checkpoint_s3_uri),
-        output_data_config=OutputDataConfig(s3_output_path=extra.output_path) if extra.output_path else None,
-        input_data_config=[InputData(channel_name=name, data_source=uri) for name, uri in channels.items()],
+        output_data_config=OutputDataConfig(**output) if any(output.values()) else None,
+        training_input_mode=extra.input_mode,
+        input_data_config=[InputData(channel_name=name, data_source=data(uri)) for name, uri in channels.items()],
         environment=environment(config, secret),
         tags=[Tag(key=key, value=value) for key, value in extra.tags.items()] or None,
     )
@@ -299,8 +317,13 @@ def trainer(
 def environment(config: jobs.SageMakerConfig, secret: str | None) -> dict[str, str]:
     """The container's variables: those of the YAML, the MLflow server's address without its user, the secret's name."""
     found = dict(config.additional_args.environment)
+    names: tuple[str, ...] = jobs.FORWARDED
     if uri := jobs.tracking_server(config)[0].uri:
         found[jobs.SERVER] = uri
+        names += jobs.OF_A_SERVER
+    for name in names:
+        if value := os.environ.get(name, "").strip():
+            found.setdefault(name, value)
     if secret:
         found[jobs.SECRETS] = secret
     return found
@@ -310,12 +333,10 @@ def submit(
     config: jobs.SageMakerConfig, account: aws.Account, source: Path, channels: dict[str, str], secret: str | None
 ) -> str:
     """Send the job; returns its name."""
-    from sagemaker.core.helper.session_helper import Session
-
     begin, end = "SageMaker does not take the job: ", "; nothing runs and nothing is billed"
     try:
         with aws.in_words(begin, end):
-            made = trainer(config, account, Session(boto_session=account.session), source, channels, secret)
+            made = trainer(config, account, aws.sdk_session(account), source, channels, secret)
             made.train(wait=False, logs=False)
     except ValueError as error:  # the SDK's checks of the role and of the request
         raise UserError(f"{begin}{aws.brief(error)}{end}") from None

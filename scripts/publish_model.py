@@ -20,6 +20,8 @@ class Options:
     hub_model_id: str | None = None  # ORG/NAME on the Hub; log in by `hf auth login`, or set HF_TOKEN
     hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
     hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long
+    hub_revision: str | None = None  # branch to push to, made from main if it is missing; None: main
+    create_pr: Flag = False  # open a pull request in place of pushing to main; each push opens a new one
     license: str | None = None  # as the Hub names licences, e.g. apache-2.0; None: the run's, else the one on the Hub
     gallery_pictures: Natural = 8  # pictures on the card, drawn for the validation's and the evaluation's prompts
 
@@ -31,13 +33,14 @@ def main() -> None:
     run = publish.find_run(options.model)
     repo_id = hub.check_repo_id(options.hub_model_id, "--hub_model_id")
     publish.choose_license(run, options.license)
-    hub.check_access(repo_id, "model")
+    target = hub.Target(options.hub_revision, options.create_pr)
+    hub.check_access(repo_id, "model", target=target)
     from t2i.distributed import quiet_libraries
 
     quiet_libraries()
     publish.publish_run(
         run, repo_id, license=options.license, pictures=options.gallery_pictures, private=options.hub_private_repo,
-        deadline=options.hub_deadline,
+        deadline=options.hub_deadline, target=target,
     )  # fmt: skip
 
 

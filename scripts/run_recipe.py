@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +53,12 @@ def main() -> None:
     vae, unet = folder / "vae", folder / "unet"
     config = options.accelerate_config or str(SCRIPTS.parent / "accelerate_configs" / "cpu.yaml")
     quiet_launcher(config)
+    if options.dataset and not (vae / "run.json").is_file():
+        from t2i.data import (
+            load_splits,
+        )  # the autoencoder needs no captions: what lacks them is refused before its hours
+
+        load_splits(replace(recipe.data, dataset=dataset), say=lambda _: None)
     training = launch([config], "train_vae.py", *common, "--output_dir", str(vae))
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
     half = [] if options.accelerate_config or not computes_in_bf16() else ["--mixed_precision", "bf16"]
@@ -98,7 +104,8 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     if recipe.train_unet.push_to_hub:
         from t2i import hub
 
-        hub.check_access(hub.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model")
+        target = hub.Target(recipe.train_unet.hub_revision, recipe.train_unet.create_pr)
+        hub.check_access(hub.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model", target=target)
 
 
 def python(script: str, *arguments: str) -> list[str]:

@@ -255,17 +255,19 @@ def check_push(config: TrainUnetConfig, accelerator: Any) -> None:
         repo_id = hub.check_repo_id(config.hub_model_id, "--hub_model_id")
         hub.check_license(config.license or None)
         if accelerator.is_main_process:
-            hub.check_access(repo_id, "model")
+            hub.check_access(repo_id, "model", target=hub.Target(config.hub_revision, config.create_pr))
 
 
 def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
     """Publish the finished run, if that is asked for."""
     if config.push_to_hub and accelerator.is_main_process:
+        from t2i.hub import Target
         from t2i.publish import publish_run
 
         publish_run(
             folder, str(config.hub_model_id), license=config.license, pictures=config.gallery_pictures,
             private=config.hub_private_repo, deadline=config.hub_deadline,
+            target=Target(config.hub_revision, config.create_pr),
         )  # fmt: skip
 
 

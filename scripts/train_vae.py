@@ -54,7 +54,7 @@ def main() -> None:
 
     stopping.end_in_words()
     training.check_tracker(config)
-    splits = data.load_splits(recipe.data, say=accelerator.print)
+    splits = data.load_splits(recipe.data, say=accelerator.print, captions=False)
     if splits.validation is None:
         raise UserError(
             f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"

@@ -7,7 +7,7 @@
 
 Repositories go by "datasets/me/flowers" or "models/me/flowers". Each commit is kept as a snapshot, so that old revisions
 resolve. `hub.token` may write as the user "me" and for the organization "club", `hub.read_token` may only read.
-What it does not do: branches, pull requests, xet, pages of listings.
+What it does not do: discussions, xet, pages of listings.
 """
 
 import base64
@@ -38,6 +38,7 @@ ROUTES = [  # method, path, name of the method that answers
     ("GET", rf"/api/{_REPO}/auth-check(?P<write>/write)?", "auth_check"),
     ("GET", rf"/api/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
     ("POST", rf"/api/{_REPO}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+    ("POST", rf"/api/{_REPO}/branch/(?P<name>.+)", "branch"),
     ("POST", rf"/api/{_REPO}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"/api/{_REPO}/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", rf"/{_FILES}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -93,6 +94,7 @@ class Repo:
     private: bool
     sdk: str | None = None  # of a Space
     commits: list = field(default_factory=list)
+    refs: dict = field(default_factory=dict)  # branch or refs/pr/N -> its newest commit
 
 
 def is_lfs(path, size):
@@ -275,7 +277,10 @@ class Handler(BaseHTTPRequestHandler):
         commits = self.open(repo).commits
         if revision in (None, "main", "HEAD"):
             return commits[-1]
-        for commit in commits:
+        refs = self.hub.repos[repo].refs
+        if revision in refs:
+            return refs[revision]
+        for commit in [*commits, *refs.values()]:
             if len(revision) >= 7 and commit.id.startswith(revision):
                 return commit
         raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -363,8 +368,17 @@ class Handler(BaseHTTPRequestHandler):
             error = str(problem)
         return 400 if error else 200, {"errors": [{"message": error}] if error else [], "warnings": []}, {}
 
-    def preupload(self, repo, revision):
+    def branch(self, repo, name):
         self.open(repo, write=True)
+        start = json.loads(self.body or b"{}").get("startingPoint")
+        self.hub.repos[repo].refs[name] = self.commit_of(repo, start)
+        return 200, {}, {}
+
+    def opens_pr(self):
+        return parse_qs(self.url.query).get("create_pr") == ["1"]
+
+    def preupload(self, repo, revision):
+        self.open(repo, write=not self.opens_pr())
         files = self.commit_of(repo, revision).files
         answer = []
         for wanted in json.loads(self.body)["files"]:
@@ -398,7 +412,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {}, {}
 
     def commit(self, repo, revision):
-        self.open(repo, write=True)
+        self.open(repo, write=not self.opens_pr())
         lines = [json.loads(line) for line in self.body.splitlines()]
         header, head = lines[0]["value"], self.commit_of(repo, revision)
         if header.get("parentCommit") not in (None, head.id):
@@ -421,6 +435,15 @@ class Handler(BaseHTTPRequestHandler):
                 if len(kept) == len(files):
                     raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 files = kept
+        refs, pull = self.hub.repos[repo].refs, {}
+        main = list(self.hub.commits(repo))
         commit = self.hub.add_commit(repo, files, header["summary"])
+        if self.opens_pr():
+            number = 1 + sum(name.startswith("refs/pr/") for name in refs)
+            revision = f"refs/pr/{number}"
+            pull = {"pullRequestUrl": f"{self.hub.url}/{repo.removeprefix('models/')}/discussions/{number}"}
+        if revision not in ("main", "HEAD"):
+            refs[revision] = commit
+            self.hub.repos[repo].commits[:] = main
         address = f"{self.hub.url}/{repo.removeprefix('models/')}/commit/{commit.id}"
-        return 200, {"success": True, "commitOid": commit.id, "commitUrl": address, "hookOutput": ""}, {}
+        return 200, {"success": True, "commitOid": commit.id, "commitUrl": address, "hookOutput": ""} | pull, {}

@@ -428,3 +428,61 @@ def test_from_photos_to_the_hub_and_back(workspace, command, run_main, model, en
         assert back.returncode == 0, back.stderr[-3000:]
         assert "{'train': 720, 'test': 240} a photo of a" in back.stdout
         assert "StableDiffusionPipeline (32, 32)" in back.stdout
+
+
+def test_a_prefix_comes_before_each_caption_and_leaves_those_made_alone(run_main, tmp_path, capsys):
+    for number, name in enumerate(("rose", "rose", "lily")):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number * 20, 100, 50)).save(tmp_path / f"photos/{name}/{number}.png")
+    words = (
+        "--dataset",
+        tmp_path / "photos",
+        "--captioner",
+        "label",
+        "--output_dir",
+        "out",
+        "--caption_template",
+        "a {label}",
+    )
+    words += (
+        "--audit_tokenizer",
+        tmp_path / "none",
+        "--fail_on",
+        "duplicates=0",
+    )  # images of a class share theirs on purpose
+    run_main(*words, "--caption_prefix", "sks style,")
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert sorted(table["caption"]) == ["sks style, a lily", "sks style, a rose", "sks style, a rose"]
+    assert {row["caption"] for row in rows_of(tmp_path / "out")} == {"a lily", "a rose"}
+    said = capsys.readouterr().out
+    assert "each begins with 'sks style,' (--caption_prefix)" in said
+    assert "→ sks style, a " in said
+    assert "| Prefix of each caption | sks style, |" in (tmp_path / "out/README.md").read_text()
+    run_main(*words)  # another prefix, or none, is another data set
+    assert set(datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]) == {"a lily", "a rose"}
+
+
+def test_without_the_hub_no_tokenizer_of_two_tokens_counts(monkeypatch, tmp_path, capsys):
+    """transformers makes a tokenizer of its special tokens alone where it gets no files."""
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow/tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    assert caption_to_hub.load_tokenizer(str(tmp_path / "hollow")) is None
+    assert "holds no vocabulary" in capsys.readouterr().out
+    assert caption_to_hub.load_tokenizer("nobody/nowhere") is None  # the tests have no network
+    said = capsys.readouterr().out
+    assert said.startswith("caption lengths are not measured: ")
+    assert "--audit_tokenizer" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "rest"),
+    [
+        ("a flower in the grass, red", "A flower in the grass,", "red"),
+        ("a flower , red", "A flower, ", "red"),
+        ("an apple", "a", "an apple"),
+        ("a rose", "", "a rose"),
+        ("a tulip", "A rose", "a tulip"),
+    ],
+)
+def test_a_prompt_is_taken_off_in_any_capitals_and_spaces(text, prompt, rest):
+    assert captioners.without_prompt(text, prompt) == rest

@@ -332,6 +332,7 @@ def test_the_audit_finds_what_was_planted():
         "empty": ["f.jpg"],
         "over_limit": ["d.jpg"],
         "duplicates": ["a.jpg", "b.jpg", "copy.jpg"],
+        "repetitions": [],
         "boilerplate": ["g.jpg"],
         "special_tokens": ["e.jpg"],
         "label_contradictions": ["c.jpg"],
@@ -360,6 +361,42 @@ def test_what_was_not_looked_at_is_not_measured():
     assert audit([], [], tokenizer=WordTokenizer())["checks"]["over_limit"]["share"] == 0
     with pytest.raises(ValueError, match="2 items beside 1 captions"):
         audit(["a"], ["1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("a man with " + "a hat on top of " * 12 + "a hat", "a hat on top of"),
+        ("dai " * 16, "dai"),
+        ("Red, red, RED, red petals", "red"),
+        ("a rose and a rose and a rose and a rose", "a rose and"),
+        ("花" * 9, "花"),
+        ("バラの" * 8, "バラの"),
+        ("a very very very large flower", None),
+        ("a red rose, a white rose and a yellow rose in the grass", None),
+        ("bougainvillea " * 2 + "hahahaha", None),
+        ("", None),
+    ],
+)
+def test_captions_that_repeat_themselves(text, phrase):
+    assert captions.repeated_phrase(text) == phrase
+    assert audit([text], ["1"])["checks"]["repetitions"]["count"] == (phrase is not None)
+
+
+def test_captions_of_labels_share_theirs_on_purpose():
+    """Only a caption that different labels share is a duplicate then."""
+    texts, labels = ["a rose", "a rose", "a lily", "a lily"], ["rose", "rose", "lily", "tiger-lily"]
+    found = audit(texts, list("1234"), labels=labels, of_labels=True)["checks"]["duplicates"]
+    assert (found["count"], found["kinds"]) == (2, {"a lily": 2})
+    assert audit(texts, list("1234"), labels=labels)["checks"]["duplicates"]["count"] == 4
+
+
+def test_an_audit_of_before_has_no_figure_of_a_newer_check():
+    before = audit(["a rose"], ["1"])
+    del before["checks"]["repetitions"]
+    assert any("repetitions" in line and "not measured" in line for line in captions.audit_lines(before))
+    with pytest.raises(UserError, match="repetitions was not measured"):
+        captions.check_thresholds(before, {"repetitions": 0.0})
 
 
 def test_a_copy_may_share_its_caption():

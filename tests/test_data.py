@@ -202,6 +202,34 @@ def test_columns_can_be_named(tmp_path):
     assert len(load(tmp_path / "b", tmp_path, image_column="img").train.rows) == 3
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_the_autoencoder_needs_no_captions(empty, tmp_path):
+    """What it prepared is no way around the check for those who need them."""
+    for number in range(4):
+        write(tmp_path / f"photos/{number}.png", png(number))
+        if empty:
+            write(tmp_path / f"photos/{number}.txt", "")
+    said = []
+    splits = data.load_splits(config(tmp_path / "photos", tmp_path), said.append, captions=False)
+    assert len(splits.train) + len(splits.validation) == 4
+    assert "none, and this training needs none" in "\n".join(said)
+    with pytest.raises(UserError, match="captions of .* are empty" if empty else "neither captions nor labels"):
+        load(tmp_path / "photos", tmp_path)
+
+
+def test_a_prefix_comes_before_each_caption_once(tmp_path):
+    folder = tmp_path / "photos"
+    for number, text in enumerate(["a rose", "sks a tulip", ""]):
+        write(folder / f"{number}.png", png(number))
+        write(folder / f"{number}.txt", text)
+    said = []
+    splits = data.load_splits(config(folder, tmp_path, caption_prefix=" sks "), said.append)
+    assert captions_of(splits) == {"0.png": "sks a rose", "1.png": "sks a tulip", "2.png": ""}
+    assert "each begins with ' sks ' (--caption_prefix)" in "\n".join(said)
+    plain = load(folder, tmp_path)  # another cache
+    assert captions_of(plain)["0.png"] == "a rose"
+
+
 def test_empty_captions_stay_and_are_counted(tmp_path):
     rows = [{"image": png(i), "caption": "" if i < 3 else "a  rose\nin bloom"} for i in range(8)]
     save_dataset_folder(tmp_path / "a", {"train": rows, "validation": [rows[5]], "test": [rows[6]]})

@@ -11,7 +11,7 @@ from huggingface_hub.utils import get_session
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
 from t2i import hub as t2i_hub
-from t2i.hub import HubError, check_access, check_license, check_repo_id, push_folder
+from t2i.hub import HubError, Target, check_access, check_license, check_repo_id, push_folder
 from t2i.loading import explain_loading
 from t2i.runs import UserError
 
@@ -573,3 +573,50 @@ def test_the_real_clients_read_what_was_pushed(tmp_path, environment):
         assert len(hub.commits(REPO)) == 2
         assert hub.repos["models/me/model"].private
         assert hub.token not in done.stdout + done.stderr
+
+
+# --- Branches and pull requests --------------------------------------------------------------------------------------
+
+
+def test_a_branch_is_made_once_and_main_stays(hub, folder):
+    push(folder)
+    main = hub.files("datasets/me/flowers")
+    (folder / "notes.txt").write_text("changed\n")
+    done = push(folder, target=Target("try/1"))
+    assert done.url.endswith("/datasets/me/flowers/tree/try/1")
+    assert hub.files("datasets/me/flowers") == main
+    branch = hub.repos["datasets/me/flowers"].refs["try/1"]
+    assert (branch.id, branch.files["notes.txt"].content) == (done.commit, b"changed\n")
+    assert not push(folder, target=Target("try/1")).changed  # a repeated push changes nothing
+
+
+def test_a_pull_request_needs_to_read_alone(hub, folder, monkeypatch):
+    push(folder)
+    main = hub.files("datasets/me/flowers")
+    (folder / "notes.txt").write_text("proposed\n")
+    monkeypatch.setenv("HF_TOKEN", hub.read_token)
+    check_access("me/flowers", "dataset", target=Target(create_pr=True))
+    done = push(folder, target=Target(create_pr=True))
+    assert done.url == f"{hub.url}/datasets/me/flowers/discussions/1"
+    assert hub.files("datasets/me/flowers") == main
+    assert hub.repos["datasets/me/flowers"].refs["refs/pr/1"].files["notes.txt"].content == b"proposed\n"
+    with pytest.raises(HubError, match="me/none is not there, so no pull request can be opened in it"):
+        check_access("me/none", "dataset", target=Target(create_pr=True))
+
+
+@pytest.mark.parametrize(
+    ("revision", "create_pr", "sentence"),
+    [
+        ("dev", True, "leave out --hub_revision, or --create_pr"),
+        ("my branch", False, "--hub_revision 'my branch' is no name of a branch"),
+    ],
+)
+def test_a_target_that_is_none(revision, create_pr, sentence):
+    with pytest.raises(HubError, match=sentence):
+        Target(revision, create_pr)
+
+
+def test_a_pull_request_that_is_not_there(hub, folder):
+    push(folder)
+    with pytest.raises(HubError, match="me/flowers has no refs/pr/7; give the number of an open pull request"):
+        push(folder, target=Target("refs/pr/7"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from t2i.images import MAX_PIXELS, BadImage, decode_image, fit
+from t2i.images import HEIF_FIX, MAX_PIXELS, BadImage, decode_image, fit
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -153,7 +153,10 @@ DAMAGED = {
     "EPS": (encoded(Image.new("RGB", (32, 32)), "EPS"), "format not allowed: EPS"),
     "PPM": (encoded(Image.new("RGB", (32, 32)), "PPM"), "format not allowed: PPM"),
     "TGA": (encoded(Image.new("RGB", (32, 32)), "TGA"), "not an image"),
-    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "format not allowed: HEIC"),
+    "HEIC": (
+        b"\0\0\0\x18ftypheic" + bytes(40),
+        r"HEIC of a phone is not read here, run pip install pillow-heif, or export the photos as JPEG",
+    ),
     "ZIP": (b"PK\x03\x04" + bytes(40), "format not allowed: ZIP"),
 }
 
@@ -238,3 +241,10 @@ def test_the_fast_jpeg_path_differs_little():
     assert fast.size[1] < 900
     assert min(fast.size) >= 128
     assert np.abs(fit(fast, 64).astype(int) - fit(exact, 64)).mean() < 1.5
+
+
+@pytest.mark.skipif(bool(HEIF_FIX), reason="pillow-heif is not installed")
+def test_heic_is_read_where_its_decoder_is_installed():
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(file, "HEIF", quality=90)
+    assert decode_image(file.getvalue()).size == (32, 32)

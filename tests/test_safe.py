@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from streamlit_client import ROOT, Server, Session, serve
+from streamlit_client import ROOT, RUN, Server, Session, serve
 
 HANDSHAKE = (
     "GET /_stcore/stream HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -63,6 +63,20 @@ def test_another_sites_name_or_page_opens_no_session(server):
     evil = f"evil.example:{server.port}"
     assert handshake(server, evil, f"http://{evil}") == 403  # a name that was bent to this address
     assert handshake(server, own, "http://evil.example") == 403  # another site's page
+
+
+def test_behind_a_proxy_by_the_documented_line(tmp_path):
+    """Whether the proxy keeps the browser's Host or sends its own; all other names and pages stay outside."""
+    host = "abc.studio.us-east-1.sagemaker.aws"
+    documented = (ROOT / "dashboard/streamlit_app.py").read_text().replace("HOST", host)
+    flags = [word for word in documented.split() if word.startswith(("--server.allowed", "--server.cors"))]
+    assert len(flags) == 3
+    with serve(ROOT, tmp_path / "log.txt", app="dashboard", command=(*RUN, *flags)) as proxied:
+        own = f"localhost:{proxied.port}"
+        assert [handshake(proxied, name, f"https://{host}") for name in (host, own)] == [101, 101]
+        assert handshake(proxied, own, f"http://{own}") == 101
+        assert handshake(proxied, "evil.example", f"https://{host}") == 403
+        assert handshake(proxied, own, "http://evil.example") == 403
 
 
 def test_uploads_need_the_pages_token_and_are_small(server):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import boto3
 import botocore.client
 import botocore.exceptions
 import pytest
@@ -66,7 +67,7 @@ def cloud():
 @pytest.fixture
 def launcher(tmp_path, cloud, monkeypatch):
     """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
-    for name in (*jobs.SECRET_NAMES, "MLFLOW_TRACKING_URI"):
+    for name in (*jobs.SECRET_NAMES, *jobs.FORWARDED, *jobs.OF_A_SERVER, "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
 
@@ -875,3 +876,126 @@ def test_the_estimate(launcher):
         command, dataclasses.replace(settings, ec2_instance_type="ml.p4d.24xlarge"), ZERO2, prices, 6400, None
     )
     assert (unknown.usd, unknown.updates, unknown.epochs) == (None, None, 150.0)
+
+
+def read_yaml_text(tmp_path, additional):
+    (tmp_path / "s.yaml").write_text(
+        f"compute_environment: AMAZON_SAGEMAKER\nec2_instance_type: ml.m5.xlarge\nadditional_args:\n{additional}"
+    )
+    return jobs.read_config(tmp_path / "s.yaml")
+
+
+def test_the_arguments_of_sagemakers_estimator(launcher, cloud):
+    extra = ON_DEMAND | {
+        "volume_kms_key": "alias/disks", "output_kms_key": "arn:aws:kms:us-east-1:123456789012:key/1", "input_mode": "FastFile",
+        "keep_alive_period_in_seconds": 600, "output_path": "s3://photos/models/",
+        "tags": [{"Key": "cost-center", "Value": 42}],
+    }  # fmt: skip
+    words = (UNET, "--config", "flowers", "--dataset", "s3://photos/flowers")
+    request = json.loads(launcher("--dry_run", *words, additional_args=extra))
+    assert request["ResourceConfig"]["VolumeKmsKeyId"] == "alias/disks"
+    assert request["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 600
+    assert request["OutputDataConfig"]["KmsKeyId"] == extra["output_kms_key"]
+    assert request["AlgorithmSpecification"]["TrainingInputMode"] == "FastFile"
+    assert request["Tags"] == [{"Key": "cost-center", "Value": "42"}]
+    modes = {channel["ChannelName"]: channel.get("InputMode") for channel in request["InputDataConfig"]}
+    assert modes == {"dataset": None, "code": "File", "sm_drivers": "File"}  # None: the job's
+    uris = [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"]]
+    assert all(uri.startswith("s3://photos/") for uri in uris)  # no bucket but that of output_path
+
+
+def test_a_bucket_of_ones_own_needs_no_right_to_make_one(tmp_path, launcher, cloud, monkeypatch):
+    """What is uploaded goes below output_path; without one, the sentence says how to name it."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.jpg").write_bytes(b"not looked at")
+    real = botocore.client.BaseClient._make_api_call
+
+    def denied(client, name, arguments):
+        if name in ("CreateBucket", "ListBuckets"):
+            raise ClientError({"Error": {"Code": "AccessDenied", "Message": f"may not {name}"}}, name)
+        return real(client, name, arguments)
+
+    config = jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge", region="eu-west-1")
+    files = {"dataset": [tmp_path / "photos/1.jpg"]}
+    found = account.Account(cloud.session, bucket="photos", prefix="me", own_bucket=True, kms_key="alias/mine")
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", denied)
+    where = account.upload({"dataset": str(tmp_path / "photos")}, files, {"dataset": "0123"}, found)
+    assert where == {"dataset": "s3://photos/me/t2i-inputs/0123/"}
+    head = cloud.session.client("s3").head_object(Bucket="photos", Key="me/t2i-inputs/0123/1.jpg")
+    assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "alias/mine")
+    with pytest.raises(UserError, match=r"may not CreateBucket.*output_path: s3://BUCKET/FOLDER in additional_args"):
+        account.upload({}, {}, {}, account.Account(boto3.Session(region_name="eu-west-2"), bucket=config.region))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("  keep_alive_period_in_seconds: 7200", "less than or equal to|at most 3600"),
+        ("  input_mode: Pipe", "give 'File' or 'FastFile'"),
+        ("  volume_kms: k", "did you mean 'volume_kms_key'"),
+        ("  output_kms_key: my key", "arn:aws:kms"),
+        ("  tags: [{Key: a}]", "give keys and values"),
+    ],
+)
+def test_a_wrong_argument_of_the_estimator_is_named(tmp_path, line, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_yaml_text(tmp_path, line + "\n")
+
+
+def test_tags_and_variables_are_as_written(tmp_path):
+    """YAML's own numbers are another text: 0042 would be 34, 1_000 would be 1000, yes would be True."""
+    extra = read_yaml_text(
+        tmp_path, "  tags: {cost: 0042, day: 2026-01-02}\n  environment: {A: 1_000, B: yes, C: 1.50}\n"
+    ).additional_args
+    assert extra.tags == {"cost": "0042", "day": "2026-01-02"}
+    assert extra.environment == {"A": "1_000", "B": "yes", "C": "1.50"}
+
+
+@pytest.mark.parametrize(
+    ("words", "image", "sentence"),
+    [
+        (["--config", "flowers"], None, "name an image that has these packages in image_uri"),
+        (["--config", "flowers"], "mine:1", r"--dataset nelorth/oxford-flowers is on the Hub"),
+        (["--dataset", "s3://b/d", "--vae", "a/b"], "mine:1", r"--vae a/b is on the Hub"),
+        (["--dataset", "s3://b/d", "--push_to_hub"], "mine:1", "leave out --push_to_hub"),
+        (["--dataset", "s3://b/d"], "mine:1", None),
+    ],
+)
+def test_a_job_without_a_network_gets_all_it_needs_by_channels(tmp_path, words, image, sentence):
+    config = read_yaml_text(tmp_path, "  enable_network_isolation: true\n")
+    config.image_uri = image
+    command = jobs.read_command([UNET, *words])
+    inputs = jobs.local_inputs(command, config)
+    with pytest.raises(UserError, match=sentence) if sentence else contextlib.nullcontext():
+        jobs.check_isolation(command, config, inputs)
+
+
+def test_mlflows_variables_and_managed_mlflow_reach_the_job(tmp_path, monkeypatch):
+    arn = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/flowers"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "roses")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = read_yaml_text(tmp_path, "  environment: {MLFLOW_RUN_NAME: mine}\n")
+    sent = launch_sagemaker.environment(config, None)
+    assert sent == {
+        "MLFLOW_RUN_NAME": "mine",
+        "MLFLOW_EXPERIMENT_NAME": "roses",
+    }  # a run's id goes with its server alone
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", arn)
+    assert launch_sagemaker.environment(config, None) == sent | {"MLFLOW_TRACKING_URI": arn, "MLFLOW_RUN_ID": "a" * 32}
+    assert "sagemaker-mlflow:*" in jobs.tracking_server(config)[1]
+    command = jobs.read_command([UNET, "--dataset", "s3://b/d"])
+    jobs.stage(tmp_path / "code", command, config, ROOT / "accelerate_configs/cpu.yaml", {})
+    assert "\nsagemaker-mlflow==" in (tmp_path / "code/scripts/requirements.txt").read_text()
+
+
+def test_what_warm_machines_and_encrypted_disks_mean(tmp_path):
+    config = read_yaml_text(
+        tmp_path, "  keep_alive_period_in_seconds: 60\n  use_spot_instances: true\n  volume_kms_key: k\n"
+    )
+    notes = " ".join(jobs.estimator_notes(config))
+    assert "wait up to 60 s for a next job, and are billed" in notes
+    assert "AWS keeps no spot machines waiting" in notes
+    assert "volume_kms_key" not in notes
+    config.ec2_instance_type = "ml.g4dn.xlarge"
+    assert "AWS refuses volume_kms_key" in jobs.estimator_notes(config)[-1]

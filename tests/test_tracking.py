@@ -31,6 +31,8 @@ PASSWORD = "pass-canary-0b2d"
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in [key for key in os.environ if key.startswith(("MLFLOW_EXPERIMENT", "MLFLOW_RUN"))]:
+        monkeypatch.delenv(name)
     for name in ("URI", "USERNAME", "PASSWORD"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
@@ -570,3 +572,65 @@ def test_values_of_secret_variables_are_taken_out_wherever_they_stand(monkeypatc
         "c": 5,
         "d": "[redacted]",
     }
+
+
+# --- MLflow's own variables ------------------------------------------------------------------------------------------
+
+
+def test_mlflows_variables_name_what_the_settings_leave_open(
+    empty_database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "roses")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "second try")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    tracker = tracking.Tracker(Path("run"), experiment="t2i", run_name="run", config={})
+    tracker.finish()
+    run = client().get_run(tracker.run_id)
+    assert client().get_experiment(run.info.experiment_id).name == "roses"
+    assert run.info.run_name == "second try"
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    said = capsys.readouterr().err
+    assert "experiment roses, by MLFLOW_EXPERIMENT_NAME" in said
+    assert "MLFLOW_EXPERIMENT_ID is not used" in said
+    steps = [step for step, _ in points(tracker.run_id, "system/cpu_utilization_percentage")]
+    again = tracking.Tracker(Path("run"), experiment="flowers", run_name="run", config={})
+    again.finish()
+    assert "experiment flowers, by --experiment; MLFLOW_EXPERIMENT_NAME=roses is not used" in capsys.readouterr().err
+    assert len(points(tracker.run_id, "system/cpu_utilization_percentage")) > len(steps)  # counted on, not again
+
+
+def test_a_run_that_mlflow_run_id_names_is_gone_on_with(
+    empty_database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    theirs = client().create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", theirs)
+    tracker = start()
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.finish()
+    assert tracker.run_id == theirs
+    assert points(theirs, "loss") == [(1, 1.0)]
+    assert client().get_experiment_by_name("flowers") is None
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    again = start()  # a folder stays with its run
+    again.finish()
+    assert again.run_id == theirs
+    assert f"records to the run {theirs}, as before" in capsys.readouterr().err
+    start(Path("other")).finish()
+    assert f"MLFLOW_RUN_ID={'f' * 32} is no run there; correct it, or unset it" in capsys.readouterr().err
+
+
+def test_sagemakers_managed_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    arn = "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/flowers"
+    assert tracking.resolve_uri(arn) == arn
+    with pytest.raises(UserError, match="is no ARN of SageMaker's managed MLflow; give arn:aws:sagemaker:REGION"):
+        tracking.resolve_uri("arn:aws:s3:::bucket")
+    monkeypatch.setattr(tracking, "entry_points", lambda group: [])
+    with pytest.raises(UserError, match="needs a package: pip install sagemaker-mlflow"):
+        tracking.resolve_uri(arn)
+    tracker = object.__new__(tracking.Tracker)
+    tracker._sender = tracking._Sender(Path("run"), arn)
+    assert tracker.view.endswith("-tracking-server-url --tracking-server-name flowers --region eu-west-1")

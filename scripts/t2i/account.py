@@ -38,7 +38,10 @@ class Account:
     session: Any  # boto3's; None without credentials
     number: str = PLACEHOLDER
     partition: str = "aws"  # AWS's own kind of region: aws, aws-cn, aws-us-gov
-    bucket: str = ""  # SageMaker's, of the account
+    bucket: str = ""  # for what is uploaded: that of output_path, else SageMaker's, of the account
+    prefix: str = ""  # folder in that bucket, without slashes at its ends
+    own_bucket: bool = False  # whether the YAML names it
+    kms_key: str | None = None  # encrypts what is uploaded
     role: str = ""  # ARN
     image: str = ""
     missing: list[str] = field(default_factory=list)  # sentences for the user
@@ -78,7 +81,12 @@ def look(config: jobs.SageMakerConfig, inputs: dict[str, str]) -> Account:
         account.number = session.client("sts", config=soon).get_caller_identity()["Account"]
     except (ClientError, BotoCoreError, EOFError, OSError) as error:  # EOFError, OSError: of what a profile names
         account.missing.append(explain(error))
+    extra = config.additional_args
+    account.kms_key, account.own_bucket = extra.output_kms_key, bool(extra.output_path)
     account.bucket = f"sagemaker-{config.region}-{account.number}"  # as the SDK names it
+    if extra.output_path:
+        parts = urlsplit(extra.output_path)
+        account.bucket, account.prefix = parts.netloc, parts.path.strip("/")
     account.role = find_role(config, account)
     if not account.missing:
         check_buckets(config, inputs, account)
@@ -354,7 +362,9 @@ def channels_of(inputs: dict[str, str], hashes: dict[str, str], account: Account
     """Where each channel is, or will be, in S3: a folder of this machine by the hash of its content."""
     return {
         # with a slash: SageMaker takes all that begins so, and flowers is also the beginning of flowers-old
-        name: (value if value.startswith("s3://") else f"s3://{account.bucket}/t2i-inputs/{hashes[name]}").rstrip("/")
+        name: (
+            value if value.startswith("s3://") else f"s3://{account.bucket}/{_prefix(account, hashes[name])}"
+        ).rstrip("/")
         + "/"
         for name, value in inputs.items()
     }
@@ -367,12 +377,30 @@ def upload(
 
     files, hashes: of each folder, as `jobs.hash_folder` gives them.
     """
-    from sagemaker.core.helper.session_helper import Session
-
+    begin = f"the bucket {account.bucket} cannot be used for what is uploaded: "
+    own = (
+        ""
+        if account.own_bucket
+        else "; or name a bucket of your own: output_path: s3://BUCKET/FOLDER in additional_args"
+    )
+    with in_words(begin, own):
+        sdk_session(account).default_bucket()  # makes SageMaker's, if there is none yet
     with in_words("S3 does not take the data: ", "; what was sent is kept, and then the same command sends the rest"):
-        account.bucket = Session(boto_session=account.session).default_bucket()  # makes it, if there is none yet
         send_folders(inputs, files, hashes, account)
     return channels_of(inputs, hashes, account)
+
+
+def sdk_session(account: Account, kind: Any = None, **options: Any) -> Any:
+    """The SageMaker SDK's session of an account, which uploads to the account's bucket. kind: a subclass of its Session."""
+    from sagemaker.core.helper.session_helper import Session
+
+    if account.own_bucket:
+        options |= {"default_bucket": account.bucket, "default_bucket_prefix": account.prefix or None}
+    return (kind or Session)(**{"boto_session": account.session} | options)
+
+
+def _prefix(account: Account, digest: str) -> str:
+    return "/".join(part for part in (account.prefix, "t2i-inputs", digest) if part)
 
 
 def send_folders(
@@ -380,14 +408,19 @@ def send_folders(
 ) -> None:
     """Send what S3 does not have yet of the folders, file by file."""
     s3 = account.session.client("s3")
+    more = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": account.kms_key} if account.kms_key else None
     for channel, digest in hashes.items():
-        prefix = f"t2i-inputs/{digest}/"
+        prefix = f"{_prefix(account, digest)}/"
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=account.bucket, Prefix=prefix)
         there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
         names = {prefix + file.relative_to(inputs[channel]).as_posix(): file for file in files[channel]}
         todo = {key: file for key, file in names.items() if there.get(key) != file.stat().st_size}
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda item: s3.upload_file(str(item[1]), account.bucket, item[0]), todo.items()))
+            list(
+                pool.map(
+                    lambda item: s3.upload_file(str(item[1]), account.bucket, item[0], ExtraArgs=more), todo.items()
+                )
+            )
         print(f"{channel}: {len(todo):,} of {len(names):,} files uploaded to s3://{account.bucket}/{prefix}")
 
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from t2i import captions
+from t2i.config import read_yaml
 from t2i.images import BadImage, decode_image
 from t2i.runs import UserError
 
@@ -286,11 +288,19 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
         labels=rows.labels,
         colors=[photo["colors"] for photo in looked] if looked else None,
         examples=len(rows),
+        of_labels=_of_labels(split.folder),
     )
     return {
         name: None if check["count"] is None else {int(row["file"]): row["note"] for row in check["examples"]}
         for name, check in found["checks"].items()
     }
+
+
+def _of_labels(folder: Path) -> bool:
+    """Whether caption_to_hub.py made a folder's captions from its labels."""
+    with suppress(OSError, UserError, KeyError, TypeError):
+        return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] == "label")
+    return False
 
 
 def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:

@@ -148,13 +148,29 @@ def _other(model: Any, processor: Any, name: ModelName, config: CaptionConfig) -
 
     def read(ids: torch.Tensor, images: list[Image.Image]) -> list[str]:
         texts = (text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True))
-        return [text.removeprefix(prompt).strip() if prompt else text for text in texts]
+        return [without_prompt(text, prompt) for text in texts]
 
     return Captioner(prepare, generate, read)
 
 
+def without_prompt(text: str, prompt: str) -> str:
+    """What a model wrote after its prompt, which it gives back in its tokenizer's capitals and spaces."""
+    letters = prompt.replace(" ", "")
+    if not letters:
+        return text
+    whole = r"(?!\w)" if letters[-1].isalnum() else ""  # of "a", nothing is taken off "an apple"
+    match = re.match(r"\s*".join(map(re.escape, letters)) + whole, text, re.IGNORECASE)
+    return text[match.end() :].strip() if match else text
+
+
 def _generate(model: Any, config: CaptionConfig) -> Callable[[Any], torch.Tensor]:
-    options = {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "num_beams": config.num_beams,
+        "do_sample": False,
+    }
+    chosen = {"no_repeat_ngram_size": config.no_repeat_ngram_size, "repetition_penalty": config.repetition_penalty}
+    options |= {key: value for key, value in chosen.items() if value is not None}  # else the model's own stay
 
     @torch.inference_mode()
     def generate(inputs: Any) -> torch.Tensor:

@@ -28,6 +28,7 @@ CHECKS = {
     "empty": "no words at all",
     "over_limit": "longer than the text encoder reads",
     "duplicates": "shared with a different image",
+    "repetitions": "repeats the same words",
     "boilerplate": "opens with talk about the image",
     "special_tokens": "holds tokens or markup of a model",
     "label_contradictions": "names another class than the label",
@@ -132,6 +133,34 @@ _SPECIAL = re.compile(
 def special_tokens(text: str) -> list[str]:
     """Tokens and markup of models that leaked into a caption, e.g. `</s>`, `<loc_12>`, `[UNK]`, in their order."""
     return _SPECIAL.findall(text)
+
+
+# --- Repetitions -----------------------------------------------------------------------------------------------------
+
+PHRASE_WORDS = 8  # of a phrase that is looked for
+PHRASE_TIMES, WORD_TIMES = 3, 4  # in a row: "a hat on top of" three times, or "very" four times
+
+
+def repeated_phrase(text: str) -> str | None:
+    """The first phrase that a caption says over and over, in a row; None if there is none.
+
+    Of a script without blanks, single characters count as words do, and six times in a row are needed.
+    """
+    words = re.findall(r"[^\W_]+", text.casefold())
+    if found := _in_a_row(words, WORD_TIMES, PHRASE_TIMES):
+        return " ".join(found)
+    found = next((found for word in words if len(word) > PHRASE_WORDS and (found := _in_a_row(word, 6, 6))), None)
+    return "".join(found) if found else None
+
+
+def _in_a_row(words: Sequence[str], times: int, phrase_times: int) -> Sequence[str] | None:
+    for size in range(1, PHRASE_WORDS + 1):
+        needed, alike = size * ((times if size == 1 else phrase_times) - 1), 0
+        for at in range(size, len(words)):
+            alike = alike + 1 if words[at] == words[at - size] else 0
+            if alike >= needed:
+                return words[at - size + 1 : at + 1]
+    return None
 
 
 # --- Labels ----------------------------------------------------------------------------------------------------------
@@ -320,6 +349,7 @@ def audit(
     raw: Sequence[str | None] | None = None,
     tokenizer: Any = None,
     examples: int = 3,
+    of_labels: bool = False,
 ) -> dict[str, Any]:
     """What is wrong with captions, as plain data for JSON. Item i of every sequence belongs to the same image.
 
@@ -332,6 +362,7 @@ def audit(
         raw: what the captioner said, None where that is the caption; for counting the openings that were stripped.
         tokenizer: of the text encoder, as transformers makes them; None: lengths were not measured.
         examples: this many at most of each kind.
+        of_labels: the captions are made from the labels, so images of one label share theirs on purpose.
 
     Returns:
         `captions`: their number; `tokens`: `limit`, `min`, `median`, `mean`, `max`, `histogram` (tokens up to -> captions),
@@ -365,7 +396,10 @@ def audit(
     add("empty", {i: "" for i, text in enumerate(captions) if not _has_words(text)})
     too_long = lengths and {i: f"{length} tokens" for i, length in enumerate(lengths) if length > limit}
     add("over_limit", None if lengths is None else too_long or {})
-    add("duplicates", *_duplicates(captions, image_ids))
+    owners = [str(label) for label in labels] if of_labels and labels is not None else image_ids
+    add("duplicates", *_duplicates(captions, owners))
+    repeated = {i: phrase for i, text in enumerate(captions) if (phrase := repeated_phrase(text))}
+    add("repetitions", {i: f"repeats {phrase!r}" for i, phrase in repeated.items()}, Counter(repeated.values()))
     openings = {i: name for i, text in enumerate(captions) if (name := boilerplate_opening(text))}
     add("boilerplate", openings, Counter(openings.values()))
     tokens = {i: found for i, text in enumerate(captions) if (found := special_tokens(text))}
@@ -498,14 +532,14 @@ def check_thresholds(audit: Mapping[str, Any], limits: Mapping[str, float]) -> N
     """
     failed = []
     for name, limit in limits.items():
-        check = audit["checks"][name]
+        check = audit["checks"].get(name, {"share": None})  # an audit of before has no figure of a newer check
         if check["share"] is None:
             failed.append(f"{name} was not measured, its limit is {limit:g}")
         elif check["share"] > limit:
             count = f"{check['count']:,} of {audit['captions']:,}"
             failed.append(f"{name} is {check['share']:.4g} ({count}), its limit is {limit:g}")
     if failed:
-        raise UserError(f"the captions fail --fail_on: {'; '.join(failed)}; mend the captions, or change the limits")
+        raise UserError(f"the captions fail --fail_on: {'; '.join(failed)}; fix the captions, or change the limits")
 
 
 # --- For the terminal ------------------------------------------------------------------------------------------------
@@ -528,7 +562,7 @@ def audit_lines(audit: Mapping[str, Any]) -> list[str]:
         lines.append(f"  openings taken off: {openings}")
     width = max(map(len, CHECKS))
     for name, meaning in CHECKS.items():
-        check = audit["checks"][name]
+        check = audit["checks"].get(name, {"share": None})
         if check["share"] is None:
             lines.append(f"  {name:{width}}  not measured")
             continue

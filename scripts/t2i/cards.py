@@ -423,10 +423,13 @@ def _vae_origin(recipe: Recipe, vae_run: dict[str, Any]) -> str:
 
 
 def _captions(recipe: Recipe) -> str:
+    begin = f"; each begins with “{_text(recipe.data.caption_prefix)}”" if recipe.data.caption_prefix else ""
     if recipe.data.caption_column:
-        return f"column {_text(recipe.data.caption_column)} of the data set"
+        return f"column {_text(recipe.data.caption_column)} of the data set{begin}"
     template = _text(recipe.data.caption_template)
-    return f"those of the data set (column caption or text); where it has labels alone, the template “{template}”"
+    return (
+        f"those of the data set (column caption or text); where it has labels alone, the template “{template}”{begin}"
+    )
 
 
 def _distribution(result: dict[str, Any]) -> str:
@@ -473,7 +476,8 @@ def _tracking(view: Any) -> str:
 
 def _example(recipe: Recipe) -> str:
     prompts = recipe.train_unet.validation_prompts
-    return prompts[0] if prompts else recipe.data.caption_template.replace("{label}", "rose")
+    words = (recipe.data.caption_prefix, recipe.data.caption_template.replace("{label}", "rose"))
+    return prompts[0] if prompts else " ".join(filter(None, words))
 
 
 def _prompt(prompt: str) -> str:

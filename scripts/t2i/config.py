@@ -68,6 +68,8 @@ class HubConfig:
     push_to_hub: Flag = False  # upload the result; log in by `hf auth login`, or set HF_TOKEN
     hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
     hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long
+    hub_revision: str | None = None  # branch to push to, made from main if it is missing; None: main
+    create_pr: Flag = False  # open a pull request in place of pushing to main; each push opens a new one
 
 
 @dataclass
@@ -83,6 +85,7 @@ class SourceConfig:
     caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
     label_names: list[str] = field(default_factory=list)  # names of labels that are numbers, from 1 on
     caption_template: str = "a photo of a {label}, a type of flower"  # caption of an image that has only a label
+    caption_prefix: str = ""  # words before every caption that has some, such as a trigger word: "sks style,"
     max_bad_share: Share = 0.05  # share of images that may be undecodable before the run ends
 
 
@@ -119,6 +122,10 @@ class CaptionConfig(HubConfig):
         128  # tokens of a caption at most; CLIP reads 77 of its own
     )
     num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
+    no_repeat_ngram_size: Count | None = None  # words that come once at most in this order; None: the model's own way
+    repetition_penalty: Positive | None = (
+        None  # above 1, words that are there already become less likely; None: likewise
+    )
     strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
     fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
     audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens
@@ -205,7 +212,7 @@ class TrainConfig:
     max_nonfinite_steps: Natural = 0  # updates skipped for a loss or gradient that is no number before the run ends
     logging_steps: Count = 10  # updates between logged losses
     report_to: Literal["mlflow", "none"] = "mlflow"  # where curves and pictures go
-    experiment: str = "t2i"  # MLflow experiment
+    experiment: str = "t2i"  # MLflow experiment; left as it is, MLFLOW_EXPERIMENT_NAME holds
     run_name: str | None = None  # MLflow run; None: name of output_dir
 
 

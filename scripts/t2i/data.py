@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from t2i import understood
 from t2i.config import DataConfig, SourceConfig
-from t2i.images import TRANSFORM_VERSION, BadImage, decode_image, fit
+from t2i.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit
 from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
 from t2i.sources import (
     CAPTION_FIX,
@@ -52,6 +52,7 @@ from t2i.sources import (
     label_caption,
     label_name,
     plain,
+    prefixed,
     shown_file,
 )
 
@@ -88,13 +89,14 @@ class Splits:
     report: dict[str, Any]
 
 
-def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
+def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: bool = True) -> Splits:
     """Find, check, split and prepare the images of `cfg.dataset`; a second call reuses the prepared pixels.
 
     The cache folder is named by the hash of the images' contents (not of times: a replaced file of the same size and
     time is still seen, and a copy of the data set elsewhere finds the same cache), their captions and every setting
     that shapes the result. Processes that want the same folder at once wait while the first builds it.
 
+    captions: whether each image needs one; the autoencoder's training reads none.
     `say` gets the progress messages, and the table of what was understood (`t2i.understood`).
 
     Raises UserError for a data set that is missing, empty or without captions, for a
@@ -116,17 +118,20 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print) -> Splits:
         *("resolution", "image_column", "caption_column", "caption_template", "label_names"),
         *("validation_fraction", "split_seed"),
     )
-    key = hash_json(
-        [CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, [getattr(cfg, s) for s in settings]]
-    )
+    shaping = [getattr(cfg, name) for name in settings]
+    shaping += [cfg.caption_prefix] if cfg.caption_prefix else []  # without one, caches of before stay
+    shaping += [] if HEIF_FIX else ["heif"]  # photos that were left out before are read now
+    key = hash_json([CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, shaping])
     folder = prepared_folder(cfg.cache_dir, key)
     with FileLock(cache / f"{key}.lock"):
         if folder.is_dir():
             say(f"reusing the prepared images of {source.name} in {folder}")
         else:
-            _build(source, cfg, folder, say)
+            _build(source, cfg, folder, say, captions)
             pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
-    report = _report(folder, source)
+    report = _report(folder, source) | {"caption_prefix": cfg.caption_prefix}
+    if captions and report.get("captions_missing"):  # prepared for a training that needs none
+        raise UserError(report["captions_missing"])
     say(understood.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
@@ -226,13 +231,13 @@ def _choose(order: np.ndarray, cfg: DataConfig, own_validation: bool) -> tuple[n
     return train, np.flatnonzero(to_validation)
 
 
-def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
+def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None], need_captions: bool) -> None:
     """Write a cache folder in a sibling and rename it: whoever sees the folder sees it complete."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a build that was killed: the lock is ours
     part.mkdir()
     try:
-        _build_in(part, source, cfg, folder, say)
+        _build_in(part, source, cfg, folder, say, need_captions)
         shutil.rmtree(part / "source", ignore_errors=True)
         os.replace(part, folder)
     except OSError as error:
@@ -243,13 +248,22 @@ def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], N
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
+def _build_in(
+    part: Path, source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None], need_captions: bool
+) -> None:
     _check_room(part, source.disk_bytes)
     candidates = source.open(part / "source")
     for split, rows in candidates.items():
         candidates[split] = check_image_column(rows, cfg, source.name, split)
     listed = source.notes.get("left_out")
-    captions = {split: caption_columns(rows, cfg, source.name, split, listed) for split, rows in candidates.items()}
+    missing = ""  # why there are no captions, where none are needed
+    captions: dict[str, tuple[str | None, str | None]]
+    try:
+        captions = {split: caption_columns(rows, cfg, source.name, split, listed) for split, rows in candidates.items()}
+    except UserError as error:
+        if need_captions:
+            raise
+        missing, captions = str(error), dict.fromkeys(candidates, (None, None))
     with ThreadPoolExecutor(WORKERS) as pool:
         digests = {split: _digests(pool, rows, cfg, source.roots) for split, rows in candidates.items()}
         order = _hash_order(digests["train"], cfg.split_seed)
@@ -278,8 +292,10 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
                 fingerprint = hash_json([TRANSFORM_VERSION, cfg.resolution, digests[origin][kept].tobytes().hex()])
                 splits[split] = {"images": len(kept), "empty_captions": empty, "fingerprint": fingerprint}
                 digests[f"kept {split}"] = digests[origin][kept]
-    if splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
-        raise UserError(f"all captions of {source.name} are empty; {_full_column(candidates['train'], cfg)}")
+    if not missing and splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
+        missing = f"all captions of {source.name} are empty; {_full_column(candidates['train'], cfg)}"
+        if need_captions:
+            raise UserError(missing)
     found = count + len(source.quarantine)
     left_out = len(candidates["train"]) - len(train) - len(validation)
     report = {
@@ -294,6 +310,7 @@ def _build_in(part: Path, source: Source, cfg: DataConfig, folder: Path, say: Ca
         "several_captions": several,
         "caption_columns": caption_origins(candidates, captions, "captions_from" in source.notes, cfg),
         "understood": _describe(part, splits),
+        **({"captions_missing": missing} if missing else {}),
         **source.notes,
     }
     with open(part / "quarantine.jsonl", "w", encoding="utf-8") as file:
@@ -442,6 +459,7 @@ def _write_rows(
             else:
                 captions = [""] * len(chosen)
             empty += captions.count("")
+            captions = [prefixed(text, cfg.caption_prefix) for text in captions]
             out |= {"id": [digests[index].tobytes().hex()[:16] for index in chosen], "caption": captions}
             out["file"] = [shown_file(path, split, int(index)) for path, index in zip(paths, chosen, strict=True)]
             writer.write_table(pa.Table.from_pydict({key: out[key] for key in schema.names}, schema=schema))

@@ -17,10 +17,11 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from t2i.captions import CHECKS
 from t2i.cards import BEGIN, END, NOT_MEASURED, escape_markdown, one_line
+from t2i.pictures import lettered
 from t2i.runs import UserError
 
 TEMPLATE = Path(__file__).parents[2] / "datasets_card" / "dataset_card.md"
@@ -129,11 +130,11 @@ def caption_grid(
 ) -> Image.Image:
     """Pictures (uint8 [H, W, 3], cut to their middle square) in rows, `side` px each, with up to `lines` lines of caption.
 
-    Letters that Pillow's own font lacks show as boxes. Raises ValueError where there is no picture.
+    Of a caption in a script that no font here has, its number in brackets is drawn. Raises ValueError where there is no picture.
     """
     if not len(pixels):
         raise ValueError("no pictures")
-    font, gap = ImageFont.load_default(10), 4
+    gap = 4
     height = 12 * lines + 2
     rows = math.ceil(len(pixels) / columns)
     size = (min(columns, len(pixels)) * (side + gap) + gap, rows * (side + height + gap) + gap)
@@ -142,7 +143,8 @@ def caption_grid(
         x, y = gap + number % columns * (side + gap), gap + number // columns * (side + height + gap)
         grid.paste(ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS), (x, y))
         note = Image.new("RGB", (side, height), "white")  # a picture of its own, so that no line runs into the next one
-        text = _wrap(one_line(caption), font, side, lines)
+        words, font = lettered(one_line(caption), number + 1)
+        text = _wrap(words, font, side, lines)
         ImageDraw.Draw(note).multiline_text((0, 2), text, fill="black", font=font, spacing=2)
         grid.paste(note, (x, y + side))
     return grid

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from t2i.caption_files import METADATA, SIDECARS
-from t2i.images import starts_like_an_image
+from t2i.images import HEIF_FIX, starts_like_an_image
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -24,6 +24,9 @@ READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 # Pictures that are not read here: alone they are bad images, beside a readable one its companions.
 RAW = {".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"}
 UNREADABLE = RAW | {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".psd", ".psb", ".eps", ".tga"}
+if not HEIF_FIX:  # pillow-heif is installed
+    READABLE |= {".heic", ".heif"}
+    UNREADABLE -= READABLE
 UNREADABLE |= {".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".dds", ".qoi", ".icns"}
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".html", ".py", ".lock"}
 NOT_IMAGES |= {".caption", ".parquet"}

@@ -21,7 +21,7 @@ from typing import Any
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
 from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,
@@ -58,6 +58,25 @@ LICENSES = """
 
 class HubError(UserError):
     """A push that the Hub, the network or the token does not let through: one sentence."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where in a repository a push goes. Raises `HubError` for what the Hub does not take together."""
+
+    revision: str | None = (
+        None  # a branch, made from main if it is missing, or the refs/pr/N of a pull request; None: main
+    )
+    create_pr: bool = False  # open a pull request to main
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision not in (None, "main"):
+            raise HubError("--create_pr opens a pull request to main; leave out --hub_revision, or --create_pr")
+        if self.revision is not None and not re.fullmatch(r"(refs/pr/\d+|[\w][\w./-]*)", self.revision, re.ASCII):
+            raise HubError(f"--hub_revision {self.revision!r} is no name of a branch; give one such as dev")
+
+
+MAIN = Target()
 
 
 @dataclass
@@ -115,10 +134,10 @@ def _near_licenses(text: str) -> list[str]:
     return (exact or begun or difflib.get_close_matches(words, LICENSES, n=2, cutoff=0.7))[:3]
 
 
-def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print) -> None:
+def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print, target: Target = MAIN) -> None:
     """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`: before hours of work.
 
-    A Hub that cannot be asked now costs a warning, since the push comes later.
+    Who opens a pull request needs to read alone. A Hub that cannot be asked now costs a warning, since the push comes later.
 
     Raises:
         HubError: there is no token, it is wrong, or it or its account may not write; or HF_HUB_OFFLINE is set.
@@ -126,20 +145,29 @@ def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = 
     api = _connect(check_repo_id(repo_id, "repo_id"))
     user: dict[str, Any] = {}
     try:
-        with _limited(CHECK_S):
+        with limited(CHECK_S):
             user = api.whoami()
+            if target.create_pr:
+                api.auth_check(repo_id, repo_type=repo_type)
+                return
             if (_token_of(user)).get("role") == "read":
                 raise HubError(f"the token of {user.get('name')} may only read; {_login(repo_id)}")
             _check_scope(user, repo_id, repo_type)
             api.auth_check(repo_id, repo_type=repo_type, write=True)
     except (OSError, ValueError) as error:
         failure = _read(error, api)
+        if failure.status == HTTPStatus.NOT_FOUND and target.create_pr:
+            raise HubError(_no_repository(repo_id)) from None
         if failure.status == HTTPStatus.NOT_FOUND:  # the push will create it
             _check_create(user, repo_id, say)
         elif failure.denied:
             raise HubError(f"{failure.reason}; {_login(repo_id)}") from None
         else:
             say(f"warning: cannot look now whether {repo_id} may be written to: {failure.reason}")
+
+
+def _no_repository(repo_id: str) -> str:
+    return f"{repo_id} is not there, so no pull request can be opened in it; correct the name, or leave out --create_pr"
 
 
 def _token_of(user: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +240,7 @@ def push_folder(
     deadline: float = 900.0,
     merge_card: Callable[[str | None], str] | None = None,
     say: Callable[[str], Any] = print,
+    target: Target = MAIN,
 ) -> Pushed:
     """Make the repository's files be those of `folder`, in one commit; none where they are already.
 
@@ -234,6 +263,7 @@ def push_folder(
         merge_card: from the README.md at the Hub's head, None if there is none, makes the README.md that is pushed;
             called anew in each attempt. Without it README.md is a file like others.
         say: told in one line why and when an attempt is repeated.
+        target: the branch, or whether a pull request is opened.
 
     Raises:
         HubError: the push failed for good; one sentence, without secrets.
@@ -244,26 +274,31 @@ def push_folder(
     if not local:
         raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
     api = _connect(repo_id)
-    url = _address(api, repo_id, repo_type)
+    url = _address(api, repo_id, repo_type) + (f"/tree/{target.revision}" if target.revision else "")
     kept = f"{folder} is kept as it is"
     wait, sent, left = FIRST_WAIT_S, False, deadline
     until: float | None = None
     while True:
         silence_s = min(max(left, SHORTEST_SILENCE_S), SILENCE_S, deadline)
         try:
-            with _limited(silence_s):
+            with limited(silence_s):
                 head = _head(api, repo_id, repo_type)
+                if head is None and target.create_pr:
+                    raise HubError(_no_repository(repo_id))
                 if head is None:
                     _create(api, repo_id, repo_type, private, folder, merge_card)
                     head = str(api.repo_info(repo_id, repo_type=repo_type).sha)
+                if target.revision:
+                    head = _branch(api, repo_id, repo_type, target.revision)
                 operations = _differences(api, repo_id, repo_type, head, local, files, merge_card)
                 if not operations:  # after a commit whose answer was lost, it had arrived
                     return Pushed(url, head, changed=sent)
                 sent = True
                 commit = api.create_commit(
-                    repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head
-                )
-                return Pushed(url, commit.oid, changed=True)
+                    repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head,
+                    revision=target.revision, create_pr=target.create_pr,
+                )  # fmt: skip
+                return Pushed(commit.pr_url or url, commit.oid, changed=True)
         except (OSError, RuntimeError, ValueError) as error:
             failure = _read(error, api)
         now = time.monotonic()
@@ -306,6 +341,19 @@ def _head(api: HfApi, repo_id: str, repo_type: RepoType) -> str | None:
         if error.response.status_code != HTTPStatus.NOT_FOUND:
             raise
     return None
+
+
+def _branch(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> str:
+    """The newest commit of a branch, which is made from main if it is missing; of a pull request, if it is there."""
+    try:
+        return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
+    except RevisionNotFoundError:
+        if revision.startswith("refs/"):
+            raise HubError(
+                f"{repo_id} has no {revision}; give the number of an open pull request, or a branch"
+            ) from None
+    api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
 
 
 def _create(
@@ -395,7 +443,7 @@ def _login(repo_id: str) -> str:
 
 
 @contextmanager
-def _limited(silence_s: float) -> Iterator[None]:
+def limited(silence_s: float) -> Iterator[None]:
     """Let huggingface_hub send each request once, failing after `silence_s` without a byte."""
 
     def factory() -> httpx2.Client:

@@ -28,7 +28,15 @@ from PIL import Image, ImageFile, ImageOps
 
 # The formats that cameras, browsers and data sets use. Each further decoder is code that reads untrusted bytes
 # (PSD, ICO, EPS, FITS …), and some of them start other programs: what is not here is quarantined by name.
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ALLOWED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+try:  # the format of phones; its decoder is a package of its own
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    ALLOWED_FORMATS += ("HEIF",)
+    HEIF_FIX = ""
+except ImportError:
+    HEIF_FIX = "run pip install pillow-heif, or export the photos as JPEG"
 MAX_PIXELS = 2**26  # px, read from the header before decoding; a 64-megapixel phone photo (9248 x 6936) is still in
 MAX_BYTES = 2**28  # bytes of one file; keeps a mistaken archive or video out of memory
 MIN_SIDE = 8  # px; below that it is a tracking pixel or an icon, and upscaling it teaches blur
@@ -43,7 +51,8 @@ _SIGNATURES = (  # (offset, bytes, name), to name what a file is without running
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD"), (0, b"\0\0\1\0", "ICO"),
     (0, b"%PDF", "PDF"), (0, b"%!PS", "EPS"), (4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIC"),
-    (4, b"ftypmif1", "HEIF"), (4, b"ftyp", "MP4 or MOV"), (0, b"\0\0\0\x0cjP", "JPEG 2000"),
+    (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIF"), (4, b"ftypmsf1", "HEIF"), (4, b"ftyp", "MP4 or MOV"),
+    (0, b"\0\0\0\x0cjP", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL", "JPEG XL"), (0, b"DDS ", "DDS"), (0, b"qoif", "QOI"),
     (0, b"PK\x03\x04", "ZIP"), (0, b"\x1f\x8b", "gzip"), (0, b"icns", "ICNS"), (0, b"II+\0", "BigTIFF"),
     (0, b"P4\n", "PBM"), (0, b"P5\n", "PGM"), (0, b"P6\n", "PPM"), (0, b"\x01\xda", "SGI"), (0, b"FORM", "IFF"),
@@ -157,7 +166,8 @@ def starts_like_an_image(path: str | Path) -> bool:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             return False
         with open(path, "rb") as file:
-            return _format_of(file.read(64)) in ALLOWED_FORMATS
+            name = _format_of(file.read(64))
+            return ("HEIF" if name == "HEIC" else name) in ALLOWED_FORMATS
     except (OSError, ValueError):
         return False
 
@@ -171,7 +181,9 @@ def _describe(data: bytes) -> str:
     if data.startswith(LFS_POINTER):
         return "Git LFS pointer: run git lfs pull"
     name = _format_of(data[:64])
-    if name in ALLOWED_FORMATS:
+    if name in ("HEIC", "HEIF") and HEIF_FIX:
+        return f"HEIC of a phone is not read here, {HEIF_FIX}"
+    if name in ALLOWED_FORMATS or name in ("HEIC", "HEIF"):
         return f"damaged: the {name} header cannot be read"
     if name:
         return f"format not allowed: {name}"

@@ -9,14 +9,18 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import yaml
+from pydantic import BeforeValidator, Field
+
 from t2i.config import Count, Flag, Recipe, checked, known_key, matching, option, parse, read_yaml
 from t2i.runs import UserError, code_revision, sha256_file, write_json, write_text
-from t2i.tracking import Address, redact, split_uri
+from t2i.tracking import MANAGED_MLFLOW, Address, is_managed, redact, split_uri
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
@@ -24,6 +28,10 @@ RUN = "/opt/ml/checkpoints/run"  # in the container, synced with S3: the run fol
 CACHE = "/opt/ml/cache"  # on the job's volume, synced with nothing
 SECRETS = "T2I_SECRETS"  # names the Secrets Manager secret whose JSON the container puts into its environment
 SERVER = "MLFLOW_TRACKING_URI"
+# of this shell, sent along unless the YAML sets them; what follows a server alone goes only with one
+FORWARDED = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING",
+             "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING")  # fmt: skip
+OF_A_SERVER = ("MLFLOW_RUN_ID",)
 SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 
 # Sections of the recipe that each training script parses: their arguments are checked before anything is sent.
@@ -45,6 +53,16 @@ AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "
 
 
 S3Uri = Annotated[str, matching(r"s3://[a-z0-9][a-z0-9.-]+(/.*)?", "s3://bucket/folder")]
+KmsKey = Annotated[
+    str, matching(r"[A-Za-z0-9:/_-]{1,2048}", "arn:aws:kms:us-east-1:123456789012:key/ID, or alias/NAME")
+]
+
+
+def _tags(value: Any) -> Any:
+    """Tags as SageMaker's own list `[{Key: a, Value: b}]` become a mapping; anything else stays for the check."""
+    if isinstance(value, list) and all(isinstance(tag, dict) and set(tag) == {"Key", "Value"} for tag in value):
+        return {tag["Key"]: tag["Value"] for tag in value}
+    return value
 
 
 @dataclass
@@ -56,9 +74,20 @@ class Additional:
     max_wait: Count | None = None  # s of training and waiting for spot capacity at most; None: max_run
     volume_size: Count = 30  # GB of disk a machine
     checkpoint_s3_uri: S3Uri | None = None  # s3://… of checkpoints to go on from; None: a folder of the job's own
-    output_path: S3Uri | None = None  # s3://… for models; None: the account's SageMaker bucket
+    output_path: S3Uri | None = (
+        None  # s3://… for models, and for what is uploaded; None: the account's SageMaker bucket
+    )
+    output_kms_key: KmsKey | None = None  # encrypts models and uploads in S3; None: the bucket's own way
+    volume_kms_key: KmsKey | None = None  # encrypts the machines' disks; None: AWS's own key
+    input_mode: Literal["File", "FastFile"] = (
+        "File"  # FastFile reads data from S3 as it is needed, and copies none first
+    )
+    keep_alive_period_in_seconds: Annotated[int, Field(ge=0, le=3600)] | None = (
+        None  # s that machines wait for a next job
+    )
+    enable_network_isolation: Flag = False  # containers without a network: data by channels, packages in image_uri
     environment: dict[str, str] = field(default_factory=dict)  # variables of the container; no secrets
-    tags: dict[str, str] = field(default_factory=dict)  # of the job, for the bill
+    tags: Annotated[dict[str, str], BeforeValidator(_tags)] = field(default_factory=dict)  # of the job, for the bill
     subnets: list[str] = field(default_factory=list)  # of a VPC
     security_group_ids: list[str] = field(default_factory=list)  # of that VPC
     encrypt_inter_container_traffic: Flag = False  # between machines; slower
@@ -170,7 +199,7 @@ def read_config(path: Path) -> SageMakerConfig:
             {item.name: None for item in dataclasses.fields(Additional)},
             f"key in section additional_args of {path}",
         )
-    additional = checked(Additional, extra, f"{path}, section additional_args")
+    additional = checked(Additional, _as_written(extra, path), f"{path}, section additional_args")
     values = {key: value for key, value in values.items() if value is not None}  # accelerate writes null for "not set"
     kind = values.get("distributed_type", "NO")
     if isinstance(kind, str) and kind != "NO":
@@ -215,6 +244,56 @@ def read_config(path: Path) -> SageMakerConfig:
     return config
 
 
+def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`additional_args` with the numbers and dates in its tags and environment as the file has them: 0042 is a text there."""
+    written = (yaml.load(path.read_bytes(), yaml.BaseLoader).get("additional_args") or {}) if extra else {}
+
+    def text(value: Any, source: Any) -> Any:
+        if isinstance(value, dict) and isinstance(source, dict):
+            return {key: text(inner, source.get(str(key))) for key, inner in value.items()}
+        if isinstance(value, list) and isinstance(source, list):
+            return [text(*pair) for pair in zip(value, source, strict=True)]
+        return source if isinstance(source, str) and value is not None and not isinstance(value, str) else value
+
+    return extra | {key: text(extra[key], written.get(key)) for key in ("tags", "environment") if key in extra}
+
+
+def check_isolation(command: "Command", config: SageMakerConfig, inputs: dict[str, str]) -> None:
+    """Raise `UserError` for what a container without a network cannot have: packages, models and data of the Hub, a push."""
+    if not config.additional_args.enable_network_isolation:
+        return
+    without = "enable_network_isolation: true leaves the job without a network"
+    if not config.image_uri:
+        raise UserError(
+            f"{without}, so scripts/requirements.txt cannot be installed; name an image that has these packages in image_uri"
+        )
+    for name, (section, _) in FOLDERS.items():
+        value = getattr(getattr(command.recipe, section), name) if takes(command.script, name) else None
+        if value and name not in inputs and not (name == "captioner" and value in ("label", "existing")):
+            raise UserError(f"{without}, and --{name} {value} is on the Hub; give a folder here, or one in s3://")
+    settings = getattr(command.recipe, SECTIONS[command.script][-1]) if command.recipe else None
+    if getattr(settings, "push_to_hub", False):
+        raise UserError(f"{without}, so it cannot push to the Hub; leave out --push_to_hub, and publish after --fetch")
+
+
+def estimator_notes(config: SageMakerConfig) -> list[str]:
+    """What a user should know of the arguments in `additional_args` before paying."""
+    extra, kind, notes = config.additional_args, config.ec2_instance_type, []
+    if extra.keep_alive_period_in_seconds:
+        notes.append(
+            f"machines wait up to {extra.keep_alive_period_in_seconds} s for a next job, and are billed meanwhile"
+        )
+        if extra.use_spot_instances:
+            notes.append(
+                "AWS keeps no spot machines waiting; set use_spot_instances: false, or delete keep_alive_period_in_seconds"
+            )
+    if extra.volume_kms_key and re.match(r"ml\.([a-z]+\d+[a-z]*d[a-z]*|g5|g6|g6e|p5\w*)\.", kind):
+        notes.append(
+            f"{kind} has disks of its own, which its hardware encrypts; AWS refuses volume_kms_key there, so delete it"
+        )
+    return notes
+
+
 def tracking_server(config: SageMakerConfig) -> tuple[Address, str]:
     """The MLflow server that the job records to, as the YAML or else this shell names it, and what a user should know of it.
 
@@ -236,6 +315,10 @@ def tracking_server(config: SageMakerConfig) -> tuple[Address, str]:
             there = Address(there.uri, here.user, here.password)
         lost = not named.strip() or there.uri.startswith("sqlite")
         return there, f"{SERVER} of the YAML names no server: {home}" if lost else ""
+    if config.additional_args.enable_network_isolation:
+        return Address(""), f"the job has no network (enable_network_isolation), so no MLflow server follows it: {home}"
+    if is_managed(here.uri):
+        return here, f"the job records to MLflow at {here.uri}, for which its role must be allowed sagemaker-mlflow:*"
     if here.is_server and not here.is_local:
         return here, ""
     if not here.uri:
@@ -440,6 +523,9 @@ def stage(folder: Path, command: Command, config: SageMakerConfig, inside: Path,
     ignore = shutil.ignore_patterns("__pycache__", ".*")
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=ignore)
     shutil.copytree(ROOT / "datasets_card", folder / "datasets_card", ignore=ignore)
+    if is_managed(tracking_server(config)[0].uri):  # no other job needs the package
+        with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as file:
+            file.write(f"{MANAGED_MLFLOW}=={version(MANAGED_MLFLOW)}  # SageMaker's managed MLflow\n")
     shutil.copyfile(inside, folder / "accelerate.yaml")
     recipe = option(command.arguments, "config")
     if recipe and Path(recipe).suffix:

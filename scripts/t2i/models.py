@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import is_offline_mode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -47,10 +48,10 @@ def locate(source: str, part: str) -> tuple[str, str]:
     return source, part
 
 
-def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> Any:
-    """Load a model or tokenizer with `cls.from_pretrained` from wherever `locate` finds it."""
+def load_part(cls: Any, source: str, part: str, revision: str | None = None, **options: Any) -> Any:
+    """Load a model or tokenizer with `cls.from_pretrained` from wherever `locate` finds it; `options` go there."""
     path, subfolder = locate(source, part)
-    options: dict[str, Any] = {} if part in ("tokenizer", "scheduler") else {"use_safetensors": True}
+    options |= {} if part in ("tokenizer", "scheduler") else {"use_safetensors": True}
     if os.path.isdir(path):
         attempts: tuple[str, ...] = ("",)
     else:
@@ -61,6 +62,18 @@ def load_part(cls: Any, source: str, part: str, revision: str | None = None) -> 
     for attempt in attempts:
         try:
             model = cls.from_pretrained(path, subfolder=attempt, **options)
+            if part == "tokenizer" and len(model) <= len(set(model.all_special_ids)):
+                # transformers makes one of its special tokens alone where it gets no vocabulary
+                if not os.path.isdir(path):
+                    cached = bool(options.get("local_files_only")) or is_offline_mode()
+                    hf_hub_download(  # which says why nothing came
+                        path,
+                        "tokenizer_config.json",
+                        subfolder=attempt or None,
+                        revision=revision,
+                        local_files_only=cached,
+                    )
+                raise OSError("it holds no vocabulary: no tokenizer.json, nor vocab.json and merges.txt")
             if os.path.isdir(path) and hasattr(model, "register_to_config"):
                 model.register_to_config(_name_or_path="")  # a folder of this machine is nothing to publish
             return model

@@ -3,14 +3,19 @@
 import io
 import json
 import math
+import os
+import re
 import struct
+import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, features
 from PIL.PngImagePlugin import PngInfo
 
 # the names people type, for the classes that diffusers has; other class names of `RIGHT` work too
@@ -200,33 +205,124 @@ def difference(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
     return stretched.round().astype(np.uint8), float(gap.mean())
 
 
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+FONT_SIZE = 10  # px; that of Pillow's own font where none is asked for
+_MARKS = str.maketrans(
+    {"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "•": "·", "\u2212": "-"}
+)
+_STYLED = re.compile(r"bold|italic|oblique|mono|light|thin|black|condensed|serif|math", re.IGNORECASE)
+
+
+def lettered(text: str, number: int = 1) -> tuple[str, Any]:
+    """A text as it can be drawn, and the font for it: Pillow's own, else an installed one that has all its letters.
+
+    If no font has them, the text is `_latin`'s, which `number` stands in.
+    """
+    own = ImageFont.load_default(FONT_SIZE)
+    if _has(own, text):
+        return text, own
+    if font := _font_for(frozenset(text)):
+        return text, font
+    return _latin(text, number), own
+
+
+def _latin(text: str, number: int = 1) -> str:
+    """`text` in letters of Latin-1, accents and typographic marks simplified; `[number]` stands for words in other scripts."""
+    letters = []
+    for letter in text.translate(_MARKS):
+        plain = letter if letter <= "\xff" else unicodedata.normalize("NFKD", letter)
+        letters.append(
+            "".join(mark for mark in plain if not unicodedata.combining(mark)) if plain != letter else letter
+        )
+    words = "".join(letters).split()
+    known = [word for word in words if all(letter <= "\xff" for letter in word)]
+    return " ".join(known if len(known) == len(words) else [f"[{number}]", *known])
+
+
+@lru_cache(maxsize=256)
+def _font_for(letters: frozenset[str]) -> Any:
+    """An installed font with all of `letters`; None if there is none, or if nothing here can join and order them."""
+    joined = any(
+        unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) == "Mc" for letter in letters
+    )
+    if joined and not (features.check("raqm") and features.check("fribidi")):
+        return None
+    text = "".join(letters)
+    return next((font for file in _font_files() if (font := _open_font(file)) and _has(font, text)), None)
+
+
+@lru_cache(maxsize=1)
+def _font_files() -> tuple[str, ...]:
+    """The font files of this machine, plain ones first."""
+    home, windows = Path.home(), Path(os.environ.get("WINDIR", "C:/Windows"))
+    folders = [
+        *(home / ".local/share/fonts", home / ".fonts", Path("/usr/share/fonts"), Path("/usr/local/share/fonts")),
+        *(home / "Library/Fonts", Path("/Library/Fonts"), Path("/System/Library/Fonts")),
+        *(windows / "Fonts", home / "AppData/Local/Microsoft/Windows/Fonts"),
+    ]
+    if spec := find_spec("matplotlib"):  # MLflow brings it, with DejaVu's Latin, Cyrillic, Greek, Arabic …
+        folders.append(Path(str(spec.origin)).parent / "mpl-data/fonts/ttf")
+    found = {str(file) for folder in folders if folder.is_dir() for file in folder.rglob("*.[toTO][tT][fcFC]")}
+    return tuple(
+        sorted(
+            (file for file in found if "LastResort" not in file), key=lambda file: (bool(_STYLED.search(file)), file)
+        )
+    )
+
+
+@lru_cache(maxsize=512)
+def _open_font(file: str) -> Any:
+    try:
+        return ImageFont.truetype(file, FONT_SIZE + 2)  # which looks as large as Pillow's own at FONT_SIZE
+    except (OSError, ValueError):  # damaged, or of pictures in one size alone
+        return None
+
+
+def _has(font: Any, text: str) -> bool:
+    """Whether a font has every letter of a text: a missing one looks as a code point that is no letter does."""
+    missing = bytes(font.getmask("\U0010ffff"))
+    shown = (letter for letter in set(text) if not letter.isspace() and unicodedata.category(letter) != "Cf")
+    return all(bytes(font.getmask(letter)) != missing for letter in shown)
+
+
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Pictures in a table under the labels of its columns and beside those of its rows; None leaves a gray place."""
+    """Pictures in a table under the labels of its columns and beside those of its rows; None leaves a gray place.
+
+    A label in a script that no font here has is a number in brackets; a line below says so, and `info["legend"]` of the grid,
+    which `grid_png` keeps in the file, spells it.
+    """
     side = max((max(image.size) for row in rows for image in row if image), default=64)
     side, gap, line = max(side, 96), 4, 16  # labels need some room
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    legend: dict[str, int] = {}
 
-    def cut(text: str, width: float) -> str:
+    def cut(text: str, width: float) -> tuple[str, Any]:
         text = " ".join(text.split())[:200]
-        while text and pen.textlength(_latin(text)) > width:
-            text = text[:-1]
-        return _latin(text)
+        shown, font = lettered(text, legend.get(text, len(legend) + 1))
+        if re.match(r"\[\d+\]", shown) and shown != text:
+            legend.setdefault(text, len(legend) + 1)
+        while shown and font.getlength(shown) > width:
+            shown = shown[:-1]
+        return shown, font
 
-    left = min(240, max([8, *(int(pen.textlength(cut(label, 240))) for label in row_labels)])) + 8
+    labels = [cut(label, 240) for label in row_labels]
+    left = min(240, max([8, *(int(font.getlength(text)) for text, font in labels)])) + 8
     width, height = left + len(column_labels) * (side + gap), 2 * line + len(row_labels) * (side + gap)
-    grid = Image.new("RGB", (width, height), "white")
+    heads = [cut(label, side) for label in column_labels]
+    top = cut(title, width - 8)
+    grid = Image.new("RGB", (width, height + (line if legend else 0)), "white")
     pen = ImageDraw.Draw(grid)
-    pen.text((4, 2), cut(title, width - 8), fill="black")
-    for number, label in enumerate(column_labels):
-        pen.text((left + number * (side + gap), line + 2), cut(label, side), fill="black")
-    for number, (label, row) in enumerate(zip(row_labels, rows, strict=True)):
+    pen.text((4, 2), top[0], fill="black", font=top[1])
+    for number, (text, font) in enumerate(heads):
+        pen.text((left + number * (side + gap), line + 2), text, fill="black", font=font)
+    for number, ((text, font), row) in enumerate(zip(labels, rows, strict=True)):
         y = 2 * line + number * (side + gap)
-        pen.text((4, y + side // 2 - 6), cut(label, left - 8), fill="black")
+        pen.text((4, y + side // 2 - 6), text, fill="black", font=font)
         for column, image in enumerate(row):
             x = left + column * (side + gap)
             if image is None:
@@ -235,12 +331,20 @@ def labelled_grid(
                 grid.paste(
                     image.resize((side, side), Image.Resampling.LANCZOS) if max(image.size) != side else image, (x, y)
                 )
+    if legend:
+        text, font = cut("[n] no font for it here; see the PNG's field legend", width - 8)
+        pen.text((4, height + 2), text, fill="black", font=font)
+        grid.info["legend"] = "\n".join(f"[{number}] {text}" for text, number in legend.items())
     return grid
 
 
-def _latin(text: str) -> str:
-    """Letters that Pillow's built-in font has; others become "?"."""
-    return text.encode("latin-1", "replace").decode("latin-1")
+def grid_png(grid: Image.Image) -> bytes:
+    """The PNG file of a `labelled_grid`, with its legend, if it has one, in the text field `legend`."""
+    info, file = PngInfo(), io.BytesIO()
+    if "legend" in grid.info:
+        info.add_itxt("legend", grid.info["legend"])
+    grid.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def picture_grid(
@@ -257,8 +361,8 @@ def picture_grid(
         image = Image.fromarray(picture)
         grid.paste(image.resize((side, side), Image.Resampling.LANCZOS) if scale > 1 else image, (x, y))
         if labels:
-            text = labels[number]
-            while text and pen.textlength(text) > side:
+            text, font = lettered(labels[number], number + 1)
+            while text and font.getlength(text) > side:
                 text = text[:-1]
-            pen.text((x + 1, y + side), text, fill="black")
+            pen.text((x + 1, y + side), text, fill="black", font=font)
     return grid

@@ -51,14 +51,16 @@ def choose_license(run: Path, license: str | None) -> str:
     return own
 
 
-def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, private: bool, deadline: float) -> None:
+def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, private: bool, deadline: float,
+    target: hub.Target = hub.MAIN,
+) -> None:  # fmt: skip
     """Publish the pipeline of a finished run as the model `repo_id`, and check that stock diffusers loads the same one back.
 
     Args:
         run: finished, as `find_run` returns it.
         license: as the Hub names licences; None or "unknown": that of the run's settings, else the one on the Hub stays.
         pictures: on the card, at most; there are no more than prompts.
-        private, deadline: as `hub.push_folder` takes them.
+        private, deadline, target: as `hub.push_folder` takes them.
 
     Raises:
         UserError: the push failed for good, or what comes back is not what was pushed. Nothing in `run` is lost by it.
@@ -87,7 +89,7 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
     pushed = hub.push_folder(
         folder, repo_id, "model", files=[*pipeline_files(folder), "README.md", GALLERY.format("*"), *results],
         message=f"UNet {result['output_unet_hash']}, {result['steps']:,} updates", private=private, deadline=deadline,
-        merge_card=partial(merge_model_card, card, licensed=chosen != "unknown"),
+        merge_card=partial(merge_model_card, card, licensed=chosen != "unknown"), target=target,
     )  # fmt: skip
     print(
         f"{pushed.url} {'has it now' if pushed.changed else 'is up to date'} (commit {pushed.commit[:7]})", flush=True

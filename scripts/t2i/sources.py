@@ -920,6 +920,12 @@ def label_name(value: Any, names: list[str]) -> str | None:
     return text
 
 
+def prefixed(caption: str, prefix: str) -> str:
+    """A caption with `--caption_prefix` before it, once: not where it is there already, nor before an empty caption."""
+    words = clean(prefix)
+    return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
+
+
 def label_caption(label: str | None, template: str) -> str:
     """The caption that a label gets by `template`; empty for no label."""
     words = clean(re.sub(r"[_-]", " ", label)) if label is not None else ""

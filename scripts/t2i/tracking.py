@@ -8,6 +8,9 @@ fixed when it is recorded.
 
 The default server is `sqlite:///mlflow.db` in the working directory, with artifacts in `mlruns/` beside the database.
 `MLFLOW_TRACKING_URI` names another; a user and password in its URL are used for the connection and recorded nowhere.
+
+MLflow's own variables hold here too: `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_NAME` where the settings name none,
+`MLFLOW_RUN_ID` for a folder that has no run yet, and `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` with its sampling interval.
 """
 
 import atexit
@@ -22,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import pairwise
@@ -37,6 +40,9 @@ from PIL import Image
 from t2i.runs import UserError, write_json
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+DEFAULT_EXPERIMENT = "t2i"
+MANAGED_MLFLOW = "sagemaker-mlflow"  # the package that speaks to SageMaker's managed MLflow
+_MANAGED = re.compile(r"arn:aws[\w-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(tracking-server|app)/[\w-]+")
 SPOOL_FILE = "mlflow_spool.jsonl"
 SPOOL_FOLDER = "mlflow_spool"
 
@@ -247,6 +253,17 @@ def _check_address(uri: str, name: str) -> None:
         raise UserError(f"{shown} begins with postgres://, which SQLAlchemy does not know; give postgresql://…")
     if scheme in ("postgresql", "mysql", "mssql") or uri.startswith("databricks"):
         return
+    if scheme == "arn":
+        if not is_managed(uri):
+            raise UserError(
+                f"{shown} is no ARN of SageMaker's managed MLflow; give "
+                "arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME, or …:mlflow-app/ID"
+            )
+        if scheme not in {entry.name for entry in entry_points(group="mlflow.tracking_store")}:
+            raise UserError(
+                f"{shown} is SageMaker's managed MLflow, which needs a package: pip install {MANAGED_MLFLOW}"
+            )
+        return
     if scheme and scheme in {entry.name for entry in entry_points(group="mlflow.tracking_store")}:  # of a plugin
         return
     host = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|localhost|[\w-]+(?:\.[\w-]+)*)(:\d{1,5})?(/.*)?", bare)
@@ -274,6 +291,11 @@ def _is_database(path: Path) -> bool:
             return file.read(15) == b"SQLite format 3"
     except (OSError, ValueError):
         return False
+
+
+def is_managed(uri: str) -> bool:
+    """Whether it is the ARN of SageMaker's managed MLflow."""
+    return bool(_MANAGED.fullmatch(uri))
 
 
 def uses_proxy(uri: str) -> str | None:
@@ -444,6 +466,77 @@ def _explain_schema(found: str, uri: str) -> str:
     )
 
 
+# --- MLflow's own variables ------------------------------------------------------------------------------------------
+
+
+def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, list[str]]:
+    """(Experiment, run's name, sentences on what MLflow's variables change, or why they do not).
+
+    experiment, run_name: of the settings, which win unless they are the defaults (`DEFAULT_EXPERIMENT`, the folder's name).
+    """
+    names, said = [], []
+    for variable, option, given, default in (
+        ("MLFLOW_EXPERIMENT_NAME", "experiment", experiment, DEFAULT_EXPERIMENT),
+        ("MLFLOW_RUN_NAME", "run_name", run_name, folder),
+    ):
+        value = os.environ.get(variable, "").strip()
+        if value and given == default:
+            said += [f"MLflow: {option} {value}, by {variable}"] if value != given else []
+            given = value
+        elif value and value != given:
+            said.append(f"MLflow: {option} {given}, by --{option}; {variable}={value} is not used")
+        names.append(given)
+    if os.environ.get("MLFLOW_EXPERIMENT_ID", "").strip():
+        said.append("MLflow: MLFLOW_EXPERIMENT_ID is not used; name the experiment in MLFLOW_EXPERIMENT_NAME")
+    return names[0], names[1], said
+
+
+class _SystemMetrics:
+    """Use of processor, memory, disk, network and GPUs, measured by MLflow's own monitors, recorded as `system/…`.
+
+    MLflow's thread would ask the server at every sample and end with it; this one writes to the spool as all else does.
+    """
+
+    def __init__(self) -> None:
+        from mlflow.environment_variables import (
+            MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING,
+            MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL,
+        )
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self.interval_s = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10.0
+        self.samples = MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING.get() or 1
+        self.monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with suppress(Exception):  # no GPU, or not the package that asks it
+            self.monitors.append(GPUMonitor())
+
+    def measure(self, ended: threading.Event) -> dict[str, float]:
+        """Means over the next samples; shorter if `ended` is set."""
+        for _ in range(self.samples):
+            for monitor in self.monitors:
+                monitor.collect_metrics()
+            if ended.wait(self.interval_s):
+                break
+        values = {f"system/{key}": value for part in self.monitors for key, value in part.aggregate_metrics().items()}
+        for monitor in self.monitors:
+            monitor.clear_metrics()
+        return values
+
+
+def _system_metrics() -> _SystemMetrics | None:
+    """What MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for; None if it does not, or with a sentence if it cannot be had."""
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").strip().lower() not in ("true", "1"):
+        return None
+    try:
+        return _SystemMetrics()
+    except Exception as error:  # a value that is no number, a monitor that this machine does not support
+        _say(f"warning: MLflow's system metrics are not recorded: {_first_line(error)}")
+        return None
+
+
 # --- Sending the spool -----------------------------------------------------------------------------------------------
 
 
@@ -466,6 +559,14 @@ class _Sender:
     @property
     def experiment_id(self) -> str | None:
         return self._state.get("experiment_id")
+
+    def recorded_run(self) -> str | None:
+        """The id of the run that this folder recorded to before; None if there is none."""
+        if not self.spool.is_file() or not self.spool.stat().st_size:
+            return None
+        with suppress(RuntimeError):  # a spool without a start
+            return self._load_state()["run_id"]
+        return None
 
     def pending(self) -> int:
         """Number of records not sent yet."""
@@ -554,7 +655,13 @@ class _Sender:
                     raise
                 self._state.update(run_id=None, offset=0, set_aside=[])  # a server set up anew gets everything again
         # no run yet: the newest start may name another experiment than one that was refused
-        start = self._start() | {key: self._start(newest=True)[key] for key in ("experiment", "run_name")}
+        newest = self._start(newest=True)
+        start = self._start() | {key: newest[key] for key in ("experiment", "run_name")}
+        if named := newest.get("run_id"):
+            self._state.update(run_id=named, experiment_id=self._named_run(named))
+            self._advance(self._state["offset"])
+            self.found_run.set()
+            return
         experiment_id = self._find_experiment(start["experiment"])
         # The answer to an earlier request may have been lost: never make a second run for the same spool.
         found = self._client.search_runs([experiment_id], f"tags.`t2i.spool_id` = '{start['spool_id']}'", max_results=1)
@@ -563,6 +670,20 @@ class _Sender:
         self._state.update(run_id=run.info.run_id, experiment_id=experiment_id)
         self._advance(self._state["offset"])
         self.found_run.set()
+
+    def _named_run(self, run_id: str) -> str:
+        """The experiment of the run that MLFLOW_RUN_ID names; raises if there is none to record to."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            info = self._client.get_run(run_id).info
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise Unusable(f"MLFLOW_RUN_ID={run_id} is no run there; correct it, or unset it") from error
+        if info.lifecycle_stage == "deleted":
+            raise Unusable(self._restore(f"the run {run_id} (MLFLOW_RUN_ID)", "runs", "run-id", run_id))
+        return str(info.experiment_id)
 
     def _find_experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -838,16 +959,27 @@ class Tracker:
             set()
         )  # by earlier processes: a resumed training comes by some steps again
         self._wake = threading.Event()
+        self._ended = threading.Event()
         self._turn = threading.Condition()
         self._attempts = {"sent": -1.0, "failed": -1.0}  # when the last attempt that ended so had begun, monotonic s
         run_dir.mkdir(parents=True, exist_ok=True)
         spool_id = self._open_spool()
+        experiment, run_name, said = find_names(experiment, run_name, run_dir.name)
+        run_id = os.environ.get("MLFLOW_RUN_ID", "").strip()
+        recorded = self._sender.recorded_run()
+        if run_id and recorded not in (None, run_id):
+            said.append(
+                f"MLflow: {run_dir} records to the run {recorded}, as before; MLFLOW_RUN_ID={run_id} needs another --output_dir"
+            )
+        for sentence in said:
+            _say(sentence)
         source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
         self._append(
             kind="start",
             spool_id=spool_id,
             experiment=redact(experiment),
             run_name=redact(run_name),
+            **({"run_id": run_id} if run_id else {}),
             params=_flatten(redact_config(config)),
             tags={str(key): str(value) for key, value in redact_config(source | dict(tags or {})).items()},
         )
@@ -856,6 +988,10 @@ class Tracker:
             self._warn(*explain(missing, uri))
         atexit.register(self.finish, "FAILED")
         threading.Thread(target=self._send_until_finished, name="mlflow", daemon=True).start()
+        self._measuring: threading.Thread | None = None
+        if system := _system_metrics():
+            self._measuring = threading.Thread(target=self._measure, args=(system,), name="mlflow system", daemon=True)
+            self._measuring.start()
         wait_s = START_WAIT_S if database_file(uri) is None else START_WAIT_DATABASE_S
         with self._turn:
             answered = self._turn.wait_for(
@@ -877,6 +1013,12 @@ class Tracker:
     @property
     def view(self) -> str:
         """Where to look: the run's address on a server, or the command that opens a local database."""
+        if managed := _MANAGED.fullmatch(self.uri):
+            name = "create-presigned-mlflow-app-url --arn" if managed[1] == "app" else (
+                "create-presigned-mlflow-tracking-server-url --tracking-server-name"
+            )  # fmt: skip
+            which = self.uri if managed[1] == "app" else self.uri.rpartition("/")[2]
+            return f"SageMaker Studio, or: aws sagemaker {name} {which} --region {self.uri.split(':')[3]}"
         if not self.uri.startswith("http"):
             return f"mlflow ui --backend-store-uri {self.uri}"
         address = f"{self.uri.rstrip('/')}/#/experiments"
@@ -925,6 +1067,9 @@ class Tracker:
         """End the run as "FINISHED", "FAILED" or "KILLED" and wait, at most 10 s, until all is sent. The last call."""
         if self._finished:
             return
+        self._ended.set()
+        if self._measuring:
+            self._measuring.join(FINISH_WAIT_S)  # its last sample is recorded before the end
         self._append(kind="finish", status=status)
         self._finished = True
         began = time.monotonic()
@@ -939,6 +1084,18 @@ class Tracker:
                 f"MLflow at {self.uri}: records not sent yet: {left}; they are kept in {self._sender.spool} "
                 "and sent at the next start on this folder"
             )
+
+    def _measure(self, system: _SystemMetrics) -> None:
+        """Record the machine's use until the run ends, at MLflow's count of samples as steps."""
+        step = 1 + max((step for key, step in self._recorded if key.startswith("system/")), default=-1)
+        while not self._ended.is_set():
+            try:
+                values = system.measure(self._ended)
+            except Exception as error:
+                _say(f"warning: MLflow's system metrics end: {_first_line(error)}")
+                return
+            self.log_metrics(values, step)
+            step += 1
 
     def _open_spool(self) -> str:
         """Open the spool for appending; returns its id, a new one when the spool is new."""

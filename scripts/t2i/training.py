@@ -56,12 +56,22 @@ _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
     *("dry_run", "dataset_config_name"),
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
+    "caption_prefix",
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
     *("compile", "channels_last", "cuda_graphs"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product with the number of processes decides
-    *("push_to_hub", "hub_private_repo", "hub_deadline", "hub_model_id", "license", "gallery_pictures"),
+    *(
+        "push_to_hub",
+        "hub_private_repo",
+        "hub_deadline",
+        "hub_revision",
+        "create_pr",
+        "hub_model_id",
+        "license",
+        "gallery_pictures",
+    ),
 }  # inputs are compared by the hashes of their contents
 
 

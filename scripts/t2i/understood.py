@@ -107,13 +107,17 @@ def table(report: dict[str, Any]) -> str:
             rows.append(("", _counted(len(alike), "names that differ only by capitals, spaces or accents", shown)))
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
     rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
-    if captions:
+    if report.get("captions_missing"):
+        rows[-1] = ("captions", "none, and this training needs none")
+    elif captions:
         several = report.get("several_captions")
         more = f", {several:,} images have several: the first is used" if several else ""
         rows.append(
             ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
                  f"{more}")
         )  # fmt: skip
+    if report.get("caption_prefix"):
+        rows.append(("", f"each begins with {_short(report['caption_prefix'], 40)!r} (--caption_prefix)"))
     if report.get("joined_lines"):
         rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
     if shared := report.get("shared_caption_files"):
