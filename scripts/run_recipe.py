@@ -31,12 +31,10 @@ class Options:
 
     config: str = "demo"  # recipe: a YAML file, or the name of one in scripts/recipes
     output_dir: PathText = "outputs/demo"  # everything goes below it
-    dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = (
-        None  # Hub id, dataset folder or imagefolder; None: flowers are drawn
-    )
-    accelerate_config: PathText | None = (
-        None  # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
-    )
+    # Hub id, dataset folder or imagefolder; None: flowers are drawn
+    dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
+    # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
+    accelerate_config: PathText | None = None
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/unet")
 
     # accelerator
-    from t2i.distributed import check_effective, first_says, keep_freed_memory, make_accelerator
+    from t2i.distributed import check_effective, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
     check_push(config, accelerator)
@@ -92,7 +92,7 @@ def main() -> None:
     run = RunFolder(
         folder, training.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs)
     )
-    if first_says(run.finished, accelerator):
+    if training.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)

@@ -34,7 +34,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/vae")
 
     # accelerator
-    from t2i.distributed import first_says, keep_freed_memory, make_accelerator
+    from t2i.distributed import keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
     try:
@@ -72,7 +72,7 @@ def main() -> None:
     run = RunFolder(
         folder, training.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs)
     )
-    if first_says(run.finished, accelerator):
+    if training.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
         return

@@ -17,8 +17,18 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from t2i import checkpoints, zero
-from t2i.config import DataConfig, TrainConfig
-from t2i.runs import RunFolder, UserError, append_jsonl, read_json, write_json, write_text
+from t2i.config import DataConfig, TrainConfig, TrainUnetConfig
+from t2i.distributed import first_says
+from t2i.runs import (
+    RunFolder,
+    UserError,
+    append_jsonl,
+    checkpoint_step,
+    own_checkpoint,
+    read_json,
+    write_json,
+    write_text,
+)
 from t2i.stopping import EXIT_STOPPED
 
 
@@ -54,7 +64,8 @@ class Average(EMAModel):
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
-    *("dry_run", "dataset_config_name"),
+    *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
+    "scale_lr",  # the learning rate that it gave is compared
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
@@ -63,6 +74,7 @@ _PASSING = {
     *("train_batch_size", "gradient_accumulation_steps"),  # their product with the number of processes decides
     *("push_to_hub", "hub_private_repo", "hub_deadline", "hub_model_id", "license", "gallery_pictures"),
 }  # inputs are compared by the hashes of their contents
+_LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}  # settings that runs made before them had at these values
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
         f"{type(section).__name__.removesuffix('Config')}.{key}": value
         for section in sections
         for key, value in dataclasses.asdict(section).items()
-        if key not in _PASSING
+        if key not in _PASSING and not (key in _LATER and value == _LATER[key])
     }
     return {**settings, **hashes}
 
@@ -82,9 +94,15 @@ def global_batch(config: TrainConfig, world: int) -> int:
 
 
 def total_steps(config: TrainConfig, samples: int, world: int) -> int:
-    """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean."""
-    epochs = config.num_train_epochs * samples / global_batch(config, world)
-    return config.max_train_steps or max(1, math.ceil(epochs))
+    """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean.
+
+    Puts the updates that `validation_epochs` means into `validation_steps`.
+    """
+    per_epoch = samples / global_batch(config, world)
+    if isinstance(config, TrainUnetConfig) and config.validation_epochs:
+        config.validation_steps = max(1, math.ceil(config.validation_epochs * per_epoch))
+        config.validation_epochs = None  # the resolved settings hold one of the two
+    return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
 def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
@@ -209,6 +227,20 @@ def load_portable(checkpoint: Path, trained: Trained) -> None:
             checkpoints.load_weights(checkpoint / name, trained.module)
         if name != trained.name:
             trained.ema.shadow_params = [master.detach().float().clone() for master in masters]
+
+
+def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
+    """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
+    if not first_says(run.finished, accelerator):
+        return False
+    name, steps = config.resume_from_checkpoint, run.state.get("steps")
+    step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
+    if name not in (None, "latest") and step != steps:
+        raise UserError(
+            f"the run in {run.folder} has finished, so it is not resumed from {name}; leave out --resume_from_checkpoint to "
+            "reuse it, or give another --output_dir"
+        )
+    return True
 
 
 def go_on(
