@@ -98,7 +98,7 @@ def choose_precision(config: TrainConfig | None) -> None:
     accelerate's launcher says "no" where nobody asked for a precision, so that a "no" binds only where it was typed.
     Raises `UserError` where launch and option differ.
     """
-    wanted, launched = config and config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")
+    wanted, launched = config.mixed_precision if config else None, os.environ.get("ACCELERATE_MIXED_PRECISION")
     if wanted is None or wanted == launched:
         return
     launcher = find_launcher()

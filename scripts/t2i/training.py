@@ -233,7 +233,7 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
     """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
     if not first_says(run.finished, accelerator):
         return False
-    name, steps = config.resume_from_checkpoint, run.state.get("steps")
+    name, steps = config.resume_from_checkpoint, first_says(run.state.get("steps"), accelerator)
     step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
     if name not in (None, "latest") and step != steps:
         raise UserError(
