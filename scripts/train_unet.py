@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i import cards
+from t2i import cards, publish
 from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
+from t2i.loading import find_dataset
 from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
 
@@ -48,15 +49,14 @@ TRACKED = 50  # last logged losses whose mean is the run's final train loss
 def main() -> None:
     recipe = parse(("data", "vae", "unet", "train_unet"), __doc__ or "")
     config = recipe.train_unet
-    if not recipe.data.dataset:
-        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    find_dataset(recipe.data)
     folder = Path(config.output_dir or "outputs/unet")
 
     # accelerator
     from t2i.distributed import check_effective, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
-    check_push(config, accelerator)
+    publish.check_push(config, accelerator)
     held = ExitStack()  # until the process ends: no second training writes into this folder
     if not config.dry_run:
         held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
@@ -94,7 +94,7 @@ def main() -> None:
     )
     if training.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
-            print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
+            print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
@@ -247,23 +247,10 @@ def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def check_push(config: TrainUnetConfig, accelerator: Any) -> None:
-    """End the run now, before the work, if the Hub would refuse its model."""
-    if config.push_to_hub:
-        from t2i import hub
-
-        repo_id = hub.check_repo_id(config.hub_model_id, "--hub_model_id")
-        hub.check_license(config.license or None)
-        if accelerator.is_main_process:
-            hub.check_access(repo_id, "model")
-
-
 def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
     """Publish the finished run, if that is asked for."""
     if config.push_to_hub and accelerator.is_main_process:
-        from t2i.publish import publish_run
-
-        publish_run(
+        publish.publish_run(
             folder, str(config.hub_model_id), license=config.license, pictures=config.gallery_pictures,
             private=config.hub_private_repo, deadline=config.hub_deadline,
         )  # fmt: skip

@@ -74,6 +74,14 @@ class HubConfig:
 
 
 @dataclass
+class ModelHubConfig(HubConfig):
+    """What becomes of a model on the Hub."""
+
+    hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
+    license: str = "unknown"  # of the model, as the Hub names licences, e.g. apache-2.0; unknown: not chosen
+
+
+@dataclass
 class SourceConfig:
     """The images, and their captions or labels."""
 
@@ -209,7 +217,7 @@ class TrainConfig:
 
 
 @dataclass
-class TrainVaeConfig(TrainConfig):
+class TrainVaeConfig(ModelHubConfig, TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # images a process and step
@@ -226,7 +234,7 @@ class TrainVaeConfig(TrainConfig):
 
 
 @dataclass
-class TrainUnetConfig(HubConfig, TrainConfig):
+class TrainUnetConfig(ModelHubConfig, TrainConfig):
     """Training of the denoiser."""
 
     snr_gamma: Positive | None = None  # min-SNR loss weights (arXiv:2303.09556), usually 5; None: none
@@ -240,8 +248,6 @@ class TrainUnetConfig(HubConfig, TrainConfig):
     guidance_scale: Guidance = 7.5  # of those pictures
     num_inference_steps: Count = 30  # of those pictures
     save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
-    hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
-    license: str = "unknown"  # of the model, as the Hub names licences, e.g. apache-2.0; unknown: not chosen
     gallery_pictures: Natural = 8  # pictures on the published card, drawn for the validation's and evaluation's prompts
 
 
@@ -367,6 +373,8 @@ THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
     ),
     "dream_training": (False, "DREAM is not implemented; leave it out"),
     "dream_detail_preservation": (False, "DREAM is not implemented; leave it out"),
+    "report_to comet_ml": (False, "curves go to mlflow, tensorboard, wandb or none"),
+    "report_to all": (False, "curves go to mlflow, tensorboard, wandb or none"),
     "rank": (False, "LoRA is not implemented, the whole UNet is trained; leave it out"),
     "lr_num_cycles": (False, "cosine_with_restarts runs one cycle; leave it out"),
     "lr_power": (False, "the polynomial schedule has power 1; leave it out"),
@@ -438,25 +446,71 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     ]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
     for name, before in defaults.items():
-        section = check_options(getattr(chosen, name))
-        _let_go(section, before, "dataset", "dataset_revision")
-        _let_go(section, before, "dataset", "dataset_config_name")
-        _let_go(section, before, "vae", "vae_revision")
-        _let_go(section, before, "text_encoder", "text_encoder_revision")
-        _let_go(section, before, "pretrained_model_name_or_path", "revision")
-        _let_go(section, before, "pretrained_model_name_or_path", "variant")
-        _let_go(section, before, "validation_steps", "validation_epochs")
-        _let_go(section, before, "num_train_epochs", "max_train_steps")
-        _let_go(section, before, "num_inference_steps", "preset")
-        if name == "source":
-            recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
-        else:
-            setattr(recipe, name, section)
+        _put(recipe, name, getattr(chosen, name), before)
     if "vae" in sections:
         check_vae(recipe, crop="train_vae" in sections)
     if "unet" in sections:
         check_unet(recipe)
     return recipe
+
+
+def override(recipe: Recipe, name: str, argv: list[str]) -> None:
+    """Change section `name` of a recipe by options as its script takes them (`--max_train_steps 20`), by the same rules."""
+    before = getattr(recipe, name)
+    members = [(name, type(before), field(default_factory=lambda: before))]
+    chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), f"Section {name} of the recipe.", argv)
+    _put(recipe, name, getattr(chosen, name), before)
+
+
+def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
+    """Put a parsed section into the recipe; `before` is what the recipe said."""
+    section = check_options(chosen)
+    _let_go(section, before, "dataset", "dataset_revision")
+    _let_go(section, before, "dataset", "dataset_config_name")
+    _let_go(section, before, "vae", "vae_revision")
+    _let_go(section, before, "text_encoder", "text_encoder_revision")
+    _let_go(section, before, "pretrained_model_name_or_path", "revision")
+    _let_go(section, before, "pretrained_model_name_or_path", "variant")
+    _let_go(section, before, "validation_steps", "validation_epochs")
+    _let_go(section, before, "num_train_epochs", "max_train_steps")
+    _let_go(section, before, "num_inference_steps", "preset")
+    if name == "source":
+        recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
+    else:
+        setattr(recipe, name, section)
+
+
+def check_dataset(name: str | None) -> Path | None:
+    """The folder that `--dataset` names; None for what may be a Hub id. Takes no time, so that a typing error costs none.
+
+    Raises `UserError` if no data set is named, or neither a folder here nor a Hub id.
+    """
+    if not name:
+        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"--dataset {name} is a file; give the folder that holds it")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        near = near_folder(folder)
+        raise UserError(
+            f"--dataset {name!r}: there is no such folder, and a Hub id is written owner/name; "
+            + (f"did you mean {near}?" if near else "fix the path")
+        )
+    return None
+
+
+def near_folder(folder: Path) -> Path | None:
+    """The folder that a mistyped one may stand for: the nearest name beside it, or beside the first of its parents that is missing."""
+    while not folder.parent.is_dir():
+        folder = folder.parent
+    try:
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    return folder.with_name(near[0]) if near else None
 
 
 def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> None:

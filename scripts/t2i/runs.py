@@ -297,8 +297,8 @@ def own_checkpoint(run: Path, name: str) -> Path:
     """The folder of the checkpoint `name` of a run, or of its path; `checkpoint-4` of other programs is `checkpoint-000004` here."""
     folder = run / name if Path(name).name == name else Path(name)
     found = re.fullmatch(r"checkpoint-0*([0-9]{1,15})", folder.name)
-    whole = folder.with_name(f"checkpoint-{int(found[1]):06d}") if found else folder
-    return whole if whole.is_dir() else folder
+    own = folder.with_name(f"checkpoint-{int(found[1]):06d}") if found else folder
+    return own if own.is_dir() and not folder.is_dir() else folder
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

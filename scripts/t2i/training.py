@@ -1,6 +1,7 @@
 """What both training scripts share beside mathematics, data and checkpoints: optimiser, schedule, length, identity."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import platform
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from diffusers.optimization import get_scheduler
@@ -349,15 +351,45 @@ def dataset_name(config: DataConfig) -> str:
 
 
 def check_tracker(config: TrainConfig) -> None:
-    """Raise `UserError` for an address that MLflow cannot use: now, not after the data set was prepared."""
-    if config.report_to == "mlflow":
-        from t2i.tracking import resolve_uri
+    """Raise `UserError` for an address that MLflow cannot use, or a tracker that is not installed: now, not after the data set
+    was prepared.
+    """
+    if config.report_to == "none":
+        return
+    from t2i.tracking import resolve_uri
 
-        resolve_uri(None)
+    resolve_uri(None)
+    if config.report_to != "mlflow" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(
+            f"report_to {config.report_to} needs a package that is not installed; run: pip install {config.report_to}, or leave "
+            "--report_to out: curves go to MLflow"
+        )
+
+
+class BesideMlflow:
+    """A run's tracker in MLflow, and one of accelerate's that gets the same numbers and pictures."""
+
+    def __init__(self, mlflow: Any, other: Any):
+        self._mlflow, self._other = mlflow, other
+        self.view, self.log_artifact = mlflow.view, mlflow.log_artifact
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(metrics, step)
+        self._other.log(metrics, step=step)
+
+    def log_image(self, image: Any, name: str, step: int) -> None:
+        self._mlflow.log_image(image, name, step)
+        kinds: dict[str, Any] = {"dataformats": "NHWC"} if self._other.name == "tensorboard" else {}
+        pictures = np.asarray(image)[None]  # W&B takes a list of arrays as well
+        self._other.log_images({name: pictures if kinds else list(pictures)}, step=step, **kinds)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self._mlflow.finish(status)
+        self._other.finish()
 
 
 def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
-    """The run's MLflow tracker, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
+    """The run's trackers, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
     if config.report_to == "none":
         return None
     from t2i.tracking import Tracker  # MLflow takes seconds to import
@@ -367,6 +399,21 @@ def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], ha
     tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=shown, tags=hashes)
     write_text(folder / "config.public.yaml", public(shown))
     tracker.log_artifact(folder / "config.public.yaml")
+    return tracker if config.report_to == "mlflow" else BesideMlflow(tracker, start_tracker(config, folder))
+
+
+def start_tracker(config: TrainConfig, folder: Path) -> Any:
+    """The tracker of accelerate's that `report_to` names, started."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    name = config.run_name or folder.name
+    if config.report_to == "tensorboard":
+        tracker = LOGGER_TYPE_TO_CLASS["tensorboard"](
+            run_name=config.experiment, logging_dir=folder / config.logging_dir
+        )
+    else:
+        tracker = LOGGER_TYPE_TO_CLASS["wandb"](run_name=config.experiment, name=name, dir=str(folder))
+    tracker.start()
     return tracker
 
 
