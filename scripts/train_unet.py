@@ -69,7 +69,7 @@ def main() -> None:
     from t2i.captured import capture
 
     stopping.end_in_words()
-    training.check_tracker(config)
+    training.check_tracker(config, recipe.data.cache_dir, accelerator.print)
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
     if splits.validation is None:

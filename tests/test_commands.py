@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,9 @@ def test_help_imports_no_torch(script, command, tmp_path):
     done = command(tmp_path / "spy.py", SCRIPTS / script, cwd=tmp_path, env={"PYTHONPATH": str(SCRIPTS)})
     assert done.stdout.strip().endswith("False")
     assert "default:" in done.stdout or script == "run_sagemaker_job.py"  # it has no options
+    lines = [line.strip("│ ") for line in done.stdout.splitlines()]
+    bare = [above for above, line in pairwise(lines) if line.startswith(("(default:", "(required", "(optional"))]
+    assert not bare, f"these options have no help: {bare}"
 
 
 MISTAKES = [

@@ -350,15 +350,21 @@ def dataset_name(config: DataConfig) -> str:
     return str(config.dataset).rstrip("/").split("/")[-1]
 
 
-def check_tracker(config: TrainConfig) -> None:
-    """Raise `UserError` for an address that MLflow cannot use, or a tracker that is not installed: now, not after the data set
+def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
+    """Say where caches and curves go, which is below the working directory unless an option or variable says otherwise.
+
+    Raises `UserError` for an address that MLflow cannot use, or a tracker that is not installed: now, not after the data set
     was prepared.
     """
+    if cache_dir:
+        say(f"caches: {Path(cache_dir).expanduser().absolute()} (--cache_dir)")
     if config.report_to == "none":
         return
-    from t2i.tracking import resolve_uri
+    from t2i.tracking import database_file, redact, resolve_uri
 
-    resolve_uri(None)
+    uri = resolve_uri(None)
+    if cache_dir:
+        say(f"curves: {database_file(uri) or redact(uri)} (MLFLOW_TRACKING_URI)")
     if config.report_to != "mlflow" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(
             f"report_to {config.report_to} needs a package that is not installed; run: pip install {config.report_to}, or leave "
