@@ -23,6 +23,7 @@ from t2i.runs import (
     checkpoint_copies,
     checkpoint_folders,
     checkpoint_step,
+    own_checkpoint,
     read_object,
     run_main,
     write_json,
@@ -159,14 +160,15 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
         )
     if not known:
         raise UserError(f"{run} holds no checkpoint; train with scripts/train_unet.py --output_dir {run}")
-    for name in config.checkpoints:
+    wanted = [name if name in copies else own_checkpoint(run, name).name for name in config.checkpoints]
+    for name in wanted:
         if name in copies:
             raise UserError(
                 f"checkpoint {name} is a copy, which is not evaluated; give one of {', '.join(known)}, or the copy its old name"
             )
         if name not in known:
             raise UserError(f"checkpoint {name} is not in {run}; there are: {', '.join(known)}")
-    return config.checkpoints or known
+    return wanted or known
 
 
 def kind_of(splits: Any) -> str:

@@ -36,25 +36,21 @@ class Options:
     prompt_file: str | None = None  # text file with a prompt a line
     negative_prompt: str = ""  # what to stay away from
     guidance_scale: Guidance = 7.5  # how strongly to follow the prompt; 1: without guidance
-    preset: Literal["exact", "fast", "draft"] = (
-        "exact"  # ddim 30, unipc 8 (4 of them guided) or unipc 3 (1) steps, where the next three do not say
-    )
+    # ddim 30, unipc 8 (4 of them guided) or unipc 3 (1) steps, where the next three do not say
+    preset: Literal["exact", "fast", "draft"] = "exact"
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
-    guidance_end: Share | None = (
-        None  # share of the steps, from the first on, that are guided (one at least); None: the preset's
-    )
-    scheduler: str | None = (
-        None  # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers, if right for the model
-    )
+    # share of the steps, from the first on, that are guided (one at least); None: the preset's
+    guidance_end: Share | None = None
+    # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers, if right for the model
+    scheduler: str | None = None
     seed: Seed = 0  # of the first picture; each further picture of a prompt takes the next
     num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # pictures a prompt
     batch_size: Count = 8  # pictures at once
     output_dir: str = "outputs/pictures"  # where the PNG files go
     grid: Flag = False  # write grid.png as well: a row a prompt
     device: str | None = None  # cpu, cuda, …; None: a GPU if there is one
-    engine: Literal["auto", "torch", "openvino"] = (
-        "auto"  # on a CPU; auto: compiled models that `make export` wrote, else torch; openvino: compile if there are none
-    )
+    # on a CPU; auto: compiled models that `make export` wrote, else torch; openvino: compile if there are none
+    engine: Literal["auto", "torch", "openvino"] = "auto"
 
 
 def main() -> None:

@@ -4,11 +4,15 @@ python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir out
 
 Each stage is one of the commands that the README names, printed before it runs. A finished stage is reused. Settings that
 cannot work together are refused before the first stage.
+
+Any key of the recipe can be given as --SECTION.KEY, such as --train_unet.max_train_steps 20; sections are data, vae, unet,
+train_vae, train_unet and evaluate.
 """
 
 import importlib.util
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +23,33 @@ from typing import Annotated, Any
 import psutil
 import tyro
 
-from t2i.config import PathText, Recipe, check_options, check_unet, check_vae, load_recipe, parse_options
-from t2i.runs import UserError, read_json, run_main, write_json
+from t2i.config import (
+    PathText,
+    Recipe,
+    check_dataset,
+    check_options,
+    check_unet,
+    check_vae,
+    known_key,
+    load_recipe,
+    override,
+    parse_options,
+    plain_option,
+    typed_options,
+)
+from t2i.runs import UserError, own_checkpoint, read_json, run_main, write_json
 
 SCRIPTS = Path(__file__).parent
+SECTIONS = ("data", "vae", "unet", "train_vae", "train_unet", "evaluate")  # that a stage reads
+SET_HERE = {
+    "output_dir": "give --output_dir",
+    "dataset": "give --dataset",
+    "dataset_name": "give --dataset",
+    "train_data_dir": "give --dataset",
+    "model": "leave it out",
+    "dry_run": "leave it out",
+}
+RESUMABLE = (130, 75)  # exit codes of a stage after Ctrl-C: before the first step, and with a checkpoint saved
 
 
 @dataclass
@@ -31,17 +58,18 @@ class Options:
 
     config: str = "demo"  # recipe: a YAML file, or the name of one in scripts/recipes
     output_dir: PathText = "outputs/demo"  # everything goes below it
-    dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = (
-        None  # Hub id, dataset folder or imagefolder; None: flowers are drawn
-    )
-    accelerate_config: PathText | None = (
-        None  # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
-    )
+    # Hub id, dataset folder or imagefolder; None: flowers are drawn
+    dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
+    # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
+    accelerate_config: PathText | None = None
 
 
 def main() -> None:
-    options = check_options(parse_options(Options, __doc__ or ""))
+    own, overrides = take_overrides(sys.argv[1:])
+    options = check_options(parse_options(Options, __doc__ or "", own))
     recipe = load_recipe(options.config)
+    for section, words in overrides.items():
+        override(recipe, section, [word for option in words for word in option])
     check_stages(recipe, options)
     folder = Path(options.output_dir)
     dataset = options.dataset or recipe.data.dataset or str(folder / "dataset")
@@ -54,17 +82,20 @@ def main() -> None:
     config = options.accelerate_config or str(SCRIPTS.parent / "accelerate_configs" / "cpu.yaml")
     quiet_launcher(config)
     if options.dataset and not (vae / "run.json").is_file():
-        from t2i.data import (
-            load_splits,
-        )  # the autoencoder needs no captions: what lacks them is refused before its hours
+        from t2i.data import load_splits  # imports torch
 
+        # The autoencoder needs no captions: what lacks them is refused before its hours.
         load_splits(replace(recipe.data, dataset=dataset), say=lambda _: None)
-    training = launch([config], "train_vae.py", *common, "--output_dir", str(vae))
+    changed = options_of(overrides, "data", "vae", "train_vae")
+    training = launch([config], "train_vae.py", *common, "--output_dir", str(vae), *changed)
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
-    half = [] if options.accelerate_config or not computes_in_bf16() else ["--mixed_precision", "bf16"]
-    training = launch([config, *half], "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet))
+    set_already = options.accelerate_config or recipe.train_unet.mixed_precision
+    half = [] if set_already or not computes_in_bf16() else ["--mixed_precision", "bf16"]
+    changed = options_of(overrides, "data", "vae", "unet", "train_unet", without=("vae", "vae_revision"))
+    training = launch([config, *half], "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet), *changed)
     stage("train_unet", "caching, then training the denoiser", training, folder, unet / "run.json")
-    evaluation = python("evaluate_checkpoints.py", *common, "--model", str(unet))
+    changed = options_of(overrides, "data", "evaluate")
+    evaluation = python("evaluate_checkpoints.py", *common, "--model", str(unet), *changed)
     stage("evaluate", "evaluating", evaluation, folder, unet / "evaluation" / "run.json")
 
     report = make_report(folder)
@@ -72,10 +103,37 @@ def main() -> None:
     print_table(report, folder)
 
 
+def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """The command line without its options `--section.key`, and these by section, each as the section's script takes it.
+
+    Raises `UserError` for a section that no stage has, and for what run_recipe.py sets itself.
+    """
+    own: list[str] = []
+    overrides: dict[str, list[list[str]]] = {}
+    for word, values, typed in typed_options(argv):
+        section, dot, key = plain_option(word).partition(".")
+        if not dot or not word.startswith("--"):
+            own += typed
+            continue
+        known_key(section, dict.fromkeys(SECTIONS), f"section of option {word}")
+        if key in SET_HERE:
+            raise UserError(f"{word}: run_recipe.py sets it for each stage; {SET_HERE[key]}")
+        overrides.setdefault(section, []).append([f"--{key}", *values])
+    return own, overrides
+
+
+def options_of(overrides: dict[str, list[list[str]]], *sections: str, without: tuple[str, ...] = ()) -> list[str]:
+    """The words of the overrides of some sections, for the script that reads them."""
+    options = (words for section in sections for words in overrides.get(section, []))
+    return [word for words in options if plain_option(words[0]) not in without for word in words]
+
+
 def check_stages(recipe: Recipe, options: Options) -> None:
     """Refuse now what a later stage would refuse after the hours of the earlier ones."""
     check_vae(recipe)
     check_unet(recipe)
+    if options.dataset or recipe.data.dataset:
+        check_dataset(options.dataset or recipe.data.dataset)
     if options.accelerate_config and not Path(options.accelerate_config).is_file():
         raise UserError(
             f"--accelerate_config {options.accelerate_config}: there is no such file; name one of "
@@ -83,7 +141,7 @@ def check_stages(recipe: Recipe, options: Options) -> None:
         )
     folder, resume = Path(options.output_dir), recipe.train_unet.resume_from_checkpoint
     folder.mkdir(parents=True, exist_ok=True)
-    if resume not in (None, "latest") and not (folder / "unet" / resume).is_dir():
+    if resume not in (None, "latest") and not own_checkpoint(folder / "unet", resume).is_dir():
         raise UserError(
             f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of it, or latest"
         )
@@ -114,7 +172,7 @@ def python(script: str, *arguments: str) -> list[str]:
 
 def launch(config: list[str], script: str, *arguments: str) -> list[str]:
     """The command that trains by an accelerate config, to which options of the launcher may be added."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", *config]
+    accelerate = [sys.executable, str(SCRIPTS / "t2i" / "launcher.py"), "--config_file", *config]
     return [*accelerate, str(SCRIPTS / script), *arguments]
 
 
@@ -136,19 +194,36 @@ def quiet_launcher(config: str) -> None:
 def stage(name: str, title: str, command: list[str], folder: Path, marker: Path) -> None:
     """Run a stage, its output on this terminal; keep its seconds in stages.json if it did work, which `marker` tells.
 
-    Ends this run when the stage fails.
+    Ends this run when the stage fails, and after Ctrl-C once the stage has saved what it has.
     """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     before = marker.stat().st_mtime_ns if marker.is_file() else None
     start = time.perf_counter()
-    code = subprocess.run(command).returncode
+    code = wait_for(subprocess.Popen(command))
+    if code in RESUMABLE:
+        print(f"interrupted while {title}: the same command resumes", file=sys.stderr)
+        raise SystemExit(code)
     if code:
         raise UserError(
             f"{title} ended with exit code {code}; fix what it said above and run the same command again: finished stages are kept"
         )
-    if marker.stat().st_mtime_ns != before:
+    if marker.is_file() and marker.stat().st_mtime_ns != before:
         stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
         write_json(folder / "stages.json", {**stages, name: round(time.perf_counter() - start, 1)})
+
+
+def wait_for(process: "subprocess.Popen[bytes]") -> int:
+    """The exit code of a stage. Ctrl-C does not end this process before: the terminal sends it to the stage as well, which saves."""
+
+    def passed(number: int, frame: Any) -> None:
+        if not sys.stdin.isatty():  # sent to this process alone
+            process.send_signal(number)
+
+    before = signal.signal(signal.SIGINT, passed)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def make_report(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i import cards
+from t2i import cards, hub, publish
 from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
+from t2i.loading import find_dataset
 from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from t2i.caches import TextCache
     from t2i.training import Trained
 
-    Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # as `make_batch` gives it
+    Batch = tuple[torch.Tensor, ...]  # as `make_batch` gives it
 
 
 @dataclass
@@ -48,15 +49,14 @@ TRACKED = 50  # last logged losses whose mean is the run's final train loss
 def main() -> None:
     recipe = parse(("data", "vae", "unet", "train_unet"), __doc__ or "")
     config = recipe.train_unet
-    if not recipe.data.dataset:
-        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    find_dataset(recipe.data)
     folder = Path(config.output_dir or "outputs/unet")
 
     # accelerator
-    from t2i.distributed import check_effective, first_says, keep_freed_memory, make_accelerator
+    from t2i.distributed import check_effective, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
-    check_push(config, accelerator)
+    publish.check_push(config, accelerator)
     held = ExitStack()  # until the process ends: no second training writes into this folder
     if not config.dry_run:
         held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
@@ -69,7 +69,7 @@ def main() -> None:
     from t2i.captured import capture
 
     stopping.end_in_words()
-    training.check_tracker(config)
+    training.check_tracker(config, recipe.data.cache_dir, accelerator.print)
     scheduler = models.build_noise_scheduler(recipe.unet)
     splits = data.load_splits(recipe.data, say=accelerator.print)
     if splits.validation is None:
@@ -92,9 +92,9 @@ def main() -> None:
     run = RunFolder(
         folder, training.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs)
     )
-    if first_says(run.finished, accelerator):
+    if training.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
-            print(f"reusing the finished run in {folder} (validation loss {run.state['val_loss']:.4f})")
+            print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
@@ -247,27 +247,13 @@ def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def check_push(config: TrainUnetConfig, accelerator: Any) -> None:
-    """End the run now, before the work, if the Hub would refuse its model."""
-    if config.push_to_hub:
-        from t2i import hub
-
-        repo_id = hub.check_repo_id(config.hub_model_id, "--hub_model_id")
-        hub.check_license(config.license or None)
-        if accelerator.is_main_process:
-            hub.check_access(repo_id, "model", target=hub.Target(config.hub_revision, config.create_pr))
-
-
 def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
     """Publish the finished run, if that is asked for."""
     if config.push_to_hub and accelerator.is_main_process:
-        from t2i.hub import Target
-        from t2i.publish import publish_run
-
-        publish_run(
+        publish.publish_run(
             folder, str(config.hub_model_id), license=config.license, pictures=config.gallery_pictures,
             private=config.hub_private_repo, deadline=config.hub_deadline,
-            target=Target(config.hub_revision, config.create_pr),
+            target=hub.Target(config.hub_revision, config.create_pr),
         )  # fmt: skip
 
 
@@ -279,16 +265,17 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
 
     base, unet = recipe.unet.pretrained_model_name_or_path, recipe.unet
     vae_source, text_source = recipe.vae.vae or base, unet.text_encoder or base
+    of_base = (unet.revision, unet.variant)
+    vae_files = (recipe.vae.vae_revision, None) if recipe.vae.vae else of_base
+    text_files = (unet.text_encoder_revision, None) if unet.text_encoder else of_base
     if not vae_source:
         raise UserError(
             "no VAE: give --vae with the run folder of train_vae.py, a path or a Hub id such as stabilityai/sd-vae-ft-mse"
         )
-    vae = models.load_vae(vae_source, recipe.vae.vae_revision)
+    vae = models.load_vae(vae_source, *vae_files)
     if text_source:
-        text_encoder = (
-            models.load_part(CLIPTextModel, text_source, "text_encoder", unet.text_encoder_revision).float().eval()
-        )
-        tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", unet.text_encoder_revision)
+        text_encoder = models.load_part(CLIPTextModel, text_source, "text_encoder", *text_files).float().eval()
+        tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", text_files[0])
     else:
         text_encoder, tokenizer = models.build_text_encoder(unet, splits.train.rows["caption"], recipe.train_unet.seed)
     hashes = {
@@ -306,7 +293,7 @@ def known_tokenizer(recipe: Recipe) -> Any:
     from t2i import models
 
     source = recipe.unet.text_encoder or recipe.unet.pretrained_model_name_or_path
-    revision = recipe.unet.text_encoder_revision
+    revision = recipe.unet.text_encoder_revision if recipe.unet.text_encoder else recipe.unet.revision
     return models.load_part(CLIPTokenizer, source, "tokenizer", revision) if source else None
 
 
@@ -325,7 +312,7 @@ def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: 
 
 def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     """The UNet to train: new, of the recipe's size, or the one of `pretrained_model_name_or_path`."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     from t2i import models
 
@@ -339,18 +326,12 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     )
     if not base:
         return models.build_unet(recipe.unet, side // factor, channels, context)
-    unet = models.load_part(UNet2DConditionModel, base, "unet").float()
+    unet = models.load_part(UNet2DConditionModel, base, "unet", recipe.unet.revision, recipe.unet.variant).float()
     if (unet.config.in_channels, unet.config.cross_attention_dim) != (channels, context):
         raise UserError(
             f"the UNet of {base} takes {unet.config.in_channels} latent channels and text {unet.config.cross_attention_dim} wide, "
             f"the VAE and text encoder give {channels} and {context}; leave out --vae and --text_encoder, or name its own"
         )
-    trained = models.load_part(DDIMScheduler, base, "scheduler").config
-    for name in ("prediction_type", "beta_schedule", "rescale_betas_zero_snr"):
-        if trained.get(name, False) != getattr(recipe.unet, name):
-            raise UserError(
-                f"the UNet of {base} was trained with {name} {trained.get(name)}; set {name}: {trained.get(name)} in section unet"
-            )
     unet.register_to_config(sample_size=side // factor)
     return unet
 
@@ -396,12 +377,15 @@ def cache_inputs(
 
 def loss_of(
     trained: "Trained", given: Inputs, config: TrainUnetConfig, accelerator: Any,
-    latents: "torch.Tensor", noise: "torch.Tensor", timesteps: "torch.Tensor", context: "torch.Tensor",
+    *batch: "torch.Tensor",
 ) -> "torch.Tensor":  # fmt: skip
     """The loss of a batch, as `make_batch` gives it; its gradients are left in the parameters."""
     from t2i.diffusion import denoising_loss
 
-    terms = denoising_loss(trained.model, given.scheduler, latents, noise, timesteps, context, config.snr_gamma)
+    latents, noise, timesteps, context, *further = batch
+    terms = denoising_loss(
+        trained.model, given.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
+    )
     loss = terms.mean()
     accelerator.backward(loss)
     return loss.detach()
@@ -462,27 +446,31 @@ def sample_copies(given: Inputs, config: TrainUnetConfig, step: int, micro: int,
     return occurrences(update.tolist())[micro * part : (micro + 1) * part][rank::world]
 
 
-def make_batch(
-    given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any
-) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
-    """This process's share of part `micro` of a weight update, on the device: scaled latents, noise, timesteps, encoder hidden states.
+def make_batch(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "Batch":
+    """This process's share of part `micro` of a weight update, on the device: scaled latents, noise, timesteps, encoder hidden
+    states, and with `input_perturbation` the noise of the UNet's input.
 
     Each caption is dropped by a coin toss of its own, to the embedding of the empty caption, which sampling uses as well.
     """
     from t2i.diffusion import draw
+    from t2i.prefetch import to_device_soon
 
     latents, text = given.caches["train"]
     indices = sample_indices(given, config, step, micro, accelerator)
     shape = (latents.shape[2] // 2, *latents.shape[3:])
     copies = sample_copies(given, config, step, micro, accelerator)
-    draws = draw(config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps, copies)
+    draws = draw(
+        config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps, copies,
+        noise_offset=config.noise_offset, input_perturbation=config.input_perturbation,
+    )  # fmt: skip
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
     rows = text.rows[indices]
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
     moments = latents[indices, flips]
-    return to_device(
+    batch = to_device(
         moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, given.scaling_factor, accelerator
     )
+    return batch if draws.input_noise is None else (*batch, to_device_soon(draws.input_noise, accelerator.device))
 
 
 def to_device(

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i import publish
 from t2i.config import TrainVaeConfig, check_unet, check_vae, parse, to_dict
+from t2i.loading import find_dataset
 from t2i.prefetch import Ahead
 from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
 
@@ -29,14 +31,14 @@ if TYPE_CHECKING:
 def main() -> None:
     recipe = parse(("data", "vae", "train_vae"), __doc__ or "")
     config = recipe.train_vae
-    if not recipe.data.dataset:
-        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    find_dataset(recipe.data)
     folder = Path(config.output_dir or "outputs/vae")
 
     # accelerator
-    from t2i.distributed import first_says, keep_freed_memory, make_accelerator
+    from t2i.distributed import keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
+    publish.check_push(config, accelerator)
     try:
         check_unet(recipe)
     except UserError as error:  # no hindrance to an autoencoder, but better known before it is trained
@@ -53,7 +55,7 @@ def main() -> None:
     from t2i.captured import capture
 
     stopping.end_in_words()
-    training.check_tracker(config)
+    training.check_tracker(config, recipe.data.cache_dir, accelerator.print)
     splits = data.load_splits(recipe.data, say=accelerator.print, captions=False)
     if splits.validation is None:
         raise UserError(
@@ -72,9 +74,10 @@ def main() -> None:
     run = RunFolder(
         folder, training.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs)
     )
-    if first_says(run.finished, accelerator):
+    if training.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
-            print(f"reusing the finished VAE in {folder} ({run.state['psnr_db']:.2f} dB on validation)")
+            print(f"reusing the finished VAE in {folder / 'vae'} ({run.state['psnr_db']:.2f} dB on validation)")
+        push(folder, config, accelerator)
         return
     tracker = None
     if accelerator.is_main_process:
@@ -84,10 +87,7 @@ def main() -> None:
         vae = vae.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    if config.vae_train_part == "decoder":
-        vae.requires_grad_(False)
-        vae.decoder.requires_grad_(True)
-        vae.post_quant_conv.requires_grad_(True)
+    freeze(vae, config)
     vae.to(accelerator.device).train()
 
     # optimiser
@@ -173,6 +173,21 @@ def main() -> None:
         f"VAE in {folder / 'vae'}: {before['psnr_db']:.2f} -> {after['psnr_db']:.2f} dB, "
         f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{shown}; scaling_factor {vae.config.scaling_factor:.4f}"
     )
+    push(folder, config, accelerator)
+
+
+def freeze(vae: Any, config: TrainVaeConfig) -> None:
+    """Leave only the decoder to be trained, if that is asked for."""
+    if config.vae_train_part == "decoder":
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+
+
+def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
+    """Publish the autoencoder of the finished run, if that is asked for."""
+    if config.push_to_hub and accelerator.is_main_process:
+        publish.publish_vae(folder, config)
 
 
 def terms_of(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -156,9 +157,15 @@ def test_help_imports_no_torch(script, command, tmp_path):
     )
     spy += "finally: print('torch' in sys.modules or 'diffusers' in sys.modules)"
     (tmp_path / "spy.py").write_text(spy)
-    done = command(tmp_path / "spy.py", SCRIPTS / script, cwd=tmp_path, env={"PYTHONPATH": str(SCRIPTS)})
+    done = command(
+        tmp_path / "spy.py", SCRIPTS / script, cwd=tmp_path, env={"PYTHONPATH": str(SCRIPTS), "COLUMNS": "400"}
+    )
     assert done.stdout.strip().endswith("False")
     assert "default:" in done.stdout or script == "run_sagemaker_job.py"  # it has no options
+    lines = [line.strip("│ ") for line in done.stdout.splitlines()]
+    empty = ("(default:", "(required", "(optional")
+    bare = [above for above, line in pairwise(lines) if above.startswith("-") and line.startswith(empty)]
+    assert not bare, f"these options have no help: {bare}"
 
 
 MISTAKES = [
@@ -218,7 +225,8 @@ MISTAKES = [
 
 
 def test_a_wrong_tracking_address_is_refused_before_the_data_set_is_read(workspace, command):
-    arguments = ("--dataset", "nowhere/at/all", "--vae", "vae", "--output_dir", "untracked")
+    (workspace / "empty").mkdir(exist_ok=True)
+    arguments = ("--dataset", "empty", "--vae", "vae", "--output_dir", "untracked")
     done = command("train_unet.py", *arguments, cwd=workspace, code=2, env={"MLFLOW_TRACKING_URI": "localhost:5000"})
     assert "give http://localhost:5000" in done.stderr
 

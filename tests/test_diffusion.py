@@ -125,3 +125,34 @@ def test_loss_is_zero_for_the_true_answer_and_weighted_as_published(prediction_t
     snr = (alpha / (1 - alpha)).flatten()
     expected = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
     torch.testing.assert_close(weighted / plain, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_beyond_the_plain_one_changes_no_other_draw():
+    plain = diffusion.draw(0, 3, [4, 9], (2, 8, 8), 1000)
+    assert plain.input_noise is None
+    more = diffusion.draw(0, 3, [4, 9], (2, 8, 8), 1000, noise_offset=0.5, input_perturbation=0.1)
+    for name in ("posterior_noise", "timesteps", "uniform"):
+        assert torch.equal(getattr(plain, name), getattr(more, name))
+    shift = more.noise - plain.noise  # one number a channel of a sample
+    assert shift.std(dim=(2, 3)).max() < 1e-6
+    assert shift.mean(dim=(2, 3)).unique().numel() == 4
+    assert 0.8 < ((more.input_noise - more.noise) / 0.1).std() < 1.2
+    again = diffusion.draw(0, 3, [9], (2, 8, 8), 1000, noise_offset=0.5, input_perturbation=0.1)  # whatever the batch
+    assert torch.equal(again.input_noise[0], more.input_noise[1])
+    assert torch.equal(diffusion.draw(0, 3, [4, 9], (2, 8, 8), 1000, input_perturbation=0.1).noise, plain.noise)
+
+
+def test_a_perturbed_input_keeps_its_target():
+    class Scheduler:
+        config = SimpleNamespace(prediction_type="epsilon")
+        add_noise = staticmethod(lambda latents, noise, timesteps: noise)
+
+    def unet(noisy, timesteps, context):
+        asked.append(noisy)
+        return SimpleNamespace(sample=noise)
+
+    asked, noise, other = [], torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    steps = torch.zeros(2, dtype=torch.int64)
+    losses = diffusion.denoising_loss(unet, Scheduler, noise * 0, noise, steps, None, None, other)
+    assert torch.equal(asked[0], other)
+    assert losses.abs().max() == 0

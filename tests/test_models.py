@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,3 +111,19 @@ def test_plain_attention_is_the_same_attention(side, is_plain):
     models.use_plain_attention(unet)
     assert all((type(one).__name__ == "AttnProcessor") == is_plain for one in unet.attn_processors.values())
     torch.testing.assert_close(unet(*given).sample, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_pipeline_is_trained_on_its_own_betas(tmp_path):
+    base = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    DDPMScheduler(**base).save_pretrained(tmp_path / "scheduler")
+    config = UnetConfig(pretrained_model_name_or_path=str(tmp_path), beta_schedule="linear")
+    found = models.build_noise_scheduler(config)
+    assert torch.equal(found.alphas_cumprod, DDPMScheduler(**base).alphas_cumprod)
+    assert torch.equal(models.build_ddim(found).alphas_cumprod, found.alphas_cumprod)
+    with pytest.raises(
+        UserError, match="was trained with beta_schedule linear; set beta_schedule: linear in section unet"
+    ):
+        models.build_noise_scheduler(UnetConfig(pretrained_model_name_or_path=str(tmp_path)))
+    DDPMScheduler(num_train_timesteps=500, **base).save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UserError, match="500 noise levels"):
+        models.build_noise_scheduler(config)

@@ -9,7 +9,6 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from PIL import Image
 
-import train_unet
 from conftest import TINY
 from loopback_hub import LoopbackHub
 from t2i import cards, publish, sampling
@@ -236,4 +235,4 @@ def test_what_cannot_be_published(tmp_path, state, sentence):
 
 def test_training_asks_for_the_repository_before_it_starts():
     with pytest.raises(UserError, match="--hub_model_id is missing"):
-        train_unet.check_push(TrainUnetConfig(push_to_hub=True), None)
+        publish.check_push(TrainUnetConfig(push_to_hub=True), None)

@@ -166,6 +166,22 @@ def test_copies_beside_checkpoints_are_neither_used_nor_removed(tmp_path):
         checkpoints.find_checkpoint(run, "latest", Alone)
 
 
+def test_a_new_start_beside_checkpoints_is_refused_and_other_names_of_a_checkpoint_are_known(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (3, 6):
+        checkpoints.save_checkpoint(run, step, write_files(step), Alone, None)
+    with pytest.raises(UserError, match=r"checkpoint-000003, checkpoint-000006\), which a new start would replace"):
+        checkpoints.find_checkpoint(run, None, Alone)
+    assert len(checkpoint_folders(run)) == 2
+    assert checkpoints.find_checkpoint(tmp_path / "other", None, Alone) is None
+    for name in ("checkpoint-3", "checkpoint-000003", str(run / "checkpoint-3"), "checkpoint-0003"):
+        assert checkpoints.find_checkpoint(run, name, Alone) == run / "checkpoint-000003"
+    with pytest.raises(UserError, match=r"checkpoint-4 is not a checkpoint of .*; there are: checkpoint-000003"):
+        checkpoints.find_checkpoint(run, "checkpoint-4", Alone)
+    checkpoints.forget_after(run, 3, Alone)
+    assert "made anew from step 3, and removed now: checkpoint-000006" in capsys.readouterr().out
+
+
 def test_nodes_agree_on_the_newest_step_that_is_whole_everywhere(tmp_path):
     """Two nodes without a shared disk; the second one lost its newest checkpoint."""
     import threading

@@ -18,7 +18,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, checkpoint_step, sha256_file, write_text
+from t2i.runs import (
+    UserError,
+    checkpoint_copies,
+    checkpoint_folders,
+    checkpoint_step,
+    own_checkpoint,
+    sha256_file,
+    write_text,
+)
 
 MANIFEST = "manifest.json"
 
@@ -173,15 +181,20 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
     """The checkpoint to go on from, the same step on every node: the newest whole one, or the one that is named.
 
     A damaged one is named by `say` and the one before is taken. Raises `UserError` where a named one is damaged or missing,
-    and where there are checkpoints and none is whole. None: there is no checkpoint, or `name` is None. Called by every
-    process.
+    where there are checkpoints and none is whole, and where `name` is None (start anew) beside checkpoints, which would be
+    replaced. None: there is no checkpoint. Called by every process.
     """
-    if name is None:
-        return None
     home = part_of(run, node)
     there = _own_checkpoints(home)
+    if name is None:
+        if any(node.gather(bool(there))):
+            raise UserError(
+                f"{run} holds checkpoints ({', '.join(path.name for path in there)}), which a new start would replace; leave out "
+                "--resume_from_checkpoint None to resume, delete them, or give another --output_dir"
+            )
+        return None
     if name != "latest":
-        folder = home / name if Path(name).name == name else Path(name)
+        folder = own_checkpoint(home, name)
         if folder.absolute().parent.resolve() != home.resolve() or folder.name not in {path.name for path in there}:
             known = ", ".join(path.name for path in there) or "none"
             copy = " by its name; a copy is resumed from once it has its old name back" if folder.is_dir() else ""
@@ -244,12 +257,14 @@ def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) 
     return -1
 
 
-def forget_after(run: Path, step: int, node: Node) -> None:
+def forget_after(run: Path, step: int, node: Node, say: Callable[[str], Any] = print) -> None:
     """Remove this node's checkpoints, and what was logged, beyond `step`, which training is about to make anew."""
     home = part_of(run, node)
-    for folder in _own_checkpoints(home):
-        if (checkpoint_step(folder) or 0) > step:
-            _remove(folder)
+    later = [folder for folder in _own_checkpoints(home) if (checkpoint_step(folder) or 0) > step]
+    if later:
+        say(f"made anew from step {step}, and removed now: {', '.join(folder.name for folder in later)}")
+    for folder in later:
+        _remove(folder)
     for file in (home / "metrics.jsonl", home / "samples.jsonl"):
         if file.is_file():
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,7 +1,7 @@
 """Settings: defaults <- recipe <- command line. Imports neither torch nor diffusers, so that `--help` answers at once.
 
-A recipe is a YAML file with the sections of `Recipe`. The comment behind each field is its help text. Names are those of
-diffusers' training scripts; where ours differ, theirs are accepted as aliases.
+A recipe is a YAML file with the sections of `Recipe`. The comment behind or above each field is its help text. Names are those
+of diffusers' training scripts; where ours differ, theirs are accepted or answered (`from_diffusers`).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,8 @@ BelowOne = Annotated[float, _Number, Field(ge=0, lt=1, allow_inf_nan=False)]
 Guidance = Annotated[float, _Number, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]
 
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
 T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -73,12 +76,19 @@ class HubConfig:
 
 
 @dataclass
+class ModelHubConfig(HubConfig):
+    """What becomes of a model on the Hub."""
+
+    hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
+    license: str = "unknown"  # of the model, as the Hub names licences, e.g. apache-2.0; unknown: not chosen
+
+
+@dataclass
 class SourceConfig:
     """The images, and their captions or labels."""
 
-    dataset: Annotated[PathText | None, _alias("dataset_name", "train_data_dir")] = (
-        None  # Hub id, dataset folder or imagefolder
-    )
+    # Hub id, dataset folder or imagefolder
+    dataset: Annotated[PathText | None, _alias("dataset_name", "train_data_dir")] = None
     dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
     dataset_config_name: str | None = None  # configuration of a data set that has several
     image_column: str = "image"  # column that holds the images
@@ -93,13 +103,11 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """The captioned images."""
 
-    resolution: Annotated[int, _Number, Field(ge=8, le=2048)] = (
-        128  # px, both sides: shorter side resized, centre cropped
-    )
+    # px, both sides: shorter side resized, centre cropped
+    resolution: Annotated[int, _Number, Field(ge=8, le=2048)] = 128
     random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
-    validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = (
-        0.05  # share taken by content hash where a data set has no validation split
-    )
+    # share taken by content hash where a data set has no validation split
+    validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
     split_seed: int = 0  # another number gives another validation split
     max_train_samples: Count | None = None  # use this many training images at most
     cache_dir: PathText = ".cache/t2i"  # prepared images, latents and text embeddings, by content
@@ -111,16 +119,14 @@ class CaptionConfig(HubConfig):
 
     output_dir: PathText | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
     dry_run: Flag = False  # end after the table of what was understood of the input
-    captioner: PathText = (
-        "florence2"  # florence2; label: by caption_template; existing: those there; or a folder or Hub id
-    )
+    # florence2; label: by caption_template; existing: those there; or a folder or Hub id
+    captioner: PathText = "florence2"
     captioner_revision: str | None = None  # branch, tag or commit of a Hub model
     task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
     prompt: str = ""  # text for the model, where its task takes some
     caption_batch_size: Count = 8  # images at once; halved when memory runs out
-    max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = (
-        128  # tokens of a caption at most; CLIP reads 77 of its own
-    )
+    # tokens of a caption at most; CLIP reads 77 of its own
+    max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = 128
     num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
     no_repeat_ngram_size: Count | None = None  # words that come once at most in this order; None: the model's own way
     repetition_penalty: Positive | None = (
@@ -137,13 +143,11 @@ class CaptionConfig(HubConfig):
 class VaeConfig:
     """The autoencoder."""
 
-    vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = (
-        None  # run folder, path or Hub id; None: built from the numbers below
-    )
+    # run folder, path or Hub id; None: built from the numbers below
+    vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = None
     vae_revision: str | None = None  # branch, tag or commit of a Hub VAE
-    vae_channels: Annotated[list[Count], Field(min_length=1)] = field(
-        default_factory=lambda: [32, 64, 96]
-    )  # channels a level; each further level halves the side
+    # channels a level; each further level halves the side
+    vae_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 96])
     vae_layers: Count = 1  # residual layers a level
     latent_channels: Count = 4  # channels of the latents
 
@@ -152,28 +156,27 @@ class VaeConfig:
 class UnetConfig:
     """The denoiser, what it is conditioned on, and the noise."""
 
-    pretrained_model_name_or_path: PathText | None = (
-        None  # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
-    )
-    text_encoder: PathText | None = (
-        None  # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
-    )
+    # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
+    pretrained_model_name_or_path: PathText | None = None
+    # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
+    text_encoder: PathText | None = None
     text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
+    revision: str | None = None  # branch, tag or commit of the Hub pipeline that is trained further
+    variant: str | None = None  # which weight files of that pipeline are read, e.g. fp16; None: those without a suffix
     text_hidden_size: Count = 128  # width of a built text encoder
     text_layers: Count = 2  # layers of a built text encoder
     text_max_length: Annotated[int, _Number, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
-    unet_channels: Annotated[list[Count], Field(min_length=1)] = field(
-        default_factory=lambda: [192, 384, 576]
-    )  # channels a level
+    # channels a level
+    unet_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [192, 384, 576])
     unet_layers: Count = 2  # residual and attention layers a level
+    # a level each; the way up mirrors it
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
         default_factory=lambda: ["CrossAttnDownBlock2D"] * 3
-    )  # a level each; the way up mirrors it
+    )
     attention_head_dim: Count = 8  # attention heads a level (diffusers' name for their number)
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # what the UNet predicts
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = (
-        "scaled_linear"  # of the 1,000 noise levels
-    )
+    # of the 1,000 noise levels
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     rescale_betas_zero_snr: Flag = False  # last noise level is pure noise (arXiv:2305.08891); needs v_prediction
 
 
@@ -188,10 +191,11 @@ class TrainConfig:
     gradient_accumulation_steps: Count = 1  # steps a weight update
     max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
     num_train_epochs: Positive = 100.0  # passes over the training images, if max_train_steps is None
-    learning_rate: Positive = 1e-4  # at its highest
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "cosine"  # diffusers' schedules
+    # no, fp16 or bf16, where the launch sets none; a launch and an option that differ are refused
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    learning_rate: Positive = 1e-4  # peak learning rate
+    scale_lr: Flag = False  # multiply learning_rate by the images of an update, over all processes
+    lr_scheduler: LrScheduler = "cosine"  # diffusers' schedules
     lr_warmup_steps: Natural = 500  # updates of linear warm-up
     adam_beta1: BelowOne = 0.9  # AdamW
     adam_beta2: BelowOne = 0.999  # AdamW
@@ -208,45 +212,50 @@ class TrainConfig:
     validation_steps: Count = 500  # updates between validations
     checkpointing_steps: Count = 500  # updates between checkpoints
     checkpoints_total_limit: Count | None = None  # checkpoints kept, the newest; None: all
-    resume_from_checkpoint: str | None = "latest"  # latest, or a checkpoint folder's name; None: start anew
+    # latest, or a checkpoint's name; None: start anew, which is refused while the run folder holds checkpoints
+    resume_from_checkpoint: str | None = "latest"
     max_nonfinite_steps: Natural = 0  # updates skipped for a loss or gradient that is no number before the run ends
     logging_steps: Count = 10  # updates between logged losses
-    report_to: Literal["mlflow", "none"] = "mlflow"  # where curves and pictures go
-    experiment: str = "t2i"  # MLflow experiment; left as it is, MLFLOW_EXPERIMENT_NAME holds
+    # where curves and pictures go; tensorboard and wandb: there as well as to MLflow
+    report_to: Literal["mlflow", "tensorboard", "wandb", "none"] = "mlflow"
+    logging_dir: str = "logs"  # TensorBoard's files, below output_dir
+    # MLflow experiment, W&B project; left as it is, MLFLOW_EXPERIMENT_NAME holds
+    experiment: Annotated[str, _alias("tracker_project_name")] = "t2i"
     run_name: str | None = None  # MLflow run; None: name of output_dir
 
 
 @dataclass
-class TrainVaeConfig(TrainConfig):
+class TrainVaeConfig(ModelHubConfig, TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # images a process and step
     checkpoints_total_limit: Count | None = 1  # checkpoints kept, the newest; None: all; 1: until the run has finished
-    vae_train_part: Literal["all", "decoder"] = (
-        "all"  # decoder: latents stay as they are, so caches and UNets stay valid
-    )
-    crop_size: Count | None = (
-        None  # px; train on random crops of this side (validation on whole images); None: whole images
-    )
-    kl_weight: NonNegative = 1e-6  # weight of KL(posterior || N(0, 1)), mean over pixels as in the reconstruction term
+    # decoder: latents stay as they are, so caches and UNets stay valid
+    vae_train_part: Literal["all", "decoder"] = "all"
+    # px; train on random crops of this side (validation on whole images); None: whole images
+    crop_size: Count | None = None
+    # weight of KL(posterior || N(0, 1)), mean over pixels as in the reconstruction term
+    kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
     l1_weight: NonNegative = 0.0  # weight of the absolute error
     mse_weight: NonNegative = 1.0  # weight of the squared error
     ssim_weight: NonNegative = 0.1  # weight of the structural term, 1 - SSIM
 
 
 @dataclass
-class TrainUnetConfig(HubConfig, TrainConfig):
+class TrainUnetConfig(ModelHubConfig, TrainConfig):
     """Training of the denoiser."""
 
     snr_gamma: Positive | None = None  # min-SNR loss weights (arXiv:2303.09556), usually 5; None: none
     proportion_empty_prompts: Share = 0.1  # captions dropped, sample by sample, for classifier-free guidance
-    validation_prompts: list[str] = field(default_factory=list)  # prompts drawn at each validation
+    noise_offset: NonNegative = 0.0  # standard deviation of a shift of each channel's noise, about 0.1; 0: none
+    input_perturbation: NonNegative = 0.0  # further noise on the UNet's input that its target lacks, about 0.1; 0: none
+    # prompts drawn at each validation
+    validation_prompts: Annotated[list[str], _alias("validation_prompt")] = field(default_factory=list)
+    validation_epochs: Positive | None = None  # passes over the images between validations; None: validation_steps
     validation_images: Count = 256  # validation images that the loss is measured on, at most
     guidance_scale: Guidance = 7.5  # of those pictures
     num_inference_steps: Count = 30  # of those pictures
     save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
-    hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
-    license: str = "unknown"  # of the model, as the Hub names licences, e.g. apache-2.0; unknown: not chosen
     gallery_pictures: Natural = 8  # pictures on the published card, drawn for the validation's and evaluation's prompts
 
 
@@ -256,19 +265,18 @@ class EvaluateConfig:
 
     model: PathText | None = None  # run folder of train_unet.py
     checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
+    # to choose from
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
-    )  # to choose from
-    preset: Literal["exact", "fast", "draft"] | None = (
-        None  # as of generate_images.py; None: the model's scheduler, num_inference_steps, all of them guided
     )
+    # as of generate_images.py; None: the model's scheduler, num_inference_steps, all of them guided
+    preset: Literal["exact", "fast", "draft"] | None = None
     num_inference_steps: Count = 30  # denoising steps, where no preset says it
     sweep_prompts: Count = 24  # prompts a checkpoint and scale; the best pair is chosen on them
     report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
     eval_batch_size: Count = 32  # pictures at once
-    engine: Literal["auto", "torch", "openvino"] = (
-        "auto"  # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
-    )
+    # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
+    engine: Literal["auto", "torch", "openvino"] = "auto"
     eval_seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
     classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
     classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
@@ -350,6 +358,81 @@ def load_recipe(name: str) -> Recipe:
     return Recipe(**values)
 
 
+# Options of diffusers' train_text_to_image.py and train_autoencoderkl.py that no script here has -> what to do here.
+# True: the result is the same without it, so it is left out with a note. False: it would be another, so it is refused.
+# docs/from_diffusers.md is checked against this table.
+THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
+    "center_crop": (True, "images are always cropped at the centre"),
+    "enable_xformers_memory_efficient_attention": (True, "PyTorch's own memory-efficient attention is in use"),
+    "dataloader_num_workers": (True, "batches are read from a cache, without workers"),
+    "foreach_ema": (True, "the moving average is always updated by foreach kernels"),
+    "offload_ema": (True, "the moving average stays on the device; --no_use_ema saves its memory"),
+    "set_grads_to_none": (True, "gradients are always set to None"),
+    "local_rank": (True, "the launcher says it"),
+    "validation_image": (True, "reconstructions of validation images are drawn, into samples/"),
+    "image_interpolation_mode lanczos": (True, "images are always resized by Lanczos"),
+    "image_interpolation_mode": (False, "images are always resized by Lanczos; leave it out"),
+    "hub_token": (False, "a command line is seen by others; log in by `hf auth login`, or set HF_TOKEN"),
+    "non_ema_revision": (False, "give the revision of all parts as --revision"),
+    "use_8bit_adam": (
+        False,
+        "AdamW keeps 32 bits; leave it out, and for less memory use --gradient_checkpointing or "
+        "accelerate_configs/deepspeed_zero2.yaml",
+    ),
+    "dream_training": (False, "DREAM is not implemented; leave it out"),
+    "dream_detail_preservation": (False, "DREAM is not implemented; leave it out"),
+    "report_to comet_ml": (False, "curves go to mlflow, tensorboard, wandb or none"),
+    "report_to all": (False, "curves go to mlflow, tensorboard, wandb or none"),
+    "rank": (False, "LoRA is not implemented, the whole UNet is trained; leave it out"),
+    "lr_num_cycles": (False, "cosine_with_restarts runs one cycle; leave it out"),
+    "lr_power": (False, "the polynomial schedule has power 1; leave it out"),
+    "model_config_name_or_path": (
+        False,
+        "a new autoencoder is built from --vae_channels, --vae_layers, --latent_channels",
+    ),
+    "perceptual_scale 0": (True, "there is no LPIPS term"),
+    "perceptual_scale": (False, "there is no LPIPS term; --ssim_weight weighs the structural term in its place"),
+    "disc_start": (False, "there is no discriminator; leave it out"),
+    "disc_factor": (False, "there is no discriminator; leave it out"),
+    "disc_scale": (False, "there is no discriminator; leave it out"),
+    "disc_loss": (False, "there is no discriminator; leave it out"),
+    "disc_learning_rate": (False, "there is no discriminator; leave it out"),
+    "disc_lr_scheduler": (False, "there is no discriminator; leave it out"),
+}
+_VAE_OPTIONS = {  # of train_autoencoderkl.py -> ours; {} stands for the value
+    "pretrained_model_name_or_path": "--vae {}",
+    "revision": "--vae_revision {}",
+    "decoder_only": "--vae_train_part decoder",
+    "rec_loss l1": "--l1_weight 1 --mse_weight 0",
+    "rec_loss l2": "--l1_weight 0 --mse_weight 1",
+}
+
+
+def from_diffusers(argv: list[str], model: Literal["vae", "unet"]) -> list[str]:
+    """A command line of diffusers' training scripts in our options.
+
+    model: what the script trains. Options without a meaning here are left out with a note where the result is the same.
+    Raises `UserError`, with what to do here, where it is not. Values are not shown, as one may be a token.
+    """
+    words: list[str] = []
+    for word, values, typed in typed_options(argv):
+        name = plain_option(word)
+        with_value = " ".join([name, *values])
+        harmless, answer = THEIR_OPTIONS.get(with_value, THEIR_OPTIONS.get(name, (True, "")))
+        ours = _VAE_OPTIONS.get(with_value, _VAE_OPTIONS.get(name, "")) if model == "vae" else ""
+        if answer and not harmless:
+            raise UserError(f"--{name} of diffusers' scripts: {answer}")
+        if answer:
+            note(f"--{name} of diffusers' scripts is left out: {answer}")
+        elif ours:
+            words += [value for part in ours.split() for value in (values if part == "{}" else [part])]
+        elif name == "rec_loss" and model == "vae":
+            raise UserError("--rec_loss takes l1 or l2; or give --l1_weight and --mse_weight")
+        else:
+            words += typed
+    return words
+
+
 def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:
     """Defaults <- recipe (`--config`) <- command line, for the given sections of `Recipe`.
 
@@ -357,6 +440,8 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     Exits with code 2 on an unknown option, naming the nearest known one; raises `UserError` on a wrong value.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "train_vae" in sections or "train_unet" in sections:
+        argv = from_diffusers(argv, "vae" if "train_vae" in sections else "unet")
     config = option(argv, "config")
     recipe = load_recipe(config) if config else Recipe()
     config_type = Annotated[
@@ -369,22 +454,71 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     ]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
     for name, before in defaults.items():
-        section = check_options(getattr(chosen, name))
-        _let_go(section, before, "dataset", "dataset_revision")
-        _let_go(section, before, "dataset", "dataset_config_name")
-        _let_go(section, before, "vae", "vae_revision")
-        _let_go(section, before, "text_encoder", "text_encoder_revision")
-        _let_go(section, before, "num_train_epochs", "max_train_steps")
-        _let_go(section, before, "num_inference_steps", "preset")
-        if name == "source":
-            recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
-        else:
-            setattr(recipe, name, section)
+        _put(recipe, name, getattr(chosen, name), before)
     if "vae" in sections:
         check_vae(recipe, crop="train_vae" in sections)
     if "unet" in sections:
         check_unet(recipe)
     return recipe
+
+
+def override(recipe: Recipe, name: str, argv: list[str]) -> None:
+    """Change section `name` of a recipe by options as its script takes them (`--max_train_steps 20`), by the same rules."""
+    before = getattr(recipe, name)
+    members = [(name, type(before), field(default_factory=lambda: before))]
+    chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), f"Section {name} of the recipe.", argv)
+    _put(recipe, name, getattr(chosen, name), before)
+
+
+def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
+    """Put a parsed section into the recipe; `before` is what the recipe said."""
+    section = check_options(chosen)
+    _let_go(section, before, "dataset", "dataset_revision")
+    _let_go(section, before, "dataset", "dataset_config_name")
+    _let_go(section, before, "vae", "vae_revision")
+    _let_go(section, before, "text_encoder", "text_encoder_revision")
+    _let_go(section, before, "pretrained_model_name_or_path", "revision")
+    _let_go(section, before, "pretrained_model_name_or_path", "variant")
+    _let_go(section, before, "validation_steps", "validation_epochs")
+    _let_go(section, before, "num_train_epochs", "max_train_steps")
+    _let_go(section, before, "num_inference_steps", "preset")
+    if name == "source":
+        recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
+    else:
+        setattr(recipe, name, section)
+
+
+def check_dataset(name: str | None) -> Path | None:
+    """The folder that `--dataset` names; None for what may be a Hub id. Takes no time, so that a typing error costs none.
+
+    Raises `UserError` if no data set is named, or neither a folder here nor a Hub id.
+    """
+    if not name:
+        raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"--dataset {name} is a file; give the folder that holds it")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        near = near_folder(folder)
+        raise UserError(
+            f"--dataset {name!r}: there is no such folder, and a Hub id is written owner/name; "
+            + (f"did you mean {near}?" if near else "fix the path")
+        )
+    return None
+
+
+def near_folder(folder: Path) -> Path | None:
+    """The folder that a mistyped one may stand for: the nearest name beside it, or beside the first of its parents that is missing."""
+    while not folder.parent.is_dir():
+        folder = folder.parent
+    try:
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    return folder.with_name(near[0]) if near else None
 
 
 def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> None:
@@ -461,37 +595,51 @@ def collect_lists(cls: type, argv: list[str]) -> list[str]:
     collected: list[str] = []
     ends: dict[str, int] = {}  # list option -> where in `collected` its values end
     given: dict[str, str] = {}  # option -> its first value, as typed
-    position = 0
-    while position < len(argv):
-        start = position
-        word, *values = (
-            argv[position].split("=", 1) if argv[position].startswith("--") else argv[position : position + 1]
-        )
-        position += 1
-        while position < len(argv) and not argv[position].startswith("--"):
-            values.append(argv[position])
-            position += 1
+    for word, values, words in typed_options(argv):
         if any("\ud800" <= letter <= "\udfff" for text in (word, *values) for letter in text):
             raise UserError(f"{word[:40]!r} holds bytes that are not UTF-8; type the text anew, in a UTF-8 terminal")
-        name, is_list = known.get(word.removeprefix("--").replace("-", "_"), ("", False))
+        name, is_list = known.get(plain_option(word), ("", False))
         if name in ends:
             end = ends[name]
             collected[end:end] = values
             ends = {other: at + len(values) * (at >= end) for other, at in ends.items()}
             continue
         typed = " ".join((word, *values))
-        if (
-            given.get(name, typed) != typed and os.environ.get("RANK", "0") == "0"
-        ):  # the later one wins, as in a shell's alias
-            print(f"NOTE: --{name} is given twice ({given[name]}, then {typed}); the last one holds", file=sys.stderr)
+        if given.get(name, typed) != typed:  # the later one wins, as in a shell's alias
+            note(f"--{name} is given twice ({given[name]}, then {typed}); the last one holds")
         if is_list:
             collected += [word, *values]
             ends[name] = len(collected)
             continue
         if name:
             given[name] = typed
-        collected += argv[start:position]
+        collected += words
     return collected
+
+
+def typed_options(argv: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each option of a command line: its word as typed (`--name`), its values, and all its words; `--name=value` is taken apart."""
+    position = 0
+    while position < len(argv):
+        start = position
+        word = argv[position]
+        word, *values = word.split("=", 1) if word.startswith("--") else [word]
+        position += 1
+        while position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        yield word, values, argv[start:position]
+
+
+def plain_option(word: str) -> str:
+    """The name of a typed option: `--train-data-dir` is `train_data_dir`."""
+    return word.removeprefix("--").replace("-", "_")
+
+
+def note(text: str) -> None:
+    """Tell the user something about the command line, once for all processes of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"NOTE: {text}", file=sys.stderr)
 
 
 def _options(cls: Any) -> dict[str, tuple[str, bool]]:
@@ -608,6 +756,7 @@ def _let_go(section: Any, before: Any, key: str, belongs: str) -> None:
     """Where the command line changes `key` and not `belongs`, the recipe's `belongs` (a revision, say) no longer counts."""
     if (
         hasattr(section, key)
+        and hasattr(section, belongs)
         and getattr(section, key) != getattr(before, key)
         and getattr(section, belongs) == getattr(before, belongs)
     ):

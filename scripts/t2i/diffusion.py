@@ -35,6 +35,7 @@ class Draws:
     posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal: where in the VAE's posterior the latents lie
     timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps)
     uniform: torch.Tensor  # [B, 4] float32 in [0, 1): for the flip, the dropped caption, the crop's y and x
+    input_noise: torch.Tensor | None = None  # [B, C, H, W] float32: of the UNet's input, where it is not `noise`
 
 
 def occurrences(samples: Iterable[int]) -> list[int]:
@@ -49,24 +50,32 @@ def occurrences(samples: Iterable[int]) -> list[int]:
 
 def draw(
     seed: int, step: int, samples: list[int], shape: tuple[int, int, int], num_train_timesteps: int,
-    copies: Sequence[int] | None = None,
+    copies: Sequence[int] | None = None, *, noise_offset: float = 0.0, input_perturbation: float = 0.0,
 ) -> Draws:  # fmt: skip
     """Draw noise, timesteps and coin tosses of a batch, each sample's a function of (seed, step, sample, copy) alone.
 
     copies: the `occurrences` of the samples within the step; None counts them within `samples`. A process that holds a part of
         the step passes its part of the whole step's. The first occurrence draws what (seed, step, sample) alone gives.
+    noise_offset: deviation of a shift of each channel's noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    input_perturbation: deviation of what `input_noise` has beyond `noise` (Ning et al., arXiv:2301.11706). Neither changes
+        another draw.
     """
     copies = occurrences(samples) if copies is None else copies
     noise = torch.empty(len(samples), 2, *shape)
     timesteps = torch.empty(len(samples), dtype=torch.int64)
     uniform = torch.empty(len(samples), 4)
+    input_noise = torch.empty(len(samples), *shape) if input_perturbation else None
     generator = torch.Generator()
     for row, (sample, copy) in enumerate(zip(samples, copies, strict=True)):
         generator.manual_seed(mix(seed, step, sample, copy) if copy else mix(seed, step, sample))
         noise[row].normal_(generator=generator)
         timesteps[row].random_(0, num_train_timesteps, generator=generator)
         uniform[row].uniform_(generator=generator)
-    return Draws(noise[:, 0].contiguous(), noise[:, 1].contiguous(), timesteps, uniform)
+        if noise_offset:
+            noise[row, 0] += noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
+        if input_noise is not None:
+            input_noise[row] = noise[row, 0] + input_perturbation * torch.randn(shape, generator=generator)
+    return Draws(noise[:, 0].contiguous(), noise[:, 1].contiguous(), timesteps, uniform, input_noise)
 
 
 def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
@@ -98,13 +107,15 @@ def denoising_loss(
     timesteps: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
     snr_gamma: float | None = None,
+    input_noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Squared error [B] of the UNet's prediction at the given noise levels, weighted by min-SNR if `snr_gamma` is given.
 
     latents, noise: [B, C, H, W], scaled latents; timesteps: [B] int64; encoder_hidden_states: [B, L, D].
+    input_noise: what is added to the latents, where it is not `noise`, which remains the target.
     The target is the noise (Ho et al., arXiv:2006.11239) or the velocity (Salimans and Ho, arXiv:2202.00512).
     """
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+    noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     prediction = unet(noisy, timesteps, encoder_hidden_states).sample

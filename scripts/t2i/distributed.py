@@ -7,10 +7,11 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from t2i.config import TrainConfig, TrainUnetConfig
-from t2i.runs import UserError
+from t2i.config import TrainConfig, TrainUnetConfig, option
+from t2i.runs import UserError, find_launcher
 
 PRECISIONS = ("no", "bf16", "fp16")  # that the suite trains in
 REDUCE_BUCKET = 50_000_000  # gradients reduced at once, 100 MB in fp16; DeepSpeed's default takes 1 GB of a 16 GB card
@@ -71,12 +72,47 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
             "the accelerate YAML named by --inside"
         )
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # the launcher's number came before
+    scale_learning_rate(config, accelerator)
     if accelerator.deepspeed_plugin:
         write_deepspeed_config(accelerator.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(config.seed)
     return accelerator
+
+
+def scale_learning_rate(config: TrainConfig, accelerator: Any) -> None:
+    """Put the learning rate that `scale_lr` means into `config`, as diffusers' scripts scale it, and say it."""
+    if config.scale_lr:
+        images = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        config.learning_rate *= images
+        config.scale_lr = False  # the resolved settings hold the product, which nothing scales again
+        accelerator.print(
+            f"--scale_lr: the peak learning rate is {config.learning_rate:g}, for {images} images per update"
+        )
+
+
+def choose_precision(config: TrainConfig | None) -> None:
+    """Let the script's `--mixed_precision` act where the launch set none.
+
+    accelerate's launcher says "no" where nobody asked for a precision, so that a "no" binds only where it was typed.
+    Raises `UserError` where launch and option differ.
+    """
+    wanted, launched = config.mixed_precision if config else None, os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted is None or wanted == launched:
+        return
+    launcher = find_launcher()
+    words = launcher.cmdline() if launcher else []
+    typed = option(words[: next((at for at, word in enumerate(words) if word.endswith(Path(sys.argv[0]).name)), 0)],
+                   "mixed_precision")  # fmt: skip
+    if launched not in (None, "", "no") or typed == "no":
+        raise UserError(
+            f"the launch sets mixed_precision {launched}, and the script's option --mixed_precision {wanted}; give both the same, "
+            "or leave the script's out"
+        )
+    os.environ["ACCELERATE_MIXED_PRECISION"] = wanted
+    if os.environ.get("RANK", "0") == "0":
+        print(f"mixed_precision {wanted}, by the script's option: the launch set none")
 
 
 def keep_freed_memory(accelerator: Any) -> None:
@@ -116,6 +152,7 @@ def prepare_launch(config: TrainConfig | None) -> None:
     """
     import torch
 
+    choose_precision(config)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in PRECISIONS:  # accelerate would compute in float32 and say this word
         raise UserError(

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -15,6 +16,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from t2i.config import SourceConfig, check_dataset, near_folder
+from t2i.runs import UserError
 
 RepoType = Literal["dataset", "model", "space"]
 
@@ -73,6 +77,34 @@ def explain_loading(
     if any("xet-read-token" in str(one) for one in chain):
         return NO_XET
     return None
+
+
+def find_dataset(config: SourceConfig) -> None:
+    """Raise `UserError` now, before seconds of imports, where `--dataset` is neither a folder, nor in the cache, nor on the Hub.
+
+    Whatever else the Hub answers is left to the loading itself.
+    """
+    name = str(config.dataset)
+    if check_dataset(config.dataset) or _is_cached(name):
+        return
+    try:
+        HfApi().dataset_info(name, revision=config.dataset_revision, timeout=10)
+    except (OSError, ValueError, RuntimeError) as error:
+        gone = isinstance(error, RepositoryNotFoundError | OfflineModeIsEnabled) and not isinstance(
+            error, GatedRepoError
+        )
+        why = explain_loading(error, name, config.dataset_revision, "dataset")
+        if gone and why:
+            near = near_folder(Path(name))
+            meant = f"did you mean {near}? Else: " if near else ""
+            raise UserError(f"--dataset {name}: there is no such folder here; {meant}{why}") from None
+
+
+def _is_cached(name: str) -> bool:
+    """Whether something of a data set is in the Hub's cache or in that of `datasets`."""
+    home = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
+    downloads = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    return downloads.is_dir() or any(home.glob(f"{name.split('/')[0]}___*")) or (home / name).is_dir()
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -48,10 +48,16 @@ def locate(source: str, part: str) -> tuple[str, str]:
     return source, part
 
 
-def load_part(cls: Any, source: str, part: str, revision: str | None = None, **options: Any) -> Any:
-    """Load a model or tokenizer with `cls.from_pretrained` from wherever `locate` finds it; `options` go there."""
+def load_part(
+    cls: Any, source: str, part: str, revision: str | None = None, variant: str | None = None, **options: Any
+) -> Any:
+    """Load a model or tokenizer with `cls.from_pretrained` from wherever `locate` finds it; `options` go there.
+
+    variant: of the weight files, such as fp16; None: those without a suffix.
+    """
     path, subfolder = locate(source, part)
-    options |= {} if part in ("tokenizer", "scheduler") else {"use_safetensors": True}
+    if part not in ("tokenizer", "scheduler"):
+        options |= {"use_safetensors": True, "variant": variant}
     if os.path.isdir(path):
         attempts: tuple[str, ...] = ("",)
     else:
@@ -127,9 +133,9 @@ def _norm_groups(channels: list[int], least: int) -> int:
     )
 
 
-def load_vae(source: str, revision: str | None = None) -> AutoencoderKL:
+def load_vae(source: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
     """The VAE of a run folder, path or Hub id, in evaluation mode."""
-    return load_part(AutoencoderKL, source, "vae", revision).eval()
+    return load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
 
 
 def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -272,11 +278,14 @@ def use_plain_attention(unet: UNet2DConditionModel) -> None:
 
 
 def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
-    """The DDPM noise schedule of training: 1,000 levels, Stable Diffusion's range of betas."""
+    """The DDPM noise schedule of training: 1,000 levels, Stable Diffusion's range of betas, or the base pipeline's.
+
+    Raises `UserError` where the base pipeline was trained with what the recipe denies.
+    """
+    betas = _base_betas(config) if config.pretrained_model_name_or_path else {}
     return DDPMScheduler(
         num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
+        **{"beta_start": 0.00085, "beta_end": 0.012, **betas},
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
@@ -284,6 +293,23 @@ def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
         clip_sample=False,
         steps_offset=1,  # as Stable Diffusion; not used with trailing spacing
     )
+
+
+def _base_betas(config: UnetConfig) -> dict[str, Any]:
+    """The range of betas that the base pipeline's UNet was trained with: `beta_start`, `beta_end`, `trained_betas`."""
+    base = str(config.pretrained_model_name_or_path)
+    trained = load_part(DDPMScheduler, base, "scheduler", config.revision).config
+    for name in ("prediction_type", "beta_schedule", "rescale_betas_zero_snr"):
+        if trained.get(name, False) != getattr(config, name):
+            raise UserError(
+                f"the UNet of {base} was trained with {name} {trained.get(name)}; set {name}: {trained.get(name)} in section unet"
+            )
+    if trained["num_train_timesteps"] != 1000:
+        raise UserError(
+            f"the UNet of {base} was trained on {trained['num_train_timesteps']} noise levels, and this suite trains on 1,000; "
+            "take another pipeline"
+        )
+    return {name: trained[name] for name in ("beta_start", "beta_end", "trained_betas")}
 
 
 def build_ddim(scheduler: DDPMScheduler) -> DDIMScheduler:

@@ -14,13 +14,22 @@ from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_y
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i import cards, hub
-from t2i.config import Recipe, load_recipe
+from t2i.config import ModelHubConfig, Recipe, TrainVaeConfig, load_recipe
 from t2i.loading import explain_loading
 from t2i.runs import UserError, read_json, read_object, run_status, write_text
 from t2i.tracking import redact
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ are a person's
 CHECK_STEPS = 2  # denoising steps of the picture that the Hub's model and the folder's must draw alike
+
+
+def check_push(config: ModelHubConfig, accelerator: Any) -> None:
+    """End a training now, before the work, if the Hub would refuse its model."""
+    if config.push_to_hub:
+        repo_id = hub.check_repo_id(config.hub_model_id, "--hub_model_id")
+        hub.check_license(config.license or None)
+        if accelerator.is_main_process:
+            hub.check_access(repo_id, "model", target=hub.Target(config.hub_revision, config.create_pr))
 
 
 def find_run(model: str | None) -> Path:
@@ -95,6 +104,54 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
         f"{pushed.url} {'has it now' if pushed.changed else 'is up to date'} (commit {pushed.commit[:7]})", flush=True
     )
     check_loads_back(pipeline, repo_id, pushed.commit, prompts[0] if prompts else "", scale)
+
+
+VAE_CARD = """---
+library_name: diffusers
+license: {license}
+tags:
+- autoencoder
+---
+# Autoencoder
+
+<!-- Text outside of the generated block is yours: publishing again leaves it as it is. -->
+
+{begin}
+An autoencoder of images for latent diffusion: {factor} px per latent and side, scaling factor {scaling_factor:.4f}.
+
+| on validation images | before | after |
+|---|---|---|
+| PSNR, dB | {psnr_db_before:.2f} | {psnr_db:.2f} |
+| SSIM | {ssim_before:.3f} | {ssim:.3f} |
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("{repo_id}")
+```
+{end}
+"""
+
+
+def publish_vae(run: Path, config: TrainVaeConfig) -> None:
+    """Publish the autoencoder of a finished run as the model `hub_model_id`; the same call repeats a push that failed.
+
+    Raises:
+        UserError: the push failed for good. Nothing in `run` is lost by it.
+    """
+    result, repo_id = read_object(run / "run.json"), str(config.hub_model_id)
+    levels = read_object(run / "vae" / "config.json")["block_out_channels"]
+    marks = {"begin": cards.BEGIN.format("vae"), "end": cards.END.format("vae")}
+    card = VAE_CARD.format(**result, **marks, license=config.license, repo_id=repo_id, factor=2 ** (len(levels) - 1))
+    pushed = hub.push_folder(
+        run / "vae", repo_id, "model", files=["config.json", "*.safetensors", "README.md"],
+        message=f"VAE {result['output_vae_hash']}, {result['steps']:,} updates", private=config.hub_private_repo,
+        deadline=config.hub_deadline, merge_card=partial(merge_model_card, card, licensed=config.license != "unknown"),
+        target=hub.Target(config.hub_revision, config.create_pr),
+    )  # fmt: skip
+    print(
+        f"{pushed.url} {'has it now' if pushed.changed else 'is up to date'} (commit {pushed.commit[:7]})", flush=True
+    )
 
 
 def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[str]:

@@ -293,6 +293,14 @@ def checkpoint_step(folder: Path) -> int | None:
     return step if step == int(found[1]) else None
 
 
+def own_checkpoint(run: Path, name: str) -> Path:
+    """The folder of the checkpoint `name` of a run, or of its path; `checkpoint-4` of other programs is `checkpoint-000004` here."""
+    folder = run / name if Path(name).name == name else Path(name)
+    found = re.fullmatch(r"checkpoint-0*([0-9]{1,15})", folder.name)
+    own = folder.with_name(f"checkpoint-{int(found[1]):06d}") if found else folder
+    return own if own.is_dir() and not folder.is_dir() else folder
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints of a run folder that are complete, oldest first (`checkpoint-000500`: the number is the step).
 

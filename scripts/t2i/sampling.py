@@ -27,7 +27,7 @@ from t2i.pictures import (  # noqa: F401 - their names here stay
     save_picture,
     scheduler_problem,
 )
-from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, read_object
+from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, own_checkpoint, read_object
 
 
 def load_pipeline(
@@ -50,6 +50,7 @@ def load_pipeline(
     _check_device(device)
     try:
         folder = Path(model).expanduser()
+        folder = own_checkpoint(folder.parent, str(folder))
         is_folder = folder.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # too long, of an unknown user
         raise UserError(f"model {str(model)[:200]} cannot be a folder ({error}); correct the path") from None

@@ -36,7 +36,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from t2i.caption_files import METADATA, SIDECARS, metadata_rows, read_sidecar, refuse_pointer
-from t2i.config import SourceConfig
+from t2i.config import SourceConfig, check_dataset
 from t2i.folders import (
     NOT_IMAGE_NAMES,
     RAW,
@@ -86,19 +86,8 @@ class Source:
 
 
 def find_source(cfg: SourceConfig) -> Source:
-    name = cfg.dataset
-    if not name:
-        raise UserError("no data set given; add --dataset with a Hub id, a dataset folder or a folder of images")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _local_source(name, folder, cfg)
-    if folder.exists():
-        raise UserError(f"--dataset {name} is a file; give the folder that holds it")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(
-            f"--dataset {name!r}: there is no such folder, and a Hub id is written owner/name; fix the path"
-        )
-    return _hub_source(name, cfg)
+    name, folder = str(cfg.dataset), check_dataset(cfg.dataset)
+    return _local_source(name, folder, cfg) if folder else _hub_source(name, cfg)
 
 
 def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:

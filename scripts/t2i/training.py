@@ -1,6 +1,7 @@
 """What both training scripts share beside mathematics, data and checkpoints: optimiser, schedule, length, identity."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import platform
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from diffusers.optimization import get_scheduler
@@ -17,8 +19,18 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from t2i import checkpoints, zero
-from t2i.config import DataConfig, TrainConfig
-from t2i.runs import RunFolder, UserError, append_jsonl, read_json, write_json, write_text
+from t2i.config import DataConfig, TrainConfig, TrainUnetConfig
+from t2i.distributed import first_says
+from t2i.runs import (
+    RunFolder,
+    UserError,
+    append_jsonl,
+    checkpoint_step,
+    own_checkpoint,
+    read_json,
+    write_json,
+    write_text,
+)
 from t2i.stopping import EXIT_STOPPED
 
 
@@ -54,7 +66,8 @@ class Average(EMAModel):
 # settings that change neither what is learnt nor what comes out
 _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
-    *("dry_run", "dataset_config_name"),
+    *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
+    "scale_lr",  # the learning rate that it gave is compared
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     "caption_prefix",
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
@@ -73,6 +86,7 @@ _PASSING = {
         "gallery_pictures",
     ),
 }  # inputs are compared by the hashes of their contents
+_LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}  # settings that runs made before them had at these values
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
@@ -81,7 +95,7 @@ def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
         f"{type(section).__name__.removesuffix('Config')}.{key}": value
         for section in sections
         for key, value in dataclasses.asdict(section).items()
-        if key not in _PASSING
+        if key not in _PASSING and not (key in _LATER and value == _LATER[key])
     }
     return {**settings, **hashes}
 
@@ -92,9 +106,15 @@ def global_batch(config: TrainConfig, world: int) -> int:
 
 
 def total_steps(config: TrainConfig, samples: int, world: int) -> int:
-    """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean."""
-    epochs = config.num_train_epochs * samples / global_batch(config, world)
-    return config.max_train_steps or max(1, math.ceil(epochs))
+    """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean.
+
+    Puts the updates that `validation_epochs` means into `validation_steps`.
+    """
+    per_epoch = samples / global_batch(config, world)
+    if isinstance(config, TrainUnetConfig) and config.validation_epochs:
+        config.validation_steps = max(1, math.ceil(config.validation_epochs * per_epoch))
+        config.validation_epochs = None  # the resolved settings hold one of the two
+    return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
 def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
@@ -221,6 +241,20 @@ def load_portable(checkpoint: Path, trained: Trained) -> None:
             trained.ema.shadow_params = [master.detach().float().clone() for master in masters]
 
 
+def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
+    """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
+    if not first_says(run.finished, accelerator):
+        return False
+    name, steps = config.resume_from_checkpoint, first_says(run.state.get("steps"), accelerator)
+    step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
+    if name not in (None, "latest") and step != steps:
+        raise UserError(
+            f"the run in {run.folder} has finished, so it is not resumed from {name}; leave out --resume_from_checkpoint to "
+            "reuse it, or give another --output_dir"
+        )
+    return True
+
+
 def go_on(
     run: Path, trained: Trained, config: TrainConfig, accelerator: Any
 ) -> tuple[dict[str, Any], checkpoints.Node]:
@@ -326,16 +360,52 @@ def dataset_name(config: DataConfig) -> str:
     return str(config.dataset).rstrip("/").split("/")[-1]
 
 
-def check_tracker(config: TrainConfig) -> None:
-    """Raise `UserError` for an address that MLflow cannot use: now, not after the data set was prepared."""
-    if config.report_to == "mlflow":
-        from t2i.tracking import resolve_uri
+def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
+    """Say where caches and curves go, which is below the working directory unless an option or variable says otherwise.
 
-        resolve_uri(None)
+    Raises `UserError` for an address that MLflow cannot use, or a tracker that is not installed: now, not after the data set
+    was prepared.
+    """
+    if cache_dir:
+        say(f"caches: {Path(cache_dir).expanduser().absolute()} (--cache_dir)")
+    if config.report_to == "none":
+        return
+    from t2i.tracking import database_file, redact, resolve_uri
+
+    uri = resolve_uri(None)
+    if cache_dir:
+        say(f"curves: {database_file(uri) or redact(uri)} (MLFLOW_TRACKING_URI)")
+    if config.report_to != "mlflow" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(
+            f"report_to {config.report_to} needs a package that is not installed; run: pip install {config.report_to}, or leave "
+            "--report_to out: curves go to MLflow"
+        )
+
+
+class BesideMlflow:
+    """A run's tracker in MLflow, and one of accelerate's that gets the same numbers and pictures."""
+
+    def __init__(self, mlflow: Any, other: Any):
+        self._mlflow, self._other = mlflow, other
+        self.view, self.log_artifact = mlflow.view, mlflow.log_artifact
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(metrics, step)
+        self._other.log(metrics, step=step)
+
+    def log_image(self, image: Any, name: str, step: int) -> None:
+        self._mlflow.log_image(image, name, step)
+        kinds: dict[str, Any] = {"dataformats": "NHWC"} if self._other.name == "tensorboard" else {}
+        pictures = np.asarray(image)[None]  # W&B takes a list of arrays as well
+        self._other.log_images({name: pictures if kinds else list(pictures)}, step=step, **kinds)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self._mlflow.finish(status)
+        self._other.finish()
 
 
 def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
-    """The run's MLflow tracker, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
+    """The run's trackers, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
     if config.report_to == "none":
         return None
     from t2i.tracking import Tracker  # MLflow takes seconds to import
@@ -345,6 +415,21 @@ def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], ha
     tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=shown, tags=hashes)
     write_text(folder / "config.public.yaml", public(shown))
     tracker.log_artifact(folder / "config.public.yaml")
+    return tracker if config.report_to == "mlflow" else BesideMlflow(tracker, start_tracker(config, folder))
+
+
+def start_tracker(config: TrainConfig, folder: Path) -> Any:
+    """The tracker of accelerate's that `report_to` names, started."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    name = config.run_name or folder.name
+    if config.report_to == "tensorboard":
+        tracker = LOGGER_TYPE_TO_CLASS["tensorboard"](
+            run_name=config.experiment, logging_dir=folder / config.logging_dir
+        )
+    else:
+        tracker = LOGGER_TYPE_TO_CLASS["wandb"](run_name=config.experiment, name=name, dir=str(folder))
+    tracker.start()
     return tracker
 
 

@@ -1,0 +1,133 @@
+"""run_recipe.py: keys of the recipe on its command line, and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import run_recipe
+from conftest import ROOT, SCRIPTS
+from t2i.config import Recipe, check_dataset, load_recipe, override
+from t2i.loading import find_dataset
+from t2i.runs import UserError
+
+TYPED = """--config photos --train_vae.max_train_steps 20 --train_unet.max-train-steps=30 --output_dir out
+--data.resolution 32 --vae.vae a/b --train_unet.no_use_ema --train_unet.validation_prompts a rose --vae.vae_layers 2"""
+
+
+def test_keys_of_the_recipe_go_to_the_scripts_that_read_them():
+    own, overrides = run_recipe.take_overrides(TYPED.split())
+    assert own == ["--config", "photos", "--output_dir", "out"]
+    assert run_recipe.options_of(overrides, "data", "vae", "train_vae") == (
+        ["--resolution", "32", "--vae", "a/b", "--vae_layers", "2", "--max_train_steps", "20"]
+    )
+    unet = run_recipe.options_of(overrides, "data", "vae", "unet", "train_unet", without=("vae", "vae_revision"))
+    assert " ".join(unet) == (
+        "--resolution 32 --vae_layers 2 --max_train_steps 30 --no_use_ema --validation_prompts a rose"
+    )
+    recipe = load_recipe("photos")
+    for section, words in overrides.items():
+        override(recipe, section, [word for option in words for word in option])
+    assert (recipe.train_vae.max_train_steps, recipe.train_unet.max_train_steps) == (20, 30)
+    assert (recipe.data.resolution, recipe.vae.vae, recipe.train_unet.use_ema) == (32, "a/b", False)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("--trian_unet.seed 3", "unknown section of option --trian_unet.seed: 'trian_unet'; did you mean 'train_unet'"),
+        ("--train_unet.output_dir x", "run_recipe.py sets it for each stage; give --output_dir"),
+        ("--data.train_data_dir x", "give --dataset"),
+        ("--train_vae.dry_run", "leave it out"),
+    ],
+)
+def test_what_no_stage_reads_is_refused(typed, sentence):
+    with pytest.raises(UserError) as error:
+        run_recipe.take_overrides(typed.split())
+    assert sentence in str(error.value)
+
+
+def test_values_of_keys_are_checked_as_the_scripts_check_them(capsys):
+    with pytest.raises(UserError, match=r"max_train_steps = 0 is not usable: it must be at least 1"):
+        override(Recipe(), "train_unet", ["--max_train_steps", "0"])
+    with pytest.raises(SystemExit) as ended:
+        override(Recipe(), "train_unet", ["--max_train_stepz", "3"])
+    assert ended.value.code == 2
+    assert "--max_train_steps" in capsys.readouterr().err
+
+
+CHILD = """
+import signal, sys, time
+def end(number, frame): time.sleep(0.3); sys.exit(75)
+signal.signal(signal.SIGINT, end)
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+
+def wait_for_file(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def test_ctrl_c_waits_for_the_stage_and_gives_its_exit_code(tmp_path):
+    ready = tmp_path / "ready"
+
+    def interrupt():
+        wait_for_file(ready)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run_recipe.wait_for(subprocess.Popen([sys.executable, "-c", CHILD, str(ready)])) == 75
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_launcher_ends_as_the_training_does_and_without_a_traceback(tmp_path, environment):
+    (tmp_path / "child.py").write_text(CHILD)
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    words = run_recipe.launch([str(config)], "child.py", str(tmp_path / "ready"))
+    words[words.index(str(SCRIPTS / "child.py"))] = str(tmp_path / "child.py")
+    launcher = subprocess.Popen(words, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_file(tmp_path / "ready")
+    launcher.send_signal(signal.SIGINT)
+    said = launcher.communicate(timeout=60)[1].decode()
+    assert launcher.returncode == 75
+    assert "Traceback" not in said
+
+
+def test_a_mistyped_data_set_is_found_without_imports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/dataset").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("")
+    assert check_dataset("outputs/dataset") == Path("outputs/dataset")
+    assert check_dataset("owner/name") is None
+    for name, sentence in (
+        ("./outputs/datset", "did you mean outputs/dataset?"),
+        ("outputs/dataset/deeper/x", "fix the path"),
+        ("/outptus/dataset", "a Hub id is written owner/name"),
+        ("a.txt", "is a file; give the folder that holds it"),
+        (None, "no data set: give --dataset"),
+    ):
+        with pytest.raises(UserError, match="dataset") as error:
+            check_dataset(name)
+        assert sentence in str(error.value)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = f"""
+import sys; sys.path.append({str(SCRIPTS)!r})
+from t2i.config import DataConfig; from t2i.loading import find_dataset
+try: find_dataset(DataConfig(dataset="outputs/datset"))
+except Exception as error: print(error, "torch" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "did you mean outputs/dataset? Else: outputs/datset is not in the Hub's cache here" in said
+    assert said.strip().endswith("False")
+    find_dataset(Recipe(data=type(Recipe().data)(dataset="outputs/dataset")).data)
