@@ -19,6 +19,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+REQUIREMENTS ?= requirements.txt
+LOCK = $(REQUIREMENTS:.txt=.lock)
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
@@ -106,9 +108,31 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py $(PEER)
 	$(if $(PEER),$(BIN)/python benchmarks/train.py $(PEER))
 
-# The environment is made in a folder of its own name and marked ready at the end: an interrupted install is made anew.
-$(READY): requirements.txt scripts/requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'
+# The environment is marked ready at its end: an interrupted install is made anew. The lock holds what everything needs in turn,
+# so nothing is resolved; uv installs it where there is one, else pip. torch has a pin of its own, since its CPU and CUDA builds
+# differ: pip takes the CPU build wherever an index that it knows offers one.
+$(READY): $(REQUIREMENTS) requirements-train.txt scripts/requirements.txt $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'
+	@echo "installing $(LOCK) and torch into $(VENV): 2 to 6 GB on disk; a minute by uv, two to five by pip"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@if uv --version >/dev/null 2>&1; then \
+	  set -x; uv pip install --python $(BIN)/python --no-deps --requirement $(LOCK); \
+	else \
+	  set -x; $(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement $(LOCK); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check $(shell grep -o '^torch==[0-9.]*' requirements-train.txt)
 	touch $(READY)
+
+# After a change of a pin; needs uv. Packages that only torch's CUDA builds need are left out with it.
+CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
+        cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit triton
+COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+          $(addprefix --no-emit-package ,torch $(CUDA))
+lock:
+	$(COMPILE) requirements.txt --output-file requirements.lock
+	$(COMPILE) requirements-train.txt --constraint requirements.lock --output-file requirements-train.lock
+	for name in requirements requirements-train; do \
+	  printf '%s\n' "# Exact versions of everything that $$name.txt brings, for Python 3.11 and later on every system; \`make lock\` made it." \
+	    "# torch and its CUDA packages are left out: CPU and CUDA builds differ. $$name.txt pins torch." | cat - $$name.lock > $$name.part \
+	  && mv $$name.part $$name.lock; \
+	done

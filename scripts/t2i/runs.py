@@ -385,7 +385,7 @@ def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
-        own = open(folder / f"{LOCK}-{rank}", "a+") if rank else file  # noqa: SIM115
+        own = open(folder / f"{LOCK}-{rank}", "ab") if rank else file  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
     with file, own:
