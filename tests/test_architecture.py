@@ -60,7 +60,7 @@ def test_light_modules_import_no_torch(module):
 
 
 def test_every_requirement_is_pinned_and_explained():
-    for path in (ROOT / "requirements.txt", SCRIPTS / "requirements.txt"):
+    for path in (ROOT / "requirements.txt", ROOT / "requirements-train.txt", SCRIPTS / "requirements.txt"):
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert "==" in line.split("#")[0], line
