@@ -77,7 +77,7 @@ def test_commands_run_without_what_is_unix_alone(tmp_path, environment):
         ("train_unet.py", *data, *quiet, "--vae", "vae", "--output_dir", "outputs/unet"),
         ("generate_images.py", "--model", "outputs/unet", "--prompt", "a red flower", "--num_inference_steps", "1",
          "--output_dir", "pictures"),
-        ("evaluate_checkpoints.py", *data, "--model", "outputs/unet", "--guidance_scales", "1.0", "--report_to", "none"),
+        ("evaluate_checkpoints.py", *data, "--model", "outputs/unet", "--guidance_scales", "1.0", "--report_prompts", "2"),
     ]  # fmt: skip
     commands = [(str(SCRIPTS / script), *words) for script, *words in commands]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
