@@ -1,6 +1,7 @@
 # make demo      everything in a quarter of an hour on two CPU cores: data, training, evaluation, report
 # make test      the whole test suite
-# make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, here or on SageMaker, as the YAML says
+# make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, here or on SageMaker, as the YAML says;
+#                without ARGS the demo's denoiser, in outputs/train, on the demo's drawings and autoencoder, made first if they are missing
 # make sagemaker-train  the model card's job on SageMaker: shows what it costs and asks (DRY_RUN=1: only shows; YES=1; WAIT=1; ARGS="…")
 # make sagemaker-rehearse  that submission, played through on this machine as two hosts, with an interruption (FRESH=1: fresh environment)
 # make export    MODEL=outputs/demo/unet: compile a model for pictures on a CPU
@@ -12,6 +13,8 @@
 # make load-dashboard  20 sessions click through the dashboard for two minutes: no error, memory within bounds (ARGS="--outputs outputs")
 # make dashboard what the runs in outputs/ look like
 # make screenshots  the dashboard's pages on the runs in outputs/, wide and narrow, light and dark, into outputs/screenshots
+# make clean-caches  what can be made anew (caches, grids' cells, checkpoints of finished runs, sent records): lists it, asks, removes it
+# make lock      pin anew what the requirements bring, after a change of theirs (needs uv)
 # make style     ruff and mypy
 # make bench     the benchmarks (benchmarks/README.md); PEER=PATH/train_text_to_image.py: against diffusers' script as well
 
@@ -19,11 +22,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+REQUIREMENTS ?= requirements.txt
+LOCK = $(REQUIREMENTS:.txt=.lock)
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
 .PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
-        prove-space load-dashboard sagemaker-train sagemaker-rehearse
+        prove-space load-dashboard sagemaker-train sagemaker-rehearse train-inputs clean-caches lock
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -35,7 +40,20 @@ test: $(READY)
 # The YAML's compute_environment decides where: SageMaker gets a job, any other YAML is accelerate's own.
 yes = $(filter 1 y yes true,$(1))
 SUBMIT = $(if $(call yes,$(DRY_RUN)),--dry_run) $(if $(call yes,$(YES)),--yes) $(if $(call yes,$(WAIT)),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
-train: ARGS ?= --config demo
+# Without ARGS: what the demo trains, from its drawings and its autoencoder.
+DEMO := outputs/demo
+TRAINS = $(patsubst train_%,%,$(basename $(notdir $(SCRIPT))))
+ifndef ARGS
+train: $(if $(filter sagemaker%,$(notdir $(CONFIG))),,train-inputs)
+train: ARGS = --config $(if $(filter sagemaker%,$(notdir $(CONFIG))),flowers,demo --dataset $(DEMO)/dataset \
+              $(if $(filter unet,$(TRAINS)),--vae $(DEMO)/vae) --output_dir outputs/train/$(TRAINS))
+endif
+train-inputs: $(READY)
+	@[ -f $(DEMO)/dataset/README.md ] || { set -x; $(BIN)/python scripts/make_flowers.py --output_dir $(DEMO)/dataset --size 64; }
+	@[ "$(TRAINS)" != unet ] || [ -f $(DEMO)/vae/vae/config.json ] || { set -x; \
+	  $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml scripts/train_vae.py --config demo \
+	    --dataset $(DEMO)/dataset --output_dir $(DEMO)/vae; }
+
 train: $(READY)
 	@if grep -qsE "^compute_environment: *[\"']?AMAZON_SAGEMAKER" $(CONFIG); then \
 	  set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
@@ -86,6 +104,9 @@ dashboard: $(READY)
 screenshots: $(READY)
 	$(BIN)/python tests/look.py outputs/screenshots
 
+clean-caches: $(READY)
+	$(BIN)/python scripts/clean_caches.py $(if $(call yes,$(DRY_RUN)),--dry_run) $(ARGS)
+
 style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,9 +127,31 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py $(PEER)
 	$(if $(PEER),$(BIN)/python benchmarks/train.py $(PEER))
 
-# The environment is made in a folder of its own name and marked ready at the end: an interrupted install is made anew.
-$(READY): requirements.txt scripts/requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'
+# The environment is marked ready at its end: an interrupted install is made anew. The lock holds what everything needs in turn,
+# so nothing is resolved; uv installs it where there is one, else pip. torch has a pin of its own, since its CPU and CUDA builds
+# differ: pip takes the CPU build wherever an index that it knows offers one.
+$(READY): $(REQUIREMENTS) requirements-train.txt scripts/requirements.txt $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'
+	@echo "installing $(LOCK) and torch into $(VENV): 2 to 6 GB on disk; a minute by uv, two to five by pip"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@if uv --version >/dev/null 2>&1; then \
+	  set -x; uv pip install --python $(BIN)/python --no-deps --requirement $(LOCK); \
+	else \
+	  set -x; $(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement $(LOCK); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check $(shell grep -o '^torch==[0-9.]*' requirements-train.txt)
 	touch $(READY)
+
+# After a change of a pin; needs uv. Packages that only torch's CUDA builds need are left out with it.
+CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
+        cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit triton
+COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+          $(addprefix --no-emit-package ,torch $(CUDA))
+lock:
+	$(COMPILE) requirements.txt --output-file requirements.lock
+	$(COMPILE) requirements-train.txt --constraint requirements.lock --output-file requirements-train.lock
+	for name in requirements requirements-train; do \
+	  printf '%s\n' "# Exact versions of everything that $$name.txt brings, for Python 3.11 and later on every system; \`make lock\` made it." \
+	    "# torch and its CUDA packages are left out: CPU and CUDA builds differ. $$name.txt pins torch." | cat - $$name.lock > $$name.part \
+	  && mv $$name.part $$name.lock; \
+	done

@@ -62,13 +62,11 @@ def pipeline(model: Path) -> Any:
     if key not in _kept:
         while len(_kept) >= MODELS:  # before loading: both at once may not fit into memory
             _kept.popitem(last=False)
-        import torch
 
         from t2i import sampling
 
         settle("torch")  # before the first model, which must not stay
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        _kept[key] = sampling.load_pipeline(model, device=device, engine="auto")
+        _kept[key] = sampling.load_pipeline(model, device=sampling.best_device(), engine="auto")
     _kept.move_to_end(key)
     return _kept[key]
 

@@ -311,14 +311,13 @@ _kept: dict[Path, Any] = {}  # the pipeline that was drawn with last
 
 def load(checkpoint: Path, engine: str) -> Any:
     """The checkpoint's pipeline, kept for its next guidance scale."""
-    import torch
 
     from t2i import sampling
 
     if checkpoint not in _kept:
         _kept.clear()  # before loading: both at once may not fit
-        on_gpu = torch.cuda.is_available() and engine != "openvino"
-        _kept[checkpoint] = sampling.load_pipeline(checkpoint, device="cuda" if on_gpu else "cpu", engine=engine)
+        device = "cpu" if engine == "openvino" else sampling.best_device()
+        _kept[checkpoint] = sampling.load_pipeline(checkpoint, device=device, engine=engine)
     return _kept[checkpoint]
 
 
@@ -390,22 +389,20 @@ def choose(cells: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]
 def logged_loss(run: Path, checkpoint: str) -> float | None:
     """The validation loss that training logged at the checkpoint's step."""
     step = checkpoint_step(run / checkpoint)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["val_loss"] for row in rows if row["step"] == step and "val_loss" in row]
     return losses[-1] if losses else None
 
 
 def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
     """Seconds for a single picture by torch, second of two, on the CPU and on a GPU if there is one."""
-    import torch
 
     from t2i import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
     _kept.clear()
-    for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
+    for device in dict.fromkeys(["cpu", sampling.best_device()]):
+        name = "cpu" if device == "cpu" else "gpu"
         pipeline = sampling.load_pipeline(checkpoint, scheduler=preset.scheduler, device=device)
         for _ in range(2):
             start = time.perf_counter()

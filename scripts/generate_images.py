@@ -65,11 +65,10 @@ def main() -> None:
 
     quiet_libraries()
     import numpy as np
-    import torch
 
     from t2i import engines, sampling
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or sampling.best_device()
     scheduler, steps, end = sampling.PRESETS[options.preset]
     steps = options.num_inference_steps or steps
     end = end if options.guidance_end is None else options.guidance_end

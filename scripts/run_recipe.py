@@ -179,7 +179,7 @@ def launch(config: list[str], script: str, *arguments: str) -> list[str]:
 def computes_in_bf16() -> bool:
     """Whether the processor has instructions for bf16, without which it is slower than fp32. Only Linux tells."""
     told = Path("/proc/cpuinfo")
-    flags = set(told.read_text().split()) if told.is_file() else set()
+    flags = set(told.read_text(encoding="utf-8").split()) if told.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 

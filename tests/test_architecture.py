@@ -60,7 +60,7 @@ def test_light_modules_import_no_torch(module):
 
 
 def test_every_requirement_is_pinned_and_explained():
-    for path in (ROOT / "requirements.txt", SCRIPTS / "requirements.txt"):
+    for path in (ROOT / "requirements.txt", ROOT / "requirements-train.txt", SCRIPTS / "requirements.txt"):
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert "==" in line.split("#")[0], line
@@ -70,3 +70,66 @@ def test_every_requirement_is_pinned_and_explained():
 def test_the_scale_of_latents_has_one_home():
     for path in [*SCRIPT_FILES, *MODULES]:
         assert "0.18215" not in path.read_text()
+
+
+# Modules that only Unix has (Python's documentation, "Unix-specific services"), and what of `os` and `signal` is Unix's alone.
+UNIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+UNIX_NAMES = {
+    "os": {
+        "O_CLOEXEC", "O_DIRECTORY", "fchmod", "fork", "forkpty", "getegid", "geteuid", "getgid", "getloadavg", "getpgid", "getuid",
+        "killpg", "mkfifo", "pread", "pwrite", "register_at_fork", "sched_getaffinity", "sched_setaffinity", "setsid", "statvfs",
+        "sysconf", "uname", "wait", "waitpid",
+    },
+    "signal": {"SIGALRM", "SIGCHLD", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGSTOP", "SIGUSR1", "SIGUSR2", "alarm", "setitimer"},
+}  # fmt: skip
+
+
+def at_import(tree):
+    """The nodes that run when a file is imported: all that are in no function's body."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += [] if isinstance(node, ast.Lambda) else [*node.decorator_list, *node.args.defaults]
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def unix_only(text):
+    """What of a file's text runs on Unix alone: imports at import, and names of `os` and `signal` anywhere in it."""
+    tree = ast.parse(text)
+    for node in at_import(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        yield from (name for name in names if name.split(".")[0] in UNIX_MODULES)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in UNIX_NAMES.get(node.value.id, ()):
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names if alias.name in UNIX_NAMES.get(node.module or "", ()))
+
+
+SUITE = [*SCRIPT_FILES, *MODULES, *sorted((ROOT / "dashboard").rglob("*.py"))]
+
+
+def test_nothing_of_unix_alone_is_needed():
+    assert {str(path): found for path in SUITE if (found := list(unix_only(path.read_text())))} == {}
+    bad = "import os, fcntl\ndef f():\n    import resource\n    os.pread(1, 2, 3)\nfrom signal import SIGKILL\n"
+    assert set(unix_only(bad)) == {"fcntl", "os.pread", "SIGKILL"}
+
+
+def test_text_files_are_utf8_on_every_system():
+    """Windows would read and write text in a code page of its own."""
+    found = []
+    for path in SUITE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and "encoding" not in {word.arg for word in node.keywords}:
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                modes = [word.value for word in (*node.args, *node.keywords) if isinstance(word, ast.Constant)]
+                binary = any(isinstance(mode, str) and set(mode) <= set("rwab+") and "b" in mode for mode in modes)
+                is_text = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+                if is_text or (isinstance(node.func, ast.Name) and name == "open" and not binary):
+                    found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []

@@ -259,7 +259,7 @@ def test_yaml_survives_to_the_letter():
     ],
 )
 def test_broken_yaml_is_refused_with_its_mend(broken):
-    with pytest.raises(UserError, match=r"front matter of README\.md is broken .*; mend it, or delete README\.md"):
+    with pytest.raises(UserError, match=r"front matter of README\.md is broken .*; fix it, or delete README\.md"):
         merge_cards(PLAIN, broken)
 
 

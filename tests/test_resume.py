@@ -1,6 +1,7 @@
 """Training that loses nothing: each fault really done to the real thing, and what is left of it afterwards."""
 
 import fcntl
+import io
 import json
 import os
 import pickle
@@ -413,7 +414,7 @@ def test_a_run_that_is_about_to_end_is_waited_for_by_name(launch, tmp_path, caps
         assert f"which is about to end: process {worker.pid} on " in said
         assert "it has ended after" in said
         assert psutil.wait_procs([worker], timeout=5)[0]
-        assert len((tmp_path / "run" / ".lock").read_text().splitlines()) == 1  # the holder now
+        assert len((tmp_path / "run" / ".lock").read_text().strip().splitlines()) == 1  # the holder now
 
 
 def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, monkeypatch):
@@ -453,6 +454,34 @@ def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, 
         fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(UserError, match=f"another run is at work in .*{named}"):
             runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+
+
+def test_any_process_of_a_run_keeps_others_out_and_its_lock_ends_with_it(tmp_path, monkeypatch):
+    """The first process was killed and the second lives on; its lock is exclusive and its own."""
+    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
+    (tmp_path / "run.json").write_text(json.dumps({"status": "unfinished"}))
+    with runs.alone(tmp_path, 1, lambda: None):
+        assert runs.run_status(tmp_path) == "running"
+        with pytest.raises(UserError, match=rf"another run is at work in .* \(process {os.getpid()} on "):
+            runs.alone(tmp_path, 0, lambda: None).__enter__()
+    assert runs.run_status(tmp_path) == "interrupted"
+    with runs.alone(tmp_path, 0, lambda: None), runs.alone(tmp_path, 1, lambda: None):
+        assert len((tmp_path / ".lock").read_text().split("\n\n")) == 2  # a line each
+
+
+def test_a_lock_file_whose_first_byte_cannot_be_read_tells_its_holders(tmp_path):
+    """As on Windows, where a lock is on that byte."""
+
+    class Locked(io.StringIO):
+        def read(self, *size):
+            if self.tell() == 0:
+                raise PermissionError
+            return super().read(*size)
+
+    with open(tmp_path / ".lock", "wb", buffering=0) as file:
+        runs._write_holder(file.fileno(), runs._this_process())
+    (holder,) = runs._live_holders(Locked((tmp_path / ".lock").read_text()))
+    assert holder["pid"] == os.getpid()
 
 
 def test_what_a_launcher_started_ends_with_it_before_the_first_step(launch):

@@ -446,11 +446,9 @@ def _load(model: Path, model_hash: str, load: Callable[[Path], Any] | None) -> A
 
 
 def _load_pipeline(model: Path) -> Any:
-    import torch
-
     from t2i import sampling
 
-    return sampling.load_pipeline(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    return sampling.load_pipeline(model, device=sampling.best_device())
 
 
 def _draw(pipeline: Any, places: Sequence[Place], watch: Callable[..., None] | None = None) -> "np.ndarray":

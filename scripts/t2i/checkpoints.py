@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,13 @@ def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on disk. Windows opens no folders, and flushes only what may be written."""
+    if sys.platform == "win32":
+        if path.is_dir():
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -363,6 +369,8 @@ def save_rng(path: Path) -> None:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     save_file(states, path)
 
 
@@ -375,3 +383,5 @@ def load_rng(path: Path) -> None:
     random.setstate((python[0], tuple(python[1:]), None if np.isinf(gauss) else gauss))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])

@@ -5,12 +5,14 @@ so that a killed run loses nothing that was on disk; several processes on one ma
 file. Imports no torch.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filelock import FileLock
 
 from t2i.runs import UserError
 
@@ -32,22 +34,19 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises `UserError` for any other last line that is not a caption's.
     """
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # writers take turns; the kernel frees it when one is killed
-        tail = _tail(handle)
+    # writers take turns; the system frees the lock of one that is killed
+    with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+b", buffering=0) as file:
+        tail = _tail(file)
         if tail and _row(tail) is None:
             if not _is_torn(tail):
                 raise _damaged(path, "the last line", tail)
             with open(path.with_name(f"{path.name}.torn"), "ab") as torn:
                 torn.write(tail + b"\n")
-            os.ftruncate(handle, os.fstat(handle).st_size - len(tail))
+            file.truncate(os.fstat(file.fileno()).st_size - len(tail))
         elif tail:  # a whole line whose end an editor left off
             data = b"\n" + data
-        _write_all(handle, data)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        _write_all(file, data)
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
@@ -93,10 +92,10 @@ def _damaged(path: Path, where: str, line: bytes) -> UserError:
     )
 
 
-def _write_all(handle: int, data: bytes) -> None:
+def _write_all(file: RawIOBase, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(handle, view) :]
+        view = view[file.write(view) or 0 :]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -108,10 +107,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _tail(handle: int) -> bytes:
+def _tail(file: RawIOBase) -> bytes:
     """What stands behind the last line's end."""
-    size, tail = os.fstat(handle).st_size, b""
-    while len(tail) < size and b"\n" not in tail:
-        start = max(0, size - len(tail) - 65536)
-        tail = os.pread(handle, size - len(tail) - start, start) + tail
+    start, tail = os.fstat(file.fileno()).st_size, b""
+    while start and b"\n" not in tail:
+        end, start = start, max(0, start - 65536)
+        file.seek(start)
+        tail = (file.read(end - start) or b"") + tail
     return tail.rpartition(b"\n")[2]

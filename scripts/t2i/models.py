@@ -26,6 +26,13 @@ from t2i.config import UnetConfig, VaeConfig
 from t2i.runs import UserError, hash_json
 
 
+def best_device() -> str:
+    """Name the device that pictures are made on: a CUDA GPU, else an Apple GPU ("mps"), else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def locate(source: str, part: str) -> tuple[str, str]:
     """Where a pipeline's part (`vae`, `text_encoder`, …) lies in a run folder, a pipeline folder, its own folder or on the Hub.
 

@@ -86,7 +86,7 @@ def publish_run(run: Path, repo_id: str, *, license: str | None, pictures: int, 
     if pictures and not prompts:
         print("no pictures for the card: there are no validation prompts, and the evaluation kept none")
     folder = run / "pipeline"
-    pipeline = sampling.load_pipeline(folder, device=_device())
+    pipeline = sampling.load_pipeline(folder, device=sampling.best_device())
 
     settings = {"unet": result["output_unet_hash"], "guidance_scale": scale, "num_inference_steps": steps}
     settings |= {"scheduler": cards.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
@@ -276,7 +276,9 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
     from t2i import models, sampling
 
     try:
-        loaded = DiffusionPipeline.from_pretrained(repo_id, revision=commit, use_safetensors=True).to(_device())
+        loaded = DiffusionPipeline.from_pretrained(repo_id, revision=commit, use_safetensors=True).to(
+            sampling.best_device()
+        )
     except Exception as error:  # network, access, format: huggingface_hub and diffusers raise a dozen types
         reason = (
             explain_loading(error, repo_id, commit)
@@ -304,9 +306,3 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
         f"loaded back from the Hub by stock diffusers: the UNet is the same ({here}), and a picture of {CHECK_STEPS} steps "
         f"differs by {difference:.2f} of 255"
     )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

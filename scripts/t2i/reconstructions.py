@@ -174,12 +174,11 @@ def make(
     todo = [image for image in images if read(vae, image) is None]
     if not todo:
         return 0
-    import torch
 
     from t2i import models
 
     before = vae_hash(vae)
-    model = models.load_vae(str(vae.folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load_vae(str(vae.folder)).to(models.best_device())
     if vae_hash(vae) != before:
         raise UserError(f"{vae.folder} changed while it was loaded; open the page again")
     factor, side = models.vae_factor(model), todo[0].shape[0]

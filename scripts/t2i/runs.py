@@ -2,14 +2,12 @@
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor, unlock_descriptor
+
 UNFINISHED = "unfinished"  # in run.json: true of a run at work and of a killed one alike
-LOCK = ".lock"  # in a run folder: held by the processes at work there, whose names are its lines
+LOCK = (
+    ".lock"  # in a run folder: held by the run's first process, with the names of all; others hold .lock-1, .lock-2, …
+)
 WAIT_FOR_ENDING_S = 300.0  # at most, for processes that save a last checkpoint
 WAIT_FOR_UNKNOWN_S = 1.0  # for a lock without a name: of the dashboard's look, or a process that is being killed
 SAME_START_S = 2.0  # between two readings of a process's start, as clocks are set
@@ -206,9 +208,25 @@ def code_revision() -> str:
         return "unknown"
 
 
+def usable_cores() -> int:
+    """Count the CPU cores that this process may use."""
+    import psutil
+
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # macOS binds none
+
+
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process and of its ended children, in bytes (`getrusage` counts KiB on Linux)."""
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    """Peak resident memory in bytes, of this process and of its ended children; on Windows, of this process alone."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        used = psutil.Process().memory_info()
+        return int(getattr(used, "peak_wset", used.rss))
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 class RunFolder:
@@ -360,8 +378,9 @@ def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
 def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """Hold `folder` for this run's processes.
 
-    The first process asks for the lock alone, then all share it: a process that outlives its launcher keeps a new run out.
-    Processes that are about to end are waited for: those of a launcher that is gone, and those that were told to stop.
+    Each process holds a lock of its own, which the system frees when it ends or is killed: a process that outlives its
+    launcher keeps a new run out. The first process begins only when nobody holds any of them. Processes that are about
+    to end are waited for: those of a launcher that is gone, and those that were told to stop.
 
     Args:
         folder: the run folder; made if it is missing.
@@ -373,19 +392,19 @@ def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # read as well, as NFS shares a lock only then
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
+        own = open(folder / f"{LOCK}-{rank}", "ab") if rank else file  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
-    with file:
+    with file, own:
         if rank == 0:
             _wait_for_ending(file, folder)
             with suppress(OSError):  # the names help, the lock decides
                 os.ftruncate(file.fileno(), 0)  # holders of earlier runs
             _write_holder(file.fileno(), _this_process())
         meet()
-        _lock(file, fcntl.LOCK_SH)
         if rank != 0:
+            _lock(own, wait=True)  # for a look of the dashboard: the first process has seen that nobody works here
             _write_holder(file.fileno(), _this_process())
         meet()
         yield
@@ -404,7 +423,7 @@ def mark_ending(folder: Path) -> None:
 def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
     """A run's status as it is now: "finished", "stopped", "running", "interrupted" (killed or failed) or "unfinished".
 
-    run.json cannot tell a run at work from one that was killed; the lock, which the kernel frees, can. "unfinished": neither
+    run.json cannot tell a run at work from one that was killed; the lock, which the system frees, can. "unfinished": neither
     can be told, as there is no lock file (a copy) or the file system has no locks. Statuses of other words are passed on.
 
     Args:
@@ -422,21 +441,26 @@ def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
 
 
 def _is_held(folder: Path) -> bool | None:
-    """Whether a process holds the lock of `folder`; None where that cannot be told."""
-    try:
-        with open(folder / LOCK, "r+") as file:  # NFS gives a lock only where it may write
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    return False
+    """Whether a process holds a lock of `folder`; None where that cannot be told."""
+    held: list[bool | None] = []
+    for path in (folder / LOCK, *_locks_of_others(folder)):
+        try:
+            with open(path, "r+b") as file:  # NFS gives a lock only where it may write
+                held.append(not lock_descriptor(file.fileno(), blocking=False))
+        except OSError:
+            held.append(None)
+    return True if True in held else held[0]
+
+
+def _locks_of_others(folder: Path) -> list[Path]:
+    """The lock files of all processes but the first."""
+    return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
 
 
 def _wait_for_ending(file: Any, folder: Path) -> None:
-    """Take the lock alone, after waiting for holders that are about to end. Raises `UserError` for holders at work."""
+    """Take the lock, after waiting for holders that are about to end. Raises `UserError` for holders at work."""
     began, told = time.monotonic(), ""
-    while not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    while not _lock_if_nobody_works(file, folder):
         holders = _live_holders(file)
         ending = any(holder["ends"] for holder in holders)
         here = any(holder["host"] == platform.node() for holder in holders)
@@ -469,7 +493,8 @@ def _this_process() -> dict[str, Any]:
 
 def _write_holder(handle: int, holder: dict[str, Any]) -> None:
     with suppress(OSError):  # a full disk: the lock holds all the same
-        os.write(handle, (json.dumps(holder) + "\n").encode())
+        # a line begins with its end: Windows lets nobody else read the first byte of a locked file
+        os.write(handle, ("\n" + json.dumps(holder) + "\n").encode())
 
 
 def _live_holders(file: Any) -> list[dict[str, Any]]:
@@ -477,9 +502,8 @@ def _live_holders(file: Any) -> list[dict[str, Any]]:
 
     "ends": it was told to stop, or its launcher is gone.
     """
-    file.seek(0)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in file.read().splitlines():
+    for line in _text_of_locked(file).splitlines():
         with suppress(ValueError, KeyError, TypeError):  # a damaged line
             row = json.loads(line)
             key = str(row["host"]), int(row["pid"])
@@ -512,12 +536,30 @@ def _names(holders: list[dict[str, Any]]) -> str:
     return "; ".join(f"process {', '.join(pids)} on {host}" for host, pids in hosts.items())
 
 
-def _lock(file: Any, how: int) -> bool:
+def _text_of_locked(file: Any) -> str:
+    """The text of a file that another process may hold; without its first byte if nobody else may read that."""
+    for start in (0, 1):
+        with suppress(PermissionError):
+            file.seek(start)
+            return str(file.read())
+    return ""
+
+
+def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
+    """Whether the first process's lock was had, and no other process of an earlier run holds its own."""
+    if not _lock(file):
+        return False
+    for path in _locks_of_others(folder):
+        with suppress(OSError), open(path, "r+b") as other:
+            if not lock_descriptor(other.fileno(), blocking=False):
+                unlock_descriptor(file.fileno())
+                return False
+    return True
+
+
+def _lock(file: Any, wait: bool = False) -> bool:
     """Whether the lock was had; True as well on file systems that know no locks."""
     try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(file.fileno(), blocking=wait, poll_interval=0.01)
     except OSError:
-        pass
-    return True
+        return True

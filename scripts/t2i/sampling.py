@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import engines, models
 from t2i.checkpoints import MANIFEST, damage
+from t2i.models import best_device
 from t2i.pictures import (  # noqa: F401 - their names here stay
     PRESETS,
     SCHEDULERS,
@@ -96,8 +97,7 @@ def _check_device(device: str | torch.device) -> None:
     try:
         torch.zeros(1, device=device).add(1).cpu()
     except Exception as error:  # each backend raises its own kinds
-        known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        known += ["mps"] if torch.backends.mps.is_available() else []
+        known = dict.fromkeys(["cpu", best_device()])
         raise UserError(
             f"device {device} cannot be used ({str(error).splitlines()[0][:150]}); give one of {', '.join(known)}, or leave it out"
         ) from None

@@ -55,9 +55,9 @@ from t2i.folders import (
     without_suffix,
 )
 from t2i.images import BadImage, read_image_file
-from t2i.runs import UserError, hash_json, sha256_file
+from t2i.runs import UserError, hash_json, sha256_file, usable_cores
 
-WORKERS = min(8, len(os.sched_getaffinity(0)))  # Pillow and hashlib release the GIL, so threads serve
+WORKERS = min(8, usable_cores())  # Pillow and hashlib release the GIL, so threads serve
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
 SPLIT_COLUMNS = {"split", "set", "subset"}
 OTHER_SPLITS = "splits that are not read"

@@ -242,7 +242,7 @@ def requirements(compiled: bool) -> tuple[str, str]:
     All versions are the project's own; a package that it does not pin comes along with another one.
     """
     pins: dict[str, str] = {}
-    for name in ("requirements.txt", "scripts/requirements.txt"):
+    for name in ("requirements.txt", "requirements-train.txt", "scripts/requirements.txt"):
         for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
             if match := re.match(r"([\w.-]+)==[^#]+", line):
                 pins[match[1].lower()] = match[0].strip()

@@ -14,7 +14,6 @@ MLflow's own variables hold here too: `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_N
 """
 
 import atexit
-import fcntl
 import json
 import os
 import re
@@ -35,6 +34,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from t2i.runs import UserError, write_json
@@ -329,18 +329,21 @@ def import_mlflow() -> Any:
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Hold a lock file between processes; yields False when another holds it and `wait` is False.
 
-    A POSIX record lock: workers forked while it is held do not keep it, and it goes when the process is killed.
+    Workers forked while it is held do not keep it (filelock lets go of it in them), and it goes when the process is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 # --- What MLflow's exceptions mean -----------------------------------------------------------------------------------
@@ -1109,16 +1112,16 @@ class Tracker:
             elif record["kind"] == "image":
                 self._recorded.add((Path(record["file"]).name.split("+")[0], record["step"]))
         spool_id = spool_id or uuid.uuid4().hex
-        self._file = os.open(spool, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = open(spool, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives
         if _ends_torn(spool):
-            os.write(self._file, b"\n")  # a line torn by the death of an earlier process stands alone
+            self._file.write(b"\n")  # a line torn by the death of an earlier process stands alone
         return spool_id
 
     def _append(self, *, kind: str, **fields: Any) -> None:
         # One write call of a whole line: it is in the system's hands when it returns, and outlives this process.
         record = {"kind": kind, "time": time.time_ns() // 1_000_000, **fields}
         with self._disk():
-            os.write(self._file, json.dumps(record).encode() + b"\n")
+            self._file.write(json.dumps(record).encode() + b"\n")
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

@@ -1,0 +1,126 @@
+"""List what a working folder holds that can be made anew, with sizes, and remove what you choose.
+
+python scripts/clean_caches.py
+
+Nothing is removed before you have said yes to it. Finished models, metrics, evaluations and samples are never removed, and
+nothing of a run that is at work.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from t2i.config import DataConfig, Flag, PathText, check_options, parse_options
+from t2i.runs import UserError, checkpoint_folders, read_object, run_main, run_status
+
+CACHES = ("pixels", "latents", "text")  # what the suite keeps in a cache folder, where others may keep more
+KINDS = ("caches", "cells", "checkpoints", "spools")
+LOST = {
+    "caches": "prepared images, latents and text embeddings; the next training computes them anew",
+    "cells": "pictures of the dashboard's grids and reconstructions; the dashboard draws them anew",
+    "checkpoints": "checkpoints of finished runs; pipelines stay, but a run cannot be extended or its checkpoints compared",
+    "spools": "records for MLflow that its server has; nothing is lost unless you move to another server",
+}
+
+
+@dataclass
+class Options:
+    """Where to look, and what to remove without asking."""
+
+    outputs: PathText = "outputs"  # folder of run folders
+    cache_dir: PathText = DataConfig().cache_dir  # of the trainings: prepared images, latents, text embeddings
+    remove: Annotated[list[Literal["caches", "cells", "checkpoints", "spools"]], Field(max_length=4)] = field(
+        default_factory=list
+    )  # kinds to remove without asking
+    dry_run: Flag = False  # only list
+
+
+def main() -> None:
+    options = check_options(parse_options(Options, __doc__ or ""))
+    runs, busy = find_runs(Path(options.outputs).expanduser())
+    for run in busy:
+        print(f"{run} is at work or cannot be read: it is left alone")
+    caches = Path(options.cache_dir).expanduser()
+    if busy and caches.is_dir():
+        print(f"{caches} may be in use by it: it is left alone")
+    find: dict[str, Callable[[], list[Path]]] = {
+        "caches": lambda: [] if busy else [path for path in (caches / name for name in CACHES) if path.is_dir()],
+        "cells": lambda: [path for run in runs for path in (run / "cells", run / "reconstructions") if path.is_dir()],
+        "checkpoints": lambda: [path for run in runs if is_finished(run) for path in checkpoint_folders(run)],
+        "spools": lambda: [path for run in runs if is_finished(run) and is_sent(run) for path in spool_of(run)],
+    }
+    found = {kind: find[kind]() for kind in KINDS}
+    sizes = {path: size_of(path) for paths in found.values() for path in paths}
+    for kind, paths in found.items():
+        print(f"\n{kind}: {sum(map(sizes.__getitem__, paths)) / 1e6:,.1f} MB ({LOST[kind]})")
+        for path in sorted(paths, key=sizes.__getitem__, reverse=True):
+            print(f"  {sizes[path] / 1e6:10,.1f} MB  {path}")
+    if options.dry_run or not sizes:
+        return
+    print()
+    if not options.remove and not sys.stdin.isatty():
+        raise UserError(
+            f"nobody is here to choose; name what to remove: --remove {' '.join(KINDS)}, or look with --dry_run"
+        )
+    for kind, paths in found.items():
+        if paths and (kind in options.remove or (not options.remove and said_yes(kind))):
+            for path in paths:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            print(f"removed {kind}: {sum(map(sizes.__getitem__, paths)) / 1e6:,.1f} MB")
+
+
+def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
+    """Return the run folders below `outputs`, and those of them that are at work or cannot be read, which must not be touched."""
+    runs, busy = [], []
+    for file in sorted(outputs.rglob("run.json")):
+        if file.parent.is_symlink() or not file.is_file():
+            continue
+        try:
+            (busy if run_status(file.parent) == "running" else runs).append(file.parent)
+        except UserError:
+            busy.append(file.parent)
+    return runs, busy
+
+
+def is_finished(run: Path) -> bool:
+    """Tell whether a run is finished and its pipeline or VAE is there, so that its checkpoints are not all that it has."""
+    whole = (run / "pipeline" / "model_index.json").is_file() or (run / "vae" / "config.json").is_file()
+    return whole and read_object(run / "run.json").get("status") == "finished"
+
+
+def spool_of(run: Path) -> Iterator[Path]:
+    """Yield the files and folders of a run that hold records for MLflow."""
+    return (path for path in (run / "mlflow_spool.jsonl", run / "mlflow_spool") if path.exists())
+
+
+def is_sent(run: Path) -> bool:
+    """Tell whether the server has all records of a run, and took each."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((run / "mlflow_spool" / "state.json").read_text(encoding="utf-8"))
+        return bool(state["offset"] == (run / "mlflow_spool.jsonl").stat().st_size and not state["set_aside"])
+    return False
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file or of all files below a folder; links count nothing."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+
+
+def said_yes(kind: str) -> bool:
+    """Ask on the terminal."""
+    try:
+        return input(f"remove {kind}? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
+
+
+if __name__ == "__main__":
+    run_main(main)
