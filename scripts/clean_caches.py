@@ -78,7 +78,8 @@ def main() -> None:
 
 def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
     """Return the run folders below `outputs`, and those of them that are at work or cannot be read, which must not be touched."""
-    runs, busy = [], []
+    runs: list[Path] = []
+    busy: list[Path] = []
     for file in sorted(outputs.rglob("run.json")):
         if file.parent.is_symlink() or not file.is_file():
             continue
