@@ -27,6 +27,9 @@ LOCK = $(REQUIREMENTS:.txt=.lock)
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
+# Python keeps what it compiles of the packages: uv installs sources alone, and every command would compile them anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
         prove-space load-dashboard sagemaker-train sagemaker-rehearse train-inputs clean-caches lock
 
