@@ -479,7 +479,7 @@ def test_violated_limits_are_named_with_value_and_limit():
         check_thresholds(result, parse_thresholds(["empty=0", "duplicates=0.25", "boilerplate=0.5", "over_limit=0"]))
     assert str(error.value) == (
         "the captions fail --fail_on: empty is 0.125 (1 of 8), its limit is 0; duplicates is 0.375 (3 of 8), its limit is "
-        "0.25; over_limit was not measured, its limit is 0; mend the captions, or change the limits"
+        "0.25; over_limit was not measured, its limit is 0; fix the captions, or change the limits"
     )
 
 

@@ -305,7 +305,7 @@ def show_lengths(split: browse.Split) -> None:
 
 
 def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
-    """The images that captioning or training left out, and why; never deleted, so that they can be mended."""
+    """The images that captioning or training left out, and why; never deleted, so that they can be fixed."""
     st.subheader("Quarantine")
     lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
     rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]

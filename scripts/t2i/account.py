@@ -48,7 +48,7 @@ class Account:
 
 
 def look(config: jobs.SageMakerConfig, inputs: dict[str, str]) -> Account:
-    """Check against AWS what the job needs. Raises `UserError` for what no account mends; lists the rest in `missing`."""
+    """Check against AWS what the job needs. Raises `UserError` for what no account can fix; lists the rest in `missing`."""
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core import image_uris

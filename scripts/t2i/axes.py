@@ -41,7 +41,7 @@ def parse(axis: str, text: str, known: Sequence[str] = (), limit: int = MAX_VALU
         known: the names that there are, for `WORDS`.
 
     Raises:
-        UserError: names the axis, the value and the mend.
+        UserError: names the axis, the value and the fix.
     """
     if axis in NUMBERS:
         return _parse_numbers(axis, text, limit)

@@ -128,10 +128,10 @@ class CaptionConfig(HubConfig):
     # tokens of a caption at most; CLIP reads 77 of its own
     max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = 128
     num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
-    no_repeat_ngram_size: Count | None = None  # words that come once at most in this order; None: the model's own way
-    repetition_penalty: Positive | None = (
-        None  # above 1, words that are there already become less likely; None: likewise
-    )
+    # no run of so many tokens comes twice in a caption; None: as the model's own settings say
+    no_repeat_ngram_size: Count | None = None
+    # above 1, tokens that a caption has already become less likely; None: as the model's own settings say
+    repetition_penalty: Positive | None = None
     strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
     fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
     audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens

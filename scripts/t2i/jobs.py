@@ -382,7 +382,7 @@ def read_table(path: str, name: str) -> dict[str, str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()[1:]
     except OSError as error:
-        raise UserError(f"{name} {path} cannot be read ({error.strerror}); mend the path in the YAML") from None
+        raise UserError(f"{name} {path} cannot be read ({error.strerror}); correct the path in the YAML") from None
     except UnicodeDecodeError:
         raise UserError(f"{name} {path} is not UTF-8; save it as such") from None
     table = {}
@@ -467,7 +467,7 @@ def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
             )  # a shell variable's
         if not value.startswith("s3://"):
             if not _expanded(value).is_dir():
-                raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; mend the path")
+                raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; correct the path")
             found[channel] = str(_expanded(value))
     if command.recipe and not (command.recipe.data.dataset or "dataset" in found):
         raise UserError(
