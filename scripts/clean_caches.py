@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -21,7 +21,8 @@ from t2i.config import DataConfig, Flag, PathText, check_options, parse_options
 from t2i.runs import UserError, checkpoint_folders, read_object, run_main, run_status
 
 CACHES = ("pixels", "latents", "text")  # what the suite keeps in a cache folder, where others may keep more
-KINDS = ("caches", "cells", "checkpoints", "spools")
+Kind = Literal["caches", "cells", "checkpoints", "spools"]
+KINDS = get_args(Kind)
 LOST = {
     "caches": "prepared images, latents and text embeddings; the next training computes them anew",
     "cells": "pictures of the dashboard's grids and reconstructions; the dashboard draws them anew",
@@ -36,9 +37,8 @@ class Options:
 
     outputs: PathText = "outputs"  # folder of run folders
     cache_dir: PathText = DataConfig().cache_dir  # of the trainings: prepared images, latents, text embeddings
-    remove: Annotated[list[Literal["caches", "cells", "checkpoints", "spools"]], Field(max_length=4)] = field(
-        default_factory=list
-    )  # kinds to remove without asking
+    # kinds to remove without asking
+    remove: Annotated[list[Kind], Field(max_length=4)] = field(default_factory=list)
     dry_run: Flag = False  # only list
 
 

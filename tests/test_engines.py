@@ -225,7 +225,7 @@ def test_presets_by_the_command(exported, command, tmp_path):
         "torch",
         cwd=tmp_path,
     )
-    again = json.loads(Image.open(tmp_path / "0000-seed0.png").info["parameters"])
+    again = json.loads(Image.open(tmp_path / "0001-seed0.png").info["parameters"])  # beside the first one's picture
     assert (again["num_inference_steps"], again["guidance_end"]) == (2, 1.0)
     assert (
         again["unet_hash"] == known["unet_hash"] == json.loads((exported / "run.json").read_text())["output_unet_hash"]

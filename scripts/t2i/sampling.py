@@ -48,6 +48,8 @@ def load_pipeline(
     models where the folder has them and the device is the CPU, "openvino" compiles them where it has none. Raises `UserError`
     for a folder that is none of these, a device that cannot be used, and a scheduler that is not right for the model.
     """
+    if engine == "openvino" and not str(device).startswith("cpu"):
+        raise UserError(f"engine openvino draws on the CPU, not on {device}; take --device cpu or --engine torch")
     _check_device(device)
     try:
         folder = Path(model).expanduser()
@@ -108,8 +110,6 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
     if engine not in engines.ENGINES:
         raise UserError(f"unknown engine {engine!r}; take one of {', '.join(engines.ENGINES)}")
     if torch.device(device).type != "cpu":
-        if engine == "openvino":
-            raise UserError(f"engine openvino draws on the CPU, not on {device}; take --device cpu or --engine torch")
         return None
     own = folder / "pipeline" if (folder / "run.json").is_file() and weights == "ema" else folder
     return own if engines.is_installed() and engines.is_exported(own) else None
