@@ -132,7 +132,9 @@ def names(requirement):
 def test_whatever_is_staged_imports_what_is_staged_or_required(fetched):
     required = {names(line) for line in (fetched / "requirements.txt").read_text().splitlines()}
     assert required <= {names(line) for line in (fetched / "constraints.txt").read_text().splitlines()}
-    pins = (ROOT / "requirements.txt").read_text() + (ROOT / "scripts/requirements.txt").read_text()
+    pins = "".join(
+        (ROOT / name).read_text() for name in ("requirements.txt", "requirements-train.txt", "scripts/requirements.txt")
+    )
     assert all(line in pins for line in (fetched / "requirements.txt").read_text().splitlines())
     along = {
         names(more) for one in required for more in importlib.metadata.requires(one) or [] if "extra ==" not in more

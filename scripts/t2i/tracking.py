@@ -954,7 +954,7 @@ class Tracker:
         tracking_uri: str | None = None,
     ):
         uri = resolve_uri(tracking_uri)
-        self._sender = _Sender(run_dir, uri)
+        self._sender = _Sender(run_dir.absolute(), uri)  # the process may be elsewhere when it ends
         self._warned: set[str] = set()  # reasons that were told since the server last took records
         self._lost_records = False
         self._finished = False
