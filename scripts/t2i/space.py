@@ -38,9 +38,9 @@ SETTINGS = "dashboard/.streamlit/config.toml"
 FILES = ("Dockerfile", "README.md", "requirements.txt", "constraints.txt", SETTINGS, "dashboard/*.py", "dashboard/assets/*",
          "scripts/t2i/*.py", "outputs/*/pipeline/*", "outputs/*/config.yaml",
          "outputs/*/evaluation/evaluation.json")  # fmt: skip # what is pushed; pictures drawn in the folder are not
-# Imported late, for what a Space has not: stores of metrics (sqlalchemy is mlflow's), data sets; compiled models only where
-# they come along, made elsewhere.
-LEFT_OUT = ("mlflow", "sqlalchemy", "datasets", "torchmetrics", "openvino", "nncf")
+# Imported late, for what a Space has not: trainings, stores of metrics (sqlalchemy is mlflow's), data sets; compiled models
+# only where they come along, made elsewhere.
+LEFT_OUT = ("accelerate", "mlflow", "sqlalchemy", "datasets", "torchmetrics", "openvino", "nncf")
 COMPILED = "openvino/"  # of a pipeline: models that `make export` compiled, in OpenVINO's own format
 PACKAGES = {"PIL": "pillow", "yaml": "PyYAML"}  # import -> name in requirements.txt, where they differ
 SPACE_BYTES = 1_000_000_000  # the Hub takes no larger Space, all its commits together
