@@ -192,6 +192,36 @@ def test_a_checkpoint_is_compiled_on_demand_alone(exported):
     assert np.abs(draw(compiled) - draw(sampling.load_pipeline(checkpoint))).mean() < 1.0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_finds_its_stack_after_another_thread_has_dropped_the_model():
+    """Without it, Ctrl-C kills the process with a segmentation fault."""
+    code = """
+import ctypes, gc, sys, threading
+sys.path.append(sys.argv[1])
+import numpy, openvino
+from openvino import opset13
+from t2i import engines
+
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+def mapped():
+    stack = Stack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in open("/proc/self/maps")]
+    return not stack.start or any(low <= stack.start < high for low, high in spans)
+
+one = opset13.parameter([1, 4], numpy.float32)
+held = [engines.compile_model(openvino.Model([opset13.relu(one)], [one], "one"))]
+thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+thread.start()
+thread.join()
+print(mapped())
+"""
+    done = subprocess.run([sys.executable, "-c", code, SCRIPTS], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_mistakes_get_a_sentence(exported):
     with pytest.raises(UserError, match="unknown engine 'onnx'; take one of auto, torch, openvino"):
         sampling.load_pipeline(exported, engine="onnx")

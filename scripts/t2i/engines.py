@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,7 +58,7 @@ class Sizes(dict[int, Network]):
     def __init__(self, model: Any):
         super().__init__()
         self.kept = isinstance(model, Path)
-        self.model = import_openvino().Core().read_model(model) if self.kept else model
+        self.model = openvino_core().read_model(model) if self.kept else model
         self.__missing__(2)
 
     def __missing__(self, samples: int) -> Network:
@@ -289,8 +290,7 @@ def compile_model(model: Any, kept: bool = False) -> Network:
 
     model: of OpenVINO, or its file. kept: whether what is compiled is kept for the next time, as it is of a file.
     """
-    openvino = import_openvino()
-    core = openvino.Core()
+    core = openvino_core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
     if kept or isinstance(model, Path):
@@ -335,6 +335,16 @@ def _fingerprints(folder: Path) -> dict[str, str]:
             digest.update(file.read())
         found[name] = f"{size}-{digest.hexdigest()[:16]}"
     return found
+
+
+@cache
+def openvino_core() -> Any:
+    """Return OpenVINO's one `Core` of this process.
+
+    Each core gives the thread that makes it a stack for signals. If another thread drops the core's last model, OpenVINO frees
+    that stack while it is in use, and the next signal, such as Ctrl-C, kills the process. So the core is never dropped.
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> Any:
