@@ -692,7 +692,8 @@ def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, na
         ("num_machines: two", "num_machines = 'two' is not usable: give a whole number"),
         ("additional_args: {max_run: 10h}", "max_run = '10h' is not usable: give a whole number, without a unit"),
         ("additional_args: {tags: a}", "tags = 'a' is not usable: give keys and values, such as {name: value}"),
-        ("additional_args: {environment: {A: 1}}", "environment.A = 1 is not usable: it is not text; put it in quotes"),
+        ("additional_args: {environment: {A: [1]}}", r"environment.A = \['1'\] is not usable: it is not text"),
+        ("additional_args: {environment: {A: }}", "environment.A = None is not usable: it is empty; give a value"),
     ],
 )
 def test_a_wrong_value_in_the_yaml_gets_the_right_one(tmp_path, line, sentence):
