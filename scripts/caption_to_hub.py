@@ -9,6 +9,7 @@ captioned alone, and captions edited there by hand survive. The photos themselve
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter, deque
@@ -213,7 +214,9 @@ def require_own(folder: Path, dataset: Path) -> None:
         raise UserError(
             f"--output_dir {folder} lies in the data set {dataset}, whose images would mix with it; give another"
         )
-    if folder.is_dir() and not (folder / WORK).is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+    # another process of this run may have opened its lock there already
+    own = folder.is_dir() and all(re.fullmatch(r"\.lock(-[0-9]+)?", path.name) for path in folder.iterdir())
+    if folder.is_dir() and not own and not (folder / WORK).is_dir():
         raise UserError(f"--output_dir {folder} holds something else; give a new folder, or an empty one")
 
 

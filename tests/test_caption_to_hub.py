@@ -174,6 +174,15 @@ def test_a_training_s_dry_run_ends_after_the_table(script, drawn, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
+def test_a_lock_that_another_process_of_the_run_opened_first_is_no_stranger(tmp_path):
+    for name in (".lock", ".lock-1", ".lock-12"):
+        (tmp_path / name).touch()
+        caption_to_hub.require_own(tmp_path, tmp_path / "photos")
+    (tmp_path / ".lockers").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        caption_to_hub.require_own(tmp_path, tmp_path / "photos")
+
+
 def test_nothing_is_written_where_something_else_lies(drawn, run_main, tmp_path):
     """`data/` of another project, a training's run.json, the photos themselves."""
     (tmp_path / "project" / "data").mkdir(parents=True)
