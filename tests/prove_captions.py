@@ -48,7 +48,10 @@ def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, s
         now = lines(ledger)
         assert now, f"it ended before its first caption: {log_of(output).read_text(errors='replace')[-12000:]}"
         finished = len(now) >= count and len(killed) <= processes  # a worker had come to its end
-        assert finished or len(killed) > processes, f"{len(killed)} processes for a launcher and {processes} workers"
+        assert finished or len(killed) > processes, (
+            f"{len(killed)} processes for a launcher and {processes} workers, {len(now)} of {count} captions: "
+            + log_of(output).read_text(errors="replace")[-3000:]
+        )
         assert now[:before] == kept, "a caption that was on disk is gone or changed"
         kept = now
         done += not finished
