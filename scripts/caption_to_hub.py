@@ -61,8 +61,7 @@ PASSING = {
     "hub_revision",
     "create_pr",
 }
-
-
+# Options that came later: while they are unset they stay out of a run's settings, so that earlier folders still match.
 LATER = ("no_repeat_ngram_size", "repetition_penalty")
 
 
@@ -112,7 +111,6 @@ def main() -> None:
         source = find_source(recipe.data)
         name = model_name(config)
         settings = {key: value for key, value in asdict(config).items() if key not in PASSING}
-        # what was not chosen before these options were there leaves a folder of before as it is
         settings = {key: value for key, value in settings.items() if value is not None or key not in LATER}
         settings |= {"images": source.identity, "model": asdict(name) | {"path": ""}, "columns": columns_of(recipe)}
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
@@ -214,9 +212,10 @@ def require_own(folder: Path, dataset: Path) -> None:
         raise UserError(
             f"--output_dir {folder} lies in the data set {dataset}, whose images would mix with it; give another"
         )
-    # another process of this run may have opened its lock there already
-    own = folder.is_dir() and all(re.fullmatch(r"\.lock(-[0-9]+)?", path.name) for path in folder.iterdir())
-    if folder.is_dir() and not own and not (folder / WORK).is_dir():
+    if not folder.is_dir() or (folder / WORK).is_dir():
+        return
+    # Another process of this run may have opened its lock there already.
+    if any(not re.fullmatch(r"\.lock(-[0-9]+)?", path.name) for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds something else; give a new folder, or an empty one")
 
 
