@@ -101,22 +101,25 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
     import torch
 
     import train_unet
-    from t2i import flowers, metrics, sampling, training
+    from t2i.data import flowers
+    from t2i.evaluation import metrics
+    from t2i.pictures import sampling
+    from t2i.training import loop
 
     torch.set_num_threads(1)
     options, changes = ARMS[name]
     for change in changes:
         CHANGES[change]()
     times = []
-    record = training.record
+    record = loop.record
 
     def timed(row: Any, step: int, *rest: Any) -> None:
         times.append((step, time.perf_counter()))
         record(row, step, *rest)
 
-    training.record = timed
-    training.go_on = lambda *_: ({"step": 0}, None)  # neither resumed nor saved: these runs are not kept
-    training.save = lambda *_: None
+    loop.record = timed
+    loop.go_on = lambda *_: ({"step": 0}, None)  # neither resumed nor saved: these runs are not kept
+    loop.save = lambda *_: None
     folder = WORK / f"{name}-{seed}-{steps}{'' if measured else '-probe'}"
     shutil.rmtree(folder, ignore_errors=True)
     sys.argv = [
@@ -190,9 +193,9 @@ def muon() -> None:
     (Jordan et al., 2024; Liu et al., arXiv:2502.16982, for the scale that matches AdamW's)."""
     import torch
 
-    from t2i import training
+    from t2i.training import loop
 
-    build = training.build_optimizer
+    build = loop.build_optimizer
 
     class Both(torch.optim.AdamW):
         def __init__(self, parameters: list[Any], **options: Any) -> None:
@@ -221,7 +224,7 @@ def muon() -> None:
         finally:
             torch.optim.AdamW = plain
 
-    training.build_optimizer = built
+    loop.build_optimizer = built
 
 
 CHANGES = {"zero_init": zero_init, "logit_normal": logit_normal, "muon": muon}

@@ -22,13 +22,14 @@ SIDE = 128
 def main() -> None:
     images = int(sys.argv[1]) if len(sys.argv) > 1 else 32
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from t2i import caches, sampling
+    from t2i.data import caches
     from t2i.models import encode_captions
+    from t2i.pictures import sampling
 
     pipeline = sampling.load_pipeline(save_card_model(ROOT / ".cache" / "benchmark_generate" / "model"))
     vae, text_encoder, tokenizer = pipeline.vae.eval(), pipeline.text_encoder.eval(), pipeline.tokenizer

@@ -30,7 +30,10 @@ def main() -> None:
 
     import caption_to_hub
     from small_models import florence
-    from t2i import captioners, config, distributed, flowers, ledger, sources
+    from t2i import config
+    from t2i.captions import captioners, ledger
+    from t2i.data import flowers, sources
+    from t2i.training import distributed
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

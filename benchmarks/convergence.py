@@ -183,7 +183,8 @@ def make_model(folder: Path, recipe: dict[str, Any]) -> None:
     """The model of the card's sizes with random weights, and a VAE whose latents a denoiser can learn."""
     import torch
 
-    from t2i import caches, models
+    from t2i import models
+    from t2i.data import caches
 
     part = save_card_model(folder.with_suffix(".part"))
     vae = models.load_vae(str(part))
@@ -216,9 +217,10 @@ def prepare(recipe: dict[str, Any], folder: Path) -> int:
 
 
 def load(recipe: dict[str, Any]) -> Any:
-    from t2i import config, data
+    from t2i import config
+    from t2i.data import preparing
 
-    return data.load_splits(config.DataConfig(**recipe["data"]))
+    return preparing.load_splits(config.DataConfig(**recipe["data"]))
 
 
 def with_prediction(model: Path, kind: str) -> Path:
@@ -239,14 +241,15 @@ def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
     from diffusers import UNet2DConditionModel
 
     import train_unet
-    from t2i import config, data, models
-    from t2i.distributed import make_accelerator
+    from t2i import config, models
+    from t2i.data import preparing
+    from t2i.training.distributed import make_accelerator
 
     (WORK / "score.yaml").write_text(yaml.safe_dump(recipe))
     settings = config.load_recipe(str(WORK / "score.yaml"))
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     accelerator = make_accelerator(settings.train_unet)
-    splits = data.load_splits(settings.data, say=lambda _: None)
+    splits = preparing.load_splits(settings.data, say=lambda _: None)
     frozen, hashes = train_unet.load_frozen(settings, splits)
     splits.train = splits.validation  # its caches alone are needed, whole
     settings.train_unet.validation_images = len(splits.validation)

@@ -2,7 +2,7 @@
 
 python benchmarks/dashboard_curves.py [runs] [points]
 
-Cold: a new process each time, and the database out of the system's page cache. `read` is t2i.curves alone, the page is
+Cold: a new process each time, and the database out of the system's page cache. `read` is t2i.tracking.curves alone, the page is
 that and what Streamlit makes of it (AppTest), in a session that comes to a server which has shown its first page to
 someone: `first` is what that took, mostly for importing pandas and Altair. The bar is of the page. Drawing in the
 browser is not counted.
@@ -23,7 +23,7 @@ READ = """
 import sys, time
 sys.path.append({scripts!r})
 began = time.perf_counter()
-from t2i.curves import list_stored_runs, read_stored, thin
+from t2i.tracking.curves import list_stored_runs, read_stored, thin
 curves = [thin(curve) for _, curve in read_stored([run.run_id for run in list_stored_runs()], "train_loss")]
 print(time.perf_counter() - began, len(curves), max(len(curve.steps) for curve in curves))
 """

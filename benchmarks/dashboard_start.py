@@ -23,7 +23,7 @@ from common import ROOT, keep
 
 sys.path.append(str(ROOT / "tests"))
 from streamlit_client import Session, serve
-from t2i import cells
+from t2i.pictures import cells
 from t2i.runs import sha256_file
 
 STARTS, SWITCHES = 5, 20

@@ -24,12 +24,12 @@ RUNTIME = ("onnxruntime==1.32.0", "onnx==1.23.2")
 
 def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 9
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from t2i import engines, sampling
+    from t2i.pictures import engines, sampling
 
     model = save_card_model(WORK / "model")
     pipeline = sampling.load_pipeline(model)

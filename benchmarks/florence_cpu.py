@@ -49,9 +49,11 @@ def one(model: Path, batch: int, beams: int) -> None:
     import torch
     from PIL import Image
 
-    from t2i import captioners, config, flowers
-    from t2i.distributed import quiet_libraries
+    from t2i import config
+    from t2i.captions import captioners
+    from t2i.data import flowers
     from t2i.runs import peak_rss_bytes
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     settings = config.CaptionConfig(captioner=str(model), max_new_tokens=TOKENS, num_beams=beams)

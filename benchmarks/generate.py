@@ -27,10 +27,10 @@ GOALS = {"exact": 3.7, "fast": 10.0, "draft": 20.0}
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     demo = Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "outputs" / "demo" / "unet")
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i import engines, sampling
+    from t2i.pictures import engines, sampling
 
     model = save_card_model(WORK / "model")
     if not engines.is_exported(model):
@@ -66,7 +66,7 @@ def main() -> None:
 
 def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, **options: Any) -> np.ndarray:
     """Pictures of an arm: seeds 0, 1, …; the stock pipeline draws as preset `exact` does, by torch."""
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     scheduler, steps, end = sampling.PRESETS["exact" if arm == "stock" else arm]
     pipeline = stock if arm == "stock" else compiled
@@ -94,14 +94,17 @@ def forget(compiled: Any) -> None:
 
 def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
     """PSNR in dB, [N], of pictures uint8 [N, R, R, 3]."""
-    from t2i import caches, metrics
+    from t2i.data import caches
+    from t2i.evaluation import metrics
 
     return metrics.psnr(caches.to_pixels(wanted), caches.to_pixels(found))
 
 
 def quality(run: Path) -> dict[str, Any]:
     """What the presets draw with the demo's model, against the stock pipeline."""
-    from t2i import flowers, metrics, sampling
+    from t2i.data import flowers
+    from t2i.evaluation import metrics
+    from t2i.pictures import sampling
 
     stock, compiled = sampling.load_pipeline(run), sampling.load_pipeline(run, engine="openvino")
     classifier = metrics.Classifier.load(run / "evaluation" / "classifier")

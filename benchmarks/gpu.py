@@ -118,8 +118,8 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
 
     import train_unet
     from t2i import config
-    from t2i.captured import capture
-    from t2i.distributed import make_accelerator
+    from t2i.training.cuda_graph import capture
+    from t2i.training.distributed import make_accelerator
 
     on_gpu = torch.cuda.is_available()
     recipe = config.load_recipe("flowers" if on_gpu else "demo")

@@ -154,15 +154,15 @@ def pack_photos(options: argparse.Namespace, folder: Path, room: int) -> None:
 
     from PIL import Image
 
-    from t2i import data
     from t2i.config import DataConfig
+    from t2i.data import preparing
 
     with tempfile.TemporaryDirectory() as cache:
         config = DataConfig(
             dataset=options.dataset, resolution=options.resolution, cache_dir=cache,
             max_train_samples=options.max_train_samples,
         )  # fmt: skip
-        splits = data.load_splits(config)
+        splits = preparing.load_splits(config)
         size = 0
         for name, split in (("train", splits.train), ("validation", splits.validation)):
             if split is None:

@@ -239,7 +239,7 @@ def make_data_set(folder: Path, form: str, chance: random.Random) -> None:
             (f"{number}.{chance.choice(['jpg', 'png', 'webp'])}", Image.fromarray(pixels), f"a rose, number {number}")
         )
     if form in ("parquet", "drawn"):
-        from t2i.dataset_folder import save_dataset_folder
+        from t2i.data.dataset_folder import save_dataset_folder
 
         rows = [{"image": np.asarray(image), "caption": text} for _, image, text in images]
         save_dataset_folder(folder, {"train": rows[:6], "validation": rows[6:]} if form == "drawn" else {"train": rows})
@@ -357,7 +357,12 @@ def import_everything() -> None:
     datasets.disable_progress_bars()
     for name in ("CLIPTextModel", "CLIPTokenizer", "Florence2ForConditionalGeneration"):
         getattr(transformers, name)
-    from t2i import cards, checkpoints, data, engines, flowers, hub, metrics, models, sampling, training  # noqa: F401
+    from t2i import models  # noqa: F401
+    from t2i.data import flowers, preparing  # noqa: F401
+    from t2i.evaluation import metrics  # noqa: F401
+    from t2i.hub import model_card, upload  # noqa: F401
+    from t2i.pictures import engines, sampling  # noqa: F401
+    from t2i.training import checkpoints, loop  # noqa: F401
 
 
 def run_forked(case: Case, folder: Path, seconds: float = SECONDS) -> Outcome:

@@ -29,8 +29,10 @@ def main() -> None:
     import torch
 
     import train_unet
-    from t2i import config, models, tracking, training
-    from t2i.distributed import keep_freed_memory, make_accelerator
+    from t2i import config, models
+    from t2i.tracking import mlflow_tracker
+    from t2i.training import loop
+    from t2i.training.distributed import keep_freed_memory, make_accelerator
 
     name, batch, steps = SIZES[size]
     recipe = config.load_recipe(name)
@@ -49,13 +51,15 @@ def main() -> None:
         trained, given, batches = make_training(recipe, accelerator, folder, count, channels, width, length)
         backward, schedule = partial(train_unet.loss_of, trained, given, settings, accelerator), trained.schedule
         uri = f"sqlite:///{folder / 'mlflow.db'}"
-        tracker = tracking.Tracker(folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri)
+        tracker = mlflow_tracker.Tracker(
+            folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri
+        )
 
         bare = models.build_unet(recipe.unet, side, channels, width).train()
         if accelerator.mixed_precision == "bf16":  # as a training does
             for one in (trained.module, bare):
                 models.use_plain_attention(one)
-        bare_optimizer, _ = training.build_optimizer(bare.parameters(), settings, 10_000)
+        bare_optimizer, _ = loop.build_optimizer(bare.parameters(), settings, 10_000)
         noisy, target = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
         timesteps, context = torch.randint(0, 1000, (batch,)), torch.randn(batch, length, width)
 
@@ -64,7 +68,7 @@ def main() -> None:
                 loss, norm = train_unet.train_step(trained, batches, given, settings, step, accelerator, backward)
                 if (step + 1) % settings.logging_steps == 0:
                     row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
-                    training.record(row, step + 1, folder / "run", tracker, True)
+                    loop.record(row, step + 1, folder / "run", tracker, True)
 
         def limit() -> None:
             for _ in range(steps):
@@ -106,9 +110,10 @@ def make_training(
     import torch
 
     import train_unet
-    from t2i import models, training
-    from t2i.caches import TextCache
-    from t2i.prefetch import Ahead
+    from t2i import models
+    from t2i.data.caches import TextCache
+    from t2i.training import loop
+    from t2i.training.prefetch import Ahead
 
     settings, side = recipe.train_unet, 16
     latents = stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32)
@@ -118,10 +123,10 @@ def make_training(
         unet = unet.to(memory_format=torch.channels_last)
     unet.to(accelerator.device).train()
     parameters = list(unet.parameters())
-    optimizer, schedule = training.build_optimizer(parameters, settings, 10_000)
-    ema = training.Average(parameters, decay=settings.ema_decay)
+    optimizer, schedule = loop.build_optimizer(parameters, settings, 10_000)
+    ema = loop.Average(parameters, decay=settings.ema_decay)
     model, optimizer = accelerator.prepare(torch.compile(unet) if settings.compile else unet, optimizer)
-    trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+    trained = loop.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
     scheduler = models.build_noise_scheduler(recipe.unet)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     given = train_unet.Inputs(scheduler, {"train": (latents, text)}, 1.0, [""] * count)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from common import settle
 
-from t2i import cells
-from t2i.cells import weights_hash
+from t2i.pictures import cells
+from t2i.pictures.cells import weights_hash
 from t2i.runs import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def pipeline(model: Path) -> Any:
         while len(_kept) >= MODELS:  # before loading: both at once may not fit into memory
             _kept.popitem(last=False)
 
-        from t2i import sampling
+        from t2i.pictures import sampling
 
         settle("torch")  # before the first model, which must not stay
         _kept[key] = sampling.load_pipeline(model, device=sampling.best_device(), engine="auto")

@@ -9,8 +9,8 @@ from typing import Any
 import streamlit as st
 from common import is_finite, read, settings_of
 
-from t2i import axes, cells
-from t2i.pictures import SCHEDULERS, fitting_schedulers
+from t2i.pictures import axes, cells
+from t2i.pictures.png import SCHEDULERS, fitting_schedulers
 from t2i.runs import UserError, checkpoint_folders
 
 AXES = {  # of `cells.AXES`, as they are called on the page

@@ -74,12 +74,13 @@ def find_images(run: Path) -> Path | None:
 def training_set(folder: Path) -> TrainingSet:
     """The prepared images in `folder` (by content, so they never change) and their embedding; computed once."""
     try:
-        from t2i import data, metrics
+        from t2i.data import preparing
+        from t2i.evaluation import metrics
     except ImportError as error:
         raise UserError(
             f"the training images need {error.name}, which is not installed; pip install -r requirements.txt"
         ) from None
-    train, validation, test = data.open_prepared(folder)
+    train, validation, test = preparing.open_prepared(folder)
     if train is None or len(train) < 2:
         raise UserError(f"{folder} holds too few training images to compare with")
     if len(train) > MAX_IMAGES:
@@ -95,7 +96,7 @@ def training_set(folder: Path) -> TrainingSet:
 
 def compare(known: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
     """The nearest training images, and which share of unseen images has a nearer one (None: there are none)."""
-    from t2i import metrics
+    from t2i.evaluation import metrics
 
     found = metrics.nearest_images(picture, known.embedding, NEIGHBOURS)
     nearer = float((known.unseen < found[0][1]).mean()) if len(known.unseen) else None

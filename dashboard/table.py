@@ -14,8 +14,8 @@ from grid import AXES, Grid, name_of
 from PIL import Image
 from widgets import address, picture_grid, picture_pair
 
-from t2i import cells
-from t2i.pictures import difference, grid_png, labelled_grid
+from t2i.pictures import cells
+from t2i.pictures.png import difference, grid_png, labelled_grid
 from t2i.runs import UserError, hash_json
 
 SHOWN = 100  # cells of a grid at once; the rows of a larger one are shown in pages

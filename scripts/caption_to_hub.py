@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i.captions.ledger import Key
 from t2i.config import CaptionConfig, Recipe, parse, to_dict
-from t2i.ledger import Key
 from t2i.runs import (
     RunFolder,
     UserError,
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     import datasets
     from PIL import Image
 
-    from t2i.captioners import ModelName
-    from t2i.sources import Source
+    from t2i.captions.captioners import ModelName
+    from t2i.data.sources import Source
 
 DECODE_SIDE = 768  # px; Florence-2 looks at 768 px, other models at less
 LOOK_SIDE = 64  # px; colors are looked up at this size
@@ -80,16 +80,17 @@ class Photo:
 def main() -> None:
     recipe = parse(("source", "caption"), __doc__ or "")
     config = recipe.caption
-    from t2i import captions, hub
+    from t2i.captions import auditing
+    from t2i.hub import upload
 
-    limits = captions.parse_thresholds(config.fail_on)
-    hub.check_license(config.license or None)
+    limits = auditing.parse_thresholds(config.fail_on)
+    upload.check_license(config.license or None)
     if config.push_to_hub:
-        hub.check_repo_id(config.hub_dataset_id, "--hub_dataset_id")
+        upload.check_repo_id(config.hub_dataset_id, "--hub_dataset_id")
     folder = Path(config.output_dir or "outputs/captioned")
 
     # accelerator
-    from t2i.distributed import first_says, make_accelerator
+    from t2i.training.distributed import first_says, make_accelerator
 
     accelerator = make_accelerator()
     if config.dry_run:
@@ -99,14 +100,14 @@ def main() -> None:
         accelerator.wait_for_everyone()
         return
     if config.push_to_hub and accelerator.is_main_process:
-        target = hub.Target(config.hub_revision, config.create_pr)
-        hub.check_access(str(config.hub_dataset_id), "dataset", target=target)  # before hours of work
+        target = upload.Target(config.hub_revision, config.create_pr)
+        upload.check_access(str(config.hub_dataset_id), "dataset", target=target)  # before hours of work
     if accelerator.is_main_process:
         require_own(folder, Path(str(recipe.data.dataset)).expanduser())
     with alone(folder, accelerator.process_index, accelerator.wait_for_everyone):
         (folder / WORK).mkdir(exist_ok=True)
         # data
-        from t2i.sources import find_source
+        from t2i.data.sources import find_source
 
         source = find_source(recipe.data)
         name = model_name(config)
@@ -134,8 +135,8 @@ def main() -> None:
                 write_dataset(photos, wanted, source, rows, recipe, name, state, folder)
         if accelerator.is_main_process:
             audit = read_json(folder / "audit.json")
-            print("\n".join(captions.audit_lines(audit)))
-            captions.check_thresholds(audit, limits)
+            print("\n".join(auditing.audit_lines(audit)))
+            auditing.check_thresholds(audit, limits)
             if config.push_to_hub:
                 push(folder, config)
     accelerator.wait_for_everyone()
@@ -143,8 +144,8 @@ def main() -> None:
 
 def understand(recipe: Recipe, scratch: Path) -> None:
     """Say what was understood of the input, and end there."""
-    from t2i.data import check_bad_share
-    from t2i.sources import find_source
+    from t2i.data.preparing import check_bad_share
+    from t2i.data.sources import find_source
 
     source = find_source(recipe.data)
     rows = candidates(source, recipe, scratch)
@@ -155,10 +156,10 @@ def understand(recipe: Recipe, scratch: Path) -> None:
 
 
 def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
-    """The table of `t2i.understood`: the captions that are there, where they are used, else the images alone."""
-    from t2i import understood
-    from t2i.data import caption_origins, count_several
-    from t2i.sources import caption_columns, prefixed
+    """The table of `t2i.data.overview`: the captions that are there, where they are used, else the images alone."""
+    from t2i.data import overview
+    from t2i.data.preparing import caption_origins, count_several
+    from t2i.data.sources import caption_columns, prefixed
 
     good = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
@@ -172,7 +173,7 @@ def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], 
     copies = {
         split: len(part["file"]) - len({p.id for p in good if p.split == split}) for split, part in columns.items()
     }
-    found = understood.describe(columns)
+    found = overview.describe(columns)
     notes = dict(source.notes)
     if texts is None:  # a model makes them
         notes |= {"captions_from": {}, "caption_columns": [f"to be made by {recipe.caption.captioner}"]}
@@ -197,7 +198,7 @@ def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], 
         "understood": found,
         "caption_prefix": recipe.data.caption_prefix,
     }
-    print(understood.table(report | notes))
+    print(overview.table(report | notes))
 
 
 def bad_photos(source: "Source", photos: list[Photo]) -> list[dict[str, Any]]:
@@ -221,7 +222,7 @@ def require_own(folder: Path, dataset: Path) -> None:
 
 def model_name(config: CaptionConfig) -> "ModelName":
     """The captioner and its exact revision."""
-    from t2i.captioners import ModelName, resolve
+    from t2i.captions.captioners import ModelName, resolve
 
     return ModelName(config.captioner, "", "") if config.captioner in ("label", "existing") else resolve(config)
 
@@ -246,7 +247,7 @@ def open_rows(source: "Source", recipe: Recipe, folder: Path, accelerator: Any) 
 
 def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "datasets.Dataset"]:
     """The candidates by split, train first; what must be written for that goes to `scratch`."""
-    from t2i.sources import check_image_column
+    from t2i.data.sources import check_image_column
 
     rows = source.open(scratch)
     order = [split for split in ("train", "validation", "test") if split in rows]
@@ -255,8 +256,8 @@ def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "da
 
 def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any) -> list[Photo]:
     """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `WORK`."""
-    from t2i.data import check_bad_share
-    from t2i.images import HEIF_FIX
+    from t2i.data.images import HEIF_FIX
+    from t2i.data.preparing import check_bad_share
 
     seen = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
     kept = folder / WORK / f"photos-{hash_json(seen)}.jsonl"
@@ -278,9 +279,9 @@ def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, a
 def _look(source: "Source", rows: dict[str, Any], recipe: Recipe) -> Iterator[Photo]:
     from tqdm import tqdm
 
-    from t2i.captions import dominant_colors
-    from t2i.images import BadImage, decode_image, fit
-    from t2i.sources import WORKERS, image_bytes, image_digest, in_order, shown_file
+    from t2i.captions.auditing import dominant_colors
+    from t2i.data.images import BadImage, decode_image, fit
+    from t2i.data.sources import WORKERS, image_bytes, image_digest, in_order, shown_file
 
     def look_at(cell: Any) -> tuple[str, str | None, dict[str, float], str | None]:
         name, digest = cell and cell["path"], image_digest(cell, source.roots).hex()[:32]
@@ -306,7 +307,7 @@ def work_list(
 
     Copies of an image share a caption, unless each brings a text of its own.
     """
-    from t2i import ledger
+    from t2i.captions import ledger
 
     texts = source_texts(rows, recipe)
     done = ledger.read(folder / "captions.jsonl")
@@ -353,7 +354,7 @@ def is_edited(line: dict[str, Any]) -> bool:
 
 def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] | None:
     """The captions that need no model, by split: from labels, or those there; None where a model makes them."""
-    from t2i.sources import CAPTION_FIX, caption_columns, check_label_names, clean, label_caption
+    from t2i.data.sources import CAPTION_FIX, caption_columns, check_label_names, clean, label_caption
 
     kind, data = recipe.caption.captioner, recipe.data
     if kind not in ("label", "existing"):
@@ -378,7 +379,7 @@ def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] |
 
 def labels_of(part: "datasets.Dataset", recipe: Recipe) -> list[str | None] | None:
     """The names of a split's labels; None where it has no labels."""
-    from t2i.sources import label_column, label_name, plain
+    from t2i.data.sources import label_column, label_name, plain
 
     column = label_column(part)
     if column is None:
@@ -392,7 +393,7 @@ def caption(
     folder: Path, accelerator: Any,
 ) -> None:  # fmt: skip
     """Make this process's share of the captions and append them to captions.jsonl, a batch at a time."""
-    from t2i import captioners, ledger
+    from t2i.captions import captioners, ledger
 
     work = list(todo.items())[accelerator.process_index :: accelerator.num_processes]
     if not todo:
@@ -424,8 +425,8 @@ def caption_batches(
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
     from tqdm import tqdm
 
-    from t2i.images import decode_image
-    from t2i.sources import image_bytes
+    from t2i.data.images import decode_image
+    from t2i.data.sources import image_bytes
 
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list["Image.Image"], Any]:
         cells = (rows[photo.split][photo.row][recipe.data.image_column] for _, photo in batch)
@@ -472,7 +473,7 @@ def settings_of(config: CaptionConfig) -> str:
 
 def ledger_row(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dict[str, Any]:
     """A line of captions.jsonl; `made` tells a caption that was edited later, `raw` is what was stripped or cleaned."""
-    from t2i.captions import clean_caption, strip_boilerplate
+    from t2i.captions.auditing import clean_caption, strip_boilerplate
 
     caption = clean_caption(text)
     if config.strip_boilerplate and config.captioner not in ("label", "existing"):
@@ -488,19 +489,19 @@ def write_dataset(
     name: "ModelName", run: RunFolder, folder: Path,
 ) -> None:  # fmt: skip
     """The dataset folder's Parquet, audit and card, from the captions as they stand in captions.jsonl."""
-    from t2i import captions, ledger
-    from t2i.dataset_cards import merge_cards
-    from t2i.dataset_folder import save_dataset_folder
-    from t2i.sources import prefixed
-    from t2i.training import public
+    from t2i.captions import auditing, ledger
+    from t2i.data.dataset_folder import save_dataset_folder
+    from t2i.data.sources import prefixed
+    from t2i.hub.dataset_card import merge_cards
+    from t2i.training.loop import public
 
     lines = ledger.read(folder / "captions.jsonl")
     kept = [(photo, lines[key]) for photo, key in zip(photos, wanted, strict=True) if key]
     labels = {split: labels_of(part, recipe) for split, part in rows.items()}
     known = [names[photo.row] if (names := labels[photo.split]) else None for photo, _ in kept]
     prefix = recipe.data.caption_prefix  # captions.jsonl keeps captions as they were made or edited
-    texts = [prefixed(captions.clean_caption(line["caption"]), prefix) for _, line in kept]
-    audit = captions.audit(
+    texts = [prefixed(auditing.clean_caption(line["caption"]), prefix) for _, line in kept]
+    audit = auditing.audit(
         texts,
         [photo.id for photo, _ in kept],
         files=[photo.file for photo, _ in kept],
@@ -553,17 +554,17 @@ def make_card(
     source: "Source", rows: dict[str, Any], folder: Path,
 ) -> str:  # fmt: skip
     """The card's text; its picture grid goes to images/grid.png."""
-    from t2i import cards, dataset_cards
-    from t2i.images import decode_image, fit
-    from t2i.sources import image_bytes
-    from t2i.training import dataset_name
+    from t2i.data.images import decode_image, fit
+    from t2i.data.sources import image_bytes
+    from t2i.hub import dataset_card, model_card
+    from t2i.training.loop import dataset_name
 
     config, data = recipe.caption, recipe.data
     shown = range(0, len(photos), max(1, len(photos) // GRID))[:GRID]  # from all over the data set
     cells = (rows[photos[i].split][photos[i].row][data.image_column] for i in shown)
     pixels = [fit(decode_image(image_bytes(cell, source.roots), draft_side=GRID_SIDE), GRID_SIDE) for cell in cells]
     (folder / "images").mkdir(exist_ok=True)
-    dataset_cards.caption_grid(pixels, [texts[i] for i in shown], side=GRID_SIDE).save(folder / "images" / "grid.png")
+    dataset_card.caption_grid(pixels, [texts[i] for i in shown], side=GRID_SIDE).save(folder / "images" / "grid.png")
     making: dict[str, Any] = {
         "Captioner": config.captioner,
         "Captions": f"{len(texts):,}",
@@ -577,9 +578,9 @@ def make_card(
                    "Settings": "; ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())}  # fmt: skip
     if data.caption_prefix:
         making |= {"Prefix of each caption": data.caption_prefix}
-    hub_id = cards.hub_id(data.dataset)
+    hub_id = model_card.hub_id(data.dataset)
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
-    return dataset_cards.render_dataset_card(
+    return dataset_card.render_dataset_card(
         name=str(config.hub_dataset_id or folder.resolve().name).split("/")[-1],
         source=hub_id or dataset_name(data),
         splits=dict(Counter(photo.split for photo in photos)),
@@ -600,13 +601,13 @@ def load_tokenizer(source: str) -> Any:
     """The CLIP tokenizer that counts tokens; None, with a word on it, where it cannot be had."""
     from transformers import CLIPTokenizer
 
-    from t2i import hub
+    from t2i.hub import upload
     from t2i.models import load_part
 
     with suppress(UserError):  # a copy in the Hub's cache serves, and needs no network
         return load_part(CLIPTokenizer, source, "tokenizer", local_files_only=True)
     try:
-        with hub.limited(hub.CHECK_S):  # one figure of the audit is not worth minutes of trying again
+        with upload.limited(upload.CHECK_S):  # one figure of the audit is not worth minutes of trying again
             return load_part(CLIPTokenizer, source, "tokenizer")
     except UserError as error:
         print(f"caption lengths are not measured: {error}; or name a folder with a tokenizer in --audit_tokenizer")
@@ -620,7 +621,7 @@ def features_of(rows: dict[str, "datasets.Dataset"], labelled: bool, recipe: Rec
     """
     import datasets
 
-    from t2i.sources import is_plain, label_column
+    from t2i.data.sources import is_plain, label_column
 
     text, first = datasets.Value("string"), rows["train"]
     taken = {recipe.data.image_column, "image", "caption", "text", "label", "labels", recipe.data.caption_column}
@@ -640,7 +641,7 @@ def dataset_rows(
     recipe: Recipe,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A split's rows as the dataset folder has them; images byte for byte as they came."""
-    from t2i.sources import image_bytes, plain
+    from t2i.data.sources import image_bytes, plain
 
     for photo, caption, label in found:
         row = part[photo.row]
@@ -655,8 +656,8 @@ def dataset_rows(
 
 def push(folder: Path, config: CaptionConfig) -> None:
     """Upload Parquet, card and pictures; what people wrote into the card, here or on the Hub, stays."""
-    from t2i import hub
-    from t2i.dataset_cards import merge_cards
+    from t2i.hub import upload
+    from t2i.hub.dataset_card import merge_cards
 
     card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")
@@ -668,10 +669,10 @@ def push(folder: Path, config: CaptionConfig) -> None:
         merged = ours if theirs in (None, last) else merge_cards(ours, theirs)
         return merged
 
-    done = hub.push_folder(
+    done = upload.push_folder(
         folder, str(config.hub_dataset_id), "dataset", files=["README.md", "data/*.parquet", "images/grid.png"],
         message="Captioned images", private=config.hub_private_repo, deadline=config.hub_deadline, merge_card=merge,
-        target=hub.Target(config.hub_revision, config.create_pr),
+        target=upload.Target(config.hub_revision, config.create_pr),
     )  # fmt: skip
     if merged != ours and (last is None or merge_cards(ours, last) != ours):  # edited here as well as there
         write_text(folder / "README.local.md", ours)

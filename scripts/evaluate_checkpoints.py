@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import EvaluateConfig, load_recipe, option, parse
-from t2i.pictures import PRESETS, SCHEDULERS, Preset, scheduler_problem
+from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem
 from t2i.runs import (
     RunFolder,
     UserError,
@@ -61,16 +61,17 @@ def main() -> None:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
     checkpoints = choose_checkpoints(run, config)
 
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i import cards, data
+    from t2i.data import preparing
+    from t2i.hub import model_card
 
     if config.engine == "openvino":
-        from t2i import engines
+        from t2i.pictures import engines
 
         engines.import_openvino()  # refused now, not after the classifier
-    splits = data.load_splits(recipe.data)
+    splits = preparing.load_splits(recipe.data)
     folder = run / "evaluation"
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "model"}
     if config.engine != "openvino":
@@ -142,7 +143,7 @@ def main() -> None:
     }
     results = {"report": report, "cells": cells, "prompts": prompts.texts, "sweep": sweep}
     write_json(folder / "evaluation.json", results)
-    cards.write_model_card(run, results)
+    model_card.write_model_card(run, results)
     if trained.report_to == "mlflow":
         track(run, results, trained.experiment)
     state.finish(**results)
@@ -173,7 +174,7 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
 
 def kind_of(splits: Any) -> str:
     """`drawn` where the data set has the attributes of drawn flowers, `labelled` where it has labels, else `captioned`."""
-    from t2i import flowers
+    from t2i.data import flowers
 
     columns = splits.train.rows.column_names
     if set(flowers.ATTRIBUTES) <= set(columns):
@@ -194,7 +195,8 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     """
     import numpy as np
 
-    from t2i import flowers, metrics
+    from t2i.data import flowers
+    from t2i.evaluation import metrics
 
     if kind == "captioned" or not config.classifier_steps:
         return None, {}
@@ -228,7 +230,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
 def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
     """Images that training never saw, uint8 [N, R, R, 3], without those that are near-copies of training images; their number."""
-    from t2i import metrics
+    from t2i.evaluation import metrics
 
     pixels = (splits.test or splits.validation).pixels
     if len(splits.train) < 2:
@@ -251,8 +253,8 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
     offset: how many captions other prompts have used before.
     """
-    from t2i import flowers
-    from t2i.sources import label_caption, prefixed
+    from t2i.data import flowers
+    from t2i.data.sources import label_caption, prefixed
 
     if kind == "drawn":
         seen = flowers.prompts(count - count // 2, seed, False)
@@ -293,7 +295,7 @@ def draw(
     checkpoint: Path, prompts: Prompts, scale: float, preset: Preset, config: EvaluateConfig, seed: int
 ) -> "np.ndarray":
     """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     pipeline = load(checkpoint, config.engine)
     pipeline.scheduler = sampling.make_scheduler(
@@ -312,7 +314,7 @@ _kept: dict[Path, Any] = {}  # the pipeline that was drawn with last
 def load(checkpoint: Path, engine: str) -> Any:
     """The checkpoint's pipeline, kept for its next guidance scale."""
 
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     if checkpoint not in _kept:
         _kept.clear()  # before loading: both at once may not fit
@@ -323,7 +325,7 @@ def load(checkpoint: Path, engine: str) -> Any:
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
     """Store a sweep's pictures as cells, so that the dashboard's grids over the sweep need no model."""
-    from t2i import cells
+    from t2i.pictures import cells
 
     made = [
         cells.Cell(
@@ -339,7 +341,7 @@ def measure(
     pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, unseen: "np.ndarray", config: EvaluateConfig
 ) -> dict[str, Any]:
     """The figures of one set of pictures; None for what is not measured."""
-    from t2i import metrics
+    from t2i.evaluation import metrics
 
     enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
     copies = metrics.memorisation(pictures, splits.train.pixels, unseen) if enough else {}
@@ -356,7 +358,7 @@ def measure(
 
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
     """Prompt following on the prompts of held-out (or seen) attribute combinations alone."""
-    from t2i import metrics
+    from t2i.evaluation import metrics
 
     rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
     if classifier is None or not any(prompts.held_out):
@@ -397,7 +399,7 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
     """Seconds for a single picture by torch, second of two, on the CPU and on a GPU if there is one."""
 
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
     _kept.clear()
@@ -421,7 +423,7 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
 
 def save_grid(pictures: "np.ndarray", path: Path, count: int = 32) -> None:
     """The first pictures as one PNG, eight a row."""
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     sampling.picture_grid(pictures[:count], columns=8, scale=max(1, 128 // pictures.shape[1])).save(path)
 
@@ -430,7 +432,7 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
     """Send the figures and grids to the training's MLflow run."""
     from PIL import Image
 
-    from t2i.tracking import Tracker
+    from t2i.tracking.mlflow_tracker import Tracker
 
     tracker = Tracker(run, experiment=experiment, run_name=run.name, config={})
     for cell in results["cells"]:

@@ -29,10 +29,10 @@ def main() -> None:
     found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").is_file()]
     if not found:
         raise UserError(f"{path} holds no pipeline (no model_index.json in it or in pipeline/); let training finish")
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i import engines, sampling
+    from t2i.pictures import engines, sampling
 
     run = found[0].resolve().parent
     trained = (run / "run.json").is_file() and (run / "config.yaml").is_file()

@@ -61,12 +61,12 @@ def main() -> None:
             f"seed {options.seed} leaves no seeds for the further pictures; give {MAX_SEED:,} at most for the last"
         )
     folder = writable_folder(options.output_dir)
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     import numpy as np
 
-    from t2i import engines, sampling
+    from t2i.pictures import engines, sampling
 
     device = options.device or sampling.best_device()
     scheduler, steps, end = sampling.PRESETS[options.preset]
@@ -123,7 +123,7 @@ def writable_folder(name: str) -> Path:
 
 def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
     """A file for each picture: the one that holds a picture of the same parameters, else one with the next free number."""
-    from t2i.pictures import read_parameters
+    from t2i.pictures.png import read_parameters
 
     known: dict[str, list[Path]] = {}
     numbers = [-1]
@@ -145,7 +145,7 @@ def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
 
 def grid_place(folder: Path, parameters: dict[str, Any]) -> Path:
     """`grid.png`, or the first of `grid-0001.png`, … that is free or holds the grid of the same pictures."""
-    from t2i.pictures import read_parameters
+    from t2i.pictures.png import read_parameters
 
     def names() -> Iterator[str]:
         yield "grid.png"
@@ -157,7 +157,7 @@ def grid_place(folder: Path, parameters: dict[str, Any]) -> Path:
 
 def save(path: Path, picture: "np.ndarray", parameters: dict[str, Any]) -> None:
     """Write a picture whole: a disk that fills leaves the one that was there."""
-    from t2i.pictures import png_bytes
+    from t2i.pictures.png import png_bytes
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

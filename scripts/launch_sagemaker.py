@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from t2i import account as aws
-from t2i import costs, jobs
+from t2i.clouds import aws_account as aws
+from t2i.clouds import costs, sagemaker_job
 from t2i.runs import UserError, run_main, write_json
 
-CONFIGS = jobs.ROOT / "accelerate_configs"
+CONFIGS = sagemaker_job.ROOT / "accelerate_configs"
 LOGS = "/aws/sagemaker/TrainingJobs"  # CloudWatch's group
 POLL_S = 10.0
 ENDED = ("Completed", "Failed", "Stopped")
@@ -33,24 +33,24 @@ ENDED = ("Completed", "Failed", "Stopped")
 
 def main() -> None:
     options = read_options()
-    config = jobs.read_config(Path(options.config_file))
+    config = sagemaker_job.read_config(Path(options.config_file))
     aws.find_region(config)
     with aws.in_words():  # whatever has no better words
         launch(options, config)
 
 
-def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
+def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
     """Plan, confirm and submit the job, or fetch one."""
     if options.fetch:
         fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
         return
-    command = jobs.read_command(options.command)
+    command = sagemaker_job.read_command(options.command)
     inside = Path(options.inside)
-    inner = jobs.read_inside(inside)
-    jobs.check_precision(config, inside, inner)
-    jobs.tracking_server(config)  # refuses an address that nobody could record to
-    inputs = jobs.local_inputs(command, config)
-    jobs.check_isolation(command, config, inputs)
+    inner = sagemaker_job.read_inside(inside)
+    sagemaker_job.check_precision(config, inside, inner)
+    sagemaker_job.tracking_server(config)  # refuses an address that nobody could record to
+    inputs = sagemaker_job.local_inputs(command, config)
+    sagemaker_job.check_isolation(command, config, inputs)
     check_push(command)
 
     # look at the account
@@ -59,7 +59,7 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
         raise UserError("; ".join(account.missing))
 
     # plan
-    from t2i.distributed import quiet_libraries
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     prices = costs.read_prices()
@@ -67,15 +67,15 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
     estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "code"
-        jobs.stage(source, command, config, inside, inputs)
-        folders = {name: jobs.hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
+        sagemaker_job.stage(source, command, config, inside, inputs)
+        folders = {name: sagemaker_job.hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
         hashes = {name: digest for name, (digest, _) in folders.items()}
         files = {name: found for name, (_, found) in folders.items()}
         secrets = aws.secrets_here(config)
         where = f"{config.region} ({config.region_from})"
         plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        said = [*notes(command, config, estimate, secrets), jobs.precision_note(config, inner)]
+        said = [*notes(command, config, estimate, secrets), sagemaker_job.precision_note(config, inner)]
         plan += [f"NOTE: {note}" for note in said if note]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:
@@ -100,21 +100,21 @@ def launch(options: argparse.Namespace, config: jobs.SageMakerConfig) -> None:
         wait(job, config, account)
 
 
-def check_push(command: jobs.Command) -> None:
+def check_push(command: sagemaker_job.Command) -> None:
     """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
-    settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
+    settings = getattr(command.recipe, sagemaker_job.SECTIONS[command.script][-1]) if command.recipe else None
     if settings is None or not getattr(settings, "push_to_hub", False):
         return
-    from t2i import hub
+    from t2i.hub import upload
 
     captions = command.script == "caption_to_hub.py"
     option = "hub_dataset_id" if captions else "hub_model_id"
-    repo_id = hub.check_repo_id(getattr(settings, option), f"--{option}")
-    hub.check_license(settings.license or None)
+    repo_id = upload.check_repo_id(getattr(settings, option), f"--{option}")
+    upload.check_license(settings.license or None)
     if os.environ.get("HF_TOKEN"):  # the token that travels
-        target = hub.Target(settings.hub_revision, settings.create_pr)
+        target = upload.Target(settings.hub_revision, settings.create_pr)
         say = partial(print, file=sys.stderr)
-        hub.check_access(repo_id, "dataset" if captions else "model", say, target)
+        upload.check_access(repo_id, "dataset" if captions else "model", say, target)
 
 
 def read_options() -> argparse.Namespace:
@@ -153,7 +153,10 @@ def positive(kind: Any) -> Any:
 
 
 def notes(
-    command: jobs.Command, config: jobs.SageMakerConfig, estimate: costs.Estimate, secrets: dict[str, str]
+    command: sagemaker_job.Command,
+    config: sagemaker_job.SageMakerConfig,
+    estimate: costs.Estimate,
+    secrets: dict[str, str],
 ) -> list[str]:
     """What a user should know before paying."""
     spot = "spot " if config.additional_args.use_spot_instances else ""
@@ -165,18 +168,18 @@ def notes(
         found.append(
             f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config, secrets)}, which the role must be allowed to read"
         )
-    settings = getattr(command.recipe, jobs.SECTIONS[command.script][-1]) if command.recipe else None
+    settings = getattr(command.recipe, sagemaker_job.SECTIONS[command.script][-1]) if command.recipe else None
     if command.recipe is None:
         found.append(
-            f"{command.script} is your own: folders here that its arguments name are not sent, and what it writes to {jobs.RUN} comes "
-            "home with --fetch"
+            f"{command.script} is your own: local folders that its arguments name are not sent; "
+            f"--fetch brings home what it writes to {sagemaker_job.RUN}"
         )
-    own_secret = jobs.SECRETS in config.additional_args.environment
+    own_secret = sagemaker_job.SECRETS in config.additional_args.environment
     if getattr(settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
         found.append("push_to_hub needs a token in the job: export HF_TOKEN (what hf auth login keeps does not travel)")
-    if said := jobs.tracking_server(config)[1]:
+    if said := sagemaker_job.tracking_server(config)[1]:
         found.append(said)
-    found += jobs.estimator_notes(config)
+    found += sagemaker_job.estimator_notes(config)
     too_long = costs.too_long(estimate, config)
     return [*found, too_long] if too_long else found
 
@@ -199,7 +202,11 @@ def confirm(yes: bool) -> None:
 
 
 def build_request(
-    config: jobs.SageMakerConfig, account: aws.Account, source: Path, channels: dict[str, str], secrets: dict[str, str]
+    config: sagemaker_job.SageMakerConfig,
+    account: aws.Account,
+    source: Path,
+    channels: dict[str, str],
+    secrets: dict[str, str],
 ) -> dict[str, Any]:
     """The request as the SDK would send it; nothing leaves this machine."""
     import boto3
@@ -239,7 +246,7 @@ def build_request(
 
 
 def trainer(
-    config: jobs.SageMakerConfig,
+    config: sagemaker_job.SageMakerConfig,
     account: aws.Account,
     session: Any,
     source: Path,
@@ -309,28 +316,32 @@ def trainer(
         tags=[Tag(key=key, value=value) for key, value in extra.tags.items()] or None,
     )
     if config.sagemaker_metrics_file:
-        metrics = jobs.read_table(config.sagemaker_metrics_file, "sagemaker_metrics_file")
+        metrics = sagemaker_job.read_table(config.sagemaker_metrics_file, "sagemaker_metrics_file")
         made.with_metric_definitions([MetricDefinition(name=name, regex=regex) for name, regex in metrics.items()])
     return made
 
 
-def environment(config: jobs.SageMakerConfig, secret: str | None) -> dict[str, str]:
+def environment(config: sagemaker_job.SageMakerConfig, secret: str | None) -> dict[str, str]:
     """The container's variables: those of the YAML, the MLflow server's address without its user, the secret's name."""
     found = dict(config.additional_args.environment)
-    names: tuple[str, ...] = jobs.FORWARDED
-    if uri := jobs.tracking_server(config)[0].uri:
-        found[jobs.SERVER] = uri
-        names += jobs.OF_A_SERVER
+    names: tuple[str, ...] = sagemaker_job.FORWARDED
+    if uri := sagemaker_job.tracking_server(config)[0].uri:
+        found[sagemaker_job.SERVER] = uri
+        names += sagemaker_job.OF_A_SERVER
     for name in names:
         if value := os.environ.get(name, "").strip():
             found.setdefault(name, value)
     if secret:
-        found[jobs.SECRETS] = secret
+        found[sagemaker_job.SECRETS] = secret
     return found
 
 
 def submit(
-    config: jobs.SageMakerConfig, account: aws.Account, source: Path, channels: dict[str, str], secret: str | None
+    config: sagemaker_job.SageMakerConfig,
+    account: aws.Account,
+    source: Path,
+    channels: dict[str, str],
+    secret: str | None,
 ) -> str:
     """Send the job; returns its name."""
     begin, end = "SageMaker does not take the job: ", "; nothing runs and nothing is billed"
@@ -346,7 +357,7 @@ def submit(
 # --- Waiting and fetching --------------------------------------------------------------------------------------------
 
 
-def wait(job: str, config: jobs.SageMakerConfig, account: aws.Account) -> None:
+def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) -> None:
     """Follow the job's log until it ends. Ctrl-C leaves the job running."""
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -404,7 +415,7 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
     return lines
 
 
-def fetch(job: str, folder: Path, config: jobs.SageMakerConfig) -> None:
+def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None:
     """Bring an ended job's result home as a run folder: model, settings, curves and samples; not its checkpoints."""
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -35,8 +35,8 @@ def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
     from tqdm import tqdm
 
-    from t2i import flowers
-    from t2i.dataset_folder import save_dataset_folder
+    from t2i.data import flowers
+    from t2i.data.dataset_folder import save_dataset_folder
 
     folder = Path(options.output_dir)
     wanted = {"count": options.count, "validation_count": options.validation_count, "test_count": options.test_count,

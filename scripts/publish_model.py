@@ -28,14 +28,14 @@ class Options:
 
 def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
-    from t2i import hub, publish
+    from t2i.hub import publish, upload
 
     run = publish.find_run(options.model)
-    repo_id = hub.check_repo_id(options.hub_model_id, "--hub_model_id")
+    repo_id = upload.check_repo_id(options.hub_model_id, "--hub_model_id")
     publish.choose_license(run, options.license)
-    target = hub.Target(options.hub_revision, options.create_pr)
-    hub.check_access(repo_id, "model", target=target)
-    from t2i.distributed import quiet_libraries
+    target = upload.Target(options.hub_revision, options.create_pr)
+    upload.check_access(repo_id, "model", target=target)
+    from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     publish.publish_run(

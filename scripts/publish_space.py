@@ -28,11 +28,11 @@ class Options:
 
 def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
-    from t2i import hub, space
+    from t2i.hub import space, upload
 
-    repo_id = hub.check_repo_id(options.space, "--space")
+    repo_id = upload.check_repo_id(options.space, "--space")
     if not options.dry_run:
-        hub.check_access(repo_id, "space")
+        upload.check_access(repo_id, "space")
 
     # stage
     model = space.find_model(options.model)

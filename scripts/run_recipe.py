@@ -82,7 +82,7 @@ def main() -> None:
     config = options.accelerate_config or str(SCRIPTS.parent / "accelerate_configs" / "cpu.yaml")
     quiet_launcher(config)
     if options.dataset and not (vae / "run.json").is_file():
-        from t2i.data import load_splits  # imports torch
+        from t2i.data.preparing import load_splits  # imports torch
 
         # The autoencoder needs no captions: what lacks them is refused before its hours.
         load_splits(replace(recipe.data, dataset=dataset), say=lambda _: None)
@@ -160,10 +160,12 @@ def check_stages(recipe: Recipe, options: Options) -> None:
             "engine openvino in section evaluate needs OpenVINO; run: pip install -r requirements.txt, or set engine: auto"
         )
     if recipe.train_unet.push_to_hub:
-        from t2i import hub
+        from t2i.hub import upload
 
-        target = hub.Target(recipe.train_unet.hub_revision, recipe.train_unet.create_pr)
-        hub.check_access(hub.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model", target=target)
+        target = upload.Target(recipe.train_unet.hub_revision, recipe.train_unet.create_pr)
+        upload.check_access(
+            upload.check_repo_id(recipe.train_unet.hub_model_id, "--hub_model_id"), "model", target=target
+        )
 
 
 def python(script: str, *arguments: str) -> list[str]:
@@ -172,7 +174,7 @@ def python(script: str, *arguments: str) -> list[str]:
 
 def launch(config: list[str], script: str, *arguments: str) -> list[str]:
     """The command that trains by an accelerate config, to which options of the launcher may be added."""
-    accelerate = [sys.executable, str(SCRIPTS / "t2i" / "launcher.py"), "--config_file", *config]
+    accelerate = [sys.executable, str(SCRIPTS / "launch_local.py"), "--config_file", *config]
     return [*accelerate, str(SCRIPTS / script), *arguments]
 
 

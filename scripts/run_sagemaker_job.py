@@ -20,13 +20,13 @@ from typing import Any
 
 import psutil
 
-from t2i import jobs
+from t2i.clouds import sagemaker_job
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Path("/opt/ml/input/config/resourceconfig.json")
 MODEL = Path("/opt/ml/model")
 FAILURE = Path("/opt/ml/output/failure")
-RUN = Path(jobs.RUN)
+RUN = Path(sagemaker_job.RUN)
 PORT = "7777"  # free in AWS's images
 HOSTS_WAIT_S = 300.0  # until the other machines have names
 
@@ -74,7 +74,7 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
         "TQDM_MININTERVAL": "60",  # s: a log keeps each look of a bar as a line
     }
     found.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
-    if name := os.environ.get(jobs.SECRETS):
+    if name := os.environ.get(sagemaker_job.SECRETS):
         import boto3  # of AWS's images
 
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i import cards, hub, publish
 from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
-from t2i.loading import find_dataset
-from t2i.prefetch import Ahead
+from t2i.hub import model_card, publish, upload
+from t2i.hub.loading import find_dataset
 from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
+from t2i.training.prefetch import Ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from t2i.caches import TextCache
-    from t2i.training import Trained
+    from t2i.data.caches import TextCache
+    from t2i.training.loop import Trained
 
     Batch = tuple[torch.Tensor, ...]  # as `make_batch` gives it
 
@@ -53,7 +53,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/unet")
 
     # accelerator
-    from t2i.distributed import check_effective, keep_freed_memory, make_accelerator
+    from t2i.training.distributed import check_effective, keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
     publish.check_push(config, accelerator)
@@ -65,13 +65,15 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from t2i import data, models, stopping, training, zero
-    from t2i.captured import capture
+    from t2i import models
+    from t2i.data import preparing
+    from t2i.training import loop, stopping, zero
+    from t2i.training.cuda_graph import capture
 
     stopping.end_in_words()
-    training.check_tracker(config, recipe.data.cache_dir, accelerator.print)
+    loop.check_tracker(config, recipe.data.cache_dir, accelerator.print)
     scheduler = models.build_noise_scheduler(recipe.unet)
-    splits = data.load_splits(recipe.data, say=accelerator.print)
+    splits = preparing.load_splits(recipe.data, say=accelerator.print)
     if splits.validation is None:
         raise UserError(
             f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
@@ -80,7 +82,7 @@ def main() -> None:
         say_long_captions(recipe, splits, known_tokenizer(recipe), accelerator)
         return
     count = len(splits.train)
-    steps = training.total_steps(config, count, accelerator.num_processes)
+    steps = loop.total_steps(config, count, accelerator.num_processes)
 
     # models
     frozen, hashes = load_frozen(recipe, splits)
@@ -88,17 +90,15 @@ def main() -> None:
     inputs = {"dataset_hash": splits.fingerprint, **hashes}
     if recipe.unet.pretrained_model_name_or_path:
         inputs["base_unet_hash"] = models.hash_model(unet)
-    batch = training.global_batch(config, accelerator.num_processes)
-    run = RunFolder(
-        folder, training.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs)
-    )
-    if training.is_done(run, config, accelerator):
+    batch = loop.global_batch(config, accelerator.num_processes)
+    run = RunFolder(folder, loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs))
+    if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
-        run.start(config=training.public(to_dict(recipe)), quarantine=splits.quarantine)
+        run.start(config=loop.public(to_dict(recipe)), quarantine=splits.quarantine)
         write_json(folder / "provenance.json", provenance(recipe, inputs))
         for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
             model.save_pretrained(folder / "pipeline" / part)
@@ -118,24 +118,24 @@ def main() -> None:
 
     # optimiser
     parameters = list(unet.parameters())
-    training.warn_of_warmup(config, steps, accelerator.print)
-    optimizer, schedule = training.build_optimizer(parameters, config, steps)
+    loop.warn_of_warmup(config, steps, accelerator.print)
+    optimizer, schedule = loop.build_optimizer(parameters, config, steps)
 
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
     zero.cast_inputs(model)
-    ema = training.Average(zero.masters(model, parameters), decay=config.ema_decay) if config.use_ema else None
+    ema = loop.Average(zero.masters(model, parameters), decay=config.ema_decay) if config.use_ema else None
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
-    trained = training.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+    trained = loop.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
     given = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
     effective = check_effective(model, schedule, config, accelerator)
     tracker = None
     if accelerator.is_main_process:
         run.save(effective=effective)
-        tracker = training.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, inputs)
+        tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, inputs)
 
     # resume
-    state, node = training.go_on(folder, trained, config, accelerator)
+    state, node = loop.go_on(folder, trained, config, accelerator)
     start, losses, validation = state["step"], state.get("losses", []), state.get("validation", {})
     accelerator.print(
         f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
@@ -158,7 +158,7 @@ def main() -> None:
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = tqdm(
             range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
-            disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
+            disable=not accelerator.is_local_main_process, mininterval=loop.bar_seconds(),
         )  # fmt: skip
         for step in progress:
             loss, norm = train_step(trained, batches, given, config, step, accelerator, backward)
@@ -172,7 +172,7 @@ def main() -> None:
                 losses = [*losses, mean_loss][-TRACKED:]
                 known = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
                 progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False, **known)
-                training.record(row, done, folder, tracker, accelerator.is_main_process)
+                loop.record(row, done, folder, tracker, accelerator.is_main_process)
                 if accelerator.is_main_process:
                     samples = hash_json(samples_of(given, config, step, accelerator))
                     append_jsonl(folder / "samples.jsonl", {"step": done, "samples": samples})
@@ -180,20 +180,20 @@ def main() -> None:
             due = done % config.checkpointing_steps == 0 or done == steps
             saving = due or stopped
             if due or done % config.validation_steps == 0:
-                with training.averaged(trained) as shown:
+                with loop.averaged(trained) as shown:
                     validation = validation_loss(shown, given, config.validation_images, accelerator)
                     if accelerator.is_main_process and config.validation_prompts:
                         draw_samples(shown, folder, config, tracker, done)
                 del shown  # under ZeRO a model of its own
-                training.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
-                training.record(validation, done, folder, tracker, accelerator.is_main_process)
+                loop.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
+                loop.record(validation, done, folder, tracker, accelerator.is_main_process)
             if saving:
                 state = {"step": done, "losses": losses, "validation": validation}
-                training.save(folder, trained, config, state, node, accelerator)
+                loop.save(folder, trained, config, state, node, accelerator)
             if stopped:
                 break
     if stopped:
-        training.end_stopped(run, tracker, done, steps, accelerator)
+        loop.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
     del backward  # and the memory of a step
@@ -206,10 +206,12 @@ def finish(
     run: RunFolder, trained: "Trained", config: TrainUnetConfig, results: dict[str, Any], tracker: Any, accelerator: Any
 ) -> None:
     """Save the pipeline, with the average's weights unless the raw ones are asked for, and the results. Every process calls."""
-    from t2i import models, sampling, training, zero
-    from t2i.distributed import give_back_memory
+    from t2i import models
+    from t2i.pictures import sampling
+    from t2i.training import loop, zero
+    from t2i.training.distributed import give_back_memory
 
-    weights, average = training.gather(trained)
+    weights, average = loop.gather(trained)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
@@ -224,7 +226,7 @@ def finish(
     sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
     skips = {f"{kind}_skips": count for kind, count in trained.skipped.items()}
     run.finish(
-        **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision, machine=training.machine(),
+        **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision, machine=loop.machine(),
         output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
         tracking=tracker.view if tracker else None,
     )  # fmt: skip
@@ -236,13 +238,13 @@ def finish(
 
 def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What the run is made from: the hashes of its inputs, and what is known of them here and now, for the card."""
-    from t2i import training
+    from t2i.training import loop
 
     return {
         **inputs,
-        "dataset": training.dataset_name(recipe.data),
-        "dataset_id": cards.hub_id(recipe.data.dataset),
-        "vae_run": cards.find_vae_run(recipe, inputs),
+        "dataset": loop.dataset_name(recipe.data),
+        "dataset_id": model_card.hub_id(recipe.data.dataset),
+        "vae_run": model_card.find_vae_run(recipe, inputs),
         "code": code_revision(),
     }
 
@@ -253,7 +255,7 @@ def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
         publish.publish_run(
             folder, str(config.hub_model_id), license=config.license, pictures=config.gallery_pictures,
             private=config.hub_private_repo, deadline=config.hub_deadline,
-            target=hub.Target(config.hub_revision, config.create_pr),
+            target=upload.Target(config.hub_revision, config.create_pr),
         )  # fmt: skip
 
 
@@ -299,7 +301,7 @@ def known_tokenizer(recipe: Recipe) -> Any:
 
 def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: Any) -> None:
     """Say how many captions of the training and of the measured validation images the tokenizer cuts."""
-    from t2i.data import count_long_captions
+    from t2i.data.preparing import count_long_captions
 
     if tokenizer is None or not accelerator.is_main_process:
         return
@@ -347,8 +349,8 @@ def cache_inputs(
     """
     import torch
 
-    from t2i import caches
-    from t2i.pictures import cut_prompt
+    from t2i.data import caches
+    from t2i.pictures.png import cut_prompt
 
     for prompt in recipe.train_unet.validation_prompts:
         cut = cut_prompt(frozen["tokenizer"], prompt)
@@ -395,13 +397,13 @@ def train_step(
     trained: "Trained", batches: "Ahead[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any,
     backward: "Callable[..., torch.Tensor]",
 ) -> "tuple[torch.Tensor, float]":  # fmt: skip
-    """One weight update: forward and backward pass, and `training.update`. Returns loss and gradient norm.
+    """One weight update: forward and backward pass, and `loop.update`. Returns loss and gradient norm.
 
     backward: `loss_of` a batch, or a recording of it.
     """
     import torch
 
-    from t2i.training import update
+    from t2i.training.loop import update
 
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
@@ -424,7 +426,7 @@ def samples_of(given: Inputs, config: TrainUnetConfig, step: int, accelerator: A
 
 def sample_indices(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "np.ndarray":
     """This process's samples of a part of a weight update: numbers in the training split, int64 [B]."""
-    from t2i.data import batch_indices
+    from t2i.data.preparing import batch_indices
 
     world, rank = accelerator.num_processes, accelerator.process_index
     number = step * config.gradient_accumulation_steps + micro
@@ -435,7 +437,7 @@ def sample_indices(given: Inputs, config: TrainUnetConfig, step: int, micro: int
 
 def sample_copies(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
     """The `occurrences` of `sample_indices` within the whole weight update, over all its parts and processes: [B]."""
-    from t2i.data import batch_indices
+    from t2i.data.preparing import batch_indices
     from t2i.diffusion import occurrences
 
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -453,7 +455,7 @@ def make_batch(given: Inputs, config: TrainUnetConfig, step: int, micro: int, ac
     Each caption is dropped by a coin toss of its own, to the embedding of the empty caption, which sampling uses as well.
     """
     from t2i.diffusion import draw
-    from t2i.prefetch import to_device_soon
+    from t2i.training.prefetch import to_device_soon
 
     latents, text = given.caches["train"]
     indices = sample_indices(given, config, step, micro, accelerator)
@@ -481,7 +483,7 @@ def to_device(
     import torch
 
     from t2i.diffusion import sample_posterior
-    from t2i.prefetch import to_device_soon
+    from t2i.training.prefetch import to_device_soon
 
     latents = scaling_factor * sample_posterior(torch.from_numpy(moments), posterior_noise)
     context = torch.from_numpy(text.embeddings[rows])  # float16 on its way
@@ -528,7 +530,7 @@ def validation_loss(unet: Any, given: Inputs, limit: int, accelerator: Any) -> d
 
 def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
     """Pictures of the validation prompts with fixed seeds, kept in samples/ and logged. VAE and text encoder load and go."""
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     unet.eval()
     pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)

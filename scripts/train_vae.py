@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i import publish
 from t2i.config import TrainVaeConfig, check_unet, check_vae, parse, to_dict
-from t2i.loading import find_dataset
-from t2i.prefetch import Ahead
+from t2i.hub import publish
+from t2i.hub.loading import find_dataset
 from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
+from t2i.training.prefetch import Ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from t2i.data import Split
-    from t2i.training import Trained
+    from t2i.data.preparing import Split
+    from t2i.training.loop import Trained
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/vae")
 
     # accelerator
-    from t2i.distributed import keep_freed_memory, make_accelerator
+    from t2i.training.distributed import keep_freed_memory, make_accelerator
 
     accelerator = make_accelerator(config)
     publish.check_push(config, accelerator)
@@ -51,12 +51,14 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from t2i import data, models, stopping, training
-    from t2i.captured import capture
+    from t2i import models
+    from t2i.data import preparing
+    from t2i.training import loop, stopping
+    from t2i.training.cuda_graph import capture
 
     stopping.end_in_words()
-    training.check_tracker(config, recipe.data.cache_dir, accelerator.print)
-    splits = data.load_splits(recipe.data, say=accelerator.print, captions=False)
+    loop.check_tracker(config, recipe.data.cache_dir, accelerator.print)
+    splits = preparing.load_splits(recipe.data, say=accelerator.print, captions=False)
     if splits.validation is None:
         raise UserError(
             f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
@@ -69,20 +71,18 @@ def main() -> None:
     vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
     check_vae(recipe, models.vae_factor(vae))
     inputs = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
-    steps = training.total_steps(config, len(train), accelerator.num_processes)
-    batch = training.global_batch(config, accelerator.num_processes)
-    run = RunFolder(
-        folder, training.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs)
-    )
-    if training.is_done(run, config, accelerator):
+    steps = loop.total_steps(config, len(train), accelerator.num_processes)
+    batch = loop.global_batch(config, accelerator.num_processes)
+    run = RunFolder(folder, loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs))
+    if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished VAE in {folder / 'vae'} ({run.state['psnr_db']:.2f} dB on validation)")
         push(folder, config, accelerator)
         return
     tracker = None
     if accelerator.is_main_process:
-        run.start(config=training.public(to_dict(recipe)), quarantine=splits.quarantine)
-        tracker = training.make_tracker(config, folder, to_dict(recipe), inputs)
+        run.start(config=loop.public(to_dict(recipe)), quarantine=splits.quarantine)
+        tracker = loop.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         vae = vae.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -92,17 +92,17 @@ def main() -> None:
 
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    training.warn_of_warmup(config, steps, accelerator.print)
-    optimizer, schedule = training.build_optimizer(parameters, config, steps)
-    ema = training.Average(parameters, decay=config.ema_decay) if config.use_ema else None
+    loop.warn_of_warmup(config, steps, accelerator.print)
+    optimizer, schedule = loop.build_optimizer(parameters, config, steps)
+    ema = loop.Average(parameters, decay=config.ema_decay) if config.use_ema else None
 
     # prepare
     module = models.Autoencoder(vae)
     autoencoder, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
-    trained = training.Trained("vae", vae, autoencoder, parameters, optimizer, schedule, ema)
+    trained = loop.Trained("vae", vae, autoencoder, parameters, optimizer, schedule, ema)
 
     # resume
-    state, node = training.go_on(folder, trained, config, accelerator)
+    state, node = loop.go_on(folder, trained, config, accelerator)
     before = state["before"] if state["step"] else measure(vae, splits.validation)
     accelerator.print(
         f"{steps} steps of {batch} images out of {len(train)}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
@@ -121,7 +121,7 @@ def main() -> None:
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = tqdm(
             range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
-            disable=not accelerator.is_local_main_process, mininterval=training.bar_seconds(),
+            disable=not accelerator.is_local_main_process, mininterval=loop.bar_seconds(),
         )  # fmt: skip
         for step in progress:
             terms = train_step(trained, batches, train, config, step, accelerator, backward)
@@ -130,17 +130,17 @@ def main() -> None:
                 means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in terms.items()}
                 row = means | {"lr": schedule.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{row['train_loss']:.4f}", refresh=False)
-                training.record(row, done, folder, tracker, accelerator.is_main_process)
+                loop.record(row, done, folder, tracker, accelerator.is_main_process)
             if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
-                with training.averaged(trained):
+                with loop.averaged(trained):
                     validate(vae, splits.validation, folder, tracker, done)
             stopped = stopping.agreed(stop, accelerator) and done < steps
             if done % config.checkpointing_steps == 0 or stopped:
-                training.save(folder, trained, config, {"step": done, "before": before}, node, accelerator)
+                loop.save(folder, trained, config, {"step": done, "before": before}, node, accelerator)
             if stopped:
                 break
     if stopped:
-        training.end_stopped(run, tracker, done, steps, accelerator)
+        loop.end_stopped(run, tracker, done, steps, accelerator)
 
     # finish
     del backward  # and the memory of a step
@@ -204,11 +204,11 @@ def train_step(
     trained: "Trained", batches: "Ahead[tuple[torch.Tensor, torch.Tensor]]", train: "Split", config: TrainVaeConfig, step: int,
     accelerator: Any, backward: "Callable[..., dict[str, torch.Tensor]]",
 ) -> dict[str, "torch.Tensor"]:  # fmt: skip
-    """One weight update: forward and backward pass, and `training.update`. Returns the loss and its terms.
+    """One weight update: forward and backward pass, and `loop.update`. Returns the loss and its terms.
 
     backward: `terms_of` a batch, or a recording of it.
     """
-    from t2i.training import update
+    from t2i.training.loop import update
 
     total: dict[str, torch.Tensor] = {}
     numbers = [step * config.gradient_accumulation_steps + micro for micro in range(config.gradient_accumulation_steps)]
@@ -235,7 +235,7 @@ def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelera
 
 def batch_of_all(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
     """The samples of batch `number` over all processes: int64 [B * processes]."""
-    from t2i.data import batch_indices
+    from t2i.data.preparing import batch_indices
 
     return batch_indices(len(train), config.train_batch_size * accelerator.num_processes, config.seed, number)
 
@@ -247,10 +247,10 @@ def make_batch(
     import numpy as np
     import torch
 
-    from t2i.caches import to_pixels
+    from t2i.data.caches import to_pixels
     from t2i.diffusion import draw, occurrences
     from t2i.models import vae_factor
-    from t2i.prefetch import to_device_soon
+    from t2i.training.prefetch import to_device_soon
 
     indices = sample_indices(train, config, number, accelerator)
     images = train.pixels[indices]
@@ -282,7 +282,7 @@ def loss_terms(
 
     The KL term is the closed form of KL(N(mean, variance) || N(0, 1)) (Kingma and Welling, arXiv:1312.6114, appendix B).
     """
-    from t2i.metrics import uniform_ssim
+    from t2i.evaluation.metrics import uniform_ssim
 
     error = reconstruction - pixels
     terms = {"mse": error.square().mean(), "l1": error.abs().mean()}
@@ -299,7 +299,7 @@ def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
     """PSNR in dB and SSIM of reconstructions from posterior means, mean over at most `limit` images."""
     import numpy as np
 
-    from t2i.reconstructions import reconstruct
+    from t2i.pictures.reconstructions import reconstruct
 
     stop = min(limit, len(split))
     parts = [reconstruct(vae, split.pixels[start : min(start + 32, stop)])[1:] for start in range(0, stop, 32)]
@@ -311,9 +311,9 @@ def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) ->
     """Measure on the validation split; keep and log a picture of originals over reconstructions."""
     import numpy as np
 
-    from t2i.reconstructions import reconstruct
-    from t2i.sampling import picture_grid
-    from t2i.training import record
+    from t2i.pictures.reconstructions import reconstruct
+    from t2i.pictures.sampling import picture_grid
+    from t2i.training.loop import record
 
     figures = measure(vae, split)
     reconstruction = reconstruct(vae, split.pixels[:8])[0]
@@ -334,7 +334,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
     """
     import torch
 
-    from t2i.caches import to_pixels
+    from t2i.data.caches import to_pixels
     from t2i.models import fold_normalisation
 
     @torch.no_grad()

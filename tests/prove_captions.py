@@ -115,7 +115,7 @@ def draw_photos(folder: Path, count: int) -> Path:
     """`count` small drawings with a caption of their own beside each."""
     from PIL import Image
 
-    from t2i import flowers
+    from t2i.data import flowers
 
     folder.mkdir(parents=True)
     for number, (_, image, caption) in enumerate(flowers.draw_many(0, 0, count, 32, False, 1)):

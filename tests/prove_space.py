@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from conftest import TINY  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
-from t2i import space  # noqa: E402
+from t2i.hub import space  # noqa: E402
 
 REPO = "me/tiny-flowers"
 PROMPT, STEPS = "a red flower", 2
@@ -141,7 +141,7 @@ def same_picture(file: Path, model: Path) -> dict:
     import numpy as np
     from PIL import Image
 
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     known = json.loads(Image.open(file).info["parameters"])
     here = sampling.generate(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2i import axes
+from t2i.pictures import axes
 from t2i.runs import UserError
 
 MEANINGS = [

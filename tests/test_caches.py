@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import train_unet
-from t2i import caches, config, models
+from t2i import config, models
 from t2i.config import UnetConfig, VaeConfig
+from t2i.data import caches
 
 CAPTIONS = ["a red flower", "a blue flower", "a red flower", ""]
 

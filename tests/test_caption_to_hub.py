@@ -20,7 +20,7 @@ from conftest import photos
 from loopback_hub import LoopbackHub
 from prove_captions import draw_photos, prove
 from small_models import blip, florence
-from t2i import captioners, ledger
+from t2i.captions import captioners, ledger
 from t2i.config import CaptionConfig, Recipe
 from t2i.runs import UserError
 
@@ -215,8 +215,8 @@ def test_columns_that_differ_by_split_become_text(run_main, tmp_path):
 
 
 def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
-    from t2i import hub
-    from t2i.cards import BEGIN, END
+    from t2i.hub import upload
+    from t2i.hub.model_card import BEGIN, END
 
     card = f"---\nlicense: unknown\n---\n{{}}\n{BEGIN.format('audit')}\n{{}}\n{END.format('audit')}\n"
     (tmp_path / caption_to_hub.WORK).mkdir()
@@ -225,9 +225,9 @@ def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
 
     def push_folder(*arguments, merge_card, **options):
         merge_card(card.format("theirs", "old"))
-        return hub.Pushed("https://hub/x", "0" * 40, changed=True)
+        return upload.Pushed("https://hub/x", "0" * 40, changed=True)
 
-    monkeypatch.setattr(hub, "push_folder", push_folder)
+    monkeypatch.setattr(upload, "push_folder", push_folder)
     caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/x"))
     assert "theirs" in (tmp_path / "README.md").read_text()
     assert "mine" in (tmp_path / "README.local.md").read_text()
@@ -307,8 +307,8 @@ def test_structured_tasks_become_words(task, model):
 
 def test_batches_are_halved_until_they_fit(drawn, tmp_path):
     """A captioner that has room for two images only, as `generate` says it on a GPU."""
-    from t2i.distributed import make_accelerator
-    from t2i.sources import find_source
+    from t2i.data.sources import find_source
+    from t2i.training.distributed import make_accelerator
 
     recipe, sizes = Recipe(), []
     recipe.data.dataset, recipe.caption.caption_batch_size = str(drawn), 8

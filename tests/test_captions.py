@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import SCRIPTS, photos
-from t2i import captions, flowers
-from t2i.captions import (
+from t2i.captions import auditing
+from t2i.captions.auditing import (
     CHECKS,
     audit,
     audit_lines,
@@ -30,6 +30,7 @@ from t2i.captions import (
     special_tokens,
     strip_boilerplate,
 )
+from t2i.data import flowers
 from t2i.runs import UserError
 
 ANY_TEXT = st.text(st.characters(), max_size=60)  # every code point, surrogates and controls included
@@ -239,9 +240,9 @@ def test_flat_colors_have_their_names(size):
     for name, color in FLAT.items():
         shares = dominant_colors(np.full((*size, 3), color, np.uint8))
         assert shares[name] == 1.0, (name, shares)
-        assert set(shares) == set(captions.COLORS)
+        assert set(shares) == set(auditing.COLORS)
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
-    assert "green" not in [name for names in captions.COLOR_WORDS.values() for name in names]
+    assert "green" not in [name for names in auditing.COLOR_WORDS.values() for name in names]
 
 
 def test_colors_are_looked_up_quickly():
@@ -301,7 +302,7 @@ class WordTokenizer:
     model_max_length = 8
 
     def __call__(self, texts, truncation, verbose):
-        assert len(texts) <= captions.TOKENIZER_BATCH
+        assert len(texts) <= auditing.TOKENIZER_BATCH
         assert not truncation
         return {"input_ids": [[0, *range(len(text.split())), 0] for text in texts]}
 
@@ -379,7 +380,7 @@ def test_what_was_not_looked_at_is_not_measured():
     ],
 )
 def test_captions_that_repeat_themselves(text, phrase):
-    assert captions.repeated_phrase(text) == phrase
+    assert auditing.repeated_phrase(text) == phrase
     assert audit([text], ["1"])["checks"]["repetitions"]["count"] == (phrase is not None)
 
 
@@ -394,9 +395,9 @@ def test_captions_of_labels_share_theirs_on_purpose():
 def test_an_audit_of_before_has_no_figure_of_a_newer_check():
     before = audit(["a rose"], ["1"])
     del before["checks"]["repetitions"]
-    assert any("repetitions" in line and "not measured" in line for line in captions.audit_lines(before))
+    assert any("repetitions" in line and "not measured" in line for line in auditing.audit_lines(before))
     with pytest.raises(UserError, match="repetitions was not measured"):
-        captions.check_thresholds(before, {"repetitions": 0.0})
+        auditing.check_thresholds(before, {"repetitions": 0.0})
 
 
 def test_a_copy_may_share_its_caption():
@@ -412,7 +413,7 @@ def test_lengths_are_those_of_the_real_tokenizer():
     tokens = audit(["a rose", "rose " * 20], ["1", "2"], tokenizer=tokenizer)["tokens"]
     assert (tokens["limit"], tokens["min"], tokens["max"]) == (77, 7, 82)
     tokenizer.model_max_length = 10**30  # what transformers writes where no limit is known
-    assert captions.token_limit(tokenizer) == 77
+    assert auditing.token_limit(tokenizer) == 77
 
 
 @settings(deadline=None, max_examples=50)
@@ -425,7 +426,7 @@ def test_any_captions_can_be_audited(rows):
     for check in result["checks"].values():
         assert check["share"] is None or 0 <= check["share"] <= 1
         for row in check["examples"]:
-            assert all(clean_caption(text) == text and len(text) <= captions.SHOWN_CHARACTERS for text in row.values())
+            assert all(clean_caption(text) == text and len(text) <= auditing.SHOWN_CHARACTERS for text in row.values())
     for line in audit_lines(result):
         line.encode("utf-8")
         assert line.isprintable() or not any(unicodedata.category(letter) == "Cc" for letter in line)
@@ -494,8 +495,6 @@ def test_the_terminal_shows_every_figure():
 
 
 def test_no_torch_is_imported():
-    code = (
-        "import sys, t2i.captions, t2i.dataset_cards; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
-    )
+    code = "import sys, t2i.captions.auditing, t2i.hub.dataset_card; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from t2i import cards
 from t2i.config import Recipe, to_dict
+from t2i.hub import model_card
 from t2i.runs import UserError, write_json
 
 REFERENCE_ROWS = [
@@ -92,7 +92,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("evaluation", [EVALUATION, None])
 def test_every_row_of_the_reference_card_is_there(tmp_path: Path, evaluation: dict | None) -> None:
-    text = cards.write_model_card(make_run(tmp_path / "run"), evaluation)
+    text = model_card.write_model_card(make_run(tmp_path / "run"), evaluation)
     assert (tmp_path / "run" / "pipeline" / "README.md").read_text(encoding="utf-8") == text
     assert all(row(text, label) for label in REFERENCE_ROWS)
     assert [part for part in REFERENCE_TEXTS if part not in text] == []
@@ -101,7 +101,7 @@ def test_every_row_of_the_reference_card_is_there(tmp_path: Path, evaluation: di
 
 
 def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
-    text = cards.write_model_card(make_run(tmp_path / "run"), EVALUATION)
+    text = model_card.write_model_card(make_run(tmp_path / "run"), EVALUATION)
     assert "channels 48/96/144" in row(text, "Architecture")
     assert row(text, "Image Resolution") == "64 × 64 px"
     assert row(text, "Latent Space") == "16 × 16 × 4"
@@ -132,7 +132,7 @@ def test_what_is_unknown_reads_not_measured(tmp_path: Path) -> None:
     write_json(run / "run.json", {"status": "running", "val_loss": result["val_loss"]})
     (run / "provenance.json").unlink()
     (run / "pipeline" / "vae" / "config.json").unlink()
-    text = cards.write_model_card(run, None)
+    text = model_card.write_model_card(run, None)
     for label in (
         "Latent Space",
         "Training Platform",
@@ -153,7 +153,7 @@ def test_what_is_unknown_reads_not_measured(tmp_path: Path) -> None:
 def test_front_matter_is_valid_and_model_index_round_trips(tmp_path: Path) -> None:
     recipe = Recipe()
     recipe.data.dataset = "nelorth/oxford-flowers"
-    text = cards.write_model_card(make_run(tmp_path / "oxford", recipe), EVALUATION)
+    text = model_card.write_model_card(make_run(tmp_path / "oxford", recipe), EVALUATION)
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("diffusers", "text-to-image", "unknown")
     assert {"text-to-image", "diffusers", "stable-diffusion"} <= set(data.tags)
@@ -172,7 +172,7 @@ def test_the_differences_from_the_reference_are_named(tmp_path: Path) -> None:
     recipe = Recipe()
     recipe.data.dataset = "nelorth/oxford-flowers"
     recipe.unet.text_encoder = "openai/clip-vit-large-patch14"
-    text = cards.write_model_card(make_run(tmp_path / "run", recipe), None)
+    text = model_card.write_model_card(make_run(tmp_path / "run", recipe), None)
     differences = text.partition("## Differences")[2]
     assert "WarmupLR" in differences
     for label in ("Image Resolution", "Precision", "Distribution", "VAE"):
@@ -188,11 +188,11 @@ def test_a_vae_of_ours_is_described_by_its_own_run(tmp_path: Path) -> None:
     write_json(vae / "run.json", {"output_vae_hash": "aa", "psnr_db": 28.125, "ssim": 0.91, "scaling_factor": 0.9})
     recipe = Recipe()
     recipe.vae.vae = str(vae)
-    text = cards.write_model_card(make_run(tmp_path / "run", recipe), None)
+    text = model_card.write_model_card(make_run(tmp_path / "run", recipe), None)
     assert row(text, "VAE") == "`stabilityai/sd-vae-ft-mse`, fine-tuned"
     assert row(text, "VAE reconstruction of validation images") == "28.12 dB PSNR, 0.910 SSIM"
     write_json(vae / "run.json", {"output_vae_hash": "another", "psnr_db": 30.0})  # trained anew since
-    text = cards.write_model_card(tmp_path / "run", None)
+    text = model_card.write_model_card(tmp_path / "run", None)
     assert row(text, "VAE reconstruction of validation images") == "not measured"
 
 
@@ -207,7 +207,7 @@ def test_hostile_names_neither_break_nor_leak(tmp_path: Path, monkeypatch: pytes
     evaluation = {"report": {**EVALUATION["report"], "prompt_following": {HOSTILE: 0.5}}, "cells": []}
     run = make_run(tmp_path / "run", recipe, machine=HOSTILE, tracking="sqlite:////home/someone/a|b.db")
     write_json(run / "provenance.json", {"dataset": HOSTILE + " sesame-opens-42", "code": "x|y"})
-    text = cards.write_model_card(run, evaluation)
+    text = model_card.write_model_card(run, evaluation)
     card = ModelCard(text)
     assert card.data.license == "unknown"
     assert card.data.eval_results[0].dataset_name.startswith("flowers | `x` <script>")
@@ -231,7 +231,7 @@ def test_hostile_names_neither_break_nor_leak(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_tracking_shows_no_folder_and_no_password(tmp_path: Path, view: str, shown: str) -> None:
-    text = cards.write_model_card(make_run(tmp_path / "run", tracking=view), None)
+    text = model_card.write_model_card(make_run(tmp_path / "run", tracking=view), None)
     line = next(line for line in text.splitlines() if line.startswith("Experiment tracking:"))
     assert shown.replace("\\", "") in line.replace("\\", "")
     assert "pass@" not in text
@@ -242,13 +242,11 @@ def test_a_run_without_its_files_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
-        cards.write_model_card(run, None)
+        model_card.write_model_card(run, None)
 
 
 def test_no_heavy_import() -> None:
-    code = (
-        "import sys, t2i.cards, huggingface_hub.repocard; print([m for m in ('torch', 'mlflow') if m in sys.modules])"
-    )
-    scripts = Path(cards.__file__).parents[1]
+    code = "import sys, t2i.hub.model_card, huggingface_hub.repocard; print([m for m in ('torch', 'mlflow') if m in sys.modules])"
+    scripts = Path(model_card.__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=scripts, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -15,8 +15,8 @@ from PIL import Image
 
 import generate_images
 from conftest import SCRIPTS
-from t2i import cells, sampling
-from t2i.cells import Axis, Cell
+from t2i.pictures import cells, sampling
+from t2i.pictures.cells import Axis, Cell
 from t2i.runs import UserError
 
 CELL = Cell("a red flower", num_inference_steps=2)
@@ -24,7 +24,7 @@ DRAWER = """  # a process that makes a grid; it paints instead of drawing, which
 import sys, time; from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from t2i import cells
+from t2i.pictures import cells
 
 def paint(pipeline, places):
     time.sleep(0.002)
@@ -154,7 +154,7 @@ def test_evaluations_grid_opens_without_torch(run, command, workspace, environme
 import sys; from pathlib import Path
 sys.modules["torch"] = sys.modules["diffusers"] = None
 sys.path.insert(0, sys.argv[1])
-from t2i import cells
+from t2i.pictures import cells
 run = Path(sys.argv[2])
 cell, axes = cells.evaluated(run)
 places = cells.plan(run, "pipeline", cell, axes)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from t2i import cells, pictures
-from t2i.pictures import difference, labelled_grid
+from t2i.pictures import cells, png
+from t2i.pictures.png import difference, labelled_grid
 from t2i.runs import sha256_file
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
@@ -346,24 +346,24 @@ def test_labels_in_any_script(monkeypatch):
     """A label is drawn in letters that a font has; else its number is, and the file spells it. Never question marks or boxes."""
     labels = ["красная роза", "赤いバラ", "a “red” rose — at dawn", "a 赤 rose"]
     one = Image.new("RGB", (16, 16), "red")
-    monkeypatch.setattr(pictures, "_font_files", lambda: ())  # no font here
-    pictures._font_for.cache_clear()
-    assert [pictures.lettered(label, 7)[0] for label in labels] == [
+    monkeypatch.setattr(png, "_font_files", lambda: ())  # no font here
+    png._font_for.cache_clear()
+    assert [png.lettered(label, 7)[0] for label in labels] == [
         "[7]",
         "[7]",
         'a "red" rose - at dawn',
         "[7] a rose",
     ]
-    assert pictures.lettered("červená růže, café")[0] == "cervená ruze, café"  # Latin-1 stays
-    plain = pictures.labelled_grid([[one] * 2] * 2, ["赤いバラ", "plain"], ["赤いバラ", "красная роза"], "title")
-    saved = Image.open(io.BytesIO(pictures.grid_png(plain)))
+    assert png.lettered("červená růže, café")[0] == "cervená ruze, café"  # Latin-1 stays
+    plain = png.labelled_grid([[one] * 2] * 2, ["赤いバラ", "plain"], ["赤いバラ", "красная роза"], "title")
+    saved = Image.open(io.BytesIO(png.grid_png(plain)))
     assert saved.info["legend"] == "[1] 赤いバラ\n[2] красная роза"
     monkeypatch.undo()
-    pictures._font_for.cache_clear()
-    if pictures._font_for(frozenset(labels[0])):  # of matplotlib, which MLflow brings
-        assert pictures.lettered(labels[0])[0] == labels[0]
+    png._font_for.cache_clear()
+    if png._font_for(frozenset(labels[0])):  # of matplotlib, which MLflow brings
+        assert png.lettered(labels[0])[0] == labels[0]
         rows = [labels[0], "plain"]
-        assert "legend" not in pictures.labelled_grid([[one]] * 2, rows, [labels[2]]).info
+        assert "legend" not in png.labelled_grid([[one]] * 2, rows, [labels[2]]).info
 
 
 @given(st.integers(0, 255), st.integers(0, 255), st.integers(1, 9), st.integers(1, 9))

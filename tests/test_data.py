@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i import data, dataset_folder, sources, understood
 from t2i.config import DataConfig
-from t2i.data import batch_indices, count_long_captions, epoch_order, load_splits
-from t2i.dataset_folder import save_dataset_folder
-from t2i.images import decode_image, fit
+from t2i.data import dataset_folder, overview, preparing, sources
+from t2i.data.dataset_folder import save_dataset_folder
+from t2i.data.images import decode_image, fit
+from t2i.data.preparing import batch_indices, count_long_captions, epoch_order, load_splits
 from t2i.runs import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,11 +64,11 @@ def config(dataset: Path | str, tmp_path: Path, **changes) -> DataConfig:
     return DataConfig(dataset=str(dataset), **chosen)
 
 
-def load(dataset: Path | str, tmp_path: Path, **changes) -> data.Splits:
+def load(dataset: Path | str, tmp_path: Path, **changes) -> preparing.Splits:
     return load_splits(config(dataset, tmp_path, **changes), say=lambda text: None)
 
 
-def content(splits: data.Splits) -> dict[str, dict[str, tuple[str, bytes]]]:
+def content(splits: preparing.Splits) -> dict[str, dict[str, tuple[str, bytes]]]:
     """id -> (caption, pixels) of each split."""
     found = {}
     for name in ("train", "validation", "test"):
@@ -210,7 +210,7 @@ def test_the_autoencoder_needs_no_captions(empty, tmp_path):
         if empty:
             write(tmp_path / f"photos/{number}.txt", "")
     said = []
-    splits = data.load_splits(config(tmp_path / "photos", tmp_path), said.append, captions=False)
+    splits = preparing.load_splits(config(tmp_path / "photos", tmp_path), said.append, captions=False)
     assert len(splits.train) + len(splits.validation) == 4
     assert "none, and this training needs none" in "\n".join(said)
     with pytest.raises(UserError, match="captions of .* are empty" if empty else "neither captions nor labels"):
@@ -223,7 +223,7 @@ def test_a_prefix_comes_before_each_caption_once(tmp_path):
         write(folder / f"{number}.png", png(number))
         write(folder / f"{number}.txt", text)
     said = []
-    splits = data.load_splits(config(folder, tmp_path, caption_prefix=" sks "), said.append)
+    splits = preparing.load_splits(config(folder, tmp_path, caption_prefix=" sks "), said.append)
     assert captions_of(splits) == {"0.png": "sks a rose", "1.png": "sks a tulip", "2.png": ""}
     assert "each begins with ' sks ' (--caption_prefix)" in "\n".join(said)
     plain = load(folder, tmp_path)  # another cache
@@ -474,7 +474,7 @@ def test_caption_files_that_serve_several_images_or_hide_others_are_said(tmp_pat
     assert splits.report["left_out"]["caption files beside another that is read"]["first"] == ["4.TXT"]
 
 
-def captions_of(splits: data.Splits) -> dict[str, str]:
+def captions_of(splits: preparing.Splits) -> dict[str, str]:
     parts = (splits.train, splits.validation, splits.test)
     return {row["file"]: row["caption"] for part in parts if part is not None for row in part.rows}
 
@@ -626,7 +626,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_captions_are_marked(kind):
-    found = understood.describe({"train": {"file": ["x.png"] * len(ODD[kind]), "caption": ODD[kind]}})
+    found = overview.describe({"train": {"file": ["x.png"] * len(ODD[kind]), "caption": ODD[kind]}})
     assert [(key[: len(kind)], entry["count"]) for key, entry in found["captions"]["odd"].items()] == [
         (kind, len(ODD[kind]))
     ]
@@ -642,7 +642,7 @@ def test_common_captions_are_not_odd():
         "a sorry sight",
         "#rose",
     ]
-    assert not understood.describe({"train": {"file": ["x.png"] * len(good), "caption": good}})["captions"]["odd"]
+    assert not overview.describe({"train": {"file": ["x.png"] * len(good), "caption": good}})["captions"]["odd"]
 
 
 def test_classes_that_differ_by_capitals_or_accents_alone_are_said(tmp_path):
@@ -1034,7 +1034,7 @@ def test_classes_that_hold_such_words_are_classes(names, tmp_path):
     assert load(in_folders(tmp_path / "a", names), tmp_path).test is None
 
 
-def ids(splits: data.Splits, name: str) -> set[str]:
+def ids(splits: preparing.Splits, name: str) -> set[str]:
     return set(getattr(splits, name).rows["id"])
 
 
@@ -1146,7 +1146,7 @@ def test_a_changed_parquet_shard_or_sidecar_is_seen(tmp_path):
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(tmp_path, monkeypatch):
     folder = class_folders(tmp_path / "a")
-    monkeypatch.setattr(data, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(preparing, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load(folder, tmp_path)
     monkeypatch.undo()
@@ -1159,13 +1159,13 @@ def test_two_processes_at_once_build_once(tmp_path):
     folder = class_folders(tmp_path / "a")
     script = (
         "import sys, time, pathlib; sys.path.insert(0, 'scripts')\n"
-        "from t2i.config import DataConfig; from t2i import data\n"
+        "from t2i.config import DataConfig; from t2i.data import preparing\n"
         f"cfg = DataConfig(dataset={str(folder)!r}, resolution=16, cache_dir={str(tmp_path / 'cache')!r})\n"
-        "build = data._build\n"
-        "data._build = lambda *args: (time.sleep(0.5), build(*args))\n"  # wide enough that the second one must wait
+        "build = preparing._build\n"
+        "preparing._build = lambda *args: (time.sleep(0.5), build(*args))\n"  # wide enough that the second one must wait
         f"ready = pathlib.Path({str(tmp_path)!r}); (ready / ('ready' + sys.argv[1])).touch()\n"
         "while not ((ready / 'ready0').exists() and (ready / 'ready1').exists()): time.sleep(0.01)\n"
-        "print(data.load_splits(cfg).fingerprint)\n"
+        "print(preparing.load_splits(cfg).fingerprint)\n"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", script, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -1295,6 +1295,6 @@ def test_number_labels_get_their_names(tmp_path: Path) -> None:
         cache_dir=str(tmp_path / "cache"),
         label_names=["pink primrose", "sweet pea"],
     )
-    rows = data.load_splits(config).train.rows
+    rows = preparing.load_splits(config).train.rows
     assert set(rows["label"]) == {"pink primrose", "sweet pea"}
     assert "a photo of a sweet pea, a type of flower" in rows["caption"]

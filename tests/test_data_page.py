@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from t2i import browse
 from t2i.config import DataConfig
-from t2i.data import load_splits
-from t2i.dataset_folder import save_dataset_folder
+from t2i.data import browse
+from t2i.data.dataset_folder import save_dataset_folder
+from t2i.data.preparing import load_splits
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
 EVIL = "a <script>alert(1)</script> **bold** [x](javascript:y) $z$ שלום \x00 rose"

@@ -10,9 +10,9 @@ from huggingface_hub import DatasetCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i.captions import CHECKS, audit
-from t2i.dataset_cards import BEGIN, END, caption_grid, merge_cards, render_dataset_card, size_category
-from t2i.dataset_folder import save_dataset_folder
+from t2i.captions.auditing import CHECKS, audit
+from t2i.data.dataset_folder import save_dataset_folder
+from t2i.hub.dataset_card import BEGIN, END, caption_grid, merge_cards, render_dataset_card, size_category
 from t2i.runs import UserError
 
 BLOCKS = ["summary", "captions", "splits", "audit", "loading", "provenance"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import SCRIPTS
-from t2i import engines, pictures, quantization, sampling
+from t2i.pictures import engines, png, quantization, sampling
 from t2i.runs import UserError
 
 PROMPTS = ["a red flower", "a blue flower at night", "a white flower"]
@@ -105,9 +105,9 @@ def test_a_step_of_two_calls_is_guided_in_both_or_in_neither(exported):
 
 @given(st.integers(1, 1000), st.floats(0, 1), st.floats(0, 1))
 def test_one_step_at_least_is_guided_and_all_at_the_end(steps, end, later):
-    low, high = sorted((pictures.guided_steps(steps, end), pictures.guided_steps(steps, later)))
+    low, high = sorted((png.guided_steps(steps, end), png.guided_steps(steps, later)))
     assert 1 <= low <= high <= steps
-    assert (pictures.guided_steps(steps, min(end, later)), pictures.guided_steps(steps, 1.0)) == (low, steps)
+    assert (png.guided_steps(steps, min(end, later)), png.guided_steps(steps, 1.0)) == (low, steps)
 
 
 def test_eight_bits_are_kept_only_where_pictures_stay(exported, monkeypatch):
@@ -200,7 +200,7 @@ import ctypes, gc, sys, threading
 sys.path.append(sys.argv[1])
 import numpy, openvino
 from openvino import opset13
-from t2i import engines
+from t2i.pictures import engines
 
 class Stack(ctypes.Structure):
     _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
@@ -228,7 +228,7 @@ def test_mistakes_get_a_sentence(exported):
     with pytest.raises(UserError, match="engine openvino draws on the CPU, not on cuda"):
         sampling.load_pipeline(exported, engine="openvino", device=torch.device("cuda"))
     code = (
-        "import sys; sys.modules['openvino'] = None; sys.path.append(sys.argv[1]); from t2i import engines, sampling\n"
+        "import sys; sys.modules['openvino'] = None; sys.path.append(sys.argv[1]); from t2i.pictures import engines, sampling\n"
         "try: sampling.load_pipeline(sys.argv[2] + '/checkpoint-000004', engine='openvino')\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i import flowers
+from t2i.data import flowers
 from t2i.runs import UserError
 
 PLAIN = {

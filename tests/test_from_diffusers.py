@@ -11,9 +11,10 @@ import torch
 import train_unet
 import train_vae
 from conftest import ROOT, TINY
-from t2i import distributed, publish, training
 from t2i.config import THEIR_OPTIONS, TrainConfig, TrainUnetConfig, TrainVaeConfig, UnetConfig, parse
+from t2i.hub import publish
 from t2i.runs import UserError, write_json
+from t2i.training import distributed, loop
 
 UNET, VAE = ("data", "vae", "unet", "train_unet"), ("data", "vae", "train_vae")
 
@@ -199,15 +200,15 @@ def test_lengths_and_rates_that_their_options_mean():
     config = TrainUnetConfig(
         validation_epochs=2.0, train_batch_size=4, num_train_epochs=3.0, scale_lr=True, learning_rate=1e-4
     )
-    assert training.total_steps(config, 100, 1) == 75
+    assert loop.total_steps(config, 100, 1) == 75
     assert (config.validation_steps, config.validation_epochs) == (50, None)
     for _ in range(2):  # what a resumed run reads back is not scaled again
         distributed.scale_learning_rate(config, Accelerator)
         assert config.learning_rate == pytest.approx(8e-4)
     assert said == ["--scale_lr: the peak learning rate is 0.0008, for 8 images per update"]
-    names = set(training.identity(UnetConfig(), TrainUnetConfig()))
+    names = set(loop.identity(UnetConfig(), TrainUnetConfig()))
     assert "TrainUnet.noise_offset" not in names  # a run made before this option is the same run
-    assert "TrainUnet.noise_offset" in training.identity(TrainUnetConfig(noise_offset=0.1))
+    assert "TrainUnet.noise_offset" in loop.identity(TrainUnetConfig(noise_offset=0.1))
 
 
 @pytest.mark.parametrize(
@@ -267,16 +268,16 @@ def test_trackers_beside_mlflow_get_the_same(monkeypatch, tmp_path):
         def finish(self, status):
             calls.append(status)
 
-    tracker = training.BesideMlflow(Mlflow(), Other())
+    tracker = loop.BesideMlflow(Mlflow(), Other())
     tracker.log_metrics({"loss": 1.0}, 3)
     tracker.log_image(torch.zeros(4, 5, 3).numpy(), "samples", 3)
     tracker.finish("KILLED")
     row = ({"loss": 1.0}, 3)
     assert calls == [row, row, ("samples", 3), ((1, 4, 5, 3), 3, "NHWC"), "KILLED", "finished"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="run: pip install tensorboard"):
-        training.check_tracker(TrainConfig(report_to="tensorboard"))
+        loop.check_tracker(TrainConfig(report_to="tensorboard"))
 
 
 def test_a_published_autoencoder(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import generate_images
-from t2i import sampling
-from t2i.pictures import read_parameters
+from t2i.pictures import sampling
+from t2i.pictures.png import read_parameters
 from t2i.runs import UserError
 
 

@@ -100,7 +100,7 @@ sys.path.append("{scripts}")
 import torch
 
 from t2i import config
-from t2i.captured import capture
+from t2i.training.cuda_graph import capture
 
 weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
 accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"), device=torch.device("cuda"))

@@ -215,8 +215,8 @@ def options(session, tmp_path, monkeypatch):
 
 
 def test_photos_travel_as_small_jpegs_with_their_captions(session, options, tmp_path, capsys):
-    from t2i import data
     from t2i.config import DataConfig
+    from t2i.data import preparing
 
     (tmp_path / "packed" / "results").mkdir(parents=True)
     session.pack(options)
@@ -224,7 +224,7 @@ def test_photos_travel_as_small_jpegs_with_their_captions(session, options, tmp_
     assert (tmp_path / "packed" / "train_text_to_image.py").read_text() == "peer"
     assert "of 64 MiB; carry the tree and packed/" in capsys.readouterr().out
     config = DataConfig(dataset=str(tmp_path / "packed" / "photos"), resolution=32, cache_dir=str(tmp_path / "cache"))
-    splits = data.load_splits(config, say=lambda _: None)
+    splits = preparing.load_splits(config, say=lambda _: None)
     assert len(splits.train) + len(splits.validation) == 12
     assert set(splits.train.rows["caption"]) == {f"a photo of a {name}, a type of flower" for name in "ab"}
     assert len((tmp_path / "packed" / "prompts.txt").read_text().splitlines()) == 2

@@ -10,9 +10,9 @@ from huggingface_hub.utils import get_session
 
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
-from t2i import hub as t2i_hub
-from t2i.hub import HubError, Target, check_access, check_license, check_repo_id, push_folder
-from t2i.loading import explain_loading
+from t2i.hub import upload as t2i_hub
+from t2i.hub.loading import explain_loading
+from t2i.hub.upload import HubError, Target, check_access, check_license, check_repo_id, push_folder
 from t2i.runs import UserError
 
 REPO = "datasets/me/flowers"
@@ -505,7 +505,7 @@ def test_a_hub_that_cannot_be_asked_is_no_obstacle(hub, monkeypatch, kind):
 CLIENTS = """
 import os, sys
 from pathlib import Path
-from t2i.hub import push_folder
+from t2i.hub.upload import push_folder
 assert "torch" not in sys.modules
 import datasets, huggingface_hub, torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel

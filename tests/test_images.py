@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from t2i.images import HEIF_FIX, MAX_PIXELS, BadImage, decode_image, fit
+from t2i.data.images import HEIF_FIX, MAX_PIXELS, BadImage, decode_image, fit
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

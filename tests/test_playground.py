@@ -17,8 +17,8 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 import test_compare
-from t2i import cells
-from t2i.pictures import png_bytes, read_parameters
+from t2i.pictures import cells
+from t2i.pictures.png import png_bytes, read_parameters
 from test_compare import EVIL
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
@@ -417,7 +417,7 @@ def trained(workspace, tmp_path):
 
 
 def test_the_watched_picture_is_the_same_bit_for_bit(trained):
-    from t2i import sampling
+    from t2i.pictures import sampling
 
     for scheduler in ("ddim", "euler", "KDPM2DiscreteScheduler"):
         cell = cells.Cell("a red flower", "blue", 3, 4.0, 5, scheduler)
@@ -441,7 +441,8 @@ def test_the_watched_picture_is_the_same_bit_for_bit(trained):
 
 
 def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_path):
-    from t2i import data, metrics
+    from t2i.data import preparing
+    from t2i.evaluation import metrics
     from t2i.runs import prepared_folder
 
     show()
@@ -449,7 +450,7 @@ def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_pa
     folder = neighbours.find_images(trained)
     fingerprint = json.loads((trained / "run.json").read_text())["identity"]["dataset_hash"]
     assert folder == prepared_folder(".cache/t2i", fingerprint)
-    train, _, test = data.open_prepared(folder)
+    train, _, test = preparing.open_prepared(folder)
     picture = np.clip(train.pixels[5].astype(int) + 2, 0, 255).astype(np.uint8)[:, ::-1]  # a copy, mirrored
     expected = metrics.memorisation(np.stack([picture, test.pixels[0]]), train.pixels, test.pixels)
     known = neighbours.training_set(folder)
@@ -496,7 +497,7 @@ def test_the_predicted_x0_is_the_schedulers_own(name, kind):
     import torch
     from diffusers import DDIMScheduler
 
-    from t2i.sampling import make_scheduler, predicted_x0
+    from t2i.pictures.sampling import make_scheduler, predicted_x0
 
     saved = DDIMScheduler(prediction_type=kind, clip_sample=False, timestep_spacing="leading")
     scheduler = make_scheduler(name, saved.config)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from conftest import ROOT, SCRIPTS, TINY
-from t2i import checkpoints, models, runs, sources
+from t2i import models, runs
+from t2i.data import sources
+from t2i.training import checkpoints
 from test_architecture import UNIX_MODULES, UNIX_NAMES
 
 # In every process, before anything else: the suite's files, unlike the libraries, which have code for each system, see neither

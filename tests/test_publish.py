@@ -11,8 +11,9 @@ from PIL import Image
 
 from conftest import TINY
 from loopback_hub import LoopbackHub
-from t2i import cards, publish, sampling
 from t2i.config import Recipe, TrainUnetConfig
+from t2i.hub import model_card, publish
+from t2i.pictures import sampling
 from t2i.runs import UserError, read_json, write_json
 from test_cards import EVALUATION, make_run
 
@@ -133,8 +134,8 @@ def test_a_new_card_keeps_what_a_person_wrote(run, published):
     evaluation = read_json(run / "evaluation/evaluation.json")
     gallery = [("a red flower", "images/gallery-00.png")]
     old, new = (
-        cards.write_model_card(run, evaluation | {"report": evaluation["report"] | {"prompt_following": {"all": share}}},
-                               cards.Publication("me/tiny", license, pictures))
+        model_card.write_model_card(run, evaluation | {"report": evaluation["report"] | {"prompt_following": {"all": share}}},
+                               model_card.Publication("me/tiny", license, pictures))
         for share, license, pictures in ((0.25, "mit", []), (0.5, "apache-2.0", gallery))
     )  # fmt: skip
     assert publish.merge_model_card(new, None, licensed=True) == new
@@ -209,7 +210,7 @@ def test_evaluation_results_name_the_data_set_on_the_hub(tmp_path, monkeypatch):
     provenance = read_json(run / "provenance.json")
     write_json(run / "provenance.json", provenance | {"dataset_id": None})  # it was a folder of that name
     assert publish.write_eval_results(run, recipe, read_json(run / "run.json"), EVALUATION["report"]) == []
-    assert "datasets:" not in cards.write_model_card(run, None)
+    assert "datasets:" not in model_card.write_model_card(run, None)
 
 
 def test_another_model_on_the_hub_is_told(workspace, monkeypatch):

@@ -20,10 +20,11 @@ import torch
 import prove_resume
 import train_unet
 from conftest import SCRIPTS
-from t2i import checkpoints, models, runs, stopping
+from t2i import models, runs
 from t2i.config import load_recipe
 from t2i.runs import UserError, checkpoint_copies, checkpoint_folders
-from t2i.stopping import EXIT_STOPPED
+from t2i.training import checkpoints, stopping
+from t2i.training.stopping import EXIT_STOPPED
 
 COMMON = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none")
 
@@ -362,7 +363,7 @@ import signal, sys, time
 from pathlib import Path
 sys.path.append(sys.argv[1])
 from t2i.runs import alone, run_main
-from t2i.stopping import on_signals
+from t2i.training.stopping import on_signals
 
 def main():
     folder = Path(sys.argv[2])
@@ -600,11 +601,11 @@ def test_numbers_that_are_none_are_named_and_skipped_or_end_the_run(allowed, wor
     else:
         with pytest.raises(UserError, match="no number at step") as error:
             run_main(*words)
-        from t2i import data
+        from t2i.data import preparing
 
         recipe = load_recipe(str(workspace / "tiny.yaml"))
         recipe.data.dataset, recipe.data.cache_dir = str(workspace / "dataset"), str(cache)
-        assert data.load_splits(recipe.data, say=lambda text: None).train.rows["id"][7] in str(error.value)
+        assert preparing.load_splits(recipe.data, say=lambda text: None).train.rows["id"][7] in str(error.value)
 
 
 # --- Weights from outside --------------------------------------------------------------------------------------------

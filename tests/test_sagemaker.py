@@ -24,7 +24,8 @@ import run_sagemaker_job
 from conftest import ROOT, SCRIPTS
 from local_sagemaker import aws
 from rehearse_sagemaker import finish_in_moto, launch
-from t2i import account, config, costs, jobs
+from t2i import config
+from t2i.clouds import aws_account, costs, sagemaker_job
 from t2i.runs import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -67,7 +68,12 @@ def cloud():
 @pytest.fixture
 def launcher(tmp_path, cloud, monkeypatch):
     """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
-    for name in (*jobs.SECRET_NAMES, *jobs.FORWARDED, *jobs.OF_A_SERVER, "MLFLOW_TRACKING_URI"):
+    for name in (
+        *sagemaker_job.SECRET_NAMES,
+        *sagemaker_job.FORWARDED,
+        *sagemaker_job.OF_A_SERVER,
+        "MLFLOW_TRACKING_URI",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
 
@@ -117,7 +123,7 @@ def test_what_is_staged(launcher, cloud):
     assert not [key for key in keys if "__pycache__" in key or key.startswith((".", "tests"))]
     job = json.loads(s3.get_object(Bucket=bucket, Key=f"{prefix}/job.json")["Body"].read())
     assert (job["machines"], job["inside"], job["mixed_precision"]) == (2, "deepspeed_zero2.yaml", "fp16")
-    assert job["arguments"][-4:] == ["--output_dir", jobs.RUN, "--cache_dir", jobs.CACHE]
+    assert job["arguments"][-4:] == ["--output_dir", sagemaker_job.RUN, "--cache_dir", sagemaker_job.CACHE]
 
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)
@@ -151,13 +157,13 @@ def test_every_argument_arrives_as_typed(parts):
     code = "import json, sys; print(json.dumps(sys.argv[1:]))"
     shell = shlex.join([sys.executable, "-c", code, *words])  # as a shell reads what was typed with quotes
     typed = json.loads(subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout)
-    command = jobs.read_command([UNET, *typed])
-    arguments = json.loads(json.dumps(jobs.container_arguments(command, {})))
+    command = sagemaker_job.read_command([UNET, *typed])
+    arguments = json.loads(json.dumps(sagemaker_job.container_arguments(command, {})))
     job = {"script": "train_unet.py", "arguments": arguments, "mixed_precision": None, "zero": True}
     line = run_sagemaker_job.launch_words(job, ["algo-1", "algo-2"], 1, 2)
-    inside = config.parse(jobs.SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
-    here = config.parse(jobs.SECTIONS["train_unet.py"], "", words)
-    here.train_unet.output_dir, here.data.cache_dir = jobs.RUN, jobs.CACHE
+    inside = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
+    here = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", words)
+    here.train_unet.output_dir, here.data.cache_dir = sagemaker_job.RUN, sagemaker_job.CACHE
     assert inside == here
 
 
@@ -179,12 +185,16 @@ def test_folders_become_channels(tmp_path, launcher, cloud):
     assert channels == {"dataset", "vae", "code", "sm_drivers"}
     uris = [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in cloud.requests[-1]["InputDataConfig"]]
     assert sum("/t2i-inputs/" in uri and uri.endswith("/") for uri in uris) == 2  # flowers is not flowers-old
-    command = jobs.read_command([str(word) for word in words])
-    arguments = jobs.container_arguments(
-        command, jobs.local_inputs(command, jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge"))
+    command = sagemaker_job.read_command([str(word) for word in words])
+    arguments = sagemaker_job.container_arguments(
+        command,
+        sagemaker_job.local_inputs(command, sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge")),
     )
-    monkey = config.parse(jobs.SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
-    assert (monkey.data.dataset, monkey.vae.vae) == (f"{jobs.CHANNELS}/dataset", f"{jobs.CHANNELS}/vae")
+    monkey = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
+    assert (monkey.data.dataset, monkey.vae.vae) == (
+        f"{sagemaker_job.CHANNELS}/dataset",
+        f"{sagemaker_job.CHANNELS}/vae",
+    )
 
 
 def mistakes():
@@ -353,17 +363,19 @@ def test_a_role_is_what_the_yaml_says_or_refused(written, denied, role, sentence
     iam = cloud.session.client("iam")
     if not any(known["RoleName"] == "runner" for known in iam.list_roles()["Roles"]):
         iam.create_role(RoleName="runner", Path="/service-role/", AssumeRolePolicyDocument="{}")
-    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}, "iam_role_name": written}, "test")
-    there = account.Account(cloud.session, number="123456789012")
+    settings = sagemaker_job.checked(
+        sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}, "iam_role_name": written}, "test"
+    )
+    there = aws_account.Account(cloud.session, number="123456789012")
     with answering("AccessDenied", "GetRole") if denied else contextlib.nullcontext():
         if sentence is None or sentence.startswith(("the role", "whole", "is of")):
-            assert account.find_role(settings, there) == (
+            assert aws_account.find_role(settings, there) == (
                 role or f"{ROLE}/{written}" if "arn:" not in written else written
             )
             assert there.missing == [] if sentence is None else re.search(sentence, there.missing[0])
         else:
             with pytest.raises(UserError, match=sentence):
-                account.find_role(settings, there)
+                aws_account.find_role(settings, there)
 
 
 def aws_faults():
@@ -405,7 +417,7 @@ def aws_faults():
 @pytest.mark.parametrize(("error", "words"), aws_faults(), ids=lambda value: type(value).__name__)
 def test_whatever_aws_raises_becomes_one_sentence(error, words, monkeypatch):
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    with pytest.raises(UserError) as told, account.in_words("begin: ", "; end"):
+    with pytest.raises(UserError) as told, aws_account.in_words("begin: ", "; end"):
         raise error
     text = str(told.value)
     assert text.startswith("begin: ")
@@ -426,7 +438,7 @@ def test_a_profile_that_is_none_ends_every_way_in(launcher, monkeypatch, tmp_pat
 def test_the_region_and_whose_prices(monkeypatch, tmp_path):
     (tmp_path / "config").write_text("[profile far]\nregion = ap-south-1\n[profile plain]\noutput = json\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    command = jobs.read_command([UNET, "--config", "flowers"])
+    command = sagemaker_job.read_command([UNET, "--config", "flowers"])
     for yaml_region, variables, profile, region, source in (
         ("eu-west-1", {"AWS_REGION": "eu-central-1"}, "far", "eu-west-1", "region in the YAML"),
         ("", {"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-3"}, "far", "eu-central-1", "by AWS_REGION"),
@@ -437,8 +449,8 @@ def test_the_region_and_whose_prices(monkeypatch, tmp_path):
         for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, variables.get(name, ""))
         changes = {"additional_args": {}, "region": yaml_region, "profile": profile}
-        settings = jobs.checked(jobs.SageMakerConfig, BASE | changes, "test")
-        account.find_region(settings)
+        settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | changes, "test")
+        aws_account.find_region(settings)
         assert (settings.region, settings.region_from) == (region, source)
         prices = costs.read_prices()
         found = costs.report(costs.estimate(command, settings, ZERO2, prices, 6400, 100.0), command, settings, prices)
@@ -447,7 +459,7 @@ def test_the_region_and_whose_prices(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_REGION", "Frankfurt")
     settings.region = ""
     with pytest.raises(UserError, match=r"'Frankfurt' \(by AWS_REGION\) is no region of AWS"):
-        account.find_region(settings)
+        aws_account.find_region(settings)
 
 
 ACCELERATE = {  # as `accelerate config` 1.15 writes it
@@ -474,9 +486,9 @@ def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, clou
 
     def image():
         file.write_text(yaml.safe_dump(values))
-        settings = jobs.read_config(file)
-        account.find_region(settings)
-        return account.find_image(image_uris, settings)
+        settings = sagemaker_job.read_config(file)
+        aws_account.find_region(settings)
+        return aws_account.find_image(image_uris, settings)
 
     with pytest.raises(UserError) as told:
         image()
@@ -498,8 +510,8 @@ def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, clou
     ],
 )
 def test_bf16_is_noted_where_gpus_have_no_units_for_it(machine, own, inner, said):
-    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
-    assert re.search(said, jobs.precision_note(settings, inner))
+    settings = sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
+    assert re.search(said, sagemaker_job.precision_note(settings, inner))
 
 
 @pytest.mark.parametrize(
@@ -511,11 +523,11 @@ def test_bf16_is_noted_where_gpus_have_no_units_for_it(machine, own, inner, said
     ],
 )  # fmt: skip
 def test_fp16_needs_a_gpu(machine, own, inner, refused):
-    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
+    settings = sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
     with (
         pytest.raises(UserError, match=f"needs a GPU, and {machine} has none") if refused else contextlib.nullcontext()
     ):
-        jobs.check_precision(settings, jobs.ROOT / "x.yaml", inner)
+        sagemaker_job.check_precision(settings, sagemaker_job.ROOT / "x.yaml", inner)
 
 
 def test_what_the_hub_would_refuse_at_the_end_is_refused_before_the_job(launcher):
@@ -532,8 +544,11 @@ def test_a_machine_without_a_gpu_can_have_a_price(tmp_path):
         + "  ml.m5.xlarge: {usd_per_hour: 0.23, gpus: 0, fp16_tflops: 1, fp32_tflops: 1, network_gbps: 1}\n"
     )
     (tmp_path / "prices.yaml").write_text(text)
-    prices, command = costs.read_prices(tmp_path / "prices.yaml"), jobs.read_command([UNET, "--config", "flowers"])
-    settings = jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.m5.xlarge", num_machines=2, mixed_precision="no")
+    prices, command = (
+        costs.read_prices(tmp_path / "prices.yaml"),
+        sagemaker_job.read_command([UNET, "--config", "flowers"]),
+    )
+    settings = sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", "ml.m5.xlarge", num_machines=2, mixed_precision="no")
     found = costs.estimate(command, settings, {}, prices, 6400, 10.0)
     assert (found.global_batch, found.usd_per_hour) == (64, 0.46)
 
@@ -600,8 +615,8 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     launcher("--yes", UNET, "--config", "flowers", base_job_name="followed")
     request = cloud.requests[-1]
     job, logs = request["TrainingJobName"], cloud.session.client("logs")
-    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
-    there = account.Account(cloud.session)
+    settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    there = aws_account.Account(cloud.session)
     monkeypatch.setattr("time.sleep", mock.Mock(side_effect=KeyboardInterrupt))
     known = backend()
     known.training_jobs[job].training_job_status = "InProgress"
@@ -631,9 +646,12 @@ def test_following_a_job(launcher, cloud, monkeypatch):
 
 
 def test_an_mlflow_address_with_odd_letters(monkeypatch):
-    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}}, "test")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://us%40er:p%40ss@mlflow.example.org")
-    assert account.secrets_here(settings) == {"MLFLOW_TRACKING_USERNAME": "us@er", "MLFLOW_TRACKING_PASSWORD": "p@ss"}
+    assert aws_account.secrets_here(settings) == {
+        "MLFLOW_TRACKING_USERNAME": "us@er",
+        "MLFLOW_TRACKING_PASSWORD": "p@ss",
+    }
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert launch_sagemaker.environment(settings, None) == {}  # the container's 127.0.0.1 is another
 
@@ -655,17 +673,17 @@ def test_an_mlflow_address_with_odd_letters(monkeypatch):
 )
 def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, named, sent, said):
     extra = {"environment": {} if named is None else {"MLFLOW_TRACKING_URI": named}}
-    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": extra}, "test")
-    for name in jobs.SECRET_NAMES:
+    settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": extra}, "test")
+    for name in sagemaker_job.SECRET_NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shell)
     assert launch_sagemaker.environment(settings, None).get("MLFLOW_TRACKING_URI") == sent
-    assert re.search(said, jobs.tracking_server(settings)[1])
-    assert bool(jobs.tracking_server(settings)[1]) == bool(said)
+    assert re.search(said, sagemaker_job.tracking_server(settings)[1])
+    assert bool(sagemaker_job.tracking_server(settings)[1]) == bool(said)
     travels = (
         {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} if "h.org" in (sent or "") and "@" in shell else set()
     )
-    assert set(account.secrets_here(settings)) == travels
+    assert set(aws_account.secrets_here(settings)) == travels
 
 
 @pytest.mark.parametrize(
@@ -700,7 +718,7 @@ def test_a_wrong_value_in_the_yaml_gets_the_right_one(tmp_path, line, sentence):
     known = {key: value for key, value in BASE.items() if key != line.partition(":")[0]}
     (tmp_path / "a.yaml").write_text(f"{yaml.safe_dump(known)}{line}\n")
     with pytest.raises(UserError, match=f"a.yaml.*{sentence}"):
-        jobs.read_config(tmp_path / "a.yaml")
+        sagemaker_job.read_config(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -717,7 +735,7 @@ def test_a_wrong_value_in_the_yaml_gets_the_right_one(tmp_path, line, sentence):
 )
 def test_a_yaml_that_says_nothing_or_two_things(tmp_path, text, sentence):
     (tmp_path / "a.yaml").write_text(text)
-    for read in (jobs.read_config, jobs.read_inside):
+    for read in (sagemaker_job.read_config, sagemaker_job.read_inside):
         with pytest.raises(UserError, match=sentence):
             read(tmp_path / "a.yaml")
 
@@ -735,11 +753,13 @@ def test_an_mlflow_address_in_the_yaml_that_no_job_can_use(tmp_path, monkeypatch
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(BASE | {"additional_args": {"environment": {"MLFLOW_TRACKING_URI": uri}}}))
     with pytest.raises(UserError, match=sentence) as error:
-        jobs.read_config(file)
+        sagemaker_job.read_config(file)
     assert "canary" not in str(error.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("http://", "ftp://"))  # and in the shell
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
-        jobs.tracking_server(jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test"))
+        sagemaker_job.tracking_server(
+            sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+        )
 
 
 @pytest.mark.parametrize(
@@ -768,15 +788,15 @@ def test_a_script_gets_only_options_that_it_has(tmp_path):
     (tmp_path / "text").mkdir()
     recipe = tmp_path / "own.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"dataset": "a/b"}, "unet": {"text_encoder": str(tmp_path / "text")}}))
-    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}}, "test")
     for script, sent in (("train_vae.py", {}), ("train_unet.py", {"text_encoder": str(tmp_path / "text")})):
-        command = jobs.read_command([str(SCRIPTS / script), "--config", str(recipe)])
-        assert jobs.local_inputs(command, settings) == sent
+        command = sagemaker_job.read_command([str(SCRIPTS / script), "--config", str(recipe)])
+        assert sagemaker_job.local_inputs(command, settings) == sent
     (tmp_path / "inputs.tsv").write_text("channel\tdata\ncaptioner\ts3://b/c\nmy-data\ts3://b/d\n")
     settings.sagemaker_inputs_file = str(tmp_path / "inputs.tsv")
     with pytest.raises(UserError, match="'my-data' cannot be a channel's name"):
-        jobs.local_inputs(command, settings)
-    assert "--captioner" not in jobs.container_arguments(command, {"captioner": "s3://b/c"})
+        sagemaker_job.local_inputs(command, settings)
+    assert "--captioner" not in sagemaker_job.container_arguments(command, {"captioner": "s3://b/c"})
 
 
 def test_a_stop_reaches_the_training_whatever_else_is_there(tmp_path):
@@ -825,7 +845,7 @@ def test_fetching_what_there_is(tmp_path, launcher, cloud):
 
 
 def test_machines_that_would_train_apart_are_stopped(monkeypatch):
-    from t2i import distributed
+    from t2i.training import distributed
 
     monkeypatch.setenv("T2I_WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -850,8 +870,10 @@ def test_accelerate_itself_still_cannot(tmp_path, environment):
 
 
 def test_the_estimate(launcher):
-    command = jobs.read_command([UNET, "--config", "flowers"])
-    settings = jobs.checked(jobs.SageMakerConfig, BASE | {"additional_args": {"max_run": 3600}}, "test")
+    command = sagemaker_job.read_command([UNET, "--config", "flowers"])
+    settings = sagemaker_job.checked(
+        sagemaker_job.SageMakerConfig, BASE | {"additional_args": {"max_run": 3600}}, "test"
+    )
     prices = costs.read_prices()
     flops, weights = costs.unet_size(command.recipe)
     assert 147e6 < weights < 149e6
@@ -883,7 +905,7 @@ def read_yaml_text(tmp_path, additional):
     (tmp_path / "s.yaml").write_text(
         f"compute_environment: AMAZON_SAGEMAKER\nec2_instance_type: ml.m5.xlarge\nadditional_args:\n{additional}"
     )
-    return jobs.read_config(tmp_path / "s.yaml")
+    return sagemaker_job.read_config(tmp_path / "s.yaml")
 
 
 def test_the_arguments_of_sagemakers_estimator(launcher, cloud):
@@ -916,16 +938,18 @@ def test_a_bucket_of_ones_own_needs_no_right_to_make_one(tmp_path, launcher, clo
             raise ClientError({"Error": {"Code": "AccessDenied", "Message": f"may not {name}"}}, name)
         return real(client, name, arguments)
 
-    config = jobs.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge", region="eu-west-1")
+    config = sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge", region="eu-west-1")
     files = {"dataset": [tmp_path / "photos/1.jpg"]}
-    found = account.Account(cloud.session, bucket="photos", prefix="me", own_bucket=True, kms_key="alias/mine")
+    found = aws_account.Account(cloud.session, bucket="photos", prefix="me", own_bucket=True, kms_key="alias/mine")
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", denied)
-    where = account.upload({"dataset": str(tmp_path / "photos")}, files, {"dataset": "0123"}, found)
+    where = aws_account.upload({"dataset": str(tmp_path / "photos")}, files, {"dataset": "0123"}, found)
     assert where == {"dataset": "s3://photos/me/t2i-inputs/0123/"}
     head = cloud.session.client("s3").head_object(Bucket="photos", Key="me/t2i-inputs/0123/1.jpg")
     assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "alias/mine")
     with pytest.raises(UserError, match=r"may not CreateBucket.*output_path: s3://BUCKET/FOLDER in additional_args"):
-        account.upload({}, {}, {}, account.Account(boto3.Session(region_name="eu-west-2"), bucket=config.region))
+        aws_account.upload(
+            {}, {}, {}, aws_account.Account(boto3.Session(region_name="eu-west-2"), bucket=config.region)
+        )
 
 
 @pytest.mark.parametrize(
@@ -965,10 +989,10 @@ def test_tags_and_variables_are_as_written(tmp_path):
 def test_a_job_without_a_network_gets_all_it_needs_by_channels(tmp_path, words, image, sentence):
     config = read_yaml_text(tmp_path, "  enable_network_isolation: true\n")
     config.image_uri = image
-    command = jobs.read_command([UNET, *words])
-    inputs = jobs.local_inputs(command, config)
+    command = sagemaker_job.read_command([UNET, *words])
+    inputs = sagemaker_job.local_inputs(command, config)
     with pytest.raises(UserError, match=sentence) if sentence else contextlib.nullcontext():
-        jobs.check_isolation(command, config, inputs)
+        sagemaker_job.check_isolation(command, config, inputs)
 
 
 def test_mlflows_variables_and_managed_mlflow_reach_the_job(tmp_path, monkeypatch):
@@ -984,9 +1008,9 @@ def test_mlflows_variables_and_managed_mlflow_reach_the_job(tmp_path, monkeypatc
     }  # a run's id goes with its server alone
     monkeypatch.setenv("MLFLOW_TRACKING_URI", arn)
     assert launch_sagemaker.environment(config, None) == sent | {"MLFLOW_TRACKING_URI": arn, "MLFLOW_RUN_ID": "a" * 32}
-    assert "sagemaker-mlflow:*" in jobs.tracking_server(config)[1]
-    command = jobs.read_command([UNET, "--dataset", "s3://b/d"])
-    jobs.stage(tmp_path / "code", command, config, ROOT / "accelerate_configs/cpu.yaml", {})
+    assert "sagemaker-mlflow:*" in sagemaker_job.tracking_server(config)[1]
+    command = sagemaker_job.read_command([UNET, "--dataset", "s3://b/d"])
+    sagemaker_job.stage(tmp_path / "code", command, config, ROOT / "accelerate_configs/cpu.yaml", {})
     assert "\nsagemaker-mlflow==" in (tmp_path / "code/scripts/requirements.txt").read_text()
 
 
@@ -994,9 +1018,9 @@ def test_what_warm_machines_and_encrypted_disks_mean(tmp_path):
     config = read_yaml_text(
         tmp_path, "  keep_alive_period_in_seconds: 60\n  use_spot_instances: true\n  volume_kms_key: k\n"
     )
-    notes = " ".join(jobs.estimator_notes(config))
+    notes = " ".join(sagemaker_job.estimator_notes(config))
     assert "wait up to 60 s for a next job, and are billed" in notes
     assert "AWS keeps no spot machines waiting" in notes
     assert "volume_kms_key" not in notes
     config.ec2_instance_type = "ml.g4dn.xlarge"
-    assert "AWS refuses volume_kms_key" in jobs.estimator_notes(config)[-1]
+    assert "AWS refuses volume_kms_key" in sagemaker_job.estimator_notes(config)[-1]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from t2i import sampling
-from t2i.pictures import RIGHT, SCHEDULERS, last_signal, scheduler_problem
+from t2i.pictures import sampling
+from t2i.pictures.png import RIGHT, SCHEDULERS, last_signal, scheduler_problem
 from t2i.runs import UserError
 
 SPREAD = 0.5  # of the images, around their mean

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from conftest import ROOT
 from loopback_hub import LoopbackHub
 from prove_space import PROMPT, dockerfile, draw, opens, same_picture, serving
-from t2i import cards, hub, sampling, space
+from t2i.hub import model_card, space, upload
+from t2i.pictures import sampling
 from t2i.runs import UserError, read_json, write_json
 
 REPO = "spaces/me/tiny-flowers"
@@ -35,7 +36,7 @@ def run(workspace, tmp_path_factory):
     """The tiny run with a card, in a folder where commands are typed."""
     run = tmp_path_factory.mktemp("space") / "unet"
     shutil.copytree(workspace / "unet", run)
-    cards.write_model_card(run, None, cards.Publication("me/tiny", "mit", []))
+    model_card.write_model_card(run, None, model_card.Publication("me/tiny", "mit", []))
     (run / "pipeline/unet/old.bin").write_bytes(b"a pickle")
     (run / "pipeline/unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"the same again")
     (run / "pipeline/setup.py").write_text("raise SystemExit")
@@ -95,11 +96,11 @@ def test_a_repeated_push_changes_nothing_and_keeps_what_a_person_wrote(loopback,
     (folder / "outputs/tiny-flowers/cells").mkdir()  # somebody tried it here, as the command says
     (folder / "outputs/tiny-flowers/cells/1.png").write_bytes(b"drawn here")
     (folder / "server.log").write_text("of this machine")
-    api = hub.HfApi(endpoint=loopback.url, token=loopback.token)
+    api = upload.HfApi(endpoint=loopback.url, token=loopback.token)
     known = {entry.path for entry in api.list_repo_tree("me/tiny-flowers", repo_type="space", recursive=True)}
     patterns = list(space.FILES)
     inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    assert set(hub._matching(inside, patterns)) <= known
+    assert set(upload._matching(inside, patterns)) <= known
 
 
 def test_the_fetched_space_starts_by_its_dockerfiles_command(fetched):
@@ -122,7 +123,7 @@ def test_the_fetched_space_draws_the_models_picture_and_imports_nothing_from_els
     assert not told["early"]  # torch waits for the first picture
     here = [str(ROOT / part) for part in ("scripts", "dashboard", "tests")]
     assert not [file for file in told["files"].values() if file.startswith(tuple(here))]
-    assert "t2i.sampling" in told["files"]
+    assert "t2i.pictures.sampling" in told["files"]
 
 
 def names(requirement):

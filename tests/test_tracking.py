@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2i import tracking
 from t2i.runs import UserError
+from t2i.tracking import mlflow_tracker
 
-SCRIPTS = Path(tracking.__file__).parents[1]
+SCRIPTS = Path(mlflow_tracker.__file__).parents[2]
 CONFIG = {"data": {"resolution": 64}, "train_unet": {"learning_rate": 1e-4, "betas": [0.9, 0.999]}}
 CANARY = "canary-5f1c9e77"  # a secret given in each of the ways below
 PASSWORD = "pass-canary-0b2d"
@@ -62,8 +62,8 @@ def files(run_id: str, folder: str = "", uri: str | None = None) -> list[str]:
     return sorted(Path(file.path).name for file in client(uri).list_artifacts(run_id, folder) if not file.is_dir)
 
 
-def start(run: Path = Path("run"), config: dict = CONFIG, **options) -> tracking.Tracker:
-    return tracking.Tracker(run, experiment="flowers", run_name="first", config=config, **options)
+def start(run: Path = Path("run"), config: dict = CONFIG, **options) -> mlflow_tracker.Tracker:
+    return mlflow_tracker.Tracker(run, experiment="flowers", run_name="first", config=config, **options)
 
 
 def picture() -> np.ndarray:
@@ -88,7 +88,7 @@ def test_a_run_is_recorded_in_the_database_beside_its_artifacts(empty_database: 
     assert run.info.status == "FINISHED"
     assert run.data.params["train_unet.betas"] == "[0.9, 0.999]"
     assert len(run.data.params) == 3 + 250 + 1
-    assert len(run.data.params["prompts.long"]) == tracking.PARAM_CHARACTERS
+    assert len(run.data.params["prompts.long"]) == mlflow_tracker.PARAM_CHARACTERS
     assert run.data.params["prompts.long"].endswith("[cut at 6000 characters]")
     assert run.data.tags["dataset"] == "abc"
     assert points(run.info.run_id, "train loss _mean_") == [(1, 0.5)]
@@ -147,7 +147,7 @@ def test_sending_everything_twice_changes_nothing(empty_database: Path) -> None:
     before = points(tracker.run_id, "loss"), files(tracker.run_id, "images")
     Path("run/mlflow_spool/state.json").unlink()  # as if no answer had arrived
 
-    assert tracking.replay(Path("run")) == 0
+    assert mlflow_tracker.replay(Path("run")) == 0
     assert len(client().search_runs(["1"])) == 1
     assert (points(tracker.run_id, "loss"), files(tracker.run_id, "images")) == before
     assert before[0] == [(step, 1 / (step + 1)) for step in range(1500)]
@@ -166,7 +166,7 @@ def test_an_artifact_store_out_of_order_holds_back_no_curve(
     assert points(tracker.run_id, "loss") == [(3, 0.5)]
     assert "records not sent yet: 1" in capsys.readouterr().err
     Path("mlruns").unlink()
-    assert tracking.replay(Path("run")) == 0
+    assert mlflow_tracker.replay(Path("run")) == 0
     assert len(files(tracker.run_id, "images")) == 2
 
 
@@ -174,7 +174,7 @@ def test_a_plain_folder_is_refused_with_the_mend() -> None:
     with pytest.raises(UserError, match=r"sqlite:///file\.db"):
         start(tracking_uri="./mlruns")
     with pytest.raises(UserError, match="tracked"):
-        tracking.replay(Path("run"))
+        mlflow_tracker.replay(Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -215,15 +215,15 @@ def test_an_address_that_is_none_gets_the_one_that_is_meant(uri: str, fix: str) 
     Path("notes.txt").touch()
     Path("runs.data").write_bytes(b"SQLite format 3\0")
     with pytest.raises(UserError, match=fix) as error:
-        tracking.resolve_uri(uri)
+        mlflow_tracker.resolve_uri(uri)
     assert "s3cret" not in str(error.value)
 
 
 def test_the_password_of_an_address_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTPS://me:p@ss%2Fw0rd@h.org:5000/x ")
-    assert tracking.resolve_uri(None) == os.environ["MLFLOW_TRACKING_URI"] == "https://h.org:5000/x"
+    assert mlflow_tracker.resolve_uri(None) == os.environ["MLFLOW_TRACKING_URI"] == "https://h.org:5000/x"
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss/w0rd")
-    assert "p@ss" not in tracking.redact("told: p@ss/w0rd, p%40ss%2Fw0rd")
+    assert "p@ss" not in mlflow_tracker.redact("told: p@ss/w0rd, p%40ss%2Fw0rd")
 
 
 # --- A folder that moves ---------------------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ def test_artifacts_follow_the_database(empty_database: Path, tmp_path: Path) -> 
     first = before.create_run("1", run_name="first").info.run_id
     before.create_run("2", run_name="own")
     before.log_text(first, "as it was", "notes.txt")
-    assert tracking.follow_move(tmp_path / "a/mlflow.db") == []
+    assert mlflow_tracker.follow_move(tmp_path / "a/mlflow.db") == []
 
     (tmp_path / "a").rename(tmp_path / "b")
-    (told,) = tracking.follow_move(tmp_path / "b/mlflow.db")
+    (told,) = mlflow_tracker.follow_move(tmp_path / "b/mlflow.db")
     assert told.endswith(f"experiment t2i go to, and come from, {tmp_path}/b/mlruns/t2i")
-    assert tracking.follow_move(tmp_path / "b/mlflow.db") == []
+    assert mlflow_tracker.follow_move(tmp_path / "b/mlflow.db") == []
     assert artifacts(tmp_path / "b")["first"].startswith((tmp_path / "b/mlruns/t2i").as_uri())
     assert artifacts(tmp_path / "b")["own"].startswith(chosen)
     after = client(f"sqlite:///{tmp_path}/b/mlflow.db")
@@ -261,7 +261,7 @@ def test_artifacts_follow_the_database(empty_database: Path, tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
 
     shutil.copytree(tmp_path / "b", tmp_path / "c", ignore=shutil.ignore_patterns(second))
-    assert len(tracking.follow_move(tmp_path / "c/mlflow.db")) == 1
+    assert len(mlflow_tracker.follow_move(tmp_path / "c/mlflow.db")) == 1
     copied = client(f"sqlite:///{tmp_path}/c/mlflow.db")
     assert copied.get_run(first).info.artifact_uri.startswith((tmp_path / "c").as_uri())
     assert copied.get_run(second).info.artifact_uri.startswith((tmp_path / "b").as_uri())  # that one was left behind
@@ -300,10 +300,10 @@ def answering() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def why(uri: str) -> str:
-    tracking.import_mlflow()
+    mlflow_tracker.import_mlflow()
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises
         client(uri).search_experiments(max_results=1)
-    return tracking.explain(error.value, uri)[0]
+    return mlflow_tracker.explain(error.value, uri)[0]
 
 
 def test_a_server_that_refuses_says_why(answering, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,8 +340,8 @@ def test_a_database_that_cannot_be_used_says_why(empty_database: Path, tmp_path:
     )
     assert why("mysql://me@127.0.0.1:9/x").endswith("pip install mysqlclient")
     for uri, package in (("postgresql+psycopg2://me@db/x", "psycopg2-binary"), ("mssql+pyodbc://me@db/x", "pyodbc")):
-        assert tracking.explain(tracking.missing_driver(uri), uri)[0].endswith(f"pip install {package}")
-    assert tracking.missing_driver("sqlite:///x.db") is None
+        assert mlflow_tracker.explain(mlflow_tracker.missing_driver(uri), uri)[0].endswith(f"pip install {package}")
+    assert mlflow_tracker.missing_driver("sqlite:///x.db") is None
     for name, version in (("newer", "ffffffffffff"), ("older", "f5a4f2784254")):
         shutil.copy(empty_database, tmp_path / f"{name}.db")
         with closing(sqlite3.connect(tmp_path / f"{name}.db")) as store, store:
@@ -360,7 +360,7 @@ def test_a_database_that_cannot_be_used_says_why(empty_database: Path, tmp_path:
 def test_one_warning_does_not_silence_another(
     answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "START_WAIT_S", 0.1)
+    monkeypatch.setattr(mlflow_tracker, "START_WAIT_S", 0.1)
     answering.slow, answering.answer = 0.5, (401, '{"error_code": "UNAUTHENTICATED", "message": "token expired"}')
     tracker = start(tracking_uri=answering.url)
     tracker.finish()
@@ -376,7 +376,7 @@ def test_a_deleted_experiment_says_how_to_go_on(empty_database: Path, capsys: py
     start().finish()
     said = capsys.readouterr().err
     assert f"MLFLOW_TRACKING_URI=sqlite:///{Path.cwd()}/mlflow.db mlflow experiments restore --experiment-id 1" in said
-    tracker = tracking.Tracker(Path("run"), experiment="roses", run_name="second", config=CONFIG)
+    tracker = mlflow_tracker.Tracker(Path("run"), experiment="roses", run_name="second", config=CONFIG)
     tracker.finish()
     assert client().get_experiment(client().get_run(tracker.run_id).info.experiment_id).name == "roses"
     assert "records not sent yet" not in capsys.readouterr().err
@@ -431,12 +431,12 @@ DIES = """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from t2i import tracking
+from t2i.tracking import mlflow_tracker
 canary = os.environ["HF_TOKEN"]
 endpoint = "https://hub.example/?access_token=" + canary
 config = {"hub": {"hub_token": canary, "endpoint": endpoint}, "data": {"name": "a"}}
 began = time.monotonic()
-tracker = tracking.Tracker(Path("run"), experiment="flowers", run_name="dies", config=config,
+tracker = mlflow_tracker.Tracker(Path("run"), experiment="flowers", run_name="dies", config=config,
                            tags={"command": " ".join(sys.argv), "note": "x" + canary + "y"})
 print(tracker.uri, tracker.view, tracker.run_id)
 for step in range(5):
@@ -469,8 +469,8 @@ def test_a_server_that_is_down_costs_seconds_and_gets_everything_later_once_and_
     server.start()
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    assert tracking.replay(Path("run")) == 0
-    assert tracking.replay(Path("run")) == 0
+    assert mlflow_tracker.replay(Path("run")) == 0
+    assert mlflow_tracker.replay(Path("run")) == 0
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PASSWORD  # the connection has it
     run = client(server.uri).search_runs(["1"], "attributes.run_name = 'dies'")
     assert [one.info.status for one in run] == ["FINISHED"]
@@ -517,7 +517,7 @@ def test_a_server_killed_midway_gets_the_rest_when_it_is_back(
     server.start()
     resumed.finish()
     until = time.monotonic() + 60  # on a busy machine the server takes its time
-    while tracking.replay(Path("run"), server.uri):
+    while mlflow_tracker.replay(Path("run"), server.uri):
         assert time.monotonic() < until
         time.sleep(0.5)
     assert points(tracker.run_id, "loss", server.uri) == [(step, float(step)) for step in range(5)]
@@ -545,8 +545,8 @@ def test_a_server_killed_midway_gets_the_rest_when_it_is_back(
     ],
 )
 def test_secrets_are_taken_out_of_texts(text: str) -> None:
-    assert "s3cretpw" not in tracking.redact(text)
-    assert tracking.REDACTED in tracking.redact(text)
+    assert "s3cretpw" not in mlflow_tracker.redact(text)
+    assert mlflow_tracker.REDACTED in mlflow_tracker.redact(text)
 
 
 @pytest.mark.parametrize(
@@ -562,14 +562,14 @@ def test_secrets_are_taken_out_of_texts(text: str) -> None:
     ],
 )
 def test_other_texts_stay_as_they_are(text: str) -> None:
-    assert tracking.redact(text) == text
+    assert mlflow_tracker.redact(text) == text
 
 
 def test_values_of_secret_variables_are_taken_out_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123-plain/looking")
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:swordfish-42@host/db")
     config = {"a": {"list": ["x0123-plain/lookingx"]}, "b": "0123-plain%2Flooking", "c": 5, "d": "swordfish-42"}
-    assert tracking.redact_config(config) == {
+    assert mlflow_tracker.redact_config(config) == {
         "a": {"list": ["x[redacted]x"]},
         "b": "[redacted]",
         "c": 5,
@@ -589,7 +589,7 @@ def test_mlflows_variables_name_what_the_settings_leave_open(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    tracker = tracking.Tracker(Path("run"), experiment="t2i", run_name="run", config={})
+    tracker = mlflow_tracker.Tracker(Path("run"), experiment="t2i", run_name="run", config={})
     tracker.finish()
     run = client().get_run(tracker.run_id)
     assert client().get_experiment(run.info.experiment_id).name == "roses"
@@ -599,7 +599,7 @@ def test_mlflows_variables_name_what_the_settings_leave_open(
     assert "experiment roses, by MLFLOW_EXPERIMENT_NAME" in said
     assert "MLFLOW_EXPERIMENT_ID is not used" in said
     steps = [step for step, _ in points(tracker.run_id, "system/cpu_utilization_percentage")]
-    again = tracking.Tracker(Path("run"), experiment="flowers", run_name="run", config={})
+    again = mlflow_tracker.Tracker(Path("run"), experiment="flowers", run_name="run", config={})
     again.finish()
     assert "experiment flowers, by --experiment; MLFLOW_EXPERIMENT_NAME=roses is not used" in capsys.readouterr().err
     assert len(points(tracker.run_id, "system/cpu_utilization_percentage")) > len(steps)  # counted on, not again
@@ -628,12 +628,12 @@ def test_a_run_that_mlflow_run_id_names_is_gone_on_with(
 
 def test_sagemakers_managed_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     arn = "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/flowers"
-    assert tracking.resolve_uri(arn) == arn
+    assert mlflow_tracker.resolve_uri(arn) == arn
     with pytest.raises(UserError, match="is no ARN of SageMaker's managed MLflow; give arn:aws:sagemaker:REGION"):
-        tracking.resolve_uri("arn:aws:s3:::bucket")
-    monkeypatch.setattr(tracking, "entry_points", lambda group: [])
+        mlflow_tracker.resolve_uri("arn:aws:s3:::bucket")
+    monkeypatch.setattr(mlflow_tracker, "entry_points", lambda group: [])
     with pytest.raises(UserError, match="needs a package: pip install sagemaker-mlflow"):
-        tracking.resolve_uri(arn)
-    tracker = object.__new__(tracking.Tracker)
-    tracker._sender = tracking._Sender(Path("run"), arn)
+        mlflow_tracker.resolve_uri(arn)
+    tracker = object.__new__(mlflow_tracker.Tracker)
+    tracker._sender = mlflow_tracker._Sender(Path("run"), arn)
     assert tracker.view.endswith("-tracking-server-url --tracking-server-name flowers --region eu-west-1")

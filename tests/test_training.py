@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2i.config import TrainConfig
-from t2i.prefetch import Ahead
-from t2i.training import Average, build_optimizer, warn_of_warmup
+from t2i.training.loop import Average, build_optimizer, warn_of_warmup
+from t2i.training.prefetch import Ahead
 
 
 def test_a_batch_is_made_while_the_one_before_is_trained_on():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from t2i import reconstructions
+from t2i.pictures import reconstructions
 from t2i.runs import UserError, checkpoint_folders, read_json
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 import train_unet
 from conftest import ROOT, TINY
-from t2i import config, distributed, models, training, zero
+from t2i import config, models
 from t2i.runs import UserError
+from t2i.training import distributed, loop, zero
 
 ZERO2 = ("accelerate.commands.launch", "--quiet", "--config_file",
          str(ROOT / "accelerate_configs/deepspeed_zero2.yaml"), "--mixed_precision", "no")  # fmt: skip
@@ -93,7 +94,7 @@ def test_the_recipe_is_in_force(runs):
     assert (state["zero_stage"], state["overflow_skips"]) == (2, 0)
     recipe = config.load_recipe(str(runs / "tiny.yaml")).train_unet
     alone = dataclasses.replace(recipe, learning_rate=0.01)
-    optimizer, schedule = training.build_optimizer([torch.nn.Parameter(torch.zeros(1))], alone, STEPS)
+    optimizer, schedule = loop.build_optimizer([torch.nn.Parameter(torch.zeros(1))], alone, STEPS)
     rates = []
     for _ in range(STEPS):
         optimizer.step()
@@ -146,7 +147,7 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     )  # fmt: skip
     step = SimpleNamespace(step=lambda *_: moved.append("moved"))
     optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
-    trained = training.Trained("unet", None, None, [], optimizer, step, step)
+    trained = loop.Trained("unet", None, None, [], optimizer, step, step)
     given = train_unet.Inputs(None, {"train": (np.zeros(8), None)}, 1.0, [f"id{number}" for number in range(8)])
     settings = config.TrainUnetConfig(train_batch_size=2)
     batches = SimpleNamespace(take=lambda number: (None,) * 4)

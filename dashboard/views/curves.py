@@ -23,7 +23,8 @@ from common import (
     read,
 )
 
-from t2i.curves import (
+from t2i.runs import UserError, run_status
+from t2i.tracking.curves import (
     Curve,
     Loading,
     StoredRun,
@@ -34,8 +35,7 @@ from t2i.curves import (
     shown_uri,
     store_stamp,
 )
-from t2i.runs import UserError, run_status
-from t2i.tracking import SPOOL_FOLDER
+from t2i.tracking.mlflow_tracker import SPOOL_FOLDER
 
 LIVE_S = 5  # between two looks at a run that goes on
 LIVE_SERVER_S = 15  # the same over HTTP, where others ask as well

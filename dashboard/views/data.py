@@ -13,9 +13,9 @@ import streamlit as st
 from common import OUTPUTS, find_runs, nothing_yet, settings_of, shorten, warn
 from widgets import address, gallery
 
-from t2i import browse
-from t2i.captions import CHECKS
-from t2i.images import BadImage
+from t2i.captions.auditing import CHECKS
+from t2i.data import browse
+from t2i.data.images import BadImage
 from t2i.runs import UserError, find_prepared, read_json
 
 PICTURES = 24  # on a page: divides into 2, 3, 4 and 6 columns

@@ -18,8 +18,8 @@ from grid import best_scale, checkpoints_of, first_prompt
 from neighbours import show_neighbours
 from PIL import Image
 
-from t2i import cells
-from t2i.pictures import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
+from t2i.pictures import cells
+from t2i.pictures.png import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
 from t2i.runs import UserError
 
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.

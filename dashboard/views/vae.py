@@ -17,10 +17,10 @@ from PIL import Image
 from table import png, show_pictures
 from widgets import address
 
-from t2i import reconstructions
-from t2i.curves import read_folder
-from t2i.reconstructions import Images, Vae
+from t2i.pictures import reconstructions
+from t2i.pictures.reconstructions import Images, Vae
 from t2i.runs import UserError
+from t2i.tracking.curves import read_folder
 
 COUNTS = [4, 8, 16]  # images on a page
 WORDS = 60  # characters of a caption beside its row

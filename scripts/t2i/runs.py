@@ -356,7 +356,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
-    """Where `t2i.data` keeps the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
+    """Where `t2i.data.preparing` keeps the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
     return Path(cache_dir).expanduser() / "pixels" / fingerprint
 
 

@@ -1,0 +1,1 @@
+"""Captions: made, kept, audited."""

@@ -1,0 +1,340 @@
+"""Looking into data sets without loading them: columns and single pictures, read where they lie.
+
+Reads two forms: a dataset folder, whose Parquet shards `t2i.data.dataset_folder` or the Hub wrote, and the pixels and
+rows that `t2i.data.preparing` prepared for a training. Imports neither torch nor `datasets`, which take seconds.
+"""
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from t2i.captions import auditing
+from t2i.config import read_yaml
+from t2i.data.images import BadImage, decode_image
+from t2i.runs import UserError
+
+BATCH = 100  # rows of images in memory at a time; also what `t2i.data.dataset_folder` puts into a row group
+SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")
+DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # of files that are damaged, or gone meanwhile
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split as it lies on disk at one moment: `files` with their sizes and times, so that one written anew is another.
+
+    files: Parquet shards in order, or `<split>.arrow` and `<split>.npy` of prepared images.
+    """
+
+    folder: Path
+    name: str
+    files: tuple[tuple[Path, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a split says of its pictures, without the pictures.
+
+    captions: of each, "" where it has none. labels: the label's text, or None where there is no such column.
+    columns: the other columns of text, numbers or truth values, by name. image: the column of pictures.
+    """
+
+    captions: list[str]
+    labels: list[str | None] | None
+    columns: dict[str, list[Any]]
+    image: str
+    has_captions: bool
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+# --- Which there are -------------------------------------------------------------------------------------------------
+
+
+def find_splits(folder: Path) -> dict[str, Split]:
+    """The splits of a dataset folder or of prepared images, train first; {} where there are none."""
+    found: dict[str, list[Path]] = {}
+    for pattern in ("*.parquet", "*/*.parquet"):
+        for path in sorted(folder.glob(pattern)):
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+                match = SHARD.fullmatch(path.stem)
+                found.setdefault(match["split"] if match else path.stem, []).append(path)
+    if not found:
+        pairs = {path.stem: [path, path.with_suffix(".npy")] for path in sorted(folder.glob("*.arrow"))}
+        found = {name: pair for name, pair in pairs.items() if pair[1].is_file()}
+    order = ["train", "validation", "test"]
+    names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+    try:
+        return {name: Split(folder, name, tuple(map(_state, found[name]))) for name in names}
+    except OSError:  # deleted while it was listed
+        return {}
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
+    stat = path.stat()
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def read_rows(split: Split) -> Rows:
+    """All of a split but its pictures; kept while its files stay as they are. Raises `UserError`."""
+    try:
+        tables: list[pa.Table] = []
+        images: list[str] = []
+        names: dict[str, list[str]] = {}
+        for path, *_ in split.files:
+            if path.suffix == ".parquet":
+                table, image, names = _parquet_rows(path)
+                images.append(image)
+            elif path.suffix == ".arrow":
+                with pa.memory_map(str(path)) as file:
+                    table = pa.ipc.open_stream(file).read_all()
+            else:
+                continue
+            tables.append(table)
+        # of a column that one shard lacks, its rows are empty; of another type there, all become text
+        table = _together(tables)
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    except DAMAGE as error:
+        raise UserError(_unreadable(split, error)) from None
+    for name, classes in names.items():
+        columns[name] = [_class_name(value, classes) for value in columns.get(name, ())]
+    count = table.num_rows
+    text = columns.pop("caption", None) or columns.pop("text", None)
+    label = next((name for name in ("label", "labels", *names) if name in columns), None)
+    labels = columns.pop(label) if label else None
+    return Rows(
+        ["" if value is None else str(value) for value in text] if text else [""] * count,
+        labels and [None if value is None else str(value) for value in labels],
+        columns,
+        images[0] if images else "",
+        bool(text),
+    )
+
+
+def _parquet_rows(path: Path) -> tuple[pa.Table, str, dict[str, list[str]]]:
+    """The plain columns of a shard, its column of pictures, and the names of labels that are kept as numbers."""
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        image = next((name for name in ("image", *schema.names) if _holds_images(schema, name)), "")
+        plain = [field.name for field in schema if _is_plain(field.type) and field.name != image]
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        names = {
+            name: list(map(str, known["names"]))
+            for name, known in info.items()
+            if name in plain and isinstance(known, dict) and known.get("_type") == "ClassLabel" and known.get("names")
+        }
+        table = file.read(columns=plain)
+        return (
+            table if plain else pa.table({"row": pa.array(range(file.metadata.num_rows), pa.int64())}),
+            image, names,
+        )  # fmt: skip
+
+
+def _holds_images(schema: pa.Schema, name: str) -> bool:
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    return pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in tests)
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException:
+        text = [
+            pa.table({name: pc.cast(table.column(name), pa.string()) for name in table.column_names})
+            for table in tables
+        ]
+        return pa.concat_tables(text, promote_options="default")
+
+
+def _class_name(value: Any, names: list[str]) -> str | None:
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+def _unreadable(split: Split, error: Exception) -> str:
+    gone = [path for path, *_ in split.files if not path.exists()]
+    if gone:
+        return f"{gone[0]} is gone; choose the data set anew"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return f"the split {split.name} of {split.folder} cannot be read ({reason}); write it anew"
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def read_pictures(split: Split, rows: Sequence[int], side: int | None = None) -> list[Image.Image | BadImage]:
+    """The pictures of some rows, upright RGB, in their order; `BadImage` in the place of one that cannot be shown.
+
+    side (px): they will be shrunk to it, so large photos may be decoded smaller, which is several times faster.
+    Of Parquet only the row groups that hold them are read, `BATCH` rows in memory at a time. Raises `UserError`.
+    """
+    try:
+        if split.files[0][0].suffix == ".parquet":
+            return [_decoded(found, side) for found in _encoded(split, rows)]
+        pixels = np.load(split.files[1][0], mmap_mode="r", allow_pickle=False)
+        return [Image.fromarray(np.asarray(pixels[row])) for row in rows]
+    except (*DAMAGE, IndexError) as error:
+        raise UserError(_unreadable(split, error)) from None
+
+
+def _decoded(found: bytes | None, side: int | None) -> Image.Image | BadImage:
+    try:
+        if found is None:
+            raise BadImage("missing image")
+        return decode_image(found, draft_side=side)
+    except BadImage as error:
+        return error
+
+
+def _encoded(split: Split, rows: Sequence[int]) -> list[bytes | None]:
+    """The pictures' bytes; None where a row has none of its own."""
+    found: dict[int, bytes | None] = {}
+    wanted = sorted(set(rows))
+    first = 0  # row of the shard's first one
+    image = read_rows(split).image
+    for path, *_ in split.files:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                inside = [row - first for row in wanted if first <= row < first + count]
+                if inside:
+                    found |= {first + row: data for row, data in _of_group(file, group, image, inside).items()}
+                first += count
+    return [found.get(row) for row in rows]
+
+
+def _of_group(file: pq.ParquetFile, group: int, image: str, rows: list[int]) -> dict[int, bytes | None]:
+    found: dict[int, bytes | None] = {}
+    first = 0
+    if not image:
+        return {}
+    for batch in file.iter_batches(BATCH, row_groups=[group], columns=[image]):
+        column = batch.column(0)
+        if pa.types.is_struct(column.type):
+            column = column.field("bytes")
+        found |= {row: column[row - first].as_py() for row in rows if first <= row < first + len(column)}
+        first += len(column)
+        if first > rows[-1]:
+            break
+    return found
+
+
+def as_file(picture: Image.Image, side: int) -> bytes:
+    """A picture for a page: a JPEG of at most `side` px, small ones as PNG, pixel for pixel."""
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if max(small.size) <= 128:
+        small.save(file, "PNG")
+    else:
+        small.save(file, "JPEG", quality=88)
+    return file.getvalue()
+
+
+# --- Words -----------------------------------------------------------------------------------------------------------
+
+
+def search(texts: Sequence[str], query: str) -> list[int]:
+    """The numbers of the texts that hold every word of `query`, in any case, and every "phrase in quotes" as it stands."""
+    parts = [phrase or word for phrase, word in re.findall(r'"([^"]*)"|(\S+)', query.casefold())]
+    parts = [part.strip('"') for part in parts if part.strip('"')]
+    return [number for number, text in enumerate(texts) if all(part in text.casefold() for part in parts)]
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as their pictures (NUL becomes ␀), so that a page shows what is there."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: chr(0x2400 + min(ord(match[0]), 0x21)), text)
+
+
+@lru_cache(maxsize=8)
+def audit(split: Split) -> dict[str, dict[int, str] | None]:
+    """The findings of `auditing.audit` on a split: for each check the rows and what is said of each; None: not measured.
+
+    Images count as copies of each other, and are held to their colors, where caption_to_hub.py's notes on them are there.
+    """
+    rows = read_rows(split)
+    looked = _looked_at(split, len(rows))
+    texts = [auditing.clean_caption(text) for text in rows.captions]
+    numbers = [str(number) for number in range(len(rows))]
+    found = auditing.audit(
+        texts,
+        [photo["id"] for photo in looked] if looked else numbers,
+        files=numbers,
+        labels=rows.labels,
+        colors=[photo["colors"] for photo in looked] if looked else None,
+        examples=len(rows),
+        of_labels=_of_labels(split.folder),
+    )
+    return {
+        name: None if check["count"] is None else {int(row["file"]): row["note"] for row in check["examples"]}
+        for name, check in found["checks"].items()
+    }
+
+
+def _of_labels(folder: Path) -> bool:
+    """Whether caption_to_hub.py made a folder's captions from its labels."""
+    with suppress(OSError, UserError, KeyError, TypeError):
+        return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] == "label")
+    return False
+
+
+def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:
+    """What caption_to_hub.py noted of a split's pictures, in their order; None where it noted nothing, or of others."""
+    notes = sorted(split.folder.glob(".captioning/photos-*.jsonl"), key=os.path.getmtime)
+    try:
+        lines = notes[-1].read_text(encoding="utf-8").splitlines() if notes else []
+        photos = [json.loads(line) for line in lines]
+        kept = [photo for photo in photos if photo["split"] == split.name and photo["reason"] is None]
+        whole = all(isinstance(photo["id"], str) and isinstance(photo["colors"], dict) for photo in kept)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept if kept and whole and len(kept) == count else None
+
+
+@lru_cache(maxsize=8)
+def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """How many words each caption of a split has, int64 [N], and the 50 words that most captions hold, with their number."""
+    parts = [text.casefold().split() for text in read_rows(split).captions]
+    counts = Counter(word for part in parts for word in set(part))
+    return np.array([len(part) for part in parts], dtype=np.int64), counts.most_common(50)
+
+
+def read_quarantine(file: Path) -> list[dict[str, str]]:
+    """The images that were left out: file, split and reason of each. [] where there is no list; torn lines are skipped."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            found.append({key: auditing.clean_caption(row.get(key)) for key in ("file", "split", "reason")})
+        except (ValueError, AttributeError, RecursionError):
+            continue
+    return found

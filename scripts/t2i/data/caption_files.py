@@ -1,0 +1,202 @@
+"""Captions in files beside images, read strictly: metadata.jsonl, metadata.csv, metadata.parquet, x.txt and x.caption.
+
+What is surely no caption is refused with its file and line. No byte is ever replaced: a file is UTF-8, or UTF-16 or
+UTF-32 with a byte order mark.
+"""
+
+import codecs
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from t2i.data.images import LFS_POINTER
+from t2i.runs import UserError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECARS = (".txt", ".caption")  # in this order: where both are there, the first is read
+BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+DELIMITERS = ",;\t|"
+DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+DETECTION_LABELS = re.compile(rf"\s*\d+(\s+{_NUMBER}){{4,}}\s*", re.IGNORECASE)  # YOLO: class, then box or polygon
+_OPEN_QUOTE = "{}, line {}: a quotation mark is not closed; close it, or double it"
+_NEXT_ROW = r'\n"?[^{0}\n"]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?)"?{0}'
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `UserError` for what Git LFS leaves in a file's place until it is pulled."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:  # said when it is read
+        return
+    if pointer:
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, its line ends as they are. Raises `UserError` with the line that is in no known encoding."""
+    refuse_pointer(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or remove it") from None
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
+        raise UserError(
+            f"{path}, line {line} is not {name} (byte 0x{data[error.start]:02x}, as older Windows programs write); "
+            "save the file as UTF-8"
+        ) from None
+    if text.count("\0") > len(text) / 4:
+        raise UserError(f"{path} is UTF-16 without a byte order mark; save it as UTF-8")
+    return text
+
+
+def read_sidecar(path: Path) -> str:
+    """The caption in a file beside an image. Raises `UserError` for detection labels in its place."""
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and all(map(DETECTION_LABELS.fullmatch, lines)):
+        line = text.split("\n").index(lines[0]) + 1
+        raise UserError(
+            f"{path}, line {line} holds detection labels ({lines[0].strip()[:40]!r}), no caption; move such files into a "
+            "folder of their own"
+        )
+    return text
+
+
+def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a metadata file; its captions are text, lists of texts, or None.
+
+    caption_column: None: `caption`, else `text`, in each row. Raises `UserError` with the line of what cannot be meant.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        refuse_pointer(path)
+        try:
+            rows = list(enumerate(pq.read_table(path).to_pylist(), 1))
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); write it anew") from None
+    else:
+        text = read_text(path)
+        names = ("file_name", "caption", "text", "label", caption_column or "caption")
+        rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
+    for line, row in rows:
+        row.pop("", None)  # pandas writes its index so
+        for column in [caption_column] if caption_column else ["caption", "text"]:
+            if column in row:
+                row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+                texts = row[column] if isinstance(row[column], list) else [row[column]]
+                if any(text and text.strip() for text in texts):
+                    break  # `text` is read where there is no caption
+    return rows
+
+
+def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    first, rest = [*re.split(r"\r\n|\r|\n", text, maxsplit=1), ""][:2]
+    told = re.fullmatch(r"sep=(.)", first, re.IGNORECASE)  # Excel's own first line
+    skipped = 0
+    if told:
+        text, skipped = rest, 1
+        first = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
+    cells = {mark: [cell.strip().strip('"').strip() for cell in first.split(mark)] for mark in DELIMITERS}
+    delimiter = (
+        told[1]
+        if told
+        else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), max(DELIMITERS, key=first.count))
+    )
+    # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
+    raw = [cell.strip('"') for cell in first.split(delimiter)]
+    spaced = any(name not in raw and name in cells.get(delimiter, ()) for name in names)
+    reader: Any = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        spaced = spaced or any(cell.startswith(" ") and cell.lstrip()[:1] == '"' for row in reader for cell in row)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
+        columns = [name.strip() if spaced or not name.strip() else name for name in reader.fieldnames or ()]
+        named = len(columns)
+        while columns and not columns[-1]:  # commas at the end: a text there is one of a caption that is not quoted
+            columns.pop()
+        reader.fieldnames = columns
+        twice = next((name for name in columns if name and columns.count(name) > 1), None)
+        if twice:
+            raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
+        if columns and "file_name" not in columns:
+            near = next((name for name in columns if re.search("file|image|path", name, re.IGNORECASE)), None)
+            fix = f"rename {near!r} to file_name" if near else "name the column of the files so"
+            raise UserError(
+                f"{path}, line {1 + skipped} names no column file_name (it has {', '.join(filter(None, columns))}); {fix}"
+            )
+        line = reader.line_num
+        start = 1 + skipped
+        for row in reader:
+            start, line = line + 1 + skipped, reader.line_num
+            more = row.pop(None, None)  # fields that no column is for
+            if more and any(cell.strip() for cell in more):
+                raise UserError(
+                    f"{path}, line {start} has {len(columns) + len(more)} fields, the header {len(columns)}; put quotation "
+                    f"marks around a text with a {DELIMITER_NAMES.get(delimiter, delimiter)}"
+                    f"{', or name the last column' if named > len(columns) else ''}"
+                )
+            swallowed = _NEXT_ROW.format(re.escape(delimiter))
+            if any(value and "\n" in value and re.search(swallowed, value, re.IGNORECASE) for value in row.values()):
+                raise UserError(_OPEN_QUOTE.format(path, start))
+            yield start, row
+        _refuse_open_quote(path, text, start - skipped, skipped, delimiter, spaced)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + skipped} cannot be read ({error}); fix that line") from None
+
+
+def _refuse_open_quote(path: Path, text: str, start: int, skipped: int, delimiter: str, spaced: bool) -> None:
+    """Raise `UserError` where the last row, from line `start` of `text` on, ends inside quotation marks."""
+    last = islice(io.StringIO(text, newline=""), start - 1, None)
+    try:
+        list(csv.reader(last, delimiter=delimiter, skipinitialspace=spaced, strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(_OPEN_QUOTE.format(path, start + skipped)) from None
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(io.StringIO(text, newline=""), 1):
+        if not line.strip():
+            continue
+        try:
+            parsed = json.loads(line.strip())
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(
+                f"{path}, line {number} cannot be read ({what}); write one whole JSON object per line"
+            ) from None
+        if not isinstance(parsed, dict):
+            raise UserError(
+                f'{path}, line {number} is not a JSON object; write {{"file_name": …, "caption": …}} per line'
+            )
+        yield number, parsed
+
+
+def _caption(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
+        return [_caption(item, where) for item in value]
+    kinds = {dict: "an object", list: "a list of lists", bool: "a truth value"}
+    shown = str(value) if len(str(value)) <= 40 else str(value)[:37] + "..."
+    raise UserError(f"{where} holds {kinds.get(type(value), 'a number')} ({shown}); write text, or a list of texts")

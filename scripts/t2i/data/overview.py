@@ -1,0 +1,179 @@
+"""What was understood of a data set: counted once, and told in one short table before any work begins."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+_MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252
+_INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")  # not the joiners of emoji and of Persian
+_NO_VALUE = re.compile(
+    r"[<(\[]?(nan|none|null|nil|n/?a|undefined|unknown|todo|tbd|true|false)[>)\]]?[.:!]?"
+    r"|#(n/a|(name|value|ref|null|num|div/0|error)[?!]?)",
+    re.IGNORECASE,
+)
+_MESSAGE = re.compile(
+    r"(\w*error|exception|failed)\s*:|traceback \(|http\w* error|(i'm|i am|we are)( \w+)? (sorry|unable)|sorry[,.]"
+    r"|i (cannot|can't|can not)\b|as an ai\b",
+    re.IGNORECASE,
+)
+# What may be meant as a caption, and rarely is: name -> test of (caption, file). The first that holds is counted.
+ODD: dict[str, Callable[[str, str], Any]] = {
+    "with replacement characters (U+FFFD)": lambda text, file: "\ufffd" in text,
+    "with misread characters (such as Ã©)": lambda text, file: _MISREAD.search(text),
+    "with braces or brackets around": lambda text, file: re.fullmatch(r"[\[{(].*[\]})]", text),
+    "with markup or a template": lambda text, file: re.search(r"<\w+[^>]*>|\{\w*\}|\{\{", text),
+    "of numbers only": lambda text, file: not re.search(r"[^\W\d_]", text) and re.search(r"\d", text),
+    "of numbers mostly": lambda text, file: 2 * len(re.findall(r"(?<!\S)[-+.,]*\d[-+\d.,]*(?!\S)", text)) > len(text.split()),
+    "that say no value (nan, none, null)": lambda text, file: _NO_VALUE.fullmatch(text),
+    "that are messages of a program": lambda text, file: _MESSAGE.match(text.replace("’", "'")),
+    "with control or invisible characters": lambda text, file: _INVISIBLE.search(text),
+    "that are file names": lambda text, file: (
+        text in (Path(file).name, Path(file).stem) or re.fullmatch(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|txt)", text)
+    ),
+    "without letters": lambda text, file: not re.search(r"[^\W\d_]", text),
+}  # fmt: skip
+
+
+def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
+    """Count the captions and classes of `{split: {"file": [...], "caption": [...], "label": [...] or absent}}`.
+
+    Returns plain data: `classes` (None without labels), `captions` (count, empty, distinct, longest in words, odd by
+    kind with the first ones), and three `examples` of (file, caption).
+    """
+    classes: Counter[str] = Counter()
+    distinct: set[str] = set()
+    odd: dict[str, dict[str, Any]] = {}
+    count = empty = longest = 0
+    for part in splits.values():
+        classes.update(label for label in part.get("label") or () if label is not None)
+        for file, caption in zip(part["file"], part["caption"], strict=True):
+            count += 1
+            empty += not caption
+            longest = max(longest, len(caption.split()))
+            if caption not in distinct:
+                distinct.add(caption)
+                kind = next((kind for kind, test in ODD.items() if test(caption, file)), None) if caption else None
+                if kind:
+                    entry = odd.setdefault(kind, {"count": 0, "first": [], "texts": []})
+                    entry["texts"].append(caption)
+                    if len(entry["first"]) < 2:
+                        entry["first"].append(f"{file}: {_short(caption, 40)!r}")
+    for entry in odd.values():
+        texts = set(entry.pop("texts"))
+        entry["count"] = sum(caption in texts for part in splits.values() for caption in part["caption"])
+    coded = [name for name in classes if re.search(r"\d", name)]
+    by_letters: dict[str, list[str]] = {}
+    for name in classes:
+        by_letters.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), []).append(name)
+    ranked = classes.most_common()
+    first: dict[str, list[Any]] = next(iter(splits.values()), {"file": [], "caption": []})
+    shown = sorted({0, len(first["file"]) // 2, len(first["file"]) - 1}) if first["file"] else []
+    return {
+        "classes": {
+            "count": len(ranked),
+            "largest": ranked[0],
+            "smallest": ranked[-1],
+            "with_digits": (len(coded), *coded[:1]),
+            "alike": [names for names in by_letters.values() if len(names) > 1],
+        }
+        if ranked
+        else None,
+        "captions": {"count": count, "empty": empty, "distinct": len(distinct - {""}), "longest": longest, "odd": odd},
+        "examples": [(first["file"][row], first["caption"][row]) for row in shown],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The lines that say what was understood, from a data set's report (`t2i.data.preparing`) with what `describe` counted."""
+    found = report["understood"]
+    captions, classes = found["captions"], found["classes"]
+    rows = [("data set", f"{report['dataset']} ({report.get('form', 'form unknown')})")]
+    if report.get("revision"):
+        rows.append(("revision", report["revision"]))
+    rows.append(("images", _splits(report)))
+    if classes:
+        (large, most), (small, least) = classes["largest"], classes["smallest"]
+        text = f"{classes['count']:,}, from {least:,} images ({small}) to {most:,} ({large})"
+        if most == least:
+            text = f"{classes['count']:,}, {most:,} images each ({large}{'' if small == large else f' … {small}'})"
+        coded, *such = classes["with_digits"]
+        digits = f"; numbers in the names of {coded:,}, such as {such[0]}" if coded else ""
+        rows.append(("classes", text + digits))
+        if alike := classes.get("alike"):  # not in reports of before
+            shown = [", ".join(map(_visible, names)) for names in alike[:3]]
+            rows.append(("", _counted(len(alike), "names that differ only by capitals, spaces or accents", shown)))
+    parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
+    rows.append(("captions", "; ".join([*parts, *report.get("caption_columns", ())]) or "none yet"))
+    if report.get("captions_missing"):
+        rows[-1] = ("captions", "none, and this training needs none")
+    elif captions:
+        several = report.get("several_captions")
+        more = f", {several:,} images have several: the first is used" if several else ""
+        rows.append(
+            ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
+                 f"{more}")
+        )  # fmt: skip
+    if report.get("caption_prefix"):
+        rows.append(("", f"each begins with {_short(report['caption_prefix'], 40)!r} (--caption_prefix)"))
+    if report.get("joined_lines"):
+        rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
+    if shared := report.get("shared_caption_files"):
+        text = "1 caption file serves" if len(shared) == 1 else f"{len(shared):,} caption files each serve"
+        more = "; …" if len(shared) > 1 else ""
+        rows.append(("", f"{text} several images: {', '.join(shared[0][:4])}{more}"))
+    odd = captions["odd"] if captions else {}
+    rows += [("odd captions", _counted(entry["count"], kind, entry["first"])) for kind, entry in odd.items()]
+    copies = {key: count for key, count in report.get("duplicates", {}).items() if count}
+    if copies:
+        rows.append(("copies", ", ".join(f"{count:,} {_COPIES.get(key, key)}" for key, count in copies.items())))
+    bad = [f"{count:,} {reason}" for reason, count in report.get("quarantined_by_reason", {}).items()]
+    if bad:
+        rows.append(("bad images", ", ".join(bad)))
+    left_out = report.get("left_out") or {}
+    rows += [("left out", _counted(entry["count"], reason, entry["first"])) for reason, entry in left_out.items()]
+    if report.get("not_used_because_of_max_train_samples"):
+        rows.append(("", f"{report['not_used_because_of_max_train_samples']:,} by --max_train_samples"))
+    rows += [("examples", f"{file} → {_short(caption, 70) or '(empty)'}") for file, caption in found["examples"]]
+    lines, last = [], ""
+    for name, text in rows:
+        lines.append(f"  {'' if name == last else name:<14}{_one_line(text)}")
+        last = name
+    return "\n".join(["what was understood of the data:", *lines])
+
+
+_COPIES = {
+    "train": "within train",
+    "validation": "within validation",
+    "test": "within test",
+    "validation_also_in_train": "of validation in train as well",
+    "test_also_in_train": "of test in train as well",
+}
+
+
+def _splits(report: dict[str, Any]) -> str:
+    counts = {name: part["images"] for name, part in report["splits"].items()}
+    drawn = " (from train)" if str(report.get("validation_from", "")).startswith("train") else ""
+    return ", ".join(
+        f"{name} {count:,}{drawn if name == 'validation' else ''}" for name, count in counts.items() if count
+    )
+
+
+def _counted(count: int, what: str, first: Iterable[str]) -> str:
+    shown = list(first)
+    return f"{what}: {count:,} ({'; '.join(shown)}{'; …' if count > len(shown) else ''})"
+
+
+def _visible(name: str) -> str:
+    """A name with its combining accents written out: é as one character and as two look the same."""
+    return "".join(f"\\u{ord(mark):04x}" if unicodedata.combining(mark) else mark for mark in name)
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,301 @@
+"""The dataset card: datasets_card/dataset_card.md filled in, and merged with what a person made of it. Imports no torch.
+
+What a program knows stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews
+these blocks and the YAML keys that describe the files, and leaves all else as a person wrote it.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
+from PIL import Image, ImageDraw, ImageOps
+
+from t2i.captions.auditing import CHECKS
+from t2i.hub.model_card import BEGIN, END, NOT_MEASURED, escape_markdown, one_line
+from t2i.pictures.png import lettered
+from t2i.runs import UserError
+
+TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "dataset_card.md"
+_BLOCK = re.compile(r"<!-- t2i:(\w+) begin\b[^>]*-->(?:(?!<!-- t2i:).)*<!-- t2i:\1 end -->", re.DOTALL)
+FILE_KEYS = ("dataset_info", "configs")  # they describe the files, a list entry a configuration; ours is "default"
+
+
+def render_dataset_card(
+    *,
+    name: str,
+    source: str,
+    splits: Mapping[str, int],
+    making: Mapping[str, Any],
+    audit: Mapping[str, Any],
+    quarantine: Sequence[Mapping[str, str]] = (),
+    provenance: Mapping[str, Any] | None = None,
+    grid: str | None = None,
+    repo_id: str | None = None,
+    license: str = "unknown",
+    language: Sequence[str] = ("en",),
+    source_datasets: Sequence[str] = ("original",),
+    tags: Sequence[str] = (),
+) -> str:
+    """The text of a dataset card, without the YAML keys of its files, which `save_dataset_folder` adds.
+
+    Args:
+        name: of the data set; its title and `pretty_name`.
+        source: where the images come from, in words or as a Hub id.
+        splits: images by split, in order, without empty ones.
+        making: how the captions were made, a row each: captioner, model, revision, task, prompt, counts, hand-edited …
+        audit: as `t2i.captions.auditing.audit` returns it.
+        quarantine: rows with `reason` of the images that were left out.
+        provenance: hashes and revisions, a row each.
+        grid: path of a picture within the data set's folder, e.g. `images/grid.png`.
+        repo_id: on the Hub; None: the loading example names this folder.
+        license: as the Hub names licences. language: ISO 639-1 codes. source_datasets: `original`, or
+            `extended|ORG/NAME`. tags: more than `text-to-image` and `image-captions`.
+
+    Every text may come from users: it is stripped of secrets, cut to 200 characters and escaped.
+
+    Raises:
+        UserError: the template is missing.
+    """
+    if not TEMPLATE.is_file():
+        raise UserError(
+            f"{TEMPLATE.name} is missing; restore {TEMPLATE.parent.name}/{TEMPLATE.name} from the repository"
+        )
+    data = DatasetCardData(
+        license=one_line(license) or "unknown",
+        language=[one_line(code) for code in language],
+        pretty_name=one_line(name) or "Captioned images",
+        task_categories=["text-to-image"],
+        size_categories=[size_category(sum(splits.values()))],
+        source_datasets=[one_line(entry) for entry in source_datasets],
+        annotations_creators=["machine-generated"],
+        tags=list(dict.fromkeys(["text-to-image", "image-captions", *map(one_line, tags)])),
+    )
+    reasons = Counter(row.get("reason", "").split(":")[0] for row in quarantine)
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        begin=BEGIN.format,
+        end=END.format,
+        title=_text(name),
+        count=f"{sum(splits.values()):,}",
+        source=_text(source),
+        grid=grid,
+        making={_text(label): _text(value) for label, value in making.items()},
+        splits={_text(split): f"{images:,}" for split, images in splits.items()},
+        quarantine={_text(reason): f"{images:,}" for reason, images in reasons.most_common()},
+        audit=[_audit_row(check, audit["checks"][check]) for check in CHECKS],
+        lengths=_lengths(audit["tokens"]),
+        stripped=", ".join(f"“{_text(opening)}” {count:,} ×" for opening, count in audit["stripped"].items()),
+        examples=[
+            [_text(check), _text(row["file"]), caption_text(row["caption"]), _text(row["note"] or CHECKS[check])]
+            for check in CHECKS
+            for row in audit["checks"][check]["examples"]
+        ],
+        load=repo_id if repo_id and re.fullmatch(r"[\w./-]+", repo_id, re.ASCII) else "path/to/this/folder",
+        first_split=re.sub(r"\W", "", next(iter(splits), "train")),
+        provenance={_text(label): _text(value) for label, value in (provenance or {}).items()},
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def size_category(count: int) -> str:
+    """The Hub's name for a data set of `count` rows, e.g. `1K<n<10K` for 1,000 to 9,999."""
+    if count < 1000:
+        return "n<1K"
+    names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    power = len(str(count)) - 4  # of ten, above a thousand
+    return f"{names[power]}<n<{names[power + 1]}" if power + 1 < len(names) else "n>1T"
+
+
+def caption_text(caption: str) -> str:
+    """A caption as it must stand in Markdown, table cells included: escaped, cut, and, where it runs from right to left,
+    isolated so that it leaves the order of the text around it alone."""
+    shown = escape_markdown(caption) or "(empty)"
+    if any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in shown):
+        return f"\u2068{shown}\u2069"  # first strong isolate … pop directional isolate
+    return shown
+
+
+def caption_grid(
+    pixels: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, side: int = 128, lines: int = 4
+) -> Image.Image:
+    """Pictures (uint8 [H, W, 3], cut to their middle square) in rows, `side` px each, with up to `lines` lines of caption.
+
+    Of a caption in a script that no font here has, its number in brackets is drawn. Raises ValueError where there is no picture.
+    """
+    if not len(pixels):
+        raise ValueError("no pictures")
+    gap = 4
+    height = 12 * lines + 2
+    rows = math.ceil(len(pixels) / columns)
+    size = (min(columns, len(pixels)) * (side + gap) + gap, rows * (side + height + gap) + gap)
+    grid = Image.new("RGB", size, "white")
+    for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+        x, y = gap + number % columns * (side + gap), gap + number // columns * (side + height + gap)
+        grid.paste(ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS), (x, y))
+        note = Image.new("RGB", (side, height), "white")  # a picture of its own, so that no line runs into the next one
+        words, font = lettered(one_line(caption), number + 1)
+        text = _wrap(words, font, side, lines)
+        ImageDraw.Draw(note).multiline_text((0, 2), text, fill="black", font=font, spacing=2)
+        grid.paste(note, (x, y + side))
+    return grid
+
+
+def merge_cards(new: str, existing: str | None, renewed: Collection[str] = ("size_categories",)) -> str:
+    """`existing`, a card that a person may have edited, with everything generated renewed from `new`.
+
+    From `new` come the blocks between markers, the YAML keys in `renewed`, the entries of configuration `default` in `configs` and
+    `dataset_info`, and keys that `existing` lacks; `license: unknown` gives way to another licence as well. From `existing`
+    come its prose and its other YAML, comments and other configurations included. A block that was deleted there stays
+    away; without a single block the body is the person's alone. An existing card without a body (a stub, as the Hub
+    makes it) gets the whole body of `new`. Merging once more changes nothing.
+
+    Raises UserError where the YAML of `existing` is broken.
+    """
+    if existing is None or not existing.strip("\ufeff \t\r\n"):
+        return new
+    new_front, new_body = _split(new)
+    front, body = _split(re.sub(r"\r\n?", "\n", existing.lstrip("\ufeff")))
+    if body.strip():
+        blocks = {match[1]: match[0] for match in _BLOCK.finditer(new_body)}
+        body = _BLOCK.sub(lambda match: blocks.get(match[1], match[0]), body)
+    else:
+        body = new_body
+    return f"---\n{_merge_front(new_front, front, renewed)}---\n{body}"
+
+
+# --- Parts of the card -----------------------------------------------------------------------------------------------
+
+
+def _audit_row(check: str, result: Mapping[str, Any]) -> list[str]:
+    if result["share"] is None:
+        return [_text(CHECKS[check]), NOT_MEASURED, NOT_MEASURED, ""]
+    kinds = ", ".join(f"{caption_text(kind)} ({count:,})" for kind, count in list(result["kinds"].items())[:3])
+    return [_text(CHECKS[check]), f"{result['count']:,}", f"{result['share']:.1%}", kinds]
+
+
+def _lengths(tokens: Mapping[str, Any] | None) -> str:
+    if tokens is None:
+        return f"Length in tokens: {NOT_MEASURED}."
+    numbers = "{min} to {max}, median {median:g}, mean {mean:g}".format(**tokens)
+    bars = ", ".join(f"{count:,} up to {edge}" for edge, count in tokens["histogram"].items() if edge != "more")
+    return f"Length in tokens: {numbers}. The text encoder reads {tokens['limit']}; captions by length: {bars}."
+
+
+def _text(value: Any) -> str:
+    return escape_markdown(value) or "—"
+
+
+def _wrap(text: str, font: Any, width: int, lines: int) -> str:
+    """Break `text` into at most `lines` lines of `width` px; words that are too long are cut where they must be."""
+    rows = [""]
+    for word in text.split():
+        while word:
+            joined = f"{rows[-1]} {word}".strip()
+            if font.getlength(joined) <= width:
+                rows[-1], word = joined, ""
+            elif rows[-1]:
+                rows.append("")
+            else:
+                fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+                rows[-1], word = word[:fits], word[fits:]
+                rows.append("")
+    rows = [row for row in rows if row]
+    return "\n".join(rows if len(rows) <= lines else [*rows[: lines - 1], rows[lines - 1][:-1] + "…"])
+
+
+# --- YAML front matter ----------------------------------------------------------------------------------------------
+# Handled as text, a top-level key at a time: a round through a parser would lose comments and turn `language: no` into
+# `language: false`.
+
+
+def _split(card: str) -> tuple[str, str]:
+    """Front matter (without its lines of dashes) and body."""
+    match = REGEX_YAML_BLOCK.search(card)
+    if match:
+        return match[2] + "\n", card[match.end() :]
+    if empty := re.match(r"\s*---\n---[ \t]*(?:\n|$)", card):
+        return "", card[empty.end() :]
+    if re.match(r"\s*---[ \t]*\n", card):
+        raise _broken("its front matter does not end with a line ---")
+    return "", card
+
+
+def _merge_front(new: str, existing: str, renewed: Collection[str]) -> str:
+    ours, theirs = _keys(new), _keys(existing)
+    merged = dict(theirs)
+    for key, text in ours.items():
+        if key not in theirs or key in renewed or (key == "license" and _value(theirs, key) == "unknown"):
+            merged[key] = text
+        elif key in FILE_KEYS:
+            foreign = [entry for entry in _entries(theirs, key) if entry.get("config_name", "default") != "default"]
+            own = [entry for entry in _entries(ours, key) if entry.get("config_name", "default") == "default"]
+            if foreign:
+                own = [{"config_name": "default", **entry} for entry in own]
+                text = yaml_dump({key: [*own, *foreign]}, sort_keys=False)
+            merged[key] = text
+    return "".join(merged.values())
+
+
+def _entries(keys: Mapping[str, str], key: str) -> list[dict[str, Any]]:
+    """The configurations under `configs` or `dataset_info`: a list of mappings, or one alone."""
+    value = _value(keys, key)
+    return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, dict)]
+
+
+def _value(keys: Mapping[str, str], key: str) -> Any:
+    return (yaml.safe_load(keys[key]) or {}).get(key)
+
+
+def _keys(front: str) -> dict[str, str]:
+    """The text of each top-level key, in order: its lines, with the comments above it."""
+    try:
+        node = yaml.compose(front, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(front)
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 2}" if where else ""
+        raise _broken(f"{' '.join(str(getattr(error, 'problem', None) or error).split())[:200]}{line}") from None
+    if not value:
+        return {}
+    if not isinstance(value, dict) or not isinstance(node, yaml.MappingNode):
+        raise _broken("it is no list of `key: value`")
+    names = [str(key.value) for key, _ in node.value]
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise _broken(f"the key {repeated[0]} stands there twice")
+    if node.flow_style or aliases or any(key.start_mark.column for key, _ in node.value):
+        # `{a: 1}`, or indented, or one key's text needs another's: written anew
+        front = yaml.dump(value, Dumper=_PlainDumper, allow_unicode=True, sort_keys=False)
+        node = yaml.compose(front, Loader=yaml.SafeLoader)
+        assert isinstance(node, yaml.MappingNode)
+    lines = front.splitlines(keepends=True)
+    starts = []
+    for key, _ in node.value:
+        start = key.start_mark.line
+        while start > 0 and lines[start - 1].startswith("#"):
+            start -= 1
+        starts.append(start)
+    starts[0] = 0
+    ends = [*starts[1:], len(lines)]
+    return {name: "".join(lines[start:end]) for name, start, end in zip(names, starts, ends, strict=True)}
+
+
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _broken(reason: str) -> UserError:
+    return UserError(
+        f"the YAML front matter of README.md is broken ({reason}); fix it, or delete README.md to have it written anew"
+    )

@@ -1,0 +1,522 @@
+"""The model card: datasets_card/model_card.md filled from the files of a run. Imports no torch.
+
+What a run did not record reads "not measured". Text that comes from users (names of data sets, columns, prompts, links)
+is stripped of secrets and escaped, so that it can neither leak nor break the card.
+"""
+
+import html
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i.config import Recipe, load_recipe
+from t2i.pictures.png import guided_steps
+from t2i.runs import UserError, read_json, read_object, write_text
+from t2i.tracking.mlflow_tracker import redact
+
+TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
+NOT_MEASURED = "not measured"
+PROMPT_CHARACTERS = 500  # of a prompt on a card; CLIP reads fewer
+# What a program knows stands between these; dataset_cards.merge_cards leaves all else as a person wrote it.
+BEGIN = "<!-- t2i:{} begin (generated; edits here are replaced) -->"
+END = "<!-- t2i:{} end -->"
+
+# What the card of the suite's reference model says, and the words that tell a run's row as the same.
+REFERENCE = {
+    "Text Encoder": ("CLIP ViT-L/14 (`openai/clip-vit-large-patch14`), frozen", "`openai/clip-vit-large-patch14`"),
+    "VAE": ("`stabilityai/sd-vae-ft-mse`, fine-tuned", "`stabilityai/sd-vae-ft-mse`, fine-tuned"),
+    "Noise Scheduler": ("DDPM (training) · DDIM (inference)", "DDIM"),
+    "Image Resolution": ("128 × 128 px", "128 × 128 px"),
+    "Latent Space": ("16 × 16 × 4", "16 × 16 × 4"),
+    "Dataset": ("Oxford 102 Flowers, about 8 K images", "oxford-flowers"),
+    "Captions": ("generated with Florence-2-large", "Florence-2"),
+    "Training Platform": ("AWS SageMaker, 2 × `ml.g4dn.xlarge` (NVIDIA T4 16 GB each)", "T4"),
+    "Distribution": ("DeepSpeed ZeRO Stage 2", "DeepSpeed ZeRO Stage 2"),
+    "Precision": ("FP16 mixed precision", "FP16"),
+    "Optimizer": ("AdamW with DeepSpeed's WarmupLR, which warms up and then stays constant", "WarmupLR"),
+    "Gradient Clipping": ("0.5", "0.5"),
+    "CFG Training": ("10% unconditional dropout", "10% unconditional dropout"),
+    "Scheduler": ("DDIM, 30 steps", "DDIM, 30 steps"),
+    "CFG Scale": ("7.5", "7.5"),
+}
+PRECISIONS = {
+    "no": "FP32",
+    "fp16": "FP16 mixed precision",
+    "bf16": "BF16 mixed precision",
+    "fp8": "FP8 mixed precision",
+}
+
+
+@dataclass
+class Publication:
+    """What the card of a published model says beyond its run."""
+
+    repo_id: str
+    license: str  # as the Hub names licences; "unknown": not chosen
+    gallery: list[tuple[str, str]]  # prompts, and the paths of their pictures in the repository
+
+
+def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: Publication | None = None) -> str:
+    """Write the model card of a training run to `run/pipeline/README.md` (atomically) and return its text.
+
+    Args:
+        run: run folder of train_unet.py; `config.yaml` and `run.json` must be there, the rest may be missing.
+        evaluation: `{"report": {...}, "cells": [...]}` as evaluate_checkpoints.py writes it; None: not evaluated.
+        publication: of the card that goes to the Hub; None: the card of this folder.
+
+    Raises:
+        UserError: a file that is needed is missing or damaged.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
+    provenance = _optional(run / "provenance.json")
+    report = (evaluation or {}).get("report") or {}
+    cells = (evaluation or {}).get("cells") or []
+    vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
+    details = _details(run / "pipeline", recipe, vae_run, report)
+    training = _training(recipe, result, provenance)
+    inference = _inference(recipe, report)
+    rows = {**details, **training, **inference}
+    name = one_line(recipe.train_unet.run_name or run.resolve().name) or "text-to-image"
+    dataset = one_line(provenance.get("dataset") or _last_part(recipe.data.dataset))
+    hub = dataset_id(recipe, provenance)
+    gallery = publication.gallery if publication else []
+    base = hub_id(recipe.unet.pretrained_model_name_or_path)
+    results = _eval_results(hub or dataset or "unknown", dataset or "unknown", result, report)
+    data = ModelCardData(
+        language="en",
+        license=one_line(publication.license) if publication else "unknown",  # the choice is the user's
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "stable-diffusion"],
+        datasets=[hub] if hub else None,
+        base_model=base,
+        model_name=name if results else None,
+        eval_results=results or None,
+        widget=[{"text": prompt, "output": {"url": path}} for prompt, path in gallery] if publication else None,
+    )
+    if not TEMPLATE.is_file():
+        raise UserError(
+            f"{TEMPLATE.name} is missing; restore {TEMPLATE.parent.name}/{TEMPLATE.name} from the repository"
+        )
+    drawn = "petal_color" in (report.get("prompt_following") or {})
+    domain = f"drawn flowers (data set {_text(dataset)})" if drawn else f"the images of {_text(dataset)}"
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        begin=BEGIN.format,
+        end=END.format,
+        repo_id=publication.repo_id if publication else None,
+        gallery=gallery,
+        finished=result.get("status") == "finished",
+        resolution=recipe.data.resolution,
+        domain=domain,
+        details=details,
+        training=training,
+        inference=inference,
+        prompt=_prompt(gallery[0][0] if gallery else _example(recipe)),
+        scheduler=scheduler_of(report),
+        guidance_end=end if (end := _number(report.get("guidance_end"))) is not None and end < 1 else None,
+        num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
+        guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
+        figures=_figures(result, report, vae_run),
+        protocol=_protocol(result, report),
+        following=_following(report),
+        cells=[_cell(cell) for cell in cells],
+        tracking=_tracking(result.get("tracking")),
+        limitations=_limitations(recipe, result, domain, drawn),
+        deepspeed=result.get("distribution") == "DEEPSPEED",
+        ethics=_ethics(drawn),
+        narrow="flowers" if drawn else "of one narrow domain",
+        provenance=_provenance(provenance, vae_run),
+        differences={
+            label: text
+            for label, (text, mark) in REFERENCE.items()
+            if not re.search(rf"(?<![\w.-]){re.escape(mark)}(?![\w.-])", rows[label])
+        },
+    )
+    text = str(card).rstrip("\n") + "\n"
+    write_text(run / "pipeline" / "README.md", text)
+    return text
+
+
+def one_line(value: Any, limit: int = 200) -> str:
+    """A user's text without secrets, control characters and line breaks, at most `limit` characters; None becomes ""."""
+    text = "" if value is None else redact(str(value))
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it is a Hub id `owner/name` and not a local path, in which case nothing of that name lies here."""
+    if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        return None
+    return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
+
+
+def dataset_id(recipe: Recipe, provenance: dict[str, Any]) -> str | None:
+    """The Hub id of the data set that a run was trained on; None where it was a folder."""
+    return provenance.get("dataset_id", hub_id(recipe.data.dataset))  # training knew whether there was such a folder
+
+
+def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of the VAE's training, its recipe's VAE under "from"; {} unless it made the VAE of `hashes`."""
+    folder = Path(recipe.vae.vae) if recipe.vae.vae else None
+    if folder is None or not (folder / "config.yaml").is_file():
+        return {}
+    result = _optional(folder / "run.json")
+    if not result.get("output_vae_hash") or result["output_vae_hash"] != hashes.get("vae_hash"):
+        return {}
+    known = {key: result.get(key) for key in ("psnr_db", "ssim", "scaling_factor")}
+    return {**known, "from": load_recipe(str(folder / "config.yaml")).vae.vae}
+
+
+def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """The figures that were measured, by kind and name; `result`: a run's, `report`: its evaluation's."""
+    figures: dict[tuple[str, str], Any] = {("loss", "Validation diffuser loss"): result.get("val_loss")}
+    for head, share in (report.get("prompt_following") or {}).items():
+        figures["prompt_following", f"Prompt following: {one_line(head).replace('_', ' ')}"] = share
+    for key, label in {
+        "memorisation": "share_closer",
+        "diversity": "ratio",
+        "kid": "mean",
+        "clip_score": "mean",
+    }.items():
+        figures[key, key.replace("_", " ")] = (report.get(key) or {}).get(label)
+    return {names: round(number, 5) for names, value in figures.items() if (number := _number(value)) is not None}
+
+
+def escape_markdown(value: Any) -> str:
+    """`one_line` of a user's text as it must stand in Markdown, table cells included, to be shown as it is."""
+    return re.sub(r"([\\`*_\[\]|~#!$:])", r"\\\1", html.escape(one_line(value), quote=False))
+
+
+# --- Sections --------------------------------------------------------------------------------------------------------
+
+
+def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
+    unet, vae, text, scheduler = (
+        _optional(pipeline / part) for part in
+        ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+    )  # fmt: skip
+    base = recipe.unet.pretrained_model_name_or_path
+    channels = "/".join(str(width) for width in unet.get("block_out_channels") or [])
+    origin = f", trained further from {_source(base)}" if base else ", trained from scratch"
+    architecture = "Cross-Attentional UNet2DConditionModel (Hugging Face Diffusers)"
+    if channels:
+        architecture += f", channels {channels}, layers a level: {_text(unet.get('layers_per_block'))}"
+    source = recipe.unet.text_encoder or base
+    encoder = _source(source) if source else "small CLIP text encoder with random weights, made for this run"
+    if text:
+        encoder += f", {_text(text.get('num_hidden_layers'))} layers, "
+        encoder += f"{_text(text.get('max_position_embeddings'))} × {_text(text.get('hidden_size'))}"
+    side = recipe.data.resolution
+    factor = 2 ** (len(vae.get("block_out_channels") or []) - 1) if vae.get("block_out_channels") else None
+    latents = f"{side // factor} × {side // factor} × {_text(vae.get('latent_channels'))}" if factor else NOT_MEASURED
+    noise = f"{recipe.unet.beta_schedule}, {recipe.unet.prediction_type}"
+    noise += ", zero-terminal SNR" if recipe.unet.rescale_betas_zero_snr else ""
+    sampler = scheduler_of({"scheduler": scheduler.get("_class_name")} | report).removesuffix("Scheduler")
+    return {
+        "Architecture": architecture + origin,
+        "Text Encoder": f"{encoder} — frozen",
+        "VAE": _vae_origin(recipe, vae_run),
+        "Noise Scheduler": f"DDPM (training) · {_text(sampler)} (inference); {_text(noise)}",
+        "Image Resolution": f"{side} × {side} px",
+        "Latent Space": latents,
+    }
+
+
+def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
+    config, data = recipe.train_unet, recipe.data
+    steps, images = _number(result.get("steps")), _number(result.get("train_images"))
+    processes = _number(result.get("processes"))
+    batch = config.train_batch_size * config.gradient_accumulation_steps * int(processes or 1)
+    length = NOT_MEASURED
+    if steps and images:
+        length = f"{steps:,.0f} weight updates of {batch} samples, {steps * batch / images:.1f} epochs"
+    dataset = provenance.get("dataset") or _last_part(data.dataset)
+    revision = f", revision {_text(data.dataset_revision)}" if data.dataset_revision else ""
+    dropped = 100 * config.proportion_empty_prompts
+    warmup = f"with {config.lr_warmup_steps} updates of linear warm-up"
+    return {
+        "Dataset": f"{_text(dataset)}{revision}",
+        "Images": f"{images:,.0f} in the training split" if images else NOT_MEASURED,
+        "Unreadable images left out": _text(result.get("quarantined")),
+        "Captions": _captions(recipe),
+        "Training Platform": _text(result.get("machine")),
+        "Distribution": _distribution(result),
+        "Precision": PRECISIONS.get(str(result.get("precision")), _text(result.get("precision"))),
+        "Length": length,
+        "Optimizer": f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
+        "Gradient Clipping": f"{config.max_grad_norm:g}",
+        "CFG Training": f"{dropped:g}% unconditional dropout for classifier-free guidance",
+        "Weights": _weights(recipe, result),
+        "Training time": _minutes(result),
+        "Peak memory": f"{result['peak_rss_bytes'] / 1e9:.2f} GB"
+        if _number(result.get("peak_rss_bytes"))
+        else NOT_MEASURED,
+    }
+
+
+def scheduler_of(report: dict[str, Any]) -> str:
+    """diffusers' name of the scheduler that the evaluation drew with, and the card's example does."""
+    name = str(report.get("scheduler") or "DDIMScheduler")
+    return name if re.fullmatch(r"\w+Scheduler", name, re.ASCII) else "DDIMScheduler"
+
+
+def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
+    steps, sampler = report.get("num_inference_steps"), scheduler_of(report).removesuffix("Scheduler")
+    scale, end = _number(report.get("guidance_scale")), _number(report.get("guidance_end"))
+    guided = f", the first {guided_steps(int(steps or 1), end)} of them guided" if end is not None and end < 1 else ""
+    settings = recipe.train_unet
+    cpu, gpu = (_number(report.get(f"seconds_per_picture_{device}")) for device in ("cpu", "gpu"))
+    times = [f"{seconds:.2f} s" if seconds else NOT_MEASURED for seconds in (cpu, gpu)]
+    return {
+        "Scheduler": f"{sampler}, {steps or settings.num_inference_steps} steps{guided}"
+        + ("" if steps else " (not evaluated)"),
+        "CFG Scale": f"{settings.guidance_scale:g} (not evaluated)"
+        if scale is None
+        else f"{scale:g} (chosen by the evaluation)",
+        "Inference time": f"{times[0]} a picture on CPU, {times[1]} on GPU",
+    }
+
+
+def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
+    """The table of metrics; the losses are of the end of training, the rest of the evaluated checkpoint."""
+    bands = {key: value for key, value in result.items() if re.fullmatch(r"val_loss_\d+_\d+", key)}
+    copies, kid, clip = (report.get(name) or {} for name in ("memorisation", "kid", "clip_score"))
+    rows = {
+        "Train diffuser loss": _figure(result.get("train_loss")),
+        "Val diffuser loss": _figure(result.get("val_loss")),
+    }
+    for key, value in bands.items():
+        low, high = key.removeprefix("val_loss_").split("_")
+        rows[f"Val diffuser loss, timesteps {low} to {high}"] = _figure(value)
+    rows["VAE reconstruction of validation images"] = (
+        f"{_figure(vae_run.get('psnr_db'), 2)} dB PSNR, {_figure(vae_run.get('ssim'), 3)} SSIM"
+        if vae_run
+        else NOT_MEASURED
+    )
+    overall = (report.get("prompt_following") or {}).get("all")
+    rows["Prompt following, all parts of a prompt at once"] = _percent(overall)
+    rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(copies.get("share_closer"))
+    rows["Memorisation: relative distance, pictures over unseen images (1 = as far)"] = _figure(
+        copies.get("median_ratio"), 3
+    )
+    rows["Memorisation: near copies"] = _percent(copies.get("near_copies"))
+    rows["Diversity, over that of real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
+    known = f" ± {_figure(kid.get('std'))}, {_text(_last_part(kid.get('features')))}" if kid else ""
+    rows["KID (lower is better; compares only within one feature network)"] = _figure(kid.get("mean")) + known
+    rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
+    return rows
+
+
+def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
+    """The sentence that says on what the figures were measured."""
+    if not report:
+        return "The pictures have not been evaluated."
+    unseen = ", half of them of attribute combinations that never occur in training"
+    unseen = unseen if report.get("prompt_following_held_out") else ""
+    checkpoint, scale = report.get("checkpoint"), _figure(report.get("guidance_scale"), 2)
+    sentences = [
+        "The losses and the reconstruction are those of the end of training.",
+        f"All else was measured on {_text(report.get('prompts'))} pictures, one a prompt{unseen}, drawn by",
+        f"{_text(checkpoint)} at guidance scale {scale}; both were chosen on other prompts.",
+    ]
+    if re.findall(r"\d+$", str(checkpoint)) != [f"{result.get('steps'):06d}" if _number(result.get("steps")) else ""]:
+        sentences.append("The weights in this folder are those of the end of training.")
+    return " ".join(sentences)
+
+
+def _following(report: dict[str, Any]) -> list[list[str]]:
+    """A row a head: its name, share on all prompts, share on held-out combinations, the classifier's own accuracy."""
+    held_out, probe = report.get("prompt_following_held_out") or {}, report.get("probe_accuracy") or {}
+    return [
+        [_text(head.replace("_", " ")), _percent(share), _percent(held_out.get(head)), _percent(probe.get(head))]
+        for head, share in (report.get("prompt_following") or {}).items()
+    ]
+
+
+def _cell(cell: dict[str, Any]) -> list[str]:
+    shares = [share for head, share in (cell.get("prompt_following") or {}).items() if head != "all"]
+    return [
+        _text(cell.get("checkpoint")),
+        _figure(cell.get("guidance_scale"), 2),
+        _figure(cell.get("val_loss")),
+        _percent(sum(shares) / len(shares)) if shares else NOT_MEASURED,
+        _percent((cell.get("memorisation") or {}).get("share_closer")),
+        _figure((cell.get("kid") or {}).get("mean")),
+    ]
+
+
+def _limitations(recipe: Recipe, result: dict[str, Any], domain: str, drawn: bool) -> dict[str, str]:
+    side, images = recipe.data.resolution, _number(result.get("train_images"))
+    count = f"{images:,.0f} images" if images else f"number of images {NOT_MEASURED}"
+    rows = {
+        "Domain-specific": f"trained only on {domain}; prompts outside this domain give poor results.",
+        "Low resolution": f"{side} × {side} px. Not suitable for high-fidelity generation.",
+        "Limited dataset": f"{count}. Generation quality improves with more data.",
+    }
+    if drawn:
+        rows["Drawings"] = (
+            "the training images are drawings by a program, not photographs; their captions follow a few phrasings, "
+            "and other words were never learned."
+        )
+    if not (recipe.unet.text_encoder or recipe.unet.pretrained_model_name_or_path):
+        rows["Words"] = "the text encoder was not pretrained; it tells words apart but knows nothing of their meaning."
+    return rows
+
+
+def _ethics(drawn: bool) -> str:
+    if drawn:
+        return "contains only flowers drawn by a program, so no photographs and no personal data."
+    return "the training images were not checked for personal data; check them, or what their source says, before use."
+
+
+def _provenance(provenance: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
+    labels = {
+        "dataset_hash": "Data set",
+        "vae_hash": "VAE",
+        "text_encoder_hash": "Text encoder",
+        "tokenizer_hash": "Tokenizer",
+        "code": "Code revision",
+    }
+    rows = {label: _text(provenance.get(key)) for key, label in labels.items()}
+    return {**rows, "VAE scaling factor": _figure(vae_run.get("scaling_factor"), 5)} if vae_run else rows
+
+
+def _eval_results(dataset_type: str, dataset: str, result: dict[str, Any], report: dict[str, Any]) -> list[Any]:
+    """The figures for `model-index`: those that were measured."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=dataset_type,
+            dataset_name=dataset,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for (kind, name), value in measured(result, report).items()
+    ]
+
+
+# --- Single rows -----------------------------------------------------------------------------------------------------
+
+
+def _vae_origin(recipe: Recipe, vae_run: dict[str, Any]) -> str:
+    if vae_run:
+        return (
+            f"{_source(vae_run['from'])}, fine-tuned"
+            if vae_run["from"]
+            else "AutoencoderKL, trained from scratch for this run"
+        )
+    source = recipe.vae.vae or recipe.unet.pretrained_model_name_or_path
+    if hub_id(source):
+        return f"{_source(source)}, used as it is"
+    return f"{_source(source)}, whose training is not recorded" if source else NOT_MEASURED
+
+
+def _captions(recipe: Recipe) -> str:
+    begin = f"; each begins with “{_text(recipe.data.caption_prefix)}”" if recipe.data.caption_prefix else ""
+    if recipe.data.caption_column:
+        return f"column {_text(recipe.data.caption_column)} of the data set{begin}"
+    template = _text(recipe.data.caption_template)
+    return (
+        f"those of the data set (column caption or text); where it has labels alone, the template “{template}”{begin}"
+    )
+
+
+def _distribution(result: dict[str, Any]) -> str:
+    kind, processes = result.get("distribution"), _text(result.get("processes"))
+    if kind is None:
+        return NOT_MEASURED
+    if kind == "NO":
+        return "none, one process"
+    if kind == "DEEPSPEED":
+        return f"DeepSpeed ZeRO Stage {_text(result.get('zero_stage'))}, {processes} processes"
+    device = {"MULTI_CPU": "CPU processes", "MULTI_GPU": "GPUs"}.get(kind, f"processes ({_text(kind)})")
+    return f"data parallel, {processes} {device}"
+
+
+def _weights(recipe: Recipe, result: dict[str, Any]) -> str:
+    config = recipe.train_unet
+    raw = config.save_raw_weights or not config.use_ema
+    known = result.get("output_unet_hash")
+    kind = "raw" if raw else f"moving average (EMA {config.ema_decay:g})"
+    return f"{kind}, of the end of training" + (f" (UNet `{one_line(known)}`)" if known else "")
+
+
+def _minutes(result: dict[str, Any]) -> str:
+    seconds = result.get("seconds") or {}
+    known = {"cache": "caching", "train": "training"}
+    parts = [
+        f"{seconds[key] / 60:.1f} min {word}" for key, word in known.items() if _number(seconds.get(key)) is not None
+    ]
+    return ", ".join(parts) or NOT_MEASURED
+
+
+def _tracking(view: Any) -> str:
+    """A link for a server's address; a local database by its file name alone, since folders are the user's own."""
+    shown = one_line(view)
+    if not shown:
+        return "none"
+    if re.fullmatch(r"https?://[^\s<>()\[\]|`\\\"]+", shown):
+        return f"[MLflow]({html.escape(shown)})"
+    database = re.search(r"sqlite:///(\S+)", shown)
+    if database:
+        return f"local MLflow database {_text(_last_part(database[1]))}"
+    return _text(shown)
+
+
+def _example(recipe: Recipe) -> str:
+    prompts = recipe.train_unet.validation_prompts
+    words = (recipe.data.caption_prefix, recipe.data.caption_template.replace("{label}", "rose"))
+    return prompts[0] if prompts else " ".join(filter(None, words))
+
+
+def _prompt(prompt: str) -> str:
+    """A prompt as a Python literal in a fenced block, where it stands alone on its line, in quotes; it forges no marker."""
+    return json.dumps(one_line(prompt, PROMPT_CHARACTERS), ensure_ascii=False).replace("<!--", "\\u003c!--")
+
+
+def _source(name: str | None) -> str:
+    """A Hub id as code; of a path its last part, since the folders above it are the user's own."""
+    hub = hub_id(name)
+    return f"`{hub}`" if hub else _text(_last_part(name))
+
+
+def _last_part(path: Any) -> str | None:
+    return None if path is None else str(path).rstrip("/").split("/")[-1]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _text(value: Any) -> str:
+    return escape_markdown(value) or NOT_MEASURED
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    return (
+        float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
+
+
+def _figure(value: Any, digits: int = 4) -> str:
+    number = _number(value)
+    return NOT_MEASURED if number is None else f"{number:.{digits}f}"
+
+
+def _percent(share: Any) -> str:
+    number = _number(share)
+    return NOT_MEASURED if number is None else f"{100 * number:.1f}%"

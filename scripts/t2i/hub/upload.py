@@ -1,0 +1,516 @@
+"""Pushing a folder to the Hugging Face Hub: one commit, tried again until a deadline. Imports no torch.
+
+A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent,
+so that nobody's edit meanwhile is lost: the Hub refuses such a commit, and the attempt starts anew from the new head.
+What was uploaded is not uploaded again. On disk nothing changes, whatever happens.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (
+    build_hf_headers,
+    filter_repo_objects,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
+from huggingface_hub.utils._http import default_client_factory
+
+from t2i.hub.loading import NO_XET, RepoType
+from t2i.runs import UserError, sha256_file
+from t2i.tracking.mlflow_tracker import redact
+
+CARD = "README.md"
+SILENCE_S = 120.0  # a request fails when no byte has moved for so long; the Hub takes a minute for large commits
+SHORTEST_SILENCE_S = 10.0  # the same shortly before the deadline; what huggingface_hub allows for downloads
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, doubling, unless the Hub asks for more
+CHECK_S = 15.0  # for looking whether a push will be allowed
+QUOTED_CHARACTERS = 300  # of the Hub's own words
+LICENSE_LIST = "https://huggingface.co/docs/hub/repositories-licenses"
+# The identifiers that the Hub takes in a card: the table of LICENSE_LIST (huggingface/hub-docs 242f4a1 of 2026-08-22).
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
+    artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+    cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+    epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research
+    intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0
+    postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3
+    llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+""".split()  # noqa: SIM905 - a hundred quotation marks less
+
+
+class HubError(UserError):
+    """A push that the Hub, the network or the token does not let through: one sentence."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where in a repository a push goes. Raises `HubError` for what the Hub does not take together."""
+
+    revision: str | None = (
+        None  # a branch, made from main if it is missing, or the refs/pr/N of a pull request; None: main
+    )
+    create_pr: bool = False  # open a pull request to main
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision not in (None, "main"):
+            raise HubError("--create_pr opens a pull request to main; leave out --hub_revision, or --create_pr")
+        if self.revision is not None and not re.fullmatch(r"(refs/pr/\d+|[\w][\w./-]*)", self.revision, re.ASCII):
+            raise HubError(f"--hub_revision {self.revision!r} is no name of a branch; give one such as dev")
+
+
+MAIN = Target()
+
+
+@dataclass
+class Pushed:
+    """Where the files are now."""
+
+    url: str
+    commit: str  # 40 hex digits
+    changed: bool  # False: the Hub had it all already
+
+
+def check_repo_id(repo_id: str | None, option: str) -> str:
+    """Return `repo_id` if it is a name `owner/name` that the Hub allows; raise `HubError` naming `option` otherwise."""
+    if repo_id and _is_repo_id(repo_id):
+        return repo_id
+    shown = f"{option} {redact(repo_id)!r} is no repository of the Hub" if repo_id else f"{option} is missing"
+    address = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|git@hf\.co:"
+    meant = re.sub(
+        rf"^(?:{address})?(?:(?:datasets|models|spaces)/)?", "", (repo_id or "").strip(), flags=re.IGNORECASE
+    )
+    meant = re.sub(r"(?:/(?:tree|blob|resolve)/.*|[?#].*|\.git/*|/+)$", "", meant)
+    if meant != repo_id and _is_repo_id(meant):
+        raise HubError(f"{shown}; give {meant}")
+    raise HubError(f"{shown}; give owner/name, each of letters, digits and single - _ . between them")
+
+
+def _is_repo_id(text: str) -> bool:
+    word = r"\w([\w.-]{0,94}\w)?"
+    return bool(re.fullmatch(f"{word}/{word}", text, re.ASCII)) and not re.search(r"--|\.\.|\.git$", text)
+
+
+def check_license(license: str | None, option: str = "license") -> None:
+    """Raise `HubError` naming `option` and the nearest identifier, unless the Hub takes `license` in a card; None is taken."""
+    if license is None or license in LICENSES:
+        return
+    near = _near_licenses(license)
+    meant = f"did you mean {' or '.join(near)}?" if near else "for a licence that the Hub does not list give other;"
+    raise HubError(f"{option} {redact(license)!r} is none of the Hub's licences; {meant} the list: {LICENSE_LIST}")
+
+
+def _near_licenses(text: str) -> list[str]:
+    """The Hub's identifiers, three at most, that somebody who wrote `text` may mean: the nearest first."""
+    address = re.search(r"creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/(\d\.\d)", text, re.IGNORECASE)
+    words = f"cc-{address[1]}-{address[2]}" if address else text
+    words = re.sub(
+        r"[^a-z0-9.+]+", "-", words.lower().replace("creative commons", "cc").replace("attribution", "by")
+    ).strip("-")
+    words = words.replace("cc-zero", "cc0").replace("publicdomain", "cc0").replace("public-domain", "cc0")
+    words = re.sub(r"-?(licen[cs]e|version|international|only|or-later|the)(?=-|$)", "", words).strip("-")
+    words = re.sub(r"(?<=[a-z])-?v?(\d)(?=[.-]|$)", r"-\1", words).replace("cc-0", "cc0")
+    forms = (words, f"{words}.0", words.replace("-", ""))
+    exact = [name for name in LICENSES if name in forms]
+    begun = sorted((name for name in LICENSES if words and name.startswith(words)), reverse=True)
+    begun.sort(key=len)  # the plainest first, and of these the newest version
+    return (exact or begun or difflib.get_close_matches(words, LICENSES, n=2, cutoff=0.7))[:3]
+
+
+def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print, target: Target = MAIN) -> None:
+    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`: before hours of work.
+
+    Who opens a pull request needs to read alone. A Hub that cannot be asked now costs a warning, since the push comes later.
+
+    Raises:
+        HubError: there is no token, it is wrong, or it or its account may not write; or HF_HUB_OFFLINE is set.
+    """
+    api = _connect(check_repo_id(repo_id, "repo_id"))
+    user: dict[str, Any] = {}
+    try:
+        with limited(CHECK_S):
+            user = api.whoami()
+            if target.create_pr:
+                api.auth_check(repo_id, repo_type=repo_type)
+                return
+            if (_token_of(user)).get("role") == "read":
+                raise HubError(f"the token of {user.get('name')} may only read; {_login(repo_id)}")
+            _check_scope(user, repo_id, repo_type)
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+    except (OSError, ValueError) as error:
+        failure = _read(error, api)
+        if failure.status == HTTPStatus.NOT_FOUND and target.create_pr:
+            raise HubError(_no_repository(repo_id)) from None
+        if failure.status == HTTPStatus.NOT_FOUND:  # the push will create it
+            _check_create(user, repo_id, say)
+        elif failure.denied:
+            raise HubError(f"{failure.reason}; {_login(repo_id)}") from None
+        else:
+            say(f"warning: cannot look now whether {repo_id} may be written to: {failure.reason}")
+
+
+def _no_repository(repo_id: str) -> str:
+    return f"{repo_id} is not there, so no pull request can be opened in it; correct the name, or leave out --create_pr"
+
+
+def _token_of(user: dict[str, Any]) -> dict[str, Any]:
+    """What whoami tells of the token; {} where it tells nothing."""
+    token = (user.get("auth") or {}).get("accessToken")
+    return token if isinstance(token, dict) else {}
+
+
+def _check_scope(user: dict[str, Any], repo_id: str, repo_type: RepoType) -> None:
+    """Raise `HubError` if the token is fine-grained and covers neither the repository nor its owner."""
+    covered = _writable(user)
+    if covered is None or repo_id.lower() in covered or repo_id.split("/")[0].lower() in covered:
+        return
+    raise HubError(
+        f"the fine-grained token of {user.get('name')} may not write to {repo_id}: give it write access to repositories of "
+        f"{repo_id.split('/')[0]} (https://huggingface.co/settings/tokens), or {_login(repo_id)}"
+    )
+
+
+def _writable(user: dict[str, Any]) -> set[str] | None:
+    """Owners and repositories, in small letters, that a fine-grained token may write to; None for tokens without such limits."""
+    token = _token_of(user)
+    limits = token.get("fineGrained")
+    if token.get("role") != "fineGrained" or not isinstance(limits, dict) or not isinstance(limits.get("scoped"), list):
+        return None
+    writes = {"repo.write", "repo.content.write"}
+    if writes & set(limits.get("global") or []):
+        return None
+    scopes = [
+        scope for scope in limits["scoped"] if isinstance(scope, dict) and writes & set(scope.get("permissions") or [])
+    ]
+    return {str((scope.get("entity") or {}).get("name")).lower() for scope in scopes}
+
+
+def _check_create(user: dict[str, Any], repo_id: str, say: Callable[[str], Any]) -> None:
+    """Raise `HubError` if the account or its token surely may not create `repo_id`; say so where that is only likely."""
+    owner, name = repo_id.split("/")[0], user.get("name")
+    covered = _writable(user)
+    if covered is not None and owner.lower() not in covered:  # the repository alone is covered
+        raise HubError(
+            f"{repo_id} is not there, and the fine-grained token of {name} may not create repositories of {owner}; create it in "
+            f"the browser, or {_login(repo_id)}"
+        )
+    if owner.lower() == str(name).lower():
+        return
+    organizations = {str(org.get("name")).lower(): org for org in user.get("orgs") or [] if isinstance(org, dict)}
+    if owner.lower() not in organizations:
+        say(f"warning: the token is of {name}, who may not be allowed to create {repo_id}")
+        return
+    role = organizations[owner.lower()].get("roleInOrg")
+    if role in ("read", "no_access"):
+        raise HubError(
+            f"{name} may only read in {owner} (role {role}), so {repo_id} cannot be created; ask an administrator of {owner} for "
+            f"the role write, or push to {name}/{repo_id.split('/')[1]}"
+        )
+    if role == "contributor":  # the Hub's manual: may create, and write to what they created
+        say(
+            f"warning: {name} is a contributor in {owner}, and may not be allowed to create {repo_id} or to write to it later"
+        )
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    repo_type: RepoType,
+    *,
+    files: list[str],
+    message: str,
+    private: bool = True,
+    deadline: float = 900.0,
+    merge_card: Callable[[str | None], str] | None = None,
+    say: Callable[[str], Any] = print,
+    target: Target = MAIN,
+) -> Pushed:
+    """Make the repository's files be those of `folder`, in one commit; none where they are already.
+
+    A failure that may pass (408, 409, 412, 429, 5xx, a connection, silence) is told and tried again until `deadline`
+    seconds after the first one began; a transfer that goes on is never cut. huggingface_hub's own repetitions within a
+    request are switched off, and its requests, some of which would wait for ever, fail after SILENCE_S without a byte, so
+    a Hub that is silent ends the push at most SHORTEST_SILENCE_S after the deadline. Uploads through hf_xet, as most
+    repositories have them, keep hf_xet's own limits: a storage that is silent ends it after up to 6 times 300 s
+    (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
+
+    Args:
+        folder: stays as it is.
+        repo_id: `owner/name`; created if it is missing.
+        files: patterns of what is pushed, relative to `folder`, as huggingface_hub reads them: `*` also matches across
+            folders. Files on the Hub that match and are not in `folder` are deleted; all others stay. Hidden files
+            are pushed and deleted by their full name alone.
+        message: of the commit.
+        private: of a repository that is created; an existing one stays as visible as it is.
+        deadline: s; for how long a push that fails is tried again.
+        merge_card: from the README.md at the Hub's head, None if there is none, makes the README.md that is pushed;
+            called anew in each attempt. Without it README.md is a file like others.
+        say: told in one line why and when an attempt is repeated.
+        target: the branch, or whether a pull request is opened.
+
+    Raises:
+        HubError: the push failed for good; one sentence, without secrets.
+    """
+    check_repo_id(repo_id, "repo_id")
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    local = {name: folder / name for name in _matching((path.relative_to(folder).as_posix() for path in inside), files)}
+    if not local:
+        raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
+    api = _connect(repo_id)
+    url = _address(api, repo_id, repo_type) + (f"/tree/{target.revision}" if target.revision else "")
+    kept = f"{folder} is kept as it is"
+    wait, sent, left = FIRST_WAIT_S, False, deadline
+    until: float | None = None
+    while True:
+        silence_s = min(max(left, SHORTEST_SILENCE_S), SILENCE_S, deadline)
+        try:
+            with limited(silence_s):
+                head = _head(api, repo_id, repo_type)
+                if head is None and target.create_pr:
+                    raise HubError(_no_repository(repo_id))
+                if head is None:
+                    _create(api, repo_id, repo_type, private, folder, merge_card)
+                    head = str(api.repo_info(repo_id, repo_type=repo_type).sha)
+                if target.revision:
+                    head = _branch(api, repo_id, repo_type, target.revision)
+                operations = _differences(api, repo_id, repo_type, head, local, files, merge_card)
+                if not operations:  # after a commit whose answer was lost, it had arrived
+                    return Pushed(url, head, changed=sent)
+                sent = True
+                commit = api.create_commit(
+                    repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head,
+                    revision=target.revision, create_pr=target.create_pr,
+                )  # fmt: skip
+                return Pushed(commit.pr_url or url, commit.oid, changed=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            failure = _read(error, api)
+        now = time.monotonic()
+        until = until or now + deadline - (silence_s if failure.silence else 0)
+        left = until - now
+        if failure.denied:
+            raise HubError(f"{failure.reason}; {_login(repo_id)}; {kept}")
+        if not failure.passing:  # the same command would meet the same
+            raise HubError(f"the push to {repo_id} failed: {failure.reason}; correct that, then push again; {kept}")
+        if left <= 0 or failure.retry_after > left:
+            raise HubError(
+                f"the push to {repo_id} failed: {failure.reason}; {kept}, and the same command repeats the push"
+            )
+        pause = min(max(wait, failure.retry_after), left)
+        say(
+            f"the push to {repo_id} is interrupted: {failure.reason}; trying again in {pause:.0f} s ({left:.0f} s left)"
+        )
+        time.sleep(pause)
+        wait, left = min(2 * wait, LONGEST_WAIT_S), left - pause
+
+
+# --- What differs ----------------------------------------------------------------------------------------------------
+
+
+def _matching(paths: Iterable[str], patterns: list[str]) -> list[str]:
+    hidden = re.compile(r"(^|/)\.")
+    visible = (path for path in paths if path in patterns or not hidden.search(path))
+    return sorted(filter_repo_objects(visible, allow_patterns=patterns))
+
+
+def _address(api: HfApi, repo_id: str, repo_type: RepoType) -> str:
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def _head(api: HfApi, repo_id: str, repo_type: RepoType) -> str | None:
+    """The newest commit; None where there is no such repository."""
+    try:
+        return str(api.repo_info(repo_id, repo_type=repo_type).sha)
+    except HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.NOT_FOUND:
+            raise
+    return None
+
+
+def _branch(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> str:
+    """The newest commit of a branch, which is made from main if it is missing; of a pull request, if it is there."""
+    try:
+        return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
+    except RevisionNotFoundError:
+        if revision.startswith("refs/"):
+            raise HubError(
+                f"{repo_id} has no {revision}; give the number of an open pull request, or a branch"
+            ) from None
+    api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
+
+
+def _create(
+    api: HfApi,
+    repo_id: str,
+    repo_type: RepoType,
+    private: bool,
+    folder: Path,
+    merge_card: Callable[[str | None], str] | None,
+) -> None:
+    sdk = None
+    if repo_type == "space":  # its card says what it runs on
+        card = merge_card(None) if merge_card else (folder / CARD).read_text(encoding="utf-8")
+        sdk = (re.findall(r"(?m)^sdk:\s*(\w+)", card) or ["static"])[0]
+    api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk)
+
+
+def _differences(
+    api: HfApi,
+    repo_id: str,
+    repo_type: RepoType,
+    head: str,
+    local: dict[str, Path],
+    files: list[str],
+    merge_card: Callable[[str | None], str] | None,
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What a commit on top of `head` has to do."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=repo_type)
+    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    contents: dict[str, Path | bytes] = dict(local)
+    if merge_card:
+        card = _read_card(api, f"{_address(api, repo_id, repo_type)}/resolve/{head}/{CARD}") if CARD in remote else None
+        contents[CARD] = merge_card(card).encode("utf-8")
+    stale = [path for path in _matching(remote, files) if path not in contents]
+    return [
+        *(
+            CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
+            for path, content in contents.items()
+            if not _is_same(content, remote.get(path))
+        ),
+        *(CommitOperationDelete(path, is_folder=False) for path in stale),
+    ]
+
+
+def _read_card(api: HfApi, address: str) -> str:
+    response = get_session().get(address, headers=build_hf_headers(token=api.token))
+    hf_raise_for_status(response)
+    return response.content.decode("utf-8")
+
+
+def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
+    """Whether the Hub has this content: LFS files go by SHA-256, others by git's SHA-1."""
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    if entry is None or size != entry.size:
+        return False
+    if entry.lfs:
+        digest = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_file(content)
+        return digest == entry.lfs.sha256
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % size + data).hexdigest() == entry.blob_id
+
+
+# --- Connections and their failures ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Failure:
+    reason: str  # for a person, without secrets
+    status: int | None = None  # of HTTP
+    denied: bool = False  # the token is wrong, or may not do this
+    passing: bool = False  # trying again may help
+    silence: bool = False  # the Hub had stopped answering before it was noticed
+    retry_after: float = 0.0  # s; what the Hub asks for
+
+
+def _connect(repo_id: str) -> HfApi:
+    if is_offline_mode():
+        raise HubError(f"HF_HUB_OFFLINE is set; unset it to push to {repo_id}")
+    token = get_token()
+    if not token:
+        raise HubError(f"there is no token for the Hub; {_login(repo_id)}")
+    return HfApi(token=token)
+
+
+def _login(repo_id: str) -> str:
+    return f"run `hf auth login` or set HF_TOKEN, with a token that has write access to {repo_id}"
+
+
+@contextmanager
+def limited(silence_s: float) -> Iterator[None]:
+    """Let huggingface_hub send each request once, failing after `silence_s` without a byte."""
+
+    def factory() -> httpx2.Client:
+        client = default_client_factory()
+        client.send = partial(_send, client.send, silence_s)  # type: ignore[method-assign]
+        return client
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def _send(
+    send: Callable[..., httpx2.Response], silence_s: float, request: httpx2.Request, **options: Any
+) -> httpx2.Response:
+    """Send a request; raise what huggingface_hub would otherwise repeat unseen, or misread."""
+    # not the client's own timeout: huggingface_hub passes timeout=None with some requests
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), silence_s)
+    try:
+        response = send(request, **options)
+    except httpx2.TimeoutException as error:
+        raise TimeoutError(f"the Hub was silent for {silence_s:.3g} s") from error
+    except httpx2.TransportError as error:
+        raise ConnectionError(f"the connection to the Hub failed ({error})") from error
+    if response.status_code in (401, 403, 408, 409, 412, 429) or response.status_code >= 500:
+        response.read()
+        hf_raise_for_status(response)
+    return response
+
+
+def _read(error: BaseException, api: HfApi) -> _Failure:
+    """What an exception of huggingface_hub means; uploads raise RuntimeError from the one that matters."""
+    cause: BaseException = error
+    while isinstance(cause, RuntimeError) and cause.__cause__:
+        cause = cause.__cause__
+    seconds, words = 0, str(cause) or type(cause).__name__
+    if "/xet-" in words and "token/" in words and "404" in words:  # asked for where to upload to
+        return _Failure(NO_XET)
+    of_xet = re.search(r"HTTP status \w+ error \((\d+) ([^)]*)\)", words)  # hf_xet raises ConnectionError for all
+    if isinstance(cause, HfHubHTTPError):
+        response = cause.response
+        status, words = response.status_code, cause.server_message or response.reason_phrase
+        header, limit = response.headers.get("Retry-After", ""), parse_ratelimit_headers(response.headers)
+        seconds = int(header) if header.isdigit() else limit.reset_in_seconds if limit and not limit.remaining else 0
+    elif of_xet:
+        status, words = int(of_xet[1]), of_xet[2]
+    elif isinstance(cause, PermissionError) and cause.filename is None:  # hf_xet's word for a token that is refused
+        status = 401
+    elif isinstance(cause, json.JSONDecodeError):
+        return _Failure(f"{api.endpoint} does not answer as a Hub does; check HF_ENDPOINT")
+    else:
+        # a local file that cannot be read, or what huggingface_hub finds wrong in the files, stays so
+        stays = isinstance(cause, ValueError) or (isinstance(cause, OSError) and cause.filename is not None)
+        return _Failure(_quote(words, api), passing=not stays, silence=isinstance(cause, TimeoutError))
+    if status == HTTPStatus.BAD_REQUEST and "license" in words.lower():
+        words = f"{words}; give a --license of {LICENSE_LIST}"
+    return _Failure(
+        f"the Hub answers {status}: {_quote(words, api)}" + (f" (asking to wait {seconds} s)" if seconds else ""),
+        status,
+        denied=status in (401, 403),
+        passing=status in (408, 409, 412, 429) or status >= 500,
+        retry_after=seconds,
+    )
+
+
+def _quote(text: str, api: HfApi) -> str:
+    line = " ".join(redact(text.replace(str(api.token), "[redacted]")).split())
+    return line if len(line) <= QUOTED_CHARACTERS else f"{line[:QUOTED_CHARACTERS]}…"

@@ -1,0 +1,1 @@
+"""Pictures: drawn, compiled, stored, laid out as grids."""

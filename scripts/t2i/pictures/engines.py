@@ -1,0 +1,358 @@
+"""Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder by OpenVINO, compiled for static shapes.
+
+They stand in for the stock pipeline's modules, so that prompts, noise, schedule and guidance stay those of diffusers. `export`
+writes them into a pipeline folder (`openvino/`), where they count while the weights beside them are those they were made from;
+its convolutions compute in 8 bits where pictures stay the same (`t2i/pictures/quantization.py`).
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.upsampling import Upsample2D
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from t2i import models
+from t2i.runs import UserError, read_json, write_json
+
+ENGINES = ("auto", "torch", "openvino")
+FOLDER = "openvino"  # of a pipeline folder
+WEIGHTS = {  # what is compiled, and the weights that it is made from
+    "text_encoder": "text_encoder/model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
+}
+BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO knows them by model, processor and version
+FORMAT = 3  # of exported models; others are made anew
+TEXTS_KEPT = 64  # encoded prompts, 0.24 MB each of CLIP ViT-L/14
+SAMPLE = 1 << 20  # bytes at each end of a file of weights that tell it from another
+
+
+class Network:
+    """A compiled model: arrays in, the tensor of its only output out."""
+
+    def __init__(self, compiled: Any):
+        self.request = compiled.create_infer_request()
+
+    def __call__(self, *inputs: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.request.infer(list(inputs))[0])
+
+
+class Sizes(dict[int, Network]):
+    """Networks of one model by how many samples they take: two, a guided picture's, now, another number at its first use.
+
+    model: of OpenVINO, or its file, which is read now: it may be another one by then.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.kept = isinstance(model, Path)
+        self.model = openvino_core().read_model(model) if self.kept else model
+        self.__missing__(2)
+
+    def __missing__(self, samples: int) -> Network:
+        self[samples] = compile_model(with_samples(self.model, samples), kept=self.kept)
+        return self[samples]
+
+
+class CompiledText(torch.nn.Module):
+    """The text encoder at the stock pipeline's call: token ids [B, L] -> (hidden states [B, L, D],).
+
+    What was encoded is kept: every picture has the empty prompt, and many have the last one's.
+    """
+
+    def __init__(self, network: Network, config: Any):
+        super().__init__()
+        self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+        self.known: dict[bytes, torch.Tensor] = {}
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> tuple[torch.Tensor]:
+        return (torch.cat([self._encode(row.numpy()) for row in input_ids.split(1)]),)
+
+    def _encode(self, ids: np.ndarray) -> torch.Tensor:
+        key = ids.tobytes()
+        hidden = self.known.pop(key, None)
+        self.known[key] = self.network(ids).clone() if hidden is None else hidden  # the newest stands last
+        if len(self.known) > TEXTS_KEPT:
+            del self.known[next(iter(self.known))]
+        return self.known[key]
+
+
+class CompiledUnet(torch.nn.Module):
+    """The UNet at the stock pipeline's call: noisy latents [B, C, h, w], timestep, hidden states [B, L, D] -> (prediction,).
+
+    A picture at a time, so that none depends on its batch: under guidance two samples, else one. networks: as `Sizes`.
+    weights_hash: of the UNet that it was made from, as `models.hash_model` gives it.
+    """
+
+    def __init__(self, networks: dict[int, Any], config: Any, weights_hash: str):
+        super().__init__()
+        self.weights_hash = weights_hash
+        self.networks, self.config, self.dtype, self.device = networks, config, torch.float32, torch.device("cpu")
+        self.given = torch.empty(0)  # the last hidden states, and which rows of them and of the latents are a picture's
+        self.pictures: list[tuple[list[int], np.ndarray]] = []
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor]:
+        if self.given is not encoder_hidden_states:  # the same tensor in each step, until guidance ends
+            self.given, self.pictures = encoder_hidden_states, self._split(sample, encoder_hidden_states)
+        step, made = np.array(float(timestep), np.float32), torch.empty_like(sample)
+        for rows, context in self.pictures:
+            made[rows] = self.networks[len(rows)](sample[rows].numpy(), step, context)
+        return (made,)
+
+    def _split(self, sample: torch.Tensor, hidden: torch.Tensor) -> list[tuple[list[int], np.ndarray]]:
+        """Once a picture, not in each step: after work on large tensors PyTorch's threads spin beside OpenVINO's."""
+        half = len(sample) // 2
+        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # the same latents, both prompts
+        rows = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
+        return [(some, hidden[some].numpy()) for some in rows]
+
+
+class CompiledVae(torch.nn.Module):
+    """The VAE's decoder at the stock pipeline's call: raw latents [B, C, h, w] -> (pixels [B, 3, R, R] in [-1, 1],)."""
+
+    def __init__(self, network: Network, config: Any):
+        super().__init__()
+        self.network, self.config, self.dtype, self.device = network, config, torch.float32, torch.device("cpu")
+
+    def decode(self, latents: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+        return (torch.cat([self.network(row.numpy()) for row in latents.split(1)]),)
+
+
+class _Text(torch.nn.Module):
+    def __init__(self, text_encoder: Any):
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(input_ids)[0]
+
+
+class _Unet(torch.nn.Module):
+    def __init__(self, unet: Any):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents, return_dict=False)[0]
+
+
+def is_installed() -> bool:
+    """Whether OpenVINO can be imported; it is not part of what a training needs."""
+    from importlib.util import find_spec
+
+    return find_spec("openvino") is not None
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder`, a pipeline, has compiled models that were made from the weights that it has now."""
+    files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
+    try:
+        known = read_json(folder / FOLDER / "engine.json")
+        fresh = known.get("format") == FORMAT and known.get("weights") == _fingerprints(folder)
+        return fresh and all(file.is_file() for file in files)
+    except (UserError, OSError, AttributeError):
+        return False
+
+
+def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
+    """Write the models of `pipeline`, as loaded from `folder`, into that folder; returns theirs. Old ones are replaced at the end.
+
+    guidance_scale: of the pictures that decide which parts may compute in 8 bits. Raises `UserError` where OpenVINO is not installed.
+    """
+    openvino = import_openvino()
+    from t2i.pictures.quantization import quantise
+
+    made, int8, decibels = quantise(convert(pipeline), lambda networks: _around(pipeline, networks), guidance_scale)
+    part = folder / f".{FOLDER}.{uuid.uuid4().hex[:8]}.part"
+    part.mkdir()
+    try:
+        for name, model in made.items():  # half the bytes to keep and to send
+            openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)
+        known = {"format": FORMAT, "weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
+        write_json(part / "engine.json", {**known, "openvino": openvino.__version__, "int8": int8, "psnr_db": decibels})
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        os.replace(part, folder / FOLDER)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder / FOLDER
+
+
+def load_exported(folder: Path) -> StableDiffusionPipeline:
+    """The stock pipeline around the compiled models in `folder`; the weights beside them are not read."""
+    networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in WEIGHTS})
+    return _pipeline(
+        networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
+        UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), _scheduler(folder),
+    )  # fmt: skip
+
+
+def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The same pipeline with its modules compiled in memory, which takes some seconds."""
+    return _around(pipeline, compile_models(convert(pipeline)))
+
+
+def _around(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> StableDiffusionPipeline:
+    return _pipeline(
+        networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
+        pipeline.tokenizer, pipeline.scheduler,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
+    """The pipeline's parts as OpenVINO models: the UNet for any number of samples, the others for one."""
+    openvino = import_openvino()
+    unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
+    side, channels, length = unet.config.sample_size, unet.config.in_channels, pipeline.tokenizer.model_max_length
+    latents = torch.zeros(2, channels, side, side)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    context = torch.zeros(2, length, unet.config.cross_attention_dim)
+    given = {
+        "text_encoder": (_Text(text), (ids,), 1),
+        "unet": (_Unet(unet), (latents, torch.tensor(1.0), context), -1),
+        "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],), 1),
+    }
+    with warnings.catch_warnings(), patch.object(Upsample2D, "forward", _upsample):
+        # what tracing takes for constants is the shape, which is one
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return {
+            name: openvino.convert_model(
+                module,
+                example_input=example,
+                input=[openvino.PartialShape([samples, *one.shape[1:]] if one.ndim else []) for one in example],
+            )
+            for name, (module, example, samples) in given.items()
+        }
+
+
+_stock_upsample = Upsample2D.forward
+
+
+def _upsample(
+    self: Upsample2D, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **options: Any
+) -> torch.Tensor:
+    """diffusers' upsampling with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
+
+    Each pixel of the larger image stands beside a copy of itself, so that of a 3 x 3 convolution's weights two rows or columns
+    meet the same value and are added beforehand: four 2 x 2 convolutions, one for each place in a 2 x 2 block.
+    """
+    convolution = getattr(self, "conv", None)
+    stock = self.norm is not None or not self.interpolate or output_size is not None
+    if stock or not isinstance(convolution, torch.nn.Conv2d) or convolution.kernel_size != (3, 3):
+        return _stock_upsample(self, hidden_states, output_size, *args, **options)
+    blocks = []
+    for y, rows in enumerate(_pairs(convolution.weight, 2)):
+        for x, weight in enumerate(_pairs(rows, 3)):
+            padded = torch.nn.functional.pad(hidden_states, (1 - x, x, 1 - y, y))
+            blocks.append(torch.nn.functional.conv2d(padded, weight, convolution.bias))
+    return torch.nn.functional.pixel_shuffle(torch.stack(blocks, 2).flatten(1, 2), 2)
+
+
+def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three weights along `dim` as the two that even pixels meet (before, here), and odd ones (here, after)."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+
+def compile_models(models: dict[str, Any]) -> dict[str, Any]:
+    """Networks by name; of the UNet by number of samples."""
+    return {name: Sizes(model) if name == "unet" else compile_model(model) for name, model in models.items()}
+
+
+def compile_model(model: Any, kept: bool = False) -> Network:
+    """In bf16 where the processor computes in it, else in float32.
+
+    model: of OpenVINO, or its file. kept: whether what is compiled is kept for the next time, as it is of a file.
+    """
+    core = openvino_core()
+    in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
+    if kept or isinstance(model, Path):
+        options["CACHE_DIR"] = str(BLOBS)
+    return Network(core.compile_model(model, "CPU", options))
+
+
+def with_samples(model: Any, samples: int) -> Any:
+    """A copy of a model that takes any number of samples, for this number alone, which makes it faster."""
+    openvino, model = import_openvino(), model.clone()
+    shapes = {one: one.partial_shape for one in model.inputs if one.partial_shape.is_dynamic}
+    model.reshape({one: openvino.PartialShape([samples, *list(shape)[1:]]) for one, shape in shapes.items()})
+    return model
+
+
+def _pipeline(
+    networks: dict[str, Any], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
+) -> StableDiffusionPipeline:
+    return models.build_pipeline(
+        CompiledVae(networks["vae_decoder"], FrozenDict(vae)),
+        CompiledText(networks["text_encoder"], text),
+        tokenizer,
+        CompiledUnet(networks["unet"], FrozenDict(unet), weights_hash),
+        scheduler,
+    )
+
+
+def _scheduler(folder: Path) -> Any:
+    """The scheduler that the pipeline in `folder` was saved with."""
+    name = StableDiffusionPipeline.load_config(folder)["scheduler"][1]
+    return getattr(diffusers, name).from_pretrained(folder / "scheduler")
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    """Of each file of weights: its size and the hash of its two ends, in which any training changes numbers."""
+    found = {}
+    for name, path in WEIGHTS.items():
+        with open(folder / path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read())
+        found[name] = f"{size}-{digest.hexdigest()[:16]}"
+    return found
+
+
+@cache
+def openvino_core() -> Any:
+    """Return OpenVINO's one `Core` of this process.
+
+    Each core gives the thread that makes it a stack for signals. If another thread drops the core's last model, OpenVINO frees
+    that stack while it is in use, and the next signal, such as Ctrl-C, kills the process. So the core is never dropped.
+    """
+    return import_openvino().Core()
+
+
+def import_openvino() -> Any:
+    """OpenVINO, or a `UserError` where it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        raise UserError(
+            "engine openvino is not installed; run: pip install -r requirements.txt, or take --engine torch"
+        ) from None
+    return openvino

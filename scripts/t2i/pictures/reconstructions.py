@@ -1,0 +1,222 @@
+"""What an autoencoder makes of images: reconstructions of a run's validation images by any VAE, each made once.
+
+`<run>/reconstructions/<key>.png` beside the VAE: the key is the hash of its weights and of the image, the figures stand in the
+PNG. Imports no torch before one has to be made.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from t2i.config import Recipe, load_recipe
+from t2i.data import browse
+from t2i.pictures.cells import MAX_SIDE, hash_files, pixel_hash
+from t2i.pictures.png import DAMAGE, read_parameters, save_picture
+from t2i.runs import UserError, checkpoint_folders, find_prepared, hash_json, read_json
+
+STORE = "reconstructions"  # folder of a run
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder's folder of weights, and the run folder that keeps what it makes. name: how it is called in its run."""
+
+    run: Path
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a VAE made of an image: RGB, of the same size; psnr in dB, ssim; measured before rounding to 8 bits."""
+
+    picture: Image.Image
+    psnr: float
+    ssim: float
+
+
+def find_vaes(run: Path) -> list[Vae]:
+    """The VAEs of a run, in the order of training: where it started from, checkpoints, the finished one; none twice.
+
+    start: the VAE that was fine-tuned, where its recipe names one that lies on this disk.
+    """
+    found = []
+    for checkpoint in checkpoint_folders(run):
+        parts = [checkpoint / part for part in ("vae_ema", "vae") if (checkpoint / part / "config.json").is_file()]
+        found += [Vae(run, checkpoint.name, part) for part in parts[:1]]  # the average is what the run ends with
+    if (run / "vae" / "config.json").is_file():
+        found.append(Vae(run, "vae", run / "vae"))
+    if found:
+        start = _start(run)
+        return [Vae(run, "start", start), *found] if start else found
+    pipeline = run / "pipeline" / "vae"  # of a denoiser's run, or a model of the Hub
+    return [Vae(run, "pipeline", pipeline)] if (pipeline / "config.json").is_file() else []
+
+
+def _start(run: Path) -> Path | None:
+    try:
+        source = _settings(run).vae.vae
+    except UserError:
+        return None
+    try:
+        parts = [Path(source).expanduser() / part for part in ("", "vae", "pipeline/vae")] if source else []
+        return next((part for part in parts if (part / "config.json").is_file()), None)
+    except (OSError, RuntimeError):  # of a path that no folder can have: too long, of an unknown user
+        return None
+
+
+def _settings(run: Path) -> Recipe:
+    file = run / "config.yaml"
+    try:
+        stat = file.stat()
+        return _recipe(str(file), stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return load_recipe(str(file))  # says what is wrong
+    except RecursionError:  # nested to do harm
+        raise UserError(f"{run / 'config.yaml'} is not a recipe; restore it from config.public.yaml") from None
+
+
+@lru_cache(maxsize=512)  # 23 ms each, and a page asks for all runs after each click; nobody changes what it gives
+def _recipe(path: str, *state: int) -> Recipe:
+    return load_recipe(path)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The validation images that a run was trained beside, as training saw them.
+
+    pixels: uint8 [N, R, R, 3], memory mapped; captions and files: of each.
+    """
+
+    pixels: np.ndarray
+    captions: list[str]
+    files: list[str]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def validation_images(run: Path) -> Images:
+    """The images of a run's validation split, found by the hash in its run.json. Raises `UserError` where they are gone."""
+    state, settings = read_json(run / "run.json"), _settings(run).data
+    identity = state.get("identity") if isinstance(state, dict) else None
+    folder = find_prepared(settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None)
+    if folder is None:
+        raise UserError(
+            f"the prepared images of {run} are no longer in {settings.cache_dir}; train_vae.py with the same settings prepares them"
+        )
+    try:
+        pixels = np.load(folder / "validation.npy", mmap_mode="r", allow_pickle=False)
+        with pa.memory_map(str(folder / "validation.arrow")) as file:
+            rows = pa.ipc.open_stream(file).read_all().select(["caption", "file"]).to_pydict()
+    except browse.DAMAGE as error:
+        raise UserError(
+            f"the cache folder {folder} is damaged ({type(error).__name__}); delete it and run again"
+        ) from None
+    return Images(pixels, [text or "" for text in rows["caption"]], [name or "" for name in rows["file"]])
+
+
+# --- The store -------------------------------------------------------------------------------------------------------
+
+
+def vae_hash(vae: Vae) -> str:
+    """Identity of a VAE by its files, which are read once; raises `UserError` where it is not whole."""
+    return hash_json(hash_files(vae.folder))
+
+
+def read(vae: Vae, image: np.ndarray) -> Reconstruction | None:
+    """What `vae` made of `image` (uint8 [R, R, 3]); None where it was not made, or the file is damaged, changed or foreign."""
+    path, wanted = _place(vae, image)
+    known = read_parameters(path)
+    try:
+        if not isinstance(known, dict) or any(known.get(key) != value for key, value in wanted.items()):
+            return None
+        with Image.open(path, formats=["PNG"]) as file:
+            if file.mode != "RGB" or max(file.size) > MAX_SIDE:
+                return None
+            file.load()
+            picture = file.copy()
+        if known["pixel_hash"] != pixel_hash(picture):
+            return None
+        return Reconstruction(picture, float(known["psnr_db"]), float(known["ssim"]))
+    except (*DAMAGE, TypeError):
+        return None
+
+
+def _place(vae: Vae, image: np.ndarray) -> tuple[Path, dict[str, str]]:
+    """Where a reconstruction is or will be, and what its file must say of itself."""
+    wanted = {"vae_hash": vae_hash(vae), "image_hash": pixel_hash(Image.fromarray(np.asarray(image)))}
+    return vae.run / STORE / f"{hash_json(wanted)}.png", wanted
+
+
+def make(
+    vae: Vae,
+    images: Sequence[np.ndarray],
+    *,
+    batch_size: int = 4,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> int:
+    """Make and store what is missing of the reconstructions of `images` (uint8 [R, R, 3], of one size); returns how many.
+
+    progress: called with how many are there. What is made stays, and the same call goes on from there.
+
+    Raises:
+        UserError: the VAE cannot be loaded, does not fit the images or changed meanwhile, or the disk does not take a picture.
+    """
+    todo = [image for image in images if read(vae, image) is None]
+    if not todo:
+        return 0
+
+    from t2i import models
+
+    before = vae_hash(vae)
+    model = models.load_vae(str(vae.folder)).to(models.best_device())
+    if vae_hash(vae) != before:
+        raise UserError(f"{vae.folder} changed while it was loaded; open the page again")
+    factor, side = models.vae_factor(model), todo[0].shape[0]
+    if side % factor:
+        raise UserError(f"{vae.folder} needs sides that are multiples of {factor}, and these images have {side} px")
+    for start in range(0, len(todo), batch_size):
+        batch = todo[start : start + batch_size]
+        pictures, psnr, ssim = reconstruct(model, np.stack(batch))
+        for image, picture, decibel, similarity in zip(batch, pictures, psnr, ssim, strict=True):
+            _save(vae, image, picture, {"psnr_db": float(decibel), "ssim": float(similarity)})
+        progress(len(images) - len(todo) + start + len(batch))
+    return len(todo)
+
+
+def reconstruct(vae: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images uint8 [B, R, R, 3] encoded to posterior means and decoded: (uint8 [B, R, R, 3], PSNR in dB [B], SSIM [B])."""
+    import torch
+
+    from t2i.data.caches import to_images, to_pixels
+    from t2i.evaluation import metrics
+
+    with torch.no_grad():
+        pixels = to_pixels(images).to(vae.device)
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
+        psnr, ssim = metrics.psnr(decoded, pixels), metrics.ssim(decoded, pixels)
+    return to_images(decoded), psnr.cpu().numpy(), ssim.cpu().numpy()
+
+
+def _save(vae: Vae, image: np.ndarray, picture: np.ndarray, figures: dict[str, float]) -> None:
+    path, wanted = _place(vae, image)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_picture(part, picture, {**wanted, **figures, "pixel_hash": pixel_hash(Image.fromarray(picture))})
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room, or give a run folder that can be"
+        ) from None

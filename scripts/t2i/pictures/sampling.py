@@ -1,0 +1,307 @@
+"""The one door to pictures: which weights, seeds, batches, PNG parameters, grids.
+
+A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from t2i import models
+from t2i.models import best_device
+from t2i.pictures import engines
+from t2i.pictures.png import (  # noqa: F401 - their names here stay
+    PRESETS,
+    SCHEDULERS,
+    cut_prompt,
+    guided_steps,
+    picture_grid,
+    read_parameters,
+    save_picture,
+    scheduler_problem,
+)
+from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, own_checkpoint, read_object
+from t2i.training.checkpoints import MANIFEST, damage
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    device: str | torch.device = "cpu",
+    weights: str = "ema",
+    revision: str | None = None,
+    engine: str = "torch",
+) -> StableDiffusionPipeline:
+    """The stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
+
+    scheduler: a key of `SCHEDULERS` or a class name of diffusers; None keeps the saved one (DDIM). num_inference_steps: with how
+    many the scheduler must work. weights: "ema" or "raw", for checkpoints. engine: one of `engines.ENGINES`; "auto" takes compiled
+    models where the folder has them and the device is the CPU, "openvino" compiles them where it has none. Raises `UserError`
+    for a folder that is none of these, a device that cannot be used, and a scheduler that is not right for the model.
+    """
+    if engine == "openvino" and not str(device).startswith("cpu"):
+        raise UserError(f"engine openvino draws on the CPU, not on {device}; take --device cpu or --engine torch")
+    _check_device(device)
+    try:
+        folder = Path(model).expanduser()
+        folder = own_checkpoint(folder.parent, str(folder))
+        is_folder = folder.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, of an unknown user
+        raise UserError(f"model {str(model)[:200]} cannot be a folder ({error}); correct the path") from None
+    compiled = engine != "torch" and _exported(folder, weights, device, engine)
+    if compiled:
+        try:
+            pipeline = engines.load_exported(compiled)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the compiled models in {compiled / engines.FOLDER} cannot be loaded ({reason}); run make export "
+                f"MODEL={compiled}, or take --engine torch"
+            ) from None
+    elif is_folder:
+        pipeline = _load_folder(folder, weights)
+    elif folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
+        raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
+    else:
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(model), revision=revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model"
+            ) from None
+    if engine == "openvino" and not compiled:
+        pipeline = engines.compile_pipeline(pipeline)
+    if scheduler:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config, num_inference_steps)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        return pipeline.to(device)
+    except RuntimeError as error:
+        raise UserError(
+            f"the model cannot be moved to device {device} ({str(error).splitlines()[0][:150]}); give --device cpu"
+        ) from None
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise `UserError` for a device that is not here or unknown, before anything is loaded."""
+    try:
+        torch.zeros(1, device=device).add(1).cpu()
+    except Exception as error:  # each backend raises its own kinds
+        known = dict.fromkeys(["cpu", best_device()])
+        raise UserError(
+            f"device {device} cannot be used ({str(error).splitlines()[0][:150]}); give one of {', '.join(known)}, or leave it out"
+        ) from None
+
+
+def _exported(folder: Path, weights: str, device: str | torch.device, engine: str) -> Path | None:
+    """The pipeline folder whose compiled models draw what `folder` is asked for; None where there is none."""
+    if engine not in engines.ENGINES:
+        raise UserError(f"unknown engine {engine!r}; take one of {', '.join(engines.ENGINES)}")
+    if torch.device(device).type != "cpu":
+        return None
+    own = folder / "pipeline" if (folder / "run.json").is_file() and weights == "ema" else folder
+    return own if engines.is_installed() and engines.is_exported(own) else None
+
+
+def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
+    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    if (folder / "model_index.json").is_file():
+        parts = read_object(folder / "model_index.json").items()
+        missing = [
+            name
+            for name, kind in parts
+            if isinstance(kind, list) and kind[:1] != [None] and not (folder / name).is_dir()
+        ]
+        if missing:
+            raise UserError(
+                f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy it whole"
+            )
+        try:
+            return StableDiffusionPipeline.from_pretrained(folder, **options)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of damaged JSON
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(
+                f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
+            ) from None
+    if (folder / "state.json").is_file():  # a checkpoint: its UNet, and what the run's pipeline shares
+        beside = folder.absolute().parent / "pipeline"
+        if not beside.is_dir():
+            raise UserError(
+                f"{folder} is a checkpoint without its run: VAE, text encoder and tokenizer lie in pipeline/ beside it, which is "
+                f"missing; copy the run folder whole, or put its pipeline/ at {beside}"
+            )
+        part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
+        if (folder / MANIFEST).is_file() and (problem := damage(folder, f"{part}/")):
+            raise UserError(f"{problem}, so its pictures would be wrong; copy that checkpoint again, or take another")
+        return assemble(folder.parent / "pipeline", models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
+    if (folder / "run.json").is_file():
+        if (folder / "pipeline" / "unet").is_dir() and weights == "ema":
+            return _load_folder(folder / "pipeline", weights)
+        checkpoints = checkpoint_folders(folder)
+        if checkpoints:
+            return _load_folder(checkpoints[-1], weights)
+        copies = checkpoint_copies(folder)
+        if copies:
+            raise UserError(
+                f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with one"
+            )
+        raise UserError(
+            f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps"
+        )
+    raise UserError(
+        f"{folder} is neither a run folder, a checkpoint nor a pipeline (no run.json, state.json or model_index.json)"
+    )
+
+
+def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The stock pipeline of `unet` and what a run's `pipeline/` holds from its first minute on: VAE, text, schedule."""
+    text_encoder = models.load_part(CLIPTextModel, str(parts), "text_encoder").float()
+    tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
+    scheduler = models.load_part(DDIMScheduler, str(parts), "scheduler")
+    return models.build_pipeline(models.load_vae(str(parts)), text_encoder, tokenizer, unet, scheduler)
+
+
+def unet_hash(pipeline: StableDiffusionPipeline) -> str:
+    """Identity of a pipeline's UNet, whatever engine computes it: `models.hash_model` of its weights."""
+    return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
+
+
+def make_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
+    """A scheduler by a key of `SCHEDULERS` or a class name of diffusers, with the noise schedule of another's `config`.
+
+    Raises `UserError` where there is no such scheduler, or where it is not right for the model or the number of steps.
+    """
+    cls: Any = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
+    if not (name.lower() in SCHEDULERS or name.endswith("Scheduler")) or not hasattr(cls, "from_config"):
+        raise UserError(
+            f"unknown scheduler {name!r}; take one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers"
+        )
+    problem = scheduler_problem(name, config, num_inference_steps)
+    if problem:
+        raise UserError(problem)
+    # latents have no bounds; a class that knows no clipping saved none, and others would clip by default
+    unclipped = "clip_sample" not in config and "clip_sample" in inspect.signature(cls.__init__).parameters
+    return cls.from_config(config, **({"clip_sample": False} if unclipped else {}))
+
+
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompt: str = "",
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 30,
+    guidance_end: float = 1.0,
+    batch_size: int = 8,
+    progress: bool = True,
+    watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
+) -> np.ndarray:
+    """Pictures uint8 [N, R, R, 3], picture i from `prompts[i]` and `seeds[i]` (0 to 2**63 - 1).
+
+    Noise is drawn on the CPU from the picture's own seed: the same picture, to within 1/255, whatever the batch.
+
+    guidance_end: share of the steps, from the first on, that are guided (one at least); the others cost half.
+    watch: called after each denoising step of a batch with the step's number (from 1), how many there are, and a function
+        that decodes what the model now takes the finished pictures to be (the predicted x0), uint8 [B, R, R, 3]. Watching
+        changes no bit of the pictures; what it raises ends the drawing.
+    """
+    pictures = []
+    bar = tqdm(total=len(prompts), desc="pictures", unit="picture", disable=not progress, mininterval=0.5)
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        made = _drawn(
+            pipeline,
+            part,
+            negative_prompt=[negative_prompt] * len(part),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            output_type="np",
+            **_after_steps(pipeline, num_inference_steps, guidance_end, watch),
+        )
+        pictures.append((made * 255).round().astype(np.uint8))
+        bar.update(len(part))
+    bar.close()
+    return np.concatenate(pictures)
+
+
+def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any) -> np.ndarray:
+    """The pipeline's pictures, float [B, R, R, 3] in [0, 1]; raises `UserError` where memory or numbers do not suffice."""
+    try:
+        made = pipeline(prompts, **options).images
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not exhausted and "allocate memory" not in text and "out of memory" not in text:
+            raise
+        raise UserError(
+            f"memory does not suffice for {len(prompts)} pictures at once ({text.splitlines()[0][:150] if text else 'none left'}); "
+            "give a smaller --batch_size"
+        ) from None
+    if not np.isfinite(made).all():
+        raise UserError(
+            f"the model's numbers overflowed at guidance_scale {options['guidance_scale']:g} with "
+            f"{type(pipeline.scheduler).__name__}, so there is no picture; lower the guidance scale, or take scheduler ddim"
+        )
+    return made
+
+
+def _after_steps(
+    pipeline: StableDiffusionPipeline, steps: int, guidance_end: float,
+    watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of the pipeline that make it call `watch`, and end guidance after the share `guidance_end` of the steps."""
+    guided = guided_steps(steps, guidance_end)
+    last_guided = guided * pipeline.scheduler.order  # of the calls of the UNet; Heun's method makes two a step
+    if guided == steps and watch is None:
+        return {}
+    wanted = ["latent_model_input", "noise_pred"] if watch else []
+    # diffusers hands out any local variable of its loop, but only lists others; this pipeline's list alone is changed
+    pipeline._callback_tensor_inputs = [*type(pipeline)._callback_tensor_inputs, *wanted]
+
+    def step_ended(pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def picture() -> np.ndarray:
+            output = tensors["noise_pred"]
+            latents = predicted_x0(pipe.scheduler, tensors["latent_model_input"][: len(output)], output, timestep)
+            with torch.no_grad():
+                images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+            return (pipe.image_processor.postprocess(images, output_type="np") * 255).round().astype(np.uint8)
+
+        if watch:
+            watch(number + 1, pipe.num_timesteps, picture)
+        if guided < steps and number + 1 == last_guided and pipe.do_classifier_free_guidance:
+            pipe._guidance_scale = 1.0  # as diffusers' documentation ends guidance
+            return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+        return {}
+
+    return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": [*wanted, "prompt_embeds"]}
+
+
+def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:
+    """The noiseless latents [B, C, h, w] that the model's `output` for its input `sample` means, at any timestep.
+
+    Ho et al., 2020, eq. 15 (epsilon) and Salimans and Ho, 2022, appendix D (v_prediction). The input is what the model saw, so
+    this holds for every scheduler; between two timesteps of the training, where some step, the nearest one is taken.
+    """
+    steps = scheduler.alphas_cumprod
+    alpha = steps[min(len(steps) - 1, max(0, round(float(timestep))))].to(sample).clamp(min=1e-8)
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return output
+    if kind == "v_prediction":
+        return alpha.sqrt() * sample - (1 - alpha).sqrt() * output
+    return (sample - (1 - alpha).sqrt() * output) / alpha.sqrt()

@@ -1,0 +1,1 @@
+"""Metrics: recorded in MLflow, read back as curves."""

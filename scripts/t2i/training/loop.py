@@ -1,0 +1,489 @@
+"""What both training scripts share beside mathematics, data and checkpoints: optimiser, schedule, length, identity."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from t2i.config import DataConfig, TrainConfig, TrainUnetConfig
+from t2i.runs import (
+    RunFolder,
+    UserError,
+    append_jsonl,
+    checkpoint_step,
+    own_checkpoint,
+    read_json,
+    write_json,
+    write_text,
+)
+from t2i.training import checkpoints, zero
+from t2i.training.distributed import first_says
+from t2i.training.stopping import EXIT_STOPPED
+
+
+@dataclasses.dataclass
+class Trained:
+    """What training moves."""
+
+    name: str  # of the module in a checkpoint: unet or vae
+    module: Any  # the diffusers model
+    model: Any  # as prepared
+    parameters: list[torch.nn.Parameter]  # those that are trained
+    optimizer: Any
+    schedule: Any
+    ema: Any  # or None
+    skipped: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"overflow": 0, "nonfinite": 0}
+    )  # updates left out
+
+
+class Average(EMAModel):
+    """diffusers' moving average of weights that are all trained, moved in one pass over memory.
+
+    Its own step makes a copy of all weights first: of 148 M on two CPU cores a quarter of a second, ten times this one's.
+    """
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1.0 - self.cur_decay_value)
+
+
+# settings that change neither what is learnt nor what comes out
+_PASSING = {
+    *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
+    *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
+    "scale_lr",  # the learning rate that it gave is compared
+    *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
+    "caption_prefix",
+    *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
+    *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
+    *("compile", "channels_last", "cuda_graphs"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the number of processes decides
+    *(
+        "push_to_hub",
+        "hub_private_repo",
+        "hub_deadline",
+        "hub_revision",
+        "create_pr",
+        "hub_model_id",
+        "license",
+        "gallery_pictures",
+    ),
+}  # inputs are compared by the hashes of their contents
+_LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}  # settings that runs made before them had at these values
+
+
+def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
+    """What decides a run's result: the settings that matter, and the hashes of its inputs."""
+    settings = {
+        f"{type(section).__name__.removesuffix('Config')}.{key}": value
+        for section in sections
+        for key, value in dataclasses.asdict(section).items()
+        if key not in _PASSING and not (key in _LATER and value == _LATER[key])
+    }
+    return {**settings, **hashes}
+
+
+def global_batch(config: TrainConfig, world: int) -> int:
+    """Samples of a weight update, over all `world` processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * world
+
+
+def total_steps(config: TrainConfig, samples: int, world: int) -> int:
+    """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean.
+
+    Puts the updates that `validation_epochs` means into `validation_steps`.
+    """
+    per_epoch = samples / global_batch(config, world)
+    if isinstance(config, TrainUnetConfig) and config.validation_epochs:
+        config.validation_steps = max(1, math.ceil(config.validation_epochs * per_epoch))
+        config.validation_epochs = None  # the resolved settings hold one of the two
+    return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
+
+
+def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
+    """Say so if the training of `steps` updates ends while its learning rate still warms up."""
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
+        say(
+            f"WARNING: lr_warmup_steps {config.lr_warmup_steps} is not shorter than the training of {steps} updates: the learning "
+            f"rate ends at {steps / config.lr_warmup_steps:.1%} of {config.learning_rate:g}; try --lr_warmup_steps {steps // 10}"
+        )
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: TrainConfig, steps: int
+) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW and its learning-rate schedule, which counts weight updates."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,  # one pass over memory: on two CPU cores a seventh of the time of the default
+    )
+    schedule = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
+    )
+    return optimizer, schedule
+
+
+def gather(trained: Trained) -> tuple[Any, Any]:
+    """All weights and their average in float32, in the order of the parameters, where ZeRO has split them; else (None, None).
+
+    Called by every process, before one of them writes a byte.
+    """
+    if not zero.is_sharded(trained.model):
+        return None, None
+    weights = zero.full_weights(trained.model, trained.parameters)
+    return weights, zero.full_average(trained.model, trained.parameters, trained.ema) if trained.ema else None
+
+
+def save_state(
+    part: Path, trained: Trained, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
+) -> None:
+    """This process's files of a checkpoint: its random states and, under ZeRO, its share; of the first process weights and
+    average (portable, float32), optimiser and state.
+    """
+    checkpoints.save_rng(part / f"rng-{accelerator.process_index}.safetensors")
+    sharded, average = zero.is_sharded(trained.model), part / f"{trained.name}_ema"
+    if sharded:
+        save_file(zero.shard_state(trained.model, trained.ema), shard_file(part, accelerator))
+    if not accelerator.is_local_main_process:  # each node has all that it needs to go on
+        return
+    counters: dict[str, Any] = {
+        "processes": accelerator.num_processes,
+        "sharded": sharded,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "schedule": trained.schedule.last_epoch,
+        "ema": trained.ema.optimization_step if trained.ema else None,
+        "skipped": trained.skipped,
+    }
+    if sharded:
+        zero.with_weights(trained.module, gathered[0]).save_pretrained(part / trained.name)
+        if trained.ema:
+            zero.with_weights(trained.module, gathered[1]).save_pretrained(average)
+    else:
+        trained.module.save_pretrained(part / trained.name)
+        if trained.ema:
+            checkpoints.save_weights(average, trained.module, trained.parameters, trained.ema.shadow_params)
+        counters["optimizer"] = checkpoints.save_optimizer(part, trained.optimizer)
+    write_json(part / "state.json", {**state, **counters})
+
+
+def shard_file(folder: Path, accelerator: Any) -> Path:
+    """Where this process keeps, under ZeRO, what it alone knows."""
+    return folder / f"zero-rank{accelerator.process_index}.safetensors"
+
+
+def load_state(checkpoint: Path, trained: Trained, accelerator: Any) -> dict[str, Any]:
+    """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process.
+
+    On another number of processes, or from ZeRO to plain training and back, weights and average are taken from the portable
+    files, and what is reset is said.
+    """
+    state = read_json(checkpoint / "state.json")
+    sharded, processes = zero.is_sharded(trained.model), accelerator.num_processes
+    alike = state["processes"] == processes and state["sharded"] == sharded
+    if sharded and alike:
+        zero.load_shard_state(trained.model, trained.ema, load_file(shard_file(checkpoint, accelerator)))
+    else:
+        load_portable(checkpoint, trained)
+    if trained.ema:
+        trained.ema.optimization_step = state["ema"]
+    keeps_moments = (sharded and alike) or not (sharded or state["sharded"])
+    if keeps_moments and not sharded:
+        checkpoints.load_optimizer(checkpoint, trained.optimizer, state["optimizer"])
+    trained.schedule.last_epoch = state["schedule"] - 1
+    trained.schedule.step()
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    trained.skipped.update(state["skipped"])
+    if alike:
+        checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
+        accelerator.print(f"going on from {checkpoint}")
+        return state
+    before, now = (f"{count} process(es){' under ZeRO' if split else ''}" for count, split in
+                   ((state["processes"], state["sharded"]), (processes, sharded)))  # fmt: skip
+    lost = "random states of layers" if keeps_moments else "the optimiser's moments and random states of layers"
+    accelerator.print(
+        f"going on from {checkpoint} on {now} instead of {before}: weights, average, schedule and the order of samples are kept; "
+        f"{lost} begin anew"
+    )
+    return state
+
+
+def load_portable(checkpoint: Path, trained: Trained) -> None:
+    """Weights and average from the files that any launch can read. Called by every process."""
+    masters = zero.masters(trained.model, trained.parameters)
+    for name in ([f"{trained.name}_ema"] if trained.ema else []) + [trained.name]:
+        if zero.is_sharded(trained.model):
+            zero.set_weights(trained.model, trained.module, checkpoints.read_weights(checkpoint / name))
+        else:
+            checkpoints.load_weights(checkpoint / name, trained.module)
+        if name != trained.name:
+            trained.ema.shadow_params = [master.detach().float().clone() for master in masters]
+
+
+def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
+    """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
+    if not first_says(run.finished, accelerator):
+        return False
+    name, steps = config.resume_from_checkpoint, first_says(run.state.get("steps"), accelerator)
+    step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
+    if name not in (None, "latest") and step != steps:
+        raise UserError(
+            f"the run in {run.folder} has finished, so it is not resumed from {name}; leave out --resume_from_checkpoint to "
+            "reuse it, or give another --output_dir"
+        )
+    return True
+
+
+def go_on(
+    run: Path, trained: Trained, config: TrainConfig, accelerator: Any
+) -> tuple[dict[str, Any], checkpoints.Node]:
+    """Resume from the newest whole checkpoint, if there is one, and save once as a rehearsal, so that a full or read-only disk
+    is met now. Returns the checkpoint's state (`step` 0 where training starts) and this process's node. Called by every
+    process.
+    """
+    node = checkpoints.Node(accelerator)
+    checkpoint = checkpoints.find_checkpoint(run, config.resume_from_checkpoint, node)
+    state = load_state(checkpoint, trained, accelerator) if checkpoint else {"step": 0}
+    accelerator.wait_for_everyone()
+    if node.first:
+        checkpoints.forget_after(run, state["step"], node)
+    moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in trained.parameters)
+    gathered = gather(trained)
+    checkpoints.rehearse(run, lambda part: save_state(part, trained, gathered, {"step": 0}, accelerator), node, moments)
+    return state, node
+
+
+def save(
+    run: Path, trained: Trained, config: TrainConfig, state: dict[str, Any], node: checkpoints.Node, accelerator: Any
+) -> None:
+    """Save a checkpoint of `state["step"]`. Called by every process."""
+    gathered = gather(trained)
+
+    def write(part: Path) -> None:
+        save_state(part, trained, gathered, state, accelerator)
+
+    checkpoints.save_checkpoint(run, state["step"], write, node, config.checkpoints_total_limit)
+
+
+def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
+    """End the process after a signal, its checkpoint saved, with exit code `EXIT_STOPPED`."""
+    if accelerator.is_main_process:
+        run.save(status="stopped")
+        if tracker:
+            tracker.finish("KILLED")
+        print(f"stopped after step {done} of {steps}; the same command goes on from there")
+    raise SystemExit(EXIT_STOPPED)
+
+
+def update(
+    trained: Trained,
+    config: TrainConfig,
+    step: int,
+    loss: torch.Tensor,
+    samples: Callable[[], list[str]],
+    accelerator: Any,
+) -> float:
+    """The end of a weight update, gradients being there: clipping, AdamW, schedule, moving average. Returns the gradient norm.
+
+    Where loss or gradient is no number the update is left out, and the run ends where that is one too many; where only
+    fp16's gradients overflowed, schedule and average stand still. loss: of this process. samples: gives its samples' ids.
+    Called by every process. Raises `UserError` with the samples.
+    """
+    norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))  # the same on every process
+    finite, scaled = math.isfinite(norm), accelerator.mixed_precision == "fp16"
+    if finite or scaled:  # fp16's scale has to learn of an overflow
+        trained.optimizer.step()
+    trained.optimizer.zero_grad()
+    # Fused AdamW leaves an overflowed update out by itself, which accelerate does not notice; DeepSpeed has left it out.
+    if finite and not accelerator.optimizer_step_was_skipped:
+        trained.schedule.step()
+        if trained.ema:
+            trained.ema.step(zero.masters(trained.model, trained.parameters))
+    elif scaled and not accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum") > 0:
+        trained.skipped["overflow"] += 1
+    else:
+        trained.skipped["nonfinite"] += 1
+        message = (
+            f"loss {loss.item():.4g} or its gradient is no number at step {step + 1}, with the training samples "
+            f"{', '.join(samples())} on process {accelerator.process_index}"
+        )
+        if trained.skipped["nonfinite"] > config.max_nonfinite_steps:
+            raise UserError(
+                f"{message}; look at them, lower --learning_rate (it is {config.learning_rate}), or let --max_nonfinite_steps be "
+                "skipped"
+            )
+        print(f"WARNING: {message}; the update is skipped", flush=True)
+    return norm
+
+
+def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
+    """Keep a row of metrics in metrics.jsonl and send it to MLflow; where no terminal shows a bar, the log gets it as well.
+
+    The log's form is what accelerate_configs/sagemaker_metrics.tsv reads.
+    """
+    if is_main:
+        append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
+        if not sys.stderr.isatty():
+            print(f"step {step}: " + " ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
+    if tracker:
+        tracker.log_metrics(row, step)
+
+
+def bar_seconds() -> float:
+    """Seconds between two looks of a progress bar: a terminal draws over it, a log keeps each as a line."""
+    return 1.0 if sys.stderr.isatty() else 60.0
+
+
+def dataset_name(config: DataConfig) -> str:
+    """The data set's name for messages and cards, without the folders above it."""
+    return str(config.dataset).rstrip("/").split("/")[-1]
+
+
+def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
+    """Say where caches and curves go, which is below the working directory unless an option or variable says otherwise.
+
+    Raises `UserError` for an address that MLflow cannot use, or a tracker that is not installed: now, not after the data set
+    was prepared.
+    """
+    if cache_dir:
+        say(f"caches: {Path(cache_dir).expanduser().absolute()} (--cache_dir)")
+    if config.report_to == "none":
+        return
+    from t2i.tracking.mlflow_tracker import database_file, redact, resolve_uri
+
+    uri = resolve_uri(None)
+    if cache_dir:
+        say(f"curves: {database_file(uri) or redact(uri)} (MLFLOW_TRACKING_URI)")
+    if config.report_to != "mlflow" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(
+            f"report_to {config.report_to} needs a package that is not installed; run: pip install {config.report_to}, or leave "
+            "--report_to out: curves go to MLflow"
+        )
+
+
+class BesideMlflow:
+    """A run's tracker in MLflow, and one of accelerate's that gets the same numbers and pictures."""
+
+    def __init__(self, mlflow: Any, other: Any):
+        self._mlflow, self._other = mlflow, other
+        self.view, self.log_artifact = mlflow.view, mlflow.log_artifact
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(metrics, step)
+        self._other.log(metrics, step=step)
+
+    def log_image(self, image: Any, name: str, step: int) -> None:
+        self._mlflow.log_image(image, name, step)
+        kinds: dict[str, Any] = {"dataformats": "NHWC"} if self._other.name == "tensorboard" else {}
+        pictures = np.asarray(image)[None]  # W&B takes a list of arrays as well
+        self._other.log_images({name: pictures if kinds else list(pictures)}, step=step, **kinds)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self._mlflow.finish(status)
+        self._other.finish()
+
+
+def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
+    """The run's trackers, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
+    if config.report_to == "none":
+        return None
+    from t2i.tracking.mlflow_tracker import Tracker  # MLflow takes seconds to import
+
+    shown = without_paths(settings)
+    name = config.run_name or folder.name
+    tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=shown, tags=hashes)
+    write_text(folder / "config.public.yaml", public(shown))
+    tracker.log_artifact(folder / "config.public.yaml")
+    return tracker if config.report_to == "mlflow" else BesideMlflow(tracker, start_tracker(config, folder))
+
+
+def start_tracker(config: TrainConfig, folder: Path) -> Any:
+    """The tracker of accelerate's that `report_to` names, started."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    name = config.run_name or folder.name
+    if config.report_to == "tensorboard":
+        tracker = LOGGER_TYPE_TO_CLASS["tensorboard"](
+            run_name=config.experiment, logging_dir=folder / config.logging_dir
+        )
+    else:
+        tracker = LOGGER_TYPE_TO_CLASS["wandb"](run_name=config.experiment, name=name, dir=str(folder))
+    tracker.start()
+    return tracker
+
+
+def public(settings: dict[str, Any]) -> str:
+    """Settings as YAML that `load_recipe` reads, without secrets that somebody put into an option."""
+    from t2i.tracking.mlflow_tracker import redact_config
+
+    return yaml.safe_dump(redact_config(settings), sort_keys=False)
+
+
+def without_paths(settings: Any) -> Any:
+    """Settings for other eyes: of an absolute path only its last part."""
+    if isinstance(settings, dict):
+        return {key: without_paths(value) for key, value in settings.items()}
+    return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
+
+
+def require_finite(loss: float, step: int, learning_rate: float) -> None:
+    """End the run with a sentence when the loss is not a number."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}; lower --learning_rate (it is {learning_rate}) or check the data"
+        )
+
+
+@contextmanager
+def averaged(trained: Trained) -> Iterator[Any]:
+    """Within the block, the module's weights are their moving average (if there is one). Yields the module to look at.
+
+    Under ZeRO every process must enter, and gets a float32 model of its own that goes with the block: the engine's weights
+    stay as they are.
+    """
+    if zero.is_sharded(trained.model):
+        weights, average = gather(trained)
+        yield zero.with_weights(trained.module, weights if average is None else average)
+        return
+    if trained.ema is None:
+        yield trained.module
+        return
+    trained.ema.store(trained.parameters)
+    trained.ema.copy_to(trained.parameters)
+    try:
+        yield trained.module
+    finally:
+        trained.ema.restore(trained.parameters)
+
+
+def machine() -> str:
+    """The processor or GPU that training runs on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} CPU cores ({name})"
