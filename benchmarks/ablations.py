@@ -118,7 +118,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
         record(row, step, *rest)
 
     loop.record = timed
-    loop.go_on = lambda *_: ({"step": 0}, None)  # neither resumed nor saved: these runs are not kept
+    loop.resume = lambda *_: ({"step": 0}, None)  # neither resumed nor saved: these runs are not kept
     loop.save = lambda *_: None
     folder = WORK / f"{name}-{seed}-{steps}{'' if measured else '-probe'}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -113,7 +113,7 @@ def make_training(
     from t2i import models
     from t2i.data.caches import TextCache
     from t2i.training import loop
-    from t2i.training.prefetch import Ahead
+    from t2i.training.prefetch import Prefetcher
 
     settings, side = recipe.train_unet, 16
     latents = stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32)
@@ -126,11 +126,11 @@ def make_training(
     optimizer, schedule = loop.build_optimizer(parameters, settings, 10_000)
     ema = loop.Average(parameters, decay=settings.ema_decay)
     model, optimizer = accelerator.prepare(torch.compile(unet) if settings.compile else unet, optimizer)
-    trained = loop.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+    trained = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)
     scheduler = models.build_noise_scheduler(recipe.unet)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     given = train_unet.Inputs(scheduler, {"train": (latents, text)}, 1.0, [""] * count)
-    batches = Ahead(
+    batches = Prefetcher(
         lambda number: train_unet.make_batch(given, settings, number, 0, accelerator), 10_000,
         in_thread=accelerator.device.type != "cpu",
     )  # fmt: skip

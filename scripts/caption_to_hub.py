@@ -25,9 +25,9 @@ from t2i.config import CaptionConfig, Recipe, parse, to_dict
 from t2i.runs import (
     RunFolder,
     UserError,
-    alone,
     code_revision,
     hash_json,
+    lock_run,
     read_json,
     run_main,
     sha256_file,
@@ -90,7 +90,7 @@ def main() -> None:
     folder = Path(config.output_dir or "outputs/captioned")
 
     # accelerator
-    from t2i.training.distributed import first_says, make_accelerator
+    from t2i.training.distributed import broadcast_from_main, make_accelerator
 
     accelerator = make_accelerator()
     if config.dry_run:
@@ -104,7 +104,7 @@ def main() -> None:
         upload.check_access(str(config.hub_dataset_id), "dataset", target=target)  # before hours of work
     if accelerator.is_main_process:
         require_own(folder, Path(str(recipe.data.dataset)).expanduser())
-    with alone(folder, accelerator.process_index, accelerator.wait_for_everyone):
+    with lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone):
         (folder / WORK).mkdir(exist_ok=True)
         # data
         from t2i.data.sources import find_source
@@ -116,7 +116,7 @@ def main() -> None:
         settings |= {"images": source.identity, "model": asdict(name) | {"path": ""}, "columns": columns_of(recipe)}
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
-        if first_says(unchanged, accelerator):
+        if broadcast_from_main(unchanged, accelerator):
             if accelerator.is_main_process:  # another node may have no run.json
                 print(f"nothing to do: {folder} holds the captions of these {run.state['images']:,} images")
         else:

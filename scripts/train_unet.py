@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
 from t2i.hub import model_card, publish, upload
 from t2i.hub.loading import find_dataset
-from t2i.runs import RunFolder, UserError, alone, append_jsonl, code_revision, hash_json, run_main, write_json
-from t2i.training.prefetch import Ahead
+from t2i.runs import RunFolder, UserError, append_jsonl, code_revision, hash_json, lock_run, run_main, write_json
+from t2i.training.prefetch import Prefetcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from t2i.data.caches import TextCache
-    from t2i.training.loop import Trained
+    from t2i.training.loop import TrainState
 
     Batch = tuple[torch.Tensor, ...]  # as `make_batch` gives it
 
@@ -59,7 +59,7 @@ def main() -> None:
     publish.check_push(config, accelerator)
     held = ExitStack()  # until the process ends: no second training writes into this folder
     if not config.dry_run:
-        held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
+        held.enter_context(lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
@@ -124,9 +124,9 @@ def main() -> None:
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
     zero.cast_inputs(model)
-    ema = loop.Average(zero.masters(model, parameters), decay=config.ema_decay) if config.use_ema else None
+    ema = loop.Average(zero.fp32_weights(model, parameters), decay=config.ema_decay) if config.use_ema else None
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
-    trained = loop.Trained("unet", unet, model, parameters, optimizer, schedule, ema)
+    trained = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)
     given = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
     effective = check_effective(model, schedule, config, accelerator)
     tracker = None
@@ -135,7 +135,7 @@ def main() -> None:
         tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, inputs)
 
     # resume
-    state, node = loop.go_on(folder, trained, config, accelerator)
+    state, node = loop.resume(folder, trained, config, accelerator)
     start, losses, validation = state["step"], state.get("losses", []), state.get("validation", {})
     accelerator.print(
         f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
@@ -151,7 +151,7 @@ def main() -> None:
         partial(loss_of, trained, given, config, accelerator), lambda: make_batch(given, config, start, 0, accelerator),
         trained, config, accelerator,
     )  # fmt: skip
-    batches = Ahead(
+    batches = Prefetcher(
         lambda number: make_batch(given, config, *divmod(number, parts), accelerator), steps * parts,
         in_thread=accelerator.device.type != "cpu",
     )  # fmt: skip
@@ -193,7 +193,7 @@ def main() -> None:
             if stopped:
                 break
     if stopped:
-        loop.end_stopped(run, tracker, done, steps, accelerator)
+        loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
     del backward  # and the memory of a step
@@ -203,7 +203,12 @@ def main() -> None:
 
 
 def finish(
-    run: RunFolder, trained: "Trained", config: TrainUnetConfig, results: dict[str, Any], tracker: Any, accelerator: Any
+    run: RunFolder,
+    trained: "TrainState",
+    config: TrainUnetConfig,
+    results: dict[str, Any],
+    tracker: Any,
+    accelerator: Any,
 ) -> None:
     """Save the pipeline, with the average's weights unless the raw ones are asked for, and the results. Every process calls."""
     from t2i import models
@@ -378,7 +383,7 @@ def cache_inputs(
 
 
 def loss_of(
-    trained: "Trained", given: Inputs, config: TrainUnetConfig, accelerator: Any,
+    trained: "TrainState", given: Inputs, config: TrainUnetConfig, accelerator: Any,
     *batch: "torch.Tensor",
 ) -> "torch.Tensor":  # fmt: skip
     """The loss of a batch, as `make_batch` gives it; its gradients are left in the parameters."""
@@ -394,7 +399,7 @@ def loss_of(
 
 
 def train_step(
-    trained: "Trained", batches: "Ahead[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any,
+    trained: "TrainState", batches: "Prefetcher[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any,
     backward: "Callable[..., torch.Tensor]",
 ) -> "tuple[torch.Tensor, float]":  # fmt: skip
     """One weight update: forward and backward pass, and `loop.update`. Returns loss and gradient norm.

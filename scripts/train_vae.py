@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from t2i.config import TrainVaeConfig, check_unet, check_vae, parse, to_dict
 from t2i.hub import publish
 from t2i.hub.loading import find_dataset
-from t2i.runs import RunFolder, UserError, alone, checkpoint_folders, run_main
-from t2i.training.prefetch import Ahead
+from t2i.runs import RunFolder, UserError, checkpoint_folders, lock_run, run_main
+from t2i.training.prefetch import Prefetcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from t2i.data.preparing import Split
-    from t2i.training.loop import Trained
+    from t2i.training.loop import TrainState
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         accelerator.print(f"WARNING: train_unet.py will refuse this recipe with this autoencoder: {error}")
     held = ExitStack()  # until the process ends: no second training writes into this folder
     if not config.dry_run:
-        held.enter_context(alone(folder, accelerator.process_index, accelerator.wait_for_everyone))
+        held.enter_context(lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
     # data
     import torch
@@ -99,10 +99,10 @@ def main() -> None:
     # prepare
     module = models.Autoencoder(vae)
     autoencoder, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
-    trained = loop.Trained("vae", vae, autoencoder, parameters, optimizer, schedule, ema)
+    trained = loop.TrainState("vae", vae, autoencoder, parameters, optimizer, schedule, ema)
 
     # resume
-    state, node = loop.go_on(folder, trained, config, accelerator)
+    state, node = loop.resume(folder, trained, config, accelerator)
     before = state["before"] if state["step"] else measure(vae, splits.validation)
     accelerator.print(
         f"{steps} steps of {batch} images out of {len(train)}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
@@ -117,7 +117,7 @@ def main() -> None:
 
     start, compute = state["step"] * parts, partial(terms_of, trained, config, accelerator)
     backward = capture(compute, lambda: make(start), trained, config, accelerator)
-    batches = Ahead(make, steps * parts, in_thread=accelerator.device.type != "cpu")
+    batches = Prefetcher(make, steps * parts, in_thread=accelerator.device.type != "cpu")
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = tqdm(
             range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
@@ -140,7 +140,7 @@ def main() -> None:
             if stopped:
                 break
     if stopped:
-        loop.end_stopped(run, tracker, done, steps, accelerator)
+        loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
     del backward  # and the memory of a step
@@ -191,7 +191,7 @@ def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
 
 
 def terms_of(
-    trained: "Trained", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
+    trained: "TrainState", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
 ) -> dict[str, "torch.Tensor"]:
     """The loss of a batch and its terms; the gradients are left in the parameters."""
     reconstruction, mean, log_variance = trained.model(pixels, noise)
@@ -201,7 +201,7 @@ def terms_of(
 
 
 def train_step(
-    trained: "Trained", batches: "Ahead[tuple[torch.Tensor, torch.Tensor]]", train: "Split", config: TrainVaeConfig, step: int,
+    trained: "TrainState", batches: "Prefetcher[tuple[torch.Tensor, torch.Tensor]]", train: "Split", config: TrainVaeConfig, step: int,
     accelerator: Any, backward: "Callable[..., dict[str, torch.Tensor]]",
 ) -> dict[str, "torch.Tensor"]:  # fmt: skip
     """One weight update: forward and backward pass, and `loop.update`. Returns the loss and its terms.

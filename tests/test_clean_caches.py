@@ -78,7 +78,7 @@ def test_each_kind_is_asked_for(folder, monkeypatch, capsys):
 
 def test_a_run_at_work_and_the_caches_are_left_alone(folder, monkeypatch, capsys):
     killed = folder / "outputs" / "killed"
-    with runs.alone(killed, 0, lambda: None):
+    with runs.lock_run(killed, 0, lambda: None):
         clean(monkeypatch, "--remove", "caches", "cells")
     said = capsys.readouterr().out
     assert f"{os.path.join('outputs', 'killed')} is at work or cannot be read: it is left alone" in said

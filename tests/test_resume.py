@@ -117,7 +117,7 @@ def test_sigkill_at_every_boundary_of_a_save_leaves_a_whole_checkpoint(tmp_path)
         found = checkpoints.find_checkpoint(run, "latest", Alone, say=lambda text: None)
         assert found is not None, kill_at
         assert found.name in ("checkpoint-000003", "checkpoint-000006")
-        assert checkpoints.damage(found) is None
+        assert checkpoints.find_damage(found) is None
         checkpoints.rehearse(run, write_files(0), Alone, 0)
         assert not list(run.glob(".*part")) + list(run.glob(".*old"))
         if not killed:
@@ -250,7 +250,7 @@ def test_disk_full_during_a_save_leaves_the_good_one(small_disk):
     with pytest.raises(UserError, match=r"No space left.*whole ones: checkpoint-000001"):
         checkpoints.save_checkpoint(run, 2, write(3_000_000), Alone, 1)
     assert [path.name for path in run.iterdir()] == ["checkpoint-000001"]
-    assert checkpoints.damage(run / "checkpoint-000001") is None
+    assert checkpoints.find_damage(run / "checkpoint-000001") is None
     checkpoints.save_checkpoint(run, 2, write(1_000_000), Alone, 1)
     assert [path.name for path in run.iterdir()] == ["checkpoint-000002"]
 
@@ -362,12 +362,12 @@ WORKER = """
 import signal, sys, time
 from pathlib import Path
 sys.path.append(sys.argv[1])
-from t2i.runs import alone, run_main
+from t2i.runs import lock_run, run_main
 from t2i.training.stopping import on_signals
 
 def main():
     folder = Path(sys.argv[2])
-    with alone(folder, 0, lambda: None), on_signals(folder) as stop:
+    with lock_run(folder, 0, lambda: None), on_signals(folder) as stop:
         print("at work", flush=True)
         while not stop.asked:
             time.sleep(0.01)
@@ -407,11 +407,11 @@ def test_a_run_that_is_about_to_end_is_waited_for_by_name(launch, tmp_path, caps
     launcher, worker = launch("0.7")
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"another run is at work in .*run \(process {worker.pid} on "):
-        runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+        runs.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
     assert time.monotonic() - began < 5  # not the minutes that one which ends is waited for
     launcher.kill()
     launcher.wait()
-    with runs.alone(tmp_path / "run", 0, lambda: None):
+    with runs.lock_run(tmp_path / "run", 0, lambda: None):
         said = capsys.readouterr().out
         assert f"which is about to end: process {worker.pid} on " in said
         assert "it has ended after" in said
@@ -430,12 +430,12 @@ def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, mon
         return worker
 
     worker = stop("0.5")
-    with runs.alone(tmp_path / "run", 0, lambda: None):
+    with runs.lock_run(tmp_path / "run", 0, lambda: None):
         assert f"process {worker.pid} on " in capsys.readouterr().out
     worker = stop("60")
     monkeypatch.setattr(runs, "WAIT_FOR_ENDING_S", 0.2)
     with pytest.raises(UserError, match=rf"process {worker.pid} on .* has not ended within 0 s; wait for it, stop it"):
-        runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+        runs.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
     worker.kill()
 
 
@@ -455,19 +455,19 @@ def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, 
     with open(tmp_path / "run" / ".lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(UserError, match=f"another run is at work in .*{named}"):
-            runs.alone(tmp_path / "run", 0, lambda: None).__enter__()
+            runs.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
 
 
 def test_any_process_of_a_run_keeps_others_out_and_its_lock_ends_with_it(tmp_path, monkeypatch):
     """The first process was killed and the second lives on; its lock is exclusive and its own."""
     monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
     (tmp_path / "run.json").write_text(json.dumps({"status": "unfinished"}))
-    with runs.alone(tmp_path, 1, lambda: None):
+    with runs.lock_run(tmp_path, 1, lambda: None):
         assert runs.run_status(tmp_path) == "running"
         with pytest.raises(UserError, match=rf"another run is at work in .* \(process {os.getpid()} on "):
-            runs.alone(tmp_path, 0, lambda: None).__enter__()
+            runs.lock_run(tmp_path, 0, lambda: None).__enter__()
     assert runs.run_status(tmp_path) == "interrupted"
-    with runs.alone(tmp_path, 0, lambda: None), runs.alone(tmp_path, 1, lambda: None):
+    with runs.lock_run(tmp_path, 0, lambda: None), runs.lock_run(tmp_path, 1, lambda: None):
         assert len((tmp_path / ".lock").read_text().split("\n\n")) == 2  # a line each
 
 
@@ -499,7 +499,7 @@ def test_a_status_is_what_holds_now(tmp_path):
 
     words = ("unfinished", "running", "stopped", "finished")
     assert [status(word) for word in words] == ["unfinished", "running", "stopped", "finished"]  # a copy
-    with runs.alone(tmp_path, 0, lambda: None):
+    with runs.lock_run(tmp_path, 0, lambda: None):
         assert [status(word) for word in words] == ["running", "running", "running", "finished"]
     assert [status(word) for word in words] == ["interrupted", "interrupted", "stopped", "finished"]
     assert runs.RunFolder(tmp_path / "new", {}).state["status"] == "unfinished"  # also where it is killed at once
@@ -544,7 +544,7 @@ def test_sigterm_twice_saves_ends_with_its_code_and_leaks_no_secret(workspace, e
     assert time.monotonic() - began < 60
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     saved = checkpoint_folders(tmp_path / "run")[-1]
-    assert checkpoints.damage(saved) is None
+    assert checkpoints.find_damage(saved) is None
     step = int(saved.name.removeprefix("checkpoint-"))
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == step  # nothing after the last step is lost
     everything = b"".join(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from t2i.config import TrainConfig
 from t2i.training.loop import Average, build_optimizer, warn_of_warmup
-from t2i.training.prefetch import Ahead
+from t2i.training.prefetch import Prefetcher
 
 
 def test_a_batch_is_made_while_the_one_before_is_trained_on():
@@ -22,7 +22,7 @@ def test_a_batch_is_made_while_the_one_before_is_trained_on():
         threads.add(threading.current_thread())
         return number * number
 
-    batches = Ahead(make, 4, in_thread=True)
+    batches = Prefetcher(make, 4, in_thread=True)
     assert batches.take(1) == 1
     for _ in range(200):
         if made == [1, 2]:
@@ -44,7 +44,7 @@ def test_what_making_a_batch_raises_arrives_and_waiting_is_counted(in_thread):
             raise ValueError("image 7 is gone")
         return number
 
-    batches = Ahead(make, 9, in_thread=in_thread)
+    batches = Prefetcher(make, 9, in_thread=in_thread)
     assert batches.take(0) == 0
     assert batches.waited >= 0.02
     with pytest.raises(ValueError, match="image 7 is gone"):

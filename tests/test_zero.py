@@ -147,7 +147,7 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     )  # fmt: skip
     step = SimpleNamespace(step=lambda *_: moved.append("moved"))
     optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
-    trained = loop.Trained("unet", None, None, [], optimizer, step, step)
+    trained = loop.TrainState("unet", None, None, [], optimizer, step, step)
     given = train_unet.Inputs(None, {"train": (np.zeros(8), None)}, 1.0, [f"id{number}" for number in range(8)])
     settings = config.TrainUnetConfig(train_batch_size=2)
     batches = SimpleNamespace(take=lambda number: (None,) * 4)

@@ -473,15 +473,15 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
 def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
     """Put a parsed section into the recipe; `before` is what the recipe said."""
     section = check_options(chosen)
-    _let_go(section, before, "dataset", "dataset_revision")
-    _let_go(section, before, "dataset", "dataset_config_name")
-    _let_go(section, before, "vae", "vae_revision")
-    _let_go(section, before, "text_encoder", "text_encoder_revision")
-    _let_go(section, before, "pretrained_model_name_or_path", "revision")
-    _let_go(section, before, "pretrained_model_name_or_path", "variant")
-    _let_go(section, before, "validation_steps", "validation_epochs")
-    _let_go(section, before, "num_train_epochs", "max_train_steps")
-    _let_go(section, before, "num_inference_steps", "preset")
+    _clear_dependent(section, before, "dataset", "dataset_revision")
+    _clear_dependent(section, before, "dataset", "dataset_config_name")
+    _clear_dependent(section, before, "vae", "vae_revision")
+    _clear_dependent(section, before, "text_encoder", "text_encoder_revision")
+    _clear_dependent(section, before, "pretrained_model_name_or_path", "revision")
+    _clear_dependent(section, before, "pretrained_model_name_or_path", "variant")
+    _clear_dependent(section, before, "validation_steps", "validation_epochs")
+    _clear_dependent(section, before, "num_train_epochs", "max_train_steps")
+    _clear_dependent(section, before, "num_inference_steps", "preset")
     if name == "source":
         recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
     else:
@@ -752,7 +752,7 @@ def _is_text(text: str) -> bool:
         return False
 
 
-def _let_go(section: Any, before: Any, key: str, belongs: str) -> None:
+def _clear_dependent(section: Any, before: Any, key: str, belongs: str) -> None:
     """Where the command line changes `key` and not `belongs`, the recipe's `belongs` (a revision, say) no longer counts."""
     if (
         hasattr(section, key)

@@ -375,7 +375,7 @@ def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
 
 
 @contextmanager
-def alone(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
+def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """Hold `folder` for this run's processes.
 
     Each process holds a lock of its own, which the system frees when it ends or is killed: a process that outlives its

@@ -29,7 +29,7 @@ from t2i.pictures.png import (  # noqa: F401 - their names here stay
     scheduler_problem,
 )
 from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, own_checkpoint, read_object
-from t2i.training.checkpoints import MANIFEST, damage
+from t2i.training.checkpoints import MANIFEST, find_damage
 
 
 def load_pipeline(
@@ -144,7 +144,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
                 f"missing; copy the run folder whole, or put its pipeline/ at {beside}"
             )
         part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
-        if (folder / MANIFEST).is_file() and (problem := damage(folder, f"{part}/")):
+        if (folder / MANIFEST).is_file() and (problem := find_damage(folder, f"{part}/")):
             raise UserError(f"{problem}, so its pictures would be wrong; copy that checkpoint again, or take another")
         return assemble(folder.parent / "pipeline", models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
     if (folder / "run.json").is_file():

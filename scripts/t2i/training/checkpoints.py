@@ -46,7 +46,7 @@ class Node:
         self.gather: Callable[[Any], list[Any]] = lambda value: gather_object([value])
 
 
-def part_of(run: Path, node: Node) -> Path:
+def node_folder(run: Path, node: Node) -> Path:
     """The folder of this node's checkpoints."""
     return run if node.index == 0 else run / f"node-{node.index}"
 
@@ -60,7 +60,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
     write: writes this process's files into the folder it is given. Raises `UserError` where the disk does not take them;
     what was saved before is untouched then.
     """
-    home = part_of(run, node)
+    home = node_folder(run, node)
     folder = home / f"checkpoint-{step:06d}"
     part = home / f".{folder.name}.part"
     try:
@@ -72,7 +72,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
             os.replace(part, folder)
             _sync(home)
             shutil.rmtree(aside, ignore_errors=True)
-            problem = damage(folder)
+            problem = find_damage(folder)
             if problem:
                 raise OSError(f"{problem} after it was written; the disk cannot be trusted")
     except (OSError, SafetensorError) as error:
@@ -95,7 +95,7 @@ def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: i
 
     more_bytes: what later checkpoints hold beyond this one (moments of the optimiser, which come with the first update).
     """
-    home = part_of(run, node)
+    home = node_folder(run, node)
     part = home / ".rehearsal.part"
     try:
         if node.first:
@@ -161,7 +161,7 @@ def _reason(error: Exception) -> str:
 # --- Finding ---------------------------------------------------------------------------------------------------------
 
 
-def damage(folder: Path, part: str = "") -> str | None:
+def find_damage(folder: Path, part: str = "") -> str | None:
     """What is wrong with a checkpoint, or with the files below its folder `part`; None where every byte is as its manifest says."""
     if not (folder / MANIFEST).is_file():
         return f"{folder / MANIFEST} is missing"
@@ -190,7 +190,7 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
     where there are checkpoints and none is whole, and where `name` is None (start anew) beside checkpoints, which would be
     replaced. None: there is no checkpoint. Called by every process.
     """
-    home = part_of(run, node)
+    home = node_folder(run, node)
     there = _own_checkpoints(home)
     if name is None:
         if any(node.gather(bool(there))):
@@ -205,7 +205,7 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
             known = ", ".join(path.name for path in there) or "none"
             copy = " by its name; a copy is resumed from once it has its old name back" if folder.is_dir() else ""
             raise UserError(f"resume_from_checkpoint {name} is not a checkpoint of {run}{copy}; there are: {known}")
-        problem = damage(folder) if node.first else None
+        problem = find_damage(folder) if node.first else None
         if problem:
             raise UserError(
                 f"{problem}, so an exact resume from {folder.name} is not possible; name another, or take latest"
@@ -256,7 +256,7 @@ def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) 
         step = checkpoint_step(folder)
         if step is None or step > limit:
             continue
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is None:
             return step
         say(f"WARNING: {problem}; {folder.name} is not used, an earlier checkpoint is")
@@ -265,7 +265,7 @@ def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) 
 
 def forget_after(run: Path, step: int, node: Node, say: Callable[[str], Any] = print) -> None:
     """Remove this node's checkpoints, and what was logged, beyond `step`, which training is about to make anew."""
-    home = part_of(run, node)
+    home = node_folder(run, node)
     later = [folder for folder in _own_checkpoints(home) if (checkpoint_step(folder) or 0) > step]
     if later:
         say(f"made anew from step {step}, and removed now: {', '.join(folder.name for folder in later)}")

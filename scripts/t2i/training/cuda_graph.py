@@ -13,7 +13,7 @@ from t2i.config import TrainConfig
 from t2i.runs import UserError
 
 if TYPE_CHECKING:
-    from t2i.training.loop import Trained
+    from t2i.training.loop import TrainState
 
 Result = TypeVar("Result")
 WARM = 3  # runs before the recording, in which libraries choose and load their kernels
@@ -22,7 +22,7 @@ WARM = 3  # runs before the recording, in which libraries choose and load their 
 def capture(
     compute: Callable[..., Result],
     example: Callable[[], tuple[torch.Tensor, ...]],
-    trained: "Trained",
+    trained: "TrainState",
     config: TrainConfig,
     accelerator: Any,
 ) -> Callable[..., Result]:
@@ -82,6 +82,6 @@ def _record(compute: Callable[[], Result], current: torch.cuda.Stream) -> tuple[
     return graph, result
 
 
-def _forget(trained: "Trained") -> None:
+def _forget(trained: "TrainState") -> None:
     for parameter in trained.parameters:
         parameter.grad = None

@@ -135,7 +135,7 @@ def give_back_memory() -> None:
             trim(0)
 
 
-def first_says(value: Any, accelerator: Any) -> Any:
+def broadcast_from_main(value: Any, accelerator: Any) -> Any:
     """`value` as the first process has it, on every process: another node may lack the file that it was read from."""
     from accelerate.utils import broadcast_object_list
 

@@ -30,12 +30,12 @@ from t2i.runs import (
     write_text,
 )
 from t2i.training import checkpoints, zero
-from t2i.training.distributed import first_says
+from t2i.training.distributed import broadcast_from_main
 from t2i.training.stopping import EXIT_STOPPED
 
 
 @dataclasses.dataclass
-class Trained:
+class TrainState:
     """What training moves."""
 
     name: str  # of the module in a checkpoint: unet or vae
@@ -144,7 +144,7 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def gather(trained: Trained) -> tuple[Any, Any]:
+def gather(trained: TrainState) -> tuple[Any, Any]:
     """All weights and their average in float32, in the order of the parameters, where ZeRO has split them; else (None, None).
 
     Called by every process, before one of them writes a byte.
@@ -156,7 +156,7 @@ def gather(trained: Trained) -> tuple[Any, Any]:
 
 
 def save_state(
-    part: Path, trained: Trained, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
+    part: Path, trained: TrainState, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
 ) -> None:
     """This process's files of a checkpoint: its random states and, under ZeRO, its share; of the first process weights and
     average (portable, float32), optimiser and state.
@@ -192,7 +192,7 @@ def shard_file(folder: Path, accelerator: Any) -> Path:
     return folder / f"zero-rank{accelerator.process_index}.safetensors"
 
 
-def load_state(checkpoint: Path, trained: Trained, accelerator: Any) -> dict[str, Any]:
+def load_state(checkpoint: Path, trained: TrainState, accelerator: Any) -> dict[str, Any]:
     """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process.
 
     On another number of processes, or from ZeRO to plain training and back, weights and average are taken from the portable
@@ -229,23 +229,23 @@ def load_state(checkpoint: Path, trained: Trained, accelerator: Any) -> dict[str
     return state
 
 
-def load_portable(checkpoint: Path, trained: Trained) -> None:
+def load_portable(checkpoint: Path, trained: TrainState) -> None:
     """Weights and average from the files that any launch can read. Called by every process."""
-    masters = zero.masters(trained.model, trained.parameters)
+    weights = zero.fp32_weights(trained.model, trained.parameters)
     for name in ([f"{trained.name}_ema"] if trained.ema else []) + [trained.name]:
         if zero.is_sharded(trained.model):
             zero.set_weights(trained.model, trained.module, checkpoints.read_weights(checkpoint / name))
         else:
             checkpoints.load_weights(checkpoint / name, trained.module)
         if name != trained.name:
-            trained.ema.shadow_params = [master.detach().float().clone() for master in masters]
+            trained.ema.shadow_params = [weight.detach().float().clone() for weight in weights]
 
 
 def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
     """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
-    if not first_says(run.finished, accelerator):
+    if not broadcast_from_main(run.finished, accelerator):
         return False
-    name, steps = config.resume_from_checkpoint, first_says(run.state.get("steps"), accelerator)
+    name, steps = config.resume_from_checkpoint, broadcast_from_main(run.state.get("steps"), accelerator)
     step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
     if name not in (None, "latest") and step != steps:
         raise UserError(
@@ -255,8 +255,8 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
     return True
 
 
-def go_on(
-    run: Path, trained: Trained, config: TrainConfig, accelerator: Any
+def resume(
+    run: Path, trained: TrainState, config: TrainConfig, accelerator: Any
 ) -> tuple[dict[str, Any], checkpoints.Node]:
     """Resume from the newest whole checkpoint, if there is one, and save once as a rehearsal, so that a full or read-only disk
     is met now. Returns the checkpoint's state (`step` 0 where training starts) and this process's node. Called by every
@@ -275,7 +275,7 @@ def go_on(
 
 
 def save(
-    run: Path, trained: Trained, config: TrainConfig, state: dict[str, Any], node: checkpoints.Node, accelerator: Any
+    run: Path, trained: TrainState, config: TrainConfig, state: dict[str, Any], node: checkpoints.Node, accelerator: Any
 ) -> None:
     """Save a checkpoint of `state["step"]`. Called by every process."""
     gathered = gather(trained)
@@ -286,7 +286,7 @@ def save(
     checkpoints.save_checkpoint(run, state["step"], write, node, config.checkpoints_total_limit)
 
 
-def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
+def exit_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
     """End the process after a signal, its checkpoint saved, with exit code `EXIT_STOPPED`."""
     if accelerator.is_main_process:
         run.save(status="stopped")
@@ -297,7 +297,7 @@ def end_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator
 
 
 def update(
-    trained: Trained,
+    trained: TrainState,
     config: TrainConfig,
     step: int,
     loss: torch.Tensor,
@@ -319,7 +319,7 @@ def update(
     if finite and not accelerator.optimizer_step_was_skipped:
         trained.schedule.step()
         if trained.ema:
-            trained.ema.step(zero.masters(trained.model, trained.parameters))
+            trained.ema.step(zero.fp32_weights(trained.model, trained.parameters))
     elif scaled and not accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum") > 0:
         trained.skipped["overflow"] += 1
     else:
@@ -456,7 +456,7 @@ def require_finite(loss: float, step: int, learning_rate: float) -> None:
 
 
 @contextmanager
-def averaged(trained: Trained) -> Iterator[Any]:
+def averaged(trained: TrainState) -> Iterator[Any]:
     """Within the block, the module's weights are their moving average (if there is one). Yields the module to look at.
 
     Under ZeRO every process must enter, and gets a float32 model of its own that goes with the block: the engine's weights

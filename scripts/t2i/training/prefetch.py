@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 
-class Ahead(Generic[Batch]):
+class Prefetcher(Generic[Batch]):
     """`take(n)` gives batch n and, where `in_thread`, begins with n + 1. What making a batch raises, taking it raises.
 
     make: the batch of a number, a pure function of it: what is made ahead does not depend on when.

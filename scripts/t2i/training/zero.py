@@ -47,7 +47,7 @@ def _cast_inputs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
     return tuple(value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)
 
 
-def masters(model: Any, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def fp32_weights(model: Any, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """The float32 weights that this process's optimiser updates: `parameters`, or its flat shares of them under ZeRO.
 
     A moving average of these costs no communication. The tensors stay the same objects throughout training.
@@ -82,7 +82,7 @@ def full_average(model: Any, parameters: list[torch.nn.Parameter], ema: Any) -> 
     """
     if not is_sharded(model):
         return [tensor.detach() for tensor in ema.shadow_params]
-    own = masters(model, parameters)
+    own = fp32_weights(model, parameters)
     ema.store(own)
     ema.copy_to(own)
     try:
