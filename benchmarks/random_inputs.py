@@ -380,7 +380,10 @@ def run_forked(case: Case, folder: Path, seconds: float = SECONDS) -> Outcome:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            sys.stdout, sys.stderr = (
+                os.fdopen(1, "w", buffering=1),
+                os.fdopen(2, "w", buffering=1, errors="backslashreplace"),
+            )
             sys.argv = [str(SCRIPTS / case.script), *case.arguments]
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from t2i.config import MAX_SEED, Count, Flag, Guidance, Seed, Share, check_options, parse_options
+from t2i.config import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share, check_options, parse_options
 from t2i.runs import UserError, run_main
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Options:
     seed: Seed = 0  # of the first picture; each further picture of a prompt takes the next
     num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # pictures a prompt
     batch_size: Count = 8  # pictures at once
-    output_dir: str = "outputs/pictures"  # where the PNG files go
+    output_dir: LocalPath = "outputs/pictures"  # where the PNG files go
     grid: Flag = False  # write grid.png as well: a row a prompt
     device: str | None = None  # cpu, cuda, …; None: a GPU if there is one
     # on a CPU; auto: compiled models that `make export` wrote, else torch; openvino: compile if there are none

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from t2i.config import Count, Natural, PathText, check_options, parse_options
+from t2i.config import Count, LocalPath, Natural, check_options, parse_options
 from t2i.runs import RunFolder, UserError, run_main
 
 
@@ -22,7 +22,7 @@ from t2i.runs import RunFolder, UserError, run_main
 class Options:
     """The drawings."""
 
-    output_dir: PathText = "outputs/flowers"  # dataset folder to write
+    output_dir: LocalPath = "outputs/flowers"  # dataset folder to write
     count: Annotated[int, Field(ge=2, lt=2**31)] = 4000  # drawings in the training split
     validation_count: Count = 256  # drawings in the validation split
     test_count: Count = 256  # drawings of held-out combinations, in the test split

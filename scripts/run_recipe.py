@@ -24,6 +24,7 @@ import psutil
 import tyro
 
 from t2i.config import (
+    LocalPath,
     PathText,
     Recipe,
     check_dataset,
@@ -57,7 +58,7 @@ class Options:
     """The run."""
 
     config: str = "demo"  # recipe: a YAML file, or the name of one in scripts/recipes
-    output_dir: PathText = "outputs/demo"  # everything goes below it
+    output_dir: LocalPath = "outputs/demo"  # everything goes below it
     # Hub id, dataset folder or imagefolder; None: flowers are drawn
     dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
     # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it

@@ -170,6 +170,7 @@ def test_help_imports_no_torch(script, command, tmp_path):
 
 
 MISTAKES = [
+    ("make_flowers.py", ["--output_dir", "s3://bucket/x"], "output_dir = 's3://bucket/x'"),
     ("train_unet.py", ["--dataset", "dataset"], "no VAE: give --vae"),
     ("train_unet.py", [], "no data set: give --dataset"),
     ("train_unet.py", ["--dataset", "nowhere/at/all"], "nowhere/at/all"),

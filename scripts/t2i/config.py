@@ -46,6 +46,16 @@ _Number = BeforeValidator(_no_flag)
 Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
 Count = Annotated[int, _Number, Field(ge=1, lt=2**31)]
 Natural = Annotated[int, _Number, Field(ge=0, lt=2**31)]
+
+
+def _local_path(value: str) -> str:
+    """The path, expanded. An address is refused: libraries would take it for a bucket or write into a folder `s3:`."""
+    if re.match(r"\w+://", value):
+        raise ValueError("it is an address; give a folder on this machine")
+    return _whole_path(value)
+
+
+LocalPath = Annotated[str, AfterValidator(_local_path)]  # a folder to write into
 PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
 Positive = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
@@ -110,14 +120,14 @@ class DataConfig(SourceConfig):
     validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
     split_seed: int = 0  # another number gives another validation split
     max_train_samples: Count | None = None  # use this many training images at most
-    cache_dir: PathText = ".cache/t2i"  # prepared images, latents and text embeddings, by content
+    cache_dir: LocalPath = ".cache/t2i"  # prepared images, latents and text embeddings, by content
 
 
 @dataclass
 class CaptionConfig(HubConfig):
     """Captioning."""
 
-    output_dir: PathText | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
+    output_dir: LocalPath | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
     dry_run: Flag = False  # end after the table of what was understood of the input
     # florence2; label: by caption_template; existing: those there; or a folder or Hub id
     captioner: PathText = "florence2"
@@ -184,7 +194,7 @@ class UnetConfig:
 class TrainConfig:
     """What both training scripts share."""
 
-    output_dir: PathText | None = None  # run folder
+    output_dir: LocalPath | None = None  # run folder
     dry_run: Flag = False  # end after the table of what was understood of the input
     seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
     train_batch_size: Count = 16  # images a process and step
