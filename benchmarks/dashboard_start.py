@@ -23,8 +23,8 @@ from common import ROOT, keep
 
 sys.path.append(str(ROOT / "tests"))
 from streamlit_client import Session, serve
+from t2i.files import sha256_file
 from t2i.pictures import cells
-from t2i.runs import sha256_file
 
 STARTS, SWITCHES = 5, 20
 CHECKPOINTS, SCALES, PROMPTS = (280, 560, 840, 1120), (1.0, 1.5, 3.0, 5.0, 7.5), 4

@@ -52,7 +52,7 @@ def one(model: Path, batch: int, beams: int) -> None:
     from t2i import config
     from t2i.captions import captioners
     from t2i.data import flowers
-    from t2i.runs import peak_rss_bytes
+    from t2i.machine import peak_rss_bytes
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()

@@ -25,7 +25,7 @@ from common import ROOT, SCRIPTS, describe_machine
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from t2i.runs import UserError, run_main
+from t2i.errors import UserError, run_main
 
 PACKED = Path(
     os.environ.get("GPU_SESSION_FOLDER", ROOT / "gpu_session")
@@ -248,7 +248,7 @@ def draw(options: argparse.Namespace) -> None:
     """Draw a grid of the prompts by the newest weights of a run, say above it what they are, and print the run's figures."""
     from PIL import Image, ImageDraw
 
-    from t2i.runs import read_object
+    from t2i.files import read_object
 
     run, vae = Path(options.run), Path(options.vae_run)
     folder = run.with_name("pictures")

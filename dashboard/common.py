@@ -18,11 +18,13 @@ import pandas as pd
 import streamlit as st
 import yaml
 
+from t2i.errors import UserError
+from t2i.files import read_json
 from t2i.hub.model_card import escape_markdown
 from t2i.pictures.png import cut_prompt
-from t2i.runs import UserError, checkpoint_step, read_json
+from t2i.redaction import redact_config
+from t2i.runs import checkpoint_step
 from t2i.tracking.curves import POINTS, Curve, smooth, thin
-from t2i.tracking.mlflow_tracker import redact_config
 
 alt.utils.schemapi.disable_debug_mode()  # charts are made by code alone: checking each against Vega-Lite's schema costs 0.1 s
 OUTPUTS = Path("outputs")

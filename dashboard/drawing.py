@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from common import settle
 
+from t2i.errors import UserError
 from t2i.pictures import cells
 from t2i.pictures.cells import weights_hash
-from t2i.runs import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,9 +9,10 @@ from typing import Any
 import streamlit as st
 from common import is_finite, read, settings_of
 
+from t2i.errors import UserError
 from t2i.pictures import axes, cells
 from t2i.pictures.png import SCHEDULERS, fitting_schedulers
-from t2i.runs import UserError, checkpoint_folders
+from t2i.runs import checkpoint_folders
 
 AXES = {  # of `cells.AXES`, as they are called on the page
     "guidance_scale": "guidance scale",

@@ -9,7 +9,8 @@ import streamlit as st
 from common import escape, read, settings_of, warn
 
 from t2i.config import DataConfig
-from t2i.runs import UserError, find_prepared
+from t2i.errors import UserError
+from t2i.runs import find_prepared
 
 NEIGHBOURS = 4
 SETS = 2  # training sets in memory: 3 KB an image

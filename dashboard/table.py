@@ -14,9 +14,10 @@ from grid import AXES, Grid, name_of
 from PIL import Image
 from widgets import address, picture_grid, picture_pair
 
+from t2i.errors import UserError
+from t2i.files import hash_json
 from t2i.pictures import cells
 from t2i.pictures.png import difference, grid_png, labelled_grid
-from t2i.runs import UserError, hash_json
 
 SHOWN = 100  # cells of a grid at once; the rows of a larger one are shown in pages
 MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn

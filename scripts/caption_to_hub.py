@@ -22,18 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.captions.ledger import Key
 from t2i.config import CaptionConfig, Recipe, parse, to_dict
-from t2i.runs import (
-    RunFolder,
-    UserError,
-    code_revision,
-    hash_json,
-    lock_run,
-    read_json,
-    run_main,
-    sha256_file,
-    write_json,
-    write_text,
-)
+from t2i.errors import UserError, run_main
+from t2i.files import hash_json, read_json, sha256_file, write_json, write_text
+from t2i.run_lock import lock_run
+from t2i.runs import RunFolder, code_revision
 
 if TYPE_CHECKING:
     import datasets
@@ -493,7 +485,7 @@ def write_dataset(
     from t2i.data.dataset_folder import save_dataset_folder
     from t2i.data.sources import prefixed
     from t2i.hub.dataset_card import merge_cards
-    from t2i.training.loop import public
+    from t2i.redaction import public_yaml
 
     lines = ledger.read(folder / "captions.jsonl")
     kept = [(photo, lines[key]) for photo, key in zip(photos, wanted, strict=True) if key]
@@ -543,7 +535,7 @@ def write_dataset(
     os.replace(part / "data", folder / "data")
     write_text(readme, text)
     shutil.rmtree(folder / WORK / "source", ignore_errors=True)
-    write_text(folder / "config.yaml", public(to_dict(recipe)))
+    write_text(folder / "config.yaml", public_yaml(to_dict(recipe)))
     run.finish(images=sum(counts.values()), splits=counts)
     print(f"{sum(counts.values()):,} captioned images in {folder}: {counts}")
 
@@ -554,10 +546,10 @@ def make_card(
     source: "Source", rows: dict[str, Any], folder: Path,
 ) -> str:  # fmt: skip
     """The card's text; its picture grid goes to images/grid.png."""
+    from t2i.config import dataset_name
     from t2i.data.images import decode_image, fit
     from t2i.data.sources import image_bytes
     from t2i.hub import dataset_card, model_card
-    from t2i.training.loop import dataset_name
 
     config, data = recipe.caption, recipe.data
     shown = range(0, len(photos), max(1, len(photos) // GRID))[:GRID]  # from all over the data set

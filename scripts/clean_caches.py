@@ -18,7 +18,10 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from t2i.config import DataConfig, Flag, PathText, check_options, parse_options
-from t2i.runs import UserError, checkpoint_folders, read_object, run_main, run_status
+from t2i.errors import UserError, run_main
+from t2i.files import read_object
+from t2i.run_lock import run_status
+from t2i.runs import checkpoint_folders
 
 CACHES = ("pixels", "latents", "text")  # what the suite keeps in a cache folder, where others may keep more
 Kind = Literal["caches", "cells", "checkpoints", "spools"]

@@ -16,18 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.config import EvaluateConfig, load_recipe, option, parse
+from t2i.errors import UserError, run_main
+from t2i.files import read_object, write_json
 from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem
-from t2i.runs import (
-    RunFolder,
-    UserError,
-    checkpoint_copies,
-    checkpoint_folders,
-    checkpoint_step,
-    own_checkpoint,
-    read_object,
-    run_main,
-    write_json,
-)
+from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i.config import PathText, Recipe, check_options, load_recipe, parse_options
-from t2i.runs import UserError, read_json, run_main
+from t2i.errors import UserError, run_main
+from t2i.files import read_json
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from t2i.config import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share, check_options, parse_options
-from t2i.runs import UserError, run_main
+from t2i.errors import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 from t2i.clouds import aws_account as aws
 from t2i.clouds import costs, sagemaker_job
-from t2i.runs import UserError, run_main, write_json
+from t2i.errors import UserError, run_main
+from t2i.files import write_json
 
 CONFIGS = sagemaker_job.ROOT / "accelerate_configs"
 LOGS = "/aws/sagemaker/TrainingJobs"  # CloudWatch's group

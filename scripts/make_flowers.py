@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from t2i.config import Count, LocalPath, Natural, check_options, parse_options
-from t2i.runs import RunFolder, UserError, run_main
+from t2i.errors import UserError, run_main
+from t2i.runs import RunFolder
 
 
 @dataclass

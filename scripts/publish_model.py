@@ -9,7 +9,7 @@ changes nothing where nothing changed; what people wrote into the card on the Hu
 from dataclasses import dataclass
 
 from t2i.config import Flag, Natural, PathText, Positive, check_options, parse_options
-from t2i.runs import run_main
+from t2i.errors import run_main
 
 
 @dataclass

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from t2i.config import Flag, PathText, Positive, check_options, parse_options
-from t2i.runs import run_main
+from t2i.errors import run_main
 
 
 @dataclass

@@ -38,7 +38,9 @@ from t2i.config import (
     plain_option,
     typed_options,
 )
-from t2i.runs import UserError, own_checkpoint, read_json, run_main, write_json
+from t2i.errors import UserError, run_main
+from t2i.files import read_json, write_json
+from t2i.runs import own_checkpoint
 
 SCRIPTS = Path(__file__).parent
 SECTIONS = ("data", "vae", "unet", "train_vae", "train_unet", "evaluate")  # that a stage reads

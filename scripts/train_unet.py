@@ -14,10 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i import config, redaction
 from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
+from t2i.errors import UserError, run_main
+from t2i.files import append_jsonl, hash_json, write_json
 from t2i.hub import model_card, publish, upload
 from t2i.hub.loading import find_dataset
-from t2i.runs import RunFolder, UserError, append_jsonl, code_revision, hash_json, lock_run, run_main, write_json
+from t2i.run_lock import lock_run
+from t2i.runs import RunFolder, code_revision
 from t2i.training.prefetch import Prefetcher
 
 if TYPE_CHECKING:
@@ -98,7 +102,7 @@ def main() -> None:
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
-        run.start(config=loop.public(to_dict(recipe)), quarantine=splits.quarantine)
+        run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
         write_json(folder / "provenance.json", provenance(recipe, inputs))
         for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
             model.save_pretrained(folder / "pipeline" / part)
@@ -243,11 +247,10 @@ def finish(
 
 def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What the run is made from: the hashes of its inputs, and what is known of them here and now, for the card."""
-    from t2i.training import loop
 
     return {
         **inputs,
-        "dataset": loop.dataset_name(recipe.data),
+        "dataset": config.dataset_name(recipe.data),
         "dataset_id": model_card.hub_id(recipe.data.dataset),
         "vae_run": model_card.find_vae_run(recipe, inputs),
         "code": code_revision(),

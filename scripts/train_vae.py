@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i import redaction
 from t2i.config import TrainVaeConfig, check_unet, check_vae, parse, to_dict
+from t2i.errors import UserError, run_main
 from t2i.hub import publish
 from t2i.hub.loading import find_dataset
-from t2i.runs import RunFolder, UserError, checkpoint_folders, lock_run, run_main
+from t2i.run_lock import lock_run
+from t2i.runs import RunFolder, checkpoint_folders
 from t2i.training.prefetch import Prefetcher
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def main() -> None:
         return
     tracker = None
     if accelerator.is_main_process:
-        run.start(config=loop.public(to_dict(recipe)), quarantine=splits.quarantine)
+        run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
         tracker = loop.make_tracker(config, folder, to_dict(recipe), inputs)
     if config.channels_last:
         vae = vae.to(memory_format=torch.channels_last)

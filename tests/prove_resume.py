@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "scripts"))
 sys.path.append(str(Path(__file__).parent))
 
 from processes import kill_all, marked, new_mark  # noqa: E402
-from t2i.runs import run_status  # noqa: E402
+from t2i.run_lock import run_status  # noqa: E402
 
 STEPS, IMAGES = 24, 40
 SETTINGS = """

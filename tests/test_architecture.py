@@ -39,6 +39,11 @@ def test_only_scripts_make_an_accelerator(path):
     "module",
     [
         "config",
+        "errors",
+        "files",
+        "machine",
+        "redaction",
+        "run_lock",
         "runs",
         "hub.model_card",
         "pictures.axes",

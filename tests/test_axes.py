@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from t2i.errors import UserError
 from t2i.pictures import axes
-from t2i.runs import UserError
 
 MEANINGS = [
     ("seed", "1-10", list(range(1, 11))),

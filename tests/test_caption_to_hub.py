@@ -22,7 +22,7 @@ from prove_captions import draw_photos, prove
 from small_models import blip, florence
 from t2i.captions import captioners, ledger
 from t2i.config import CaptionConfig, Recipe
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 FAST = ("--caption_batch_size", 4, "--max_new_tokens", 6, "--num_beams", 1)
 
@@ -384,7 +384,7 @@ def test_a_slip_of_the_hand_names_the_line(tmp_path):
 
 
 def test_another_run_in_the_same_folder_is_refused(drawn, run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr("t2i.runs.WAIT_FOR_UNKNOWN_S", 0.0)
+    monkeypatch.setattr("t2i.run_lock.WAIT_FOR_UNKNOWN_S", 0.0)
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)

@@ -31,7 +31,7 @@ from t2i.captions.auditing import (
     strip_boilerplate,
 )
 from t2i.data import flowers
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 ANY_TEXT = st.text(st.characters(), max_size=60)  # every code point, surrogates and controls included
 RTL = "ורד אדום 🌹 گل‌های سرخ"  # with the joiner that Persian plurals need

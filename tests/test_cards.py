@@ -11,8 +11,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from t2i.config import Recipe, to_dict
+from t2i.errors import UserError
+from t2i.files import write_json
 from t2i.hub import model_card
-from t2i.runs import UserError, write_json
 
 REFERENCE_ROWS = [
     *("Architecture", "Text Encoder", "VAE", "Noise Scheduler", "Image Resolution", "Latent Space"),

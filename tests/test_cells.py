@@ -15,9 +15,9 @@ from PIL import Image
 
 import generate_images
 from conftest import SCRIPTS
-from t2i.pictures import cells, sampling
+from t2i.errors import UserError
+from t2i.pictures import cells, png, sampling
 from t2i.pictures.cells import Axis, Cell
-from t2i.runs import UserError
 
 CELL = Cell("a red flower", num_inference_steps=2)
 DRAWER = """  # a process that makes a grid; it paints instead of drawing, which needs no torch and so starts at once
@@ -114,7 +114,7 @@ def test_repainted_or_torn_bytes_are_never_shown(run):
         for content in (bytes(torn), whole[:position]):
             place.path.write_bytes(content)
             shown = cells.read_cell(run, place.model_hash, CELL)
-            assert shown is None or cells.pixel_hash(shown) == info["pixel_hash"]
+            assert shown is None or png.pixel_hash(shown) == info["pixel_hash"]
 
 
 def test_killed_and_gone_on(run, environment):

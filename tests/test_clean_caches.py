@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import clean_caches
-from t2i import runs
-from t2i.runs import UserError
+from t2i import run_lock
+from t2i.errors import UserError
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_each_kind_is_asked_for(folder, monkeypatch, capsys):
 
 def test_a_run_at_work_and_the_caches_are_left_alone(folder, monkeypatch, capsys):
     killed = folder / "outputs" / "killed"
-    with runs.lock_run(killed, 0, lambda: None):
+    with run_lock.lock_run(killed, 0, lambda: None):
         clean(monkeypatch, "--remove", "caches", "cells")
     said = capsys.readouterr().out
     assert f"{os.path.join('outputs', 'killed')} is at work or cannot be read: it is left alone" in said

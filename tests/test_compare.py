@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
+from t2i.files import sha256_file
 from t2i.pictures import cells, png
 from t2i.pictures.png import difference, labelled_grid
-from t2i.runs import sha256_file
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
 EVIL = "a <script>alert(1)</script> **bold** [x](javascript:y) flower"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i.config import RECIPES, Recipe, check_unet, check_vae, load_recipe, parse, to_dict
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 SECTIONS = ("data", "vae", "unet", "train_unet")
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 from t2i.tracking.curves import Loading, list_stored_runs, make_curve, read_folder, read_stored, smooth, thin
 
 FLOATS = st.floats(-1e6, 1e6)

@@ -27,7 +27,7 @@ from t2i.data import dataset_folder, overview, preparing, sources
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import decode_image, fit
 from t2i.data.preparing import batch_indices, count_long_captions, epoch_order, load_splits
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT.parent / "shared" / "data" / "oxford-flowers-12"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from t2i.captions.auditing import CHECKS, audit
 from t2i.data.dataset_folder import save_dataset_folder
+from t2i.errors import UserError
 from t2i.hub.dataset_card import BEGIN, END, caption_grid, merge_cards, render_dataset_card, size_category
-from t2i.runs import UserError
 
 BLOCKS = ["summary", "captions", "splits", "audit", "loading", "provenance"]
 MARKERS = [form.format(name) for name in BLOCKS for form in (BEGIN, END)]

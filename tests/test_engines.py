@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import SCRIPTS
+from t2i.errors import UserError
 from t2i.pictures import engines, png, quantization, sampling
-from t2i.runs import UserError
 
 PROMPTS = ["a red flower", "a blue flower at night", "a white flower"]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i.data import flowers
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 PLAIN = {
     "petal_color": "pink",

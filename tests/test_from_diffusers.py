@@ -12,8 +12,9 @@ import train_unet
 import train_vae
 from conftest import ROOT, TINY
 from t2i.config import THEIR_OPTIONS, TrainConfig, TrainUnetConfig, TrainVaeConfig, UnetConfig, parse
+from t2i.errors import UserError
+from t2i.files import write_json
 from t2i.hub import publish
-from t2i.runs import UserError, write_json
 from t2i.training import distributed, loop
 
 UNET, VAE = ("data", "vae", "unet", "train_unet"), ("data", "vae", "train_vae")

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import generate_images
+from t2i.errors import UserError
 from t2i.pictures import sampling
 from t2i.pictures.png import read_parameters
-from t2i.runs import UserError
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ with torch.no_grad():
 assert backward(torch.ones(3, device="cuda")).item() == 12.0
 """
 WAITS = """
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 def compute(x):
     if weight.sum().item() > 0:  # waits for the GPU, which a graph cannot

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from t2i.errors import UserError
 from t2i.evaluation import metrics
-from t2i.runs import UserError
 
 COLORS = {"red": (200, 30, 40), "blue": (40, 60, 200), "white": (230, 230, 225)}
 HEADS = {"color": list(COLORS), "side": [1, 2]}

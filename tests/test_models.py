@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import SCRIPTS
 from t2i import models
 from t2i.config import UnetConfig, VaeConfig
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 CAPTIONS = ["a red flower with five petals, at night", "two blue flowers in a meadow", "ein weißes Veilchen!"]
 

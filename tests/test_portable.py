@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SCRIPTS, TINY
-from t2i import models, runs
+from t2i import machine, models, runs
 from t2i.data import sources
 from t2i.training import checkpoints
 from test_architecture import UNIX_MODULES, UNIX_NAMES
@@ -100,19 +100,19 @@ def test_commands_run_without_what_is_unix_alone(tmp_path, environment):
 
 
 def test_cores_and_memory_are_counted_on_every_system(monkeypatch):
-    assert 1 <= runs.usable_cores() <= psutil.cpu_count()
+    assert 1 <= machine.usable_cores() <= psutil.cpu_count()
     assert 1 <= sources.WORKERS <= 8
-    peak = runs.peak_rss_bytes()
+    peak = machine.peak_rss_bytes()
     assert peak >= 0.9 * psutil.Process().memory_info().rss
     monkeypatch.setattr(runs.sys, "platform", "darwin")
-    assert runs.peak_rss_bytes() == pytest.approx(peak / 1024, rel=0.2)  # macOS counts bytes, not KiB
+    assert machine.peak_rss_bytes() == pytest.approx(peak / 1024, rel=0.2)  # macOS counts bytes, not KiB
     monkeypatch.setitem(sys.modules, "resource", None)  # Windows
     memory = SimpleNamespace(rss=1, peak_wset=7)
     monkeypatch.setattr(
         psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: memory)
     )  # macOS: no cpu_affinity
-    assert runs.peak_rss_bytes() == 7
-    assert runs.usable_cores() >= 1
+    assert machine.peak_rss_bytes() == 7
+    assert machine.usable_cores() >= 1
 
 
 def test_windows_syncs_files_and_no_folders(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from PIL import Image
 from conftest import TINY
 from loopback_hub import LoopbackHub
 from t2i.config import Recipe, TrainUnetConfig
+from t2i.errors import UserError
+from t2i.files import read_json, write_json
 from t2i.hub import model_card, publish
 from t2i.pictures import sampling
-from t2i.runs import UserError, read_json, write_json
 from test_cards import EVALUATION, make_run
 
 REPO = "models/me/tiny"

@@ -20,9 +20,10 @@ import torch
 import prove_resume
 import train_unet
 from conftest import SCRIPTS
-from t2i import models, runs
+from t2i import models, run_lock, runs
 from t2i.config import load_recipe
-from t2i.runs import UserError, checkpoint_copies, checkpoint_folders
+from t2i.errors import UserError
+from t2i.runs import checkpoint_copies, checkpoint_folders
 from t2i.training import checkpoints, stopping
 from t2i.training.stopping import EXIT_STOPPED
 
@@ -362,7 +363,8 @@ WORKER = """
 import signal, sys, time
 from pathlib import Path
 sys.path.append(sys.argv[1])
-from t2i.runs import lock_run, run_main
+from t2i.errors import run_main
+from t2i.run_lock import lock_run
 from t2i.training.stopping import on_signals
 
 def main():
@@ -407,11 +409,11 @@ def test_a_run_that_is_about_to_end_is_waited_for_by_name(launch, tmp_path, caps
     launcher, worker = launch("0.7")
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"another run is at work in .*run \(process {worker.pid} on "):
-        runs.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
+        run_lock.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
     assert time.monotonic() - began < 5  # not the minutes that one which ends is waited for
     launcher.kill()
     launcher.wait()
-    with runs.lock_run(tmp_path / "run", 0, lambda: None):
+    with run_lock.lock_run(tmp_path / "run", 0, lambda: None):
         said = capsys.readouterr().out
         assert f"which is about to end: process {worker.pid} on " in said
         assert "it has ended after" in said
@@ -430,12 +432,12 @@ def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, mon
         return worker
 
     worker = stop("0.5")
-    with runs.lock_run(tmp_path / "run", 0, lambda: None):
+    with run_lock.lock_run(tmp_path / "run", 0, lambda: None):
         assert f"process {worker.pid} on " in capsys.readouterr().out
     worker = stop("60")
     monkeypatch.setattr(runs, "WAIT_FOR_ENDING_S", 0.2)
     with pytest.raises(UserError, match=rf"process {worker.pid} on .* has not ended within 0 s; wait for it, stop it"):
-        runs.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
+        run_lock.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
     worker.kill()
 
 
@@ -455,19 +457,19 @@ def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, 
     with open(tmp_path / "run" / ".lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(UserError, match=f"another run is at work in .*{named}"):
-            runs.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
+            run_lock.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
 
 
 def test_any_process_of_a_run_keeps_others_out_and_its_lock_ends_with_it(tmp_path, monkeypatch):
     """The first process was killed and the second lives on; its lock is exclusive and its own."""
     monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
     (tmp_path / "run.json").write_text(json.dumps({"status": "unfinished"}))
-    with runs.lock_run(tmp_path, 1, lambda: None):
-        assert runs.run_status(tmp_path) == "running"
+    with run_lock.lock_run(tmp_path, 1, lambda: None):
+        assert run_lock.run_status(tmp_path) == "running"
         with pytest.raises(UserError, match=rf"another run is at work in .* \(process {os.getpid()} on "):
-            runs.lock_run(tmp_path, 0, lambda: None).__enter__()
-    assert runs.run_status(tmp_path) == "interrupted"
-    with runs.lock_run(tmp_path, 0, lambda: None), runs.lock_run(tmp_path, 1, lambda: None):
+            run_lock.lock_run(tmp_path, 0, lambda: None).__enter__()
+    assert run_lock.run_status(tmp_path) == "interrupted"
+    with run_lock.lock_run(tmp_path, 0, lambda: None), run_lock.lock_run(tmp_path, 1, lambda: None):
         assert len((tmp_path / ".lock").read_text().split("\n\n")) == 2  # a line each
 
 
@@ -481,8 +483,8 @@ def test_a_lock_file_whose_first_byte_cannot_be_read_tells_its_holders(tmp_path)
             return super().read(*size)
 
     with open(tmp_path / ".lock", "wb", buffering=0) as file:
-        runs._write_holder(file.fileno(), runs._this_process())
-    (holder,) = runs._live_holders(Locked((tmp_path / ".lock").read_text()))
+        run_lock._write_holder(file.fileno(), run_lock._this_process())
+    (holder,) = run_lock._live_holders(Locked((tmp_path / ".lock").read_text()))
     assert holder["pid"] == os.getpid()
 
 
@@ -495,11 +497,11 @@ def test_what_a_launcher_started_ends_with_it_before_the_first_step(launch):
 def test_a_status_is_what_holds_now(tmp_path):
     def status(word):
         (tmp_path / "run.json").write_text(json.dumps({"status": word}))
-        return runs.run_status(tmp_path)
+        return run_lock.run_status(tmp_path)
 
     words = ("unfinished", "running", "stopped", "finished")
     assert [status(word) for word in words] == ["unfinished", "running", "stopped", "finished"]  # a copy
-    with runs.lock_run(tmp_path, 0, lambda: None):
+    with run_lock.lock_run(tmp_path, 0, lambda: None):
         assert [status(word) for word in words] == ["running", "running", "running", "finished"]
     assert [status(word) for word in words] == ["interrupted", "interrupted", "stopped", "finished"]
     assert runs.RunFolder(tmp_path / "new", {}).state["status"] == "unfinished"  # also where it is killed at once

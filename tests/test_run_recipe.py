@@ -13,8 +13,8 @@ import pytest
 import run_recipe
 from conftest import ROOT, SCRIPTS
 from t2i.config import Recipe, check_dataset, load_recipe, override
+from t2i.errors import UserError
 from t2i.hub.loading import find_dataset
-from t2i.runs import UserError
 
 TYPED = """--config photos --train_vae.max_train_steps 20 --train_unet.max-train-steps=30 --output_dir out
 --data.resolution 32 --vae.vae a/b --train_unet.no_use_ema --train_unet.validation_prompts a rose --vae.vae_layers 2"""

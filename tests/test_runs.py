@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import SCRIPTS
-from t2i.runs import UserError, run_main
+from t2i.errors import UserError, run_main
 
 
 def end_of(error, capsys):
@@ -72,7 +72,7 @@ def test_a_fault_of_the_suite_keeps_its_traceback(error):
 
 def script_of(tmp_path, lines):
     path = tmp_path / "script.py"
-    path.write_text("from t2i.runs import run_main\ndef main():\n" + lines + "run_main(main)\n", encoding="utf-8")
+    path.write_text("from t2i.errors import run_main\ndef main():\n" + lines + "run_main(main)\n", encoding="utf-8")
     return [sys.executable, str(path)]
 
 

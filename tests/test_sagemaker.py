@@ -26,7 +26,7 @@ from local_sagemaker import aws
 from rehearse_sagemaker import finish_in_moto, launch
 from t2i import config
 from t2i.clouds import aws_account, costs, sagemaker_job
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
 ZERO2 = {"distributed_type": "DEEPSPEED", "mixed_precision": "fp16"}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from t2i.errors import UserError
 from t2i.pictures import sampling
 from t2i.pictures.png import RIGHT, SCHEDULERS, last_signal, scheduler_problem
-from t2i.runs import UserError
 
 SPREAD = 0.5  # of the images, around their mean
 MEAN = 0.6 + 0.8 * torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from conftest import ROOT
 from loopback_hub import LoopbackHub
 from prove_space import PROMPT, dockerfile, draw, opens, same_picture, serving
+from t2i.errors import UserError
+from t2i.files import read_json, write_json
 from t2i.hub import model_card, space, upload
 from t2i.pictures import sampling
-from t2i.runs import UserError, read_json, write_json
 
 REPO = "spaces/me/tiny-flowers"
 BIN = Path(sys.executable).parent

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2i.runs import UserError
+from t2i import redaction
+from t2i.errors import UserError
 from t2i.tracking import mlflow_tracker
 
 SCRIPTS = Path(mlflow_tracker.__file__).parents[2]
@@ -223,7 +224,7 @@ def test_the_password_of_an_address_leaves_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTPS://me:p@ss%2Fw0rd@h.org:5000/x ")
     assert mlflow_tracker.resolve_uri(None) == os.environ["MLFLOW_TRACKING_URI"] == "https://h.org:5000/x"
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss/w0rd")
-    assert "p@ss" not in mlflow_tracker.redact("told: p@ss/w0rd, p%40ss%2Fw0rd")
+    assert "p@ss" not in redaction.redact("told: p@ss/w0rd, p%40ss%2Fw0rd")
 
 
 # --- A folder that moves ---------------------------------------------------------------------------------------------
@@ -545,8 +546,8 @@ def test_a_server_killed_midway_gets_the_rest_when_it_is_back(
     ],
 )
 def test_secrets_are_taken_out_of_texts(text: str) -> None:
-    assert "s3cretpw" not in mlflow_tracker.redact(text)
-    assert mlflow_tracker.REDACTED in mlflow_tracker.redact(text)
+    assert "s3cretpw" not in redaction.redact(text)
+    assert redaction.REDACTED in redaction.redact(text)
 
 
 @pytest.mark.parametrize(
@@ -562,14 +563,14 @@ def test_secrets_are_taken_out_of_texts(text: str) -> None:
     ],
 )
 def test_other_texts_stay_as_they_are(text: str) -> None:
-    assert mlflow_tracker.redact(text) == text
+    assert redaction.redact(text) == text
 
 
 def test_values_of_secret_variables_are_taken_out_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123-plain/looking")
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:swordfish-42@host/db")
     config = {"a": {"list": ["x0123-plain/lookingx"]}, "b": "0123-plain%2Flooking", "c": 5, "d": "swordfish-42"}
-    assert mlflow_tracker.redact_config(config) == {
+    assert redaction.redact_config(config) == {
         "a": {"list": ["x[redacted]x"]},
         "b": "[redacted]",
         "c": 5,

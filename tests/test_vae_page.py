@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
+from t2i.errors import UserError
+from t2i.files import read_json
 from t2i.pictures import reconstructions
-from t2i.runs import UserError, checkpoint_folders, read_json
+from t2i.runs import checkpoint_folders
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
 NAMES = ["checkpoint-000006", "checkpoint-000012", "vae"]

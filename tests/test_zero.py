@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train_unet
 from conftest import ROOT, TINY
 from t2i import config, models
-from t2i.runs import UserError
+from t2i.errors import UserError
 from t2i.training import distributed, loop, zero
 
 ZERO2 = ("accelerate.commands.launch", "--quiet", "--config_file",

@@ -13,8 +13,8 @@ from common import cells_of, find_runs, flat, headed, lines, nothing_yet, read, 
 from grid import Grid, checkpoints_of, choose_grid, reset_values
 from table import show_grid
 
+from t2i.errors import UserError
 from t2i.pictures import cells
-from t2i.runs import UserError
 from t2i.tracking.curves import Curve, read_folder
 
 USUAL = ("val_loss", "train_loss")

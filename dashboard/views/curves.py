@@ -23,7 +23,8 @@ from common import (
     read,
 )
 
-from t2i.runs import UserError, run_status
+from t2i.errors import UserError
+from t2i.run_lock import run_status
 from t2i.tracking.curves import (
     Curve,
     Loading,

@@ -16,7 +16,9 @@ from widgets import address, gallery
 from t2i.captions.auditing import CHECKS
 from t2i.data import browse
 from t2i.data.images import BadImage
-from t2i.runs import UserError, find_prepared, read_json
+from t2i.errors import UserError
+from t2i.files import read_json
+from t2i.runs import find_prepared
 
 PICTURES = 24  # on a page: divides into 2, 3, 4 and 6 columns
 SIDE, LARGE = 320, 1024  # px of a picture in the gallery, and of the chosen one, at most

@@ -18,9 +18,9 @@ from grid import best_scale, checkpoints_of, first_prompt
 from neighbours import show_neighbours
 from PIL import Image
 
+from t2i.errors import UserError
 from t2i.pictures import cells
 from t2i.pictures.png import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
-from t2i.runs import UserError
 
 # Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
 MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed

@@ -8,9 +8,10 @@ import pandas as pd
 import streamlit as st
 from common import cells_of, choose_runs, find_runs, flat, headed, is_finite, nothing_yet, read, settings_of, step_of
 
-from t2i.runs import checkpoint_folders, run_status
+from t2i.redaction import redact_config
+from t2i.run_lock import run_status
+from t2i.runs import checkpoint_folders
 from t2i.tracking.curves import read_folder
-from t2i.tracking.mlflow_tracker import redact_config
 
 MISSING = "–"  # in a table
 CARD_CHARACTERS = 20_000  # of a model card, shown here

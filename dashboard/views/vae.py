@@ -17,9 +17,9 @@ from PIL import Image
 from table import png, show_pictures
 from widgets import address
 
+from t2i.errors import UserError
 from t2i.pictures import reconstructions
 from t2i.pictures.reconstructions import Images, Vae
-from t2i.runs import UserError
 from t2i.tracking.curves import read_folder
 
 COUNTS = [4, 8, 16]  # images on a page

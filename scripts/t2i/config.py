@@ -20,7 +20,7 @@ import tyro
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 MAX_SEED = 2**63 - 1  # of a picture
 MAX_GUIDANCE = 1000.0  # a hundred times what pictures need; far beyond it, numbers overflow
@@ -782,3 +782,8 @@ def option(argv: list[str], name: str) -> str | None:
         elif word == f"--{name}" and index + 1 < len(argv):
             value = argv[index + 1]
     return value
+
+
+def dataset_name(config: DataConfig) -> str:
+    """The data set's name for messages and cards, without the folders above it."""
+    return str(config.dataset).rstrip("/").split("/")[-1]

@@ -23,7 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from t2i.config import UnetConfig, VaeConfig
-from t2i.runs import UserError, hash_json
+from t2i.errors import UserError
+from t2i.files import hash_json
 
 
 def best_device() -> str:

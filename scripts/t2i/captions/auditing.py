@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 CLIP_LIMIT = 77  # tokens, with start and end; of a tokenizer that names no limit of its own
 TOKENIZER_BATCH = 1000  # captions handed to the tokenizer at a time

@@ -15,7 +15,8 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from t2i.config import CaptionConfig
-from t2i.runs import UserError, sha256_file
+from t2i.errors import UserError
+from t2i.files import sha256_file
 
 FLORENCE = "florence-community/Florence-2-large"
 FLORENCE_REVISION = "4271c66b88cdbc05735372ec13b2360108de5317"

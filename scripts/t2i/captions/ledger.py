@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 
 class Key(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from t2i.clouds import sagemaker_job
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 PLACEHOLDER = "000000000000"  # stands for the account in a dry run without credentials
 NO_CREDENTIALS = "no AWS credentials: run aws configure, or export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

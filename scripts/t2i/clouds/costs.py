@@ -9,7 +9,7 @@ from pydantic import Field
 
 from t2i.clouds.sagemaker_job import ROOT, Command, SageMakerConfig, read_mapping
 from t2i.config import DataConfig, Natural, NonNegative, Positive, Recipe, TrainConfig, checked
-from t2i.runs import read_json
+from t2i.files import read_json
 
 PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
 SPOT_SHARE = 0.3  # of the price on demand, that spot often costs (AWS: "up to 90 %" off)

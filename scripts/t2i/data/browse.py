@@ -25,7 +25,7 @@ from PIL import Image
 from t2i.captions import auditing
 from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 BATCH = 100  # rows of images in memory at a time; also what `t2i.data.dataset_folder` puts into a row group
 SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")

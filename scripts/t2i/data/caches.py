@@ -18,8 +18,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from t2i.errors import UserError
+from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
-from t2i.runs import UserError, hash_json, write_json
 
 NULL_CAPTION = ""  # what a dropped caption becomes, and what the stock pipeline guides away from
 CPU_BATCH_PIXELS = 1 << 16  # 4 images of 128 px, 16 of 64

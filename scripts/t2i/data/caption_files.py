@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2i.data.images import LFS_POINTER
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")  # in this order: where both are there, the first is read

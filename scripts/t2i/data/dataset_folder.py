@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from t2i.data.images import read_image_file
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 ROWS_PER_SHARD = 1000  # of a dataset folder; about 100 MB of photos at most
 

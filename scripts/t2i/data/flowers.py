@@ -18,7 +18,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 ATTRIBUTES: dict[str, tuple] = {
     "petal_color": ("white", "yellow", "orange", "red", "pink", "purple", "blue", "burgundy"),

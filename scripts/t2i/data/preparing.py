@@ -54,7 +54,9 @@ from t2i.data.sources import (
     prefixed,
     shown_file,
 )
-from t2i.runs import UserError, hash_json, prepared_folder, read_json, write_json
+from t2i.errors import UserError
+from t2i.files import hash_json, read_json, write_json
+from t2i.runs import prepared_folder
 
 CACHE_VERSION = 1  # part of every cache key: change it with what a cache folder holds
 ROWS_PER_BATCH = 1000  # rows in memory at a time while captions are written

@@ -55,7 +55,9 @@ from t2i.data.folders import (
     without_suffix,
 )
 from t2i.data.images import BadImage, read_image_file
-from t2i.runs import UserError, hash_json, sha256_file, usable_cores
+from t2i.errors import UserError
+from t2i.files import hash_json, sha256_file
+from t2i.machine import usable_cores
 
 WORKERS = min(8, usable_cores())  # Pillow and hashlib release the GIL, so threads serve
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}

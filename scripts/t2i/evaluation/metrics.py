@@ -21,7 +21,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
-from t2i.runs import UserError, read_json, write_json
+from t2i.errors import UserError
+from t2i.files import read_json, write_json
 
 Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it tells apart, in the order of its logits
 

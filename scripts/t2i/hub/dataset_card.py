@@ -20,9 +20,9 @@ from huggingface_hub.utils import yaml_dump
 from PIL import Image, ImageDraw, ImageOps
 
 from t2i.captions.auditing import CHECKS
+from t2i.errors import UserError
 from t2i.hub.model_card import BEGIN, END, NOT_MEASURED, escape_markdown, one_line
 from t2i.pictures.png import lettered
-from t2i.runs import UserError
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "dataset_card.md"
 _BLOCK = re.compile(r"<!-- t2i:(\w+) begin\b[^>]*-->(?:(?!<!-- t2i:).)*<!-- t2i:\1 end -->", re.DOTALL)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from t2i.config import SourceConfig, check_dataset, near_folder
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 RepoType = Literal["dataset", "model", "space"]
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import Recipe, load_recipe
+from t2i.errors import UserError
+from t2i.files import read_json, read_object, write_text
 from t2i.pictures.png import guided_steps
-from t2i.runs import UserError, read_json, read_object, write_text
-from t2i.tracking.mlflow_tracker import redact
+from t2i.redaction import redact
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"

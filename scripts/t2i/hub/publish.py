@@ -14,10 +14,12 @@ from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_y
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i.config import ModelHubConfig, Recipe, TrainVaeConfig, load_recipe
+from t2i.errors import UserError
+from t2i.files import read_json, read_object, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.loading import explain_loading
-from t2i.runs import UserError, read_json, read_object, run_status, write_text
-from t2i.tracking.mlflow_tracker import redact
+from t2i.redaction import redact
+from t2i.run_lock import run_status
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ are a person's
 CHECK_STEPS = 2  # denoising steps of the picture that the Hub's model and the folder's must draw alike

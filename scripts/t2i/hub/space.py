@@ -24,12 +24,13 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from t2i.errors import UserError
+from t2i.files import read_json, write_json, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
 from t2i.hub.loading import explain_loading
 from t2i.hub.publish import pipeline_files
-from t2i.runs import UserError, read_json, write_json, write_text
-from t2i.tracking.mlflow_tracker import redact
+from t2i.redaction import redact
 
 ROOT = Path(__file__).parents[3]
 STAGED = Path("outputs/spaces")  # where Spaces are staged: below it a folder each, ORG/NAME

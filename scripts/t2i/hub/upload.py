@@ -32,9 +32,10 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils._http import default_client_factory
 
+from t2i.errors import UserError
+from t2i.files import sha256_file
 from t2i.hub.loading import NO_XET, RepoType
-from t2i.runs import UserError, sha256_file
-from t2i.tracking.mlflow_tracker import redact
+from t2i.redaction import redact
 
 CARD = "README.md"
 SILENCE_S = 120.0  # a request fails when no byte has moved for so long; the Hub takes a minute for large commits

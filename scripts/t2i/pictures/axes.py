@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 NUMBERS: dict[str, tuple[type, Decimal, Decimal]] = {  # axis -> its type, lowest and highest value
     "guidance_scale": (float, Decimal(0), Decimal(100)),

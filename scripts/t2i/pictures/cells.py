@@ -22,8 +22,18 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from t2i.config import MAX_GUIDANCE
-from t2i.pictures.png import DAMAGE, SCHEDULERS, guided_steps, read_parameters, save_picture, scheduler_problem
-from t2i.runs import UserError, checkpoint_folders, hash_json, read_json, read_object, sha256_file
+from t2i.errors import UserError
+from t2i.files import hash_files, hash_json, read_json, read_object
+from t2i.pictures.png import (
+    DAMAGE,
+    SCHEDULERS,
+    guided_steps,
+    pixel_hash,
+    read_parameters,
+    save_picture,
+    scheduler_problem,
+)
+from t2i.runs import checkpoint_folders
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,24 +185,6 @@ def _shared(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
     return parts | {"scheduler": hash_files(pipeline / "scheduler")}
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of a model's files, each read once and known by size and time after. Raises `UserError`: there are none."""
-    try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".txt"})
-        known = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-        hashes = {path.name: _sha256(path, *known[path.name]) for path in files}
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); copy the model whole") from None
-    if not hashes:
-        raise UserError(f"{folder} holds no weights; copy the model whole")
-    return hashes
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    return sha256_file(path)
-
-
 # --- The store -------------------------------------------------------------------------------------------------------
 
 
@@ -236,11 +228,6 @@ def is_made(run: Path, model_hash: str, cell: Cell) -> bool:
 @lru_cache(maxsize=65536)
 def _checked(run: Path, model_hash: str, cell: Cell, *state: int) -> bool:
     return read_cell(run, model_hash, cell) is not None
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """16 hex digits for a picture's size and pixels."""
-    return hash_json([image.size, image.tobytes().hex()])
 
 
 def save_cells(run: Path, checkpoint: str, model_hash: str, cells: Sequence[Cell], pictures: "np.ndarray") -> None:

@@ -24,7 +24,8 @@ from diffusers.models.upsampling import Upsample2D
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from t2i import models
-from t2i.runs import UserError, read_json, write_json
+from t2i.errors import UserError
+from t2i.files import read_json, write_json
 
 ENGINES = ("auto", "torch", "openvino")
 FOLDER = "openvino"  # of a pipeline folder

@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL.PngImagePlugin import PngInfo
 
+from t2i.files import hash_json
+
 # the names people type, for the classes that diffusers has; other class names of `RIGHT` work too
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -366,3 +368,8 @@ def picture_grid(
                 text = text[:-1]
             pen.text((x + 1, y + side), text, fill="black", font=font)
     return grid
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """16 hex digits for a picture's size and pixels."""
+    return hash_json([image.size, image.tobytes().hex()])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 LEAST_DB = 38.0  # PSNR of the worst of a few pictures to the one without 8 bits: of many, the worst stays above 35
 PARTS = ("vae_decoder", "unet")  # the text encoder has no convolutions, and in 8 bits changed pictures to 31 dB

@@ -18,9 +18,11 @@ from PIL import Image
 
 from t2i.config import Recipe, load_recipe
 from t2i.data import browse
-from t2i.pictures.cells import MAX_SIDE, hash_files, pixel_hash
-from t2i.pictures.png import DAMAGE, read_parameters, save_picture
-from t2i.runs import UserError, checkpoint_folders, find_prepared, hash_json, read_json
+from t2i.errors import UserError
+from t2i.files import hash_files, hash_json, read_json
+from t2i.pictures.cells import MAX_SIDE
+from t2i.pictures.png import DAMAGE, pixel_hash, read_parameters, save_picture
+from t2i.runs import checkpoint_folders, find_prepared
 
 STORE = "reconstructions"  # folder of a run
 

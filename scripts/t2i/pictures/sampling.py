@@ -16,6 +16,8 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import models
+from t2i.errors import UserError
+from t2i.files import read_object
 from t2i.models import best_device
 from t2i.pictures import engines
 from t2i.pictures.png import (  # noqa: F401 - their names here stay
@@ -28,7 +30,7 @@ from t2i.pictures.png import (  # noqa: F401 - their names here stay
     save_picture,
     scheduler_problem,
 )
-from t2i.runs import UserError, checkpoint_copies, checkpoint_folders, own_checkpoint, read_object
+from t2i.runs import checkpoint_copies, checkpoint_folders, own_checkpoint
 from t2i.training.checkpoints import MANIFEST, find_damage
 
 

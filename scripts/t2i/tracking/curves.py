@@ -20,16 +20,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import ArrayLike
 
-from t2i.runs import UserError
-from t2i.tracking.mlflow_tracker import (
-    SPOOL_FILE,
-    database_file,
-    explain,
-    import_mlflow,
-    redact,
-    resolve_uri,
-    uses_proxy,
-)
+from t2i.errors import UserError
+from t2i.redaction import redact
+from t2i.tracking.mlflow_tracker import SPOOL_FILE, database_file, explain, import_mlflow, resolve_uri, uses_proxy
 
 POINTS = 500  # of a curve, at most: more than a chart has columns of pixels for each line that an eye can follow
 CONNECT_S = 2.0  # a server that does not take a connection in this time is called down

@@ -19,15 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from t2i.runs import (
-    UserError,
-    checkpoint_copies,
-    checkpoint_folders,
-    checkpoint_step,
-    own_checkpoint,
-    sha256_file,
-    write_text,
-)
+from t2i.errors import UserError
+from t2i.files import sha256_file, write_text
+from t2i.runs import checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
 
 MANIFEST = "manifest.json"
 

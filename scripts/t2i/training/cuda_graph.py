@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from t2i.config import TrainConfig
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 if TYPE_CHECKING:
     from t2i.training.loop import TrainState

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import TrainConfig, TrainUnetConfig, option
-from t2i.runs import UserError, find_launcher
+from t2i.errors import UserError
+from t2i.machine import find_launcher
 
 PRECISIONS = ("no", "bf16", "fp16")  # that the suite trains in
 REDUCE_BUCKET = 50_000_000  # gradients reduced at once, 100 MB in fp16; DeepSpeed's default takes 1 GB of a 16 GB card

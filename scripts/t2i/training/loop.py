@@ -13,22 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from t2i.config import DataConfig, TrainConfig, TrainUnetConfig
-from t2i.runs import (
-    RunFolder,
-    UserError,
-    append_jsonl,
-    checkpoint_step,
-    own_checkpoint,
-    read_json,
-    write_json,
-    write_text,
-)
+from t2i.config import TrainConfig, TrainUnetConfig
+from t2i.errors import UserError
+from t2i.files import append_jsonl, read_json, write_json, write_text
+from t2i.redaction import public_yaml
+from t2i.runs import RunFolder, checkpoint_step, own_checkpoint
 from t2i.training import checkpoints, zero
 from t2i.training.distributed import broadcast_from_main
 from t2i.training.stopping import EXIT_STOPPED
@@ -355,11 +348,6 @@ def bar_seconds() -> float:
     return 1.0 if sys.stderr.isatty() else 60.0
 
 
-def dataset_name(config: DataConfig) -> str:
-    """The data set's name for messages and cards, without the folders above it."""
-    return str(config.dataset).rstrip("/").split("/")[-1]
-
-
 def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
     """Say where caches and curves go, which is below the working directory unless an option or variable says otherwise.
 
@@ -370,7 +358,8 @@ def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str],
         say(f"caches: {Path(cache_dir).expanduser().absolute()} (--cache_dir)")
     if config.report_to == "none":
         return
-    from t2i.tracking.mlflow_tracker import database_file, redact, resolve_uri
+    from t2i.redaction import redact
+    from t2i.tracking.mlflow_tracker import database_file, resolve_uri
 
     uri = resolve_uri(None)
     if cache_dir:
@@ -413,7 +402,7 @@ def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], ha
     shown = without_paths(settings)
     name = config.run_name or folder.name
     tracker = Tracker(folder, experiment=config.experiment, run_name=name, config=shown, tags=hashes)
-    write_text(folder / "config.public.yaml", public(shown))
+    write_text(folder / "config.public.yaml", public_yaml(shown))
     tracker.log_artifact(folder / "config.public.yaml")
     return tracker if config.report_to == "mlflow" else BesideMlflow(tracker, start_tracker(config, folder))
 
@@ -431,13 +420,6 @@ def start_tracker(config: TrainConfig, folder: Path) -> Any:
         tracker = LOGGER_TYPE_TO_CLASS["wandb"](run_name=config.experiment, name=name, dir=str(folder))
     tracker.start()
     return tracker
-
-
-def public(settings: dict[str, Any]) -> str:
-    """Settings as YAML that `load_recipe` reads, without secrets that somebody put into an option."""
-    from t2i.tracking.mlflow_tracker import redact_config
-
-    return yaml.safe_dump(redact_config(settings), sort_keys=False)
 
 
 def without_paths(settings: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t2i.runs import mark_ending
+from t2i.run_lock import mark_ending
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, and the same command resumes it
 

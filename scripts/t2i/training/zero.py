@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from t2i.runs import UserError
+from t2i.errors import UserError
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the dynamic loss scale; fp16 alone

@@ -1,0 +1,74 @@
+"""Users' mistakes and the machine's limits: one sentence and exit code 2. Imports no torch."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from t2i.machine import end_with_launcher
+
+
+class UserError(Exception):
+    """A user's mistake: one sentence that names the file, key or value and the fix. Scripts print it and exit with 2."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a user's mistake or a limit of the machine becomes one sentence on stderr and exit code 2.
+
+    Ctrl-C gives exit code 130, and a reader of the output that went away 141, as shells count them. What is left is a fault of
+    the suite and keeps its traceback.
+    """
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal in ASCII shows other letters escaped, rather than ending the work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    end_with_launcher()
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(
+            "interrupted: finished stages, checkpoints and caches are kept; the same command resumes", file=sys.stderr
+        )
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more while it ends
+        raise SystemExit(141) from None
+    except Exception as error:
+        sentence = _sentence_of(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _sentence_of(error: Exception) -> str | None:
+    """What to tell the user of an error that is not the suite's; None for others."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return (
+            f"the memory is full ({text[:160] or 'MemoryError'}); use a smaller batch, and for a training a higher "
+            "--gradient_accumulation_steps or --gradient_checkpointing"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        fix = _OS_FIXES.get(error.errno or 0, "check that path and its permissions, or name another")
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {fix}"
+    if isinstance(error, OSError) and error.errno in _OS_FIXES:
+        return f"{error.strerror}; {_OS_FIXES[error.errno]}"
+    return None
+
+
+_OS_FIXES = {
+    errno.EEXIST: "a file stands where a folder is needed; name another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; name another folder",
+    errno.ENOSPC: "make room on that disk, or name a folder on another",
+    errno.EDQUOT: "make room in your quota, or name a folder on another disk",
+    errno.EROFS: "that disk is read-only; name a folder on another",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+}

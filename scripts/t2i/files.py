@@ -1,0 +1,79 @@
+"""JSON files written atomically and read with care, and hashes. Imports no torch."""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from t2i.errors import UserError
+
+
+def hash_json(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically: a reader sees the old text or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raise `UserError` naming it when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give a folder that holds it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); delete it or restore it from a backup") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise `UserError` naming the file when it is missing, damaged or holds anything else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup"
+        )
+    return found
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a model's files, each read once and known by size and time after. Raises `UserError`: there are none."""
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".txt"})
+        known = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+        hashes = {path.name: _sha256(path, *known[path.name]) for path in files}
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); copy the model whole") from None
+    if not hashes:
+        raise UserError(f"{folder} holds no weights; copy the model whole")
+    return hashes
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)

@@ -1,0 +1,108 @@
+"""Secrets: found by name and by shape, and replaced by "[redacted]". Imports no torch."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import yaml
+
+REDACTED = "[redacted]"
+_SECRET_ENDINGS = ("token", "secret", "password", "passwd", "passphrase", "credential", "apikey")
+_SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key")}
+_HARMLESS_LAST_WORDS = {"file", "path", "dir", "folder", "sock", "length", "count", "type", "name", "index", "limit"}
+_SPECIAL_TOKENS = {"bos", "eos", "unk", "pad", "cls", "sep", "mask"}  # a tokenizer's `pad_token` is no secret
+_NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_HARMLESS_VALUE = re.compile(r"(?i)[-+]?[\d.]+(e[-+]?\d+)?|true|false|null|none|~|\[redacted\]|\[?|\{|<.*>")
+_URL_USER = re.compile(r"(?<=://)[^\s/?#'\"<>]+(?=@)")
+_URL_QUERY = re.compile(r"(?i)([?&](?:key|sig|signature|x-(?:amz|goog)-(?:signature|credential))=)[^&\s\"'#]+")
+_ASSIGNMENT = re.compile(  # `name: value`, `name=value`, `--name value`
+    r"(?i)((?<![\w.-])[\w.-]*?(?:token|secret|passw|passphrase|credential|(?:api|access|private|account)[_-]?key)"
+    r"[\w.-]*(?:[\"']?[ \t]*[:=][ \t]*|[ \t]+(?=[^-\s])))"
+    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;&})]+)"
+)
+_TOKEN_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|gh[oprsu]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|sk-[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
+    r"|(?i:(?<=bearer )|(?<=authorization: basic ))[\w.~+/=-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
+    re.DOTALL,
+)
+_url_passwords: set[str] = set()  # of tracking URLs that this process was given
+
+
+def remember_secret(password: str) -> None:
+    """Redact this password of a URL from now on, as written and decoded."""
+    _url_passwords.update({password, unquote(password)})
+
+
+def _is_secret_name(name: str) -> bool:
+    words = [word.lower() for word in _NAME_WORDS.findall(name)]
+    if not words or words[-1] in _HARMLESS_LAST_WORDS or _SPECIAL_TOKENS & set(words):
+        return False
+    return any(word.removesuffix("s").endswith(_SECRET_ENDINGS) and word != "tokens" for word in words) or any(
+        pair in _SECRET_PAIRS for pair in pairwise(words)
+    )
+
+
+def _secret_values() -> list[str]:
+    """Values that are secret wherever they occur: of variables with a secret name, and passwords in variables' URLs."""
+    values = set(_url_passwords)
+    for name, value in os.environ.items():
+        if _is_secret_name(name):
+            values.add(value)
+        for user in _URL_USER.findall(value):
+            values.add(user.partition(":")[2])
+    values = {value for value in values if len(value) >= 8 and not value.startswith(REDACTED)}
+    forms = {form for value in values for form in (value, quote(value, safe=""), json.dumps(value)[1:-1])}
+    return sorted(forms, key=len, reverse=True)
+
+
+def _redact_assignment(match: re.Match[str]) -> str:
+    name, value = match.groups()
+    bare = value.strip("\"'")
+    is_assigned = name.startswith("-") or name.rstrip().endswith((":", "="))  # not a sentence about a token
+    if not is_assigned or not _is_secret_name(name) or _HARMLESS_VALUE.fullmatch(bare):
+        return match.group()
+    mark = value[0] if value[0] in "\"'" else ""
+    return f"{name}{mark}{REDACTED}{mark}"
+
+
+def redact(text: str) -> str:
+    """`text` with every secret replaced by "[redacted]".
+
+    Secret are: values of environment variables whose name looks secret (token, secret, password, api_key, access_key,
+    credential; 8 characters or more), users and passwords in URLs, tokens in queries, values assigned to secret names
+    (`hub_token: x`, `--hub_token x`), and tokens known by their shape (Hugging Face, AWS, GitHub, JWT, private keys).
+    """
+    for value in _secret_values():
+        text = text.replace(value, REDACTED)
+    text = _URL_USER.sub(REDACTED, text)
+    text = _URL_QUERY.sub(rf"\g<1>{REDACTED}", text)
+    text = _ASSIGNMENT.sub(_redact_assignment, text)
+    return _TOKEN_SHAPES.sub(REDACTED, text)
+
+
+def redact_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested config with "[redacted]" for the values of secret names and for secrets within other texts."""
+    return {key: _redact_value(str(key), value) for key, value in config.items()}
+
+
+def _redact_value(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redact_config(value)
+    if isinstance(value, list | tuple):
+        return [_redact_value(key, item) for item in value]
+    if isinstance(value, str | Path):
+        harmless = _HARMLESS_VALUE.fullmatch(str(value)) or not _is_secret_name(key)
+        return redact(str(value)) if harmless else REDACTED
+    return value
+
+
+def public_yaml(settings: dict[str, Any]) -> str:
+    """Settings as YAML that `load_recipe` reads, without secrets that somebody put into an option."""
+    return yaml.safe_dump(redact_config(settings), sort_keys=False)
