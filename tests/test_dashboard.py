@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from t2i.runs import alone
+from t2i.run_lock import lock_run
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "dashboard" / "streamlit_app.py"
@@ -273,7 +273,7 @@ def test_a_running_run_alone_is_live(tmp_path: Path) -> None:
     store.close()
     (run / "mlflow_spool").mkdir()
     (run / "mlflow_spool" / "state.json").write_text(json.dumps({"run_id": "0" * 32}))
-    with alone(run, 0, lambda: None):
+    with lock_run(run, 0, lambda: None):
         assert "drawn again" in show("curves").caption[0].value
         assert "drawn again" in show("curves", source="MLflow").caption[0].value
     assert not show("curves").caption  # it was killed
