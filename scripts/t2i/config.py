@@ -76,227 +76,235 @@ def _alias(*names: str) -> Any:
 
 @dataclass
 class HubConfig:
-    """What becomes of it on the Hub."""
+    """Settings of a push to the Hub."""
 
-    push_to_hub: Flag = False  # upload the result; log in by `hf auth login`, or set HF_TOKEN
-    hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
-    hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long
-    hub_revision: str | None = None  # branch to push to, made from main if it is missing; None: main
-    create_pr: Flag = False  # open a pull request in place of pushing to main; each push opens a new one
+    push_to_hub: Flag = False  # Upload the result to the Hub. Log in by `hf auth login`, or set HF_TOKEN.
+    hub_private_repo: Flag = True  # Make a new repository private. An existing one keeps its visibility.
+    hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
+    hub_revision: str | None = None  # Branch to push to, made from main if it is missing. None: main.
+    create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new one.
 
 
 @dataclass
 class ModelHubConfig(HubConfig):
-    """What becomes of a model on the Hub."""
+    """Settings of a push of a model to the Hub."""
 
-    hub_model_id: str | None = None  # ORG/NAME of the model on the Hub
-    license: str = "unknown"  # of the model, as the Hub names licences, e.g. apache-2.0; unknown: not chosen
+    hub_model_id: str | None = None  # Repository of the model on the Hub, as ORG/NAME.
+    license: str = "unknown"  # Licence of the model, by the Hub's name for it, e.g. apache-2.0. unknown: not chosen.
 
 
 @dataclass
 class SourceConfig:
     """The images, and their captions or labels."""
 
-    # Hub id, dataset folder or imagefolder
+    # Data set: a Hub id, a dataset folder or an imagefolder.
     dataset: Annotated[PathText | None, _alias("dataset_name", "train_data_dir")] = None
-    dataset_revision: str | None = None  # branch, tag or commit of a Hub data set
-    dataset_config_name: str | None = None  # configuration of a data set that has several
-    image_column: str = "image"  # column that holds the images
-    caption_column: str | None = None  # column that holds the captions; None: caption, else text, else from the label
-    label_names: list[str] = field(default_factory=list)  # names of labels that are numbers, from 1 on
-    caption_template: str = "a photo of a {label}, a type of flower"  # caption of an image that has only a label
-    caption_prefix: str = ""  # words before every caption that has some, such as a trigger word: "sks style,"
-    max_bad_share: Share = 0.05  # share of images that may be undecodable before the run ends
+    dataset_revision: str | None = None  # Branch, tag or commit of a Hub data set.
+    dataset_config_name: str | None = None  # Configuration of a data set that has several.
+    image_column: str = "image"  # Column that holds the images.
+    # Column that holds the captions. None: caption, else text, else a caption made from the label.
+    caption_column: str | None = None
+    label_names: list[str] = field(default_factory=list)  # Names of numeric labels. The first one names label 1.
+    caption_template: str = "a photo of a {label}, a type of flower"  # Caption of an image that has only a label.
+    caption_prefix: str = ""  # Words put before every non-empty caption, such as a trigger word: "sks style,".
+    max_bad_share: Share = 0.05  # Share of undecodable images above which the run stops.
 
 
 @dataclass
 class DataConfig(SourceConfig):
     """The captioned images."""
 
-    # px, both sides: shorter side resized, centre cropped
+    # Side of the images in pixels. The shorter side is resized to it, then the centre is cropped.
     resolution: Annotated[int, _Number, Field(ge=8, le=2048)] = 128
-    random_flip: Flag = True  # learn mirrored images as well (latents are cached for both)
-    # share taken by content hash where a data set has no validation split
+    random_flip: Flag = True  # Train on mirrored images as well. Latents are cached for both.
+    # Share of images that become the validation split if the data set has none. A hash of their content chooses them.
     validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
-    split_seed: int = 0  # another number gives another validation split
-    max_train_samples: Count | None = None  # use this many training images at most
-    cache_dir: LocalPath = ".cache/t2i"  # prepared images, latents and text embeddings, by content
+    split_seed: int = 0  # Seed of the validation split. Another seed chooses other images.
+    max_train_samples: Count | None = None  # Maximum number of training images. None: all.
+    cache_dir: LocalPath = ".cache/t2i"  # Folder for prepared images, latents and text embeddings, named by content.
 
 
 @dataclass
 class CaptionConfig(HubConfig):
     """Captioning."""
 
-    output_dir: LocalPath | None = None  # dataset folder to write; captions.jsonl in it may be edited by hand
-    dry_run: Flag = False  # end after the table of what was understood of the input
-    # florence2; label: by caption_template; existing: those there; or a folder or Hub id
+    output_dir: LocalPath | None = None  # Dataset folder to write. Its captions.jsonl may be edited by hand.
+    dry_run: Flag = False  # End after the table that shows how the input was understood.
+    # Source of captions: florence2, label (by caption_template), existing (keep the data set's), or a folder or Hub id.
     captioner: PathText = "florence2"
-    captioner_revision: str | None = None  # branch, tag or commit of a Hub model
-    task: str = "<DETAILED_CAPTION>"  # of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
-    prompt: str = ""  # text for the model, where its task takes some
-    caption_batch_size: Count = 8  # images at once; halved when memory runs out
-    # tokens of a caption at most; CLIP reads 77 of its own
+    captioner_revision: str | None = None  # Branch, tag or commit of a Hub captioner.
+    # Task of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
+    task: str = "<DETAILED_CAPTION>"
+    prompt: str = ""  # Text for the captioner, if its task takes some.
+    caption_batch_size: Count = 8  # Images per batch. The batch is halved if memory runs out.
+    # Maximum number of tokens per caption. CLIP reads 77 of its own tokens.
     max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = 128
-    num_beams: Count = 3  # beams of the search (Florence-2's card uses 3); 1 is about twice as fast
-    # no run of so many tokens comes twice in a caption; None: as the model's own settings say
+    num_beams: Count = 3  # Beams of the search (Florence-2's card uses 3). One beam is about twice as fast.
+    # Length of token sequences that may not repeat within a caption. None: the model's own setting.
     no_repeat_ngram_size: Count | None = None
-    # above 1, tokens that a caption has already become less likely; None: as the model's own settings say
+    # Penalty on tokens that a caption already has. Above 1 they become less likely. None: the model's own setting.
     repetition_penalty: Positive | None = None
-    strip_boilerplate: Flag = True  # drop openings that talk of the image: "The image shows a rose" -> "A rose"
-    fail_on: list[str] = field(default_factory=list)  # limits of the audit, e.g. empty=0 over_limit=0.05
-    audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens
-    license: str = "unknown"  # of the data set, as the Hub names licences, e.g. cc-by-4.0
-    hub_dataset_id: str | None = None  # ORG/NAME of the data set on the Hub
+    strip_boilerplate: Flag = True  # Drop openings about the image itself: "The image shows a rose" -> "A rose".
+    fail_on: list[str] = field(default_factory=list)  # Limits of the caption audit, e.g. empty=0 over_limit=0.05.
+    audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens.
+    license: str = "unknown"  # Licence of the data set, by the Hub's name for it, e.g. cc-by-4.0.
+    hub_dataset_id: str | None = None  # Repository of the data set on the Hub, as ORG/NAME.
 
 
 @dataclass
 class VaeConfig:
     """The autoencoder."""
 
-    # run folder, path or Hub id; None: built from the numbers below
+    # Autoencoder: a run folder, path or Hub id. None: a new one is built by the options below.
     vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = None
-    vae_revision: str | None = None  # branch, tag or commit of a Hub VAE
-    # channels a level; each further level halves the side
+    vae_revision: str | None = None  # Branch, tag or commit of a Hub VAE.
+    # Channels per level of a new VAE. Each further level halves the side.
     vae_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 96])
-    vae_layers: Count = 1  # residual layers a level
-    latent_channels: Count = 4  # channels of the latents
+    vae_layers: Count = 1  # Residual layers per level of a new VAE.
+    latent_channels: Count = 4  # Channels of the latents of a new VAE.
 
 
 @dataclass
 class UnetConfig:
     """The denoiser, what it is conditioned on, and the noise."""
 
-    # pipeline (path or Hub id) whose UNet is trained further, and whose VAE and text encoder serve unless named
+    # Pipeline (path or Hub id) whose UNet is trained further. Its VAE and text encoder are used if no others are named.
     pretrained_model_name_or_path: PathText | None = None
-    # run folder, path or Hub id of a CLIP text encoder with tokenizer; None: a small frozen one is built
+    # CLIP text encoder with tokenizer: a run folder, path or Hub id. None: a small frozen one is built.
     text_encoder: PathText | None = None
-    text_encoder_revision: str | None = None  # branch, tag or commit of a Hub text encoder
-    revision: str | None = None  # branch, tag or commit of the Hub pipeline that is trained further
-    variant: str | None = None  # which weight files of that pipeline are read, e.g. fp16; None: those without a suffix
-    text_hidden_size: Count = 128  # width of a built text encoder
-    text_layers: Count = 2  # layers of a built text encoder
-    text_max_length: Annotated[int, _Number, Field(ge=4, le=512)] = 32  # tokens of a built text encoder
-    # channels a level
+    text_encoder_revision: str | None = None  # Branch, tag or commit of a Hub text encoder.
+    revision: str | None = None  # Branch, tag or commit of the Hub pipeline that is trained further.
+    # Variant of the weight files of pretrained_model_name_or_path, e.g. fp16. None: files without a suffix.
+    variant: str | None = None
+    text_hidden_size: Count = 128  # Width of a new text encoder.
+    text_layers: Count = 2  # Layers of a new text encoder.
+    # Maximum number of tokens per caption of a new text encoder.
+    text_max_length: Annotated[int, _Number, Field(ge=4, le=512)] = 32
+    # Channels per level of a new UNet.
     unet_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [192, 384, 576])
-    unet_layers: Count = 2  # residual and attention layers a level
-    # a level each; the way up mirrors it
+    unet_layers: Count = 2  # Residual and attention layers per level of a new UNet.
+    # Block types of a new UNet, one per level on the way down. The way up mirrors them.
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
         default_factory=lambda: ["CrossAttnDownBlock2D"] * 3
     )
-    attention_head_dim: Count = 8  # attention heads a level (diffusers' name for their number)
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # what the UNet predicts
-    # of the 1,000 noise levels
+    attention_head_dim: Count = 8  # Number of attention heads per level. The misleading name is diffusers'.
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # Target of the UNet: the noise or the velocity.
+    # Schedule of the 1,000 noise levels.
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    rescale_betas_zero_snr: Flag = False  # last noise level is pure noise (arXiv:2305.08891); needs v_prediction
+    # Make the last noise level pure noise (arXiv:2305.08891). This needs v_prediction.
+    rescale_betas_zero_snr: Flag = False
 
 
 @dataclass
 class TrainConfig:
-    """What both training scripts share."""
+    """Settings that both training scripts share."""
 
-    output_dir: LocalPath | None = None  # run folder
-    dry_run: Flag = False  # end after the table of what was understood of the input
-    seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 0  # of weights, order, noise, timesteps, dropout
-    train_batch_size: Count = 16  # images a process and step
-    gradient_accumulation_steps: Count = 1  # steps a weight update
-    max_train_steps: Count | None = None  # weight updates; None: from num_train_epochs
-    num_train_epochs: Positive = 100.0  # passes over the training images, if max_train_steps is None
-    # no, fp16 or bf16, where the launch sets none; a launch and an option that differ are refused
+    output_dir: LocalPath | None = None  # Run folder to write or resume.
+    dry_run: Flag = False  # End after the table that shows how the input was understood.
+    seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
+    train_batch_size: Count = 16  # Images per process and step.
+    gradient_accumulation_steps: Count = 1  # Steps per weight update.
+    max_train_steps: Count | None = None  # Number of weight updates. None: num_train_epochs decides.
+    num_train_epochs: Positive = 100.0  # Passes over the training images, if max_train_steps is None.
+    # Precision of the training, if the launch sets none. A value that differs from the launch's is refused.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    learning_rate: Positive = 1e-4  # peak learning rate
-    scale_lr: Flag = False  # multiply learning_rate by the images of an update, over all processes
-    lr_scheduler: LrScheduler = "cosine"  # diffusers' schedules
-    lr_warmup_steps: Natural = 500  # updates of linear warm-up
-    adam_beta1: BelowOne = 0.9  # AdamW
-    adam_beta2: BelowOne = 0.999  # AdamW
-    adam_weight_decay: NonNegative = 1e-2  # AdamW
-    adam_epsilon: Positive = 1e-8  # AdamW
-    max_grad_norm: Positive = 0.5  # gradients are clipped to this norm
-    use_ema: Flag = True  # keep an exponential moving average of the weights (fp32) and save it
-    ema_decay: Share = 0.9999  # at its highest; warm-up: min(this, (1 + n) / (10 + n)) at update n
-    gradient_checkpointing: Flag = False  # less memory, about a third more time
-    channels_last: Flag = False  # NHWC memory layout
-    compile: Flag = False  # torch.compile the trained model
-    cuda_graphs: Flag = True  # on a single GPU, start all kernels of a step's passes at once; keeps their memory
-    allow_tf32: Flag = False  # TF32 matrix products on Ampere GPUs and later
-    validation_steps: Count = 500  # updates between validations
-    checkpointing_steps: Count = 500  # updates between checkpoints
-    checkpoints_total_limit: Count | None = None  # checkpoints kept, the newest; None: all
-    # latest, or a checkpoint's name; None: start anew, which is refused while the run folder holds checkpoints
+    learning_rate: Positive = 1e-4  # Peak learning rate.
+    scale_lr: Flag = False  # Multiply learning_rate by the images per update, counted over all processes.
+    lr_scheduler: LrScheduler = "cosine"  # Learning rate schedule, by diffusers' names.
+    lr_warmup_steps: Natural = 500  # Updates of linear learning rate warm-up.
+    adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW.
+    adam_beta2: BelowOne = 0.999  # Decay rate of the squared gradient's moving average in AdamW.
+    adam_weight_decay: NonNegative = 1e-2  # Weight decay of AdamW.
+    adam_epsilon: Positive = 1e-8  # Small number added to AdamW's denominator, for numerical stability.
+    max_grad_norm: Positive = 0.5  # Norm to which larger gradients are clipped.
+    use_ema: Flag = True  # Keep and save an exponential moving average (EMA) of the weights, in fp32.
+    ema_decay: Share = 0.9999  # Highest decay of the EMA. At update n it is min(ema_decay, (1 + n) / (10 + n)).
+    gradient_checkpointing: Flag = False  # Recompute activations: less memory, about a third more time.
+    channels_last: Flag = False  # Use the NHWC memory layout.
+    compile: Flag = False  # Compile the trained model by torch.compile.
+    cuda_graphs: Flag = True  # On a single GPU, launch a step's kernels as one CUDA graph, which holds their memory.
+    allow_tf32: Flag = False  # Allow TF32 matrix products on Ampere GPUs and later.
+    validation_steps: Count = 500  # Updates between validations.
+    checkpointing_steps: Count = 500  # Updates between checkpoints.
+    checkpoints_total_limit: Count | None = None  # Number of newest checkpoints to keep. None: all.
+    # latest, or the checkpoint to resume from. None: start anew, which is refused if the run folder holds checkpoints.
     resume_from_checkpoint: str | None = "latest"
-    max_nonfinite_steps: Natural = 0  # updates skipped for a loss or gradient that is no number before the run ends
-    logging_steps: Count = 10  # updates between logged losses
-    # where curves and pictures go; tensorboard and wandb: there as well as to MLflow
+    max_nonfinite_steps: Natural = 0  # Updates with a non-finite loss or gradient to skip before the run ends.
+    logging_steps: Count = 10  # Updates between logged losses.
+    # Tracker of curves and pictures. tensorboard and wandb are used in addition to MLflow.
     report_to: Literal["mlflow", "tensorboard", "wandb", "none"] = "mlflow"
-    logging_dir: str = "logs"  # TensorBoard's files, below output_dir
-    # MLflow experiment, W&B project; left as it is, MLFLOW_EXPERIMENT_NAME holds
+    logging_dir: str = "logs"  # Folder for TensorBoard's files, below output_dir.
+    # MLflow experiment, and project of W&B. The default gives way to MLFLOW_EXPERIMENT_NAME.
     experiment: Annotated[str, _alias("tracker_project_name")] = "t2i"
-    run_name: str | None = None  # MLflow run; None: name of output_dir
+    run_name: str | None = None  # Name of the MLflow run. None: the name of output_dir.
 
 
 @dataclass
 class TrainVaeConfig(ModelHubConfig, TrainConfig):
     """Training of the autoencoder."""
 
-    train_batch_size: Count = 8  # images a process and step
-    checkpoints_total_limit: Count | None = 1  # checkpoints kept, the newest; None: all; 1: until the run has finished
-    # decoder: latents stay as they are, so caches and UNets stay valid
+    train_batch_size: Count = 8  # Images per process and step.
+    # Number of newest checkpoints to keep. None: all. 1: one, until the run has finished.
+    checkpoints_total_limit: Count | None = 1
+    # Part to train. With decoder, latents stay as they are, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"
-    # px; train on random crops of this side (validation on whole images); None: whole images
+    # Side of random training crops in pixels. Validation uses whole images. None: train on whole images.
     crop_size: Count | None = None
-    # weight of KL(posterior || N(0, 1)), mean over pixels as in the reconstruction term
+    # Weight of KL(posterior || N(0, 1)). It is a mean over pixels, like the reconstruction term.
     kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
-    l1_weight: NonNegative = 0.0  # weight of the absolute error
-    mse_weight: NonNegative = 1.0  # weight of the squared error
-    ssim_weight: NonNegative = 0.1  # weight of the structural term, 1 - SSIM
+    l1_weight: NonNegative = 0.0  # Weight of the absolute error.
+    mse_weight: NonNegative = 1.0  # Weight of the squared error.
+    ssim_weight: NonNegative = 0.1  # Weight of the structural term, 1 - SSIM.
 
 
 @dataclass
 class TrainUnetConfig(ModelHubConfig, TrainConfig):
     """Training of the denoiser."""
 
-    snr_gamma: Positive | None = None  # min-SNR loss weights (arXiv:2303.09556), usually 5; None: none
-    proportion_empty_prompts: Share = 0.1  # captions dropped, sample by sample, for classifier-free guidance
-    noise_offset: NonNegative = 0.0  # standard deviation of a shift of each channel's noise, about 0.1; 0: none
-    input_perturbation: NonNegative = 0.0  # further noise on the UNet's input that its target lacks, about 0.1; 0: none
-    # prompts drawn at each validation
+    snr_gamma: Positive | None = None  # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. None: no weights.
+    # Share of samples whose caption is dropped at random, for classifier-free guidance.
+    proportion_empty_prompts: Share = 0.1
+    noise_offset: NonNegative = 0.0  # Standard deviation of a random shift of each channel's noise, about 0.1. 0: none.
+    # Strength of further noise on the UNet's input that its target lacks, about 0.1. 0: none.
+    input_perturbation: NonNegative = 0.0
+    # Prompts to draw at each validation.
     validation_prompts: Annotated[list[str], _alias("validation_prompt")] = field(default_factory=list)
-    validation_epochs: Positive | None = None  # passes over the images between validations; None: validation_steps
-    validation_images: Count = 256  # validation images that the loss is measured on, at most
-    guidance_scale: Guidance = 7.5  # of those pictures
-    num_inference_steps: Count = 30  # of those pictures
-    save_raw_weights: Flag = False  # the pipeline gets the raw weights instead of their moving average
-    gallery_pictures: Natural = 8  # pictures on the published card, drawn for the validation's and evaluation's prompts
+    validation_epochs: Positive | None = None  # Passes over the images between validations. None: validation_steps.
+    validation_images: Count = 256  # Maximum number of validation images that the loss is measured on.
+    guidance_scale: Guidance = 7.5  # Guidance scale of the validation pictures.
+    num_inference_steps: Count = 30  # Denoising steps of the validation pictures.
+    save_raw_weights: Flag = False  # Save the raw weights in the pipeline, instead of their moving average.
+    gallery_pictures: Natural = 8  # Pictures on the published card, drawn for the prompts of validation and evaluation.
 
 
 @dataclass
 class EvaluateConfig:
     """Evaluation of checkpoints over guidance scales."""
 
-    model: PathText | None = None  # run folder of train_unet.py
-    checkpoints: list[str] = field(default_factory=list)  # names of checkpoint folders; none: all
-    # to choose from
+    model: PathText | None = None  # Run folder of train_unet.py.
+    checkpoints: list[str] = field(default_factory=list)  # Names of checkpoint folders to evaluate. No name: all.
+    # Guidance scales to choose from.
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
     )
-    # as of generate_images.py; None: the model's scheduler, num_inference_steps, all of them guided
+    # Preset of generate_images.py. None: the model's scheduler, num_inference_steps, guidance at every step.
     preset: Literal["exact", "fast", "draft"] | None = None
-    num_inference_steps: Count = 30  # denoising steps, where no preset says it
-    sweep_prompts: Count = 24  # prompts a checkpoint and scale; the best pair is chosen on them
-    report_prompts: Count = 256  # other prompts, on which the chosen pair is reported
-    eval_batch_size: Count = 32  # pictures at once
-    # on a CPU; auto: torch; openvino compiles each checkpoint, which pays with large UNets
+    num_inference_steps: Count = 30  # Denoising steps, if no preset sets them.
+    sweep_prompts: Count = 24  # Prompts per checkpoint and guidance scale. They decide on the best pair.
+    report_prompts: Count = 256  # Number of other prompts, on which the best pair is reported.
+    eval_batch_size: Count = 32  # Pictures per batch.
+    # Engine on a CPU. auto: torch. openvino compiles each checkpoint, which pays off with large UNets.
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    eval_seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 1000  # of prompts, noise and classifier
-    classifier_steps: Natural = 1200  # training steps of the classifier that reads the pictures; 0: no classifier
-    classifier_drawings: Count = 5000  # drawings it is trained on, for drawn flowers
-    kid_network: PathText | None = None  # vision model (path or Hub id) for KID; None: the classifier's features
-    clip: PathText | None = None  # CLIP (path or Hub id) for the CLIP score; None: not measured
+    eval_seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 1000  # Seed of prompts, noise and classifier.
+    classifier_steps: Natural = 1200  # Training steps of the classifier that reads the pictures. 0: no classifier.
+    classifier_drawings: Count = 5000  # Drawings that the classifier of drawn flowers is trained on.
+    kid_network: PathText | None = None  # Vision model (path or Hub id) for KID. None: the classifier's features.
+    clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. None: the score is not measured.
 
 
 @dataclass
 class Recipe:
-    """All settings of an experiment, a section each; every script checks all sections and uses its own."""
+    """All settings of an experiment, one field per section. Every script checks all sections and uses its own."""
 
     data: DataConfig = field(default_factory=DataConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
