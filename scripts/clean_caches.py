@@ -17,7 +17,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from t2i.config import DataConfig, Flag, PathText, check_options, parse_options
+from t2i.command_line import check_options, parse_options
+from t2i.config import DataConfig
+from t2i.config_types import Flag, PathText
 from t2i.errors import UserError, run_main
 from t2i.files import read_object
 from t2i.run_lock import run_status

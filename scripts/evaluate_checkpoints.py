@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.config import EvaluateConfig, load_recipe, option, parse
+from t2i.command_line import option
+from t2i.config import EvaluateConfig, load_recipe, parse
 from t2i.errors import UserError, run_main
 from t2i.files import read_object, write_json
 from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem

@@ -10,7 +10,9 @@ longer; the same command makes them anew.
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i.config import PathText, Recipe, check_options, load_recipe, parse_options
+from t2i.command_line import check_options, parse_options
+from t2i.config import Recipe, load_recipe
+from t2i.config_types import PathText
 from t2i.errors import UserError, run_main
 from t2i.files import read_json
 

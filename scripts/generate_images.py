@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from t2i.config import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share, check_options, parse_options
+from t2i.command_line import check_options, parse_options
+from t2i.config_types import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share
 from t2i.errors import UserError, run_main
 
 if TYPE_CHECKING:

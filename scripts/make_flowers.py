@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from t2i.config import Count, LocalPath, Natural, check_options, parse_options
+from t2i.command_line import check_options, parse_options
+from t2i.config_types import Count, LocalPath, Natural
 from t2i.errors import UserError, run_main
 from t2i.runs import RunFolder
 

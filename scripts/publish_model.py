@@ -8,7 +8,8 @@ changes nothing where nothing changed; what people wrote into the card on the Hu
 
 from dataclasses import dataclass
 
-from t2i.config import Flag, Natural, PathText, Positive, check_options, parse_options
+from t2i.command_line import check_options, parse_options
+from t2i.config_types import Flag, Natural, PathText, Positive
 from t2i.errors import run_main
 
 

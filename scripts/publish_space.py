@@ -11,7 +11,8 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from t2i.config import Flag, PathText, Positive, check_options, parse_options
+from t2i.command_line import check_options, parse_options
+from t2i.config_types import Flag, PathText, Positive
 from t2i.errors import run_main
 
 

@@ -23,21 +23,9 @@ from typing import Annotated, Any
 import psutil
 import tyro
 
-from t2i.config import (
-    LocalPath,
-    PathText,
-    Recipe,
-    check_dataset,
-    check_options,
-    check_unet,
-    check_vae,
-    known_key,
-    load_recipe,
-    override,
-    parse_options,
-    plain_option,
-    typed_options,
-)
+from t2i.command_line import check_options, parse_options, plain_option, typed_options
+from t2i.config import Recipe, check_dataset, check_unet, check_vae, load_recipe, override
+from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
 from t2i.runs import own_checkpoint

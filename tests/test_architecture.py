@@ -39,6 +39,9 @@ def test_only_scripts_make_an_accelerator(path):
     "module",
     [
         "config",
+        "config_types",
+        "command_line",
+        "from_diffusers",
         "errors",
         "files",
         "machine",

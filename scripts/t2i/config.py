@@ -1,72 +1,44 @@
-"""Settings: defaults <- recipe <- command line. Imports neither torch nor diffusers, so that `--help` answers at once.
+"""Settings of all scripts: defaults <- recipe <- command line. Imports no torch, so that `--help` answers at once.
 
-A recipe is a YAML file with the sections of `Recipe`. The comment behind or above each field is its help text. Names are those
-of diffusers' training scripts; where ours differ, theirs are accepted or answered (`from_diffusers`).
+A recipe is a YAML file with the sections of `Recipe`. The comment behind or above a field is the help text of its option.
+Names are those of diffusers' training scripts. Where ours differ, theirs are accepted or answered (`t2i.from_diffusers`).
 """
 
 import dataclasses
 import difflib
 import json
-import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field
 
+from t2i.command_line import check_options, option, parse_options
+from t2i.config_types import (
+    NUMBER,
+    BelowOne,
+    Count,
+    Flag,
+    Guidance,
+    LocalPath,
+    Natural,
+    NonNegative,
+    PathText,
+    Positive,
+    Share,
+    checked,
+    known_key,
+)
 from t2i.errors import UserError
-
-MAX_SEED = 2**63 - 1  # of a picture
-MAX_GUIDANCE = 1000.0  # a hundred times what pictures need; far beyond it, numbers overflow
-
-
-def _whole_path(text: str) -> str:
-    """The path with `~` expanded: a shell leaves it alone in `--output_dir=~/run`, and a recipe is read by no shell."""
-    if not text.strip():
-        raise ValueError("it is empty; give a path, or leave the option out")
-    whole = os.path.expanduser(text)
-    if whole.startswith("~"):
-        raise ValueError(f"there is no user {text.split('/')[0][1:]!r} here; write the whole path")
-    return whole
-
-
-def _no_flag(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python takes as 0 or 1
-        raise ValueError("give a number")
-    return value
-
-
-_Number = BeforeValidator(_no_flag)
-Flag = Annotated[bool, Strict()]  # strict: "yes", 1 and "false" in a recipe are errors, not truths
-Count = Annotated[int, _Number, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, _Number, Field(ge=0, lt=2**31)]
-
-
-def _local_path(value: str) -> str:
-    """The path, expanded. An address is refused: libraries would take it for a bucket or write into a folder `s3:`."""
-    if re.match(r"\w+://", value):
-        raise ValueError("it is an address; give a folder on this machine")
-    return _whole_path(value)
-
-
-LocalPath = Annotated[str, AfterValidator(_local_path)]  # a folder to write into
-PathText = Annotated[str, AfterValidator(_whole_path)]  # a path, or a Hub id where the option takes one
-Positive = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, _Number, Field(ge=0, le=1, allow_inf_nan=False)]
-BelowOne = Annotated[float, _Number, Field(ge=0, lt=1, allow_inf_nan=False)]
-Guidance = Annotated[float, _Number, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
-Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]
+from t2i.from_diffusers import translate_options
 
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
-T = TypeVar("T")
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -115,10 +87,10 @@ class DataConfig(SourceConfig):
     """The captioned images."""
 
     # Side of the images in pixels. The shorter side is resized to it, then the centre is cropped.
-    resolution: Annotated[int, _Number, Field(ge=8, le=2048)] = 128
+    resolution: Annotated[int, NUMBER, Field(ge=8, le=2048)] = 128
     random_flip: Flag = True  # Train on mirrored images as well. Latents are cached for both.
     # Share of images that become the validation split if the data set has none. A hash of their content chooses them.
-    validation_fraction: Annotated[float, _Number, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
+    validation_fraction: Annotated[float, NUMBER, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
     split_seed: int = 0  # Seed of the validation split. Another seed chooses other images.
     max_train_samples: Count | None = None  # Maximum number of training images. None: all.
     cache_dir: LocalPath = ".cache/t2i"  # Folder for prepared images, latents and text embeddings, named by content.
@@ -138,7 +110,7 @@ class CaptionConfig(HubConfig):
     prompt: str = ""  # Text for the captioner, if its task takes some.
     caption_batch_size: Count = 8  # Images per batch. The batch is halved if memory runs out.
     # Maximum number of tokens per caption. CLIP reads 77 of its own tokens.
-    max_new_tokens: Annotated[int, _Number, Field(ge=1, le=4096)] = 128
+    max_new_tokens: Annotated[int, NUMBER, Field(ge=1, le=4096)] = 128
     num_beams: Count = 3  # Beams of the search (Florence-2's card uses 3). One beam is about twice as fast.
     # Length of token sequences that may not repeat within a caption. None: the model's own setting.
     no_repeat_ngram_size: Count | None = None
@@ -179,7 +151,7 @@ class UnetConfig:
     text_hidden_size: Count = 128  # Width of a new text encoder.
     text_layers: Count = 2  # Layers of a new text encoder.
     # Maximum number of tokens per caption of a new text encoder.
-    text_max_length: Annotated[int, _Number, Field(ge=4, le=512)] = 32
+    text_max_length: Annotated[int, NUMBER, Field(ge=4, le=512)] = 32
     # Channels per level of a new UNet.
     unet_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [192, 384, 576])
     unet_layers: Count = 2  # Residual and attention layers per level of a new UNet.
@@ -201,7 +173,7 @@ class TrainConfig:
 
     output_dir: LocalPath | None = None  # Run folder to write or resume.
     dry_run: Flag = False  # End after the table that shows how the input was understood.
-    seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
+    seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
     train_batch_size: Count = 16  # Images per process and step.
     gradient_accumulation_steps: Count = 1  # Steps per weight update.
     max_train_steps: Count | None = None  # Number of weight updates. None: num_train_epochs decides.
@@ -295,7 +267,7 @@ class EvaluateConfig:
     eval_batch_size: Count = 32  # Pictures per batch.
     # Engine on a CPU. auto: torch. openvino compiles each checkpoint, which pays off with large UNets.
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    eval_seed: Annotated[int, _Number, Field(ge=0, lt=2**32)] = 1000  # Seed of prompts, noise and classifier.
+    eval_seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 1000  # Seed of prompts, noise and classifier.
     classifier_steps: Natural = 1200  # Training steps of the classifier that reads the pictures. 0: no classifier.
     classifier_drawings: Count = 5000  # Drawings that the classifier of drawn flowers is trained on.
     kid_network: PathText | None = None  # Vision model (path or Hub id) for KID. None: the classifier's features.
@@ -315,8 +287,11 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+# --- Reading a recipe and the command line ----------------------------------------------------------------------------
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's loader, which refuses a key that stands twice in one mapping, instead of taking its last value."""
+    """YAML's loader, which refuses a repeated key of a mapping instead of using its last value."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -332,15 +307,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file, None if it is empty.
+    """Return the content of a YAML file, or None if it is empty.
 
-    Raises `UserError` naming the file if it is not valid YAML in UTF-8, or a key stands twice; `OSError` if it cannot be read.
+    Raises:
+        UserError: the file is not valid YAML in UTF-8, or repeats a key; the message names the file.
+        OSError: the file cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # of UTF-16 without its mark, too
+    if "\0" in text:  # UTF-16 without its mark decodes, with zeros
         raise UserError(f"{path} is not in UTF-8; save it as UTF-8")
     try:
         loader = _Loader(text)
@@ -353,7 +330,8 @@ def read_yaml(path: Path) -> Any:
 def load_recipe(name: str) -> Recipe:
     """Read a recipe: a YAML file, or the name of one in scripts/recipes.
 
-    Raises `UserError` naming the file and key for a missing file, unknown section or key, or a wrong value.
+    Raises:
+        UserError: the file is missing, a section or key is unknown, or a value is wrong; the message names file and key.
     """
     path = Path(name).expanduser()
     if not path.suffix and not path.is_file():
@@ -361,8 +339,8 @@ def load_recipe(name: str) -> Recipe:
     try:
         sections = read_yaml(path)
     except OSError:
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise UserError(f"recipe {name} cannot be read; give a YAML file, or one of: {known}") from None
+        recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(f"recipe {name} cannot be read; give a YAML file, or one of: {recipes}") from None
     if not isinstance(sections or {}, dict):
         raise UserError(f"{path} must hold sections ({', '.join(_fields(Recipe))}), not a {type(sections).__name__}")
     values = {}
@@ -376,94 +354,27 @@ def load_recipe(name: str) -> Recipe:
     return Recipe(**values)
 
 
-# Options of diffusers' train_text_to_image.py and train_autoencoderkl.py that no script here has -> what to do here.
-# True: the result is the same without it, so it is left out with a note. False: it would be another, so it is refused.
-# docs/from_diffusers.md is checked against this table.
-THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
-    "center_crop": (True, "images are always cropped at the centre"),
-    "enable_xformers_memory_efficient_attention": (True, "PyTorch's own memory-efficient attention is in use"),
-    "dataloader_num_workers": (True, "batches are read from a cache, without workers"),
-    "foreach_ema": (True, "the moving average is always updated by foreach kernels"),
-    "offload_ema": (True, "the moving average stays on the device; --no_use_ema saves its memory"),
-    "set_grads_to_none": (True, "gradients are always set to None"),
-    "local_rank": (True, "the launcher says it"),
-    "validation_image": (True, "reconstructions of validation images are drawn, into samples/"),
-    "image_interpolation_mode lanczos": (True, "images are always resized by Lanczos"),
-    "image_interpolation_mode": (False, "images are always resized by Lanczos; leave it out"),
-    "hub_token": (False, "a command line is seen by others; log in by `hf auth login`, or set HF_TOKEN"),
-    "non_ema_revision": (False, "give the revision of all parts as --revision"),
-    "use_8bit_adam": (
-        False,
-        "AdamW keeps 32 bits; leave it out, and for less memory use --gradient_checkpointing or "
-        "accelerate_configs/deepspeed_zero2.yaml",
-    ),
-    "dream_training": (False, "DREAM is not implemented; leave it out"),
-    "dream_detail_preservation": (False, "DREAM is not implemented; leave it out"),
-    "report_to comet_ml": (False, "curves go to mlflow, tensorboard, wandb or none"),
-    "report_to all": (False, "curves go to mlflow, tensorboard, wandb or none"),
-    "rank": (False, "LoRA is not implemented, the whole UNet is trained; leave it out"),
-    "lr_num_cycles": (False, "cosine_with_restarts runs one cycle; leave it out"),
-    "lr_power": (False, "the polynomial schedule has power 1; leave it out"),
-    "model_config_name_or_path": (
-        False,
-        "a new autoencoder is built from --vae_channels, --vae_layers, --latent_channels",
-    ),
-    "perceptual_scale 0": (True, "there is no LPIPS term"),
-    "perceptual_scale": (False, "there is no LPIPS term; --ssim_weight weighs the structural term in its place"),
-    "disc_start": (False, "there is no discriminator; leave it out"),
-    "disc_factor": (False, "there is no discriminator; leave it out"),
-    "disc_scale": (False, "there is no discriminator; leave it out"),
-    "disc_loss": (False, "there is no discriminator; leave it out"),
-    "disc_learning_rate": (False, "there is no discriminator; leave it out"),
-    "disc_lr_scheduler": (False, "there is no discriminator; leave it out"),
-}
-_VAE_OPTIONS = {  # of train_autoencoderkl.py -> ours; {} stands for the value
-    "pretrained_model_name_or_path": "--vae {}",
-    "revision": "--vae_revision {}",
-    "decoder_only": "--vae_train_part decoder",
-    "rec_loss l1": "--l1_weight 1 --mse_weight 0",
-    "rec_loss l2": "--l1_weight 0 --mse_weight 1",
-}
-
-
-def from_diffusers(argv: list[str], model: Literal["vae", "unet"]) -> list[str]:
-    """A command line of diffusers' training scripts in our options.
-
-    model: what the script trains. Options without a meaning here are left out with a note where the result is the same.
-    Raises `UserError`, with what to do here, where it is not. Values are not shown, as one may be a token.
-    """
-    words: list[str] = []
-    for word, values, typed in typed_options(argv):
-        name = plain_option(word)
-        with_value = " ".join([name, *values])
-        harmless, answer = THEIR_OPTIONS.get(with_value, THEIR_OPTIONS.get(name, (True, "")))
-        ours = _VAE_OPTIONS.get(with_value, _VAE_OPTIONS.get(name, "")) if model == "vae" else ""
-        if answer and not harmless:
-            raise UserError(f"--{name} of diffusers' scripts: {answer}")
-        if answer:
-            note(f"--{name} of diffusers' scripts is left out: {answer}")
-        elif ours:
-            words += [value for part in ours.split() for value in (values if part == "{}" else [part])]
-        elif name == "rec_loss" and model == "vae":
-            raise UserError("--rec_loss takes l1 or l2; or give --l1_weight and --mse_weight")
-        else:
-            words += typed
-    return words
-
-
 def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:
-    """Defaults <- recipe (`--config`) <- command line, for the given sections of `Recipe`.
+    """Return a script's settings: defaults <- recipe (`--config`) <- command line.
 
-    `source` stands for the part of section data that says where the images come from.
-    Exits with code 2 on an unknown option, naming the nearest known one; raises `UserError` on a wrong value.
+    Exits with code 2 on an unknown option, and names the nearest one.
+
+    Args:
+        sections: the sections of `Recipe` that the script has options for. `source` is the part of section data that says
+            where the images come from.
+        doc: the description above the help texts.
+        argv: the words of the command line; by default those of this process.
+
+    Raises:
+        UserError: a value is wrong, or settings do not fit each other.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "train_vae" in sections or "train_unet" in sections:
-        argv = from_diffusers(argv, "vae" if "train_vae" in sections else "unet")
+        argv = translate_options(argv, "vae" if "train_vae" in sections else "unet")
     config = option(argv, "config")
     recipe = load_recipe(config) if config else Recipe()
     config_type = Annotated[
-        str | None, tyro.conf.arg(help="recipe: a YAML file, or the name of one in scripts/recipes")
+        str | None, tyro.conf.arg(help="Recipe: a YAML file, or the name of one in scripts/recipes.")
     ]
     members: list[Any] = [("config", config_type, field(default=None))]
     defaults = {name: _source(recipe) if name == "source" else getattr(recipe, name) for name in sections}
@@ -481,7 +392,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
 
 
 def override(recipe: Recipe, name: str, argv: list[str]) -> None:
-    """Change section `name` of a recipe by options as its script takes them (`--max_train_steps 20`), by the same rules."""
+    """Change section `name` of a recipe by the options of its script (`--max_train_steps 20`), by the script's rules."""
     before = getattr(recipe, name)
     members = [(name, type(before), field(default_factory=lambda: before))]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), f"Section {name} of the recipe.", argv)
@@ -489,7 +400,7 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
 
 
 def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
-    """Put a parsed section into the recipe; `before` is what the recipe said."""
+    """Put a parsed section into the recipe; `before` is the recipe's own."""
     section = check_options(chosen)
     _clear_dependent(section, before, "dataset", "dataset_revision")
     _clear_dependent(section, before, "dataset", "dataset_config_name")
@@ -506,10 +417,43 @@ def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
         setattr(recipe, name, section)
 
 
-def check_dataset(name: str | None) -> Path | None:
-    """The folder that `--dataset` names; None for what may be a Hub id. Takes no time, so that a typing error costs none.
+def _clear_dependent(section: Any, before: Any, key: str, dependent: str) -> None:
+    """Drop the recipe's `dependent` (a revision, for example) if the command line changes `key` and not `dependent`."""
+    if (
+        hasattr(section, key)
+        and hasattr(section, dependent)
+        and getattr(section, key) != getattr(before, key)
+        and getattr(section, dependent) == getattr(before, dependent)
+    ):
+        setattr(section, dependent, None)
 
-    Raises `UserError` if no data set is named, or neither a folder here nor a Hub id.
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved settings as plain data: one dictionary per section."""
+    return dataclasses.asdict(recipe)
+
+
+def dataset_name(config: DataConfig) -> str:
+    """Return the data set's name for messages and cards, without the folders above it."""
+    return str(config.dataset).rstrip("/").split("/")[-1]
+
+
+def _source(recipe: Recipe) -> SourceConfig:
+    return SourceConfig(**{name: getattr(recipe.data, name) for name in _fields(SourceConfig)})
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    return {item.name: item.type for item in dataclasses.fields(cls)}
+
+
+# --- Settings that must fit each other -------------------------------------------------------------------------------
+
+
+def check_dataset(name: str | None) -> Path | None:
+    """Return the folder that `--dataset` names, or None for a possible Hub id. The check imports nothing slow.
+
+    Raises:
+        UserError: no data set is named, or the name is neither a folder here nor a Hub id.
     """
     if not name:
         raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
@@ -528,7 +472,10 @@ def check_dataset(name: str | None) -> Path | None:
 
 
 def near_folder(folder: Path) -> Path | None:
-    """The folder that a mistyped one may stand for: the nearest name beside it, or beside the first of its parents that is missing."""
+    """Return the folder that a mistyped path probably means, or None.
+
+    The first missing part of the path is compared with the folders beside it.
+    """
     while not folder.parent.is_dir():
         folder = folder.parent
     try:
@@ -542,13 +489,19 @@ def near_folder(folder: Path) -> Path | None:
 def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> None:
     """Refuse a resolution or crop that the autoencoder cannot take.
 
-    factor: pixels per latent and side; None: of the recipe's VAE, as far as that is known here. crop: check `crop_size` too.
+    Args:
+        recipe: the settings.
+        factor: image pixels per latent pixel along a side; None: the factor of the recipe's VAE, if it is known here.
+        crop: check `crop_size` too.
+
+    Raises:
+        UserError: a setting does not fit; the message names a value that does.
     """
     factor, resolution, losses = factor or _vae_factor(recipe.vae), recipe.data.resolution, recipe.train_vae
     if not losses.mse_weight + losses.l1_weight + losses.ssim_weight:
         raise UserError(
-            "mse_weight, l1_weight and ssim_weight are all 0, so nothing asks the autoencoder to look like the image; set "
-            "mse_weight: 1"
+            "mse_weight, l1_weight and ssim_weight are all 0, so nothing asks the autoencoder to look like the image; "
+            "set mse_weight: 1"
         )
     if factor is None:
         return
@@ -556,13 +509,21 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
     for name, side in sides.items():
         if side and (side % factor or side > resolution):
             raise UserError(
-                f"{name} {side} does not fit: it must be a multiple of {factor}, the VAE's factor, and at most the resolution; "
-                f"set {name} to {max(factor, min(side, resolution) // factor * factor)}"
+                f"{name} {side} does not fit: it must be a multiple of {factor}, the VAE's factor, and at most the "
+                f"resolution; set {name} to {max(factor, min(side, resolution) // factor * factor)}"
             )
 
 
 def check_unet(recipe: Recipe, factor: int | None = None) -> None:
-    """Refuse a denoiser that cannot be built, or cannot take the latents of the recipe's autoencoder. factor: as `check_vae`'s."""
+    """Refuse a denoiser that cannot be built, or that cannot take the latents of the recipe's autoencoder.
+
+    Args:
+        recipe: the settings.
+        factor: as in `check_vae`.
+
+    Raises:
+        UserError: a setting does not fit; the message names a value that does.
+    """
     unet = recipe.unet
     if unet.rescale_betas_zero_snr and unet.prediction_type == "epsilon":
         raise UserError(
@@ -580,218 +541,19 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
         step = factor * 2 ** (levels - 1)
         near = max(step, recipe.data.resolution // step * step)
         raise UserError(
-            f"resolution {recipe.data.resolution} gives latents of side {recipe.data.resolution // factor}, which the UNet cannot "
-            f"halve {levels - 1} times; set resolution to a multiple of {step}, such as {near}, or give fewer unet_channels"
+            f"resolution {recipe.data.resolution} gives latents of side {recipe.data.resolution // factor}, which the UNet "
+            f"cannot halve {levels - 1} times; set resolution to a multiple of {step}, such as {near}, "
+            "or give fewer unet_channels"
         )
 
 
 def _vae_factor(config: VaeConfig) -> int | None:
-    """Pixels per latent and side, of the VAE that is built or lies in a folder here; None for one of the Hub."""
+    """Return the image pixels per latent pixel of a VAE that is built or lies in a folder here; None for one of the Hub."""
     if config.vae is None:
         return 2 ** (len(config.vae_channels) - 1)
     for file in (Path(config.vae) / part / "config.json" for part in ("", "vae", "pipeline/vae")):
         try:
             return 2 ** (len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # what is wrong with it is said when it is loaded
+            continue  # loading the VAE reports what is wrong with it
     return None
-
-
-def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
-    """Parse the command line into the dataclass `cls`: flat options, underscores, groups by nested dataclass.
-
-    A list option that is given several times collects all values; of another one the last holds, which is said. Raises
-    `UserError` for bytes that are not UTF-8.
-    """
-    argv = collect_lists(cls, sys.argv[1:] if argv is None else argv)
-    return tyro.cli(cls, args=argv, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
-
-
-def collect_lists(cls: type, argv: list[str]) -> list[str]:
-    """The command line with each list option once, with the values of all its places in order: tyro keeps the last alone."""
-    known = _options(cls)
-    collected: list[str] = []
-    ends: dict[str, int] = {}  # list option -> where in `collected` its values end
-    given: dict[str, str] = {}  # option -> its first value, as typed
-    for word, values, words in typed_options(argv):
-        if any("\ud800" <= letter <= "\udfff" for text in (word, *values) for letter in text):
-            raise UserError(f"{word[:40]!r} holds bytes that are not UTF-8; type the text anew, in a UTF-8 terminal")
-        name, is_list = known.get(plain_option(word), ("", False))
-        if name in ends:
-            end = ends[name]
-            collected[end:end] = values
-            ends = {other: at + len(values) * (at >= end) for other, at in ends.items()}
-            continue
-        typed = " ".join((word, *values))
-        if given.get(name, typed) != typed:  # the later one wins, as in a shell's alias
-            note(f"--{name} is given twice ({given[name]}, then {typed}); the last one holds")
-        if is_list:
-            collected += [word, *values]
-            ends[name] = len(collected)
-            continue
-        if name:
-            given[name] = typed
-        collected += words
-    return collected
-
-
-def typed_options(argv: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Each option of a command line: its word as typed (`--name`), its values, and all its words; `--name=value` is taken apart."""
-    position = 0
-    while position < len(argv):
-        start = position
-        word = argv[position]
-        word, *values = word.split("=", 1) if word.startswith("--") else [word]
-        position += 1
-        while position < len(argv) and not argv[position].startswith("--"):
-            values.append(argv[position])
-            position += 1
-        yield word, values, argv[start:position]
-
-
-def plain_option(word: str) -> str:
-    """The name of a typed option: `--train-data-dir` is `train_data_dir`."""
-    return word.removeprefix("--").replace("-", "_")
-
-
-def note(text: str) -> None:
-    """Tell the user something about the command line, once for all processes of a launch."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"NOTE: {text}", file=sys.stderr)
-
-
-def _options(cls: Any) -> dict[str, tuple[str, bool]]:
-    """The options of a dataclass and those nested in it, by all their names: their field, and whether it is a list."""
-    found: dict[str, tuple[str, bool]] = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        kind, notes = (hint.__origin__, hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
-        if dataclasses.is_dataclass(kind):
-            found |= _options(kind)
-            continue
-        aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
-        names = [name, *(alias.removeprefix("--") for alias in aliases), *([f"no_{name}"] if kind is bool else [])]
-        found |= dict.fromkeys(names, (name, get_origin(kind) is list))
-    return found
-
-
-def check_options(options: T) -> T:
-    """Check the ranges of a parsed dataclass; raise `UserError` naming the option."""
-    return checked(type(options), dataclasses.asdict(options), "the command line")  # type: ignore[call-overload]
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The resolved settings as plain data, a dictionary a section."""
-    return dataclasses.asdict(recipe)
-
-
-def _source(recipe: Recipe) -> SourceConfig:
-    return SourceConfig(**{name: getattr(recipe.data, name) for name in _fields(SourceConfig)})
-
-
-def _fields(cls: Any) -> dict[str, Any]:
-    return {item.name: item.type for item in dataclasses.fields(cls)}
-
-
-def known_key(key: Any, known: dict[str, Any], what: str) -> Any:
-    """`key`, if it is one of `known`; else raises `UserError` naming the nearest, or all. what: such as "key in x.yaml"."""
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        meant = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(map(str, known))}"
-        raise UserError(f"unknown {what}: {key!r}; {meant}")
-    return key
-
-
-def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
-    """A dataclass of checked values; raises `UserError` with the first that is not usable."""
-    for key, value in values.items():
-        for text in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(text, str) and not _is_text(text):
-                raise UserError(f"{where}: {key} = {text!r} is not usable: it is not valid UTF-8; write it in UTF-8")
-    try:
-        return TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
-        if first["type"] == "missing":
-            raise UserError(f"{where}: {key} is missing; add it") from None
-        reason = _reason(first["type"], first["input"], first.get("ctx", {})) or first["msg"]
-        raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {reason}") from None
-
-
-_REASONS = {  # pydantic's types of errors, by how they begin -> what to do
-    "value_error": "{error}",
-    "string_type": "it is not text; put it in quotes",
-    "int_": "give a whole number, without a unit",
-    "float_": "give a number, without a unit",
-    "bool_": "write true or false, without quotes",
-    "list_": "give a list, such as [a, b]",
-    "dict_": "give keys and values, such as {{name: value}}",
-    "dataclass_": "give keys and values, such as {{name: value}}",
-    "literal_error": "give {expected}",
-    "greater_than_equal": "it must be at least {ge}",
-    "greater_than": "it must be greater than {gt}",
-    "less_than_equal": "it must be at most {le}",
-    "less_than": "it must be less than {lt}",
-    "finite_number": "it must be a finite number",
-}
-
-
-def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
-    """What to do about a value that pydantic refused, in words of a YAML's writer; empty for an error not in the table."""
-    wants_text = kind in ("string_type", "literal_error")
-    if value is None and wants_text:
-        return "it is empty; give a value, or delete the key"
-    if isinstance(value, bool) and wants_text:
-        word = "no" if not value else "yes"
-        expected = str(context.get("expected", ""))
-        word = next((quoted for quoted in (word, word.upper()) if f"'{quoted}'" in expected), word)
-        if not expected or f"'{word}'" in expected:
-            return f"YAML reads {word} as {str(value).lower()}; write '{word}' in quotes"
-    found = next((text for start, text in _REASONS.items() if kind.startswith(start)), "")
-    return found.format(**context)
-
-
-def matching(pattern: str, example: str) -> AfterValidator:
-    """A check that a text is as `pattern`; its error gives an example."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"give one such as {example}")
-        return text
-
-    return AfterValidator(check)
-
-
-def _is_text(text: str) -> bool:
-    """Whether a string can be written to a file: bytes of another encoding come as lone surrogates."""
-    try:
-        return b"\0" not in text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-
-
-def _clear_dependent(section: Any, before: Any, key: str, belongs: str) -> None:
-    """Where the command line changes `key` and not `belongs`, the recipe's `belongs` (a revision, say) no longer counts."""
-    if (
-        hasattr(section, key)
-        and hasattr(section, belongs)
-        and getattr(section, key) != getattr(before, key)
-        and getattr(section, belongs) == getattr(before, belongs)
-    ):
-        setattr(section, belongs, None)
-
-
-def option(argv: list[str], name: str) -> str | None:
-    """The last value of an option on a command line that is not parsed yet."""
-    value = None
-    for index, word in enumerate(argv):
-        if word.startswith(f"--{name}="):
-            value = word.split("=", 1)[1]
-        elif word == f"--{name}" and index + 1 < len(argv):
-            value = argv[index + 1]
-    return value
-
-
-def dataset_name(config: DataConfig) -> str:
-    """The data set's name for messages and cards, without the folders above it."""
-    return str(config.dataset).rstrip("/").split("/")[-1]

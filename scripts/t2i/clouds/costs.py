@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from t2i.clouds.sagemaker_job import ROOT, Command, SageMakerConfig, read_mapping
-from t2i.config import DataConfig, Natural, NonNegative, Positive, Recipe, TrainConfig, checked
+from t2i.config import DataConfig, Recipe, TrainConfig
+from t2i.config_types import Natural, NonNegative, Positive, checked
 from t2i.files import read_json
 
 PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"

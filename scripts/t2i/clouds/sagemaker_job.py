@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BeforeValidator, Field
 
-from t2i.config import Count, Flag, Recipe, checked, known_key, matching, option, parse, read_yaml
+from t2i.command_line import option
+from t2i.config import Recipe, parse, read_yaml
+from t2i.config_types import Count, Flag, checked, known_key, matching
 from t2i.errors import UserError
 from t2i.files import sha256_file, write_json, write_text
 from t2i.redaction import redact

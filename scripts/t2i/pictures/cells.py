@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from t2i.config import MAX_GUIDANCE
+from t2i.config_types import MAX_GUIDANCE
 from t2i.errors import UserError
 from t2i.files import hash_files, hash_json, read_json, read_object
 from t2i.pictures.png import (

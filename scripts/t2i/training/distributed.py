@@ -10,7 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from t2i.config import TrainConfig, TrainUnetConfig, option
+from t2i.command_line import option
+from t2i.config import TrainConfig, TrainUnetConfig
 from t2i.errors import UserError
 from t2i.machine import find_launcher
 
