@@ -54,6 +54,7 @@ def test_only_scripts_make_an_accelerator(path):
         "pictures.cells",
         "tracking.curves",
         "tracking.mlflow_tracker",
+        "tracking.addresses",
         "data.browse",
         "pictures.reconstructions",
         "hub.space",

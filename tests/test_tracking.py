@@ -21,7 +21,7 @@ import pytest
 
 from t2i import redaction
 from t2i.errors import UserError
-from t2i.tracking import mlflow_tracker
+from t2i.tracking import addresses, mlflow_client, mlflow_tracker, moved_database, sender, spool
 
 SCRIPTS = Path(mlflow_tracker.__file__).parents[2]
 CONFIG = {"data": {"resolution": 64}, "train_unet": {"learning_rate": 1e-4, "betas": [0.9, 0.999]}}
@@ -89,7 +89,7 @@ def test_a_run_is_recorded_in_the_database_beside_its_artifacts(empty_database: 
     assert run.info.status == "FINISHED"
     assert run.data.params["train_unet.betas"] == "[0.9, 0.999]"
     assert len(run.data.params) == 3 + 250 + 1
-    assert len(run.data.params["prompts.long"]) == mlflow_tracker.PARAM_CHARACTERS
+    assert len(run.data.params["prompts.long"]) == spool.PARAM_CHARACTERS
     assert run.data.params["prompts.long"].endswith("[cut at 6000 characters]")
     assert run.data.tags["dataset"] == "abc"
     assert points(run.info.run_id, "train loss _mean_") == [(1, 0.5)]
@@ -148,7 +148,7 @@ def test_sending_everything_twice_changes_nothing(empty_database: Path) -> None:
     before = points(tracker.run_id, "loss"), files(tracker.run_id, "images")
     Path("run/mlflow_spool/state.json").unlink()  # as if no answer had arrived
 
-    assert mlflow_tracker.replay(Path("run")) == 0
+    assert sender.replay(Path("run")) == 0
     assert len(client().search_runs(["1"])) == 1
     assert (points(tracker.run_id, "loss"), files(tracker.run_id, "images")) == before
     assert before[0] == [(step, 1 / (step + 1)) for step in range(1500)]
@@ -167,7 +167,7 @@ def test_an_artifact_store_out_of_order_holds_back_no_curve(
     assert points(tracker.run_id, "loss") == [(3, 0.5)]
     assert "records not sent yet: 1" in capsys.readouterr().err
     Path("mlruns").unlink()
-    assert mlflow_tracker.replay(Path("run")) == 0
+    assert sender.replay(Path("run")) == 0
     assert len(files(tracker.run_id, "images")) == 2
 
 
@@ -175,7 +175,7 @@ def test_a_plain_folder_is_refused_with_the_mend() -> None:
     with pytest.raises(UserError, match=r"sqlite:///file\.db"):
         start(tracking_uri="./mlruns")
     with pytest.raises(UserError, match="tracked"):
-        mlflow_tracker.replay(Path("run"))
+        sender.replay(Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def test_an_address_that_is_none_gets_the_one_that_is_meant(uri: str, fix: str) 
     Path("notes.txt").touch()
     Path("runs.data").write_bytes(b"SQLite format 3\0")
     with pytest.raises(UserError, match=fix) as error:
-        mlflow_tracker.resolve_uri(uri)
+        addresses.resolve_uri(uri)
     assert "s3cret" not in str(error.value)
 
 
 def test_the_password_of_an_address_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTPS://me:p@ss%2Fw0rd@h.org:5000/x ")
-    assert mlflow_tracker.resolve_uri(None) == os.environ["MLFLOW_TRACKING_URI"] == "https://h.org:5000/x"
+    assert addresses.resolve_uri(None) == os.environ["MLFLOW_TRACKING_URI"] == "https://h.org:5000/x"
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss/w0rd")
     assert "p@ss" not in redaction.redact("told: p@ss/w0rd, p%40ss%2Fw0rd")
 
@@ -247,12 +247,12 @@ def test_artifacts_follow_the_database(empty_database: Path, tmp_path: Path) -> 
     first = before.create_run("1", run_name="first").info.run_id
     before.create_run("2", run_name="own")
     before.log_text(first, "as it was", "notes.txt")
-    assert mlflow_tracker.follow_move(tmp_path / "a/mlflow.db") == []
+    assert moved_database.follow_move(tmp_path / "a/mlflow.db") == []
 
     (tmp_path / "a").rename(tmp_path / "b")
-    (told,) = mlflow_tracker.follow_move(tmp_path / "b/mlflow.db")
+    (told,) = moved_database.follow_move(tmp_path / "b/mlflow.db")
     assert told.endswith(f"experiment t2i go to, and come from, {tmp_path}/b/mlruns/t2i")
-    assert mlflow_tracker.follow_move(tmp_path / "b/mlflow.db") == []
+    assert moved_database.follow_move(tmp_path / "b/mlflow.db") == []
     assert artifacts(tmp_path / "b")["first"].startswith((tmp_path / "b/mlruns/t2i").as_uri())
     assert artifacts(tmp_path / "b")["own"].startswith(chosen)
     after = client(f"sqlite:///{tmp_path}/b/mlflow.db")
@@ -262,7 +262,7 @@ def test_artifacts_follow_the_database(empty_database: Path, tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
 
     shutil.copytree(tmp_path / "b", tmp_path / "c", ignore=shutil.ignore_patterns(second))
-    assert len(mlflow_tracker.follow_move(tmp_path / "c/mlflow.db")) == 1
+    assert len(moved_database.follow_move(tmp_path / "c/mlflow.db")) == 1
     copied = client(f"sqlite:///{tmp_path}/c/mlflow.db")
     assert copied.get_run(first).info.artifact_uri.startswith((tmp_path / "c").as_uri())
     assert copied.get_run(second).info.artifact_uri.startswith((tmp_path / "b").as_uri())  # that one was left behind
@@ -301,10 +301,10 @@ def answering() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def why(uri: str) -> str:
-    mlflow_tracker.import_mlflow()
+    mlflow_client.import_mlflow()
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises
         client(uri).search_experiments(max_results=1)
-    return mlflow_tracker.explain(error.value, uri)[0]
+    return mlflow_client.explain(error.value, uri)[0]
 
 
 def test_a_server_that_refuses_says_why(answering, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,8 +341,8 @@ def test_a_database_that_cannot_be_used_says_why(empty_database: Path, tmp_path:
     )
     assert why("mysql://me@127.0.0.1:9/x").endswith("pip install mysqlclient")
     for uri, package in (("postgresql+psycopg2://me@db/x", "psycopg2-binary"), ("mssql+pyodbc://me@db/x", "pyodbc")):
-        assert mlflow_tracker.explain(mlflow_tracker.missing_driver(uri), uri)[0].endswith(f"pip install {package}")
-    assert mlflow_tracker.missing_driver("sqlite:///x.db") is None
+        assert mlflow_client.explain(mlflow_client.missing_driver(uri), uri)[0].endswith(f"pip install {package}")
+    assert mlflow_client.missing_driver("sqlite:///x.db") is None
     for name, version in (("newer", "ffffffffffff"), ("older", "f5a4f2784254")):
         shutil.copy(empty_database, tmp_path / f"{name}.db")
         with closing(sqlite3.connect(tmp_path / f"{name}.db")) as store, store:
@@ -470,8 +470,8 @@ def test_a_server_that_is_down_costs_seconds_and_gets_everything_later_once_and_
     server.start()
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    assert mlflow_tracker.replay(Path("run")) == 0
-    assert mlflow_tracker.replay(Path("run")) == 0
+    assert sender.replay(Path("run")) == 0
+    assert sender.replay(Path("run")) == 0
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PASSWORD  # the connection has it
     run = client(server.uri).search_runs(["1"], "attributes.run_name = 'dies'")
     assert [one.info.status for one in run] == ["FINISHED"]
@@ -518,7 +518,7 @@ def test_a_server_killed_midway_gets_the_rest_when_it_is_back(
     server.start()
     resumed.finish()
     until = time.monotonic() + 60  # on a busy machine the server takes its time
-    while mlflow_tracker.replay(Path("run"), server.uri):
+    while sender.replay(Path("run"), server.uri):
         assert time.monotonic() < until
         time.sleep(0.5)
     assert points(tracker.run_id, "loss", server.uri) == [(step, float(step)) for step in range(5)]
@@ -629,12 +629,12 @@ def test_a_run_that_mlflow_run_id_names_is_gone_on_with(
 
 def test_sagemakers_managed_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     arn = "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/flowers"
-    assert mlflow_tracker.resolve_uri(arn) == arn
+    assert addresses.resolve_uri(arn) == arn
     with pytest.raises(UserError, match="is no ARN of SageMaker's managed MLflow; give arn:aws:sagemaker:REGION"):
-        mlflow_tracker.resolve_uri("arn:aws:s3:::bucket")
-    monkeypatch.setattr(mlflow_tracker, "entry_points", lambda group: [])
+        addresses.resolve_uri("arn:aws:s3:::bucket")
+    monkeypatch.setattr(addresses, "entry_points", lambda group: [])
     with pytest.raises(UserError, match="needs a package: pip install sagemaker-mlflow"):
-        mlflow_tracker.resolve_uri(arn)
+        addresses.resolve_uri(arn)
     tracker = object.__new__(mlflow_tracker.Tracker)
-    tracker._sender = mlflow_tracker._Sender(Path("run"), arn)
+    tracker._sender = sender.Sender(Path("run"), arn)
     assert tracker.view.endswith("-tracking-server-url --tracking-server-name flowers --region eu-west-1")

@@ -36,7 +36,7 @@ from t2i.tracking.curves import (
     shown_uri,
     store_stamp,
 )
-from t2i.tracking.mlflow_tracker import SPOOL_FOLDER
+from t2i.tracking.spool import SPOOL_FOLDER
 
 LIVE_S = 5  # between two looks at a run that goes on
 LIVE_SERVER_S = 15  # the same over HTTP, where others ask as well

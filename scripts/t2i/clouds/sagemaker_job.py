@@ -25,7 +25,7 @@ from t2i.errors import UserError
 from t2i.files import sha256_file, write_json, write_text
 from t2i.redaction import redact
 from t2i.runs import code_revision
-from t2i.tracking.mlflow_tracker import MANAGED_MLFLOW, Address, is_managed, split_uri
+from t2i.tracking.addresses import MANAGED_MLFLOW, Address, is_managed, split_uri
 
 ROOT = Path(__file__).parents[3]
 CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel

@@ -22,7 +22,9 @@ from numpy.typing import ArrayLike
 
 from t2i.errors import UserError
 from t2i.redaction import redact
-from t2i.tracking.mlflow_tracker import SPOOL_FILE, database_file, explain, import_mlflow, resolve_uri, uses_proxy
+from t2i.tracking.addresses import database_file, resolve_uri, uses_proxy
+from t2i.tracking.mlflow_client import explain, import_mlflow
+from t2i.tracking.spool import SPOOL_FILE
 
 POINTS = 500  # of a curve, at most: more than a chart has columns of pixels for each line that an eye can follow
 CONNECT_S = 2.0  # a server that does not take a connection in this time is called down

@@ -359,7 +359,7 @@ def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str],
     if config.report_to == "none":
         return
     from t2i.redaction import redact
-    from t2i.tracking.mlflow_tracker import database_file, resolve_uri
+    from t2i.tracking.addresses import database_file, resolve_uri
 
     uri = resolve_uri(None)
     if cache_dir:

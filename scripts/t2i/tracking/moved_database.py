@@ -1,0 +1,55 @@
+"""Artifacts that follow an MLflow database to another folder. Imports no torch, no MLflow."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import unquote
+
+
+def follow_move(database: Path) -> list[str]:
+    """Correct the artifact locations in a SQLite database whose folder was moved, renamed or copied.
+
+    MLflow keeps them as absolute paths `…/mlruns/NAME`. A location is corrected if it was beside this database once. That
+    is so if `…` is gone, if `…` has a database of this name itself (a copy), or if `mlruns/NAME` is here as well.
+    Artifacts of a run that exist only at the old place stay there.
+
+    Args:
+        database: the SQLite file.
+
+    Returns:
+        A sentence for each experiment with runs whose location was corrected.
+    """
+    sentences = []
+    with closing(sqlite3.connect(database, timeout=30)) as store, store:
+        rows = store.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
+        for experiment, name, location in rows:
+            old = _absolute_path(location)
+            if old is None or old.parent.name != "mlruns":
+                continue
+            new, home = database.parent / "mlruns" / old.name, old.parent.parent
+            if old == new or (old.exists() and new.exists() and old.samefile(new)):
+                continue
+            if home.exists() and not new.exists() and not (home / database.name).exists():
+                continue  # the user chose that place
+            uri = new.as_uri() if location.startswith("file:") else str(new)
+            store.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (uri, experiment))
+            runs = store.execute(
+                "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,)
+            ).fetchall()
+            for run, artifacts in runs:
+                rest = (artifacts or "").removeprefix(location)
+                here = new / unquote(rest.lstrip("/"))
+                if rest.startswith("/") and (here.exists() or not (old / unquote(rest.lstrip("/"))).exists()):
+                    store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (uri + rest, run))
+            if runs:
+                sentences.append(
+                    f"MLflow's database was moved: artifacts of the experiment {name} go to, and come from, {new}"
+                )
+    return sentences
+
+
+def _absolute_path(location: str | None) -> Path | None:
+    """Return the absolute path that an artifact location names; None for a server's location and for a relative one."""
+    text = location or ""
+    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file:///") else text)
+    return path if path.is_absolute() else None
