@@ -1,4 +1,4 @@
-"""Users' mistakes and the machine's limits: one sentence and exit code 2. Imports no torch."""
+"""How a script ends: a mistake or a limit of the machine becomes one sentence and exit code 2. Imports no torch."""
 
 import errno
 import io
@@ -10,19 +10,16 @@ from t2i.machine import end_with_launcher
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence that names the file, key or value and the fix. Scripts print it and exit with 2."""
+    """A user's mistake: a sentence that names the file, key or value, and the fix. Scripts print it and exit with 2."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a user's mistake or a limit of the machine becomes one sentence on stderr and exit code 2.
+    """Run a script's `main`. Print a user's mistake or a limit of the machine as one sentence, and exit with code 2.
 
-    Ctrl-C gives exit code 130, and a reader of the output that went away 141, as shells count them. What is left is a fault of
-    the suite and keeps its traceback.
+    Exit codes are those of shells for two other ends: 130 after Ctrl-C, 141 if the reader of the output went away. Any
+    other exception is a fault of the suite and keeps its traceback.
     """
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal in ASCII shows other letters escaped, rather than ending the work
+    for stream in (sys.stdout, sys.stderr):  # a terminal in ASCII shows other letters escaped, instead of failing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     end_with_launcher()
@@ -35,7 +32,7 @@ def run_main(main: Callable[[], None]) -> None:
         )
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more while it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python prints a second error while it exits
         raise SystemExit(141) from None
     except Exception as error:
         sentence = _sentence_of(error)
@@ -46,7 +43,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _sentence_of(error: Exception) -> str | None:
-    """What to tell the user of an error that is not the suite's; None for others."""
+    """Return the message for a user's mistake or a limit of the machine; None for any other exception."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return str(error)

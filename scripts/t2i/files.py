@@ -1,4 +1,4 @@
-"""JSON files written atomically and read with care, and hashes. Imports no torch."""
+"""Hashes, and JSON files: written atomically, and refused with a sentence if they are damaged. Imports no torch."""
 
 import hashlib
 import json
@@ -11,19 +11,19 @@ from t2i.errors import UserError
 
 
 def hash_json(value: Any) -> str:
-    """First 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    """Return the first 16 hex digits of the SHA-256 of the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hex digits."""
+    """Return the SHA-256 of a file's bytes, as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` atomically: a reader sees the old text or the new one, never a part."""
+    """Replace the text of `path` atomically: a reader sees the old text or the new one, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
@@ -36,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raise `UserError` naming it when it is missing or damaged."""
+    """Read a JSON file. Raise `UserError` naming it if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,31 +46,36 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise `UserError` naming the file when it is missing, damaged or holds anything else."""
-    found = read_json(path)
-    if not isinstance(found, dict):
+    """Read a JSON object. Raise `UserError` naming the file if it is missing, damaged, or holds anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
         raise UserError(
             f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup"
         )
-    return found
+    return content
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line."""
+    """Append `row` to a file as one line of JSON."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of a model's files, each read once and known by size and time after. Raises `UserError`: there are none."""
+    """Return the SHA-256 of each file of a model: name -> 64 hex digits.
+
+    A file is read again only if its size or time has changed.
+
+    Raises:
+        UserError: the folder cannot be read, or holds no weights.
+    """
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".txt"})
-        known = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-        hashes = {path.name: _sha256(path, *known[path.name]) for path in files}
+        hashes = {path.name: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); copy the model whole") from None
+        raise UserError(f"{folder} cannot be read ({error.strerror}); copy the complete model") from None
     if not hashes:
-        raise UserError(f"{folder} holds no weights; copy the model whole")
+        raise UserError(f"{folder} holds no weights; copy the complete model")
     return hashes
 
 

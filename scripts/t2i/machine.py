@@ -15,10 +15,13 @@ _LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  
 
 
 def end_with_launcher() -> None:
-    """Let this process get SIGTERM when the launcher that started it ends: before the first step it then ends at once, later
-    it saves a checkpoint.
+    """Ask Linux to send SIGTERM to this process when the launcher that started it ends.
 
-    accelerate's launcher dies of SIGTERM without passing it on, and no launcher can pass SIGKILL on. Linux alone can do so.
+    Before its first step a training then ends at once; later it saves a checkpoint first. accelerate's launcher dies of
+    SIGTERM without passing it on, and no launcher can pass SIGKILL on. Other systems have no such request.
+
+    Raises:
+        SystemExit: the launcher has already ended.
     """
     launcher = find_launcher()
     if launcher is not None and sys.platform == "linux":
@@ -28,13 +31,12 @@ def end_with_launcher() -> None:
 
 
 def find_launcher() -> Any:
-    """The launcher that started this process, as `psutil.Process`; None where nobody did, or it is gone.
+    """Return the launcher that started this process, as `psutil.Process`; None if there is none, or it has ended.
 
-    A launcher has this script in its own command line. A shell that exported a launcher's variables has not.
+    A launcher has this script in its own command line. A shell that exported a launcher's variables does not.
     """
     if not _LAUNCHED & set(os.environ):
         return None
-
     with suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
         if any(Path(word).name == Path(sys.argv[0]).name for word in parent.cmdline()):
@@ -43,10 +45,9 @@ def find_launcher() -> Any:
 
 
 def _lost_launcher() -> bool:
-    """Whether a process that a launcher started, and that has none, is now a child of the system's first process."""
+    """Return whether a launcher started this process and has ended, so that the system's first process adopted it."""
     if os.getppid() != 1 or not _LAUNCHED & set(os.environ):
         return False
-
     with suppress(psutil.Error):
         first = psutil.Process(1).cmdline()
         return bool(first) and "python" not in first[0]  # in a container the first process may itself be a launcher
@@ -54,14 +55,14 @@ def _lost_launcher() -> bool:
 
 
 def usable_cores() -> int:
-    """Count the CPU cores that this process may use."""
-
+    """Return the number of CPU cores that this process may use."""
     process = psutil.Process()
-    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # macOS binds none
+    # macOS binds no process to cores.
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory in bytes, of this process and of its ended children; on Windows, of this process alone."""
+    """Return the peak resident memory in bytes, of this process and its ended children. Windows leaves out the children."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Secrets: found by name and by shape, and replaced by "[redacted]". Imports no torch."""
+"""Secrets in texts and settings, replaced by "[redacted]". Imports no torch."""
 
 import json
 import os
@@ -32,11 +32,11 @@ _TOKEN_SHAPES = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
     re.DOTALL,
 )
-_url_passwords: set[str] = set()  # of tracking URLs that this process was given
+_url_passwords: set[str] = set()  # from the tracking URLs of this process
 
 
 def remember_secret(password: str) -> None:
-    """Redact this password of a URL from now on, as written and decoded."""
+    """Redact a URL's password from now on, as written and decoded."""
     _url_passwords.update({password, unquote(password)})
 
 
@@ -50,7 +50,10 @@ def _is_secret_name(name: str) -> bool:
 
 
 def _secret_values() -> list[str]:
-    """Values that are secret wherever they occur: of variables with a secret name, and passwords in variables' URLs."""
+    """Return the values that are secret anywhere, the longest first.
+
+    They are the values of environment variables with a secret name, and passwords in URLs of any variable.
+    """
     values = set(_url_passwords)
     for name, value in os.environ.items():
         if _is_secret_name(name):
@@ -65,7 +68,7 @@ def _secret_values() -> list[str]:
 def _redact_assignment(match: re.Match[str]) -> str:
     name, value = match.groups()
     bare = value.strip("\"'")
-    is_assigned = name.startswith("-") or name.rstrip().endswith((":", "="))  # not a sentence about a token
+    is_assigned = name.startswith("-") or name.rstrip().endswith((":", "="))  # otherwise it is a sentence about a token
     if not is_assigned or not _is_secret_name(name) or _HARMLESS_VALUE.fullmatch(bare):
         return match.group()
     mark = value[0] if value[0] in "\"'" else ""
@@ -73,11 +76,13 @@ def _redact_assignment(match: re.Match[str]) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` with every secret replaced by "[redacted]".
+    """Replace every secret in a text by "[redacted]".
 
-    Secret are: values of environment variables whose name looks secret (token, secret, password, api_key, access_key,
-    credential; 8 characters or more), users and passwords in URLs, tokens in queries, values assigned to secret names
-    (`hub_token: x`, `--hub_token x`), and tokens known by their shape (Hugging Face, AWS, GitHub, JWT, private keys).
+    These are secrets:
+    - values of environment variables with a secret name (token, password, api_key, …), from 8 characters on;
+    - users and passwords in URLs, and tokens in their queries;
+    - values assigned to secret names (`hub_token: x`, `--hub_token x`);
+    - tokens of a known shape (Hugging Face, AWS, GitHub, JWT, private keys).
     """
     for value in _secret_values():
         text = text.replace(value, REDACTED)
@@ -88,7 +93,7 @@ def redact(text: str) -> str:
 
 
 def redact_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested config with "[redacted]" for the values of secret names and for secrets within other texts."""
+    """Return a copy of a nested config, with "[redacted]" for values of secret names and secrets within other texts."""
     return {key: _redact_value(str(key), value) for key, value in config.items()}
 
 
@@ -104,5 +109,5 @@ def _redact_value(key: str, value: Any) -> Any:
 
 
 def public_yaml(settings: dict[str, Any]) -> str:
-    """Settings as YAML that `load_recipe` reads, without secrets that somebody put into an option."""
+    """Return settings as YAML that `load_recipe` reads, without the secrets that a user typed into an option."""
     return yaml.safe_dump(redact_config(settings), sort_keys=False)

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one training at a time, and what a folder's state is. Imports no torch."""
+"""The lock of a run folder, which lets in one training at a time, and a run's present status. Imports no torch."""
 
 import json
 import os
@@ -16,56 +16,56 @@ from t2i.errors import UserError
 from t2i.files import read_object
 from t2i.machine import find_launcher
 
-UNFINISHED = "unfinished"  # in run.json: true of a run at work and of a killed one alike
-LOCK = (
-    ".lock"  # in a run folder: held by the run's first process, with the names of all; others hold .lock-1, .lock-2, …
-)
-WAIT_FOR_ENDING_S = 300.0  # at most, for processes that save a last checkpoint
-WAIT_FOR_UNKNOWN_S = 1.0  # for a lock without a name: of the dashboard's look, or a process that is being killed
-SAME_START_S = 2.0  # between two readings of a process's start, as clocks are set
+UNFINISHED = "unfinished"  # status in run.json of a run at work, and of a killed one
+# The run's first process holds this file, which names all processes. The others hold .lock-1, .lock-2, …
+LOCK = ".lock"
+WAIT_FOR_ENDING_S = 300.0  # longest wait for processes that save a last checkpoint
+WAIT_FOR_UNKNOWN_S = 1.0  # longest wait for a nameless holder: the dashboard, which only looks, or a dying process
+SAME_START_S = 2.0  # largest difference between two readings of a process's start, as clocks are set
 
 
-# --- Who is at work in a run folder ----------------------------------------------------------------------------------
+# --- Locking a run folder --------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """Hold `folder` for this run's processes.
 
-    Each process holds a lock of its own, which the system frees when it ends or is killed: a process that outlives its
-    launcher keeps a new run out. The first process begins only when nobody holds any of them. Processes that are about
-    to end are waited for: those of a launcher that is gone, and those that were told to stop.
+    Each process holds a lock of its own, which the system frees when the process ends or is killed. So a process that
+    outlives its launcher still keeps a new run out. The first process waits for processes that are about to end: those
+    whose launcher has ended, and those that were told to stop. It starts once all locks are free.
 
     Args:
-        folder: the run folder; made if it is missing.
-        rank: this process's number in the run.
-        meet: waits for all processes of the run.
+        folder: the run folder, which is made if it is missing.
+        rank: the number of this process in the run.
+        meet: a barrier, at which all processes of the run wait for each other.
 
     Raises:
-        UserError: another run is at work in `folder`, or it cannot be written.
+        UserError: another run is at work in `folder`, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
-        own = open(folder / f"{LOCK}-{rank}", "ab") if rank else file  # noqa: SIM115
+        rank_file = open(folder / f"{LOCK}-{rank}", "ab") if rank else file  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
-    with file, own:
+    with file, rank_file:
         if rank == 0:
             _wait_for_ending(file, folder)
-            with suppress(OSError):  # the names help, the lock decides
-                os.ftruncate(file.fileno(), 0)  # holders of earlier runs
+            with suppress(OSError):  # stale names do no harm, as the lock decides
+                os.ftruncate(file.fileno(), 0)
             _write_holder(file.fileno(), _this_process())
         meet()
         if rank != 0:
-            _lock(own, wait=True)  # for a look of the dashboard: the first process has seen that nobody works here
+            # The first process has seen that all locks are free, so only a look of the dashboard can delay this.
+            _lock(rank_file, wait=True)
             _write_holder(file.fileno(), _this_process())
         meet()
         yield
 
 
 def mark_ending(folder: Path) -> None:
-    """Note beside the lock of `folder` that this process was told to stop; called by a handler of signals."""
+    """Note in the lock file of `folder` that this process was told to stop. Signal handlers call it."""
     with suppress(OSError):
         handle = os.open(folder / LOCK, os.O_WRONLY | os.O_APPEND)
         try:
@@ -75,45 +75,46 @@ def mark_ending(folder: Path) -> None:
 
 
 def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
-    """A run's status as it is now: "finished", "stopped", "running", "interrupted" (killed or failed) or "unfinished".
+    """Return a run's present status: "finished", "stopped", "running", "interrupted" or "unfinished".
 
-    run.json cannot tell a run at work from one that was killed; the lock, which the system frees, can. "unfinished": neither
-    can be told, as there is no lock file (a copy) or the file system has no locks. Statuses of other words are passed on.
+    run.json cannot tell a run at work from a killed one. The lock can, as the system frees it. "interrupted" means killed or
+    failed. "unfinished" means that the lock tells nothing: the folder is a copy, or its file system has no locks. Any other
+    status of run.json is returned as it is.
 
     Args:
         folder: the run folder.
-        state: what its run.json holds, if it was read already.
+        state: the content of its run.json, if it was read already.
     """
     state = read_object(folder / "run.json") if state is None else state
     status = str(state.get("status", "unknown"))
-    if status not in ("running", UNFINISHED, "stopped"):  # "running": of runs that were made before
+    if status not in ("running", UNFINISHED, "stopped"):  # earlier versions wrote "running"
         return status
-    held = _is_held(folder)
-    if held:
+    is_held = _is_held(folder)
+    if is_held:
         return "running"
-    return "interrupted" if held is False and status != "stopped" else status
+    return "interrupted" if is_held is False and status != "stopped" else status
 
 
 def _is_held(folder: Path) -> bool | None:
-    """Whether a process holds a lock of `folder`; None where that cannot be told."""
-    held: list[bool | None] = []
+    """Return whether a process holds a lock of `folder`; None if that cannot be told."""
+    answers: list[bool | None] = []
     for path in (folder / LOCK, *_locks_of_others(folder)):
         try:
-            with open(path, "r+b") as file:  # NFS gives a lock only where it may write
-                held.append(not lock_descriptor(file.fileno(), blocking=False))
+            with open(path, "r+b") as file:  # NFS locks only files that are open for writing
+                answers.append(not lock_descriptor(file.fileno(), blocking=False))
         except OSError:
-            held.append(None)
-    return True if True in held else held[0]
+            answers.append(None)
+    return True if True in answers else answers[0]
 
 
 def _locks_of_others(folder: Path) -> list[Path]:
-    """The lock files of all processes but the first."""
+    """Return the lock files of all processes but the first."""
     return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
 
 
 def _wait_for_ending(file: Any, folder: Path) -> None:
-    """Take the lock, after waiting for holders that are about to end. Raises `UserError` for holders at work."""
-    began, told = time.monotonic(), ""
+    """Take the lock, after waiting for holders that are about to end. Raise `UserError` for holders at work."""
+    began, waited_for = time.monotonic(), ""
     while not _lock_if_nobody_works(file, folder):
         holders = _live_holders(file)
         ending = any(holder["ends"] for holder in holders)
@@ -125,35 +126,35 @@ def _wait_for_ending(file: Any, folder: Path) -> None:
             raise UserError(
                 f"another run is at work in {folder}{who}{late}; wait for it, stop it, or give another --output_dir"
             )
-        if ending and not told:
-            told = _names(holders)
+        if ending and not waited_for:
+            waited_for = _names(holders)
             print(
-                f"waiting for an earlier run in {folder}, which is about to end: {told} (at most {patience:.0f} s)",
+                f"waiting for an earlier run in {folder}, which is about to end: {waited_for} (at most {patience:.0f} s)",
                 flush=True,
             )
         time.sleep(0.05)
-    if told:
+    if waited_for:
         print(f"it has ended after {time.monotonic() - began:.1f} s", flush=True)
 
 
 def _this_process() -> dict[str, Any]:
-    """This process and its launcher, as others can find them."""
-
-    here: dict[str, Any] = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    """Return this process and its launcher as a row of the lock file, by which others can find them."""
+    row: dict[str, Any] = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     launcher = find_launcher()
-    return here | ({"launcher": launcher.pid, "launcher_started": launcher.create_time()} if launcher else {})
+    return row | ({"launcher": launcher.pid, "launcher_started": launcher.create_time()} if launcher else {})
 
 
 def _write_holder(handle: int, holder: dict[str, Any]) -> None:
-    with suppress(OSError):  # a full disk: the lock holds all the same
-        # a line begins with its end: Windows lets nobody else read the first byte of a locked file
+    with suppress(OSError):  # the lock also holds on a full disk
+        # The row starts with an empty line: on Windows no other process can read the first byte of a locked file.
         os.write(handle, ("\n" + json.dumps(holder) + "\n").encode())
 
 
 def _live_holders(file: Any) -> list[dict[str, Any]]:
-    """The processes that the lock file names and that live, one row each; those of other hosts cannot be looked at, and count.
+    """Return the live processes that the lock file names, one row each. "ends" tells whether a process is about to end.
 
-    "ends": it was told to stop, or its launcher is gone.
+    A process is about to end if it was told to stop, or if its launcher has ended. Processes of other hosts cannot be looked
+    at, so they are taken as live.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for line in _text_of_locked(file).splitlines():
@@ -172,8 +173,7 @@ def _live_holders(file: Any) -> list[dict[str, Any]]:
 
 
 def _lives(pid: int, started: Any) -> bool:
-    """Whether the process runs that had this number at that time (Unix seconds)."""
-
+    """Return whether the process with this number still runs that started at that time (Unix seconds)."""
     with suppress(psutil.Error, TypeError, ValueError, OverflowError):
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(started)) < SAME_START_S
@@ -181,7 +181,7 @@ def _lives(pid: int, started: Any) -> bool:
 
 
 def _names(holders: list[dict[str, Any]]) -> str:
-    """The processes in words."""
+    """Return the processes in words, by host."""
     hosts: dict[str, list[str]] = {}
     for holder in holders:
         hosts.setdefault(holder["host"], []).append(str(holder["pid"]))
@@ -189,7 +189,7 @@ def _names(holders: list[dict[str, Any]]) -> str:
 
 
 def _text_of_locked(file: Any) -> str:
-    """The text of a file that another process may hold; without its first byte if nobody else may read that."""
+    """Return the text of a lock file that another process may hold, on Windows without its first byte."""
     for start in (0, 1):
         with suppress(PermissionError):
             file.seek(start)
@@ -198,7 +198,7 @@ def _text_of_locked(file: Any) -> str:
 
 
 def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
-    """Whether the first process's lock was had, and no other process of an earlier run holds its own."""
+    """Lock the first process's file. Return False if it is held, or if another process of an earlier run holds its own."""
     if not _lock(file):
         return False
     for path in _locks_of_others(folder):
@@ -210,7 +210,7 @@ def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
 
 
 def _lock(file: Any, wait: bool = False) -> bool:
-    """Whether the lock was had; True as well on file systems that know no locks."""
+    """Lock a file. Return whether that worked; True also on file systems without locks."""
     try:
         return lock_descriptor(file.fileno(), blocking=wait, poll_interval=0.01)
     except OSError:

@@ -1,4 +1,4 @@
-"""Run folders: their JSON files, hashes, state and reuse. Imports no torch, so that listing runs stays fast."""
+"""Run folders: run.json, reuse of a run, and the folders of checkpoints. Imports no torch, so listing runs is fast."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from t2i.run_lock import UNFINISHED
 
 
 def code_revision() -> str:
-    """The git commit of this code, with "+changes" where files differ from it; "unknown" outside a checkout.
+    """Return the git commit of this code, with "+changes" if files differ from it; "unknown" outside a checkout.
 
-    In a SageMaker job's container there is no checkout, but a file REVISION that was staged with the code.
+    The container of a SageMaker job has no checkout. It has a file REVISION that was staged with the code.
     """
     scripts = Path(__file__).parents[1]
     staged = scripts.parent / "REVISION"
@@ -37,14 +37,21 @@ def code_revision() -> str:
 
 
 class RunFolder:
-    """The state of one run in `run.json`: its identity, status, seconds a stage and results.
+    """The state of one run in `run.json`: its identity, status, seconds per stage, and results.
 
-    `identity` is everything that decides the result (resolved settings, hashes of the inputs). A folder whose
-    identity is the same is reused when finished and gone on with when not; another identity is refused.
+    The identity is everything that decides the result: the resolved settings, and the hashes of data and models. A folder
+    of the same identity is reused if it is finished, and resumed if not. A folder of another identity is refused.
+
+    Args:
+        folder: the run folder.
+        identity: the identity of this run.
+        replace: replace the results of another identity, instead of refusing them.
+
+    Raises:
+        UserError: the folder holds a run of another identity.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, replace: bool = False):
-        """replace: results of another identity are made anew instead of refused."""
         self.folder = folder
         self.file = folder / "run.json"
         self.state: dict[str, Any] = {"status": UNFINISHED, "identity": identity, "seconds": {}}
@@ -60,7 +67,7 @@ class RunFolder:
         return self.state["status"] == "finished"
 
     def start(self, config: str, quarantine: list[dict[str, str]]) -> None:
-        """Write what is known before the first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
+        """Write the files that exist before the first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
         write_text(self.folder / "config.yaml", config)
         write_text(
             self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
@@ -73,13 +80,13 @@ class RunFolder:
         write_json(self.file, self.state)
 
     def finish(self, **results: Any) -> None:
-        """Mark the run as finished, with its results and peak memory."""
+        """Mark the run as finished. Add its results and peak memory to `run.json`."""
         peak = max(peak_rss_bytes(), self.state.get("peak_rss_bytes", 0))
         self.save(status="finished", peak_rss_bytes=peak, **results)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to `seconds[stage]`."""
+        """Add the duration of the block to the stage's seconds."""
         start = time.perf_counter()
         try:
             yield
@@ -106,37 +113,43 @@ def _short(value: Any) -> str:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step of a run's own checkpoint (`checkpoint-000500`: 500); None for any other folder.
+    """Return the step of a checkpoint that the run itself wrote (`checkpoint-000500`: 500); None for any other folder.
 
-    Copies that people keep beside it (`checkpoint-000500-backup`, or another step's under this name) are theirs: they are neither
-    listed nor removed.
+    Users may keep copies beside it, such as `checkpoint-000500-backup`, or another step's checkpoint under this name.
+    Copies are neither listed nor removed.
     """
-    found = re.fullmatch(r"checkpoint-([0-9]{6,15})", folder.name)
-    if not found or folder.name != f"checkpoint-{int(found[1]):06d}":
+    name = re.fullmatch(r"checkpoint-([0-9]{6,15})", folder.name)
+    if not name or folder.name != f"checkpoint-{int(name[1]):06d}":
         return None
-    step = _manifest(folder).get("step", int(found[1]))  # what is no whole checkpoint is known by its name
-    return step if step == int(found[1]) else None
+    step = _manifest(folder).get("step", int(name[1]))  # an incomplete checkpoint has only its name
+    return step if step == int(name[1]) else None
 
 
 def own_checkpoint(run: Path, name: str) -> Path:
-    """The folder of the checkpoint `name` of a run, or of its path; `checkpoint-4` of other programs is `checkpoint-000004` here."""
+    """Return the folder of a run's checkpoint. `checkpoint-4`, as other programs write it, is `checkpoint-000004` here.
+
+    Args:
+        run: the run folder.
+        name: the checkpoint's name, or its path.
+    """
     folder = run / name if Path(name).name == name else Path(name)
-    found = re.fullmatch(r"checkpoint-0*([0-9]{1,15})", folder.name)
-    own = folder.with_name(f"checkpoint-{int(found[1]):06d}") if found else folder
-    return own if own.is_dir() and not folder.is_dir() else folder
+    step = re.fullmatch(r"checkpoint-0*([0-9]{1,15})", folder.name)
+    padded = folder.with_name(f"checkpoint-{int(step[1]):06d}") if step else folder
+    return padded if padded.is_dir() and not folder.is_dir() else folder
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run folder that are complete, oldest first (`checkpoint-000500`: the number is the step).
+    """Return the complete checkpoints of a run folder, the oldest first.
 
-    Complete: every file of the manifest is there with its size, which a copy made file by file reaches at its end.
+    A checkpoint is complete if every file of its manifest exists and has its size. A copy that is made file by file
+    becomes complete with its last file.
     """
-    found = {path: checkpoint_step(path) for path in run.glob("checkpoint-*") if _is_complete(path)}
-    return sorted((path for path, step in found.items() if step is not None), key=lambda path: found[path] or 0)
+    steps = {path: checkpoint_step(path) for path in run.glob("checkpoint-*") if _is_complete(path)}
+    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
 
 
 def checkpoint_copies(run: Path) -> list[str]:
-    """Names of folders in a run folder that hold a checkpoint and are not its own: copies that were renamed."""
+    """Return the names of renamed copies: folders of a run folder that hold a checkpoint under another name."""
     try:
         folders = [path.parent for path in run.glob("*/manifest.json")]
     except OSError:
@@ -146,33 +159,33 @@ def checkpoint_copies(run: Path) -> list[str]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; {} where it is missing or damaged."""
+    """Return a checkpoint's manifest, or {} if it is missing or damaged."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _is_complete(folder: Path) -> bool:
     try:
         files = _manifest(folder)["files"]
-        return all((folder / name).stat().st_size == known["bytes"] for name, known in files.items())
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, KeyError, TypeError, AttributeError):
         return False
 
 
 def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
-    """Where `t2i.data.preparing` keeps the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
+    """Return the folder for the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
     return Path(cache_dir).expanduser() / "pixels" / fingerprint
 
 
 def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
-    """`prepared_folder` of a run whose files may be anyone's; None where nothing whole is there, or no such name can be."""
-    if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):  # a name, never a path
+    """Return the `prepared_folder` of an untrusted run; None if it is incomplete, or if the fingerprint is not valid."""
+    if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):  # it must not be a path
         return None
     try:
         folder = prepared_folder(cache_dir, fingerprint)
         return folder if (folder / "report.json").is_file() else None
-    except (OSError, RuntimeError):  # of a path that no folder can have: too long, of an unknown user
+    except (OSError, RuntimeError):  # the path is too long, or of an unknown user
         return None

@@ -64,8 +64,8 @@ class Sender:
 
     def send(self) -> None:
         """Send all pending records. Raise MLflow's exception if the server does not take them."""
-        with _locked(self.folder / "lock", wait=False) as alone:
-            if not alone:
+        with _locked(self.folder / "lock", wait=False) as acquired:
+            if not acquired:
                 raise RuntimeError("another process is sending the records of this folder")
             self._state = self._load_state()
             everything_sent = self.spool.stat().st_size == self._state["offset"]
