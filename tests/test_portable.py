@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SCRIPTS, TINY
-from t2i import machine, models, runs
+from t2i import machine, models
 from t2i.data import sources
 from t2i.training import checkpoints
 from test_architecture import UNIX_MODULES, UNIX_NAMES
@@ -104,7 +104,7 @@ def test_cores_and_memory_are_counted_on_every_system(monkeypatch):
     assert 1 <= sources.WORKERS <= 8
     peak = machine.peak_rss_bytes()
     assert peak >= 0.9 * psutil.Process().memory_info().rss
-    monkeypatch.setattr(runs.sys, "platform", "darwin")
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
     assert machine.peak_rss_bytes() == pytest.approx(peak / 1024, rel=0.2)  # macOS counts bytes, not KiB
     monkeypatch.setitem(sys.modules, "resource", None)  # Windows
     memory = SimpleNamespace(rss=1, peak_wset=7)

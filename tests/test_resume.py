@@ -349,7 +349,7 @@ def test_the_same_global_batch_by_accumulation_goes_on(trained, run_main, capsys
 
 
 def test_a_second_training_in_the_same_folder_is_refused(workspace, run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
+    monkeypatch.setattr(run_lock, "WAIT_FOR_UNKNOWN_S", 0.0)
     run = tmp_path / "run"
     run.mkdir()
     with open(run / ".lock", "a") as other:
@@ -435,7 +435,7 @@ def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, mon
     with run_lock.lock_run(tmp_path / "run", 0, lambda: None):
         assert f"process {worker.pid} on " in capsys.readouterr().out
     worker = stop("60")
-    monkeypatch.setattr(runs, "WAIT_FOR_ENDING_S", 0.2)
+    monkeypatch.setattr(run_lock, "WAIT_FOR_ENDING_S", 0.2)
     with pytest.raises(UserError, match=rf"process {worker.pid} on .* has not ended within 0 s; wait for it, stop it"):
         run_lock.lock_run(tmp_path / "run", 0, lambda: None).__enter__()
     worker.kill()
@@ -451,7 +451,7 @@ def test_a_run_that_was_told_to_stop_is_waited_for(launch, tmp_path, capsys, mon
     ids=["damaged", "another host", "a number that another process had"],
 )
 def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.1)
+    monkeypatch.setattr(run_lock, "WAIT_FOR_UNKNOWN_S", 0.1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_bytes(line)
     with open(tmp_path / "run" / ".lock", "a") as other:
@@ -462,7 +462,7 @@ def test_a_lock_whose_holder_cannot_be_seen_refuses_soon(line, named, tmp_path, 
 
 def test_any_process_of_a_run_keeps_others_out_and_its_lock_ends_with_it(tmp_path, monkeypatch):
     """The first process was killed and the second lives on; its lock is exclusive and its own."""
-    monkeypatch.setattr(runs, "WAIT_FOR_UNKNOWN_S", 0.0)
+    monkeypatch.setattr(run_lock, "WAIT_FOR_UNKNOWN_S", 0.0)
     (tmp_path / "run.json").write_text(json.dumps({"status": "unfinished"}))
     with run_lock.lock_run(tmp_path, 1, lambda: None):
         assert run_lock.run_status(tmp_path) == "running"
