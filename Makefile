@@ -1,22 +1,24 @@
-# make demo      everything in a quarter of an hour on two CPU cores: data, training, evaluation, report
-# make test      the whole test suite
-# make train     CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…": one training, here or on SageMaker, as the YAML says;
-#                without ARGS the demo's denoiser, in outputs/train, on the demo's drawings and autoencoder, made first if they are missing
-# make sagemaker-train  the model card's job on SageMaker: shows what it costs and asks (DRY_RUN=1: only shows; YES=1; WAIT=1; ARGS="…")
-# make sagemaker-rehearse  that submission, played through on this machine as two hosts, with an interruption (FRESH=1: fresh environment)
-# make export    MODEL=outputs/demo/unet: compile a model for pictures on a CPU
-# make publish   MODEL=outputs/demo/unet REPO=ORG/NAME: a trained model with its card on the Hugging Face Hub (ARGS="--license …")
-# make space     MODEL=outputs/demo/unet SPACE=ORG/NAME: a page on the Hub where everybody can try the model (MODEL=ORG/MODEL; DRY_RUN=1: only stages)
-# make prove-captions  kill captioning at random moments: nothing lost, nothing made twice
-# make prove-resume    kill training at random moments and resume it: everything equal to an undisturbed run
-# make prove-space     a Space in an environment with its own requirements alone: it starts and draws
-# make load-dashboard  20 sessions click through the dashboard for two minutes: no error, memory within bounds (ARGS="--outputs outputs")
-# make dashboard what the runs in outputs/ look like
-# make screenshots  the dashboard's pages on the runs in outputs/, wide and narrow, light and dark, into outputs/screenshots
-# make clean-caches  what can be made anew (caches, grids' cells, checkpoints of finished runs, sent records): lists it, asks, removes it
-# make lock      pin anew what the requirements bring, after a change of theirs (needs uv)
-# make style     ruff and mypy
-# make bench     the benchmarks (benchmarks/README.md); PEER=PATH/train_text_to_image.py: against diffusers' script as well
+# make demo            run data, training, evaluation and report in a quarter of an hour on two CPU cores
+# make dashboard       show the runs in outputs/
+# make train           run one training, here or on SageMaker: CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…".
+#                      Without ARGS it trains the demo's denoiser in outputs/train, and first makes missing drawings and autoencoder.
+# make export          compile a model for pictures on a CPU: MODEL=outputs/demo/unet
+# make publish         push a trained model with its card to the Hub: MODEL=outputs/demo/unet REPO=ORG/NAME (ARGS="--license …")
+# make space           push a page where everybody can try the model: MODEL=outputs/demo/unet SPACE=ORG/NAME
+#                      (MODEL=ORG/MODEL takes one from the Hub; DRY_RUN=1 only stages the page)
+# make sagemaker-train run the model card's job on SageMaker, after showing its price and asking (DRY_RUN=1, YES=1, WAIT=1, ARGS="…")
+# make clean-caches    list files that can be made anew, ask, and remove them (DRY_RUN=1 only lists)
+#
+# make test            run the test suite
+# make style           run ruff and mypy
+# make bench           run the benchmarks (benchmarks/README.md); PEER=PATH/train_text_to_image.py adds diffusers' script
+# make screenshots     save the dashboard's pages of the runs in outputs/, wide and narrow, light and dark, to outputs/screenshots
+# make lock            pin all packages again after a change of requirements (needs uv)
+# make prove-captions  kill captioning at random moments: no caption is lost or made twice
+# make prove-resume    kill training at random moments and resume it: it equals an undisturbed run
+# make prove-space     start a Space in an environment with only its own requirements, and draw
+# make load-dashboard  click through the dashboard in 20 sessions for two minutes: no error, bounded memory (ARGS="--outputs outputs")
+# make sagemaker-rehearse  play the SageMaker job on this machine as two hosts, with an interruption (FRESH=1: in a fresh environment)
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,7 +29,7 @@ LOCK = $(REQUIREMENTS:.txt=.lock)
 CONFIG ?= accelerate_configs/cpu.yaml
 SCRIPT ?= scripts/train_unet.py
 
-# Python keeps what it compiles of the packages: uv installs sources alone, and every command would compile them anew.
+# Python keeps compiled packages. uv installs only sources, so every command would compile them again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
@@ -36,14 +38,14 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-# Files in their order: xdist would begin with those of many tests, and end with one worker on the longest one.
+# Test files run in their order. By default xdist starts with files of many tests, and ends with one worker on the longest.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The YAML's compute_environment decides where: SageMaker gets a job, any other YAML is accelerate's own.
+# The YAML's compute_environment decides where a training runs: on SageMaker as a job, or here by accelerate.
 yes = $(filter 1 y yes true,$(1))
 SUBMIT = $(if $(call yes,$(DRY_RUN)),--dry_run) $(if $(call yes,$(YES)),--yes) $(if $(call yes,$(WAIT)),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
-# Without ARGS: what the demo trains, from its drawings and its autoencoder.
+# Without ARGS, the demo's training runs, on its drawings and its autoencoder.
 DEMO := outputs/demo
 TRAINS = $(patsubst train_%,%,$(basename $(notdir $(SCRIPT))))
 ifndef ARGS
@@ -130,9 +132,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py $(PEER)
 	$(if $(PEER),$(BIN)/python benchmarks/train.py $(PEER))
 
-# The environment is marked ready at its end: an interrupted install is made anew. The lock holds what everything needs in turn,
-# so nothing is resolved; uv installs it where there is one, else pip. torch has a pin of its own, since its CPU and CUDA builds
-# differ: pip takes the CPU build wherever an index that it knows offers one.
+# The environment is marked ready at the end, so an interrupted install is repeated. The lock holds all packages, so none is
+# resolved. uv installs them if it exists, otherwise pip. torch has its own pin, as its CPU and CUDA builds differ: pip takes
+# the CPU build if one of its indexes offers one.
 $(READY): $(REQUIREMENTS) requirements-train.txt scripts/requirements.txt $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'
 	@echo "installing $(LOCK) and torch into $(VENV): 2 to 6 GB on disk; a minute by uv, two to five by pip"
@@ -145,7 +147,7 @@ $(READY): $(REQUIREMENTS) requirements-train.txt scripts/requirements.txt $(LOCK
 	$(BIN)/python -m pip install --disable-pip-version-check $(shell grep -o '^torch==[0-9.]*' requirements-train.txt)
 	touch $(READY)
 
-# After a change of a pin; needs uv. Packages that only torch's CUDA builds need are left out with it.
+# Run this after a change of a pin; it needs uv. The lock leaves out torch, and packages that only its CUDA builds need.
 CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
         cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit triton
 COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

@@ -1,9 +1,9 @@
-"""List what a working folder holds that can be made anew, with sizes, and remove what you choose.
+"""List files that can be made anew, such as caches, with their sizes, and remove the kinds that you choose.
 
 python scripts/clean_caches.py
 
-Nothing is removed before you have said yes to it. Finished models, metrics, evaluations and samples are never removed, and
-nothing of a run that is at work.
+Nothing is removed before you confirm it. Finished models, metrics, evaluations and samples are never removed. Runs at work
+are left alone.
 """
 
 import json
@@ -25,26 +25,26 @@ from t2i.files import read_object
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
 
-CACHES = ("pixels", "latents", "text")  # what the suite keeps in a cache folder, where others may keep more
+CACHES = ("pixels", "latents", "text")  # the suite's folders in a cache folder, where others may keep more
 Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)
 LOST = {
     "caches": "prepared images, latents and text embeddings; the next training computes them anew",
     "cells": "pictures of the dashboard's grids and reconstructions; the dashboard draws them anew",
     "checkpoints": "checkpoints of finished runs; pipelines stay, but a run cannot be extended or its checkpoints compared",
-    "spools": "records for MLflow that its server has; nothing is lost unless you move to another server",
+    "spools": "records that MLflow's server has taken; nothing is lost unless you move to another server",
 }
 
 
 @dataclass
 class Options:
-    """Where to look, and what to remove without asking."""
+    """Folders to look in, and kinds to remove without asking."""
 
-    outputs: PathText = "outputs"  # folder of run folders
-    cache_dir: PathText = DataConfig().cache_dir  # of the trainings: prepared images, latents, text embeddings
-    # kinds to remove without asking
+    outputs: PathText = "outputs"  # Folder that holds the run folders.
+    cache_dir: PathText = DataConfig().cache_dir  # Folder for prepared images, latents and text embeddings.
+    # Kinds to remove without asking.
     remove: Annotated[list[Kind], Field(max_length=4)] = field(default_factory=list)
-    dry_run: Flag = False  # only list
+    dry_run: Flag = False  # List the files, and remove none.
 
 
 def main() -> None:
@@ -54,16 +54,16 @@ def main() -> None:
         print(f"{run} is at work or cannot be read: it is left alone")
     caches = Path(options.cache_dir).expanduser()
     if busy and caches.is_dir():
-        print(f"{caches} may be in use by it: it is left alone")
+        print(f"{caches} may be in use by that run: it is left alone")
     find: dict[str, Callable[[], list[Path]]] = {
         "caches": lambda: [] if busy else [path for path in (caches / name for name in CACHES) if path.is_dir()],
         "cells": lambda: [path for run in runs for path in (run / "cells", run / "reconstructions") if path.is_dir()],
         "checkpoints": lambda: [path for run in runs if is_finished(run) for path in checkpoint_folders(run)],
         "spools": lambda: [path for run in runs if is_finished(run) and is_sent(run) for path in spool_of(run)],
     }
-    found = {kind: find[kind]() for kind in KINDS}
-    sizes = {path: size_of(path) for paths in found.values() for path in paths}
-    for kind, paths in found.items():
+    removable = {kind: find[kind]() for kind in KINDS}
+    sizes = {path: size_of(path) for paths in removable.values() for path in paths}
+    for kind, paths in removable.items():
         print(f"\n{kind}: {sum(map(sizes.__getitem__, paths)) / 1e6:,.1f} MB ({LOST[kind]})")
         for path in sorted(paths, key=sizes.__getitem__, reverse=True):
             print(f"  {sizes[path] / 1e6:10,.1f} MB  {path}")
@@ -74,7 +74,7 @@ def main() -> None:
         raise UserError(
             f"nobody is here to choose; name what to remove: --remove {' '.join(KINDS)}, or look with --dry_run"
         )
-    for kind, paths in found.items():
+    for kind, paths in removable.items():
         if paths and (kind in options.remove or (not options.remove and said_yes(kind))):
             for path in paths:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
-    """Return the run folders below `outputs`, and those of them that are at work or cannot be read, which must not be touched."""
+    """Return the idle run folders below `outputs`, and those that must not be touched: at work, or unreadable."""
     runs: list[Path] = []
     busy: list[Path] = []
     for file in sorted(outputs.rglob("run.json")):
@@ -96,9 +96,9 @@ def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
 
 
 def is_finished(run: Path) -> bool:
-    """Tell whether a run is finished and its pipeline or VAE is there, so that its checkpoints are not all that it has."""
-    whole = (run / "pipeline" / "model_index.json").is_file() or (run / "vae" / "config.json").is_file()
-    return whole and read_object(run / "run.json").get("status") == "finished"
+    """Return whether a run is finished and has a pipeline or VAE, so that its model outlives its checkpoints."""
+    has_model = (run / "pipeline" / "model_index.json").is_file() or (run / "vae" / "config.json").is_file()
+    return has_model and read_object(run / "run.json").get("status") == "finished"
 
 
 def spool_of(run: Path) -> Iterator[Path]:
@@ -107,7 +107,7 @@ def spool_of(run: Path) -> Iterator[Path]:
 
 
 def is_sent(run: Path) -> bool:
-    """Tell whether the server has all records of a run, and took each."""
+    """Return whether MLflow's server has taken all records of a run."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((run / "mlflow_spool" / "state.json").read_text(encoding="utf-8"))
         return bool(state["offset"] == (run / "mlflow_spool.jsonl").stat().st_size and not state["set_aside"])
@@ -115,13 +115,13 @@ def is_sent(run: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a file or of all files below a folder; links count nothing."""
+    """Return the size of a file, or of all files below a folder, in bytes. Links count as 0."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def said_yes(kind: str) -> bool:
-    """Ask on the terminal."""
+    """Ask on the terminal whether to remove a kind."""
     try:
         return input(f"remove {kind}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D

@@ -1,8 +1,8 @@
-"""accelerate's launcher, which ends as the training that it started: with its exit code, and without a traceback of its own.
+"""Run accelerate's launcher so that it ends as its training does: with the same exit code, and without another traceback.
 
 python scripts/launch_local.py --config_file accelerate_configs/cpu.yaml scripts/train_unet.py …
 
-On Ctrl-C it waits until the training has saved a checkpoint; `accelerate launch` itself ends at once.
+On Ctrl-C it waits until the training has saved a checkpoint. `accelerate launch` itself would end at once.
 """
 
 import signal
@@ -12,29 +12,30 @@ from typing import Any
 
 import psutil
 
-EXIT_STOPPED = 75  # as in t2i.training.stopping, which this file, started by its path, does not import
+EXIT_STOPPED = 75  # the same as in t2i.training.stopping, which this file cannot import (see main)
 
 
 def main() -> None:
-    sys.path.pop(0)  # this file's folder, whose modules have common names
+    # accelerate is imported after this file's folder has left the path, as modules there have common names.
+    sys.path.pop(0)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     options = launch_command_parser().parse_args()
-    options.quiet = False  # quiet, it would hide the exit code
+    options.quiet = False  # --quiet would hide the exit code
     signal.signal(signal.SIGINT, pass_on)
     try:
         launch_command(options)
     except subprocess.CalledProcessError as error:
         raise SystemExit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
     except Exception as error:
-        # torch's launcher for several processes raises it once it has passed a signal on.
+        # torch's launcher of several processes raises it after it has passed a signal on.
         if type(error).__name__ != "SignalException":
             raise
         raise SystemExit(EXIT_STOPPED) from None
 
 
 def pass_on(number: int, frame: Any) -> None:
-    """Send a signal on to the training, unless a terminal has sent it to all."""
+    """Send a signal on to the training, unless the terminal has sent it to all processes."""
     if not sys.stdin.isatty():
         for process in psutil.Process().children():
             process.send_signal(number)

@@ -1,11 +1,11 @@
-"""Run a whole recipe: data, autoencoder, denoiser, evaluation, report. `make demo` is this with the recipe `demo`.
+"""Run all stages of a recipe: data, autoencoder, denoiser, evaluation, report. `make demo` runs the recipe `demo`.
 
 python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-Each stage is one of the commands that the README names, printed before it runs. A finished stage is reused. Settings that
+Each stage is a command that you can run yourself. It is printed before it runs. Finished stages are reused. Settings that
 cannot work together are refused before the first stage.
 
-Any key of the recipe can be given as --SECTION.KEY, such as --train_unet.max_train_steps 20; sections are data, vae, unet,
+Any key of the recipe can be set by --SECTION.KEY, such as --train_unet.max_train_steps 20. The sections are data, vae, unet,
 train_vae, train_unet and evaluate.
 """
 
@@ -30,8 +30,10 @@ from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
 from t2i.runs import own_checkpoint
 
+# t2i.data, t2i.hub and transformers are imported in functions: they take seconds, and most runs do without them.
 SCRIPTS = Path(__file__).parent
-SECTIONS = ("data", "vae", "unet", "train_vae", "train_unet", "evaluate")  # that a stage reads
+SECTIONS = ("data", "vae", "unet", "train_vae", "train_unet", "evaluate")  # the sections that stages read
+# Options of the stages that run_recipe.py sets itself, and what to do instead of setting them.
 SET_HERE = {
     "output_dir": "give --output_dir",
     "dataset": "give --dataset",
@@ -40,24 +42,24 @@ SET_HERE = {
     "model": "leave it out",
     "dry_run": "leave it out",
 }
-RESUMABLE = (130, 75)  # exit codes of a stage after Ctrl-C: before the first step, and with a checkpoint saved
+RESUMABLE = (130, 75)  # exit codes of a stage after Ctrl-C: before its first step, and after saving a checkpoint
 
 
 @dataclass
 class Options:
-    """The run."""
+    """The recipe, and where it runs."""
 
-    config: str = "demo"  # recipe: a YAML file, or the name of one in scripts/recipes
-    output_dir: LocalPath = "outputs/demo"  # everything goes below it
-    # Hub id, dataset folder or imagefolder; None: flowers are drawn
+    config: str = "demo"  # Recipe: a YAML file, or the name of one in scripts/recipes.
+    output_dir: LocalPath = "outputs/demo"  # Folder for the results of all stages.
+    # Data set: a Hub id, a dataset folder or an imagefolder. None: flowers are drawn.
     dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
-    # machine, processes and precision of the trainings; None: this CPU, the denoiser in bf16 if it computes in it
+    # accelerate's YAML for the trainings. None: this CPU, and bf16 for the denoiser if the CPU computes in it.
     accelerate_config: PathText | None = None
 
 
 def main() -> None:
-    own, overrides = take_overrides(sys.argv[1:])
-    options = check_options(parse_options(Options, __doc__ or "", own))
+    plain_words, overrides = take_overrides(sys.argv[1:])
+    options = check_options(parse_options(Options, __doc__ or "", plain_words))
     recipe = load_recipe(options.config)
     for section, words in overrides.items():
         override(recipe, section, [word for option in words for word in option])
@@ -73,17 +75,17 @@ def main() -> None:
     config = options.accelerate_config or str(SCRIPTS.parent / "accelerate_configs" / "cpu.yaml")
     quiet_launcher(config)
     if options.dataset and not (vae / "run.json").is_file():
-        from t2i.data.preparing import load_splits  # imports torch
+        from t2i.data.preparing import load_splits
 
-        # The autoencoder needs no captions: what lacks them is refused before its hours.
+        # The autoencoder needs no captions. A data set without captions is refused before its hours of training.
         load_splits(replace(recipe.data, dataset=dataset), say=lambda _: None)
     changed = options_of(overrides, "data", "vae", "train_vae")
     training = launch([config], "train_vae.py", *common, "--output_dir", str(vae), *changed)
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
     set_already = options.accelerate_config or recipe.train_unet.mixed_precision
-    half = [] if set_already or not computes_in_bf16() else ["--mixed_precision", "bf16"]
+    bf16 = [] if set_already or not computes_in_bf16() else ["--mixed_precision", "bf16"]
     changed = options_of(overrides, "data", "vae", "unet", "train_unet", without=("vae", "vae_revision"))
-    training = launch([config, *half], "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet), *changed)
+    training = launch([config, *bf16], "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet), *changed)
     stage("train_unet", "caching, then training the denoiser", training, folder, unet / "run.json")
     changed = options_of(overrides, "data", "evaluate")
     evaluation = python("evaluate_checkpoints.py", *common, "--model", str(unet), *changed)
@@ -95,32 +97,36 @@ def main() -> None:
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]]]]:
-    """The command line without its options `--section.key`, and these by section, each as the section's script takes it.
+    """Separate the options `--section.key` from a command line.
 
-    Raises `UserError` for a section that no stage has, and for what run_recipe.py sets itself.
+    Returns:
+        The other words; and the options of each section, as the section's script takes them.
+
+    Raises:
+        UserError: no stage has the section, or run_recipe.py sets the option itself.
     """
-    own: list[str] = []
+    plain_words: list[str] = []
     overrides: dict[str, list[list[str]]] = {}
     for word, values, typed in typed_options(argv):
         section, dot, key = plain_option(word).partition(".")
         if not dot or not word.startswith("--"):
-            own += typed
+            plain_words += typed
             continue
         known_key(section, dict.fromkeys(SECTIONS), f"section of option {word}")
         if key in SET_HERE:
             raise UserError(f"{word}: run_recipe.py sets it for each stage; {SET_HERE[key]}")
         overrides.setdefault(section, []).append([f"--{key}", *values])
-    return own, overrides
+    return plain_words, overrides
 
 
 def options_of(overrides: dict[str, list[list[str]]], *sections: str, without: tuple[str, ...] = ()) -> list[str]:
-    """The words of the overrides of some sections, for the script that reads them."""
+    """Return the words of the overrides of some sections, for the script that reads these sections."""
     options = (words for section in sections for words in overrides.get(section, []))
     return [word for words in options if plain_option(words[0]) not in without for word in words]
 
 
 def check_stages(recipe: Recipe, options: Options) -> None:
-    """Refuse now what a later stage would refuse after the hours of the earlier ones."""
+    """Refuse settings now that a later stage would refuse hours later."""
     check_vae(recipe)
     check_unet(recipe)
     if options.dataset or recipe.data.dataset:
@@ -160,34 +166,50 @@ def check_stages(recipe: Recipe, options: Options) -> None:
 
 
 def python(script: str, *arguments: str) -> list[str]:
+    """Return the command that runs a script of this folder."""
     return [sys.executable, str(SCRIPTS / script), *arguments]
 
 
 def launch(config: list[str], script: str, *arguments: str) -> list[str]:
-    """The command that trains by an accelerate config, to which options of the launcher may be added."""
+    """Return the command that launches a training by an accelerate config.
+
+    Args:
+        config: the config's path, and further options of the launcher.
+        script: the training script's name.
+        arguments: the script's arguments.
+    """
     accelerate = [sys.executable, str(SCRIPTS / "launch_local.py"), "--config_file", *config]
     return [*accelerate, str(SCRIPTS / script), *arguments]
 
 
 def computes_in_bf16() -> bool:
-    """Whether the processor has instructions for bf16, without which it is slower than fp32. Only Linux tells."""
-    told = Path("/proc/cpuinfo")
-    flags = set(told.read_text(encoding="utf-8").split()) if told.is_file() else set()
+    """Return whether the processor has instructions for bf16. Without them bf16 is slower than fp32. Only Linux tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def quiet_launcher(config: str) -> None:
-    """Say on a CPU what accelerate's launcher would otherwise remark on at each stage: threads a process, and no GPU."""
+    """Set the variables on a CPU that accelerate's launcher would otherwise warn about at each stage."""
     path = Path(config)
     if path.is_file() and "use_cpu: true" in path.read_text(encoding="utf-8"):
-        os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))  # what it takes itself
+        os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))  # the launcher's own choice
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def stage(name: str, title: str, command: list[str], folder: Path, marker: Path) -> None:
-    """Run a stage, its output on this terminal; keep its seconds in stages.json if it did work, which `marker` tells.
+    """Run a stage, with its output on this terminal.
 
-    Ends this run when the stage fails, and after Ctrl-C once the stage has saved what it has.
+    Args:
+        name: the stage's name in stages.json, which gets its seconds if the stage did any work.
+        title: what the stage does, for the user.
+        command: the command of the stage.
+        folder: the folder of stages.json.
+        marker: a file that the stage writes if it does any work.
+
+    Raises:
+        SystemExit: the stage was interrupted, and has saved its state.
+        UserError: the stage has failed.
     """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     before = marker.stat().st_mtime_ns if marker.is_file() else None
@@ -198,7 +220,7 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
         raise SystemExit(code)
     if code:
         raise UserError(
-            f"{title} ended with exit code {code}; fix what it said above and run the same command again: finished stages are kept"
+            f"{title} ended with exit code {code}; fix the error above and run the same command again: finished stages are kept"
         )
     if marker.is_file() and marker.stat().st_mtime_ns != before:
         stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
@@ -206,13 +228,16 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
 
 
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
-    """The exit code of a stage. Ctrl-C does not end this process before: the terminal sends it to the stage as well, which saves."""
+    """Wait for a stage and return its exit code.
 
-    def passed(number: int, frame: Any) -> None:
-        if not sys.stdin.isatty():  # sent to this process alone
+    Ctrl-C does not end this process first. The stage gets the signal too, and saves its state.
+    """
+
+    def pass_on(number: int, frame: Any) -> None:
+        if not sys.stdin.isatty():  # a terminal sends it to the stage as well
             process.send_signal(number)
 
-    before = signal.signal(signal.SIGINT, passed)
+    before = signal.signal(signal.SIGINT, pass_on)
     try:
         return process.wait()
     finally:
@@ -220,7 +245,7 @@ def wait_for(process: "subprocess.Popen[bytes]") -> int:
 
 
 def make_report(folder: Path) -> dict[str, Any]:
-    """What the stages found, in one file; a reused stage counts with the time and memory of the run that did its work."""
+    """Return the results of all stages. A reused stage has the time and memory of the run that did its work."""
     vae, unet = read_json(folder / "vae" / "run.json"), read_json(folder / "unet" / "run.json")
     evaluation = read_json(folder / "unet" / "evaluation" / "run.json")
     return {
@@ -234,17 +259,17 @@ def make_report(folder: Path) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any], folder: Path) -> None:
-    """The results in short, where the pictures are, and the command that opens the dashboard."""
+    """Print the main results, the paths of pictures and pipeline, and the command that opens the dashboard."""
     print("\n== results")
     for name, value in report["seconds"].items():
         print(f"  {name:<28}{value / 60:8.1f} min")
     print(f"  {'peak memory':<28}{report['peak_rss_bytes'] / 1e9:8.2f} GB")
     print(f"  {'VAE on validation':<28}{report['vae']['psnr_db']:8.2f} dB")
     print(f"  {'chosen guidance scale':<28}{report['guidance_scale']:8.1f}")
-    print(f"  {'reads off the pictures':<28}{'right':>8}   classifier alone")
+    print(f"  {'attributes as prompted':<28}{'share':>8}   accuracy of the classifier that reads them")
     for name, share in (report["prompt_following"] or {}).items():
-        known = report["probe_accuracy"].get(name)
-        print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{known:.1%}' if known is not None else ''}")
+        probe = report["probe_accuracy"].get(name)
+        print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{probe:.1%}' if probe is not None else ''}")
     if report["memorisation"]:
         print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
     print(f"\npictures: {folder / 'unet' / 'evaluation'}/*.png   report: {folder / 'report.json'}")

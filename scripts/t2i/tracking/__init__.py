@@ -1,1 +1,1 @@
-"""Metrics: recorded in MLflow, read back as curves."""
+"""Metrics of runs: recorded in MLflow, and read back as curves."""

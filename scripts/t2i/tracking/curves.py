@@ -1,6 +1,6 @@
-"""Metrics over training of many runs, from run folders and from MLflow, thinned to what a chart can show.
+"""Curves of many runs, read from run folders and from MLflow, and thinned to what a chart can show.
 
-Imports no torch, and MLflow only to speak with a server. Nothing is written.
+Imports no torch, and MLflow only to query a server. Nothing is written.
 """
 
 import json
@@ -26,12 +26,12 @@ from t2i.tracking.addresses import database_file, resolve_uri, uses_proxy
 from t2i.tracking.mlflow_client import explain, import_mlflow
 from t2i.tracking.spool import SPOOL_FILE
 
-POINTS = 500  # of a curve, at most: more than a chart has columns of pixels for each line that an eye can follow
-CONNECT_S = 2.0  # a server that does not take a connection in this time is called down
-REQUESTS_AT_ONCE = 4  # at an MLflow server that others use as well
-CACHE_KIB = 256 * 1024  # of a SQLite store, while it is read
-READ_AHEAD_RUNS = 20  # with fewer, single pages are less to read than all
-READ_AHEAD_BYTES = 1 << 30  # of a larger store, its beginning
+POINTS = 500  # maximum per curve; a chart has fewer columns of pixels for each line that an eye can follow
+CONNECT_S = 2.0  # seconds after which a server that takes no connection is reported as down
+REQUESTS_AT_ONCE = 4  # Others use the MLflow server as well.
+CACHE_KIB = 256 * 1024  # memory for a SQLite store while it is read
+READ_AHEAD_RUNS = 20  # For fewer runs, reading single pages is faster than reading the full store.
+READ_AHEAD_BYTES = 1 << 30  # Of a larger store only the beginning is read ahead.
 MLFLOW_INFINITY = 1.79e308  # MLflow's databases keep infinity as the largest float
 
 
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run in an MLflow store; status in MLflow's words ("RUNNING", "FINISHED", "FAILED", "KILLED")."""
+    """A run in an MLflow store. Its status is MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED"."""
 
     run_id: str
     name: str
@@ -58,25 +58,34 @@ class StoredRun:
 
 
 def make_curve(steps: ArrayLike, times: ArrayLike, values: ArrayLike) -> Curve:
-    """A curve of raw points [n] each: NaN and infinity dropped, by step, of a step made twice the later record alone.
+    """Return a curve of raw points, sorted by step, without NaN and infinity.
 
-    A training that goes on from a checkpoint makes the steps after it again: those are the ones that count.
+    Of a repeated step the later record is kept: a training that resumes from a checkpoint repeats the steps after it.
+
+    Args:
+        steps: step of each point [n].
+        times: time of each point [n] in Unix seconds; NaN if unknown.
+        values: value of each point [n].
     """
     step, time, value = (np.asarray(column, dtype=np.float64) for column in (steps, times, values))
-    kept = np.isfinite(step) & (np.abs(value) < MLFLOW_INFINITY)  # comparing drops NaN too
+    kept = np.isfinite(step) & (np.abs(value) < MLFLOW_INFINITY)  # The comparison drops NaN too.
     step, time, value = step[kept], time[kept], value[kept]
     if np.any(np.diff(step) <= 0):
         order = np.argsort(step, kind="stable")
-        order = order[np.append(np.diff(step[order]) > 0, True)]  # the last of equal steps
+        order = order[np.append(np.diff(step[order]) > 0, True)]  # keeps the last of equal steps
         step, time, value = step[order], time[order], value[order]
     return Curve(step.astype(np.int64), time, value)
 
 
 def thin(curve: Curve, points: int = POINTS) -> Curve:
-    """At most `points` (4 or more) of a curve's own points: the first, the last, and of each bucket lowest and highest.
+    """Thin a curve: keep its first and last point, and the lowest and highest point of each bucket of neighbours.
 
-    Buckets are runs of equally many neighbours. Lowest and highest are kept, rather than what LTTB chooses, because a
-    loss's single spike is what one looks for, and LTTB may drop it beside a larger one; both are one pass over arrays.
+    LTTB, the usual choice, may drop a single spike beside a larger one, and spikes of a loss are what users look for. Both
+    ways take one pass over the arrays.
+
+    Args:
+        curve: the curve.
+        points: maximum number of points to keep, at least 4.
     """
     count = len(curve)
     if count <= points:
@@ -91,28 +100,31 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
 
 
 def smooth(curve: Curve, weight: float) -> Curve:
-    """Exponential moving average of the values, debiased: m_t = w m_{t-1} + (1 - w) x_t, shown as m_t / (1 - w^t).
+    """Smooth the values by a debiased exponential moving average: m_t = w m_{t-1} + (1 - w) x_t, shown as m_t / (1 - w^t).
 
-    weight: 0 (as it is) to below 1. The debiasing is Adam's (Kingma & Ba 2015, section 3): without it a curve starts
-    at zero.
+    The debiasing is Adam's (Kingma & Ba 2015, section 3). Without it a curve would start at zero.
+
+    Args:
+        curve: the curve.
+        weight: w in [0, 1); 0 returns the curve unchanged.
     """
     if not 0 <= weight < 1:
         raise ValueError(f"a smoothing weight is at least 0 and below 1, not {weight}")
     if weight == 0 or not len(curve):
         return curve
-    # In the order that never overflows: both shares are below 1. Python's floats, as one loop over NumPy's is slower.
+    # Both weights are below 1, so nothing overflows. A loop over Python's floats is faster than one over NumPy's.
     averages = list(accumulate(curve.values.tolist(), lambda m, x: weight * m + (1 - weight) * x, initial=0.0))[1:]
-    seen = 1 - weight ** np.arange(1, len(curve) + 1, dtype=np.float64)
-    return Curve(curve.steps, curve.times, np.asarray(averages) / seen)
+    debias = 1 - weight ** np.arange(1, len(curve) + 1, dtype=np.float64)
+    return Curve(curve.steps, curve.times, np.asarray(averages) / debias)
 
 
 # --- Run folders -----------------------------------------------------------------------------------------------------
 
 
 def read_folder(run: Path) -> dict[str, Curve]:
-    """The metrics of a run folder: name -> curve. {} where there are none; torn lines are skipped.
+    """Return the curves of a run folder: metric -> curve. Torn lines are skipped.
 
-    metrics.jsonl has no times; they are those of the same records for MLflow, where the run was tracked.
+    metrics.jsonl has no times. If the run was tracked, they come from the same records in the spool for MLflow.
     """
     times = {
         (key, record.get("step")): record["time"] / 1000
@@ -135,7 +147,7 @@ def read_folder(run: Path) -> dict[str, Curve]:
 def _json_lines(file: Path, containing: str = "") -> Iterator[dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # none yet, or deleted between listing and reading
+    except OSError:  # the file does not exist yet, or was deleted after listing
         return
     for line in text.split("\n"):
         if containing not in line:
@@ -143,13 +155,13 @@ def _json_lines(file: Path, containing: str = "") -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # torn by the death of a run
+            continue  # a run died while it wrote this line
         if isinstance(row, dict):
             yield row
 
 
 def _is_number(value: Any) -> bool:
-    """A number that a float and an int64 can hold."""
+    """Return whether a value is a number that a float and an int64 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and (value != value or abs(value) < 2**62)
 
 
@@ -157,32 +169,32 @@ def _is_number(value: Any) -> bool:
 
 
 def shown_uri(uri: str | None = None) -> str:
-    """The store that is read (MLFLOW_TRACKING_URI where none is given), without a password."""
+    """Return the URI of the store without its password. None means MLFLOW_TRACKING_URI, else the default."""
     return redact(resolve_uri(uri))
 
 
 def is_file_store(uri: str | None = None) -> bool:
-    """Whether the store is a SQLite file, which is read at once; a server is better asked beside the page."""
+    """Return whether the store is a SQLite file, which is read at once. A page should query a server in a thread."""
     return database_file(resolve_uri(uri)) is not None
 
 
 def store_stamp(uri: str | None = None) -> tuple[tuple[int, int], ...]:
-    """What changes when a SQLite store is written to; () for a server."""
+    """Return a value that changes when a SQLite store is written to; () for a server."""
     file = database_file(resolve_uri(uri))
     stamps = []
     for part in (file, file.with_name(f"{file.name}-wal")) if file else ():
         try:
             stamps.append((part.stat().st_mtime_ns, part.stat().st_size))
-        except OSError:  # no write-ahead log, or no store
+        except OSError:  # the store or its write-ahead log does not exist
             stamps.append((0, 0))
     return tuple(stamps)
 
 
 def list_stored_runs(uri: str | None = None) -> list[StoredRun]:
-    """The runs of an MLflow store that are not deleted and have metrics, the newest first.
+    """Return the runs of an MLflow store that have metrics and are not deleted, the newest first.
 
     Raises:
-        UserError: the store is missing, down or none of MLflow's.
+        UserError: the store is missing, down, or not MLflow's.
     """
     uri = resolve_uri(uri)
     file = database_file(uri)
@@ -190,25 +202,25 @@ def list_stored_runs(uri: str | None = None) -> list[StoredRun]:
         return _sqlite_runs(file)
     with _server(uri) as client:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found, page = [], None
+        runs, page = [], None
         while experiments:
-            runs = client.search_runs(experiments, max_results=1000, page_token=page, order_by=["start_time DESC"])
-            found += runs
-            page = runs.token
+            reply = client.search_runs(experiments, max_results=1000, page_token=page, order_by=["start_time DESC"])
+            runs += reply
+            page = reply.token
             if not page:
                 break
     stored = [
         StoredRun(run.info.run_id, run.info.run_name or "", run.info.status, tuple(sorted(run.data.metrics)))
-        for run in found
+        for run in runs
     ]
     return [run for run in stored if run.metrics]
 
 
 def read_stored(run_ids: Sequence[str], metric: str, uri: str | None = None) -> Iterator[tuple[str, Curve]]:
-    """The curve of one metric of each run that has it, one after another as they arrive: (run id, curve).
+    """Yield (run id, curve) for each run that has the metric, as the curves arrive.
 
     Raises:
-        UserError: the store is missing, down or none of MLflow's.
+        UserError: the store is missing, down, or not MLflow's.
     """
     uri = resolve_uri(uri)
     file = database_file(uri)
@@ -228,16 +240,16 @@ def read_stored(run_ids: Sequence[str], metric: str, uri: str | None = None) -> 
                 if len(curve):
                     yield run_id, curve
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what is no longer wanted
+            pool.shutdown(wait=False, cancel_futures=True)  # drops the requests that are no longer needed
 
 
 @contextmanager
 def _server(uri: str) -> Iterator[Any]:
-    """A client of an MLflow server; whatever goes wrong with it becomes one sentence."""
+    """Yield a client of an MLflow server. Any error of it becomes a `UserError`."""
     parts = urlsplit(uri)
     name = redact(uri)
     if parts.scheme in ("http", "https") and not uses_proxy(uri):
-        try:  # MLflow itself would try a dead host for a minute
+        try:  # MLflow itself would retry a dead host for a minute
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
         except (OSError, ValueError) as error:
@@ -246,16 +258,16 @@ def _server(uri: str) -> Iterator[Any]:
             ) from None
     try:
         yield import_mlflow().MlflowClient(tracking_uri=uri)
-    except Exception as error:  # of MLflow, of requests, of a database's driver
-        why, known = explain(error, uri)[0], redact(str(error)).strip().split("\n")[0][:200]
+    except Exception as error:  # MLflow, requests and the drivers of databases raise many types
+        why, line = explain(error, uri)[0], redact(str(error)).strip().split("\n")[0][:200]
         if not why.startswith("does not take"):
             raise UserError(f"MLflow at {name} cannot be read: {redact(why)}") from None
-        raise UserError(f"MLflow at {name} cannot be read ({known}); start it or fix MLFLOW_TRACKING_URI") from None
+        raise UserError(f"MLflow at {name} cannot be read ({line}); start it or fix MLFLOW_TRACKING_URI") from None
 
 
 @contextmanager
 def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
-    """MLflow's database, opened to read alone; whatever is wrong with it becomes one sentence."""
+    """Yield MLflow's database, opened read-only. Any error of it becomes a `UserError`."""
     if not file.is_file():
         raise UserError(
             f"{file} is missing; train a run with MLflow, or set MLFLOW_TRACKING_URI to where your runs are"
@@ -263,8 +275,8 @@ def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
     try:
         store = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=5)
         try:
-            # Points of runs that trained at the same time lie mixed: with SQLite's usual 2 MB each page of the file is
-            # fetched many times (twice the seconds). Memory is taken as pages come, and given back at the close.
+            # The points of runs that trained at the same time are interleaved. With SQLite's usual 2 MB of cache each page
+            # of the file is fetched many times, which takes twice as long. Closing the store frees the memory.
             store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             yield store
         finally:
@@ -287,7 +299,7 @@ def _sqlite_runs(file: Path) -> list[StoredRun]:
 
 
 def _read_ahead(file: Path) -> None:
-    """Bring a store into the system's memory from end to end; SQLite asks for single pages here and there, slowly."""
+    """Read a store once from start to end into the system's cache, as SQLite's reads of scattered pages are slow."""
     block = bytearray(1 << 22)
     with suppress(OSError), open(file, "rb", buffering=0) as store:
         for _ in range(READ_AHEAD_BYTES // len(block)):
@@ -296,30 +308,30 @@ def _read_ahead(file: Path) -> None:
 
 
 def _sqlite_curves(file: Path, run_ids: Sequence[str], metric: str) -> Iterator[tuple[str, Curve]]:
-    """SQL, where MLflow's client would make an object of each of a million points (about 10 s instead of 1)."""
+    """Yield curves by SQL. MLflow's client makes an object per point: about 10 s instead of 1 for a million points."""
     point = [("step", "f8"), ("time", "f8"), ("value", "f8")]
     if len(run_ids) >= READ_AHEAD_RUNS:
         threading.Thread(target=_read_ahead, args=(file,), daemon=True).start()
     with _sqlite(file) as store:
         for run_id in run_ids:
-            rows = store.execute(  # MLflow's index on (run_uuid, key, step) gives them by step
+            rows = store.execute(  # MLflow's index on (run_uuid, key, step) sorts them
                 "SELECT step, timestamp, value FROM metrics WHERE run_uuid = ? AND key = ? AND is_nan = 0 ORDER BY step",
                 (run_id, metric),
             )
             points = np.fromiter(rows, dtype=point)
-            if np.any(np.diff(points["step"]) == 0):  # of a step made twice the later one counts
+            if np.any(np.diff(points["step"]) == 0):  # the later record of a repeated step comes last
                 points = points[np.lexsort((points["time"], points["step"]))]
             curve = make_curve(points["step"], points["time"] / 1000, points["value"])
             if len(curve):
                 yield run_id, curve
 
 
-# --- Beside the page -------------------------------------------------------------------------------------------------
+# --- Reading in a thread ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Loading:
-    """An iteration that goes on in a thread of its own, so that a page can show what is there so far."""
+    """An iteration that runs in a thread, so that a page can show what has arrived so far."""
 
     found: dict[Any, Any] = field(default_factory=dict)
     error: str = ""
@@ -328,7 +340,7 @@ class Loading:
 
     @classmethod
     def start(cls, pairs: Iterator[tuple[Any, Any]]) -> "Loading":
-        """Collect (key, value) pairs; a UserError ends it with its sentence in `error`."""
+        """Start collecting (key, value) pairs. A `UserError` ends it and leaves its message in `error`."""
         loading = cls()
 
         def work() -> None:
@@ -339,7 +351,7 @@ class Loading:
                     loading.found[key] = value
             except UserError as error:
                 loading.error = str(error)
-            except Exception as error:  # of a reply that no one foresaw: it must not leave a page waiting
+            except Exception as error:  # an unforeseen reply must not leave a page waiting
                 loading.error = f"MLflow's answer cannot be read ({type(error).__name__})"
             finally:
                 loading.done.set()
