@@ -7,7 +7,7 @@
 # make space           push a page where everybody can try the model: MODEL=outputs/demo/unet SPACE=ORG/NAME
 #                      (MODEL=ORG/MODEL takes one from the Hub; DRY_RUN=1 only stages the page)
 # make sagemaker-train run the model card's job on SageMaker, after showing its price and asking (DRY_RUN=1, YES=1, WAIT=1, ARGS="…")
-# make clean-caches    list files that can be made anew, ask, and remove them (DRY_RUN=1 only lists)
+# make clean-caches    list files that can be made again, ask, and remove them (DRY_RUN=1 only lists)
 #
 # make test            run the test suite
 # make style           run ruff and mypy

@@ -1,9 +1,9 @@
-"""List files that can be made anew, such as caches, with their sizes, and remove the kinds that you choose.
+"""List files that can be made again, such as caches, with their sizes, and remove the kinds that you choose.
 
 python scripts/clean_caches.py
 
-Nothing is removed before you confirm it. Finished models, metrics, evaluations and samples are never removed. Runs at work
-are left alone.
+Nothing is removed before you confirm it. Finished models, metrics, evaluations and samples are never removed. Runs at
+work are left alone.
 """
 
 import json
@@ -29,8 +29,8 @@ CACHES = ("pixels", "latents", "text")  # the suite's folders in a cache folder,
 Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)
 LOST = {
-    "caches": "prepared images, latents and text embeddings; the next training computes them anew",
-    "cells": "pictures of the dashboard's grids and reconstructions; the dashboard draws them anew",
+    "caches": "prepared images, latents and text embeddings; the next training computes them again",
+    "cells": "pictures of the dashboard's grids and reconstructions; the dashboard draws them again",
     "checkpoints": "checkpoints of finished runs; pipelines stay, but a run cannot be extended or its checkpoints compared",
     "spools": "records that MLflow's server has taken; nothing is lost unless you move to another server",
 }

@@ -1,4 +1,4 @@
-"""Run accelerate's launcher so that it ends as its training does: with the same exit code, and without another traceback.
+"""Run accelerate's launcher, but end as the training does: with its exit code, and without a second traceback.
 
 python scripts/launch_local.py --config_file accelerate_configs/cpu.yaml scripts/train_unet.py …
 

@@ -2,11 +2,11 @@
 
 python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-Each stage is a command that you can run yourself. It is printed before it runs. Finished stages are reused. Settings that
-cannot work together are refused before the first stage.
+Each stage is a command that you can run yourself. It is printed before it runs. Finished stages are reused. Settings
+that cannot work together are refused before the first stage.
 
-Any key of the recipe can be set by --SECTION.KEY, such as --train_unet.max_train_steps 20. The sections are data, vae, unet,
-train_vae, train_unet and evaluate.
+Any key of the recipe can be set by --SECTION.KEY, such as --train_unet.max_train_steps 20. The sections are data, vae,
+unet, train_vae, train_unet and evaluate.
 """
 
 import importlib.util
@@ -183,7 +183,7 @@ def launch(config: list[str], script: str, *arguments: str) -> list[str]:
 
 
 def computes_in_bf16() -> bool:
-    """Return whether the processor has instructions for bf16. Without them bf16 is slower than fp32. Only Linux tells."""
+    """Return whether the CPU has instructions for bf16, which is slower than fp32 without them. Only Linux tells."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
@@ -220,7 +220,8 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
         raise SystemExit(code)
     if code:
         raise UserError(
-            f"{title} ended with exit code {code}; fix the error above and run the same command again: finished stages are kept"
+            f"{title} ended with exit code {code}; fix the error above and run the same command again: "
+            "finished stages are kept"
         )
     if marker.is_file() and marker.stat().st_mtime_ns != before:
         stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}

@@ -170,10 +170,10 @@ def test_loading_goes_on_beside_and_shows_what_is_there():
 
     loading = Loading.start(pairs())
     assert not loading.done.wait(0.1)
-    assert loading.found == {"a": 1}
+    assert loading.results == {"a": 1}
     gate.set()
     assert loading.done.wait(10)
-    assert (loading.found, loading.error) == ({"a": 1, "b": 2}, "no more")
+    assert (loading.results, loading.error) == ({"a": 1, "b": 2}, "no more")
 
 
 def test_nothing_is_written(store, tmp_path):

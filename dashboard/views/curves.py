@@ -123,7 +123,7 @@ def show_stored() -> None:
     loading = server_curves(uri, chosen, options["metrics"], running())
 
     def so_far() -> tuple[dict[Key, Curve], str]:
-        found = dict(loading.found)
+        found = dict(loading.results)
         if loading.error:
             return found, loading.error
         return found, "" if loading.done.is_set() else f"{len(found)} curves have arrived; more are on their way"
@@ -155,7 +155,7 @@ def stored_runs(uri: str) -> list[StoredRun] | None:
     if loading.error:
         del st.session_state["_listing"]  # the next look asks again
         raise UserError(loading.error)
-    return list(loading.found.values())
+    return list(loading.results.values())
 
 
 def _listing() -> Iterator[tuple[str, StoredRun]]:

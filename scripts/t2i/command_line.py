@@ -1,4 +1,4 @@
-"""Command lines: the options of a dataclass, and the words of a command line that is not parsed yet. Imports no torch."""
+"""Command lines: parsed into dataclasses, or taken apart into words. Imports no torch."""
 
 import dataclasses
 import os
@@ -17,8 +17,8 @@ T = TypeVar("T")
 def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Parse the command line into the dataclass `cls`. Nested dataclasses become groups of options without a prefix.
 
-    A list option that is given several times collects all values. Of any other option the last value holds, and the user is
-    told. Exits with code 2 on an unknown option, and names the nearest one. `check_options` checks the ranges.
+    A repeated list option collects all values. Of any other repeated option the last value holds, and a note is
+    printed. Exits with code 2 on an unknown option, and names the nearest one. `check_options` checks the ranges.
 
     Args:
         cls: a dataclass; the comment of each field is its help text.
@@ -38,14 +38,14 @@ def check_options(options: T) -> T:
 
 
 def collect_lists(cls: type, argv: list[str]) -> list[str]:
-    """Return the command line with each list option once, with its values of all places in order. tyro keeps only the last."""
+    """Return the command line with repeated list options merged into one, as tyro keeps only the last of them."""
     options = _options(cls)
     collected: list[str] = []
     ends: dict[str, int] = {}  # list option -> where in `collected` its values end
     first_typed: dict[str, str] = {}  # option -> its first value, as typed
     for word, values, words in typed_options(argv):
         if any("\ud800" <= letter <= "\udfff" for text in (word, *values) for letter in text):
-            raise UserError(f"{word[:40]!r} holds bytes that are not UTF-8; type the text anew, in a UTF-8 terminal")
+            raise UserError(f"{word[:40]!r} holds bytes that are not UTF-8; type the text again, in a UTF-8 terminal")
         name, is_list = options.get(plain_option(word), ("", False))
         if name in ends:
             end = ends[name]

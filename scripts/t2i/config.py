@@ -1,7 +1,8 @@
 """Settings of all scripts: defaults <- recipe <- command line. Imports no torch, so that `--help` answers at once.
 
-A recipe is a YAML file with the sections of `Recipe`. The comment behind or above a field is the help text of its option.
-Names are those of diffusers' training scripts. Where ours differ, theirs are accepted or answered (`t2i.from_diffusers`).
+A recipe is a YAML file with the sections of `Recipe`. The comment behind or above a field is the help text of its
+option. Names are those of diffusers' training scripts. Where ours differ, theirs are accepted or answered
+(`t2i.from_diffusers`).
 """
 
 import dataclasses
@@ -199,7 +200,7 @@ class TrainConfig:
     validation_steps: Count = 500  # Updates between validations.
     checkpointing_steps: Count = 500  # Updates between checkpoints.
     checkpoints_total_limit: Count | None = None  # Number of newest checkpoints to keep. None: all.
-    # latest, or the checkpoint to resume from. None: start anew, which is refused if the run folder holds checkpoints.
+    # latest, or the checkpoint to resume from. None: a new run, which is refused if the run folder holds checkpoints.
     resume_from_checkpoint: str | None = "latest"
     max_nonfinite_steps: Natural = 0  # Updates with a non-finite loss or gradient to skip before the run ends.
     logging_steps: Count = 10  # Updates between logged losses.
@@ -331,7 +332,7 @@ def load_recipe(name: str) -> Recipe:
     """Read a recipe: a YAML file, or the name of one in scripts/recipes.
 
     Raises:
-        UserError: the file is missing, a section or key is unknown, or a value is wrong; the message names file and key.
+        UserError: the file is missing, a section or key is unknown, or a value is wrong.
     """
     path = Path(name).expanduser()
     if not path.suffix and not path.is_file():
@@ -360,8 +361,8 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     Exits with code 2 on an unknown option, and names the nearest one.
 
     Args:
-        sections: the sections of `Recipe` that the script has options for. `source` is the part of section data that says
-            where the images come from.
+        sections: the sections of `Recipe` that the script has options for. `source` means the options of section data
+            about the origin of the images.
         doc: the description above the help texts.
         argv: the words of the command line; by default those of this process.
 
@@ -392,7 +393,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
 
 
 def override(recipe: Recipe, name: str, argv: list[str]) -> None:
-    """Change section `name` of a recipe by the options of its script (`--max_train_steps 20`), by the script's rules."""
+    """Change section `name` of a recipe by options of its script, such as `--max_train_steps 20`."""
     before = getattr(recipe, name)
     members = [(name, type(before), field(default_factory=lambda: before))]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), f"Section {name} of the recipe.", argv)
@@ -527,8 +528,8 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
     unet = recipe.unet
     if unet.rescale_betas_zero_snr and unet.prediction_type == "epsilon":
         raise UserError(
-            "rescale_betas_zero_snr with prediction_type epsilon cannot work: at the last noise level the noise is the input; "
-            "set prediction_type: v_prediction"
+            "rescale_betas_zero_snr with prediction_type epsilon cannot work: at the last noise level the noise is the "
+            "input; set prediction_type: v_prediction"
         )
     if unet.pretrained_model_name_or_path:
         return
@@ -548,7 +549,7 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
 
 
 def _vae_factor(config: VaeConfig) -> int | None:
-    """Return the image pixels per latent pixel of a VAE that is built or lies in a folder here; None for one of the Hub."""
+    """Return the image pixels per latent pixel of a VAE that is new or in a folder here; None for one of the Hub."""
     if config.vae is None:
         return 2 ** (len(config.vae_channels) - 1)
     for file in (Path(config.vae) / part / "config.json" for part in ("", "vae", "pipeline/vae")):

@@ -14,7 +14,7 @@ MAX_GUIDANCE = 1000.0  # Pictures need a hundredth of it. Numbers overflow far b
 
 
 def _expand_home(text: str) -> str:
-    """Expand `~`: a shell leaves it alone in `--output_dir=~/run`, and no shell reads a recipe."""
+    """Expand `~`, as shells do not in `--output_dir=~/run`, and no shell reads a recipe."""
     if not text.strip():
         raise ValueError("it is empty; give a path, or leave the option out")
     path = os.path.expanduser(text)
@@ -64,7 +64,7 @@ Seed = Annotated[int, NUMBER, Field(ge=0, le=MAX_SEED)]
 
 
 def known_key(key: Any, known_keys: dict[str, Any], what: str) -> Any:
-    """Return `key` if it is a known one.
+    """Return `key` if it is valid.
 
     Args:
         key: the key as the user wrote it.
@@ -72,7 +72,7 @@ def known_key(key: Any, known_keys: dict[str, Any], what: str) -> Any:
         what: what the key is called in a message, such as "key in x.yaml".
 
     Raises:
-        UserError: the key is unknown; the message names the nearest known key, or all.
+        UserError: the key is unknown; the message names the nearest valid key, or all of them.
     """
     if key not in known_keys:
         near = difflib.get_close_matches(str(key), known_keys, n=1, cutoff=0.5)
@@ -127,7 +127,7 @@ _REASONS = {
 
 
 def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
-    """Return what to do about a value that pydantic refused, in the words of YAML; empty for an error not in the table."""
+    """Return what to do about a value that pydantic refused, in terms of YAML; empty for errors not in the table."""
     wants_text = kind in ("string_type", "literal_error")
     if value is None and wants_text:
         return "it is empty; give a value, or delete the key"

@@ -62,7 +62,7 @@ def usable_cores() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory in bytes, of this process and its ended children. Windows leaves out the children."""
+    """Return the peak resident memory of this process and its ended children, in bytes. Windows leaves out children."""
     try:
         import resource
     except ImportError:  # Windows

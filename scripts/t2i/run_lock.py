@@ -17,6 +17,7 @@ from t2i.files import read_object
 from t2i.machine import find_launcher
 
 UNFINISHED = "unfinished"  # status in run.json of a run at work, and of a killed one
+
 # The run's first process holds this file, which names all processes. The others hold .lock-1, .lock-2, …
 LOCK = ".lock"
 WAIT_FOR_ENDING_S = 300.0  # longest wait for processes that save a last checkpoint
@@ -77,9 +78,9 @@ def mark_ending(folder: Path) -> None:
 def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
     """Return a run's present status: "finished", "stopped", "running", "interrupted" or "unfinished".
 
-    run.json cannot tell a run at work from a killed one. The lock can, as the system frees it. "interrupted" means killed or
-    failed. "unfinished" means that the lock tells nothing: the folder is a copy, or its file system has no locks. Any other
-    status of run.json is returned as it is.
+    run.json cannot tell a run at work from a killed one. The lock can, as the system frees it. "interrupted" means
+    killed or failed. "unfinished" means that the lock tells nothing: the folder is a copy, or its file system has no
+    locks. Any other status of run.json is returned as it is.
 
     Args:
         folder: the run folder.
@@ -145,16 +146,16 @@ def _this_process() -> dict[str, Any]:
 
 
 def _write_holder(handle: int, holder: dict[str, Any]) -> None:
-    with suppress(OSError):  # the lock also holds on a full disk
-        # The row starts with an empty line: on Windows no other process can read the first byte of a locked file.
+    with suppress(OSError):  # The lock also works on a full disk.
+        # It starts with an empty line, as on Windows no other process can read the first byte of a locked file.
         os.write(handle, ("\n" + json.dumps(holder) + "\n").encode())
 
 
 def _live_holders(file: Any) -> list[dict[str, Any]]:
     """Return the live processes that the lock file names, one row each. "ends" tells whether a process is about to end.
 
-    A process is about to end if it was told to stop, or if its launcher has ended. Processes of other hosts cannot be looked
-    at, so they are taken as live.
+    A process is about to end if it was told to stop, or if its launcher has ended. Processes of other hosts cannot be
+    looked at, so they are taken as live.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for line in _text_of_locked(file).splitlines():
@@ -198,7 +199,7 @@ def _text_of_locked(file: Any) -> str:
 
 
 def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
-    """Lock the first process's file. Return False if it is held, or if another process of an earlier run holds its own."""
+    """Lock the first process's file. Return False if any process of an earlier run holds its own."""
     if not _lock(file):
         return False
     for path in _locks_of_others(folder):

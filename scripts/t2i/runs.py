@@ -39,8 +39,9 @@ def code_revision() -> str:
 class RunFolder:
     """The state of one run in `run.json`: its identity, status, seconds per stage, and results.
 
-    The identity is everything that decides the result: the resolved settings, and the hashes of data and models. A folder
-    of the same identity is reused if it is finished, and resumed if not. A folder of another identity is refused.
+    The identity is everything that decides the result: the resolved settings, and the hashes of data and models. A
+    folder of the same identity is reused if it is finished, and resumed if not. A folder of another identity is
+    refused.
 
     Args:
         folder: the run folder.
@@ -181,7 +182,7 @@ def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
 
 
 def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
-    """Return the `prepared_folder` of an untrusted run; None if it is incomplete, or if the fingerprint is not valid."""
+    """Return the `prepared_folder` of an untrusted run, or None if it is incomplete or the fingerprint is not valid."""
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):  # it must not be a path
         return None
     try:

@@ -1,7 +1,7 @@
-"""Tracking addresses: which MLflow server or database a setting means, and why it is refused. Imports no torch, no MLflow.
+"""Tracking addresses: which MLflow server or database a setting means, and why it is refused. Imports no MLflow.
 
-The default is `sqlite:///mlflow.db` in the working directory. `MLFLOW_TRACKING_URI` names another server or database. A user
-and password in its URL serve the connection and are recorded nowhere.
+The default is `sqlite:///mlflow.db` in the working directory. `MLFLOW_TRACKING_URI` names another server or database.
+A user and password in its URL serve the connection and are recorded nowhere.
 """
 
 import os

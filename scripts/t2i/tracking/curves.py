@@ -80,8 +80,8 @@ def make_curve(steps: ArrayLike, times: ArrayLike, values: ArrayLike) -> Curve:
 def thin(curve: Curve, points: int = POINTS) -> Curve:
     """Thin a curve: keep its first and last point, and the lowest and highest point of each bucket of neighbours.
 
-    LTTB, the usual choice, may drop a single spike beside a larger one, and spikes of a loss are what users look for. Both
-    ways take one pass over the arrays.
+    LTTB, the usual choice, may drop a single spike beside a larger one, and spikes of a loss are what users look for.
+    Both ways take one pass over the arrays.
 
     Args:
         curve: the curve.
@@ -100,9 +100,10 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
 
 
 def smooth(curve: Curve, weight: float) -> Curve:
-    """Smooth the values by a debiased exponential moving average: m_t = w m_{t-1} + (1 - w) x_t, shown as m_t / (1 - w^t).
+    """Smooth the values by a debiased exponential moving average.
 
-    The debiasing is Adam's (Kingma & Ba 2015, section 3). Without it a curve would start at zero.
+    The average is m_t = w m_{t-1} + (1 - w) x_t, and the shown value is m_t / (1 - w^t). The debiasing is Adam's
+    (Kingma & Ba 2015, section 3). Without it a curve would start at zero.
 
     Args:
         curve: the curve.
@@ -275,8 +276,8 @@ def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
     try:
         store = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=5)
         try:
-            # The points of runs that trained at the same time are interleaved. With SQLite's usual 2 MB of cache each page
-            # of the file is fetched many times, which takes twice as long. Closing the store frees the memory.
+            # The points of runs that trained at the same time are interleaved. With SQLite's usual cache of 2 MB each
+            # page of the file is fetched many times, which takes twice as long. Closing the store frees the memory.
             store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             yield store
         finally:
@@ -333,7 +334,7 @@ def _sqlite_curves(file: Path, run_ids: Sequence[str], metric: str) -> Iterator[
 class Loading:
     """An iteration that runs in a thread, so that a page can show what has arrived so far."""
 
-    found: dict[Any, Any] = field(default_factory=dict)
+    results: dict[Any, Any] = field(default_factory=dict)
     error: str = ""
     done: threading.Event = field(default_factory=threading.Event)
     _stopped: bool = False
@@ -348,7 +349,7 @@ class Loading:
                 for key, value in pairs:
                     if loading._stopped:
                         break
-                    loading.found[key] = value
+                    loading.results[key] = value
             except UserError as error:
                 loading.error = str(error)
             except Exception as error:  # an unforeseen reply must not leave a page waiting

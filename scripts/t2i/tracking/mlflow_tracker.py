@@ -1,13 +1,15 @@
 """MLflow tracking that never stops or slows a training run. Imports no torch.
 
-The tracker appends every record to `<run_dir>/mlflow_spool.jsonl`, and pictures and files to `<run_dir>/mlflow_spool/`. A
-daemon thread sends them (`t2i.tracking.sender`). The training loop pays for one short write per record.
+The tracker appends every record to `<run_dir>/mlflow_spool.jsonl`, and pictures and files to
+`<run_dir>/mlflow_spool/`. A daemon thread sends them (`t2i.tracking.sender`). The training loop pays for one short
+write per record.
 
-A server that is down costs seconds at the start. Its records stay in the spool and arrive once, in order, when it is back:
-in this process, or at the next start on the same folder.
+A server that is down costs seconds at the start. Its records stay in the spool. They arrive once, in order, when it is
+back: in this process, or at the next start on the same folder.
 
 MLflow's own variables hold here too. `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_NAME` apply if the settings name none.
-`MLFLOW_RUN_ID` applies to a folder that has no run yet. `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` records the machine's use.
+`MLFLOW_RUN_ID` applies to a folder that has no run yet. `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` records the machine's
+use.
 """
 
 import atexit
@@ -51,7 +53,7 @@ def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, l
         folder: the name of the run folder.
 
     Returns:
-        The experiment, the run's name, and sentences about each variable that is set: what it changes, or why it does not.
+        The experiment, the run's name, and a sentence about each variable that changes a name or is not used.
     """
     names, sentences = [], []
     for variable, option, setting, default in (
@@ -73,8 +75,9 @@ def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, l
 class Tracker:
     """One run in MLflow.
 
-    The main rank makes a tracker, logs, and calls `finish` last. A process that ends without it marks its run as FAILED.
-    A tracker on a folder that was tracked before resumes the same run, and sends the records that are pending there.
+    The main rank makes a tracker, logs, and calls `finish` last. A process that ends without it marks its run as
+    FAILED. A tracker on a folder that was tracked before resumes the same run, and sends the records that are pending
+    there.
 
     Args:
         run_dir: the run folder, which holds the spool.

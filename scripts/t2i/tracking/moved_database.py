@@ -1,4 +1,4 @@
-"""Artifacts that follow an MLflow database to another folder. Imports no torch, no MLflow."""
+"""Artifacts that follow an MLflow database to another folder. Imports no MLflow."""
 
 import sqlite3
 from contextlib import closing
@@ -9,8 +9,8 @@ from urllib.parse import unquote
 def follow_move(database: Path) -> list[str]:
     """Correct the artifact locations in a SQLite database whose folder was moved, renamed or copied.
 
-    MLflow keeps them as absolute paths `…/mlruns/NAME`. A location is corrected if it was beside this database once. That
-    is so if `…` is gone, if `…` has a database of this name itself (a copy), or if `mlruns/NAME` is here as well.
+    MLflow keeps them as absolute paths `…/mlruns/NAME`. A location is corrected if it was beside this database once.
+    That is so if `…` is gone, if `…` has a database of this name itself (a copy), or if `mlruns/NAME` is here as well.
     Artifacts of a run that exist only at the old place stay there.
 
     Args:

@@ -1,7 +1,7 @@
 """Sending a run's spool to MLflow: each record arrives once, in order. Imports no torch.
 
-A record whose answer was lost is sent twice, and is the same row or file there: its time and name are fixed when it is
-recorded. MLflow is imported in functions, as it takes seconds.
+A record whose answer was lost is sent twice. It is the same row or file there, as its time and name are fixed when it
+is recorded. MLflow is imported in functions, as it takes seconds.
 """
 
 import json
@@ -289,8 +289,8 @@ class Sender:
     def _send_file(self, record: dict[str, Any]) -> None:
         """Upload a picture or a file.
 
-        A file that the artifact store does not take is set aside for the next start. So an artifact store that is set up
-        wrongly does not hold back the curves.
+        A file that the artifact store does not take is set aside for the next start. So an artifact store that is set
+        up wrongly does not hold back the curves.
         """
         path = self.folder / record["file"]
         if not path.is_file():
@@ -299,7 +299,7 @@ class Sender:
         try:
             self._client.log_artifact(self.run_id, str(path), record["folder"] or None)
             if record["kind"] == "image":
-                # These are the names of mlflow.log_image. MLflow's picture grid shows the small copy, and reads the tag.
+                # The names are those of mlflow.log_image. MLflow's picture grid shows the small copy and reads the tag.
                 small = path.with_name(f"{path.stem}+compressed.webp")
                 with Image.open(path) as image:
                     image.thumbnail((256, 256))
@@ -340,7 +340,8 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Hold a lock file between processes. Yield False if another process holds it and `wait` is False.
 
-    Forked workers do not inherit the lock, as filelock releases it in them. The system frees it when the process is killed.
+    Forked workers do not inherit the lock, as filelock releases it in them. The system frees it when the process is
+    killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -1,4 +1,4 @@
-"""The spool: a run's records for MLflow on disk, as the tracker writes and the sender reads them. Imports no torch, no MLflow.
+"""The spool: a run's records for MLflow on disk. The tracker writes it, the sender reads it. Imports no MLflow.
 
 Records are lines of `<run_dir>/mlflow_spool.jsonl`. Pictures and files are in `<run_dir>/mlflow_spool/`.
 """

@@ -14,8 +14,8 @@ from t2i.tracking.mlflow_client import first_line, say
 class SystemMetrics:
     """Use of processor, memory, disk, network and GPUs, measured by MLflow's own monitors and recorded as `system/…`.
 
-    MLflow's own thread would ask the server at every sample, and end when the server fails. This class only measures; the
-    tracker writes to the spool.
+    MLflow's own thread would ask the server at every sample, and end when the server fails. This class only measures;
+    the tracker writes to the spool.
     """
 
     def __init__(self) -> None:
