@@ -102,7 +102,7 @@ class CaptionConfig(HubConfig):
     """Captioning."""
 
     output_dir: LocalPath | None = None  # Dataset folder to write. Its captions.jsonl may be edited by hand.
-    dry_run: Flag = False  # End after the table that shows how the input was understood.
+    dry_run: Flag = False  # End after the table that shows how the data set was understood.
     # Source of captions: florence2, label (by caption_template), existing (keep the data set's), or a folder or Hub id.
     captioner: PathText = "florence2"
     captioner_revision: str | None = None  # Branch, tag or commit of a Hub captioner.
@@ -173,7 +173,7 @@ class TrainConfig:
     """Settings that both training scripts share."""
 
     output_dir: LocalPath | None = None  # Run folder to write or resume.
-    dry_run: Flag = False  # End after the table that shows how the input was understood.
+    dry_run: Flag = False  # End after the table that shows how the data set was understood.
     seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
     train_batch_size: Count = 16  # Images per process and step.
     gradient_accumulation_steps: Count = 1  # Steps per weight update.
