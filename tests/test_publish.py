@@ -102,7 +102,7 @@ def test_the_hub_holds_a_private_pipeline_with_card_and_pictures(hub, run, publi
     assert (card.data.license, card.data.datasets) == ("mit", ["me/drawn"])
     assert 'from_pretrained("me/tiny")' in card.text
     assert "<Gallery />" in card.text
-    assert f"moving average (EMA 0.9999), of the end of training (UNet `{result['output_unet_hash']}`)" in card.text
+    assert f"moving average (EMA 0.9999), from the end of training (UNet `{result['output_unet_hash']}`)" in card.text
     prompts = [*yaml.safe_load(TINY)["train_unet"]["validation_prompts"], *EVALUATED[:3]]
     assert [entry["text"] for entry in card.data["widget"]] == prompts
     for seed, entry in enumerate(card.data["widget"]):
