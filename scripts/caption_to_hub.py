@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from t2i.captions.captioners import ModelName
 
 DECODE_SIDE = 768  # px; Florence-2 reads images at 768 px, other models at less
-COLOR_SIDE = 64  # px; the size at which colors are measured
 # Subfolder of the output folder for the script's own files. Its presence shows that this script made the folder.
 WORK = ".captioning"
 GRID, GRID_SIDE = 16, 128  # pictures in the card, and their side in px
@@ -247,7 +246,7 @@ def inspect_photos(source: sources.Source, rows: dict[str, Any], recipe: Recipe)
         name, digest = cell and cell["path"], sources.image_digest(cell, source.roots).hex()[:32]
         try:
             data = sources.image_bytes(cell, source.roots)
-            pixels = fit(decode_image(data, draft_side=COLOR_SIDE), COLOR_SIDE)
+            pixels = fit(decode_image(data, draft_side=auditing.COLOR_SIDE), auditing.COLOR_SIDE)
         except BadImage as error:
             return name, digest, error.reason, {}
         return name, digest, None, auditing.dominant_colors(pixels)
