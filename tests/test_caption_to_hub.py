@@ -357,9 +357,9 @@ def test_a_torn_line_is_taken_off_and_costs_nothing(tmp_path):
     ("broken", "reason"),
     [
         (json.dumps(line("b", "BIG")).replace("BIG", 'a "BIG" tulip'), "JSON: Expecting ',' delimiter"),
-        (json.dumps([line("a"), line("b")]), "it is no JSON object"),
+        (json.dumps([line("a"), line("b")]), "it is not a JSON object"),
         (json.dumps({**line("b"), "caption": None}), "caption must be there, as text"),
-        ("null", "it is no JSON object"),
+        ("null", "it is not a JSON object"),
     ],
 )
 def test_a_last_line_that_was_edited_is_never_cut_off(broken, reason, tmp_path):
