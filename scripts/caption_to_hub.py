@@ -714,7 +714,7 @@ def push(folder: Path, config: CaptionConfig) -> None:
         print(f"README.md was edited on the Hub and here: the Hub's text is kept, yours is in {local}")
     write_text(card, merged)
     write_text(pushed, merged)
-    print(f"{result.url} {'is up to date' if not result.changed else 'has it now'} (commit {result.commit[:7]})")
+    print(result)
 
 
 if __name__ == "__main__":

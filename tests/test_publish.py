@@ -226,7 +226,7 @@ def test_another_model_on_the_hub_is_told(workspace, monkeypatch):
 
 @pytest.mark.parametrize(
     ("state", "sentence"),
-    [(None, "is no run folder"), ("running", "is not finished"), ("finished", "holds no pipeline")],
+    [(None, "is not a run folder"), ("running", "is not finished"), ("finished", "holds no pipeline")],
 )
 def test_what_cannot_be_published(tmp_path, state, sentence):
     if state:
