@@ -114,7 +114,7 @@ def size_category(count: int) -> str:
     if count < 1000:
         return "n<1K"
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
-    power = len(str(count)) - 4  # of ten, above a thousand
+    power = len(str(count)) - 4  # powers of ten above a thousand
     return f"{names[power]}<n<{names[power + 1]}" if power + 1 < len(names) else "n>1T"
 
 
@@ -156,7 +156,7 @@ def caption_grid(
     for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
         x, y = gap + number % columns * (side + gap), gap + number // columns * (side + height + gap)
         grid.paste(ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS), (x, y))
-        note = Image.new("RGB", (side, height), "white")  # a picture of its own, so that no line runs into the next one
+        note = Image.new("RGB", (side, height), "white")  # drawn apart, so no line runs into the next caption
         words, font = lettered(one_line(caption), number + 1)
         text = _wrap(words, font, side, lines)
         ImageDraw.Draw(note).multiline_text((0, 2), text, fill="black", font=font, spacing=2)

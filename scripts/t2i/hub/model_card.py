@@ -92,7 +92,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     results = _eval_results(hub or dataset or "unknown", dataset or "unknown", result, report)
     data = ModelCardData(
         language="en",
-        license=one_line(publication.license) if publication else "unknown",  # the choice is the user's
+        license=one_line(publication.license) if publication else "unknown",  # only the user can choose one
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion"],

@@ -4,7 +4,7 @@ The Hub gets the run's `pipeline/`. A push that fails does not change the run, a
 drawn again and files uploaded again only if something changed.
 """
 
-# Functions import torch and diffusers themselves: the training scripts check a push before they start those.
+# Functions import torch and diffusers themselves: `--help` and the checks of a push must not wait for them.
 
 import re
 from functools import partial
@@ -344,8 +344,8 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
     difference = np.abs(ours - theirs).mean()
     if here != there or difference > 1:
         raise UserError(
-            f"the Hub's copy of {repo_id} (commit {commit[:7]}) is not what was published: its UNet is {there}, here {here}, "
-            f"and a picture differs by {difference:.1f} of 255; remove it from the local cache of the Hub and try again"
+            f"the Hub's copy of {repo_id} (commit {commit[:7]}) is not what was published (UNet {there}, here {here}; pictures "
+            f"differ by {difference:.1f} of 255); remove it from the local cache of the Hub and try again"
         )
     print(
         f"loaded back from the Hub by stock diffusers: the UNet is the same ({here}), and a picture of {CHECK_STEPS} steps "

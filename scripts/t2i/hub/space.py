@@ -323,10 +323,14 @@ def write_page_defaults(run: Path, model: Model) -> None:
         end = re.search(r"--guidance_end (\d(?:\.\d+)?)", text)
         saved = read_json(model.folder / "model_index.json").get("scheduler") or [None, "DDIMScheduler"]
         sweep = {
-            "checkpoints": ["pipeline"], "guidance_scales": [float(scale[1])], "scheduler": named[1] if named else saved[1],
-            "num_inference_steps": int(float(steps[1])), "guidance_end": float(end[1]) if end else 1.0,
-            "prompts": [words], "seeds": [0],
-        }  # fmt: skip
+            "checkpoints": ["pipeline"],
+            "guidance_scales": [float(scale[1])],
+            "scheduler": named[1] if named else saved[1],
+            "num_inference_steps": int(float(steps[1])),
+            "guidance_end": float(end[1]) if end else 1.0,
+            "prompts": [words],
+            "seeds": [0],
+        }
         write_json(
             run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": float(scale[1])}, "sweep": sweep}
         )
