@@ -2,8 +2,8 @@
 
 python scripts/publish_model.py --model outputs/demo/unet --hub_model_id ORG/NAME --license apache-2.0
 
-Afterwards, stock diffusers loads the model from the Hub, and it is compared with the run's. The same command repeats a push
-that failed. If nothing changed, it changes nothing. What people wrote into the card on the Hub stays.
+Afterwards, stock diffusers loads the model from the Hub, and it is compared with the run's. Run publish_model.py again to
+repeat a push that failed. If nothing changed, it changes nothing. What people wrote into the card on the Hub stays.
 """
 
 from dataclasses import dataclass

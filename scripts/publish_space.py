@@ -3,8 +3,8 @@
 python scripts/publish_space.py --model outputs/demo/unet --space ORG/NAME
 python scripts/publish_space.py --model ORG/MODEL --space ORG/NAME --dry_run
 
-The Space is first staged as a folder, which starts on this machine by the same command as on the Hub. The same command
-repeats a push that failed. If nothing changed, it changes nothing. What people wrote into the Space's README.md stays.
+The Space is first staged as a folder, which starts on this machine exactly as on the Hub. Run publish_space.py again to
+repeat a push that failed. If nothing changed, it changes nothing. What people wrote into the Space's README.md stays.
 """
 
 import shlex

@@ -1,7 +1,7 @@
 """Publish a finished run on the Hub: draw pictures, write card and evaluation results, push, and load the model back.
 
-The Hub gets the run's `pipeline/`. A push that fails does not change the run, and the same call repeats it. Pictures are
-drawn again and files uploaded again only if something changed.
+The Hub gets the run's `pipeline/`. If a push fails, nothing of the run is lost, and the same call repeats the push. Pictures
+are drawn again, and files uploaded again, only if something changed.
 """
 
 # Functions import torch and diffusers themselves: `--help` and the checks of a push must not wait for them.
