@@ -3,8 +3,8 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml scripts/caption_to_hub.py --dataset path/to/photos \
     --output_dir outputs/captioned --push_to_hub --hub_dataset_id ORG/NAME
 
-Each batch of captions is appended to captions.jsonl, so the same command resumes a killed run. Photos that are added later
-are captioned alone. Captions that you edit in captions.jsonl are kept. The photos themselves are stored unchanged.
+Each batch of captions is appended to captions.jsonl, so the same command resumes a killed run. If you add photos later, only
+these are captioned. Captions that you edit in captions.jsonl are kept. The photos themselves are stored unchanged.
 """
 
 # Functions import torch, accelerate and transformers themselves: `--help` and the checks of options must not wait for them.
@@ -222,8 +222,8 @@ def load_photos(
     source: sources.Source, rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any
 ) -> list[Photo]:
     """Return all photos. The main process inspects them once and stores the result in `WORK`."""
-    inputs = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
-    stored = folder / WORK / f"photos-{hash_json(inputs)}.jsonl"
+    identity = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
+    stored = folder / WORK / f"photos-{hash_json(identity)}.jsonl"
     if accelerator.is_main_process and not stored.is_file():
         write_text(stored, "".join(json.dumps(asdict(photo)) + "\n" for photo in inspect_photos(source, rows, recipe)))
     accelerator.wait_for_everyone()
@@ -358,7 +358,7 @@ def plan_captions(
     other = sum(done[key].get("settings", settings) != settings for key in {key for key in keys if key in done})
     if other:
         accelerator.print(
-            f"{other:,} captions were made with other settings and are kept; to make them anew, delete their lines in "
+            f"{other:,} captions were made with other settings and are kept; to make them again, delete their lines in "
             "captions.jsonl"
         )
     if outdated:

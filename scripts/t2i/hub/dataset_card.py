@@ -318,5 +318,5 @@ class _PlainDumper(yaml.SafeDumper):
 
 def _broken(reason: str) -> UserError:
     return UserError(
-        f"the YAML front matter of README.md is broken ({reason}); fix it, or delete README.md to have it written anew"
+        f"the YAML front matter of README.md is broken ({reason}); fix it, or delete README.md to have it written again"
     )

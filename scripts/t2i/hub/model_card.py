@@ -78,7 +78,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
     provenance = _optional(run / "provenance.json")
     report = (evaluation or {}).get("report") or {}
-    cells = (evaluation or {}).get("cells") or []
+    sweep_results = (evaluation or {}).get("cells") or []
     vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
     details = _details(run / "pipeline", recipe, vae_run, report)
     training = _training(recipe, result, provenance)
@@ -129,7 +129,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         figures=_figures(result, report, vae_run),
         protocol=_protocol(result, report),
         following=_following(report),
-        cells=[_cell(cell) for cell in cells],
+        sweep=[_sweep_row(result) for result in sweep_results],
         tracking=_tracking(result.get("tracking")),
         limitations=_limitations(recipe, result, domain, drawn),
         deepspeed=result.get("distribution") == "DEEPSPEED",
@@ -351,15 +351,15 @@ def _following(report: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _cell(cell: dict[str, Any]) -> list[str]:
-    shares = [share for head, share in (cell.get("prompt_following") or {}).items() if head != "all"]
+def _sweep_row(result: dict[str, Any]) -> list[str]:
+    shares = [share for head, share in (result.get("prompt_following") or {}).items() if head != "all"]
     return [
-        _text(cell.get("checkpoint")),
-        _figure(cell.get("guidance_scale"), 2),
-        _figure(cell.get("val_loss")),
+        _text(result.get("checkpoint")),
+        _figure(result.get("guidance_scale"), 2),
+        _figure(result.get("val_loss")),
         _percent(sum(shares) / len(shares)) if shares else NOT_MEASURED,
-        _percent((cell.get("memorisation") or {}).get("share_closer")),
-        _figure((cell.get("kid") or {}).get("mean")),
+        _percent((result.get("memorisation") or {}).get("share_closer")),
+        _figure((result.get("kid") or {}).get("mean")),
     ]
 
 

@@ -158,7 +158,7 @@ def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = 
             _check_scope(user, repo_id, repo_type)
             api.auth_check(repo_id, repo_type=repo_type, write=True)
     except (OSError, ValueError) as error:
-        failure = _read(error, api)
+        failure = _read_failure(error, api)
         if failure.status == HTTPStatus.NOT_FOUND and target.create_pr:
             raise HubError(_no_repository(repo_id)) from None
         if failure.status == HTTPStatus.NOT_FOUND:  # the push will create it
@@ -304,7 +304,7 @@ def push_folder(
                 )
                 return Pushed(commit.pr_url or url, commit.oid, changed=True)
         except (OSError, RuntimeError, ValueError) as error:
-            failure = _read(error, api)
+            failure = _read_failure(error, api)
         now = time.monotonic()
         until = until or now + deadline - (silence_s if failure.silence else 0)
         left = until - now
@@ -503,7 +503,7 @@ def _send(
     return response
 
 
-def _read(error: BaseException, api: HfApi) -> _Failure:
+def _read_failure(error: BaseException, api: HfApi) -> _Failure:
     """Return what an exception of huggingface_hub means. Uploads raise RuntimeError from the one that matters."""
     cause: BaseException = error
     while isinstance(cause, RuntimeError) and cause.__cause__:
