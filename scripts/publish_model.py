@@ -2,8 +2,8 @@
 
 python scripts/publish_model.py --model outputs/demo/unet --hub_model_id ORG/NAME --license apache-2.0
 
-The model is loaded back from there by stock diffusers and compared. The same command repeats a push that failed, and
-changes nothing where nothing changed; what people wrote into the card on the Hub stays.
+Afterwards, stock diffusers loads the model from the Hub, and it is compared with the run's. Run publish_model.py again to
+repeat a push that failed. If nothing changed, it changes nothing. What people wrote into the card on the Hub stays.
 """
 
 from dataclasses import dataclass
@@ -11,38 +11,43 @@ from dataclasses import dataclass
 from t2i.command_line import check_options, parse_options
 from t2i.config_types import Flag, Natural, PathText, Positive
 from t2i.errors import run_main
+from t2i.hub import publish, upload
+from t2i.training.distributed import quiet_libraries
 
 
 @dataclass
 class Options:
     """The model and its repository."""
 
-    model: PathText | None = None  # finished run folder of train_unet.py
-    hub_model_id: str | None = None  # ORG/NAME on the Hub; log in by `hf auth login`, or set HF_TOKEN
-    hub_private_repo: Flag = True  # a new repository is private; an existing one stays as it is
-    hub_deadline: Positive = 900.0  # s; a push that fails is tried again for so long
-    hub_revision: str | None = None  # branch to push to, made from main if it is missing; None: main
-    create_pr: Flag = False  # open a pull request in place of pushing to main; each push opens a new one
-    license: str | None = None  # as the Hub names licences, e.g. apache-2.0; None: the run's, else the one on the Hub
-    gallery_pictures: Natural = 8  # pictures on the card, drawn for the validation's and the evaluation's prompts
+    model: PathText | None = None  # Finished run folder of train_unet.py.
+    # Repository ORG/NAME on the Hub. Log in by `hf auth login`, or set HF_TOKEN.
+    hub_model_id: str | None = None
+    hub_private_repo: Flag = True  # Make a new repository private. An existing one keeps its visibility.
+    hub_deadline: Positive = 900.0  # Seconds for which a push that fails is retried.
+    hub_revision: str | None = None  # Branch to push to, created from main if it is missing; None: main.
+    create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new one.
+    # The Hub's identifier of the licence, e.g. apache-2.0. None: the run's licence, or else the one on the Hub.
+    license: str | None = None
+    gallery_pictures: Natural = 8  # Pictures on the card, drawn for prompts of the validation and the evaluation.
 
 
 def main() -> None:
     options = check_options(parse_options(Options, __doc__ or ""))
-    from t2i.hub import publish, upload
-
     run = publish.find_run(options.model)
     repo_id = upload.check_repo_id(options.hub_model_id, "--hub_model_id")
     publish.choose_license(run, options.license)
     target = upload.Target(options.hub_revision, options.create_pr)
     upload.check_access(repo_id, "model", target=target)
-    from t2i.training.distributed import quiet_libraries
-
     quiet_libraries()
     publish.publish_run(
-        run, repo_id, license=options.license, pictures=options.gallery_pictures, private=options.hub_private_repo,
-        deadline=options.hub_deadline, target=target,
-    )  # fmt: skip
+        run,
+        repo_id,
+        license=options.license,
+        pictures=options.gallery_pictures,
+        private=options.hub_private_repo,
+        deadline=options.hub_deadline,
+        target=target,
+    )
 
 
 if __name__ == "__main__":

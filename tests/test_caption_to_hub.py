@@ -74,7 +74,7 @@ def test_florence_captions_resume_edits_and_added_images(drawn, model, command, 
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(drawn / "new.png")
     (drawn / "copy.png").write_bytes((drawn / "0003.png").read_bytes())
     run_main(*words)
-    assert "12 captions are there already, 1 are to be made" in capsys.readouterr().out
+    assert "captions: 12 exist already, 1 will be made" in capsys.readouterr().out
     assert rows_of(tmp_path / "out")[:12] == made
     assert len(rows_of(tmp_path / "out")) == 13
     table = datasets.load_dataset(str(tmp_path / "out"), split="train")
@@ -325,7 +325,7 @@ def test_batches_are_halved_until_they_fit(drawn, tmp_path):
     accelerator = make_accelerator()
     source = find_source(recipe.data)
     rows = caption_to_hub.open_rows(source, recipe, tmp_path, accelerator)
-    found = list(caption_to_hub._look(source, rows, recipe))
+    found = list(caption_to_hub.inspect_photos(source, rows, recipe))
     work = [(ledger.Key(photo.id, "", "", "", ""), photo) for photo in found]
     done = list(caption_to_hub.caption_batches(work, captioner, source, rows, recipe, accelerator))
     assert [item for batch, _ in done for item in batch] == work  # all, once, in order
@@ -357,9 +357,9 @@ def test_a_torn_line_is_taken_off_and_costs_nothing(tmp_path):
     ("broken", "reason"),
     [
         (json.dumps(line("b", "BIG")).replace("BIG", 'a "BIG" tulip'), "JSON: Expecting ',' delimiter"),
-        (json.dumps([line("a"), line("b")]), "it is no JSON object"),
+        (json.dumps([line("a"), line("b")]), "it is not a JSON object"),
         (json.dumps({**line("b"), "caption": None}), "caption must be there, as text"),
-        ("null", "it is no JSON object"),
+        ("null", "it is not a JSON object"),
     ],
 )
 def test_a_last_line_that_was_edited_is_never_cut_off(broken, reason, tmp_path):

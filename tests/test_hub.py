@@ -220,7 +220,7 @@ def test_a_fault_that_stays_ends_at_the_deadline(hub, folder, kind, method, path
     assert 0.9 < time.monotonic() - began < 4
     text = str(error.value)
     assert text.startswith(f"the push to me/flowers failed: {words}")
-    assert text.endswith(f"; {folder} is kept as it is, and the same command repeats the push")
+    assert text.endswith(f"; {folder} is unchanged, and the same command repeats the push")
     assert "\n" not in text
     assert contents(folder) == before
     hub.mend()
@@ -281,7 +281,7 @@ def test_a_token_refused_in_mid_push_is_not_printed(hub, folder, capfd):
         push(folder)
     assert hub.token not in "".join([str(error.value), *capfd.readouterr()])
     assert len([path for _, path in hub.requests if "/commit/" in path]) == 2
-    assert "is kept as it is" in str(error.value)
+    assert "is unchanged" in str(error.value)
 
 
 def test_refusals_that_hf_xet_meets(hub, folder, monkeypatch):
@@ -349,7 +349,7 @@ def test_access_is_known_before_the_work(hub, folder, monkeypatch):
     check_access("me/flowers", "dataset", said.append)
     assert said == []
     check_access("others/flowers", "dataset", said.append)
-    assert said.pop() == "warning: the token is of me, who may not be allowed to create others/flowers"
+    assert said.pop() == "warning: the token belongs to me, who may not be allowed to create others/flowers"
     hub.create("datasets/others/flowers", private=False)
     with pytest.raises(HubError, match="403"):
         check_access("others/flowers", "dataset", said.append)
@@ -415,7 +415,7 @@ def test_roles_and_scopes_are_known_before_the_work(hub, monkeypatch):
     ],
 )  # fmt: skip
 def test_an_address_of_the_hub_gets_the_name_that_is_meant(given):
-    with pytest.raises(HubError, match=r"--hub_dataset_id '.*' is no repository of the Hub; give me/flowers$"):
+    with pytest.raises(HubError, match=r"--hub_dataset_id '.*' is not a repository of the Hub; give me/flowers$"):
         check_repo_id(given, "--hub_dataset_id")
 
 
@@ -497,7 +497,7 @@ def test_a_hub_that_cannot_be_asked_is_no_obstacle(hub, monkeypatch, kind):
     said = []
     check_access("me/flowers", "dataset", said.append)
     assert len(said) == 1
-    assert said[0].startswith("warning: cannot look now whether me/flowers may be written to: ")
+    assert said[0].startswith("warning: cannot check now whether me/flowers may be written to: ")
 
 
 # --- The clients that read what was pushed ---------------------------------------------------------------------------
@@ -600,7 +600,7 @@ def test_a_pull_request_needs_to_read_alone(hub, folder, monkeypatch):
     assert done.url == f"{hub.url}/datasets/me/flowers/discussions/1"
     assert hub.files("datasets/me/flowers") == main
     assert hub.repos["datasets/me/flowers"].refs["refs/pr/1"].files["notes.txt"].content == b"proposed\n"
-    with pytest.raises(HubError, match="me/none is not there, so no pull request can be opened in it"):
+    with pytest.raises(HubError, match="me/none does not exist, so no pull request can be opened in it"):
         check_access("me/none", "dataset", target=Target(create_pr=True))
 
 
@@ -608,7 +608,7 @@ def test_a_pull_request_needs_to_read_alone(hub, folder, monkeypatch):
     ("revision", "create_pr", "sentence"),
     [
         ("dev", True, "leave out --hub_revision, or --create_pr"),
-        ("my branch", False, "--hub_revision 'my branch' is no name of a branch"),
+        ("my branch", False, "--hub_revision 'my branch' is not a valid name of a branch"),
     ],
 )
 def test_a_target_that_is_none(revision, create_pr, sentence):

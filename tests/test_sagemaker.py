@@ -534,7 +534,7 @@ def test_what_the_hub_would_refuse_at_the_end_is_refused_before_the_job(launcher
     words = ("--dry_run", UNET, "--config", "flowers", "--push_to_hub")
     with pytest.raises(UserError, match="--hub_model_id is missing"):
         launcher(*words)
-    with pytest.raises(UserError, match=r"'CC-BY-4.0' is none of the Hub's licences; did you mean cc-by-4.0\?"):
+    with pytest.raises(UserError, match=r"'CC-BY-4.0' is not one of the Hub's licences; did you mean cc-by-4.0\?"):
         launcher(*words, "--hub_model_id", "me/flowers", "--license", "CC-BY-4.0")
 
 

@@ -183,7 +183,7 @@ def test_a_model_of_the_hub_is_named_and_a_dry_run_pushes_nothing(loopback, run,
 
 def test_mistakes_get_a_sentence(loopback, run, command):
     for model, name, sentence in (
-        ("unet", "flowers", "--space 'flowers' is no repository of the Hub; give owner/name"),
+        ("unet", "flowers", "--space 'flowers' is not a repository of the Hub; give owner/name"),
         ("unet", "club/none", "there is no token for the Hub; run `hf auth login`"),
         ("nobody/nothing", "me/x", "as a Hub id it cannot be downloaded"),
     ):
@@ -218,7 +218,7 @@ def test_models_that_cannot_be_shown_get_a_sentence(own, monkeypatch):
     weights = own / "unet/diffusion_pytorch_model.safetensors"
     kept = weights.read_bytes()
     weights.write_bytes(b"\x80\x04]" + kept)  # a pickle under another name
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors is no whole safetensors file"):
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors is not a complete safetensors file"):
         space.find_model("own")
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UserError, match="own has no safetensors weights of its unet"):

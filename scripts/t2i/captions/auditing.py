@@ -1,8 +1,7 @@
-"""Captions as text: cleaning, and an audit that says what a training on them would suffer from. Imports no torch.
+"""Cleaning of captions, and an audit that finds what would harm a training. Imports no torch.
 
-The audit (`audit`) counts what can be counted without a second model: empty captions, captions that the text encoder
-would cut, captions shared by different images, leftovers of the captioner, and captions that contradict the image's label
-or its colors. The last two are conservative: they miss much, so that what they name is worth a look.
+The audit runs a set of checks (`CHECKS`) that need no second model. A *finding* is a caption that fails a check. The checks
+for contradictions with the image's label or colors are conservative: they miss many, so their findings deserve a look.
 """
 
 import difflib
@@ -18,12 +17,12 @@ import numpy as np
 
 from t2i.errors import UserError
 
-CLIP_LIMIT = 77  # tokens, with start and end; of a tokenizer that names no limit of its own
+CLIP_LIMIT = 77  # tokens with start and end, for a tokenizer that names no limit
 TOKENIZER_BATCH = 1000  # captions handed to the tokenizer at a time
-NAME_WORDS = 8  # of a class's name; a longer label is a sentence
-SHOWN_CHARACTERS = 160  # of a caption or file name among the audit's examples
+NAME_WORDS = 8  # words of a class name at most; a longer label is a sentence
+SHOWN_CHARACTERS = 160  # characters of a caption or file name in the audit's examples
 
-# What the audit counts, in the order in which it is shown. Each is a share of all captions.
+# The checks, in the order in which they are shown, and what each of them finds in a caption.
 CHECKS = {
     "empty": "no words at all",
     "over_limit": "longer than the text encoder reads",
@@ -43,10 +42,10 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def clean_caption(text: str | None) -> str:
-    """One line of text that every file format can hold: no control characters, lone surrogates or runs of whitespace.
+    """Return the text on one line that every file format can hold; "" for None.
 
-    All other characters stay, those that join and direct letters too. None becomes "". Never raises; a second call
-    changes nothing.
+    Control characters and lone surrogates are removed, and runs of whitespace become one blank. All other characters stay,
+    also those that join or direct letters. A second call changes nothing.
     """
     if text is None:
         return ""
@@ -66,9 +65,9 @@ _SEE = r"(?:we|i|you|one) (?:can (?:clearly |also )?)?(?:see|observe|notice)(?: 
 _CENTER = r"in (?:the )?(?:cent(?:er|re)|middle|foreground|front)"
 _VIEW = rf"(?:{_IMAGE}|close[- ]?up|view|shot|painting|drawing|illustration|snapshot)"
 
-# The one table of rules. Each opening is (name, what is taken off the caption's beginning); a blank is any whitespace.
-# Kept on purpose: "a photo of a rose", which CLIP knows from its own training, and "a close-up of a rose", which says
-# how the rose is shown. Sentences after the first stay too: what they say of "the image" is mostly about its parts.
+# The rules: name of an opening, and the pattern that is removed from the caption's beginning. A blank matches any whitespace.
+# Two openings stay on purpose: CLIP knows "a photo of a rose" from its training, and "a close-up of a rose" says how the rose
+# is shown. Later sentences stay too: what they say of "the image" is mostly about its parts.
 _OPENINGS = {
     "Caption:": r"(?:(?:sure|certainly|here)\b[^:.]{0,60}|(?:the )?(?:caption|description)(?: of the image)?):",
     "The image is taken …": rf"{_THE_IMAGE} (?:is|was) (?:taken|clicked|captured) (?:out|in)(?:doors?|side)\.",
@@ -89,34 +88,34 @@ OPENINGS = {
 
 
 def boilerplate_opening(text: str) -> str | None:
-    """The name of the rule of `OPENINGS` that takes something off the beginning of `text`; None where none does."""
+    """Return the name of the rule of `OPENINGS` that matches the beginning of `text`; None if no rule does."""
     return next((name for name, pattern in OPENINGS.items() if _after(pattern, text)), None)
 
 
 def strip_boilerplate(text: str) -> tuple[str, bool]:
-    """`text` without openings that talk about the image ("The image shows a rose" -> "A rose"), and whether there were any.
+    """Return `text` without openings that talk about the image, and whether it had one.
 
-    `OPENINGS` are the rules. A capital at the beginning is passed on to what stays. A caption that is nothing but an
-    opening stays as it is, and a second call changes nothing.
+    "The image shows a rose" becomes "A rose": the rest inherits a capital. A caption that is only an opening stays
+    unchanged. A second call changes nothing. The rules are `OPENINGS`.
     """
-    rest, found = text, False
+    rest, stripped = text, False
     while True:
         after = next((after for pattern in OPENINGS.values() if (after := _after(pattern, rest))), "")
         if not after:
-            return rest, found
+            return rest, stripped
         rest = after[0].upper() + after[1:] if rest.lstrip()[0].isupper() else after
-        found = True
+        stripped = True
 
 
 def _after(pattern: re.Pattern[str], text: str) -> str:
-    """What follows an opening; "" where it is not there or nothing with a word follows."""
+    """Return the text after an opening; "" if the opening does not match or no word follows."""
     match = pattern.match(text)
     rest = text[match.end() :].strip() if match else ""
     return rest if _has_words(rest) else ""
 
 
 def _has_words(text: str) -> bool:
-    """Whether there is more than whitespace, punctuation and characters without a shape."""
+    """Return whether the text holds more than whitespace, punctuation and invisible characters."""
     return any(unicodedata.category(letter)[0] not in "ZPC" for letter in text)
 
 
@@ -131,26 +130,26 @@ _SPECIAL = re.compile(
 
 
 def special_tokens(text: str) -> list[str]:
-    """Tokens and markup of models that leaked into a caption, e.g. `</s>`, `<loc_12>`, `[UNK]`, in their order."""
+    """Return the tokens and markup of models that leaked into a caption, in order, e.g. `</s>`, `<loc_12>`, `[UNK]`."""
     return _SPECIAL.findall(text)
 
 
 # --- Repetitions -----------------------------------------------------------------------------------------------------
 
-PHRASE_WORDS = 8  # of a phrase that is looked for
-PHRASE_TIMES, WORD_TIMES = 3, 4  # in a row: "a hat on top of" three times, or "very" four times
+PHRASE_WORDS = 8  # words of a repeated phrase at most
+PHRASE_TIMES, WORD_TIMES = 3, 4  # repetitions in a row: "a hat on top of" three times, or "very" four times
 
 
 def repeated_phrase(text: str) -> str | None:
-    """The first phrase that a caption says over and over, in a row; None if there is none.
+    """Return the first phrase that a caption repeats several times in a row; None if there is none.
 
-    Of a script without blanks, single characters count as words do, and six times in a row are needed.
+    In scripts without blanks, characters take the place of words, and six repetitions in a row are needed.
     """
     words = re.findall(r"[^\W_]+", text.casefold())
-    if found := _in_a_row(words, WORD_TIMES, PHRASE_TIMES):
-        return " ".join(found)
-    found = next((found for word in words if len(word) > PHRASE_WORDS and (found := _in_a_row(word, 6, 6))), None)
-    return "".join(found) if found else None
+    if phrase := _in_a_row(words, WORD_TIMES, PHRASE_TIMES):
+        return " ".join(phrase)
+    long_words = (word for word in words if len(word) > PHRASE_WORDS)
+    return next(("".join(phrase) for word in long_words if (phrase := _in_a_row(word, 6, 6))), None)
 
 
 def _in_a_row(words: Sequence[str], times: int, phrase_times: int) -> Sequence[str] | None:
@@ -169,34 +168,37 @@ _FILLERS = {"of", "the", "a", "an", "s", "in"}  # "lily of the valley" names the
 
 
 def class_namer(classes: Iterable[str]) -> Callable[[str], set[str]]:
-    """A function that finds the classes that a text names as whole words, however they are written.
+    """Return a function that finds the classes that a text names.
 
-    Plurals, hyphens, underscores and blanks count as the same (`tigerlily`, "tiger lilies"), and a class within the name
-    of another one that stands there does not count ("a desert rose" names `desert-rose`, not `rose`). Classes without a
-    letter, or of more than eight words, name nothing.
+    A class is found as whole words, in any spelling: plurals, hyphens, underscores and blanks make no difference, so
+    "tiger lilies" names `tigerlily`. Within a longer name, a shorter one is not found: "a desert rose" names `desert-rose`
+    but not `rose`. Classes without a letter, or of more than `NAME_WORDS` words, are never found.
     """
-    known_names = [name for name in classes if any(map(str.isalpha, name)) and len(_words(name)) <= NAME_WORDS]
-    known: dict[str, set[str]] = defaultdict(set)
-    for name in known_names:
+    names = [name for name in classes if any(map(str.isalpha, name)) and len(_words(name)) <= NAME_WORDS]
+    by_form: dict[str, set[str]] = defaultdict(set)
+    for name in names:
         for form in _forms("".join(_words(name))):
-            known[form].add(name)
-    heads = {form[:3] for form in known}  # a singular keeps the first three letters: most words need no further look
-    longest = 1 + max((len(_words(name)) for name in known_names), default=0)  # "sun flower" is two words for sunflower
+            by_form[form].add(name)
+    # A singular keeps the first three letters of its plural. With them, most words are ruled out at once.
+    heads = {form[:3] for form in by_form}
+    longest = 1 + max(
+        (len(_words(name)) for name in names), default=0
+    )  # one more, since "sun flower" names `sunflower`
 
     def named(text: str) -> set[str]:
         words = _words(text)
-        found: set[str] = set()
+        named_classes: set[str] = set()
         covered = 0
         for start, word in enumerate(words):
             if len(word) >= 3 and word[:3] not in heads:
                 continue
             for end in range(min(start + longest, len(words)), max(start, covered), -1):  # not within an earlier name
                 forms = _forms("".join(words[start:end]))
-                if names := set().union(*(known.get(form, ()) for form in forms)):
-                    found |= names
+                if matches := set().union(*(by_form.get(form, ()) for form in forms)):
+                    named_classes |= matches
                     covered = end
                     break
-        return found
+        return named_classes
 
     return named
 
@@ -207,7 +209,7 @@ def _words(text: str) -> list[str]:
 
 
 def _forms(word: str) -> set[str]:
-    """A word and what may be its singular."""
+    """Return a word and its possible singulars."""
     forms = {word}
     for ending, singular in (("s", ""), ("es", ""), ("ies", "y")):
         if word.endswith(ending) and len(word) >= len(ending) + 3:
@@ -216,20 +218,23 @@ def _forms(word: str) -> set[str]:
 
 
 def _contradicted(label: str, named: set[str]) -> set[str]:
-    """The named classes that speak against `label`: none if it is named itself, or if they are a part of its name."""
-    own = "".join(_words(label))
-    return set() if label in named else {name for name in named if "".join(_words(name)) not in own}
+    """Return the named classes that contradict `label`.
+
+    There are none if `label` is named too. A class whose name is a part of the label's does not contradict it.
+    """
+    label_words = "".join(_words(label))
+    return set() if label in named else {name for name in named if "".join(_words(name)) not in label_words}
 
 
 # --- Colors ----------------------------------------------------------------------------------------------------------
 
-LOOKED_AT = 64  # px; larger images are thinned out to this
-MIN_SHARE = 0.015  # of the weighted pixels: a color with less does not show
+COLOR_SIDE = 64  # px; of larger images only every n-th pixel is read
+MIN_SHARE = 0.015  # of the weighted pixels; a color with a smaller share counts as absent
 
-# Named colors as boxes in HSV: hue in degrees (from, to; across 0 where from > to), saturation and value 0..1 (from, to).
+# Named colors as boxes in HSV: hue in degrees (from, to; across 0 if from > to), saturation and value 0..1 (from, to).
 # Neighbours overlap, since people draw the lines in different places and cameras shift them: a violet-blue bluebell is
-# both blue and purple. What matters is that a color without any pixel is surely absent. Green, brown, grey and black are
-# those of foliage, soil and shadow, which nearly every photo shows: no caption is held to them.
+# both blue and purple. A color without any pixel is surely absent; nothing more is needed. Foliage, soil and shadow are
+# green, brown, grey and black in nearly every photo, so captions are not checked for these.
 COLORS: dict[str, tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float]], ...]] = {
     "white": (((0, 360), (0.0, 0.25), (0.6, 1.0)),),
     "yellow": (((40, 70), (0.3, 1.0), (0.5, 1.0)),),
@@ -244,7 +249,7 @@ COLORS: dict[str, tuple[tuple[tuple[float, float], tuple[float, float], tuple[fl
     "grey": (((0, 360), (0.0, 0.2), (0.2, 0.62)),),
     "black": (((0, 360), (0.0, 1.0), (0.0, 0.2)),),
 }
-# Words for the colors of flowers, each with the names that it may stand for.
+# Words for the colors of flowers, each with the named colors that it can mean.
 COLOR_WORDS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("white", "yellow", "orange", "red", "pink", "purple", "blue", "burgundy")},
     "ivory": ("white", "yellow"), "cream": ("white", "yellow"), "whitish": ("white",),
@@ -257,7 +262,7 @@ COLOR_WORDS: dict[str, tuple[str, ...]] = {
     "violet": ("purple", "blue"), "purplish": ("purple", "pink", "blue"), "indigo": ("purple", "blue"),
     "bluish": ("blue", "purple"), "navy": ("blue",), "azure": ("blue",),
 }  # fmt: skip
-# A color right before one of these, or said of one ("the sky is blue"), is not a petal's.
+# Nouns that are not petals. A color right before one of them, or said of one ("the sky is blue"), is ignored.
 _NOT_PETALS = re.compile(
     r"(?:anther|backdrop|background|bee|beetle|branch|bug|building|bush|butterfly|butterflie|car|cent(?:er|re)|cloth|cloud"
     r"|core|dis[ck]|dress|eye|fence|field|foliage|foreground|frame|grass|ground|hand|house|insect|ladybug|lake|leaf|leave"
@@ -272,13 +277,19 @@ _STOPS = re.compile(
 
 
 def dominant_colors(pixels: np.ndarray) -> dict[str, float]:
-    """The named colors of `pixels` (uint8 [H, W, 3], sRGB) with their shares 0..1, the largest first.
+    """Return the named colors of an image with their shares, the largest first.
 
-    `COLORS` gives each name's range. Pixels in the middle count for more, with a Gaussian weight (standard deviation a
-    third of each side), since that is where flowers are photographed. Shares need not add up to 1: a pixel may bear two
-    names or none.
+    `COLORS` gives the range of each name. Pixels in the middle count more, since flowers are photographed there: a Gaussian
+    weight has a standard deviation of a third of each side. A pixel may have two names or none, so shares need not add up
+    to 1.
+
+    Args:
+        pixels: uint8 [H, W, 3], sRGB.
+
+    Returns:
+        Share of the weighted pixels by name, 0..1.
     """
-    step = max(1, math.ceil(max(pixels.shape[:2]) / LOOKED_AT))
+    step = max(1, math.ceil(max(pixels.shape[:2]) / COLOR_SIDE))
     rgb = pixels[::step, ::step].astype(np.float32) / 255
     value = rgb.max(2)
     chroma = value - rgb.min(2)
@@ -304,17 +315,17 @@ def dominant_colors(pixels: np.ndarray) -> dict[str, float]:
 
 
 def flower_colors(caption: str) -> list[str]:
-    """The color words of `COLOR_WORDS` that `caption` uses of flowers, each once: none of centers, leaves, skies, bees."""
+    """Return the words of `COLOR_WORDS` that `caption` says of flowers, each once. Colors of centers or leaves are ignored."""
     words = re.findall(r"[^\W\d_]+|[.,;:!?()]", caption.casefold())
-    found = []
+    colors: list[str] = []
     for position, word in enumerate(words):
-        if word in COLOR_WORDS and word not in found and not _not_of_petals(words, position):
-            found.append(word)
-    return found
+        if word in COLOR_WORDS and word not in colors and not _not_of_petals(words, position):
+            colors.append(word)
+    return colors
 
 
 def _not_of_petals(words: list[str], position: int) -> bool:
-    """Whether the color at `position` belongs to something that is no petal: a noun soon after it, or "the sky is"."""
+    """Return whether the color at `position` describes no petal: a noun follows it, or "the sky is" stands before it."""
     for word in words[position + 1 : position + 6]:
         if _NOT_PETALS.fullmatch(word):
             return True
@@ -326,10 +337,14 @@ def _not_of_petals(words: list[str], position: int) -> bool:
 
 
 def contradicted_colors(caption: str, shares: Mapping[str, float]) -> list[str]:
-    """The flower colors of `caption` where the image shows none of them, else []; `shares` as `dominant_colors` gives them.
+    """Return the flower colors of `caption` if the image shows none of them, else [].
 
-    Measured at 64 px: of 400 drawings no true caption is doubted, and 55% of those with another petal color are; of 640
-    photos of species that have one color 0.8%, and 75% with another color. tests/test_captions.py holds this.
+    At 64 px, no true caption of 400 drawings was doubted, and 55% of captions with another petal color were. On 640 photos
+    of species with one color, these were 0.8% and 75%. tests/test_captions.py checks these figures.
+
+    Args:
+        caption: A caption.
+        shares: Result of `dominant_colors` for its image.
     """
     words = flower_colors(caption)
     shown = any(shares.get(name, 0.0) >= MIN_SHARE for word in words for name in COLOR_WORDS[word])
@@ -337,6 +352,10 @@ def contradicted_colors(caption: str, shares: Mapping[str, float]) -> list[str]:
 
 
 # --- The audit -------------------------------------------------------------------------------------------------------
+
+
+# Result of a check: a note on each finding by the caption's index, None if not measured; and how often each kind occurs.
+_Result = tuple[dict[int, str] | None, Mapping[str, int]]
 
 
 def audit(
@@ -351,27 +370,31 @@ def audit(
     examples: int = 3,
     of_labels: bool = False,
 ) -> dict[str, Any]:
-    """What is wrong with captions, as plain data for JSON. Item i of every sequence belongs to the same image.
+    """Run all checks on captions and return the findings as plain data for JSON.
+
+    Item i of every sequence belongs to the same image.
 
     Args:
-        captions: as they are to be trained on.
-        image_ids: hashes of the images: copies of an image may share a caption.
-        files: names of the images, for the examples; None: the ids.
-        labels: class names, None where an image has none; None: labels were not looked at.
-        colors: of each image, as `dominant_colors` gives them; None likewise.
-        raw: what the captioner said, None where that is the caption; for counting the openings that were stripped.
-        tokenizer: of the text encoder, as transformers makes them; None: lengths were not measured.
-        examples: this many at most of each kind.
-        of_labels: the captions are made from the labels, so images of one label share theirs on purpose.
+        captions: Captions as a training will read them.
+        image_ids: Hashes of the images. Copies of an image may share a caption.
+        files: Names of the images for the examples; the ids if None.
+        labels: Class name of each image, or None for an image without one; None: not measured.
+        colors: Result of `dominant_colors` for each image; None: not measured.
+        raw: Text before cleaning, or None if it is the caption; counts the openings that were removed.
+        tokenizer: The text encoder's tokenizer from transformers; None: lengths are not measured.
+        examples: Examples per check at most.
+        of_labels: Whether the captions come from the labels, so that images of one label share a caption on purpose.
 
     Returns:
-        `captions`: their number; `tokens`: `limit`, `min`, `median`, `mean`, `max`, `histogram` (tokens up to -> captions),
-        or None; `stripped`: captions by opening that was taken off; `checks`: of each name in `CHECKS` a `count`, a `share`
-        of all captions (both None where not measured), `kinds` (how often each token, opening …) and `examples` (`file`,
-        `caption`, `note`).
+        captions: Their number.
+        tokens: `limit`, `min`, `median`, `mean`, `max` and `histogram` (captions by tokens up to); None if not measured.
+        stripped: Captions by the opening that was removed.
+        checks: For each check its `count` of findings, their `share` of all captions, `kinds` and `examples`. `kinds`
+            counts each token, opening, etc. An example has `file`, `caption` and `note`. Count and share are None if the
+            check was not measured.
 
     Raises:
-        ValueError: sequences of different lengths.
+        ValueError: The sequences differ in length.
     """
     files = image_ids if files is None else files
     for column in (image_ids, files, labels, colors, raw):
@@ -379,39 +402,33 @@ def audit(
             raise ValueError(f"{len(column)} items beside {len(captions)} captions")
     lengths = None if tokenizer is None else _token_lengths(captions, tokenizer)
     limit = 0 if tokenizer is None else token_limit(tokenizer)
+    owners = [str(label) for label in labels] if of_labels and labels is not None else image_ids
+    openings = {i: name for i, text in enumerate(captions) if (name := boilerplate_opening(text))}
+    results: dict[str, _Result] = {
+        "empty": ({i: "" for i, text in enumerate(captions) if not _has_words(text)}, {}),
+        "over_limit": (_over_limit(lengths, limit), {}),
+        "duplicates": _duplicates(captions, owners),
+        "repetitions": _repetitions(captions),
+        "boilerplate": (openings, Counter(openings.values())),
+        "special_tokens": _special_tokens(captions),
+        "label_contradictions": _label_contradictions(captions, labels),
+        "color_contradictions": _color_contradictions(captions, colors),
+    }
     checks: dict[str, Any] = {}
-
-    def add(name: str, notes: Mapping[int, str] | None, kinds: Mapping[str, int] | None = None) -> None:
-        """`notes`: what to say of each caption that is caught, by its number; None: not measured."""
-        shown = [] if notes is None else list(notes.items())[:examples]
-        checks[name] = {
-            "count": None if notes is None else len(notes),
-            "share": None if notes is None else len(notes) / max(1, len(captions)),
-            "kinds": dict(Counter(kinds or {}).most_common(10)),
+    for check, (findings, kinds) in results.items():
+        shown = list((findings or {}).items())[:examples]
+        checks[check] = {
+            "count": None if findings is None else len(findings),
+            "share": None if findings is None else len(findings) / max(1, len(captions)),
+            "kinds": dict(Counter(kinds).most_common(10)),
             "examples": [
                 {"file": _short(files[i]), "caption": _short(captions[i]), "note": _short(note)} for i, note in shown
             ],
         }
-
-    add("empty", {i: "" for i, text in enumerate(captions) if not _has_words(text)})
-    too_long = lengths and {i: f"{length} tokens" for i, length in enumerate(lengths) if length > limit}
-    add("over_limit", None if lengths is None else too_long or {})
-    owners = [str(label) for label in labels] if of_labels and labels is not None else image_ids
-    add("duplicates", *_duplicates(captions, owners))
-    repeated = {i: phrase for i, text in enumerate(captions) if (phrase := repeated_phrase(text))}
-    add("repetitions", {i: f"repeats {phrase!r}" for i, phrase in repeated.items()}, Counter(repeated.values()))
-    openings = {i: name for i, text in enumerate(captions) if (name := boilerplate_opening(text))}
-    add("boilerplate", openings, Counter(openings.values()))
-    tokens = {i: found for i, text in enumerate(captions) if (found := special_tokens(text))}
-    add(
-        "special_tokens",
-        {i: " ".join(found) for i, found in tokens.items()},
-        Counter(t for f in tokens.values() for t in f),
-    )
-    add("label_contradictions", *_label_contradictions(captions, labels))
-    add("color_contradictions", *_color_contradictions(captions, colors))
-    said = {i: name for i, text in enumerate(raw or ()) if text and (name := boilerplate_opening(clean_caption(text)))}
-    stripped = Counter(name for i, name in said.items() if openings.get(i) != name)
+    before = {
+        i: name for i, text in enumerate(raw or ()) if text and (name := boilerplate_opening(clean_caption(text)))
+    }
+    stripped = Counter(name for i, name in before.items() if openings.get(i) != name)
     return {
         "captions": len(captions),
         "tokens": _token_statistics(lengths, limit),
@@ -421,7 +438,7 @@ def audit(
 
 
 def token_limit(tokenizer: Any) -> int:
-    """Tokens that a text encoder reads of a caption, start and end included; 77 (CLIP's) where the tokenizer names none."""
+    """Return how many tokens a text encoder reads, with start and end; CLIP's 77 if the tokenizer names no limit."""
     limit = int(tokenizer.model_max_length)
     return limit if limit < 1_000_000 else CLIP_LIMIT  # transformers writes 10**30 for "none"
 
@@ -449,21 +466,36 @@ def _token_statistics(lengths: list[int] | None, limit: int) -> dict[str, Any] |
     }
 
 
-def _duplicates(captions: Sequence[str], image_ids: Sequence[str]) -> tuple[dict[int, str], dict[str, int]]:
+def _over_limit(lengths: list[int] | None, limit: int) -> dict[int, str] | None:
+    if lengths is None:
+        return None
+    return {i: f"{length} tokens" for i, length in enumerate(lengths) if length > limit}
+
+
+def _repetitions(captions: Sequence[str]) -> _Result:
+    phrases = {i: phrase for i, text in enumerate(captions) if (phrase := repeated_phrase(text))}
+    return {i: f"repeats {phrase!r}" for i, phrase in phrases.items()}, Counter(phrases.values())
+
+
+def _special_tokens(captions: Sequence[str]) -> _Result:
+    tokens = {i: leaked for i, text in enumerate(captions) if (leaked := special_tokens(text))}
+    kinds = Counter(token for leaked in tokens.values() for token in leaked)
+    return {i: " ".join(leaked) for i, leaked in tokens.items()}, kinds
+
+
+def _duplicates(captions: Sequence[str], image_ids: Sequence[str]) -> _Result:
     groups: dict[str, list[int]] = defaultdict(list)
     for i, text in enumerate(captions):
         if _has_words(text):
             groups[text.casefold()].append(i)  # CLIP reads in lower case
     shared = [group for group in groups.values() if len({image_ids[i] for i in group}) > 1]
     shared.sort(key=len, reverse=True)
-    notes = {group[0]: f"at {len(group)} images" for group in shared}  # first: one example a caption
+    notes = {group[0]: f"shared by {len(group)} images" for group in shared}  # these first: one example per caption
     notes |= {i: "" for group in shared for i in group[1:]}
     return notes, {_short(captions[group[0]]): len(group) for group in shared}
 
 
-def _label_contradictions(
-    captions: Sequence[str], labels: Sequence[str | None] | None
-) -> tuple[dict[int, str] | None, dict[str, int]]:
+def _label_contradictions(captions: Sequence[str], labels: Sequence[str | None] | None) -> _Result:
     if labels is None or not any(labels):
         return None, {}
     named = class_namer({label for label in labels if label})
@@ -475,9 +507,7 @@ def _label_contradictions(
     return notes, kinds
 
 
-def _color_contradictions(
-    captions: Sequence[str], colors: Sequence[Mapping[str, float] | None] | None
-) -> tuple[dict[int, str] | None, dict[str, int]]:
+def _color_contradictions(captions: Sequence[str], colors: Sequence[Mapping[str, float] | None] | None) -> _Result:
     if colors is None:
         return None, {}
     notes, kinds = {}, Counter[str]()
@@ -500,17 +530,20 @@ def _short(text: str) -> str:
 
 
 def parse_thresholds(entries: Iterable[str]) -> dict[str, float]:
-    """Limits of the audit from `name=share`, name one of `CHECKS`, share 0..1; to be called before captioning starts.
+    """Return the limits that `--fail_on` gives as `check=share`.
 
-    Raises UserError for an unknown name (naming the nearest), for a share that is no number from 0 to 1, and for a name
-    that comes twice.
+    Returns:
+        The largest allowed share of findings by check, 0..1.
+
+    Raises:
+        UserError: A check is unknown (the message names the nearest one) or occurs twice, or a share is not from 0 to 1.
     """
     limits: dict[str, float] = {}
     for entry in entries:
         name, _, text = (part.strip() for part in entry.partition("="))
         if name not in CHECKS:
             near = difflib.get_close_matches(name, CHECKS, n=1, cutoff=0.0)[0]
-            raise UserError(f"--fail_on {entry!r}: the audit has no figure {name!r}; did you mean {near!r}?")
+            raise UserError(f"--fail_on {entry!r}: the audit has no check {name!r}; did you mean {near!r}?")
         try:
             share = float(text)
         except ValueError:
@@ -526,13 +559,14 @@ def parse_thresholds(entries: Iterable[str]) -> dict[str, float]:
 
 
 def check_thresholds(audit: Mapping[str, Any], limits: Mapping[str, float]) -> None:
-    """Raise UserError with one sentence on every figure of the audit that is over its limit or was not measured.
+    """Check the audit against the limits of `parse_thresholds`. A share that equals its limit passes.
 
-    limits: as `parse_thresholds` returns them. A figure that equals its limit passes.
+    Raises:
+        UserError: Checks are over their limits or were not measured; the message names them all.
     """
     failed = []
     for name, limit in limits.items():
-        check = audit["checks"].get(name, {"share": None})  # an audit of before has no figure of a newer check
+        check = audit["checks"].get(name, {"share": None})  # audit.json of an older version lacks newer checks
         if check["share"] is None:
             failed.append(f"{name} was not measured, its limit is {limit:g}")
         elif check["share"] > limit:
@@ -546,7 +580,7 @@ def check_thresholds(audit: Mapping[str, Any], limits: Mapping[str, float]) -> N
 
 
 def audit_lines(audit: Mapping[str, Any]) -> list[str]:
-    """The audit as a short table for the terminal: a line a figure, with its share, what it means, and one example."""
+    """Return the audit as a short table for the terminal: a line per check with count, share, meaning and one example."""
     lines = [f"audit of {audit['captions']:,} captions"]
     tokens = audit["tokens"]
     if tokens is None:
@@ -559,14 +593,14 @@ def audit_lines(audit: Mapping[str, Any]) -> list[str]:
         )
     if audit["stripped"]:
         openings = ", ".join(f"{count:,} {name}" for name, count in list(audit["stripped"].items())[:3])
-        lines.append(f"  openings taken off: {openings}")
+        lines.append(f"  openings removed: {openings}")
     width = max(map(len, CHECKS))
     for name, meaning in CHECKS.items():
         check = audit["checks"].get(name, {"share": None})
         if check["share"] is None:
             lines.append(f"  {name:{width}}  not measured")
             continue
-        example = next(({**row} for row in check["examples"]), None)
+        example = next(iter(check["examples"]), None)
         shown = f" — {example['file']}: {example['caption'][:60]!r}" if example else ""
         lines.append(f"  {name:{width}} {check['count']:8,} {check['share']:7.1%}  {meaning}{shown}")
     return lines

@@ -1,6 +1,6 @@
 """Image-to-text models that caption photos: Florence-2 by its native classes, others by transformers' Auto classes.
 
-No code from outside is run and nothing is unpickled: repositories that need either are refused with a sentence.
+No code of a model is run and nothing is unpickled. A model that needs either is refused with a sentence.
 """
 
 import json
@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Florence2ForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from t2i.config import CaptionConfig
 from t2i.errors import UserError
 from t2i.files import sha256_file
+from t2i.hub.loading import explain_loading
 
 FLORENCE = "florence-community/Florence-2-large"
 FLORENCE_REVISION = "4271c66b88cdbc05735372ec13b2360108de5317"
@@ -26,28 +30,32 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class ModelName:
-    """Which model makes the captions: part of each caption's key."""
+    """The model that makes the captions. Name and revision are a part of each caption's key."""
 
-    model: str  # Hub id, or the folder's last part
-    revision: str  # the Hub's commit, or a hash of the folder's weights
-    path: str  # what to load: Hub id or folder
+    model: str  # Hub id, or the last part of a folder.
+    revision: str  # Commit on the Hub, or hash of the folder's weights.
+    path: str  # Hub id or folder to load.
 
 
 @dataclass
 class Captioner:
-    """A loaded model as two steps: `prepare` is CPU work for a thread beside, `generate` the model's."""
+    """A loaded model in three steps. A thread can run `prepare` for the next batch during `generate`."""
 
-    prepare: Callable[[list[Image.Image]], Any]  # upright RGB images -> the model's inputs
-    generate: Callable[[Any], torch.Tensor]  # inputs -> token ids
-    read: Callable[[torch.Tensor, list[Image.Image]], list[str]]  # token ids, images -> captions
+    prepare: Callable[[list[Image.Image]], Any]  # Upright RGB images to the model's inputs, on the CPU.
+    generate: Callable[[Any], torch.Tensor]  # Inputs to token ids.
+    read: Callable[[torch.Tensor, list[Image.Image]], list[str]]  # Token ids and images to captions.
 
 
 def resolve(config: CaptionConfig) -> ModelName:
-    """The captioner's model and its exact revision. Raises `UserError` where neither a folder nor the Hub has it."""
+    """Return the captioner's model and its exact revision.
+
+    Raises:
+        UserError: Neither a folder nor the Hub has the model, or it needs code of its own or pickled weights.
+    """
     source = FLORENCE if config.captioner == "florence2" else config.captioner
     if legacy := LEGACY.fullmatch(source):
         raise UserError(
-            f"{source} holds code of its own, which is never run here; its weights for transformers' native classes are "
+            f"{source} needs code of its own, which is never run here; for its weights in transformers' native classes, give "
             f"--captioner florence-community/{legacy[1]}"
         )
     folder = Path(source).expanduser()
@@ -65,18 +73,20 @@ def resolve(config: CaptionConfig) -> ModelName:
     wanted = config.captioner_revision or (FLORENCE_REVISION if source == FLORENCE else None)
     if wanted and COMMIT.fullmatch(wanted):
         return ModelName(source, wanted, source)
-    try:  # a branch or tag: which commit is it now, or in the cache when there is no network
+    try:  # the commit of a branch or tag, from the cache if there is no network
         local = snapshot_download(source, revision=wanted, allow_patterns=["config.json"])
-    except Exception as error:  # network, spelling, access: a dozen types
+    except Exception as error:  # network, spelling, access: huggingface_hub raises a dozen types
         raise UserError(_cannot_load(source, error, wanted)) from None
     _refuse_own_code(source, Path(local))
     return ModelName(source, Path(local).name, source)
 
 
 def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: torch.dtype) -> Captioner:
-    """Load the model to `device` in `dtype`. Raises `UserError` where it cannot be loaded or cannot caption."""
-    from transformers import AutoConfig, AutoProcessor, Florence2ForConditionalGeneration
+    """Load the model to `device` in `dtype`.
 
+    Raises:
+        UserError: The model cannot be loaded, or it cannot write captions.
+    """
     remote = {} if Path(name.path).is_dir() else {"revision": name.revision}
     try:
         kind = AutoConfig.from_pretrained(name.path, trust_remote_code=False, **remote).model_type
@@ -85,7 +95,7 @@ def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: to
         model = cls.from_pretrained(name.path, dtype=dtype, use_safetensors=True, **remote)
     except UserError:
         raise
-    except Exception as error:  # OSError, ValueError, KeyError, ImportError: by model and file
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError: each model and file has its own
         raise UserError(_cannot_load(name.path, error, name.revision if remote else None)) from None
     model = model.to(device).eval()
     if kind == "florence2":
@@ -94,14 +104,15 @@ def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: to
 
 
 def _florence(model: Any, processor: Any, config: CaptionConfig) -> Captioner:
-    task, known = config.task, processor.tasks_answer_post_processing_type
-    if task not in known:
-        raise UserError(f"--task {task} is no task of Florence-2; it has {' '.join(known)}")
+    task, answers_by_task = config.task, processor.tasks_answer_post_processing_type
+    if task not in answers_by_task:
+        raise UserError(f"--task {task} is not a task of Florence-2; choose one of {' '.join(answers_by_task)}")
     if config.prompt and task in processor.task_prompts_without_inputs:
-        raise UserError(f"--task {task} takes no prompt; leave out --prompt, or take {_tasks_with_prompt(processor)}")
+        tasks = " ".join(processor.task_prompts_with_input)
+        raise UserError(f"--task {task} takes no prompt; leave out --prompt, or choose one of {tasks}")
     if not config.prompt and task in processor.task_prompts_with_input:
-        raise UserError(f"--task {task} needs --prompt with what it is about")
-    plain = known[task] == "pure_text"
+        raise UserError(f"--task {task} needs --prompt, the text that it works on")
+    plain = answers_by_task[task] == "pure_text"
 
     def read(ids: torch.Tensor, images: list[Image.Image]) -> list[str]:
         if plain:
@@ -120,7 +131,7 @@ def _florence(model: Any, processor: Any, config: CaptionConfig) -> Captioner:
 
 
 def _other(model: Any, processor: Any, name: ModelName, config: CaptionConfig) -> Captioner:
-    """Any model of `AutoModelForImageTextToText`: chat models by their template, others with the prompt or without text."""
+    """Wrap a model of `AutoModelForImageTextToText`. Chat models get their template, others the prompt if there is one."""
     if not hasattr(processor, "tokenizer"):
         raise UserError(
             f"--captioner {name.path} has no tokenizer beside its image processor; it cannot write captions"
@@ -140,11 +151,11 @@ def _other(model: Any, processor: Any, name: ModelName, config: CaptionConfig) -
 
     if chat:
         processor.tokenizer.padding_side = "left"
-    run = _generate(model, config)
+    generate_ids = _generate(model, config)
 
     def generate(inputs: Any) -> torch.Tensor:
-        ids = run(inputs)
-        start = inputs["input_ids"].shape[1] if chat else 0
+        ids = generate_ids(inputs)
+        start = inputs["input_ids"].shape[1] if chat else 0  # a chat model repeats its input
         return ids[:, start:]
 
     def read(ids: torch.Tensor, images: list[Image.Image]) -> list[str]:
@@ -155,12 +166,12 @@ def _other(model: Any, processor: Any, name: ModelName, config: CaptionConfig) -
 
 
 def without_prompt(text: str, prompt: str) -> str:
-    """What a model wrote after its prompt, which it gives back in its tokenizer's capitals and spaces."""
+    """Return what a model wrote after its prompt. Capitals and blanks of the repeated prompt may differ."""
     letters = prompt.replace(" ", "")
     if not letters:
         return text
-    whole = r"(?!\w)" if letters[-1].isalnum() else ""  # of "a", nothing is taken off "an apple"
-    match = re.match(r"\s*".join(map(re.escape, letters)) + whole, text, re.IGNORECASE)
+    word_end = r"(?!\w)" if letters[-1].isalnum() else ""  # the prompt "a" must not match "an apple"
+    match = re.match(r"\s*".join(map(re.escape, letters)) + word_end, text, re.IGNORECASE)
     return text[match.end() :].strip() if match else text
 
 
@@ -171,7 +182,7 @@ def _generate(model: Any, config: CaptionConfig) -> Callable[[Any], torch.Tensor
         "do_sample": False,
     }
     chosen = {"no_repeat_ngram_size": config.no_repeat_ngram_size, "repetition_penalty": config.repetition_penalty}
-    options |= {key: value for key, value in chosen.items() if value is not None}  # else the model's own stay
+    options |= {key: value for key, value in chosen.items() if value is not None}  # otherwise the model's own apply
 
     @torch.inference_mode()
     def generate(inputs: Any) -> torch.Tensor:
@@ -185,29 +196,20 @@ def _generate(model: Any, config: CaptionConfig) -> Callable[[Any], torch.Tensor
 
 
 def _auto_class(kind: str) -> Any:
-    from transformers import AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise UserError(f"a {kind} model writes no text about images; take an image-to-text model, or florence2")
+        raise UserError(f"a {kind} model writes no text about images; choose an image-to-text model, or florence2")
     return AutoModelForImageTextToText
 
 
 def _labels(answer: Any) -> str:
-    """The words of a structured answer (boxes, regions, read text), each once, in their order."""
+    """Return the words of a structured answer (boxes, regions, read text), each once, in order."""
     words = answer.get("labels") or answer.get("bboxes_labels") or [] if isinstance(answer, dict) else [str(answer)]
     cleaned = (re.sub(r"</?s>", "", str(word)).strip() for word in words)
     return ", ".join(dict.fromkeys(word for word in cleaned if word))
 
 
-def _tasks_with_prompt(processor: Any) -> str:
-    return " ".join(processor.task_prompts_with_input)
-
-
 def _refuse_own_code(source: str, folder: Path) -> None:
-    """Refuse a model that its folder's own code defines (`auto_map`) and transformers does not know natively."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+    """Refuse a model that needs code from its folder (`auto_map`) because transformers has no native class for it."""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -219,13 +221,11 @@ def _refuse_own_code(source: str, folder: Path) -> None:
     if davit or ("auto_map" in settings and kind not in CONFIG_MAPPING_NAMES):
         twin = "; Florence-2's native weights are florence-community/Florence-2-large" if kind == "florence2" else ""
         raise UserError(
-            f"--captioner {source} needs code of its own, which is never run here; take a native model{twin}"
+            f"--captioner {source} needs code of its own, which is never run here; choose a native model{twin}"
         )
 
 
 def _cannot_load(source: str, error: Exception, revision: str | None) -> str:
-    from t2i.hub.loading import explain_loading
-
     why = None if Path(source).expanduser().is_dir() else explain_loading(error, source, revision)
     if why:
         return f"the captioner cannot be loaded: {why}"

@@ -1,8 +1,7 @@
-"""The captions that were made, one JSON line each in `captions.jsonl`: appended as they come, edited by hand at will.
+"""The file `captions.jsonl`: one caption per JSON line. Users may edit it by hand. Imports no torch.
 
-A caption belongs to (image, model, revision, task, prompt). Lines are only ever added, a batch by one write and one fsync,
-so that a killed run loses nothing that was on disk; several processes on one machine (or a shared disk) write the same
-file. Imports no torch.
+A caption belongs to (image, model, revision, task, prompt). Lines are only appended: each batch is one write and one fsync,
+so a killed run loses nothing that was on disk. Several processes on one machine or a shared disk write the same file.
 """
 
 import json
@@ -18,9 +17,9 @@ from t2i.errors import UserError
 
 
 class Key(NamedTuple):
-    """What a caption belongs to."""
+    """The key of a caption: what it belongs to."""
 
-    image: str  # first 32 hex digits of the SHA-256 of the image file
+    image: str  # First 32 hex digits of the SHA-256 of the image file.
     model: str
     revision: str
     task: str
@@ -28,13 +27,19 @@ class Key(NamedTuple):
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows (the fields of `Key`, `caption` and what else is known) and wait until they are on disk.
+    """Append rows and wait until they are on disk.
 
-    A torn last line, as a cut of power leaves it, goes to `captions.jsonl.torn` first: it was never reported as done.
-    Raises `UserError` for any other last line that is not a caption's.
+    If a power cut left a torn last line, it moves to `captions.jsonl.torn`: its caption was never reported as done.
+
+    Args:
+        path: The file; a missing one is created.
+        rows: The fields of `Key`, `caption`, and any other fields.
+
+    Raises:
+        UserError: The last line is neither a caption nor torn.
     """
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-    # writers take turns; the system frees the lock of one that is killed
+    # Writers take turns. The system frees the lock of a killed writer.
     with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+b", buffering=0) as file:
         tail = _tail(file)
         if tail and _row(tail) is None:
@@ -43,17 +48,17 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             with open(path.with_name(f"{path.name}.torn"), "ab") as torn:
                 torn.write(tail + b"\n")
             file.truncate(os.fstat(file.fileno()).st_size - len(tail))
-        elif tail:  # a whole line whose end an editor left off
+        elif tail:  # a complete line without a newline, as some editors save it
             data = b"\n" + data
         _write_all(file, data)
         os.fsync(file.fileno())
 
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
-    """All captions by key; of a key that stands there twice, the later line. A torn last line is passed over.
+    """Return all captions by key. If a key occurs twice, the later line is used. A torn last line is skipped.
 
-    Raises `UserError` naming the line for anything else that is not a caption's line: a slip of the hand in an editor
-    must not cost a caption.
+    Raises:
+        UserError: Another line is not a caption. The message names the line, so an editing mistake costs no caption.
     """
     rows: dict[Key, dict[str, Any]] = {}
     try:
@@ -70,25 +75,27 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a last line is one of ours that was cut while it was written: it begins as ours do, and has no end."""
+    """Return whether a last line was cut while we wrote it: it begins like our lines and has no end."""
     start = b'{"image": "'
     return (line.startswith(start) or start.startswith(line)) and not line.rstrip().endswith(b"}")
 
 
 def _damaged(path: Path, where: str, line: bytes) -> UserError:
-    """What is wrong with a line that is not a caption's, and the fix."""
+    """Return the error for a line that is not a caption, with the fix."""
     needed = (*Key._fields, "caption")
     try:
         row = json.loads(line.decode("utf-8"))
         lacking = [field for field in needed if not isinstance(row.get(field), str)] if isinstance(row, dict) else None
-        what = "it is no JSON object" if lacking is None else f"{', '.join(lacking)} must be there, as text in quotes"
+        what = (
+            "it is not a JSON object" if lacking is None else f"{', '.join(lacking)} must be there, as text in quotes"
+        )
     except UnicodeDecodeError:
         what = "it is not UTF-8"
     except ValueError as error:
         what = f"JSON: {error}"
     return UserError(
-        f"{path}, {where} is not a caption's line ({what[:160]}); fix it, one JSON object per line, or delete it to have the image "
-        "captioned anew"
+        f"{path}: {where} is not a caption ({what[:160]}); fix it (one JSON object per line), or delete it and the image is "
+        "captioned again"
     )
 
 
@@ -99,7 +106,7 @@ def _write_all(file: RawIOBase, data: bytes) -> None:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The caption's row on a line; None where there is none."""
+    """Return the caption on a line; None if the line holds none."""
     try:
         row = json.loads(line)
         return row if all(isinstance(row[field], str) for field in (*Key._fields, "caption")) else None
@@ -108,7 +115,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _tail(file: RawIOBase) -> bytes:
-    """What stands behind the last line's end."""
+    """Return the bytes after the last newline."""
     start, tail = os.fstat(file.fileno()).st_size, b""
     while start and b"\n" not in tail:
         end, start = start, max(0, start - 65536)

@@ -1,7 +1,7 @@
-"""The dataset card: datasets_card/dataset_card.md filled in, and merged with what a person made of it. Imports no torch.
+"""The dataset card: datasets_card/dataset_card.md, filled in and merged with a person's edits. Imports no torch.
 
-What a program knows stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews
-these blocks and the YAML keys that describe the files, and leaves all else as a person wrote it.
+Generated text stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews these
+blocks and the YAML keys that describe the files. It keeps everything else as a person wrote it.
 """
 
 import math
@@ -26,7 +26,7 @@ from t2i.pictures.png import lettered
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "dataset_card.md"
 _BLOCK = re.compile(r"<!-- t2i:(\w+) begin\b[^>]*-->(?:(?!<!-- t2i:).)*<!-- t2i:\1 end -->", re.DOTALL)
-FILE_KEYS = ("dataset_info", "configs")  # they describe the files, a list entry a configuration; ours is "default"
+FILE_KEYS = ("dataset_info", "configs")  # describe the files, one list entry per configuration; ours is "default"
 
 
 def render_dataset_card(
@@ -45,25 +45,27 @@ def render_dataset_card(
     source_datasets: Sequence[str] = ("original",),
     tags: Sequence[str] = (),
 ) -> str:
-    """The text of a dataset card, without the YAML keys of its files, which `save_dataset_folder` adds.
+    """Return the text of a dataset card. `save_dataset_folder` adds the YAML keys that describe the files.
+
+    Every text may come from users: it is redacted, cut to 200 characters and escaped.
 
     Args:
-        name: of the data set; its title and `pretty_name`.
-        source: where the images come from, in words or as a Hub id.
-        splits: images by split, in order, without empty ones.
-        making: how the captions were made, a row each: captioner, model, revision, task, prompt, counts, hand-edited …
-        audit: as `t2i.captions.auditing.audit` returns it.
-        quarantine: rows with `reason` of the images that were left out.
-        provenance: hashes and revisions, a row each.
-        grid: path of a picture within the data set's folder, e.g. `images/grid.png`.
-        repo_id: on the Hub; None: the loading example names this folder.
-        license: as the Hub names licences. language: ISO 639-1 codes. source_datasets: `original`, or
-            `extended|ORG/NAME`. tags: more than `text-to-image` and `image-captions`.
-
-    Every text may come from users: it is stripped of secrets, cut to 200 characters and escaped.
+        name: Name of the data set, for title and `pretty_name`.
+        source: Where the images come from, in words or as a Hub id.
+        splits: Number of images by split, in order, without empty splits.
+        making: Rows of the table that says how the captions were made: captioner, model, revision, task, counts.
+        audit: Result of `t2i.captions.auditing.audit`.
+        quarantine: Rows with the `reason` of each image that was left out.
+        provenance: Rows of hashes and revisions.
+        grid: Path of a picture within the data set's folder, e.g. `images/grid.png`.
+        repo_id: Repository on the Hub; if None, the loading example names the folder.
+        license: The Hub's identifier of the licence.
+        language: ISO 639-1 codes.
+        source_datasets: `original`, or `extended|ORG/NAME`.
+        tags: Tags in addition to `text-to-image` and `image-captions`.
 
     Raises:
-        UserError: the template is missing.
+        UserError: The template is missing.
     """
     if not TEMPLATE.is_file():
         raise UserError(
@@ -108,17 +110,19 @@ def render_dataset_card(
 
 
 def size_category(count: int) -> str:
-    """The Hub's name for a data set of `count` rows, e.g. `1K<n<10K` for 1,000 to 9,999."""
+    """Return the Hub's name for a data set of `count` rows, e.g. `1K<n<10K` for 1,000 to 9,999."""
     if count < 1000:
         return "n<1K"
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
-    power = len(str(count)) - 4  # of ten, above a thousand
+    power = len(str(count)) - 4  # powers of ten above a thousand
     return f"{names[power]}<n<{names[power + 1]}" if power + 1 < len(names) else "n>1T"
 
 
 def caption_text(caption: str) -> str:
-    """A caption as it must stand in Markdown, table cells included: escaped, cut, and, where it runs from right to left,
-    isolated so that it leaves the order of the text around it alone."""
+    """Return a caption for Markdown and its table cells: cut and escaped.
+
+    Text that runs from right to left is isolated, so it does not reorder the text around it.
+    """
     shown = escape_markdown(caption) or "(empty)"
     if any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in shown):
         return f"\u2068{shown}\u2069"  # first strong isolate … pop directional isolate
@@ -128,9 +132,19 @@ def caption_text(caption: str) -> str:
 def caption_grid(
     pixels: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, side: int = 128, lines: int = 4
 ) -> Image.Image:
-    """Pictures (uint8 [H, W, 3], cut to their middle square) in rows, `side` px each, with up to `lines` lines of caption.
+    """Draw pictures in rows, each with its caption below.
 
-    Of a caption in a script that no font here has, its number in brackets is drawn. Raises ValueError where there is no picture.
+    A caption in a script that no font here covers is replaced by its number in brackets.
+
+    Args:
+        pixels: uint8 [H, W, 3] each; the middle square is shown.
+        captions: One caption per picture.
+        columns: Pictures per row.
+        side: Side of a picture in px.
+        lines: Lines of caption at most.
+
+    Raises:
+        ValueError: There is no picture.
     """
     if not len(pixels):
         raise ValueError("no pictures")
@@ -142,7 +156,7 @@ def caption_grid(
     for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
         x, y = gap + number % columns * (side + gap), gap + number // columns * (side + height + gap)
         grid.paste(ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS), (x, y))
-        note = Image.new("RGB", (side, height), "white")  # a picture of its own, so that no line runs into the next one
+        note = Image.new("RGB", (side, height), "white")  # drawn apart, so no line runs into the next caption
         words, font = lettered(one_line(caption), number + 1)
         text = _wrap(words, font, side, lines)
         ImageDraw.Draw(note).multiline_text((0, 2), text, fill="black", font=font, spacing=2)
@@ -151,15 +165,22 @@ def caption_grid(
 
 
 def merge_cards(new: str, existing: str | None, renewed: Collection[str] = ("size_categories",)) -> str:
-    """`existing`, a card that a person may have edited, with everything generated renewed from `new`.
+    """Return `existing`, a card that a person may have edited, with everything generated renewed from `new`.
 
-    From `new` come the blocks between markers, the YAML keys in `renewed`, the entries of configuration `default` in `configs` and
-    `dataset_info`, and keys that `existing` lacks; `license: unknown` gives way to another licence as well. From `existing`
-    come its prose and its other YAML, comments and other configurations included. A block that was deleted there stays
-    away; without a single block the body is the person's alone. An existing card without a body (a stub, as the Hub
-    makes it) gets the whole body of `new`. Merging once more changes nothing.
+    Merging a second time changes nothing.
 
-    Raises UserError where the YAML of `existing` is broken.
+    From `new` come:
+    - the blocks between markers
+    - the YAML keys in `renewed`, and keys that `existing` lacks
+    - the entries of configuration `default` in `configs` and `dataset_info`
+    - the licence, if `existing` says `license: unknown`
+
+    From `existing` come its prose and its other YAML, with comments and other configurations. A block that a person deleted
+    is not written again. If `existing` has no block, its body does not change. If it has no body, as a stub that the Hub
+    made, it gets the body of `new`.
+
+    Raises:
+        UserError: The YAML of `existing` is broken.
     """
     if existing is None or not existing.strip("\ufeff \t\r\n"):
         return new
@@ -188,7 +209,7 @@ def _lengths(tokens: Mapping[str, Any] | None) -> str:
         return f"Length in tokens: {NOT_MEASURED}."
     numbers = "{min} to {max}, median {median:g}, mean {mean:g}".format(**tokens)
     bars = ", ".join(f"{count:,} up to {edge}" for edge, count in tokens["histogram"].items() if edge != "more")
-    return f"Length in tokens: {numbers}. The text encoder reads {tokens['limit']}; captions by length: {bars}."
+    return f"Length in tokens: {numbers}. The text encoder reads {tokens['limit']} tokens. Captions by length: {bars}."
 
 
 def _text(value: Any) -> str:
@@ -196,7 +217,7 @@ def _text(value: Any) -> str:
 
 
 def _wrap(text: str, font: Any, width: int, lines: int) -> str:
-    """Break `text` into at most `lines` lines of `width` px; words that are too long are cut where they must be."""
+    """Break `text` into at most `lines` lines of `width` px. Words longer than a line are cut."""
     rows = [""]
     for word in text.split():
         while word:
@@ -214,12 +235,12 @@ def _wrap(text: str, font: Any, width: int, lines: int) -> str:
 
 
 # --- YAML front matter ----------------------------------------------------------------------------------------------
-# Handled as text, a top-level key at a time: a round through a parser would lose comments and turn `language: no` into
+# Front matter is handled as text, one top-level key at a time. A parser would lose comments and turn `language: no` into
 # `language: false`.
 
 
 def _split(card: str) -> tuple[str, str]:
-    """Front matter (without its lines of dashes) and body."""
+    """Return front matter, without its lines of dashes, and body."""
     match = REGEX_YAML_BLOCK.search(card)
     if match:
         return match[2] + "\n", card[match.end() :]
@@ -238,16 +259,16 @@ def _merge_front(new: str, existing: str, renewed: Collection[str]) -> str:
             merged[key] = text
         elif key in FILE_KEYS:
             foreign = [entry for entry in _entries(theirs, key) if entry.get("config_name", "default") != "default"]
-            own = [entry for entry in _entries(ours, key) if entry.get("config_name", "default") == "default"]
+            default = [entry for entry in _entries(ours, key) if entry.get("config_name", "default") == "default"]
             if foreign:
-                own = [{"config_name": "default", **entry} for entry in own]
-                text = yaml_dump({key: [*own, *foreign]}, sort_keys=False)
+                default = [{"config_name": "default", **entry} for entry in default]
+                text = yaml_dump({key: [*default, *foreign]}, sort_keys=False)
             merged[key] = text
     return "".join(merged.values())
 
 
 def _entries(keys: Mapping[str, str], key: str) -> list[dict[str, Any]]:
-    """The configurations under `configs` or `dataset_info`: a list of mappings, or one alone."""
+    """Return the configurations under `configs` or `dataset_info`, which is a list of mappings or one mapping."""
     value = _value(keys, key)
     return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, dict)]
 
@@ -257,7 +278,7 @@ def _value(keys: Mapping[str, str], key: str) -> Any:
 
 
 def _keys(front: str) -> dict[str, str]:
-    """The text of each top-level key, in order: its lines, with the comments above it."""
+    """Return the text of each top-level key, in order: its lines and the comments above it."""
     try:
         node = yaml.compose(front, Loader=yaml.SafeLoader)
         value = yaml.safe_load(front)
@@ -269,12 +290,12 @@ def _keys(front: str) -> dict[str, str]:
     if not value:
         return {}
     if not isinstance(value, dict) or not isinstance(node, yaml.MappingNode):
-        raise _broken("it is no list of `key: value`")
+        raise _broken("it is not a list of `key: value`")
     names = [str(key.value) for key, _ in node.value]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise _broken(f"the key {repeated[0]} stands there twice")
+        raise _broken(f"the key {repeated[0]} occurs twice")
     if node.flow_style or aliases or any(key.start_mark.column for key, _ in node.value):
-        # `{a: 1}`, or indented, or one key's text needs another's: written anew
+        # `{a: 1}`, indented keys, or aliases between keys cannot be cut into lines: write the YAML anew
         front = yaml.dump(value, Dumper=_PlainDumper, allow_unicode=True, sort_keys=False)
         node = yaml.compose(front, Loader=yaml.SafeLoader)
         assert isinstance(node, yaml.MappingNode)
@@ -297,5 +318,5 @@ class _PlainDumper(yaml.SafeDumper):
 
 def _broken(reason: str) -> UserError:
     return UserError(
-        f"the YAML front matter of README.md is broken ({reason}); fix it, or delete README.md to have it written anew"
+        f"the YAML front matter of README.md is broken ({reason}); fix it, or delete README.md to have it written again"
     )

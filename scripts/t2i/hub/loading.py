@@ -1,4 +1,4 @@
-"""Why something cannot be loaded from the Hugging Face Hub, in a sentence with the fix. Imports no torch."""
+"""Explain in one sentence, with the fix, why something cannot be loaded from the Hugging Face Hub. Imports no torch."""
 
 import os
 from collections.abc import Iterator
@@ -22,15 +22,19 @@ from t2i.errors import UserError
 
 RepoType = Literal["dataset", "model", "space"]
 
-NO_XET = "this Hub has no Xet storage, which huggingface_hub asks for; set HF_HUB_DISABLE_XET=1"
+NO_XET = "this Hub has no Xet storage, which huggingface_hub uses by default; set HF_HUB_DISABLE_XET=1"
 
 
 def explain_loading(
     error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
 ) -> str | None:
-    """Why `repo_id` cannot be loaded from the Hub, with the fix, in one sentence; None if the Hub is not the reason.
+    """Return one sentence on why `repo_id` cannot be loaded from the Hub, with the fix; None if the Hub is not the reason.
 
-    error: as transformers, diffusers, datasets or huggingface_hub raise it, whose causes are looked through as well.
+    Args:
+        error: Exception of transformers, diffusers, datasets or huggingface_hub. Its causes are searched as well.
+        repo_id: The repository.
+        revision: The revision that was asked for; None for main.
+        repo_type: Kind of the repository.
     """
     page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     chain = list(_causes(error))
@@ -47,15 +51,15 @@ def explain_loading(
         return f"{repo_id} has no revision {revision or 'main'}; {page}/tree/main shows its branches and tags"
     if find(RepositoryNotFoundError) or (status == HTTPStatus.UNAUTHORIZED and not get_token()):
         access = (
-            "or your token may not read it: take another one (`hf auth login`)"
+            "or your token may not read it: use another one (`hf auth login`)"
             if get_token()
             else "or it is private: `hf auth login`, or set HF_TOKEN"
         )
         return f"the Hub shows no {repo_id}: correct the name, {access}"
     if status == HTTPStatus.UNAUTHORIZED and get_token():
-        return "the Hub does not accept your token (401); run `hf auth login` anew, or correct HF_TOKEN"
+        return "the Hub does not accept your token (401); run `hf auth login` again, or correct HF_TOKEN"
     if status == HTTPStatus.FORBIDDEN:
-        return f"your token may not read {repo_id} (403); give it that access, or take another one (`hf auth login`)"
+        return f"your token may not read {repo_id} (403); give it that access, or use another one (`hf auth login`)"
     if status is not None and (status >= 500 or status == HTTPStatus.TOO_MANY_REQUESTS):
         return f"the Hub is busy (it answers {status}); try again in a few minutes"
     offline = [
@@ -80,9 +84,10 @@ def explain_loading(
 
 
 def find_dataset(config: SourceConfig) -> None:
-    """Raise `UserError` now, before seconds of imports, where `--dataset` is neither a folder, nor in the cache, nor on the Hub.
+    """Check that `--dataset` exists, before seconds of imports. Other faults of the Hub are left to the loading itself.
 
-    Whatever else the Hub answers is left to the loading itself.
+    Raises:
+        UserError: It is neither a folder, nor in the cache, nor on the Hub.
     """
     name = str(config.dataset)
     if check_dataset(config.dataset) or _is_cached(name):
@@ -101,14 +106,14 @@ def find_dataset(config: SourceConfig) -> None:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether something of a data set is in the Hub's cache or in that of `datasets`."""
+    """Return whether the cache of the Hub or of `datasets` holds something of a data set."""
     home = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
     downloads = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     return downloads.is_dir() or any(home.glob(f"{name.split('/')[0]}___*")) or (home / name).is_dir()
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it was raised from or while handling, nearest first."""
+    """Yield an exception and its causes, the nearest first."""
     seen: set[int] = set()
     todo: BaseException | None = error
     while todo is not None and id(todo) not in seen:
@@ -118,5 +123,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_transport(error: BaseException) -> bool:
-    """Whether a request failed on its way, in the words of the client of huggingface_hub."""
+    """Return whether this is a transport error of huggingface_hub's HTTP client."""
     return any(cls.__name__ == "TransportError" and cls.__module__.startswith("httpx") for cls in type(error).__mro__)

@@ -1,8 +1,10 @@
-"""The model card: datasets_card/model_card.md filled from the files of a run. Imports no torch.
+"""The model card: datasets_card/model_card.md, filled in from the files of a run. Imports no torch.
 
-What a run did not record reads "not measured". Text that comes from users (names of data sets, columns, prompts, links)
-is stripped of secrets and escaped, so that it can neither leak nor break the card.
+A figure that the run did not record reads "not measured". Text from users (names of data sets, columns, prompts, links) is
+redacted and escaped, so it can neither leak a secret nor break the card.
 """
+
+# Functions import huggingface_hub themselves: the dashboard needs only `escape_markdown`, and must not wait for it.
 
 import html
 import json
@@ -20,12 +22,12 @@ from t2i.redaction import redact
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"
-PROMPT_CHARACTERS = 500  # of a prompt on a card; CLIP reads fewer
-# What a program knows stands between these; dataset_cards.merge_cards leaves all else as a person wrote it.
+PROMPT_CHARACTERS = 500  # longest prompt on a card; CLIP reads fewer
+# Markers of the generated blocks. dataset_card.merge_cards renews the blocks and keeps everything outside them.
 BEGIN = "<!-- t2i:{} begin (generated; edits here are replaced) -->"
 END = "<!-- t2i:{} end -->"
 
-# What the card of the suite's reference model says, and the words that tell a run's row as the same.
+# Rows of the reference model's card, each with the words by which a run's row is recognised as the same.
 REFERENCE = {
     "Text Encoder": ("CLIP ViT-L/14 (`openai/clip-vit-large-patch14`), frozen", "`openai/clip-vit-large-patch14`"),
     "VAE": ("`stabilityai/sd-vae-ft-mse`, fine-tuned", "`stabilityai/sd-vae-ft-mse`, fine-tuned"),
@@ -53,30 +55,30 @@ PRECISIONS = {
 
 @dataclass
 class Publication:
-    """What the card of a published model says beyond its run."""
+    """What the card of a published model says in addition to its run."""
 
     repo_id: str
-    license: str  # as the Hub names licences; "unknown": not chosen
-    gallery: list[tuple[str, str]]  # prompts, and the paths of their pictures in the repository
+    license: str  # The Hub's identifier of the licence; "unknown" if none was chosen.
+    gallery: list[tuple[str, str]]  # Prompts, and the paths of their pictures in the repository.
 
 
 def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: Publication | None = None) -> str:
-    """Write the model card of a training run to `run/pipeline/README.md` (atomically) and return its text.
+    """Write the model card of a training run to `run/pipeline/README.md` atomically, and return its text.
 
     Args:
-        run: run folder of train_unet.py; `config.yaml` and `run.json` must be there, the rest may be missing.
-        evaluation: `{"report": {...}, "cells": [...]}` as evaluate_checkpoints.py writes it; None: not evaluated.
-        publication: of the card that goes to the Hub; None: the card of this folder.
+        run: Run folder of train_unet.py. It must hold `config.yaml` and `run.json`; other files may be missing.
+        evaluation: `{"report": {...}, "cells": [...]}` as evaluate_checkpoints.py writes it; None if not evaluated.
+        publication: What the card on the Hub says in addition; None for the card of a local folder.
 
     Raises:
-        UserError: a file that is needed is missing or damaged.
+        UserError: A required file is missing or damaged.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
     provenance = _optional(run / "provenance.json")
     report = (evaluation or {}).get("report") or {}
-    cells = (evaluation or {}).get("cells") or []
+    sweep_results = (evaluation or {}).get("cells") or []
     vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
     details = _details(run / "pipeline", recipe, vae_run, report)
     training = _training(recipe, result, provenance)
@@ -90,7 +92,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     results = _eval_results(hub or dataset or "unknown", dataset or "unknown", result, report)
     data = ModelCardData(
         language="en",
-        license=one_line(publication.license) if publication else "unknown",  # the choice is the user's
+        license=one_line(publication.license) if publication else "unknown",  # only the user can choose one
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion"],
@@ -127,12 +129,12 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         figures=_figures(result, report, vae_run),
         protocol=_protocol(result, report),
         following=_following(report),
-        cells=[_cell(cell) for cell in cells],
+        sweep=[_sweep_row(result) for result in sweep_results],
         tracking=_tracking(result.get("tracking")),
         limitations=_limitations(recipe, result, domain, drawn),
         deepspeed=result.get("distribution") == "DEEPSPEED",
         ethics=_ethics(drawn),
-        narrow="flowers" if drawn else "of one narrow domain",
+        narrow="only flowers" if drawn else "only one narrow domain",
         provenance=_provenance(provenance, vae_run),
         differences={
             label: text
@@ -146,38 +148,42 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
 
 
 def one_line(value: Any, limit: int = 200) -> str:
-    """A user's text without secrets, control characters and line breaks, at most `limit` characters; None becomes ""."""
+    """Return a user's text on one line, without secrets and control characters, cut to `limit` characters; "" for None."""
     text = "" if value is None else redact(str(value))
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it is a Hub id `owner/name` and not a local path, in which case nothing of that name lies here."""
+    """Return `name` if it is a Hub id `owner/name`, else None. A name whose first part exists as a local path is no Hub id."""
     if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
         return None
     return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
 
 
 def dataset_id(recipe: Recipe, provenance: dict[str, Any]) -> str | None:
-    """The Hub id of the data set that a run was trained on; None where it was a folder."""
-    return provenance.get("dataset_id", hub_id(recipe.data.dataset))  # training knew whether there was such a folder
+    """Return the Hub id of the data set that a run was trained on; None if it was a folder."""
+    # Only the training could check whether a folder of that name existed.
+    return provenance.get("dataset_id", hub_id(recipe.data.dataset))
 
 
 def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
-    """What the card says of the VAE's training, its recipe's VAE under "from"; {} unless it made the VAE of `hashes`."""
+    """Return the figures of the VAE's training and, under "from", the VAE it started from.
+
+    Returns {} if the run folder of the recipe's VAE did not make the VAE whose hash is in `hashes`.
+    """
     folder = Path(recipe.vae.vae) if recipe.vae.vae else None
     if folder is None or not (folder / "config.yaml").is_file():
         return {}
     result = _optional(folder / "run.json")
     if not result.get("output_vae_hash") or result["output_vae_hash"] != hashes.get("vae_hash"):
         return {}
-    known = {key: result.get(key) for key in ("psnr_db", "ssim", "scaling_factor")}
-    return {**known, "from": load_recipe(str(folder / "config.yaml")).vae.vae}
+    figures = {key: result.get(key) for key in ("psnr_db", "ssim", "scaling_factor")}
+    return {**figures, "from": load_recipe(str(folder / "config.yaml")).vae.vae}
 
 
 def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """The figures that were measured, by kind and name; `result`: a run's, `report`: its evaluation's."""
+    """Return the figures that were measured, by kind and name, from a run's result and its evaluation's report."""
     figures: dict[tuple[str, str], Any] = {("loss", "Validation diffuser loss"): result.get("val_loss")}
     for head, share in (report.get("prompt_following") or {}).items():
         figures["prompt_following", f"Prompt following: {one_line(head).replace('_', ' ')}"] = share
@@ -192,7 +198,7 @@ def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, 
 
 
 def escape_markdown(value: Any) -> str:
-    """`one_line` of a user's text as it must stand in Markdown, table cells included, to be shown as it is."""
+    """Return `one_line` of a user's text, escaped so that Markdown shows it literally, in table cells too."""
     return re.sub(r"([\\`*_\[\]|~#!$:])", r"\\\1", html.escape(one_line(value), quote=False))
 
 
@@ -200,16 +206,16 @@ def escape_markdown(value: Any) -> str:
 
 
 def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
-    unet, vae, text, scheduler = (
-        _optional(pipeline / part) for part in
-        ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
-    )  # fmt: skip
+    unet = _optional(pipeline / "unet/config.json")
+    vae = _optional(pipeline / "vae/config.json")
+    text = _optional(pipeline / "text_encoder/config.json")
+    scheduler = _optional(pipeline / "scheduler/scheduler_config.json")
     base = recipe.unet.pretrained_model_name_or_path
     channels = "/".join(str(width) for width in unet.get("block_out_channels") or [])
-    origin = f", trained further from {_source(base)}" if base else ", trained from scratch"
+    origin = f", fine-tuned from {_source(base)}" if base else ", trained from scratch"
     architecture = "Cross-Attentional UNet2DConditionModel (Hugging Face Diffusers)"
     if channels:
-        architecture += f", channels {channels}, layers a level: {_text(unet.get('layers_per_block'))}"
+        architecture += f", channels {channels}, layers per level: {_text(unet.get('layers_per_block'))}"
     source = recipe.unet.text_encoder or base
     encoder = _source(source) if source else "small CLIP text encoder with random weights, made for this run"
     if text:
@@ -264,7 +270,7 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
 
 
 def scheduler_of(report: dict[str, Any]) -> str:
-    """diffusers' name of the scheduler that the evaluation drew with, and the card's example does."""
+    """Return diffusers' name of the evaluation's scheduler, which the card's example uses too."""
     name = str(report.get("scheduler") or "DDIMScheduler")
     return name if re.fullmatch(r"\w+Scheduler", name, re.ASCII) else "DDIMScheduler"
 
@@ -282,12 +288,12 @@ def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
         "CFG Scale": f"{settings.guidance_scale:g} (not evaluated)"
         if scale is None
         else f"{scale:g} (chosen by the evaluation)",
-        "Inference time": f"{times[0]} a picture on CPU, {times[1]} on GPU",
+        "Inference time": f"{times[0]} per picture on CPU, {times[1]} on GPU",
     }
 
 
 def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
-    """The table of metrics; the losses are of the end of training, the rest of the evaluated checkpoint."""
+    """Return the table of metrics: losses from the end of training, other figures from the evaluated checkpoint."""
     bands = {key: value for key, value in result.items() if re.fullmatch(r"val_loss_\d+_\d+", key)}
     copies, kid, clip = (report.get(name) or {} for name in ("memorisation", "kid", "clip_score"))
     rows = {
@@ -305,36 +311,39 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
     overall = (report.get("prompt_following") or {}).get("all")
     rows["Prompt following, all parts of a prompt at once"] = _percent(overall)
     rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(copies.get("share_closer"))
-    rows["Memorisation: relative distance, pictures over unseen images (1 = as far)"] = _figure(
+    rows["Memorisation: distance relative to that of unseen images (1 = equal)"] = _figure(
         copies.get("median_ratio"), 3
     )
     rows["Memorisation: near copies"] = _percent(copies.get("near_copies"))
-    rows["Diversity, over that of real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
-    known = f" ± {_figure(kid.get('std'))}, {_text(_last_part(kid.get('features')))}" if kid else ""
-    rows["KID (lower is better; compares only within one feature network)"] = _figure(kid.get("mean")) + known
+    rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
+    spread = f" ± {_figure(kid.get('std'))}, {_text(_last_part(kid.get('features')))}" if kid else ""
+    rows["KID (lower is better; comparable only within one feature network)"] = _figure(kid.get("mean")) + spread
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
 
 
 def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
-    """The sentence that says on what the figures were measured."""
+    """Return the sentences that say how the figures were measured."""
     if not report:
         return "The pictures have not been evaluated."
-    unseen = ", half of them of attribute combinations that never occur in training"
-    unseen = unseen if report.get("prompt_following_held_out") else ""
     checkpoint, scale = report.get("checkpoint"), _figure(report.get("guidance_scale"), 2)
     sentences = [
-        "The losses and the reconstruction are those of the end of training.",
-        f"All else was measured on {_text(report.get('prompts'))} pictures, one a prompt{unseen}, drawn by",
-        f"{_text(checkpoint)} at guidance scale {scale}; both were chosen on other prompts.",
+        "The losses and the reconstruction were measured at the end of training.",
+        f"All other figures were measured on {_text(report.get('prompts'))} pictures, one per prompt.",
+    ]
+    if report.get("prompt_following_held_out"):
+        sentences.append("Half of the prompts name attribute combinations that never occur in training.")
+    sentences += [
+        f"The pictures were drawn with {_text(checkpoint)} at guidance scale {scale}.",
+        "Both were chosen on other prompts.",
     ]
     if re.findall(r"\d+$", str(checkpoint)) != [f"{result.get('steps'):06d}" if _number(result.get("steps")) else ""]:
-        sentences.append("The weights in this folder are those of the end of training.")
+        sentences.append("The weights in this folder come from the end of training.")
     return " ".join(sentences)
 
 
 def _following(report: dict[str, Any]) -> list[list[str]]:
-    """A row a head: its name, share on all prompts, share on held-out combinations, the classifier's own accuracy."""
+    """Return a row per head: name, share on all prompts, share on held-out combinations, the classifier's accuracy."""
     held_out, probe = report.get("prompt_following_held_out") or {}, report.get("probe_accuracy") or {}
     return [
         [_text(head.replace("_", " ")), _percent(share), _percent(held_out.get(head)), _percent(probe.get(head))]
@@ -342,15 +351,15 @@ def _following(report: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _cell(cell: dict[str, Any]) -> list[str]:
-    shares = [share for head, share in (cell.get("prompt_following") or {}).items() if head != "all"]
+def _sweep_row(result: dict[str, Any]) -> list[str]:
+    shares = [share for head, share in (result.get("prompt_following") or {}).items() if head != "all"]
     return [
-        _text(cell.get("checkpoint")),
-        _figure(cell.get("guidance_scale"), 2),
-        _figure(cell.get("val_loss")),
+        _text(result.get("checkpoint")),
+        _figure(result.get("guidance_scale"), 2),
+        _figure(result.get("val_loss")),
         _percent(sum(shares) / len(shares)) if shares else NOT_MEASURED,
-        _percent((cell.get("memorisation") or {}).get("share_closer")),
-        _figure((cell.get("kid") or {}).get("mean")),
+        _percent((result.get("memorisation") or {}).get("share_closer")),
+        _figure((result.get("kid") or {}).get("mean")),
     ]
 
 
@@ -358,24 +367,24 @@ def _limitations(recipe: Recipe, result: dict[str, Any], domain: str, drawn: boo
     side, images = recipe.data.resolution, _number(result.get("train_images"))
     count = f"{images:,.0f} images" if images else f"number of images {NOT_MEASURED}"
     rows = {
-        "Domain-specific": f"trained only on {domain}; prompts outside this domain give poor results.",
+        "Domain-specific": f"The model was trained only on {domain}. Prompts outside this domain give poor results.",
         "Low resolution": f"{side} × {side} px. Not suitable for high-fidelity generation.",
         "Limited dataset": f"{count}. Generation quality improves with more data.",
     }
     if drawn:
         rows["Drawings"] = (
-            "the training images are drawings by a program, not photographs; their captions follow a few phrasings, "
-            "and other words were never learned."
+            "A program drew the training images; they are not photographs. Their captions follow a few phrasings, "
+            "so the model never learned other words."
         )
     if not (recipe.unet.text_encoder or recipe.unet.pretrained_model_name_or_path):
-        rows["Words"] = "the text encoder was not pretrained; it tells words apart but knows nothing of their meaning."
+        rows["Words"] = "The text encoder was not pretrained. It tells words apart but does not know their meaning."
     return rows
 
 
 def _ethics(drawn: bool) -> str:
     if drawn:
-        return "contains only flowers drawn by a program, so no photographs and no personal data."
-    return "the training images were not checked for personal data; check them, or what their source says, before use."
+        return "It contains only flowers that a program drew, so no photographs and no personal data."
+    return "The training images were not checked for personal data. Check them, or what their source says, before use."
 
 
 def _provenance(provenance: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
@@ -391,7 +400,7 @@ def _provenance(provenance: dict[str, Any], vae_run: dict[str, Any]) -> dict[str
 
 
 def _eval_results(dataset_type: str, dataset: str, result: dict[str, Any], report: dict[str, Any]) -> list[Any]:
-    """The figures for `model-index`: those that were measured."""
+    """Return the measured figures for `model-index`."""
     from huggingface_hub import EvalResult
 
     return [
@@ -419,8 +428,8 @@ def _vae_origin(recipe: Recipe, vae_run: dict[str, Any]) -> str:
         )
     source = recipe.vae.vae or recipe.unet.pretrained_model_name_or_path
     if hub_id(source):
-        return f"{_source(source)}, used as it is"
-    return f"{_source(source)}, whose training is not recorded" if source else NOT_MEASURED
+        return f"{_source(source)}, unchanged"
+    return f"{_source(source)}; its training is not recorded" if source else NOT_MEASURED
 
 
 def _captions(recipe: Recipe) -> str:
@@ -428,9 +437,7 @@ def _captions(recipe: Recipe) -> str:
     if recipe.data.caption_column:
         return f"column {_text(recipe.data.caption_column)} of the data set{begin}"
     template = _text(recipe.data.caption_template)
-    return (
-        f"those of the data set (column caption or text); where it has labels alone, the template “{template}”{begin}"
-    )
+    return f"column caption or text of the data set; if it has only labels, the template “{template}”{begin}"
 
 
 def _distribution(result: dict[str, Any]) -> str:
@@ -448,22 +455,22 @@ def _distribution(result: dict[str, Any]) -> str:
 def _weights(recipe: Recipe, result: dict[str, Any]) -> str:
     config = recipe.train_unet
     raw = config.save_raw_weights or not config.use_ema
-    known = result.get("output_unet_hash")
+    unet_hash = result.get("output_unet_hash")
     kind = "raw" if raw else f"moving average (EMA {config.ema_decay:g})"
-    return f"{kind}, of the end of training" + (f" (UNet `{one_line(known)}`)" if known else "")
+    return f"{kind}, from the end of training" + (f" (UNet `{one_line(unet_hash)}`)" if unet_hash else "")
 
 
 def _minutes(result: dict[str, Any]) -> str:
     seconds = result.get("seconds") or {}
-    known = {"cache": "caching", "train": "training"}
-    parts = [
-        f"{seconds[key] / 60:.1f} min {word}" for key, word in known.items() if _number(seconds.get(key)) is not None
+    phases = {"cache": "caching", "train": "training"}
+    times = [
+        f"{seconds[key] / 60:.1f} min {word}" for key, word in phases.items() if _number(seconds.get(key)) is not None
     ]
-    return ", ".join(parts) or NOT_MEASURED
+    return ", ".join(times) or NOT_MEASURED
 
 
 def _tracking(view: Any) -> str:
-    """A link for a server's address; a local database by its file name alone, since folders are the user's own."""
+    """Return a link for a server's address. Of a local database, show only the file name: folders are private."""
     shown = one_line(view)
     if not shown:
         return "none"
@@ -482,12 +489,12 @@ def _example(recipe: Recipe) -> str:
 
 
 def _prompt(prompt: str) -> str:
-    """A prompt as a Python literal in a fenced block, where it stands alone on its line, in quotes; it forges no marker."""
+    """Return a prompt as a Python literal for a line of a code block. It cannot forge a marker."""
     return json.dumps(one_line(prompt, PROMPT_CHARACTERS), ensure_ascii=False).replace("<!--", "\\u003c!--")
 
 
 def _source(name: str | None) -> str:
-    """A Hub id as code; of a path its last part, since the folders above it are the user's own."""
+    """Return a Hub id as code. Of a path, return only the last part: the folders above it are private."""
     hub = hub_id(name)
     return f"`{hub}`" if hub else _text(_last_part(name))
 
@@ -505,7 +512,7 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return `value` as a float if it is a finite number, else None."""
     return (
         float(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,7 +1,7 @@
-"""A Space of the Hub for a model: the dashboard's playground page alone, its few requirements, the model. Imports no torch.
+"""A Space of the Hub for a model: the dashboard's playground page, its few requirements, and the model. Imports no torch.
 
-What is staged is found by reading the imports of the page and of what it imports, so that no list of files has to be kept.
-The folder is a whole Docker Space, and starts by its Dockerfile's command here as well, wherever it is copied to.
+The files to stage are found by following the imports of the page, so nobody keeps a list of files. The folder is a complete
+Docker Space. It starts by its Dockerfile's command on any machine.
 """
 
 import ast
@@ -33,23 +33,23 @@ from t2i.hub.publish import pipeline_files
 from t2i.redaction import redact
 
 ROOT = Path(__file__).parents[3]
-STAGED = Path("outputs/spaces")  # where Spaces are staged: below it a folder each, ORG/NAME
-PAGES = ("dashboard/streamlit_app.py", "dashboard/views/playground.py")  # what a Space shows
+STAGED = Path("outputs/spaces")  # Spaces are staged here, each in its folder ORG/NAME
+PAGES = ("dashboard/streamlit_app.py", "dashboard/views/playground.py")  # the pages of a Space
 SETTINGS = "dashboard/.streamlit/config.toml"
 FILES = ("Dockerfile", "README.md", "requirements.txt", "constraints.txt", SETTINGS, "dashboard/*.py", "dashboard/assets/*",
          "scripts/t2i/*.py", "scripts/t2i/*/*.py", "outputs/*/pipeline/*", "outputs/*/config.yaml",
          "outputs/*/evaluation/evaluation.json")  # fmt: skip # what is pushed; pictures drawn in the folder are not
-# Imported late, for what a Space has not: trainings, stores of metrics (sqlalchemy is mlflow's), data sets; compiled models
-# only where they come along, made elsewhere.
+# Packages that a Space does without if they are imported inside functions: they serve trainings, stores of metrics and data
+# sets. It needs openvino only if compiled models come along; nncf makes these elsewhere. sqlalchemy belongs to mlflow.
 LEFT_OUT = ("accelerate", "mlflow", "sqlalchemy", "datasets", "torchmetrics", "openvino", "nncf")
-COMPILED = "openvino/"  # of a pipeline: models that `make export` compiled, in OpenVINO's own format
-PACKAGES = {"PIL": "pillow", "yaml": "PyYAML"}  # import -> name in requirements.txt, where they differ
-SPACE_BYTES = 1_000_000_000  # the Hub takes no larger Space, all its commits together
-MODEL_SUFFIXES = (".safetensors", ".json", ".txt")  # nothing that unpickles, no code
-VARIANTS = re.compile(r"\.(fp16|bf16|non_ema)\.")  # the same weights a second time, which are not loaded
+COMPILED = "openvino/"  # a pipeline's folder of models that `make export` compiled, in OpenVINO's format
+PACKAGES = {"PIL": "pillow", "yaml": "PyYAML"}  # imports whose name in requirements.txt differs
+SPACE_BYTES = 1_000_000_000  # the Hub's limit of a Space, for all its commits together
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt")  # no pickles and no code
+VARIANTS = re.compile(r"\.(fp16|bf16|non_ema)\.")  # second copies of the weights, which are not loaded
 
-# The Hub's Streamlit template (spaces/streamlit/streamlit-template-space) with the user that the Hub's manual asks for.
-# Without its apt-get: all that is installed are wheels, and the health check needs no curl.
+# The Hub's Streamlit template (spaces/streamlit/streamlit-template-space) with the user that the Hub's manual asks for. The
+# template's apt-get is left out: only wheels are installed, and the health check needs no curl.
 DOCKERFILE = """\
 FROM python:3.11-slim
 
@@ -59,17 +59,17 @@ USER user
 ENV HOME=/home/user PATH=/home/user/.local/bin:$PATH
 WORKDIR /home/user/app
 
-# torch for processors alone: PyPI's brings CUDA, several GB. Where this index cannot be reached, pip takes PyPI's.
+# torch for CPUs: PyPI's torch brings several GB of CUDA. If this index cannot be reached, pip uses PyPI's.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY --chown=user requirements.txt constraints.txt ./
 RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --requirement requirements.txt --constraint constraints.txt
 COPY --chown=user . .
 
-# In the container alone: the Hub's proxy comes from outside, and decides which names lead here. dashboard/.streamlit keeps
-# the same command to this machine elsewhere. XSRF protection stays on: only uploads need its cookie, which an iframe of
-# huggingface.co does not send, and there are none.
+# Only in the container: the Hub's proxy connects from outside and decides which names lead here. Elsewhere,
+# dashboard/.streamlit limits the same command to its machine. XSRF protection stays on: its cookie is needed only for
+# uploads, which this app does not have. An iframe of huggingface.co does not send it.
 ENV STREAMLIT_SERVER_ADDRESS=0.0.0.0 STREAMLIT_SERVER_ALLOWED_HOSTS=*
-# A free Space has two cores, however many the processor shows; all files are here.
+# A free Space has two cores, however many the processor reports. All files are in the container.
 ENV OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1
 
 EXPOSE 8501
@@ -80,21 +80,22 @@ ENTRYPOINT ["streamlit", "run", "dashboard", "--server.port=8501", "--server.hea
 
 @dataclass
 class Model:
-    """A pipeline folder with what is known of it."""
+    """A pipeline folder, its name and its files."""
 
     folder: Path
-    name: str  # as it was given; of a path that leads elsewhere its last part
+    name: str  # As the user gave it. Of an absolute path or one with "..", only the last part.
     hub_id: str | None
-    files: list[str]  # relative to `folder`, its card included
+    files: list[str]  # Relative to `folder`, with the card.
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
 
 def find_model(model: str | None) -> Model:
-    """The pipeline that `model` names: a run folder, a pipeline folder or a Hub id, which is downloaded.
+    """Return the pipeline that `model` names: a run folder, a pipeline folder, or a Hub id, which is downloaded.
 
-    Raises `UserError` where there is none, or none with safetensors weights.
+    Raises:
+        UserError: There is no such pipeline, or it lacks safetensors weights.
     """
     if not model:
         raise UserError("no model: give --model with a run folder of train_unet.py or a Hub id ORG/NAME")
@@ -112,12 +113,14 @@ def find_model(model: str | None) -> Model:
         )
     else:
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
-    parts = _parts(folder, model)
+    components = _components(folder, model)
     files = _model_files(folder)
     for part in ("unet", "vae", "text_encoder"):
         weights = [file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors")]
-        if part not in parts or not weights:
-            raise UserError(f"{model} has no safetensors weights of its {part}; let training finish, or copy it whole")
+        if part not in components or not weights:
+            raise UserError(
+                f"{model} has no safetensors weights of its {part}; let training finish, or copy the complete folder"
+            )
         for file in weights:
             _check_weights(folder / file)
     shown = model if repo_id or not (path.is_absolute() or ".." in path.parts) else path.resolve().name
@@ -128,30 +131,30 @@ def _download(repo_id: str) -> Path:
     wanted = ["README.md", "model_index.json", *(f"*/*{suffix}" for suffix in MODEL_SUFFIXES)]
     unwanted = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "safety_checker/*", "images/*", "checkpoint*"]
     if constants.is_offline_mode():
-        print(f"HF_HUB_OFFLINE is set; taking {repo_id} from the local cache of the Hub")
+        print(f"HF_HUB_OFFLINE is set; {repo_id} is read from the local cache of the Hub")
     try:
         return Path(snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # network, access, absence: huggingface_hub raises a dozen types
         reason = explain_loading(error, repo_id) or " ".join(redact(str(error) or type(error).__name__).split())[:300]
-        raise UserError(f"no folder {repo_id} is here, and as a Hub id it cannot be downloaded: {reason}") from None
+        raise UserError(
+            f"there is no folder {repo_id} here, and as a Hub id it cannot be downloaded: {reason}"
+        ) from None
 
 
-def _parts(folder: Path, model: str) -> set[str]:
-    """The parts that model_index.json names."""
+def _components(folder: Path, model: str) -> set[str]:
+    """Return the components that model_index.json names."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{model} holds no pipeline (no model_index.json); give a model that diffusers loads")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UserError(
-            f"{model} is a {index.get('_class_name')}; the playground draws by StableDiffusionPipeline alone"
-        )
+        raise UserError(f"{model} is a {index.get('_class_name')}; the playground needs a StableDiffusionPipeline")
     return {name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]}
 
 
 def _model_files(folder: Path) -> list[str]:
-    """The files that make the model, and its card."""
-    found = (path for pattern in pipeline_files(folder) for path in folder.glob(pattern) if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in found if path.suffix in MODEL_SUFFIXES]
+    """Return the files of the model, and its card."""
+    paths = (path for pattern in pipeline_files(folder) for path in folder.glob(pattern) if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths if path.suffix in MODEL_SUFFIXES]
     names = [
         name for name in names if not name.startswith(("safety_checker/", "openvino/")) and not VARIANTS.search(name)
     ]
@@ -164,7 +167,7 @@ def _check_weights(file: Path) -> None:
             weights.keys()
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file} is no whole safetensors file ({' '.join(str(error).split())[:200]}); copy it anew"
+            f"{file} is not a complete safetensors file ({' '.join(str(error).split())[:200]}); copy it again"
         ) from None
 
 
@@ -173,9 +176,9 @@ def _check_weights(file: Path) -> None:
 
 @cache
 def code() -> tuple[list[Path], list[str]]:
-    """The files of a Space's code, relative to the repository's root, and the packages that they import.
+    """Return the files of a Space's code, relative to the repository's root, and the packages that they import.
 
-    Imports within functions count as well, but for modules that need what is LEFT_OUT.
+    Imports inside functions count too, unless the module needs a package that is `LEFT_OUT`.
     """
     files: dict[Path, None] = {}
     packages: set[str] = set()
@@ -225,7 +228,7 @@ def _module(name: str) -> Path | None:
 
 
 def _is_left_out(file: Path) -> bool:
-    """Whether a module cannot be imported without what is LEFT_OUT."""
+    """Return whether a module cannot be imported without a package that is `LEFT_OUT`."""
     modules = [name for name, late in _imports(file) if not late]
     return any(name.split(".")[0] in LEFT_OUT for name in modules) or any(
         _is_left_out(inner) for name in modules if (inner := _module(name))
@@ -233,10 +236,12 @@ def _is_left_out(file: Path) -> bool:
 
 
 def requirements(compiled: bool) -> tuple[str, str]:
-    """requirements.txt, with the packages that the code imports, and constraints.txt, which holds what these bring along.
+    """Return requirements.txt, the packages that the code imports, and constraints.txt, the project's pins for all packages.
 
-    compiled: whether models come along that OpenVINO runs.
-    All versions are the project's own; a package that it does not pin comes along with another one.
+    A package without a pin is a dependency of another one.
+
+    Args:
+        compiled: Whether compiled models come along, which OpenVINO runs.
     """
     pins: dict[str, str] = {}
     for name in ("requirements.txt", "requirements-train.txt", "scripts/requirements.txt"):
@@ -254,10 +259,12 @@ def requirements(compiled: bool) -> tuple[str, str]:
 
 
 def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path:
-    """Write the Space `repo_id` of `model` as a folder, anew; the folder.
+    """Write the Space `repo_id` of `model` as a new folder, and return the folder.
 
-    Where it would be more than the Hub takes, its weights are stored as float16; what draws computes in float32 all the same.
-    Raises `UserError` where that is still too much.
+    If the Space would exceed the Hub's limit, its weights are stored as float16. Drawing still computes in float32.
+
+    Raises:
+        UserError: The Space exceeds the limit even so.
     """
     folder = STAGED / repo_id
     sources = {folder / file: ROOT / file for file in code()[0]}
@@ -267,9 +274,9 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
     halved = size > SPACE_BYTES
     if halved:
         say(
-            f"{size / 1e9:.2f} GB are more than a Space takes; storing the weights as float16 (pictures to about 1/255)"
+            f"{size / 1e9:.2f} GB exceed the limit of a Space; storing the weights as float16 (pictures differ by about 1/255)"
         )
-        # compiled models count only beside the weights that they were made from
+        # Compiled models are valid only beside the weights that they were made from.
         sources = {target: source for target, source in sources.items() if target.parent.name != COMPILED.rstrip("/")}
     if folder.exists():
         shutil.rmtree(folder)
@@ -282,18 +289,18 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
     if folder_size(folder) > SPACE_BYTES:
         raise UserError(
             f"the Space would be {folder_size(folder) / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "
-            "take a smaller model"
+            "use a smaller model"
         )
     few, all_pins = requirements(any(target.parent.name == COMPILED.rstrip("/") for target in sources))
     texts = {"Dockerfile": DOCKERFILE, "requirements.txt": few, "constraints.txt": all_pins}
     for name, text in (texts | {"README.md": card(model, repo_id)}).items():
         write_text(folder / name, text)
-    write_usual(pipeline.parent, model)
+    write_page_defaults(pipeline.parent, model)
     return folder
 
 
 def _write_half(source: Path, target: Path) -> None:
-    """Copy weights with float32 as float16, but for tensors whose numbers it cannot hold."""
+    """Copy weights, and convert float32 to float16 in tensors that float16 can hold."""
     with safe_open(source, framework="numpy") as weights, np.errstate(over="ignore"):
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - no dictionary
         for name, tensor in tensors.items():
@@ -302,13 +309,13 @@ def _write_half(source: Path, target: Path) -> None:
         save_file(tensors, target, metadata=weights.metadata())
 
 
-def write_usual(run: Path, model: Model) -> None:
-    """What the page begins with: the prompt and the settings of the example in the model's card, as a run's files say it."""
+def write_page_defaults(run: Path, model: Model) -> None:
+    """Write prompt and settings of the example in the model's card as a run's files. The page begins with them."""
     text = _read_card(model)
     prompt = re.search(r"""(?m)^\s*("(?:[^"\\\n]|\\.)+"),$""", text)
     steps, scale = (re.search(rf"\b{name}=(\d+(?:\.\d+)?)", text) for name in ("num_inference_steps", "guidance_scale"))
     words = "a flower"
-    with suppress(ValueError):  # no JSON after all
+    with suppress(ValueError):  # not a JSON string
         words = json.loads(prompt[1]).encode("utf-8", "replace").decode() if prompt else words
     write_text(run / "config.yaml", yaml_dump({"train_unet": {"validation_prompts": [words]}}))
     if steps and scale:
@@ -316,24 +323,28 @@ def write_usual(run: Path, model: Model) -> None:
         end = re.search(r"--guidance_end (\d(?:\.\d+)?)", text)
         saved = read_json(model.folder / "model_index.json").get("scheduler") or [None, "DDIMScheduler"]
         sweep = {
-            "checkpoints": ["pipeline"], "guidance_scales": [float(scale[1])], "scheduler": named[1] if named else saved[1],
-            "num_inference_steps": int(float(steps[1])), "guidance_end": float(end[1]) if end else 1.0,
-            "prompts": [words], "seeds": [0],
-        }  # fmt: skip
+            "checkpoints": ["pipeline"],
+            "guidance_scales": [float(scale[1])],
+            "scheduler": named[1] if named else saved[1],
+            "num_inference_steps": int(float(steps[1])),
+            "guidance_end": float(end[1]) if end else 1.0,
+            "prompts": [words],
+            "seeds": [0],
+        }
         write_json(
             run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": float(scale[1])}, "sweep": sweep}
         )
 
 
 def start_command(folder: Path) -> list[str]:
-    """The command by which the Dockerfile in `folder` starts the Space, to be run in `folder`."""
-    found = re.search(r"(?m)^ENTRYPOINT (\[.*\])$", (folder / "Dockerfile").read_text(encoding="utf-8"))
-    assert found is not None, f"{folder}/Dockerfile has no ENTRYPOINT"
-    return list(json.loads(found[1]))
+    """Return the command by which the Dockerfile in `folder` starts the Space. It must run in `folder`."""
+    match = re.search(r"(?m)^ENTRYPOINT (\[.*\])$", (folder / "Dockerfile").read_text(encoding="utf-8"))
+    assert match is not None, f"{folder}/Dockerfile has no ENTRYPOINT"
+    return list(json.loads(match[1]))
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of what is pushed."""
+    """Return the size of the files to push, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -341,7 +352,7 @@ def folder_size(folder: Path) -> int:
 
 
 def card(model: Model, repo_id: str) -> str:
-    """README.md of a Space: the Hub's settings of it, and what its model is and is not good for."""
+    """Return README.md of a Space: its settings for the Hub, and what its model can and cannot do."""
     front, body = _split(_read_card(model))
     title = " ".join(re.split(r"[-_.]+", repo_id.split("/")[1]))
     license = front.get("license")
@@ -358,15 +369,15 @@ def card(model: Model, repo_id: str) -> str:
         **({"license": model_card.one_line(license)} if isinstance(license, str) and license != "unknown" else {}),
         **({"models": [model.hub_id]} if model.hub_id else {}),
     }
-    named = f"[{model.hub_id}]({constants.ENDPOINT}/{model.hub_id})" if model.hub_id else "a latent diffusion model"
+    drawer = f"[{model.hub_id}]({constants.ENDPOINT}/{model.hub_id})" if model.hub_id else "a latent diffusion model"
     summary = re.search(r"<!-- t2i:summary begin[^>]*-->\s*(.+?)\n\s*\n", body, re.DOTALL)
     limits = re.search(r"(?ims)^##\s[^\n]*limit[^\n]*\n(.*?)(?=^##\s|\Z)", body)
-    made = f"make space MODEL={shlex.quote(model.name)} SPACE={repo_id}"
+    command = f"make space MODEL={shlex.quote(model.name)} SPACE={repo_id}"
     text = f"""\
 # {data["title"]}
 
 {model_card.BEGIN.format("space")}
-Write a prompt, and {named} draws a picture of it, here on two cores without a GPU.
+Write a prompt, and {drawer} draws a picture of it. This Space has two CPU cores and no GPU.
 {_plain(summary[1]) if summary else ""}
 
 ## Limitations
@@ -375,27 +386,28 @@ Write a prompt, and {named} draws a picture of it, here on two cores without a G
 
 ## Where this comes from
 
-Staged and pushed by `{model_card.one_line(made)}`; the same command renews it. In a copy of this repository,
-`pip install -r requirements.txt -c constraints.txt` and then `{shlex.join(json.loads(DOCKERFILE.split("ENTRYPOINT ")[1]))}`
-start it anywhere.
+The command `{model_card.one_line(command)}` made this Space. Run it again to update the Space.
+
+To start the Space on another machine, copy this repository. In the copy, run `pip install -r requirements.txt -c constraints.txt`
+and then `{shlex.join(json.loads(DOCKERFILE.split("ENTRYPOINT ")[1]))}`.
 {model_card.END.format("space")}
 """
     return f"---\n{yaml_dump(data, sort_keys=False)}---\n{text}"
 
 
 def merge_card(new: str, existing: str | None) -> str:
-    """`new` with what a person wrote into the Space's README.md; what the Hub starts it by, and its model, are renewed."""
+    """Return `new` with what a person wrote into the Space's README.md. SDK, port and model are renewed."""
     return merge_cards(new, existing, ("sdk", "app_port", "models"))
 
 
 def _read_card(model: Model) -> str:
-    """The model's card; "" where it has none."""
+    """Return the model's card; "" if it has none."""
     readme = model.folder / "README.md"
     return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body of a model's card; {} where that is broken."""
+    """Return front matter and body of a model's card; {} if the front matter is broken."""
     match = REGEX_YAML_BLOCK.search(text)
     try:
         front = yaml.safe_load(match[2]) if match else None
@@ -405,7 +417,7 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _plain(text: str) -> str:
-    """Markdown of a model's card without comments, which could be taken for this card's own markers."""
+    """Return Markdown of a model's card without comments: they could look like markers of this card."""
     return re.sub(r"<!--.*?(-->|\Z)", "", text, flags=re.DOTALL).strip()
 
 
@@ -413,9 +425,15 @@ def _plain(text: str) -> str:
 
 
 def push(folder: Path, repo_id: str, *, message: str, private: bool, deadline: float) -> upload.Pushed:
-    """Make the Space `repo_id` be `folder`; raises `upload.HubError` as `upload.push_folder` does."""
+    """Push `folder` as the Space `repo_id`. Raises `upload.HubError` as `upload.push_folder` does."""
     new = (folder / "README.md").read_text(encoding="utf-8")
     return upload.push_folder(
-        folder, repo_id, "space", files=list(FILES), message=message, private=private, deadline=deadline,
+        folder,
+        repo_id,
+        "space",
+        files=list(FILES),
+        message=message,
+        private=private,
+        deadline=deadline,
         merge_card=lambda existing: merge_card(new, existing),
-    )  # fmt: skip
+    )

@@ -1,8 +1,8 @@
-"""Pushing a folder to the Hugging Face Hub: one commit, tried again until a deadline. Imports no torch.
+"""Push a folder to the Hugging Face Hub as one commit, and retry until a deadline. Imports no torch.
 
-A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent,
-so that nobody's edit meanwhile is lost: the Hub refuses such a commit, and the attempt starts anew from the new head.
-What was uploaded is not uploaded again. On disk nothing changes, whatever happens.
+A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent. If
+somebody commits in between, the Hub refuses the push, and the next attempt starts from the new head: no edit is lost.
+Uploaded files are not uploaded again. Nothing changes on disk.
 """
 
 import difflib
@@ -38,13 +38,13 @@ from t2i.hub.loading import NO_XET, RepoType
 from t2i.redaction import redact
 
 CARD = "README.md"
-SILENCE_S = 120.0  # a request fails when no byte has moved for so long; the Hub takes a minute for large commits
-SHORTEST_SILENCE_S = 10.0  # the same shortly before the deadline; what huggingface_hub allows for downloads
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, doubling, unless the Hub asks for more
-CHECK_S = 15.0  # for looking whether a push will be allowed
-QUOTED_CHARACTERS = 300  # of the Hub's own words
+SILENCE_S = 120.0  # a request fails if no byte moves for so long; the Hub takes a minute for large commits
+SHORTEST_SILENCE_S = 10.0  # the same limit close to the deadline; huggingface_hub's own limit for downloads
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # waits between attempts; they double, and the Hub may ask for more
+CHECK_S = 15.0  # time limit of the check whether a push will be allowed
+QUOTED_CHARACTERS = 300  # characters of the Hub's own message that are shown
 LICENSE_LIST = "https://huggingface.co/docs/hub/repositories-licenses"
-# The identifiers that the Hub takes in a card: the table of LICENSE_LIST (huggingface/hub-docs 242f4a1 of 2026-08-22).
+# The identifiers that the Hub accepts in a card: the table of LICENSE_LIST (huggingface/hub-docs 242f4a1 of 2026-08-22).
 LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
     artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
@@ -54,27 +54,26 @@ LICENSES = """
     intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0
     postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3
     llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
-""".split()  # noqa: SIM905 - a hundred quotation marks less
+""".split()  # noqa: SIM905 - saves a hundred quotation marks
 
 
 class HubError(UserError):
-    """A push that the Hub, the network or the token does not let through: one sentence."""
+    """The Hub, the network or the token prevents a push. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where in a repository a push goes. Raises `HubError` for what the Hub does not take together."""
+    """The branch or pull request that a push goes to. Making one raises `HubError` if its options contradict each other."""
 
-    revision: str | None = (
-        None  # a branch, made from main if it is missing, or the refs/pr/N of a pull request; None: main
-    )
-    create_pr: bool = False  # open a pull request to main
+    # Branch, created from main if it is missing, or refs/pr/N of a pull request; None: main.
+    revision: str | None = None
+    create_pr: bool = False  # Open a pull request to main.
 
     def __post_init__(self) -> None:
         if self.create_pr and self.revision not in (None, "main"):
             raise HubError("--create_pr opens a pull request to main; leave out --hub_revision, or --create_pr")
         if self.revision is not None and not re.fullmatch(r"(refs/pr/\d+|[\w][\w./-]*)", self.revision, re.ASCII):
-            raise HubError(f"--hub_revision {self.revision!r} is no name of a branch; give one such as dev")
+            raise HubError(f"--hub_revision {self.revision!r} is not a valid name of a branch; give one such as dev")
 
 
 MAIN = Target()
@@ -82,18 +81,21 @@ MAIN = Target()
 
 @dataclass
 class Pushed:
-    """Where the files are now."""
+    """The result of a push."""
 
     url: str
-    commit: str  # 40 hex digits
-    changed: bool  # False: the Hub had it all already
+    commit: str  # 40 hex digits.
+    changed: bool  # False if the Hub had all files already.
+
+    def __str__(self) -> str:
+        return f"{self.url} {'has it now' if self.changed else 'is up to date'} (commit {self.commit[:7]})"
 
 
 def check_repo_id(repo_id: str | None, option: str) -> str:
-    """Return `repo_id` if it is a name `owner/name` that the Hub allows; raise `HubError` naming `option` otherwise."""
+    """Return `repo_id` if the Hub allows it as a name `owner/name`. Raise `HubError` naming `option` otherwise."""
     if repo_id and _is_repo_id(repo_id):
         return repo_id
-    shown = f"{option} {redact(repo_id)!r} is no repository of the Hub" if repo_id else f"{option} is missing"
+    shown = f"{option} {redact(repo_id)!r} is not a repository of the Hub" if repo_id else f"{option} is missing"
     address = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|git@hf\.co:"
     meant = re.sub(
         rf"^(?:{address})?(?:(?:datasets|models|spaces)/)?", "", (repo_id or "").strip(), flags=re.IGNORECASE
@@ -101,7 +103,7 @@ def check_repo_id(repo_id: str | None, option: str) -> str:
     meant = re.sub(r"(?:/(?:tree|blob|resolve)/.*|[?#].*|\.git/*|/+)$", "", meant)
     if meant != repo_id and _is_repo_id(meant):
         raise HubError(f"{shown}; give {meant}")
-    raise HubError(f"{shown}; give owner/name, each of letters, digits and single - _ . between them")
+    raise HubError(f"{shown}; give owner/name, both of letters and digits with single - _ . between them")
 
 
 def _is_repo_id(text: str) -> bool:
@@ -110,16 +112,16 @@ def _is_repo_id(text: str) -> bool:
 
 
 def check_license(license: str | None, option: str = "license") -> None:
-    """Raise `HubError` naming `option` and the nearest identifier, unless the Hub takes `license` in a card; None is taken."""
+    """Raise `HubError` naming `option` and the nearest identifier, unless the Hub accepts `license` in a card. None passes."""
     if license is None or license in LICENSES:
         return
     near = _near_licenses(license)
-    meant = f"did you mean {' or '.join(near)}?" if near else "for a licence that the Hub does not list give other;"
-    raise HubError(f"{option} {redact(license)!r} is none of the Hub's licences; {meant} the list: {LICENSE_LIST}")
+    meant = f"did you mean {' or '.join(near)}?" if near else "for a licence that the Hub does not list, give other;"
+    raise HubError(f"{option} {redact(license)!r} is not one of the Hub's licences; {meant} the list: {LICENSE_LIST}")
 
 
 def _near_licenses(text: str) -> list[str]:
-    """The Hub's identifiers, three at most, that somebody who wrote `text` may mean: the nearest first."""
+    """Return up to three of the Hub's identifiers that `text` may mean, the nearest first."""
     address = re.search(r"creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/(\d\.\d)", text, re.IGNORECASE)
     words = f"cc-{address[1]}-{address[2]}" if address else text
     words = re.sub(
@@ -131,17 +133,17 @@ def _near_licenses(text: str) -> list[str]:
     forms = (words, f"{words}.0", words.replace("-", ""))
     exact = [name for name in LICENSES if name in forms]
     begun = sorted((name for name in LICENSES if words and name.startswith(words)), reverse=True)
-    begun.sort(key=len)  # the plainest first, and of these the newest version
+    begun.sort(key=len)  # the shortest first, and of these the newest version
     return (exact or begun or difflib.get_close_matches(words, LICENSES, n=2, cutoff=0.7))[:3]
 
 
 def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print, target: Target = MAIN) -> None:
-    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`: before hours of work.
+    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`. This comes before hours of work.
 
-    Who opens a pull request needs to read alone. A Hub that cannot be asked now costs a warning, since the push comes later.
+    A pull request needs read access only. If the Hub cannot be asked now, a warning is printed, since the push comes later.
 
     Raises:
-        HubError: there is no token, it is wrong, or it or its account may not write; or HF_HUB_OFFLINE is set.
+        HubError: The token is missing or wrong, the token or its account may not write, or HF_HUB_OFFLINE is set.
     """
     api = _connect(check_repo_id(repo_id, "repo_id"))
     user: dict[str, Any] = {}
@@ -156,7 +158,7 @@ def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = 
             _check_scope(user, repo_id, repo_type)
             api.auth_check(repo_id, repo_type=repo_type, write=True)
     except (OSError, ValueError) as error:
-        failure = _read(error, api)
+        failure = _read_failure(error, api)
         if failure.status == HTTPStatus.NOT_FOUND and target.create_pr:
             raise HubError(_no_repository(repo_id)) from None
         if failure.status == HTTPStatus.NOT_FOUND:  # the push will create it
@@ -164,23 +166,25 @@ def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = 
         elif failure.denied:
             raise HubError(f"{failure.reason}; {_login(repo_id)}") from None
         else:
-            say(f"warning: cannot look now whether {repo_id} may be written to: {failure.reason}")
+            say(f"warning: cannot check now whether {repo_id} may be written to: {failure.reason}")
 
 
 def _no_repository(repo_id: str) -> str:
-    return f"{repo_id} is not there, so no pull request can be opened in it; correct the name, or leave out --create_pr"
+    return (
+        f"{repo_id} does not exist, so no pull request can be opened in it; correct the name, or leave out --create_pr"
+    )
 
 
 def _token_of(user: dict[str, Any]) -> dict[str, Any]:
-    """What whoami tells of the token; {} where it tells nothing."""
+    """Return what whoami says about the token; {} if it says nothing."""
     token = (user.get("auth") or {}).get("accessToken")
     return token if isinstance(token, dict) else {}
 
 
 def _check_scope(user: dict[str, Any], repo_id: str, repo_type: RepoType) -> None:
     """Raise `HubError` if the token is fine-grained and covers neither the repository nor its owner."""
-    covered = _writable(user)
-    if covered is None or repo_id.lower() in covered or repo_id.split("/")[0].lower() in covered:
+    writable = _writable(user)
+    if writable is None or repo_id.lower() in writable or repo_id.split("/")[0].lower() in writable:
         return
     raise HubError(
         f"the fine-grained token of {user.get('name')} may not write to {repo_id}: give it write access to repositories of "
@@ -189,7 +193,7 @@ def _check_scope(user: dict[str, Any], repo_id: str, repo_type: RepoType) -> Non
 
 
 def _writable(user: dict[str, Any]) -> set[str] | None:
-    """Owners and repositories, in small letters, that a fine-grained token may write to; None for tokens without such limits."""
+    """Return the owners and repositories, in lower case, that a fine-grained token may write to; None for other tokens."""
     token = _token_of(user)
     limits = token.get("fineGrained")
     if token.get("role") != "fineGrained" or not isinstance(limits, dict) or not isinstance(limits.get("scoped"), list):
@@ -204,27 +208,27 @@ def _writable(user: dict[str, Any]) -> set[str] | None:
 
 
 def _check_create(user: dict[str, Any], repo_id: str, say: Callable[[str], Any]) -> None:
-    """Raise `HubError` if the account or its token surely may not create `repo_id`; say so where that is only likely."""
+    """Raise `HubError` if the account or its token surely may not create `repo_id`. Print a warning if that is only likely."""
     owner, name = repo_id.split("/")[0], user.get("name")
-    covered = _writable(user)
-    if covered is not None and owner.lower() not in covered:  # the repository alone is covered
+    writable = _writable(user)
+    if writable is not None and owner.lower() not in writable:  # the token covers the repository but not its owner
         raise HubError(
-            f"{repo_id} is not there, and the fine-grained token of {name} may not create repositories of {owner}; create it in "
-            f"the browser, or {_login(repo_id)}"
+            f"{repo_id} does not exist, and the fine-grained token of {name} may not create repositories of {owner}; create it "
+            f"in the browser, or {_login(repo_id)}"
         )
     if owner.lower() == str(name).lower():
         return
     organizations = {str(org.get("name")).lower(): org for org in user.get("orgs") or [] if isinstance(org, dict)}
     if owner.lower() not in organizations:
-        say(f"warning: the token is of {name}, who may not be allowed to create {repo_id}")
+        say(f"warning: the token belongs to {name}, who may not be allowed to create {repo_id}")
         return
     role = organizations[owner.lower()].get("roleInOrg")
     if role in ("read", "no_access"):
         raise HubError(
-            f"{name} may only read in {owner} (role {role}), so {repo_id} cannot be created; ask an administrator of {owner} for "
+            f"{name} may only read in {owner} (role {role}) and cannot create {repo_id}; ask an administrator of {owner} for "
             f"the role write, or push to {name}/{repo_id.split('/')[1]}"
         )
-    if role == "contributor":  # the Hub's manual: may create, and write to what they created
+    if role == "contributor":  # by the Hub's manual, they may create repositories and write to those
         say(
             f"warning: {name} is a contributor in {owner}, and may not be allowed to create {repo_id} or to write to it later"
         )
@@ -243,75 +247,76 @@ def push_folder(
     say: Callable[[str], Any] = print,
     target: Target = MAIN,
 ) -> Pushed:
-    """Make the repository's files be those of `folder`, in one commit; none where they are already.
+    """Make the files of a repository equal to those of `folder`, in one commit. Equal files need no commit.
 
-    A failure that may pass (408, 409, 412, 429, 5xx, a connection, silence) is told and tried again until `deadline`
-    seconds after the first one began; a transfer that goes on is never cut. huggingface_hub's own repetitions within a
-    request are switched off, and its requests, some of which would wait for ever, fail after SILENCE_S without a byte, so
-    a Hub that is silent ends the push at most SHORTEST_SILENCE_S after the deadline. Uploads through hf_xet, as most
-    repositories have them, keep hf_xet's own limits: a storage that is silent ends it after up to 6 times 300 s
+    Failures that may pass are retried: 408, 409, 412, 429, 5xx, a broken connection, silence. Retries end `deadline`
+    seconds after the first failure began. A transfer that makes progress is never cut.
+
+    huggingface_hub's own retries within a request are off. Its requests, some of which would wait for ever, fail after
+    `SILENCE_S` without a byte. A silent Hub therefore ends the push at most `SHORTEST_SILENCE_S` after the deadline.
+    Most repositories upload through hf_xet, which has its own limits: a silent storage fails after up to 6 times 300 s
     (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
 
     Args:
-        folder: stays as it is.
-        repo_id: `owner/name`; created if it is missing.
-        files: patterns of what is pushed, relative to `folder`, as huggingface_hub reads them: `*` also matches across
-            folders. Files on the Hub that match and are not in `folder` are deleted; all others stay. Hidden files
-            are pushed and deleted by their full name alone.
-        message: of the commit.
-        private: of a repository that is created; an existing one stays as visible as it is.
-        deadline: s; for how long a push that fails is tried again.
-        merge_card: from the README.md at the Hub's head, None if there is none, makes the README.md that is pushed;
-            called anew in each attempt. Without it README.md is a file like others.
-        say: told in one line why and when an attempt is repeated.
-        target: the branch, or whether a pull request is opened.
+        folder: The files; the push does not change them.
+        repo_id: `owner/name`; a missing repository is created.
+        repo_type: Kind of the repository.
+        files: Patterns of the files to push, relative to `folder`. As in huggingface_hub, `*` also matches `/`. Files on
+            the Hub that match and are not in `folder` are deleted; others stay. A hidden file needs its full name here.
+        message: Message of the commit.
+        private: Whether a new repository is private. An existing one keeps its visibility.
+        deadline: Seconds for which a failing push is retried.
+        merge_card: Makes the README.md to push from the one at the Hub's head, None if there is none. It is called in
+            each attempt. Without it, README.md is an ordinary file.
+        say: Receives one line on why and when an attempt is repeated.
+        target: Branch or pull request.
 
     Raises:
-        HubError: the push failed for good; one sentence, without secrets.
+        HubError: The push failed for good. The message has no secrets.
     """
     check_repo_id(repo_id, "repo_id")
-    inside = (path for path in folder.rglob("*") if path.is_file())
-    local = {name: folder / name for name in _matching((path.relative_to(folder).as_posix() for path in inside), files)}
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    local = {name: folder / name for name in _matching(names, files)}
     if not local:
         raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
     api = _connect(repo_id)
     url = _address(api, repo_id, repo_type) + (f"/tree/{target.revision}" if target.revision else "")
-    kept = f"{folder} is kept as it is"
+    unchanged = f"{folder} is unchanged"
     wait, sent, left = FIRST_WAIT_S, False, deadline
     until: float | None = None
     while True:
         silence_s = min(max(left, SHORTEST_SILENCE_S), SILENCE_S, deadline)
         try:
             with limited(silence_s):
-                head = _head(api, repo_id, repo_type)
-                if head is None and target.create_pr:
-                    raise HubError(_no_repository(repo_id))
-                if head is None:
-                    _create(api, repo_id, repo_type, private, folder, merge_card)
-                    head = str(api.repo_info(repo_id, repo_type=repo_type).sha)
-                if target.revision:
-                    head = _branch(api, repo_id, repo_type, target.revision)
+                head = _open_head(api, repo_id, repo_type, private, folder, merge_card, target)
                 operations = _differences(api, repo_id, repo_type, head, local, files, merge_card)
-                if not operations:  # after a commit whose answer was lost, it had arrived
+                if not operations:  # the Hub had all files, or a commit arrived whose answer was lost
                     return Pushed(url, head, changed=sent)
                 sent = True
                 commit = api.create_commit(
-                    repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head,
-                    revision=target.revision, create_pr=target.create_pr,
-                )  # fmt: skip
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    repo_type=repo_type,
+                    parent_commit=head,
+                    revision=target.revision,
+                    create_pr=target.create_pr,
+                )
                 return Pushed(commit.pr_url or url, commit.oid, changed=True)
         except (OSError, RuntimeError, ValueError) as error:
-            failure = _read(error, api)
+            failure = _read_failure(error, api)
         now = time.monotonic()
         until = until or now + deadline - (silence_s if failure.silence else 0)
         left = until - now
         if failure.denied:
-            raise HubError(f"{failure.reason}; {_login(repo_id)}; {kept}")
-        if not failure.passing:  # the same command would meet the same
-            raise HubError(f"the push to {repo_id} failed: {failure.reason}; correct that, then push again; {kept}")
+            raise HubError(f"{failure.reason}; {_login(repo_id)}; {unchanged}")
+        if not failure.passing:  # the same command would fail in the same way
+            raise HubError(
+                f"the push to {repo_id} failed: {failure.reason}; correct that, then push again; {unchanged}"
+            )
         if left <= 0 or failure.retry_after > left:
             raise HubError(
-                f"the push to {repo_id} failed: {failure.reason}; {kept}, and the same command repeats the push"
+                f"the push to {repo_id} failed: {failure.reason}; {unchanged}, and the same command repeats the push"
             )
         pause = min(max(wait, failure.retry_after), left)
         say(
@@ -334,8 +339,27 @@ def _address(api: HfApi, repo_id: str, repo_type: RepoType) -> str:
     return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
 
+def _open_head(
+    api: HfApi,
+    repo_id: str,
+    repo_type: RepoType,
+    private: bool,
+    folder: Path,
+    merge_card: Callable[[str | None], str] | None,
+    target: Target,
+) -> str:
+    """Return the commit that the push builds on. A missing repository or branch is created."""
+    head = _head(api, repo_id, repo_type)
+    if head is None and target.create_pr:
+        raise HubError(_no_repository(repo_id))
+    if head is None:
+        _create(api, repo_id, repo_type, private, folder, merge_card)
+        head = str(api.repo_info(repo_id, repo_type=repo_type).sha)
+    return _branch(api, repo_id, repo_type, target.revision) if target.revision else head
+
+
 def _head(api: HfApi, repo_id: str, repo_type: RepoType) -> str | None:
-    """The newest commit; None where there is no such repository."""
+    """Return the newest commit; None if the repository does not exist."""
     try:
         return str(api.repo_info(repo_id, repo_type=repo_type).sha)
     except HfHubHTTPError as error:
@@ -345,7 +369,7 @@ def _head(api: HfApi, repo_id: str, repo_type: RepoType) -> str | None:
 
 
 def _branch(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> str:
-    """The newest commit of a branch, which is made from main if it is missing; of a pull request, if it is there."""
+    """Return the newest commit of a branch or pull request. A missing branch is created from main."""
     try:
         return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
     except RevisionNotFoundError:
@@ -366,7 +390,7 @@ def _create(
     merge_card: Callable[[str | None], str] | None,
 ) -> None:
     sdk = None
-    if repo_type == "space":  # its card says what it runs on
+    if repo_type == "space":  # its card names the SDK that it runs on
         card = merge_card(None) if merge_card else (folder / CARD).read_text(encoding="utf-8")
         sdk = (re.findall(r"(?m)^sdk:\s*(\w+)", card) or ["static"])[0]
     api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk)
@@ -381,7 +405,7 @@ def _differences(
     files: list[str],
     merge_card: Callable[[str | None], str] | None,
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """What a commit on top of `head` has to do."""
+    """Return the operations of a commit on top of `head`."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=repo_type)
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     contents: dict[str, Path | bytes] = dict(local)
@@ -406,7 +430,7 @@ def _read_card(api: HfApi, address: str) -> str:
 
 
 def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
-    """Whether the Hub has this content: LFS files go by SHA-256, others by git's SHA-1."""
+    """Return whether the Hub has this content. LFS files are compared by SHA-256, others by git's SHA-1."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     if entry is None or size != entry.size:
         return False
@@ -422,12 +446,14 @@ def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
 
 @dataclass
 class _Failure:
-    reason: str  # for a person, without secrets
-    status: int | None = None  # of HTTP
-    denied: bool = False  # the token is wrong, or may not do this
-    passing: bool = False  # trying again may help
-    silence: bool = False  # the Hub had stopped answering before it was noticed
-    retry_after: float = 0.0  # s; what the Hub asks for
+    """Why a request failed, and whether a retry may help."""
+
+    reason: str  # For a person, without secrets.
+    status: int | None = None  # HTTP status.
+    denied: bool = False  # The token is wrong, or may not do this.
+    passing: bool = False  # A retry may help.
+    silence: bool = False  # The Hub stopped answering; the failure began before it was noticed.
+    retry_after: float = 0.0  # Seconds that the Hub asks to wait.
 
 
 def _connect(repo_id: str) -> HfApi:
@@ -462,8 +488,8 @@ def limited(silence_s: float) -> Iterator[None]:
 def _send(
     send: Callable[..., httpx2.Response], silence_s: float, request: httpx2.Request, **options: Any
 ) -> httpx2.Response:
-    """Send a request; raise what huggingface_hub would otherwise repeat unseen, or misread."""
-    # not the client's own timeout: huggingface_hub passes timeout=None with some requests
+    """Send a request. Raise the errors that huggingface_hub would retry silently or misread."""
+    # The client's own timeout does not serve: huggingface_hub passes timeout=None with some requests.
     request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), silence_s)
     try:
         response = send(request, **options)
@@ -477,13 +503,13 @@ def _send(
     return response
 
 
-def _read(error: BaseException, api: HfApi) -> _Failure:
-    """What an exception of huggingface_hub means; uploads raise RuntimeError from the one that matters."""
+def _read_failure(error: BaseException, api: HfApi) -> _Failure:
+    """Return what an exception of huggingface_hub means. Uploads raise RuntimeError from the one that matters."""
     cause: BaseException = error
     while isinstance(cause, RuntimeError) and cause.__cause__:
         cause = cause.__cause__
     seconds, words = 0, str(cause) or type(cause).__name__
-    if "/xet-" in words and "token/" in words and "404" in words:  # asked for where to upload to
+    if "/xet-" in words and "token/" in words and "404" in words:  # the request for the address of the upload
         return _Failure(NO_XET)
     of_xet = re.search(r"HTTP status \w+ error \((\d+) ([^)]*)\)", words)  # hf_xet raises ConnectionError for all
     if isinstance(cause, HfHubHTTPError):
@@ -493,16 +519,16 @@ def _read(error: BaseException, api: HfApi) -> _Failure:
         seconds = int(header) if header.isdigit() else limit.reset_in_seconds if limit and not limit.remaining else 0
     elif of_xet:
         status, words = int(of_xet[1]), of_xet[2]
-    elif isinstance(cause, PermissionError) and cause.filename is None:  # hf_xet's word for a token that is refused
+    elif isinstance(cause, PermissionError) and cause.filename is None:  # how hf_xet reports a refused token
         status = 401
     elif isinstance(cause, json.JSONDecodeError):
         return _Failure(f"{api.endpoint} does not answer as a Hub does; check HF_ENDPOINT")
     else:
-        # a local file that cannot be read, or what huggingface_hub finds wrong in the files, stays so
+        # A retry does not help if a local file cannot be read, or if huggingface_hub finds a fault in the files.
         stays = isinstance(cause, ValueError) or (isinstance(cause, OSError) and cause.filename is not None)
         return _Failure(_quote(words, api), passing=not stays, silence=isinstance(cause, TimeoutError))
     if status == HTTPStatus.BAD_REQUEST and "license" in words.lower():
-        words = f"{words}; give a --license of {LICENSE_LIST}"
+        words = f"{words}; choose a --license of {LICENSE_LIST}"
     return _Failure(
         f"the Hub answers {status}: {_quote(words, api)}" + (f" (asking to wait {seconds} s)" if seconds else ""),
         status,
