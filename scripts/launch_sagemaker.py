@@ -9,24 +9,24 @@ with the YAML that --inside names. Nothing is sent before everything was checked
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from t2i.clouds import aws_account as aws
-from t2i.clouds import costs, sagemaker_job
+from t2i.clouds import aws_errors, costs, sagemaker_job
+from t2i.clouds.launch import check_push, confirm, forwarded_variables, positive
+from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
 from t2i.errors import UserError, run_main
 from t2i.files import write_json
 
-CONFIGS = sagemaker_job.ROOT / "accelerate_configs"
+CONFIGS = ROOT / "accelerate_configs"
 LOGS = "/aws/sagemaker/TrainingJobs"  # CloudWatch's group
 POLL_S = 10.0
 ENDED = ("Completed", "Failed", "Stopped")
@@ -36,7 +36,7 @@ def main() -> None:
     options = read_options()
     config = sagemaker_job.read_config(Path(options.config_file))
     aws.find_region(config)
-    with aws.in_words():  # whatever has no better words
+    with aws_errors.in_words():  # whatever has no better words
         launch(options, config)
 
 
@@ -47,7 +47,7 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
         return
     command = sagemaker_job.read_command(options.command)
     inside = Path(options.inside)
-    inner = sagemaker_job.read_inside(inside)
+    inner = read_inside(inside)
     sagemaker_job.check_precision(config, inside, inner)
     sagemaker_job.tracking_server(config)  # refuses an address that nobody could record to
     inputs = sagemaker_job.local_inputs(command, config)
@@ -69,7 +69,7 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "code"
         sagemaker_job.stage(source, command, config, inside, inputs)
-        folders = {name: sagemaker_job.hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
+        folders = {name: hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
         hashes = {name: digest for name, (digest, _) in folders.items()}
         files = {name: found for name, (_, found) in folders.items()}
         secrets = aws.secrets_here(config)
@@ -101,23 +101,6 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
         wait(job, config, account)
 
 
-def check_push(command: sagemaker_job.Command) -> None:
-    """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
-    settings = getattr(command.recipe, sagemaker_job.SECTIONS[command.script][-1]) if command.recipe else None
-    if settings is None or not getattr(settings, "push_to_hub", False):
-        return
-    from t2i.hub import upload
-
-    captions = command.script == "caption_to_hub.py"
-    option = "hub_dataset_id" if captions else "hub_model_id"
-    repo_id = upload.check_repo_id(getattr(settings, option), f"--{option}")
-    upload.check_license(settings.license or None)
-    if os.environ.get("HF_TOKEN"):  # the token that travels
-        target = upload.Target(settings.hub_revision, settings.create_pr)
-        say = partial(print, file=sys.stderr)
-        upload.check_access(repo_id, "dataset" if captions else "model", say, target)
-
-
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,22 +122,11 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def positive(kind: Any) -> Any:
-    """A parser of numbers above zero."""
-
-    def parse(text: str) -> Any:
-        if not 0 < (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
-        return value
-
-    return parse
-
-
 # --- The plan --------------------------------------------------------------------------------------------------------
 
 
 def notes(
-    command: sagemaker_job.Command,
+    command: Command,
     config: sagemaker_job.SageMakerConfig,
     estimate: costs.Estimate,
     secrets: dict[str, str],
@@ -169,34 +141,19 @@ def notes(
         found.append(
             f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config, secrets)}, which the role must be allowed to read"
         )
-    settings = getattr(command.recipe, sagemaker_job.SECTIONS[command.script][-1]) if command.recipe else None
     if command.recipe is None:
         found.append(
             f"{command.script} is your own: local folders that its arguments name are not sent; "
             f"--fetch brings home what it writes to {sagemaker_job.RUN}"
         )
     own_secret = sagemaker_job.SECRETS in config.additional_args.environment
-    if getattr(settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
+    if getattr(command.settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
         found.append("push_to_hub needs a token in the job: export HF_TOKEN (what hf auth login keeps does not travel)")
     if said := sagemaker_job.tracking_server(config)[1]:
         found.append(said)
     found += sagemaker_job.estimator_notes(config)
     too_long = costs.too_long(estimate, config)
     return [*found, too_long] if too_long else found
-
-
-def confirm(yes: bool) -> None:
-    """Ask, unless told not to."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UserError("nobody is here to confirm; add --yes (make: YES=1), or look first with --dry_run (DRY_RUN=1)")
-    try:
-        said = input("submit? [y/N] ")
-    except EOFError:  # Ctrl-D
-        said = ""
-    if said.strip().lower() not in ("y", "yes"):
-        raise UserError("not submitted, nothing was sent")
 
 
 # --- The request -----------------------------------------------------------------------------------------------------
@@ -323,18 +280,10 @@ def trainer(
 
 
 def environment(config: sagemaker_job.SageMakerConfig, secret: str | None) -> dict[str, str]:
-    """The container's variables: those of the YAML, the MLflow server's address without its user, the secret's name."""
-    found = dict(config.additional_args.environment)
-    names: tuple[str, ...] = sagemaker_job.FORWARDED
-    if uri := sagemaker_job.tracking_server(config)[0].uri:
-        found[sagemaker_job.SERVER] = uri
-        names += sagemaker_job.OF_A_SERVER
-    for name in names:
-        if value := os.environ.get(name, "").strip():
-            found.setdefault(name, value)
-    if secret:
-        found[sagemaker_job.SECRETS] = secret
-    return found
+    """Return the container's variables. secret: name of the job's secret in Secrets Manager."""
+    server, _ = sagemaker_job.tracking_server(config)
+    variables = forwarded_variables(server, config.additional_args.environment)
+    return variables | {sagemaker_job.SECRETS: secret} if secret else variables
 
 
 def submit(
@@ -347,11 +296,11 @@ def submit(
     """Send the job; returns its name."""
     begin, end = "SageMaker does not take the job: ", "; nothing runs and nothing is billed"
     try:
-        with aws.in_words(begin, end):
+        with aws_errors.in_words(begin, end):
             made = trainer(config, account, aws.sdk_session(account), source, channels, secret)
             made.train(wait=False, logs=False)
     except ValueError as error:  # the SDK's checks of the role and of the request
-        raise UserError(f"{begin}{aws.brief(error)}{end}") from None
+        raise UserError(f"{begin}{aws_errors.brief(error)}{end}") from None
     return made._latest_training_job.training_job_name
 
 
@@ -385,7 +334,7 @@ def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) 
         raise SystemExit(130) from None
     except (ClientError, BotoCoreError) as error:
         raise UserError(
-            f"{job} cannot be followed any more: {aws.explain(error)}; it goes on, and --fetch brings it home"
+            f"{job} cannot be followed any more: {aws_errors.explain(error)}; it goes on, and --fetch brings it home"
         ) from None
     if state["TrainingJobStatus"] != "Completed":
         raise UserError(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
@@ -444,13 +393,13 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
             "NoSuchKey",
             "NoSuchBucket",
         )
-        raise UserError(f"{job} cannot be fetched: {aws.brief(error) if unknown else aws.explain(error)}"
+        raise UserError(f"{job} cannot be fetched: {aws_errors.brief(error) if unknown else aws_errors.explain(error)}"
                         + (f"; {hint}" if unknown else "")) from None  # fmt: skip
     except BotoCoreError:  # some of which are of OSError's kind
         raise
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"{job} cannot be kept in {folder} ({aws.brief(error)}); make room, and fetch it again"
+            f"{job} cannot be kept in {folder} ({aws_errors.brief(error)}); make room, and fetch it again"
         ) from None
     write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
                "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip

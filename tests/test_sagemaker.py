@@ -26,6 +26,8 @@ from local_sagemaker import aws
 from rehearse_sagemaker import finish_in_moto, launch
 from t2i import config
 from t2i.clouds import aws_account, costs, sagemaker_job
+from t2i.clouds.launch import FORWARDED, OF_A_SERVER
+from t2i.clouds.staging import SECTIONS
 from t2i.errors import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -70,8 +72,8 @@ def launcher(tmp_path, cloud, monkeypatch):
     """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
     for name in (
         *sagemaker_job.SECRET_NAMES,
-        *sagemaker_job.FORWARDED,
-        *sagemaker_job.OF_A_SERVER,
+        *FORWARDED,
+        *OF_A_SERVER,
         "MLFLOW_TRACKING_URI",
     ):
         monkeypatch.delenv(name, raising=False)
@@ -161,8 +163,8 @@ def test_every_argument_arrives_as_typed(parts):
     arguments = json.loads(json.dumps(sagemaker_job.container_arguments(command, {})))
     job = {"script": "train_unet.py", "arguments": arguments, "mixed_precision": None, "zero": True}
     line = run_sagemaker_job.launch_words(job, ["algo-1", "algo-2"], 1, 2)
-    inside = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
-    here = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", words)
+    inside = config.parse(SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
+    here = config.parse(SECTIONS["train_unet.py"], "", words)
     here.train_unet.output_dir, here.data.cache_dir = sagemaker_job.RUN, sagemaker_job.CACHE
     assert inside == here
 
@@ -190,7 +192,7 @@ def test_folders_become_channels(tmp_path, launcher, cloud):
         command,
         sagemaker_job.local_inputs(command, sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge")),
     )
-    monkey = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
+    monkey = config.parse(SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
     assert (monkey.data.dataset, monkey.vae.vae) == (
         f"{sagemaker_job.CHANNELS}/dataset",
         f"{sagemaker_job.CHANNELS}/vae",

@@ -8,27 +8,21 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from t2i.clouds import sagemaker_job
+from t2i.clouds import launch, sagemaker_job
+from t2i.clouds.aws_errors import NO_CREDENTIALS, NOT_ALLOWED, brief, explain, in_words
 from t2i.errors import UserError
 
 PLACEHOLDER = "000000000000"  # stands for the account in a dry run without credentials
-NO_CREDENTIALS = "no AWS credentials: run aws configure, or export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 DEFAULT_REGION = "us-east-1"
 ROLE_ARN = re.compile(r"arn:(aws[a-z-]*):iam::(\d{12}):role/((?:[\w+=,.@-]+/)*)([\w+=,.@-]{1,64})", re.ASCII)
 ROLE_NAME = re.compile(r"/?(?:[\w+=,.@-]+/)*([\w+=,.@-]{1,64})", re.ASCII)
-EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
-UNKNOWN_KEY = ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId", "AuthFailure", "InvalidToken",
-               "SignatureDoesNotMatch", "IncompleteSignature", "InvalidSignatureException", "NotAuthorized",
-               "MissingAuthenticationToken", "MissingAuthenticationTokenException")  # fmt: skip
-NOT_ALLOWED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError", "403")
 
 
 @dataclass
@@ -208,12 +202,7 @@ def check_buckets(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str],
             )
 
 
-def brief(error: BaseException) -> str:
-    """An exception's message on one short line."""
-    return " ".join(str(error).split())[:200]
-
-
-# --- AWS's words ------------------------------------------------------------------------------------------------------
+# --- Region and credentials -------------------------------------------------------------------------------------------
 
 
 def find_region(config: sagemaker_job.SageMakerConfig) -> None:
@@ -261,98 +250,6 @@ def check_credentials(session: Any) -> None:
             raise UserError(explain(error)) from None
     if found is None:
         raise UserError(NO_CREDENTIALS)
-
-
-@contextmanager
-def in_words(begin: str = "", end: str = "") -> Iterator[None]:
-    """Turn what AWS's clients raise into a `UserError`: `begin`, the cause with its fix, `end`."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (ClientError, BotoCoreError, Boto3Error) as error:
-        raise UserError(f"{begin}{explain(error)}{end}") from None
-    except EOFError as error:  # botocore asks for a profile's code
-        raise UserError(f"{begin}{explain(error)}{end}") from None
-    except ValueError as error:
-        if not re.match("Invalid endpoint|invalid literal for int", str(error)):
-            raise
-        raise UserError(
-            f"{begin}AWS's client cannot work with this environment ({brief(error)}); correct AWS_ENDPOINT_URL and its like{end}"
-        ) from None
-
-
-def explain(error: BaseException) -> str:
-    """What an exception of AWS's clients means, and what to do: one sentence, without a full stop."""
-    from botocore import exceptions as boto
-
-    if not isinstance(error, boto.ClientError | boto.BotoCoreError) and isinstance(
-        error.__context__, boto.ClientError | boto.BotoCoreError
-    ):  # an upload's: the cause says more
-        error = error.__context__
-    words = brief(error)
-    if isinstance(error, boto.ClientError):
-        return _explain_answer(error)
-    if isinstance(error, EOFError):
-        return "the AWS profile asks for a code (mfa_serial), and nobody is here to type it; log in first, or launch in a terminal"
-    if isinstance(error, boto.ProfileNotFound):
-        name = str(error.kwargs.get("profile"))
-        where = next(
-            (key for key in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE") if os.environ.get(key) == name), "the YAML's profile"
-        )
-        return f"the AWS profile {name} ({where}) is not in ~/.aws/config; run aws configure --profile {name}, or name another"
-    if isinstance(error, boto.NoCredentialsError):
-        return NO_CREDENTIALS
-    if isinstance(error, boto.PartialCredentialsError):
-        return (
-            f"the AWS credentials are incomplete: {error.kwargs.get('cred_var')} is missing ({error.kwargs.get('provider')}); add "
-            "it, or run aws configure"
-        )
-    if isinstance(error, boto.SSOError | boto.TokenRetrievalError):
-        return f"the AWS login is over ({words}); run aws sso login, with --profile if it is not the default one"
-    if isinstance(error, boto.LoginError):
-        return f"the AWS login is over ({words}); run aws login, with --profile if it is not the default one"
-    if isinstance(error, boto.MissingDependencyException):
-        return f"AWS's client lacks a package ({words})"
-    outside = isinstance(error, OSError) and not isinstance(
-        error, boto.BotoCoreError
-    )  # a command or file that a profile names
-    if isinstance(error, boto.CredentialRetrievalError) or outside:
-        return f"AWS credentials cannot be fetched ({words}); correct what ~/.aws/config names for them, or run aws configure"
-    if isinstance(error, boto.ConfigParseError | boto.ConfigNotFound):
-        return (
-            f"{error.kwargs.get('path', '~/.aws/config')} cannot be read as AWS's settings ({words}); correct that file"
-        )
-    if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):
-        return f"AWS's region is missing or wrong ({words}); set region in the YAML, such as us-east-1"
-    if isinstance(error, boto.ProxyConnectionError):
-        return f"the proxy to AWS does not answer ({words}); correct HTTPS_PROXY, or unset it"
-    if isinstance(error, boto.SSLError):
-        return f"AWS's certificate is not accepted ({words}); name your company's certificates in AWS_CA_BUNDLE"
-    if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
-        return f"AWS cannot be reached ({words}); check the network, HTTPS_PROXY and AWS_ENDPOINT_URL"
-    return f"AWS's client cannot go on ({words}); correct ~/.aws/config or the environment's AWS_ variables"
-
-
-def _explain_answer(error: Any) -> str:
-    """What an error that AWS answered means."""
-    told = error.response.get("Error", {})
-    code, words = str(told.get("Code", "")), brief(error)
-    if code in EXPIRED:
-        return f"the AWS credentials have expired ({code}); get new ones: aws sso login, aws configure, or export them anew"
-    if code in UNKNOWN_KEY:
-        return f"AWS does not accept the credentials ({code}); run aws configure, or export the right AWS_ACCESS_KEY_ID"
-    if code in ("RequestTimeTooSkewed", "RequestInTheFuture"):
-        return f"this machine's clock is wrong ({code}); set it, and launch again"
-    if code in NOT_ALLOWED:
-        return f"your AWS credentials may not do this ({words}); ask the account's administrator to allow {error.operation_name}"
-    if code in ("ResourceLimitExceeded", "LimitExceededException", "ServiceQuotaExceededException"):
-        return f"the account's limit is reached ({words}); ask for more in Service Quotas, SageMaker"
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
-    if "Throttl" in code or code in ("TooManyRequestsException", "SlowDown") or status >= 500:
-        return f"AWS is busy ({words}); launch again in a minute"
-    return f"AWS refuses it ({words})"
 
 
 # --- What is put into it ----------------------------------------------------------------------------------------------
@@ -444,13 +341,7 @@ def store_secret(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str],
 
 
 def secrets_here(config: sagemaker_job.SageMakerConfig) -> dict[str, str]:
-    """Credentials of this environment that the job needs; they travel through Secrets Manager alone."""
+    """Return the credentials of this shell that the job needs; none if the YAML names a secret of the user's own."""
     if sagemaker_job.SECRETS in config.additional_args.environment:
-        return {}  # the user's own secret
-    found = {name: os.environ[name] for name in sagemaker_job.SECRET_NAMES if os.environ.get(name)}
-    server, _ = sagemaker_job.tracking_server(config)
-    if server.user:
-        found["MLFLOW_TRACKING_USERNAME"] = server.user
-    if server.password:
-        found["MLFLOW_TRACKING_PASSWORD"] = server.password
-    return found
+        return {}
+    return launch.secrets_here(sagemaker_job.tracking_server(config)[0])

@@ -1,18 +1,42 @@
-"""What a SageMaker job will take: steps, hours and dollars, counted from a price file that users edit."""
+"""What a cloud job will take: updates, hours and dollars, counted from a price file that users edit."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
-from t2i.clouds.sagemaker_job import ROOT, Command, SageMakerConfig, read_mapping
+from t2i.clouds.staging import ROOT, Command, read_mapping
 from t2i.config import DataConfig, Natural, NonNegative, Positive, Recipe, TrainConfig, checked
 from t2i.files import read_json
 
-PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
+PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"  # of the one cloud that has prices so far
 SPOT_SHARE = 0.3  # of the price on demand, that spot often costs (AWS: "up to 90 %" off)
+
+
+class Rental(Protocol):
+    """The machines of a job, as each cloud's own settings describe them."""
+
+    num_machines: int
+    mixed_precision: Any  # None: as the YAML inside says
+    region: str
+
+    @property
+    def machine(self) -> str:
+        """Name of the machine in the price file."""
+
+    @property
+    def is_spot(self) -> bool:
+        """Whether the machines are spare capacity at a discount."""
+
+    @property
+    def max_hours(self) -> float:
+        """Hours after which the cloud ends the job."""
+
+    @property
+    def max_hours_option(self) -> str:
+        """Key of the cloud's YAML that sets `max_hours`."""
 
 
 @dataclass
@@ -36,11 +60,14 @@ class Prices:
     overhead_minutes: NonNegative
     instances: dict[str, Instance]
     region: str = "us-east-1"  # whose prices these are
+    file: str = field(default="", init=False)  # name of the price file
 
 
 def read_prices(path: Path = PRICES) -> Prices:
     """Read the price file. Raises `UserError` naming the key that cannot be used."""
-    return checked(Prices, read_mapping(path), str(path))
+    prices: Prices = checked(Prices, read_mapping(path), str(path))
+    prices.file = path.name
+    return prices
 
 
 @dataclass
@@ -61,7 +88,7 @@ class Estimate:
 
 def estimate(
     command: Command,
-    config: SageMakerConfig,
+    config: Rental,
     inner: dict[str, Any],
     prices: Prices,
     images: int | None,
@@ -71,11 +98,11 @@ def estimate(
     of the whole job, as measured; each of both or None.
     """
     result = Estimate(images=images)
-    machine = prices.instances.get(config.ec2_instance_type)
+    machine = prices.instances.get(config.machine)
     if machine:
         result.usd_per_hour = machine.usd_per_hour * config.num_machines
-        result.usd_at_most = result.usd_per_hour * config.additional_args.max_run / 3600
-    settings = getattr(command.recipe, command.script.removesuffix(".py"), None)
+        result.usd_at_most = result.usd_per_hour * config.max_hours
+    settings = command.settings
     if command.recipe is None or not isinstance(settings, TrainConfig):
         return result
     if machine is None:  # nobody knows how many GPUs it has
@@ -191,7 +218,7 @@ def _hub_counts(name: str, revision: str | None) -> dict[str, int]:
         return {}
 
 
-def report(found: Estimate, command: Command, config: SageMakerConfig, prices: Prices) -> list[str]:
+def report(found: Estimate, command: Command, config: Rental, prices: Prices) -> list[str]:
     """The estimate in lines for people."""
     lines = []
     if found.updates and found.epochs and found.images:
@@ -212,15 +239,15 @@ def report(found: Estimate, command: Command, config: SageMakerConfig, prices: P
             f"{samples:,} samples / {found.samples_per_second:.0f} per s + {prices.overhead_minutes:g} min = {found.hours:.1f} h"
         )
     if found.usd_per_hour is None:
-        return [*lines, f"no price of {config.ec2_instance_type} in {PRICES.name}; add it there for an estimate"]
-    spot = config.additional_args.use_spot_instances
+        return [*lines, f"no price of {config.machine} in {prices.file}; add it there for an estimate"]
+    spot = config.is_spot
     # each line with USD says whose prices these are, as lines are read and quoted alone
     other = config.region != prices.region
     whose = f" at {prices.region}'s prices; {config.region}'s differ" if other else ""
     lines.append(
-        f"{config.num_machines} x {config.ec2_instance_type}: {found.usd_per_hour:.2f} USD an hour on demand"
+        f"{config.num_machines} x {config.machine}: {found.usd_per_hour:.2f} USD an hour on demand"
         + (f", about {found.usd_per_hour * SPOT_SHARE:.2f} on spot" if spot else "")
-        + f" (prices of {prices.region}, {prices.as_of}, {PRICES.name}"
+        + f" (prices of {prices.region}, {prices.as_of}, {prices.file}"
         + (f"; for {config.region} edit it, its region as well)" if other else ")")
     )
     if found.usd:
@@ -230,14 +257,14 @@ def report(found: Estimate, command: Command, config: SageMakerConfig, prices: P
             + whose
         )
     lines.append(
-        f"at most {found.usd_at_most:.2f} USD{whose}: max_run {config.additional_args.max_run / 3600:g} h ends the job"
+        f"at most {found.usd_at_most:.2f} USD{whose}: {config.max_hours_option} {config.max_hours:g} h ends the job"
     )
     return lines
 
 
-def too_long(found: Estimate, config: SageMakerConfig) -> str | None:
+def too_long(found: Estimate, config: Rental) -> str | None:
     """What to say where the job would not be done in max_run; None where it would, or nothing is known."""
-    limit = config.additional_args.max_run / 3600
+    limit, option = config.max_hours, config.max_hours_option
     if found.hours and found.hours > limit:
-        return f"the training takes about {found.hours:.1f} h, max_run ends it after {limit:g} h; raise max_run in the YAML"
+        return f"the training takes about {found.hours:.1f} h, {option} ends it after {limit:g} h; raise {option} in the YAML"
     return None

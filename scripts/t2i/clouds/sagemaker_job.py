@@ -1,59 +1,32 @@
-"""A SageMaker job as this suite sends it: the accelerate YAML, the training command, what is staged and what is uploaded.
+"""A SageMaker job: its accelerate YAML, and what it adds to the staging and launch that clouds share.
 
-Knows nothing of AWS's interfaces (scripts/launch_sagemaker.py does) and imports no torch.
+Knows nothing of AWS's interfaces (`aws_account.py` and scripts/launch_sagemaker.py do). Imports no torch.
 """
 
 import dataclasses
-import hashlib
-import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BeforeValidator, Field
 
-from t2i.config import Count, Flag, Recipe, checked, known_key, matching, option, parse, read_yaml
+from t2i.clouds import launch, staging
+from t2i.clouds.launch import CURVES_AT_HOME, SECRET_NAMES, SERVER
+from t2i.clouds.staging import ROOT, Command, read_inside, read_mapping
+from t2i.config import Count, Flag, checked, known_key, matching
 from t2i.errors import UserError
-from t2i.files import sha256_file, write_json, write_text
+from t2i.files import write_json
 from t2i.redaction import redact
-from t2i.runs import code_revision
 from t2i.tracking.mlflow_tracker import MANAGED_MLFLOW, Address, is_managed, split_uri
 
-ROOT = Path(__file__).parents[3]
 CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
 RUN = "/opt/ml/checkpoints/run"  # in the container, synced with S3: the run folder
 CACHE = "/opt/ml/cache"  # on the job's volume, synced with nothing
 SECRETS = "T2I_SECRETS"  # names the Secrets Manager secret whose JSON the container puts into its environment
-SERVER = "MLFLOW_TRACKING_URI"
-# of this shell, sent along unless the YAML sets them; what follows a server alone goes only with one
-FORWARDED = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING",
-             "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING")  # fmt: skip
-OF_A_SERVER = ("MLFLOW_RUN_ID",)
-SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
-
-# Sections of the recipe that each training script parses: their arguments are checked before anything is sent.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "train_unet.py": ("data", "vae", "unet", "train_unet"),
-    "train_vae.py": ("data", "vae", "train_vae"),
-    "caption_to_hub.py": ("source", "caption"),
-}
-FOLDERS = {  # options that may name a folder here: where the recipe has them, and the part that a run folder gives
-    "dataset": ("data", ""),
-    "vae": ("vae", "vae"),
-    "text_encoder": ("unet", "pipeline"),
-    "pretrained_model_name_or_path": ("unet", "pipeline"),
-    "captioner": ("caption", ""),
-    "audit_tokenizer": ("caption", ""),
-}
-AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "run_recipe.py",
-           "launch_sagemaker.py", "run_sagemaker_job.py")  # fmt: skip
-
 
 S3Uri = Annotated[str, matching(r"s3://[a-z0-9][a-z0-9.-]+(/.*)?", "s3://bucket/folder")]
 KmsKey = Annotated[
@@ -128,6 +101,23 @@ class SageMakerConfig:
     dynamo_config: dict[str, Any] | None = None
     enable_cpu_affinity: Flag = False
     region_from: str = field(default="", init=False)  # where `region` comes from, in words; no key of the YAML
+
+    # what costs.py asks of any cloud's job
+    @property
+    def machine(self) -> str:
+        return self.ec2_instance_type
+
+    @property
+    def is_spot(self) -> bool:
+        return self.additional_args.use_spot_instances
+
+    @property
+    def max_hours(self) -> float:
+        return self.additional_args.max_run / 3600
+
+    @property
+    def max_hours_option(self) -> str:
+        return "max_run"
 
 
 VERSIONS: dict[str, Any] = {
@@ -261,7 +251,7 @@ def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
     return extra | {key: text(extra[key], written.get(key)) for key in ("tags", "environment") if key in extra}
 
 
-def check_isolation(command: "Command", config: SageMakerConfig, inputs: dict[str, str]) -> None:
+def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str, str]) -> None:
     """Raise `UserError` for what a container without a network cannot have: packages, models and data of the Hub, a push."""
     if not config.additional_args.enable_network_isolation:
         return
@@ -270,12 +260,10 @@ def check_isolation(command: "Command", config: SageMakerConfig, inputs: dict[st
         raise UserError(
             f"{without}, so scripts/requirements.txt cannot be installed; name an image that has these packages in image_uri"
         )
-    for name, (section, _) in FOLDERS.items():
-        value = getattr(getattr(command.recipe, section), name) if takes(command.script, name) else None
-        if value and name not in inputs and not (name == "captioner" and value in ("label", "existing")):
+    for name, value in command.folder_options().items():
+        if name not in inputs and not (name == "captioner" and value in ("label", "existing")):
             raise UserError(f"{without}, and --{name} {value} is on the Hub; give a folder here, or one in s3://")
-    settings = getattr(command.recipe, SECTIONS[command.script][-1]) if command.recipe else None
-    if getattr(settings, "push_to_hub", False):
+    if getattr(command.settings, "push_to_hub", False):
         raise UserError(f"{without}, so it cannot push to the Hub; leave out --push_to_hub, and publish after --fetch")
 
 
@@ -298,41 +286,15 @@ def estimator_notes(config: SageMakerConfig) -> list[str]:
 
 
 def tracking_server(config: SageMakerConfig) -> tuple[Address, str]:
-    """The MLflow server that the job records to, as the YAML or else this shell names it, and what a user should know of it.
-
-    Its user and password are of this shell alone. The address has no `uri` if the job gets none from here.
-    Raises `UserError` if the shell's is to be sent and cannot be used.
-    """
-    home = "the job's curves come home with --fetch"
+    """Return the MLflow server that the job records to, and what a user should know of it, as `launch.tracking_server` does."""
     named = config.additional_args.environment.get(SERVER)
-    given = os.environ.get(SERVER, "").strip()
-    try:
-        here = split_uri(given) if given else Address("")
-    except UserError:
-        if named is None:
-            raise
-        here = Address("")
-    if named is not None:
-        there = split_uri(named) if named.strip() else Address("")
-        if here.user and urlsplit(here.uri).hostname == urlsplit(there.uri).hostname:
-            there = Address(there.uri, here.user, here.password)
-        lost = not named.strip() or there.uri.startswith("sqlite")
-        return there, f"{SERVER} of the YAML names no server: {home}" if lost else ""
-    if config.additional_args.enable_network_isolation:
-        return Address(""), f"the job has no network (enable_network_isolation), so no MLflow server follows it: {home}"
-    if is_managed(here.uri):
-        return here, f"the job records to MLflow at {here.uri}, for which its role must be allowed sagemaker-mlflow:*"
-    if here.is_server and not here.is_local:
-        return here, ""
-    if not here.uri:
-        return here, f"{SERVER} is not set, so no MLflow server follows the job: {home}"
-    if here.is_local:
-        why = "is of a server on this machine, which the job cannot reach"
-    elif here.uri.startswith("sqlite"):
-        why = "is of a SQLite file on this machine, which the job cannot reach"
-    else:
-        why = f"is not sent, since it is of no http(s) server ({urlsplit(here.uri).scheme or here.uri})"
-    return Address(""), f"{SERVER} {why}: {home}"
+    server, note = launch.tracking_server(named)
+    if named is None and config.additional_args.enable_network_isolation:
+        without = "the job has no network (enable_network_isolation), so no MLflow server follows it"
+        return Address(""), f"{without}: {CURVES_AT_HOME}"
+    if named is None and is_managed(server.uri):
+        note = f"the job records to MLflow at {server.uri}, for which its role must be allowed sagemaker-mlflow:*"
+    return server, note
 
 
 def _is_old(py_version: str) -> bool:
@@ -345,35 +307,6 @@ def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, A
     if not values.get("image_uri") and _is_old(str(versions.py_version)):
         changes = [*changes, *version_changes(versions)]
     return f"{path} has {refused}, which these scripts cannot use; in it {', '.join(changes)}"
-
-
-def read_inside(path: Path) -> dict[str, Any]:
-    """The YAML that holds in the containers. Raises `UserError` where it is not one, or names what is not sent or not run."""
-    values = read_mapping(path)
-    if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        raise UserError(f"--inside {path} is for SageMaker itself; name one for machines, such as deepspeed_zero2.yaml")
-    zero = values.get("deepspeed_config") or {}
-    if values.get("distributed_type") == "DEEPSPEED" and (not isinstance(zero, dict) or zero.get("zero_stage") != 2):
-        raise UserError(
-            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no file of its own; take deepspeed_zero2.yaml"
-        )
-    return values
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; raises `UserError` where there is none."""
-    try:
-        values = read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give an accelerate YAML") from None
-    if values is None:
-        raise UserError(
-            f"{path} is empty; give keys such as compute_environment, mixed_precision and num_machines, or have "
-            f"accelerate config --config_file {path} write them"
-        )
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, not {str(values)[:40]!r}; write key: value, one per line")
-    return values
 
 
 def read_table(path: str, name: str) -> dict[str, str]:
@@ -400,140 +333,49 @@ def read_table(path: str, name: str) -> dict[str, str]:
     return table
 
 
-# --- The training command --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Command:
-    """A training script with its arguments as typed, and what they mean."""
-
-    script: str  # file name in scripts/
-    arguments: list[str]
-    recipe: Recipe | None  # as the script will parse it; None: a script of the user's own
+# --- The training command and what is staged --------------------------------------------------------------------------
 
 
 def read_command(words: list[str]) -> Command:
-    """Check the words after the launcher's options as the script itself will. Raises `UserError`; exits with 2 as it would."""
-    if not words:
-        raise UserError(
-            "no training script: give one after the options, such as scripts/train_unet.py --config flowers"
-        )
-    script = Path(words[0])
-    if script.resolve().parent != ROOT / "scripts" or script.suffix != ".py":
-        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so put it there")
-    if not script.is_file():
-        raise UserError(f"{words[0]} does not exist; check its name")
-    sections, arguments = SECTIONS.get(script.name), words[1:]
-    if any(redact(word) != word for word in [*arguments, " ".join(arguments)]):
-        raise UserError(
-            "an argument looks like a credential, which the job's log would show; leave it out, and export HF_TOKEN or "
-            "MLFLOW_TRACKING_PASSWORD where you launch"
-        )
-    if script.name in AT_HOME:
-        raise UserError(f"{script.name} is for this machine; what trains on SageMaker is one of {', '.join(SECTIONS)}")
-    recipe = parse(sections, f"{script.name}, before it is sent to SageMaker", arguments) if sections else None
-    config = option(arguments, "config")
-    if config and Path(config).suffix and redact(text := Path(config).read_text(encoding="utf-8")) != text:
-        raise UserError(f"{config} holds what looks like a credential, and would be sent along; take it out")
-    return Command(script.name, arguments, recipe)
-
-
-def takes(script: str, name: str) -> bool:
-    """Whether a script has the option `name` of `FOLDERS`."""
-    section, sections = FOLDERS[name][0], SECTIONS.get(script, ())
-    return section in sections or (section == "data" and "source" in sections)
+    """Check the script and its arguments, as `staging.read_command` does."""
+    return staging.read_command(words, "SageMaker")
 
 
 def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
-    """What the job reads beside the Hub, `{channel: folder here or s3://…}`: named by options, recipe or the inputs file."""
-    found = {}
+    """Return what the job reads beside the Hub: `{channel: local folder or s3://…}`, of options, recipe and inputs file."""
+    inputs = {}
     if config.sagemaker_inputs_file:
-        found = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")
-    for name, (section, part) in FOLDERS.items():
-        value = getattr(getattr(command.recipe, section), name) if takes(command.script, name) else None
-        if not value:
-            continue
-        folder = _expanded(value)
-        if value.startswith("s3://"):
-            found[name] = value
-        elif folder.is_dir():
-            parts = [folder / part, folder / "pipeline" / part] if part else []
-            found[name] = str(next((inner for inner in parts if inner.is_dir()), folder.resolve()))
-        elif folder.exists():
-            raise UserError(f"--{name} {value} is a file; give the folder that holds it")
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or value.startswith("."):
-            raise UserError(f"--{name} {value} is not here; give a folder, an s3:// folder or a Hub id")
-    for channel, value in found.items():
+        inputs = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")
+    inputs |= staging.find_inputs(command)
+    for channel, value in inputs.items():
+        # a channel's name becomes a shell variable's
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", channel) or channel in ("code", "sm_drivers"):
-            raise UserError(
-                f"{channel!r} cannot be a channel's name; use letters, digits and '_'"
-            )  # a shell variable's
+            raise UserError(f"{channel!r} cannot be a channel's name; use letters, digits and '_'")
         if not value.startswith("s3://"):
-            if not _expanded(value).is_dir():
+            folder = staging.expand_user(value)
+            if not folder.is_dir():
                 raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; correct the path")
-            found[channel] = str(_expanded(value))
-    if command.recipe and not (command.recipe.data.dataset or "dataset" in found):
+            inputs[channel] = str(folder)
+    if command.recipe and not (command.recipe.data.dataset or "dataset" in inputs):
         raise UserError(
             "no data set: give --dataset with a Hub id, an s3:// folder or a folder here, or --config flowers"
         )
     if command.script == "caption_to_hub.py" and config.num_machines > 1:
         raise UserError("captions are kept in one folder, which two machines do not share; set num_machines: 1")
-    return found
-
-
-def _expanded(value: str) -> Path:
-    try:
-        return Path(value).expanduser()
-    except RuntimeError:  # ~ of a user who is not here
-        return Path(value)
+    return inputs
 
 
 def container_arguments(command: Command, inputs: dict[str, str]) -> list[str]:
-    """The arguments as typed, then those that hold in the container: channels for folders, and where results go."""
-    words = list(command.arguments)
-    config = option(words, "config")
-    if config and Path(config).suffix:  # a recipe of the user's own travels along
-        words += ["--config", "recipe.yaml"]
-    sent = [name for name in FOLDERS if name in inputs and takes(command.script, name)]
-    words += [word for name in sent for word in (f"--{name}", f"{CHANNELS}/{name}")]
-    if command.recipe:
-        words += ["--output_dir", RUN]
-        if "data" in SECTIONS[command.script]:
-            words += ["--cache_dir", CACHE]
-    return words
-
-
-def hash_folder(folder: Path) -> tuple[str, list[Path]]:
-    """First 16 hex digits of a hash of a folder's files (paths and contents), and the files; hidden ones are left out."""
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not files:
-        raise UserError(f"{folder} holds no files; give the folder that does")
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
-    return total.hexdigest()[:16], files
-
-
-# --- What is sent ----------------------------------------------------------------------------------------------------
+    """Return the arguments as typed, followed by the paths in SageMaker's container, which override them."""
+    return staging.container_arguments(command, inputs, CHANNELS, RUN, CACHE)
 
 
 def stage(folder: Path, command: Command, config: SageMakerConfig, inside: Path, inputs: dict[str, str]) -> None:
-    """Lay out what the container gets: scripts/, the inner YAML, the cards' templates, the revision and job.json."""
-    ignore = shutil.ignore_patterns("__pycache__", ".*")
-    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=ignore)
-    shutil.copytree(ROOT / "datasets_card", folder / "datasets_card", ignore=ignore)
+    """Lay out what the container gets: what every cloud's does, and job.json for run_sagemaker_job.py."""
+    staging.stage(folder, command, inside)
     if is_managed(tracking_server(config)[0].uri):  # no other job needs the package
         with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as file:
             file.write(f"{MANAGED_MLFLOW}=={version(MANAGED_MLFLOW)}  # SageMaker's managed MLflow\n")
-    shutil.copyfile(inside, folder / "accelerate.yaml")
-    recipe = option(command.arguments, "config")
-    if recipe and Path(recipe).suffix:
-        shutil.copyfile(recipe, folder / "recipe.yaml")
-    write_text(folder / "REVISION", code_revision() + "\n")
     write_json(
         folder / "job.json",
         {
