@@ -1,4 +1,4 @@
-"""What every cloud's launcher does around the job: checks before it, credentials and tracking for it, the user's consent.
+"""Steps of every cloud's launcher: checks before the job, its credentials and tracking, and the user's consent.
 
 Imports no torch.
 """
@@ -22,7 +22,7 @@ FORWARDED = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME", "MLFLOW_ENABLE_SYSTEM_
 # Variables of this shell that are sent along only with a server's address.
 OF_A_SERVER = ("MLFLOW_RUN_ID",)
 SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
-CURVES_AT_HOME = "the job's curves come home with --fetch"
+CURVES_AT_HOME = "--fetch brings the job's curves home"
 
 
 def positive(kind: Any) -> Any:
@@ -41,7 +41,7 @@ def check_push(command: Command) -> None:
     settings = command.settings
     if settings is None or not getattr(settings, "push_to_hub", False):
         return
-    from t2i.hub import upload
+    from t2i.hub import upload  # imports huggingface_hub, which only a push needs
 
     captions = command.script == "caption_to_hub.py"
     option = "hub_dataset_id" if captions else "hub_model_id"
@@ -58,13 +58,15 @@ def confirm(yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UserError("nobody is here to confirm; add --yes (make: YES=1), or look first with --dry_run (DRY_RUN=1)")
+        raise UserError(
+            "no terminal is attached to confirm; add --yes (make: YES=1), or look first with --dry_run (DRY_RUN=1)"
+        )
     try:
         answer = input("submit? [y/N] ")
     except EOFError:  # Ctrl-D
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        raise UserError("not submitted, nothing was sent")
+        raise UserError("not submitted; nothing was sent")
 
 
 def tracking_server(named: str | None) -> tuple[Address, str]:
@@ -98,11 +100,11 @@ def tracking_server(named: str | None) -> tuple[Address, str]:
     if not here.uri:
         return here, f"{SERVER} is not set, so no MLflow server follows the job: {CURVES_AT_HOME}"
     if here.is_local:
-        why = "is of a server on this machine, which the job cannot reach"
+        why = "names a server on this machine, which the job cannot reach"
     elif here.uri.startswith("sqlite"):
-        why = "is of a SQLite file on this machine, which the job cannot reach"
+        why = "names a SQLite file on this machine, which the job cannot reach"
     else:
-        why = f"is not sent, since it is of no http(s) server ({urlsplit(here.uri).scheme or here.uri})"
+        why = f"is not sent, since it names no http(s) server ({urlsplit(here.uri).scheme or here.uri})"
     return Address(""), f"{SERVER} {why}: {CURVES_AT_HOME}"
 
 

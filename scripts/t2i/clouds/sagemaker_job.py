@@ -23,9 +23,9 @@ from t2i.files import write_json
 from t2i.redaction import redact
 from t2i.tracking.mlflow_tracker import MANAGED_MLFLOW, Address, is_managed, split_uri
 
-CHANNELS = "/opt/ml/input/data"  # in the container; a folder a channel
-RUN = "/opt/ml/checkpoints/run"  # in the container, synced with S3: the run folder
-CACHE = "/opt/ml/cache"  # on the job's volume, synced with nothing
+CHANNELS = "/opt/ml/input/data"  # in the container, with one folder per channel
+RUN = "/opt/ml/checkpoints/run"  # the run folder in the container, which SageMaker syncs with S3
+CACHE = "/opt/ml/cache"  # on the job's volume, never synced
 SECRETS = "T2I_SECRETS"  # names the Secrets Manager secret whose JSON the container puts into its environment
 
 S3Uri = Annotated[str, matching(r"s3://[a-z0-9][a-z0-9.-]+(/.*)?", "s3://bucket/folder")]
@@ -35,7 +35,7 @@ KmsKey = Annotated[
 
 
 def _tags(value: Any) -> Any:
-    """Tags as SageMaker's own list `[{Key: a, Value: b}]` become a mapping; anything else stays for the check."""
+    """Turn SageMaker's own list of tags, `[{Key: a, Value: b}]`, into a mapping. The check sees anything else unchanged."""
     if isinstance(value, list) and all(isinstance(tag, dict) and set(tag) == {"Key", "Value"} for tag in value):
         return {tag["Key"]: tag["Value"] for tag in value}
     return value
@@ -43,30 +43,30 @@ def _tags(value: Any) -> Any:
 
 @dataclass
 class Additional:
-    """`additional_args` of the YAML: arguments of SageMaker's estimator, by the names that accelerate passes on."""
+    """`additional_args` of the YAML: arguments of SageMaker's estimator, by accelerate's names."""
 
-    use_spot_instances: Flag = False  # spare capacity at a discount; SageMaker may interrupt it and goes on later
-    max_run: Count = 86400  # s of training at most
-    max_wait: Count | None = None  # s of training and waiting for spot capacity at most; None: max_run
-    volume_size: Count = 30  # GB of disk a machine
-    checkpoint_s3_uri: S3Uri | None = None  # s3://… of checkpoints to go on from; None: a folder of the job's own
-    output_path: S3Uri | None = (
-        None  # s3://… for models, and for what is uploaded; None: the account's SageMaker bucket
+    use_spot_instances: Flag = (
+        False  # spare capacity at a discount; SageMaker may interrupt the job and resume it later
     )
-    output_kms_key: KmsKey | None = None  # encrypts models and uploads in S3; None: the bucket's own way
+    max_run: Count = 86400  # most seconds of training
+    max_wait: Count | None = None  # most seconds of training and waiting for spot capacity; None: max_run
+    volume_size: Count = 30  # GB of disk per machine
+    checkpoint_s3_uri: S3Uri | None = None  # s3://… of checkpoints to resume from; None: a new folder
+    output_path: S3Uri | None = None  # s3://… for models and uploads; None: the account's SageMaker bucket
+    output_kms_key: KmsKey | None = None  # encrypts models and uploads in S3; None: as the bucket does
     volume_kms_key: KmsKey | None = None  # encrypts the machines' disks; None: AWS's own key
-    input_mode: Literal["File", "FastFile"] = (
-        "File"  # FastFile reads data from S3 as it is needed, and copies none first
-    )
-    keep_alive_period_in_seconds: Annotated[int, Field(ge=0, le=3600)] | None = (
-        None  # s that machines wait for a next job
-    )
-    enable_network_isolation: Flag = False  # containers without a network: data by channels, packages in image_uri
+    # FastFile streams data from S3; File copies it before the training.
+    input_mode: Literal["File", "FastFile"] = "File"
+    # Seconds for which machines wait for a next job.
+    keep_alive_period_in_seconds: Annotated[int, Field(ge=0, le=3600)] | None = None
+    enable_network_isolation: Flag = False  # no network in containers: data comes by channels, packages in image_uri
     environment: dict[str, str] = field(default_factory=dict)  # variables of the container; no secrets
-    tags: Annotated[dict[str, str], BeforeValidator(_tags)] = field(default_factory=dict)  # of the job, for the bill
-    subnets: list[str] = field(default_factory=list)  # of a VPC
-    security_group_ids: list[str] = field(default_factory=list)  # of that VPC
-    encrypt_inter_container_traffic: Flag = False  # between machines; slower
+    tags: Annotated[dict[str, str], BeforeValidator(_tags)] = field(
+        default_factory=dict
+    )  # of the job, shown on the bill
+    subnets: list[str] = field(default_factory=list)  # of your VPC
+    security_group_ids: list[str] = field(default_factory=list)  # of the same VPC
+    encrypt_inter_container_traffic: Flag = False  # encrypts traffic between machines, which is slower
 
 
 @dataclass
@@ -77,32 +77,31 @@ class SageMakerConfig:
     ec2_instance_type: Annotated[str, matching(r"ml\.[a-z0-9-]+\.[a-z0-9]+", "ml.g4dn.xlarge")]
     iam_role_name: str = ""  # name or ARN of the role that the job runs as
     num_machines: Count = 1
-    distributed_type: Literal["NO"] = "NO"  # of SageMaker's own libraries; what trains inside is another YAML's
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: the inner YAML's
-    region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = (
-        ""  # empty: AWS_REGION's, the profile's, or us-east-1
-    )
-    profile: str | None = None  # of ~/.aws
+    distributed_type: Literal["NO"] = "NO"  # no library of SageMaker's own; --inside names the YAML of the training
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: as --inside says
+    # Empty: AWS_REGION, the profile's region, or us-east-1.
+    region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = ""
+    profile: str | None = None  # in ~/.aws/config
     base_job_name: Annotated[
         str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
     ] = "t2i"
-    image_uri: str | None = None  # None: AWS's image by the versions below
+    image_uri: str | None = None  # None: AWS's image of the versions below
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
-    transformers_version: str | None = None  # None: AWS's PyTorch image; else its Hugging Face image
+    transformers_version: str | None = None  # None: AWS's PyTorch image; a version: its Hugging Face image
     sagemaker_inputs_file: str | None = None  # TSV with a header: channel, s3://… or folder
     sagemaker_metrics_file: str | None = None  # TSV with a header: metric, regular expression
     additional_args: Additional = field(default_factory=Additional)
-    # written by `accelerate config`, without a meaning here
+    # `accelerate config` writes these keys; they mean nothing here.
     use_cpu: Flag = False
     debug: Flag = False
     gpu_ids: str | None = None
     num_processes: int | None = None
     dynamo_config: dict[str, Any] | None = None
     enable_cpu_affinity: Flag = False
-    region_from: str = field(default="", init=False)  # where `region` comes from, in words; no key of the YAML
+    region_from: str = field(default="", init=False)  # origin of `region` in words; not a key of the YAML
 
-    # what costs.py asks of any cloud's job
+    # The protocol `costs.Rental`.
     @property
     def machine(self) -> str:
         return self.ec2_instance_type
@@ -120,15 +119,12 @@ class SageMakerConfig:
         return "max_run"
 
 
-VERSIONS: dict[str, Any] = {
-    "pytorch_version": "2.9.0",
-    "py_version": "py312",
-    "transformers_version": None,
-}  # of AWS's image that serves
+# Versions of an image of AWS that runs this suite.
+VERSIONS: dict[str, Any] = {"pytorch_version": "2.9.0", "py_version": "py312", "transformers_version": None}
 
 
 def version_changes(config: Any) -> list[str]:
-    """What to write into a YAML, of which `config` has the versions, to get the image that serves; [] if nothing changes."""
+    """Return the changes, such as "set py_version: py312", that turn the versions of `config` into `VERSIONS`."""
     changes = []
     for key, value in VERSIONS.items():
         if getattr(config, key) != value:
@@ -137,12 +133,12 @@ def version_changes(config: Any) -> list[str]:
 
 
 def has_gpu(instance_type: str) -> bool:
-    """Whether a SageMaker machine has NVIDIA GPUs, by its family's name: ml.p…, ml.g… and ml.gr…."""
+    """Return whether a SageMaker machine has NVIDIA GPUs: the families ml.p…, ml.g… and ml.gr… do."""
     return bool(re.match(r"ml\.(p|g|gr)\d", instance_type))
 
 
 def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]) -> None:
-    """Raise `UserError` if the machine cannot compute in the precision of the YAML, or else of the one inside."""
+    """Raise `UserError` if the machine cannot compute in the YAML's precision, or else in that of `inner`, the YAML `inside`."""
     own = config.mixed_precision
     if (own or inner.get("mixed_precision")) == "fp16" and not has_gpu(config.ec2_instance_type):
         where = "the SageMaker YAML" if own else f"--inside {inside.name}"
@@ -153,11 +149,10 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
 
 
 def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
-    """What a user should know of the precision on this machine; empty if nothing. inner: as of `read_inside`."""
+    """Return a note on a precision that is slow on the machine, or "". inner: what `read_inside` returned."""
     own = config.mixed_precision
-    if (own or inner.get("mixed_precision")) != "bf16" or not re.match(
-        r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type
-    ):
+    has_bf16 = not re.match(r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type)
+    if (own or inner.get("mixed_precision")) != "bf16" or has_bf16:
         return ""
     return (
         f"the GPUs of {config.ec2_instance_type} have no bf16 units, so mixed_precision bf16 is slow there; "
@@ -166,14 +161,11 @@ def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
 
 
 def read_config(path: Path) -> SageMakerConfig:
-    """Read an accelerate SageMaker YAML. Raises `UserError` naming file and key where it cannot be used."""
+    """Read accelerate's YAML for SageMaker. Raises `UserError` that names the file and the key that is wrong."""
     values = read_mapping(path)
     kind = str(values.get("compute_environment"))
-    if kind != "AMAZON_SAGEMAKER" and re.sub(r"[\W_]+", "_", kind).upper() in (
-        "AMAZON_SAGEMAKER",
-        "SAGEMAKER",
-        "AWS_SAGEMAKER",
-    ):
+    meant = re.sub(r"[\W_]+", "_", kind).upper() in ("AMAZON_SAGEMAKER", "SAGEMAKER", "AWS_SAGEMAKER")
+    if kind != "AMAZON_SAGEMAKER" and meant:
         raise UserError(f"{path}: compute_environment is {kind}; write AMAZON_SAGEMAKER")
     if kind != "AMAZON_SAGEMAKER":
         raise UserError(
@@ -199,17 +191,19 @@ def read_config(path: Path) -> SageMakerConfig:
         library = ", a library of SageMaker's own" if kind in ("DATA_PARALLEL", "MODEL_PARALLEL") else ""
         refused = f"distributed_type {kind}{library}"
         raise UserError(_to_change(path, refused, ["set distributed_type: 'NO'"], values))
-    if meant := re.fullmatch(r"(?:py|python)?\s?3\.?(\d+)(?:\.\d+)?", str(values.get("py_version", "")), re.IGNORECASE):
-        wanted = f"py3{meant[1]}"
+    if number := re.fullmatch(
+        r"(?:py|python)?\s?3\.?(\d+)(?:\.\d+)?", str(values.get("py_version", "")), re.IGNORECASE
+    ):
+        wanted = f"py3{number[1]}"
         if values["py_version"] != wanted and not _is_old(wanted):
             raise UserError(
-                f"{path}: py_version {values['py_version']} is not written as SageMaker's images are; write {wanted}"
+                f"{path}: py_version {values['py_version']} is not spelled as SageMaker's images spell it; write {wanted}"
             )
     config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
     if additional.max_wait is not None and additional.max_wait < additional.max_run:
         raise UserError(
-            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); it counts both waiting "
-            "and training"
+            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); raise it, since it covers both "
+            "waiting and training"
         )
     if _is_old(config.py_version) and not config.image_uri:
         raise UserError(_to_change(path, f"py_version {config.py_version}, older than Python 3.11", [], values))
@@ -217,28 +211,28 @@ def read_config(path: Path) -> SageMakerConfig:
     secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
     if secret:
         raise UserError(
-            f"{path}: environment holds a credential in {secret[0]}, which the request would show in plain text; export it where "
-            f"you launch, or name a Secrets Manager secret in {SECRETS}"
+            f"{path}: environment holds a credential in {secret[0]}, which the request would show in plain text; export it in the "
+            f"launching shell, or name a Secrets Manager secret in {SECRETS}"
         )
     tags = [name for name, value in additional.tags.items() if redact(f"{name}={value}") != f"{name}={value}"]
     if tags:
-        raise UserError(f"{path}: the tag {tags[0]} looks like a credential; take it out")
+        raise UserError(f"{path}: the tag {tags[0]} looks like a credential; remove it")
     own = [name for name in additional.environment if name.startswith("SM_") or name == "T2I_WORLD_SIZE"]
     if own:
-        raise UserError(f"{path}: environment sets {own[0]}, which SageMaker or this suite sets; take it out")
+        raise UserError(f"{path}: environment sets {own[0]}, which SageMaker or this suite sets; remove it")
     server = additional.environment.get(SERVER, "").strip()
     if server and split_uri(server, f"{path}: {SERVER} in environment").is_local:
         raise UserError(
-            f"{path}: {SERVER} in environment is {server}, which in the job is the job's own machine; "
+            f"{path}: {SERVER} in environment is {server}, which means the job's own machine there; "
             "give the server's address on the network"
         )
     if bool(additional.subnets) != bool(additional.security_group_ids):
-        raise UserError(f"{path}: subnets and security_group_ids belong together; give both, or neither")
+        raise UserError(f"{path}: subnets and security_group_ids belong together; give both or neither")
     return config
 
 
 def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`additional_args` with the numbers and dates in its tags and environment as the file has them: 0042 is a text there."""
+    """Return `additional_args` with tags and environment as the file spells them: there, 0042 is a text."""
     written = (yaml.load(path.read_bytes(), yaml.BaseLoader).get("additional_args") or {}) if extra else {}
 
     def text(value: Any, source: Any) -> Any:
@@ -252,35 +246,35 @@ def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str, str]) -> None:
-    """Raise `UserError` for what a container without a network cannot have: packages, models and data of the Hub, a push."""
+    """Raise `UserError` if a container without a network needs one: for packages, the Hub's models and data, or a push."""
     if not config.additional_args.enable_network_isolation:
         return
     without = "enable_network_isolation: true leaves the job without a network"
     if not config.image_uri:
         raise UserError(
-            f"{without}, so scripts/requirements.txt cannot be installed; name an image that has these packages in image_uri"
+            f"{without}, so scripts/requirements.txt cannot be installed; name an image with these packages in image_uri"
         )
     for name, value in command.folder_options().items():
         if name not in inputs and not (name == "captioner" and value in ("label", "existing")):
-            raise UserError(f"{without}, and --{name} {value} is on the Hub; give a folder here, or one in s3://")
+            raise UserError(f"{without}, and --{name} {value} is on the Hub; give a local folder or an s3:// folder")
     if getattr(command.settings, "push_to_hub", False):
-        raise UserError(f"{without}, so it cannot push to the Hub; leave out --push_to_hub, and publish after --fetch")
+        raise UserError(f"{without}, so it cannot push to the Hub; remove --push_to_hub, and publish after --fetch")
 
 
 def estimator_notes(config: SageMakerConfig) -> list[str]:
-    """What a user should know of the arguments in `additional_args` before paying."""
+    """Return notes on the arguments in `additional_args` that a user should read before paying."""
     extra, kind, notes = config.additional_args, config.ec2_instance_type, []
     if extra.keep_alive_period_in_seconds:
         notes.append(
-            f"machines wait up to {extra.keep_alive_period_in_seconds} s for a next job, and are billed meanwhile"
+            f"machines wait up to {extra.keep_alive_period_in_seconds} s for a next job, and AWS bills this time"
         )
         if extra.use_spot_instances:
             notes.append(
-                "AWS keeps no spot machines waiting; set use_spot_instances: false, or delete keep_alive_period_in_seconds"
+                "spot machines cannot wait for a next job; set use_spot_instances: false, or delete keep_alive_period_in_seconds"
             )
     if extra.volume_kms_key and re.match(r"ml\.([a-z]+\d+[a-z]*d[a-z]*|g5|g6|g6e|p5\w*)\.", kind):
         notes.append(
-            f"{kind} has disks of its own, which its hardware encrypts; AWS refuses volume_kms_key there, so delete it"
+            f"{kind} has its own disks, which its hardware encrypts; delete volume_kms_key, which AWS refuses there"
         )
     return notes
 
@@ -302,32 +296,32 @@ def _is_old(py_version: str) -> bool:
 
 
 def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, Any]) -> str:
-    """A sentence with all that must change in a YAML as accelerate writes it, so that one round of changes is enough."""
+    """Return a sentence with all changes that the YAML needs, so that one round of them is enough."""
     versions = SimpleNamespace(**{key: values.get(key, default) for key, default in VERSIONS.items()})
     if not values.get("image_uri") and _is_old(str(versions.py_version)):
         changes = [*changes, *version_changes(versions)]
-    return f"{path} has {refused}, which these scripts cannot use; in it {', '.join(changes)}"
+    return f"{path} has {refused}, which these scripts cannot use; {', '.join(changes)}"
 
 
 def read_table(path: str, name: str) -> dict[str, str]:
-    """A TSV file of two columns under a header, as accelerate reads it: inputs by channel, or metrics by name.
+    """Read a TSV file of two columns under a header: inputs by channel, or metrics by name.
 
-    path: from the working directory, else from the repository's root.
+    path: relative to the working directory, or else to the repository's root.
     """
-    file = next((found for found in (Path(path), ROOT / path) if found.is_file()), Path(path))
+    file = next((place for place in (Path(path), ROOT / path) if place.is_file()), Path(path))
     try:
         lines = file.read_text(encoding="utf-8").splitlines()[1:]
     except OSError as error:
         raise UserError(f"{name} {path} cannot be read ({error.strerror}); correct the path in the YAML") from None
     except UnicodeDecodeError:
-        raise UserError(f"{name} {path} is not UTF-8; save it as such") from None
+        raise UserError(f"{name} {path} is not UTF-8; save it as UTF-8") from None
     table = {}
     for number, line in enumerate(lines, 2):
         if line.strip():
             cells = line.split("\t")
             if len(cells) != 2:
                 raise UserError(
-                    f"{path}, line {number}: two columns with a tab between them are needed, here are {len(cells)}"
+                    f"{path}, line {number}: {len(cells)} columns instead of two; separate two columns by one tab"
                 )
             table[cells[0].strip()] = cells[1].strip()
     return table
@@ -342,23 +336,23 @@ def read_command(words: list[str]) -> Command:
 
 
 def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
-    """Return what the job reads beside the Hub: `{channel: local folder or s3://…}`, of options, recipe and inputs file."""
+    """Return the job's inputs beside the Hub, of options, recipe and inputs file: local folder or s3://…, by channel."""
     inputs = {}
     if config.sagemaker_inputs_file:
         inputs = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")
     inputs |= staging.find_inputs(command)
     for channel, value in inputs.items():
-        # a channel's name becomes a shell variable's
+        # SageMaker makes a shell variable of each channel's name.
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", channel) or channel in ("code", "sm_drivers"):
-            raise UserError(f"{channel!r} cannot be a channel's name; use letters, digits and '_'")
+            raise UserError(f"{channel!r} is not a valid channel name; use letters, digits and '_'")
         if not value.startswith("s3://"):
             folder = staging.expand_user(value)
             if not folder.is_dir():
-                raise UserError(f"{value} (channel {channel}) is neither a folder here nor s3://…; correct the path")
+                raise UserError(f"{value} (channel {channel}) is neither a local folder nor s3://…; correct the path")
             inputs[channel] = str(folder)
     if command.recipe and not (command.recipe.data.dataset or "dataset" in inputs):
         raise UserError(
-            "no data set: give --dataset with a Hub id, an s3:// folder or a folder here, or --config flowers"
+            "no data set: give --dataset with a Hub id, an s3:// folder or a local folder, or --config flowers"
         )
     if command.script == "caption_to_hub.py" and config.num_machines > 1:
         raise UserError("captions are kept in one folder, which two machines do not share; set num_machines: 1")
@@ -371,9 +365,9 @@ def container_arguments(command: Command, inputs: dict[str, str]) -> list[str]:
 
 
 def stage(folder: Path, command: Command, config: SageMakerConfig, inside: Path, inputs: dict[str, str]) -> None:
-    """Lay out what the container gets: what every cloud's does, and job.json for run_sagemaker_job.py."""
+    """Lay out the files of every cloud's containers, and job.json for run_sagemaker_job.py."""
     staging.stage(folder, command, inside)
-    if is_managed(tracking_server(config)[0].uri):  # no other job needs the package
+    if is_managed(tracking_server(config)[0].uri):  # only such a job needs the package
         with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as file:
             file.write(f"{MANAGED_MLFLOW}=={version(MANAGED_MLFLOW)}  # SageMaker's managed MLflow\n")
     write_json(

@@ -83,21 +83,21 @@ def read_command(words: list[str], cloud: str) -> Command:
         )
     script = Path(words[0])
     if script.resolve().parent != ROOT / "scripts" or script.suffix != ".py":
-        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so put it there")
+        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so move it there")
     if not script.is_file():
         raise UserError(f"{words[0]} does not exist; check its name")
     sections, arguments = SECTIONS.get(script.name), words[1:]
     if any(redact(word) != word for word in [*arguments, " ".join(arguments)]):
         raise UserError(
-            "an argument looks like a credential, which the job's log would show; leave it out, and export HF_TOKEN or "
-            "MLFLOW_TRACKING_PASSWORD where you launch"
+            "an argument looks like a credential, which the job's log would show; remove it, and export HF_TOKEN or "
+            "MLFLOW_TRACKING_PASSWORD in the launching shell"
         )
     if script.name in AT_HOME:
-        raise UserError(f"{script.name} is for this machine; what trains on {cloud} is one of {', '.join(SECTIONS)}")
+        raise UserError(f"{script.name} runs on your own machine; scripts for {cloud} are {', '.join(SECTIONS)}")
     recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", arguments) if sections else None
     file = recipe_file(arguments)
     if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
-        raise UserError(f"{file} holds what looks like a credential, and would be sent along; take it out")
+        raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
     return Command(script.name, arguments, recipe)
 
 
@@ -145,7 +145,7 @@ def find_inputs(command: Command) -> dict[str, str]:
         elif folder.exists():
             raise UserError(f"--{name} {value} is a file; give the folder that holds it")
         elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or value.startswith("."):
-            raise UserError(f"--{name} {value} is not here; give a folder, an s3:// folder or a Hub id")
+            raise UserError(f"--{name} {value} does not exist; give a local folder, an s3:// folder or a Hub id")
     return inputs
 
 
@@ -169,7 +169,7 @@ def hash_folder(folder: Path) -> tuple[str, list[Path]]:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise UserError(f"{folder} holds no files; give the folder that does")
+        raise UserError(f"{folder} holds no files; give a folder with files")
     total = hashlib.sha256()
     for file in files:
         total.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
@@ -183,11 +183,13 @@ def read_inside(path: Path) -> dict[str, Any]:
     """Read the accelerate YAML of the containers. Raises `UserError` if it is for a cloud, or for a kind of ZeRO not run here."""
     values = read_mapping(path)
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        raise UserError(f"--inside {path} is for SageMaker itself; name one for machines, such as deepspeed_zero2.yaml")
+        raise UserError(
+            f"--inside {path} is for SageMaker itself; name a YAML for machines, such as deepspeed_zero2.yaml"
+        )
     zero = values.get("deepspeed_config") or {}
     if values.get("distributed_type") == "DEEPSPEED" and (not isinstance(zero, dict) or zero.get("zero_stage") != 2):
         raise UserError(
-            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no file of its own; take deepspeed_zero2.yaml"
+            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no file of its own; use deepspeed_zero2.yaml"
         )
     return values
 
@@ -200,8 +202,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror}); give an accelerate YAML") from None
     if values is None:
         raise UserError(
-            f"{path} is empty; give keys such as compute_environment, mixed_precision and num_machines, or have "
-            f"accelerate config --config_file {path} write them"
+            f"{path} is empty; give keys such as compute_environment, mixed_precision and num_machines, or write them with "
+            f"accelerate config --config_file {path}"
         )
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not {str(values)[:40]!r}; write key: value, one per line")
