@@ -194,7 +194,12 @@ def build_request(
     boto = boto3.Session("-", "-", region_name=config.region, profile_name=config.profile)
     boto.events.register("provide-client-params.sagemaker.CreateTrainingJob", stop)
     boto.events.register_first("before-send", refuse)
-    os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # `aws.look` checked the role as far as possible
+    quick = {
+        "SAGEMAKER_VALIDATE_ROLE": "false",  # `aws.look` checked the role as far as possible
+        "AWS_MAX_ATTEMPTS": "1",  # what is refused here need not be tried again
+    }
+    before = {name: os.environ.get(name) for name in quick}
+    os.environ.update(quick)
     secret = aws.secret_name(config, secrets) if secrets else None
     try:
         trainer(
@@ -203,7 +208,11 @@ def build_request(
     except Seen as seen:
         return seen.args[0]
     finally:
-        del os.environ["SAGEMAKER_VALIDATE_ROLE"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     raise AssertionError("the SDK sent no CreateTrainingJob")
 
 
