@@ -67,6 +67,17 @@ def cloud():
         yield found
 
 
+SIZES = {}
+
+
+def size_counted_once(recipe, count=costs.unet_size):
+    """Return what `costs.unet_size` does. Counting takes more than a second, and most launches have the same UNet."""
+    key = repr((recipe.data.resolution, recipe.vae, recipe.unet))
+    if key not in SIZES:
+        SIZES[key] = count(recipe)
+    return SIZES[key]
+
+
 @pytest.fixture
 def launcher(tmp_path, cloud, monkeypatch):
     """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
@@ -78,6 +89,7 @@ def launcher(tmp_path, cloud, monkeypatch):
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
+    monkeypatch.setattr(costs, "unet_size", size_counted_once)
 
     def run(*words, **changes):
         (tmp_path / "sagemaker.yaml").write_text(yaml.safe_dump(BASE | changes))
