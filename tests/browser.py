@@ -16,6 +16,7 @@ CHROMIUM = shutil.which("chromium")  # the system's: it gets security updates, a
 INSTALL = "apt-get install --no-install-recommends chromium fonts-dejavu-core"
 WIDTHS = {"wide": (1280, 800), "narrow": (390, 844)}  # a laptop's window, a phone
 SCHEMES = ("light", "dark")
+RUN = ("-m", "streamlit", "run")
 
 
 def dashboard_pages() -> dict[str, str]:
@@ -29,12 +30,12 @@ def dashboard_pages() -> dict[str, str]:
 
 
 @contextmanager
-def serve(folder: Path, env: dict[str, str] | None = None) -> Iterator[str]:
-    """`streamlit run dashboard` in `folder`, which holds outputs/; gives its address."""
+def serve(folder: Path, env: dict[str, str] | None = None, command: tuple[str, ...] = RUN) -> Iterator[str]:
+    """Run the dashboard in `folder`, which holds outputs/, and give its address. command: the words before `dashboard`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "streamlit", "run", str(ROOT / "dashboard"), "--server.headless=true"]
+    words = [sys.executable, *command, str(ROOT / "dashboard"), "--server.headless=true"]
     server = subprocess.Popen(
         [*words, f"--server.port={port}"], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
