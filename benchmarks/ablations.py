@@ -1,13 +1,12 @@
-"""What changes of the recipe do, at equal time: the demo's denoiser, three seeds, by validation loss and prompt following.
+"""Compare changes of the recipe at equal time: the demo's denoiser, three seeds, validation loss and prompt following.
 
 python benchmarks/ablations.py [steps] [seeds] [arm ...]
 
-Wants a finished `make demo` in outputs/demo: its data, VAE, text encoder and classifier. Each arm is `train_unet.py` itself
-with the recipe `demo` and what `ARMS` changes in it, on one thread, two at once; what the suite does not offer is put in its
-place here, for the measurement alone. An arm whose steps cost more or fewer seconds than the baseline's gets fewer or more of
-them, by a measurement at the beginning. Then each draws PROMPTS pictures, half of them of held-out combinations of attributes,
-which the demo's classifier reads. The baseline has batch 32, as the demo had, and 200 of its steps are a quarter of the demo's
-time then. What has been run is kept and not run again.
+It needs a finished `make demo` in outputs/demo for data, VAE, text encoder and classifier. Each arm is `train_unet.py` with
+the recipe `demo` and the changes that `ARMS` lists. Each runs on one thread, two at once. Changes that the suite does not
+offer are patched in here. A measurement at the start gives slower arms fewer steps, and faster arms more. Each arm then draws
+PROMPTS pictures, half of them of held-out combinations of attributes, and the demo's classifier reads them. The baseline has
+the demo's former batch of 32, and its 200 steps take a quarter of the demo's former time. Finished arms are reused.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A pipeline of the model card's sizes with random weights: CLIP ViT-L/14's text model, the Stable Diffusion VAE, the UNet of 148 M."""
+"""Build a pipeline of the model card's sizes with random weights: CLIP ViT-L/14, Stable Diffusion's VAE, a UNet of 148 M."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where results are kept, with the machine and the versions that made them."""
+"""Shared by the benchmarks: keeping results with the machine and the versions that made them."""
 
 import importlib.metadata
 import json

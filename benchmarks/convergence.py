@@ -1,16 +1,17 @@
-"""How long train_unet.py takes to the validation loss that diffusers' train_text_to_image.py has after half an hour.
+"""Measure the time until train_unet.py reaches the validation loss of half an hour of diffusers' train_text_to_image.py.
 
 python benchmarks/convergence.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [dataset] [minutes] [velocity]
 
-The UNet of the model card from scratch, the same for both, in bf16, batch 8 (on a GPU 32), 128 px, on the same images (drawn
-flowers, or any data set that train_unet.py reads). Both predict the noise, as the model card does. The peer runs unmodified, cosine
-schedule with warm-up, at the best of LEARNING_RATES by runs of a fifth of the time; ours at the same one, the objective being the same,
-in SHARES of the time, caching counted, until its loss is the peer's. One evaluator scores both, on the same noise at the same
-timesteps, in float32. Starting Python and loading models count for neither. What has been run is kept and not run again.
-With `velocity` as the last word ours predicts the velocity, at each of LEARNING_RATES, in a fifth of the time alone.
+Both train the model card's UNet from scratch in bf16 at 128 px, with batch 8, or 32 on a GPU. Both see the same images: drawn
+flowers, or any data set that train_unet.py reads. Both predict the noise, as the model card does. The peer runs unmodified,
+with a cosine schedule and warm-up. Its learning rate is the best of LEARNING_RATES in runs of a fifth of the time. Ours has
+the same objective and learning rate. It gets the SHARES of the time, caching included, until its loss is the peer's. One
+evaluator scores both in float32, with the same noise at the same timesteps. The start of Python and the loading of models
+count for neither. Finished runs are reused. With `velocity` as the last word, only ours runs: it predicts the velocity, at
+each of LEARNING_RATES, in a fifth of the time.
 
-VAE and text encoder have random weights, which take the time of trained ones. The VAE's are such that latents are what those of
-a trained one are: of mean 0 and deviation 1, without noise, alike in neighbouring places.
+VAE and text encoder have random weights, which take as long as trained ones. The VAE's weights give latents like those of a
+trained VAE: mean 0 and deviation 1, without noise, similar in neighbouring places.
 """
 
 import copy

@@ -1,9 +1,9 @@
-"""Memory and time of an image with Florence-2-large on this machine's processor.
+"""Measure memory and time per image of Florence-2-large on this machine's processor.
 
 python benchmarks/florence_cpu.py [large|base]
 
-Built from the published config with random weights (the same work as with the real ones); captions of exactly 64 new
-tokens. Each batch size is measured in a process of its own, once warm, in the precision that the suite takes on a CPU.
+The model is built from the published config with random weights, which do the same work as trained ones. Captions have
+exactly 64 new tokens. Each batch size runs in a process of its own, after one warm-up, in the suite's precision for CPUs.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Pictures on a CPU by the suite's presets against the stock pipeline, at the model card's sizes.
+"""Compare pictures by the suite's presets with the stock pipeline on a CPU, at the model card's sizes.
 
 python benchmarks/generate.py [rounds] [run folder of make demo]
 
-Stock: diffusers' StableDiffusionPipeline, eager, fp32, DDIM, 30 steps, guidance, decoded. The model has random weights, which
-take the same time as trained ones. Arms alternate within one run, medians, batch 1 and 8. What the presets cost in quality is
-measured on the trained demo: PSNR to the stock picture of the same seed over 16 prompts, and prompt following over 256.
+Stock is diffusers' StableDiffusionPipeline: eager, fp32, DDIM, 30 steps, with guidance, decoded. Weights are random, which
+take as long as trained ones. Arms alternate within one run, at batch 1 and 8, and the figures are medians. The trained demo
+shows what the presets cost in quality: PSNR to the stock picture of the same seed over 16 prompts, and prompt following over
+256 prompts.
 """
 
 import statistics

@@ -1,13 +1,13 @@
-"""The model card's UNet from cached latents on one GPU: samples/s, share of the GPU's peak, memory, by batch and precision.
+"""Train the model card's UNet from cached latents on one GPU: samples/s, share of the GPU's peak, and memory.
 
 python benchmarks/gpu.py [short | tiny]
 
-short: the figures that matter most, in a minute or two and without compiling. tiny: a rehearsal of it on a CPU.
+short: the most important figures, in a minute or two and without compiling. tiny: a rehearsal on a CPU.
 
-Steps of `train_unet.py`'s own `train_step` (batches made in its thread, clipping, AdamW, schedule, average) with the recipe
-`flowers`, each arm in a process of its own: kernels started one by one, as one CUDA graph (the default), and a graph of
-what torch.compile made. The peak is that of a bf16 product of 8192 x 8192 matrices, measured beforehand; operations are counted by
-torch's FlopCounterMode, which knows products, convolutions and attention.
+Rows are batches and precisions. Steps are those of `train_unet.py`'s own `train_step` with the recipe `flowers`: batches made
+in its thread, clipping, AdamW, schedule and moving average. Each arm runs in a process of its own: kernels started one by
+one, one CUDA graph (the default), and a graph of what torch.compile made. The peak is measured beforehand, by a bf16 product of
+8192 x 8192 matrices. torch's FlopCounterMode counts the operations of products, convolutions and attention.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""What gpu_session.sh needs of Python: packing for a machine without a network, and figures and pictures in few files.
+"""Python's part of gpu_session.sh: packing for a machine without a network, and few files of figures and pictures.
 
 python benchmarks/gpu_session.py pack --dataset PHOTOS [--peer PATH/train_text_to_image.py] [--machine LIST] [--limit_mb 64]
 """

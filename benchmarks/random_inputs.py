@@ -1,11 +1,11 @@
-"""Throw random options and damaged data sets at every script: no traceback, no other exit code, nothing lost.
+"""Run every script with random options and damaged data sets: no traceback, no other exit code, nothing lost.
 
 python benchmarks/random_inputs.py --commands 1000 --data_sets 1000 --subprocesses 100
 
-Each case is a function of (seed, number), so that `--only commands 17` repeats one. Most cases run in a process forked after
-the imports, which takes a tenth of a second instead of seven; the last `--subprocesses` of each kind run as users type them.
-A case passes if it ends with exit code 0, 2 or 75 and no traceback, if a refusal is one sentence, and if no file of the data
-sets and finished runs was changed or removed. Needs `os.fork`.
+Each case is a function of (seed, number), so `--only commands 17` repeats one. Most cases run in a process forked after the
+imports, which takes a tenth of a second instead of seven. The last `--subprocesses` of each kind run as users type them. A
+case passes under three conditions: it ends with exit code 0, 2 or 75 without a traceback, a refusal is one sentence, and no
+file of data sets or finished runs was changed or removed. It needs `os.fork`.
 """
 
 import argparse

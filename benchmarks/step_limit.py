@@ -1,10 +1,10 @@
-"""Our training step against the bare step: what data, EMA, clipping, schedule and logging cost.
+"""Compare our training step with the bare step: the cost of data, EMA, clipping, schedule and logging.
 
 python benchmarks/step_limit.py [blocks] [demo | card] [no | bf16]
 
-At the demo's size and batch, or at the model card's with a batch of 8, in one run: blocks of steps of `train_unet.py`'s own
-`train_step`, with its logging to metrics.jsonl and MLflow (SQLite), alternate with blocks of bare forward, backward and AdamW
-steps of an equal UNet in the same precision.
+Sizes are the demo's, or the model card's with a batch of 8. Two kinds of blocks alternate within one run. The first are steps
+of `train_unet.py`'s own `train_step`, with its logging to metrics.jsonl and MLflow (SQLite). The second are bare forward,
+backward and AdamW steps of an equal UNet in the same precision.
 """
 
 import os

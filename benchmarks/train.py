@@ -1,14 +1,13 @@
-"""train_unet.py against diffusers' train_text_to_image.py, each as its own process, at the model card's sizes.
+"""Compare train_unet.py with diffusers' train_text_to_image.py, each as its own process, at the model card's sizes.
 
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [steps] [rounds]
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py tiny    rehearses it: small models
 
-The same drawn flowers, models with random weights, 128 px, no gradient checkpointing, no EMA; on a CPU batch 8, in fp32 and in
-bf16, on a GPU batch 32, in fp16 and in bf16; alternating. Then ours alone for LOSS_STEPS from the same UNet in each precision and
-in fp32, for their validation losses. The peer runs unmodified; it needs torchvision, which is put into a folder of its own
-where it is not installed. A step's seconds are the median between the lines in
-which the processes report their steps (the peer each, ours every tenth), the first ones left out. Caching counts as
-measured, over ten epochs.
+Both train on the same drawn flowers at 128 px, from random weights, without gradient checkpointing and EMA. A CPU takes batch
+8 in fp32 and bf16, a GPU batch 32 in fp16 and bf16. Both alternate. Then ours trains alone for LOSS_STEPS from the same UNet, in
+each precision and in fp32, for the validation losses. The peer runs unmodified. If torchvision is missing, it is installed
+into a folder of its own for the peer. Seconds per step are the median between the lines that report steps, without the first
+ones; the peer reports each step, ours every tenth. Caching counts as measured, over ten epochs.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The dashboard as people see it, in Chromium: what tests/test_browser.py and tests/look.py share."""
+"""Serve the dashboard and drive it in Chromium: shared by tests/test_browser.py and tests/look.py."""
 
 import ast
 import shutil

@@ -1,4 +1,4 @@
-"""`streamlit run` as users type it, whose grids stop after their first batch for as long as a file exists.
+"""Run `streamlit run` as users type it, whose grids stop after their first batch for as long as a file exists.
 
 python tests/gated_streamlit.py FILE run dashboard …
 

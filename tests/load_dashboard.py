@@ -1,12 +1,12 @@
-"""Many sessions at once click through the dashboard over real websockets, at random: no error, memory within bounds.
+"""Load the dashboard: many sessions click at random over real websockets, without an error and within memory bounds.
 
 python tests/load_dashboard.py --sessions 20 --seconds 120     (make load-dashboard)
 
-The dashboard is a real `streamlit run dashboard` on this machine alone, on a run that is trained here in seconds or on
-`--outputs FOLDER` (whose run folders get the pictures that are drawn). Each session opens pages by URL with values that the
-runs have, or by the names at the top, gives any widget that it sees any value that this takes, presses buttons, clicks
-pictures to compare, and draws: the sessions together with more models than dashboard/drawing.py keeps. The seconds of
-answers are those of a machine that runs the clients as well.
+The dashboard is a real `streamlit run dashboard` on this machine. Its run is trained here in seconds, or comes from
+`--outputs FOLDER`, whose run folders then get the drawn pictures. Each session opens pages by URLs with values of the runs, or
+by the names at the top. It gives any visible widget any valid value, presses buttons, and clicks pictures to compare. It draws,
+too: together, the sessions use more models than dashboard/drawing.py keeps. Answer times are those of a machine that also runs
+the clients.
 """
 
 import argparse

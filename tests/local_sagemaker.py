@@ -1,4 +1,4 @@
-"""SageMaker training on this one machine: runs the very `CreateTrainingJob` request that the SDK sends.
+"""Run SageMaker training on this one machine, by the very `CreateTrainingJob` request that the SDK sends.
 
     with aws() as cloud, Network() as network:
         ModelTrainer(..., role=cloud.role, sagemaker_session=Session(boto_session=cloud.session)).train(wait=False)
@@ -6,13 +6,13 @@
             job.start()
             assert job.wait(timeout=60) == "Completed", job.logs()
 
-Each host is a container made by util-linux's `unshare` and iproute2's `ip`: its own mounts, processes (the entry point is
-PID 1, so signals behave as in docker), host name, and an eth0 in a network that reaches the other hosts and `network.address`
-on this machine, nothing else. The "image" is this machine's root folder with an empty home; what a container writes below
-/opt, /tmp and the Python environment is its own and vanishes with it.
+Each host is a container made by util-linux's `unshare` and iproute2's `ip`. It has mounts, processes and a host name of its
+own. Its entry point is PID 1, so signals behave as in docker. Its eth0 reaches only the other hosts and `network.address` on
+this machine. The "image" is this machine's root folder with an empty home. Files that a container writes below /opt, /tmp and
+the Python environment are its own and vanish with it.
 
-What it does not do: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, several
-instance groups. It needs root on Linux. Where the kernel gives namespaces to users, the whole command can instead run inside
+Not covered: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, several instance
+groups. It needs root on Linux. If the kernel gives namespaces to users, the whole command can run instead inside
 `unshare --map-root-user --net --mount sh -c "ip link set lo up; …"`.
 """
 

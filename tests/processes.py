@@ -1,7 +1,7 @@
-"""Every process of a run, found by a variable of its own in their environments, and SIGKILL for all of them at one moment.
+"""Find every process of a run by a variable in its environment, and send SIGKILL to all of them at one moment.
 
-A launcher starts each worker in a session of its own, so that neither a process group nor a session holds them all, and what
-has lost its parent is in no tree. Linux alone.
+A launcher starts each worker in a session of its own, so neither a process group nor a session holds them all. Processes that
+lost their parent are in no tree. This works on Linux only.
 """
 
 import contextlib

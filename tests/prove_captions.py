@@ -1,12 +1,12 @@
-"""Kill captioning at random moments and see whether a caption is lost or made twice.
+"""Kill captioning at random moments, and check that no caption is lost or made twice.
 
 python tests/prove_captions.py --kills 20     (make prove-captions)
 
-For one and for two processes: caption drawn flowers with a small random Florence-2, and SIGKILL every process of the run at
-one moment, launcher and workers alike. The moment is random after the first caption; every third time it comes at once when
-a file grows, which is within a write or beside one. Start the same command again, and so on; then let it finish. After each
-kill no process may be left, and every line that was on disk must still be there unchanged. At the end each image must have
-exactly one line.
+The command captions drawn flowers with a small random Florence-2, once with one process and once with two. SIGKILL hits every
+process of the run at one moment, launcher and workers alike. The moment is random after the first caption. Every third kill
+comes as soon as a file grows, which is within a write or beside one. The same command starts again after each kill, and at
+last runs to its end. After each kill, no process may be left, and every line on disk must be unchanged. At the end, each image
+must have exactly one line.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
 python tests/prove_resume.py --kills 20     (make prove-resume)
 
-Modes: one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two. With gradient accumulation 2, caption dropout, flips and
-shuffling, across epochs' ends: SIGKILL to every process of the run at one moment, launcher and workers alike. Of six kills
-three come as soon as a save is seen under way, one while the command starts, the others at random moments after its first
-step. Then the same command is started again, until it ends. No process may be left, and none may have stopped by itself.
-Samples of each step, learning rates, losses and gradient norms must be the same, and weights and moving average bit for bit.
+Modes are one process, one in bf16, two gloo processes, and DeepSpeed ZeRO-2 on two. The runs use gradient accumulation 2,
+caption dropout, flips and shuffling, and cross the ends of epochs. SIGKILL hits every process of the run at one moment,
+launcher and workers alike. Of six kills, three come as soon as a save begins, and one while the command starts. The others
+come at random moments after the first step. The same command starts again until the run ends. No process may be left, and none
+may have stopped by itself. Samples of each step, learning rates, losses and gradient norms must be the same. Weights and
+moving average must be the same bit for bit.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""A Space in an environment that has its own requirements and nothing else: it is pushed, fetched, started, and draws.
+"""Start a Space in an environment with only its own requirements: it is pushed, fetched, started, and draws.
 
 python tests/prove_space.py [--model outputs/demo/unet] [--keep folder]        (make prove-space)
 
-The Hub is one on 127.0.0.1. The Space is installed as its Dockerfile says (from the index that pip is set to), started by
-the Dockerfile's own command, and asked as the Hub's proxy asks; then its page draws a picture, which must be the one that the
-suite draws from the same model. Without --model a tiny one is trained first. Takes some minutes, most of them for torch.
+The Hub is a server on 127.0.0.1. The Space is installed as its Dockerfile says, from pip's index, and started by the
+Dockerfile's own command. Requests come as the Hub's proxy sends them. Then the page draws a picture. It must be the picture
+that the suite draws from the same model. Without --model, a tiny model is trained first. All takes some minutes, most of them
+for torch.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""A SageMaker job from `launch_sagemaker.py` to a picture, without AWS: submitted to moto, run here as two hosts.
+"""Rehearse a SageMaker job without AWS, from `launch_sagemaker.py` to a picture: moto takes it, two hosts here run it.
 
 python tests/rehearse_sagemaker.py [--fresh] [--keep folder]        (make sagemaker-rehearse, FRESH=1)
 
-The very CreateTrainingJob request and the very S3 objects of the submission are run by tests/local_sagemaker.py: two
-containers with namespaces of their own, the SDK's entry point as their first process, its install step included. They train
-the demo recipe for some steps under ZeRO-2, are interrupted as spot machines are (SIGTERM, SIGKILL 120 s later), go on from
-S3, and leave a model that `--fetch` brings home and generate_images.py draws from. --fresh: their Python has only torch
-before the install step. Needs root on Linux, and no network (--fresh needs one for the packages).
+tests/local_sagemaker.py runs the very CreateTrainingJob request and the very S3 objects of the submission. Two containers have
+namespaces of their own. Their first process is the SDK's entry point, which includes its install step. They train the demo
+recipe for some steps under ZeRO-2. They are interrupted as spot machines are, by SIGTERM and 120 s later SIGKILL, and resume
+from S3. `--fetch` brings the model home, and generate_images.py draws from it. With --fresh, their Python has only torch before
+the install step. The rehearsal needs root on Linux. It needs no network, except for the packages of --fresh.
 """
 
 import argparse

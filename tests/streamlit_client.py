@@ -1,6 +1,6 @@
-"""A browser's side of Streamlit, without a browser: a real `streamlit run dashboard`, and sessions over real websockets.
+"""A browser's side of Streamlit without a browser: a real `streamlit run dashboard`, and sessions over real websockets.
 
-What a page shows is kept by its place, as a browser keeps it; widgets are set by their `key`, as they stand in the URL.
+A session keeps a page's elements by their place, as a browser does. Widgets are set by their `key`, which stands in the URL.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
-"""Commands that start at once: forked from a process that has imported the libraries, which takes each of them 8 s otherwise.
+"""Start commands at once: fork them from a process that has imported the libraries, which takes a command 8 s otherwise.
 
     with WarmPython(environment) as python:
         done = python.run(script, arguments, cwd=folder, timeout=280)
 
-The process has imported libraries alone, nothing of the suite, and has computed nothing. A child runs the script as
-`python script` does, and ends as an interpreter ends. Faults of a start are seen only by a real one: `command` of conftest.py
-therefore starts each script once as users do, before it forks.
+The process has imported only libraries, nothing of the suite, and has computed nothing. A child runs the script as
+`python script` does, and ends as an interpreter ends. Only a real start shows the faults of a start. For that reason, `command`
+of conftest.py starts each script once as users do before it forks.
 """
 
 import contextlib
