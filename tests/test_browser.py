@@ -1,4 +1,4 @@
-"""The dashboard in Chromium, on two runs that the real commands train: what is on the screen, and what hands do with it."""
+"""The dashboard in Chromium, on two runs of the real commands: what the screen shows, and how it answers hands."""
 
 import json
 import os

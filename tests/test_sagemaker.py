@@ -1,4 +1,4 @@
-"""SageMaker jobs: what is sent, what is refused, and a job played through on this machine."""
+"""SageMaker jobs: requests, refusals, costs, and the way home of a result."""
 
 import contextlib
 import dataclasses
