@@ -20,7 +20,7 @@ RUN = ("-m", "streamlit", "run")
 
 
 def dashboard_pages() -> dict[str, str]:
-    """The pages as streamlit_app.py lists them: name in the URL -> title."""
+    """Return the pages that streamlit_app.py lists: name in the URL -> title."""
     tree = ast.parse((ROOT / "dashboard" / "streamlit_app.py").read_text(encoding="utf-8"))
     return next(
         ast.literal_eval(node.value)
@@ -65,7 +65,7 @@ def wait_for_health(address: str, server: subprocess.Popen) -> None:
 
 
 def settle(page) -> None:
-    """Wait until the page is drawn: the script has run, and nothing is still shown from the run before."""
+    """Wait until the page is drawn: the script has run, and nothing of the run before is shown."""
     page.wait_for_selector("h1")
     page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
     page.wait_for_function("!document.querySelector('[data-stale=true], [data-testid=stSkeleton]')")
