@@ -139,12 +139,12 @@ def main() -> None:
 
 
 def losses(runs: dict[float, dict[str, Any]]) -> dict[str, float]:
-    """Validation losses by learning rate."""
+    """Return validation losses by learning rate."""
     return {f"{rate:g}": round(run["val_loss"], 5) for rate, run in runs.items()}
 
 
 def kept(arm: str, steps: int, rate: float, train: Any) -> dict[str, Any]:
-    """A run's result, if it is known; else the run."""
+    """Return a run's stored result, or run it."""
     file = WORK / f"{arm}-{steps}-{rate:g}.json"
     if not file.is_file():
         start = time.perf_counter()
@@ -165,7 +165,7 @@ def draw(folder: Path) -> Path:
 
 
 def make_recipe(model: Path, dataset: Path) -> dict[str, Any]:
-    """The model card's recipe, on these data, with this model's VAE and text encoder, from this model's UNet."""
+    """Return the model card's recipe for these data, this model's VAE and text encoder, and its UNet as the start."""
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
     recipe["data"] = {
         "dataset": str(dataset), "resolution": 128, "validation_fraction": 0.1, "cache_dir": str(WORK / "ours_cache"),
@@ -181,7 +181,7 @@ def make_recipe(model: Path, dataset: Path) -> dict[str, Any]:
 
 
 def make_model(folder: Path, recipe: dict[str, Any]) -> None:
-    """The model of the card's sizes with random weights, and a VAE whose latents a denoiser can learn."""
+    """Make a model of the card's sizes with random weights, and a VAE whose latents a denoiser can learn."""
     import torch
 
     from t2i import models
@@ -204,7 +204,7 @@ def make_model(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def prepare(recipe: dict[str, Any], folder: Path) -> int:
-    """The training images and captions as a data set for the peer; how many there are."""
+    """Write the training images and captions as a data set for the peer. Return their number."""
     import datasets
     from PIL import Image
 
@@ -225,7 +225,7 @@ def load(recipe: dict[str, Any]) -> Any:
 
 
 def with_prediction(model: Path, kind: str) -> Path:
-    """The model, whose UNet predicts the noise, as one that predicts `kind`: with random weights it is any."""
+    """Relabel the model's UNet from predicting noise to predicting `kind`: random weights allow any."""
     folder = model.with_name(f"{model.name}_{kind}")
     if not folder.is_dir():
         shutil.copytree(model, folder, copy_function=os.link)
@@ -237,7 +237,7 @@ def with_prediction(model: Path, kind: str) -> Path:
 
 
 def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
-    """Validation loss in the noise of a UNet that predicts `kind`, in float32, as train_unet.py measures it."""
+    """Return a UNet's validation loss in the noise, in float32, as train_unet.py measures it. kind: what it predicts."""
     import torch
     from diffusers import UNet2DConditionModel
 

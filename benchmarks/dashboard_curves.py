@@ -46,7 +46,7 @@ print(seconds, first)
 
 
 def make_store(database: Path, runs: int, points: int) -> None:
-    """A store with MLflow's own tables, filled as trainings that go on at the same time fill it."""
+    """Make a store with MLflow's own tables, filled in the order of trainings that run at the same time."""
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")

@@ -35,7 +35,7 @@ IMPORT = (
 
 
 def make_run(run: Path) -> None:
-    """A run folder as training and evaluation leave it, with files that stand for weights."""
+    """Make a run folder as training and evaluation leave it, with placeholders for weights."""
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         (run / "pipeline" / part).mkdir(parents=True)
         (run / "pipeline" / part / "config.json").write_text(part)
@@ -69,7 +69,7 @@ def import_seconds(cwd: Path) -> float:
 
 
 def first_page(cwd: Path) -> float:
-    """Seconds from the command to the whole page."""
+    """Return the seconds from the command to the complete page."""
     began = time.monotonic()
     with serve(cwd, cwd / "log.txt", env=ENVIRONMENT) as server, Session(server.url).connected() as session:
         session.open()

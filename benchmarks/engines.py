@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def by_runtime(unet: Any, inputs: tuple[Any, ...], arrays: list[np.ndarray]) -> Callable[[], Any]:
-    """The UNet in ONNX Runtime, whose CPU kernels of convolutions are of float32."""
+    """Return the UNet in ONNX Runtime, whose convolutions on CPUs compute in float32."""
     import torch
 
     folder = WORK / "onnxruntime"

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def measured(model: Path, batch: int, beams: int) -> str:
-    """The JSON line that this file prints in a process of its own."""
+    """Return the JSON line that this file prints in a process of its own."""
     words = [sys.executable, __file__, "--one", str(model), str(batch), str(beams)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     line = done.stdout.splitlines()[-1]

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, **options: Any) -> np.ndarray:
-    """Pictures of an arm: seeds 0, 1, …; the stock pipeline draws as preset `exact` does, by torch."""
+    """Draw an arm's pictures with seeds 0, 1, …. The stock pipeline draws by torch, as preset `exact` does."""
     from t2i.pictures import sampling
 
     scheduler, steps, end = sampling.PRESETS["exact" if arm == "stock" else arm]
@@ -87,14 +87,14 @@ def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, 
 
 
 def forget(compiled: Any) -> None:
-    """Of the prompts that the compiled text encoder keeps, leave the empty one, which every picture has."""
+    """Drop the compiled text encoder's cached prompts, except the empty one, which every picture needs."""
     ids = compiled.tokenizer("", padding="max_length", return_tensors="np").input_ids.astype(np.int64)
     known = compiled.text_encoder.known
     compiled.text_encoder.known = {key: hidden for key, hidden in known.items() if key == ids.tobytes()}
 
 
 def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
-    """PSNR in dB, [N], of pictures uint8 [N, R, R, 3]."""
+    """Return the PSNR in dB, [N], of pictures uint8 [N, R, R, 3]."""
     from t2i.data import caches
     from t2i.evaluation import metrics
 
@@ -102,7 +102,7 @@ def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
 
 
 def quality(run: Path) -> dict[str, Any]:
-    """What the presets draw with the demo's model, against the stock pipeline."""
+    """Compare the presets' pictures with the stock pipeline's, with the demo's model."""
     from t2i.data import flowers
     from t2i.evaluation import metrics
     from t2i.pictures import sampling

@@ -71,7 +71,7 @@ def main(plan: str) -> None:
 
 
 def product_tflops(side: int = 8192, device: str = "cuda") -> float:
-    """Measured TFLOP/s of a product of two bf16 matrices of random numbers."""
+    """Measure the TFLOP/s of a product of two random bf16 matrices."""
     import torch
 
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -87,7 +87,7 @@ def product_tflops(side: int = 8192, device: str = "cuda") -> float:
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     import torch
 
     if device == "cuda":
@@ -95,7 +95,7 @@ def wait(device: str) -> None:
 
 
 def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]:
-    """An arm's rows, one a batch, printed as they come; where it fails, for memory say, that is printed and the rest left out."""
+    """Return an arm's rows, one per batch, and print each at once. A failure, such as full memory, is printed and ends the arm."""
     words = [sys.executable, __file__, "--one", arm, precision, *map(str, batches)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -110,7 +110,7 @@ def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]
 
 
 def one(arm: str, precision: str, batches: list[int]) -> None:
-    """Measure an arm at several batches; prints a line of JSON each."""
+    """Measure an arm at several batches, and print a line of JSON for each."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     sys.path.append(str(SCRIPTS))
     import torch

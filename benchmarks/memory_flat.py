@@ -36,7 +36,7 @@ train_unet:
 
 
 def peak_anonymous_bytes(words: list[str], cwd: Path) -> int:
-    """Run a command; return the highest RssAnon of its process, in bytes."""
+    """Run a command and return the highest RssAnon of its process, in bytes."""
     process = subprocess.Popen(
         words, cwd=cwd, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL
     )

@@ -60,7 +60,7 @@ sys.meta_path.insert(0, Declare())
 
 @dataclass(frozen=True)
 class Place:
-    """What is compared on a CPU, and on a GPU."""
+    """The comparison's settings on a CPU or a GPU."""
 
     gpu: str | None  # its name
     batch: int
@@ -155,7 +155,7 @@ def draw(folder: Path) -> Path:
 
 
 def make_environment(folder: Path) -> dict[str, str]:
-    """The peer's own environment: torchvision in a folder that no other process sees, unless all have it."""
+    """Make the peer's environment: torchvision in a folder that only the peer sees, unless it is installed."""
     if importlib.util.find_spec("torchvision"):
         return os.environ | {"HF_HUB_OFFLINE": "1"}
     if not (folder / "torchvision").is_dir():
@@ -179,7 +179,7 @@ def peer_arguments(model: Path, dataset: Path) -> list[str]:
 
 
 def our_arguments(model: Path, dataset: Path) -> list[str]:
-    """The same, in a new run folder; what a run has cached serves the next one."""
+    """Return the same training as our arguments, in a new run folder. Later runs reuse the caches."""
     shutil.rmtree(WORK / "ours", ignore_errors=True)
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
     recipe["data"] = {"dataset": str(dataset), "resolution": 128, "cache_dir": str(WORK / "ours_cache")}
@@ -197,7 +197,7 @@ def our_arguments(model: Path, dataset: Path) -> list[str]:
 
 @dataclass
 class Measured:
-    """What a process took."""
+    """Measurements of a process."""
 
     step_seconds: list[float]  # between the lines in which it says its steps, the first ones left out
     peak_rss_bytes: int  # of resident memory
