@@ -262,7 +262,7 @@ def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
     if kind == "v_prediction":
 
         def to_noise(_: Any, args: Any, output: Any) -> Any:
-            """Salimans and Ho, arXiv:2202.00512, appendix D: the noise that a velocity means."""
+            """Convert a velocity to noise (Salimans and Ho, arXiv:2202.00512, appendix D)."""
             noisy, timesteps = args[:2]
             alphas = given.scheduler.alphas_cumprod[timesteps][:, None, None, None]
             output.sample = torch.sqrt(alphas) * output.sample + torch.sqrt(1 - alphas) * noisy

@@ -145,8 +145,8 @@ def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:
         of = f"partition {written[1]}" if written[2] == account.number else f"account {written[2]}"
         here = f"{account.partition}, by the region" if written[2] == account.number else account.number
         account.missing.append(
-            f"the role {name} is of {of}, and the job goes to {here}: SageMaker accepts only the account's own roles; launch "
-            "with that account's credentials (profile in the YAML), or name another role in iam_role_name"
+            f"the role {name} is of {of}, and the job goes to {here}; launch with that account's credentials (profile in the "
+            "YAML), or name a role of the job's account in iam_role_name"
         )
         return arn
     try:
@@ -202,8 +202,8 @@ def check_buckets(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str],
         region = headers.get("x-amz-bucket-region", config.region)
         if region != config.region:
             account.missing.append(
-                f"the bucket s3://{bucket} is in {region}, the job in {config.region}: SageMaker reads only buckets of its "
-                "own region; copy the data to such a bucket, or change region in the YAML"
+                f"the bucket s3://{bucket} is in {region}, the job in {config.region}; SageMaker reads only the job's "
+                "region, so copy the data there, or change region in the YAML"
             )
 
 

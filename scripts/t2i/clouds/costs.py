@@ -4,6 +4,7 @@ torch is imported in the one function that counts a model's operations: it takes
 """
 
 import math
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -148,8 +149,8 @@ def _assume(
     """Estimate the job's samples per second from the GPU's peak and the network.
 
     A sample costs three forward passes, since the backward pass counts as two; gradient checkpointing adds a fourth.
-    ZeRO-2 sends each gradient once per backward pass and each weight once per update, less the share that stays on the
-    machine (Rajbhandari et al., arXiv:1910.02054, section 7). Data parallel training sends each float32 gradient twice per
+    ZeRO-2 sends each gradient once per backward pass and each weight once per update (Rajbhandari et al.,
+    arXiv:1910.02054, section 7). A share of both stays on the machine. Data parallel training sends each float32 gradient twice per
     update. The estimate adds the times of computing and sending.
 
     Args:
@@ -204,9 +205,7 @@ def _vae_size(recipe: Recipe) -> tuple[int, int]:
 
 def count_images(data: DataConfig) -> int | None:
     """Count a training's images per epoch, from the local folder or the Hub's card; None if neither tells."""
-    import tempfile
-
-    from t2i.data.sources import find_source
+    from t2i.data.sources import find_source  # imports datasets, which takes seconds
 
     name = str(data.dataset)
     counts: dict[str, int]

@@ -211,8 +211,8 @@ def read_config(path: Path) -> SageMakerConfig:
     secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
     if secret:
         raise UserError(
-            f"{path}: environment holds a credential in {secret[0]}, which the request would show in plain text; export it in the "
-            f"launching shell, or name a Secrets Manager secret in {SECRETS}"
+            f"{path}: environment holds a credential in {secret[0]}, which the request shows in plain text; export it in the "
+            f"launching shell, or name its Secrets Manager secret in {SECRETS}"
         )
     tags = [name for name, value in additional.tags.items() if redact(f"{name}={value}") != f"{name}={value}"]
     if tags:
