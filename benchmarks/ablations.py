@@ -1,13 +1,12 @@
-"""What changes of the recipe do, at equal time: the demo's denoiser, three seeds, by validation loss and prompt following.
+"""Compare changes of the recipe at equal time: the demo's denoiser, three seeds, validation loss and prompt following.
 
 python benchmarks/ablations.py [steps] [seeds] [arm ...]
 
-Wants a finished `make demo` in outputs/demo: its data, VAE, text encoder and classifier. Each arm is `train_unet.py` itself
-with the recipe `demo` and what `ARMS` changes in it, on one thread, two at once; what the suite does not offer is put in its
-place here, for the measurement alone. An arm whose steps cost more or fewer seconds than the baseline's gets fewer or more of
-them, by a measurement at the beginning. Then each draws PROMPTS pictures, half of them of held-out combinations of attributes,
-which the demo's classifier reads. The baseline has batch 32, as the demo had, and 200 of its steps are a quarter of the demo's
-time then. What has been run is kept and not run again.
+It needs a finished `make demo` in outputs/demo for data, VAE, text encoder and classifier. Each arm is `train_unet.py` with
+the recipe `demo` and the changes that `ARMS` lists. Each runs on one thread, two at once. Changes that the suite does not
+offer are patched in here. A measurement at the start gives slower arms fewer steps, and faster arms more. Each arm then draws
+PROMPTS pictures, half of them of held-out combinations of attributes, and the demo's classifier reads them. The baseline has
+the demo's former batch of 32, and its 200 steps take a quarter of the demo's former time. Finished arms are reused.
 """
 
 import json
@@ -85,7 +84,7 @@ def main() -> None:
 
 
 def launch(name: str, seed: int, steps: int, what: str) -> dict[str, Any]:
-    """One training in a process of one thread; its last line is its result."""
+    """Run a training in a process with one thread. Return its last line, the result."""
     words = [sys.executable, __file__, "--one", name, str(seed), str(steps), what]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
@@ -97,7 +96,7 @@ def launch(name: str, seed: int, steps: int, what: str) -> dict[str, Any]:
 
 
 def one(name: str, seed: int, steps: int, measured: bool) -> None:
-    """Train an arm, draw, measure; prints one line of JSON."""
+    """Train an arm, draw, measure, and print one line of JSON."""
     import torch
 
     import train_unet
@@ -150,7 +149,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
 
 
 def zero_init() -> None:
-    """The last layer of each residual and attention block, and of the UNet, starts at nought (Ho et al., arXiv:2006.11239, code)."""
+    """Set the last layer of the UNet and of each residual and attention block to zero (Ho et al., arXiv:2006.11239, code)."""
     from t2i import models
 
     build = models.build_unet
@@ -172,7 +171,7 @@ def zero_init() -> None:
 
 
 def logit_normal() -> None:
-    """Timesteps from a logit-normal distribution (Esser et al., arXiv:2403.03206, section 3.1), from the same coin tosses."""
+    """Draw timesteps from a logit-normal distribution (Esser et al., arXiv:2403.03206, section 3.1), by the same random numbers."""
     import torch
 
     from t2i import diffusion
@@ -189,8 +188,10 @@ def logit_normal() -> None:
 
 
 def muon() -> None:
-    """Muon for all weights of two and more dimensions but the first and last layers', AdamW for the others, one learning rate
-    (Jordan et al., 2024; Liu et al., arXiv:2502.16982, for the scale that matches AdamW's)."""
+    """Train by Muon, with AdamW for vectors and for the first and last layers' weights. Both have one learning rate.
+
+    Source: Jordan et al., 2024. The scale that matches AdamW's is from Liu et al., arXiv:2502.16982.
+    """
     import torch
 
     from t2i.training import loop
@@ -231,7 +232,7 @@ CHANGES = {"zero_init": zero_init, "logit_normal": logit_normal, "muon": muon}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each seed's figures, their means, and the mean of the ratios to the baseline of the same seed."""
+    """Return each seed's figures, their means, and the mean ratio to the baseline of the same seed."""
     base = {row["seed"]: row for row in rows if row["arm"] == "baseline"}
     found = {}
     for name in ARMS:

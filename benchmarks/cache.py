@@ -1,9 +1,10 @@
-"""Computing the caches of a training against the bare encoders, at the model card's sizes.
+"""Compare the caching of a training with the bare encoders, at the model card's sizes.
 
 python benchmarks/cache.py [images] [rounds]
 
-Ours: `cache_latents` and `cache_text` as train_unet.py calls them, from uint8 images and captions to files. Bare: the same VAE
-and text encoder on tensors that are there, in the same batches and memory layout; fp32, alternating in one run, medians.
+Ours is `cache_latents` and `cache_text` as train_unet.py calls them, from uint8 images and captions to files. Bare is the same
+VAE and text encoder on tensors in memory, with the same batches and memory layout. Both compute in fp32 and alternate within
+one run. The figures are medians.
 """
 
 import statistics

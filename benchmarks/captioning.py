@@ -1,10 +1,10 @@
-"""The captioning loop against the bare `generate`: what decoding, preparing, reading and fsync cost.
+"""Compare the captioning loop with the bare `generate`: the cost of decoding, preparing, reading and fsync.
 
 python benchmarks/captioning.py [tiny|base] [rounds]
 
-In one run: rounds of `caption_to_hub.py`'s own loop over JPEGs (decoded and prepared by its thread, captions appended to
-captions.jsonl with fsync) alternate with rounds of `generate` on the same batches, prepared beforehand. Florence-2 with
-random weights, 64 new tokens a caption, one beam.
+Two kinds of rounds alternate within one run. The first is `caption_to_hub.py`'s own loop over JPEGs: a thread decodes and
+prepares them, and captions are appended to captions.jsonl with fsync. The second is `generate` on the same batches, prepared
+beforehand. Florence-2 has random weights and generates 64 new tokens per caption with one beam.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""A pipeline of the model card's sizes with random weights: CLIP ViT-L/14's text model, the Stable Diffusion VAE, the UNet of 148 M."""
+"""Build a pipeline of the model card's sizes with random weights: CLIP ViT-L/14, Stable Diffusion's VAE, a UNet of 148 M."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import common  # noqa: F401 - puts scripts/ on the path
 
 
 def save_card_model(folder: Path, seed: int = 0, tiny: bool = False) -> Path:
-    """Save it where it is not there yet; stock diffusers loads it. About 1.4 GB. tiny: of the same layout, 3 MB."""
+    """Save the model for stock diffusers unless it exists: about 1.4 GB. tiny: the same layout in 3 MB."""
     if (folder / "model_index.json").is_file():
         return folder
     import torch

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where results are kept, with the machine and the versions that made them."""
+"""Shared by the benchmarks: keeping results with the machine and the versions that made them."""
 
 import importlib.metadata
 import json
@@ -17,12 +17,12 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the processor, thos
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(gpu: str | None = None) -> dict[str, Any]:
-    """Processor, cores and those of its abilities that matter here; gpu: its name, where one is measured."""
+    """Return processor, cores and relevant abilities. gpu: the GPU's name, if one is measured."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = next(
         (line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
@@ -34,9 +34,9 @@ def describe_machine(gpu: str | None = None) -> dict[str, Any]:
 
 
 def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
-    """Print a result and keep it as `results/<name>.json` with machine and versions, or where `BENCHMARK_RESULTS` says.
+    """Print a result and store it with machine and versions in `results/<name>.json`, or in `BENCHMARK_RESULTS`.
 
-    gpu: its name, where one was measured.
+    gpu: the GPU's name, if one was measured.
     """
     versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers", "accelerate")}
     versions = {"python": platform.python_version(), **versions}
@@ -48,7 +48,7 @@ def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
 
 
 def run_script(script: str, *arguments: Any, cwd: Path) -> str:
-    """Run one of the suite's scripts; return its output. Raises `RuntimeError` with its last lines if it fails."""
+    """Run one of the suite's scripts and return its output. Raises `RuntimeError` with its last lines if it fails."""
     words = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     done = subprocess.run(
         words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}

@@ -1,16 +1,17 @@
-"""How long train_unet.py takes to the validation loss that diffusers' train_text_to_image.py has after half an hour.
+"""Measure the time until train_unet.py reaches the validation loss of half an hour of diffusers' train_text_to_image.py.
 
 python benchmarks/convergence.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [dataset] [minutes] [velocity]
 
-The UNet of the model card from scratch, the same for both, in bf16, batch 8 (on a GPU 32), 128 px, on the same images (drawn
-flowers, or any data set that train_unet.py reads). Both predict the noise, as the model card does. The peer runs unmodified, cosine
-schedule with warm-up, at the best of LEARNING_RATES by runs of a fifth of the time; ours at the same one, the objective being the same,
-in SHARES of the time, caching counted, until its loss is the peer's. One evaluator scores both, on the same noise at the same
-timesteps, in float32. Starting Python and loading models count for neither. What has been run is kept and not run again.
-With `velocity` as the last word ours predicts the velocity, at each of LEARNING_RATES, in a fifth of the time alone.
+Both train the model card's UNet from scratch in bf16 at 128 px, with batch 8, or 32 on a GPU. Both see the same images: drawn
+flowers, or any data set that train_unet.py reads. Both predict the noise, as the model card does. The peer runs unmodified,
+with a cosine schedule and warm-up. Its learning rate is the best of LEARNING_RATES in runs of a fifth of the time. Ours has
+the same objective and learning rate. It gets the SHARES of the time, caching included, until its loss is the peer's. One
+evaluator scores both in float32, with the same noise at the same timesteps. The start of Python and the loading of models
+count for neither. Finished runs are reused. With `velocity` as the last word, only ours runs: it predicts the velocity, at
+each of LEARNING_RATES, in a fifth of the time.
 
-VAE and text encoder have random weights, which take the time of trained ones. The VAE's are such that latents are what those of
-a trained one are: of mean 0 and deviation 1, without noise, alike in neighbouring places.
+VAE and text encoder have random weights, which take as long as trained ones. The VAE's weights give latents like those of a
+trained VAE: mean 0 and deviation 1, without noise, similar in neighbouring places.
 """
 
 import copy
@@ -138,12 +139,12 @@ def main() -> None:
 
 
 def losses(runs: dict[float, dict[str, Any]]) -> dict[str, float]:
-    """Validation losses by learning rate."""
+    """Return validation losses by learning rate."""
     return {f"{rate:g}": round(run["val_loss"], 5) for rate, run in runs.items()}
 
 
 def kept(arm: str, steps: int, rate: float, train: Any) -> dict[str, Any]:
-    """A run's result, if it is known; else the run."""
+    """Return a run's stored result, or run it."""
     file = WORK / f"{arm}-{steps}-{rate:g}.json"
     if not file.is_file():
         start = time.perf_counter()
@@ -164,7 +165,7 @@ def draw(folder: Path) -> Path:
 
 
 def make_recipe(model: Path, dataset: Path) -> dict[str, Any]:
-    """The model card's recipe, on these data, with this model's VAE and text encoder, from this model's UNet."""
+    """Return the model card's recipe for these data, this model's VAE and text encoder, and its UNet as the start."""
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
     recipe["data"] = {
         "dataset": str(dataset), "resolution": 128, "validation_fraction": 0.1, "cache_dir": str(WORK / "ours_cache"),
@@ -180,7 +181,7 @@ def make_recipe(model: Path, dataset: Path) -> dict[str, Any]:
 
 
 def make_model(folder: Path, recipe: dict[str, Any]) -> None:
-    """The model of the card's sizes with random weights, and a VAE whose latents a denoiser can learn."""
+    """Make a model of the card's sizes with random weights, and a VAE whose latents a denoiser can learn."""
     import torch
 
     from t2i import models
@@ -203,7 +204,7 @@ def make_model(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def prepare(recipe: dict[str, Any], folder: Path) -> int:
-    """The training images and captions as a data set for the peer; how many there are."""
+    """Write the training images and captions as a data set for the peer. Return their number."""
     import datasets
     from PIL import Image
 
@@ -224,7 +225,7 @@ def load(recipe: dict[str, Any]) -> Any:
 
 
 def with_prediction(model: Path, kind: str) -> Path:
-    """The model, whose UNet predicts the noise, as one that predicts `kind`: with random weights it is any."""
+    """Relabel the model's UNet from predicting noise to predicting `kind`: random weights allow any."""
     folder = model.with_name(f"{model.name}_{kind}")
     if not folder.is_dir():
         shutil.copytree(model, folder, copy_function=os.link)
@@ -236,7 +237,7 @@ def with_prediction(model: Path, kind: str) -> Path:
 
 
 def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
-    """Validation loss in the noise of a UNet that predicts `kind`, in float32, as train_unet.py measures it."""
+    """Return a UNet's validation loss in the noise, in float32, as train_unet.py measures it. kind: what it predicts."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -261,7 +262,7 @@ def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
     if kind == "v_prediction":
 
         def to_noise(_: Any, args: Any, output: Any) -> Any:
-            """Salimans and Ho, arXiv:2202.00512, appendix D: the noise that a velocity means."""
+            """Convert a velocity to noise (Salimans and Ho, arXiv:2202.00512, appendix D)."""
             noisy, timesteps = args[:2]
             alphas = given.scheduler.alphas_cumprod[timesteps][:, None, None, None]
             output.sample = torch.sqrt(alphas) * output.sample + torch.sqrt(1 - alphas) * noisy

@@ -1,8 +1,8 @@
-"""10,000 images, 300 of them damaged in eight ways, through train_vae.py and train_unet.py, without a stop.
+"""Train on 10,000 images, 300 of them damaged in eight ways, with train_vae.py and train_unet.py: neither may stop.
 
 python benchmarks/damaged_images.py [images] [damaged]
 
-The real scripts run for a few steps each; the quarantine of both must list exactly the damaged files.
+The real scripts run for a few steps each. The quarantine of both must list exactly the damaged files.
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 
 
 def png_bomb() -> bytes:
-    """A PNG whose header claims 100,000 x 100,000 px."""
+    """Return a PNG whose header claims 100,000 x 100,000 px."""
     header = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     chunk = len(header[4:]).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
     return b"\x89PNG\r\n\x1a\n" + chunk
@@ -32,7 +32,7 @@ def encoded(image: Image.Image, format: str) -> bytes:
 
 
 def damage(kind: int, image: Image.Image) -> bytes:
-    """The bytes of a file damaged in the given way, 0 to 7."""
+    """Return the bytes of a file, damaged in the given way, 0 to 7."""
     jpeg, png = encoded(image, "JPEG"), encoded(image, "PNG")
     return (
         b"",  # empty

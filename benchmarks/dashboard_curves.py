@@ -1,11 +1,10 @@
-"""200 runs of 5,000 points each in MLflow's SQLite store: seconds until one metric of all of them is on the Curves page.
+"""Measure the seconds until Curves shows one metric of 200 runs, 5,000 points each, in MLflow's SQLite store.
 
 python benchmarks/dashboard_curves.py [runs] [points]
 
-Cold: a new process each time, and the database out of the system's page cache. `read` is t2i.tracking.curves alone, the page is
-that and what Streamlit makes of it (AppTest), in a session that comes to a server which has shown its first page to
-someone: `first` is what that took, mostly for importing pandas and Altair. The bar is of the page. Drawing in the
-browser is not counted.
+Each measurement starts a new process, with the database out of the system's page cache. `read` is t2i.tracking.curves alone.
+`page` adds Streamlit's work (AppTest), in a session of a server that has shown its first page before. `first` is the time of
+that first page, mostly the import of pandas and Altair. The limit applies to `page`. Drawing in the browser is not counted.
 """
 
 import os
@@ -47,7 +46,7 @@ print(seconds, first)
 
 
 def make_store(database: Path, runs: int, points: int) -> None:
-    """A store with MLflow's own tables, filled as trainings that go on at the same time fill it."""
+    """Make a store with MLflow's own tables, filled in the order of trainings that run at the same time."""
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")

@@ -1,11 +1,12 @@
-"""Seconds from `streamlit run dashboard` to its first page with a run, and of another cell being compared, on the server.
+"""Measure the seconds from `streamlit run dashboard` to the first page with a run, and of a click on another cell.
 
 python benchmarks/dashboard_start.py [outputs folder]
 
-A new process each time, over a real websocket; the files are in the system's memory. `seconds_page` counts from Streamlit's
-import, which is timed in processes of its own, to the whole first page with its evaluated grid. `switch` is a click on
-another picture: from the click's message to the last of its answer, which holds both pictures and their difference. The run
-is painted (four checkpoints at five guidance scales, pictures of 64 px of noise) unless a folder of runs is named.
+Each measurement starts a new process and uses a real websocket. The files are in the system's page cache. `seconds_page`
+starts at Streamlit's import, which is timed in separate processes, and ends with the first page and its evaluated grid.
+`switch` starts with the message of a click on another picture. It ends with the last message of the answer, which holds both
+pictures and their difference. Without a folder of runs, the run is synthetic: four checkpoints at five guidance scales, with
+noise pictures of 64 px.
 """
 
 import json
@@ -34,7 +35,7 @@ IMPORT = (
 
 
 def make_run(run: Path) -> None:
-    """A run folder as training and evaluation leave it, with files that stand for weights."""
+    """Make a run folder as training and evaluation leave it, with placeholders for weights."""
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         (run / "pipeline" / part).mkdir(parents=True)
         (run / "pipeline" / part / "config.json").write_text(part)
@@ -68,7 +69,7 @@ def import_seconds(cwd: Path) -> float:
 
 
 def first_page(cwd: Path) -> float:
-    """Seconds from the command to the whole page."""
+    """Return the seconds from the command to the complete page."""
     began = time.monotonic()
     with serve(cwd, cwd / "log.txt", env=ENVIRONMENT) as server, Session(server.url).connected() as session:
         session.open()

@@ -1,10 +1,10 @@
-"""Which engine draws fastest on this CPU: the model card's UNet by PyTorch, torch.compile, ONNX Runtime and OpenVINO.
+"""Find the engine that draws fastest on this CPU: the card's UNet by PyTorch, torch.compile, ONNX Runtime and OpenVINO.
 
 python benchmarks/engines.py [repeats]
 
-One picture under guidance: two samples, static shape, random weights. Each engine in the precisions that it has for this
-processor; seconds are medians of one evaluation, then how long the first one takes (compiling), and how far the output is from
-PyTorch's in float32. ONNX Runtime is no part of the suite: it is put into a folder of its own.
+One picture under guidance is two samples of a static shape; weights are random. Each engine runs in the precisions that it
+has for this processor. The columns are the median seconds of an evaluation, the seconds of the first one, which compiles, and
+the distance from PyTorch's output in float32. ONNX Runtime is not part of the suite and is installed into its own folder.
 """
 
 import statistics
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def by_runtime(unet: Any, inputs: tuple[Any, ...], arrays: list[np.ndarray]) -> Callable[[], Any]:
-    """The UNet in ONNX Runtime, whose CPU kernels of convolutions are of float32."""
+    """Return the UNet in ONNX Runtime, whose convolutions on CPUs compute in float32."""
     import torch
 
     folder = WORK / "onnxruntime"

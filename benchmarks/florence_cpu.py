@@ -1,9 +1,9 @@
-"""Memory and time of an image with Florence-2-large on this machine's processor.
+"""Measure memory and time per image of Florence-2-large on this machine's processor.
 
 python benchmarks/florence_cpu.py [large|base]
 
-Built from the published config with random weights (the same work as with the real ones); captions of exactly 64 new
-tokens. Each batch size is measured in a process of its own, once warm, in the precision that the suite takes on a CPU.
+The model is built from the published config with random weights, which do the same work as trained ones. Captions have
+exactly 64 new tokens. Each batch size runs in a process of its own, after one warm-up, in the suite's precision for CPUs.
 """
 
 import json
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def measured(model: Path, batch: int, beams: int) -> str:
-    """The JSON line that this file prints in a process of its own."""
+    """Return the JSON line that this file prints in a process of its own."""
     words = [sys.executable, __file__, "--one", str(model), str(batch), str(beams)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     line = done.stdout.splitlines()[-1]

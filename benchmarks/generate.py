@@ -1,10 +1,11 @@
-"""Pictures on a CPU by the suite's presets against the stock pipeline, at the model card's sizes.
+"""Compare pictures by the suite's presets with the stock pipeline on a CPU, at the model card's sizes.
 
 python benchmarks/generate.py [rounds] [run folder of make demo]
 
-Stock: diffusers' StableDiffusionPipeline, eager, fp32, DDIM, 30 steps, guidance, decoded. The model has random weights, which
-take the same time as trained ones. Arms alternate within one run, medians, batch 1 and 8. What the presets cost in quality is
-measured on the trained demo: PSNR to the stock picture of the same seed over 16 prompts, and prompt following over 256.
+Stock is diffusers' StableDiffusionPipeline: eager, fp32, DDIM, 30 steps, with guidance, decoded. Weights are random, which
+take as long as trained ones. Arms alternate within one run, at batch 1 and 8, and the figures are medians. The trained demo
+shows what the presets cost in quality: PSNR to the stock picture of the same seed over 16 prompts, and prompt following over
+256 prompts.
 """
 
 import statistics
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, **options: Any) -> np.ndarray:
-    """Pictures of an arm: seeds 0, 1, …; the stock pipeline draws as preset `exact` does, by torch."""
+    """Draw an arm's pictures with seeds 0, 1, …. The stock pipeline draws by torch, as preset `exact` does."""
     from t2i.pictures import sampling
 
     scheduler, steps, end = sampling.PRESETS["exact" if arm == "stock" else arm]
@@ -86,14 +87,14 @@ def draw(arm: str, stock: Any, compiled: Any, prompts: list[str], scale: float, 
 
 
 def forget(compiled: Any) -> None:
-    """Of the prompts that the compiled text encoder keeps, leave the empty one, which every picture has."""
+    """Drop the compiled text encoder's cached prompts, except the empty one, which every picture needs."""
     ids = compiled.tokenizer("", padding="max_length", return_tensors="np").input_ids.astype(np.int64)
     known = compiled.text_encoder.known
     compiled.text_encoder.known = {key: hidden for key, hidden in known.items() if key == ids.tobytes()}
 
 
 def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
-    """PSNR in dB, [N], of pictures uint8 [N, R, R, 3]."""
+    """Return the PSNR in dB, [N], of pictures uint8 [N, R, R, 3]."""
     from t2i.data import caches
     from t2i.evaluation import metrics
 
@@ -101,7 +102,7 @@ def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
 
 
 def quality(run: Path) -> dict[str, Any]:
-    """What the presets draw with the demo's model, against the stock pipeline."""
+    """Compare the presets' pictures with the stock pipeline's, with the demo's model."""
     from t2i.data import flowers
     from t2i.evaluation import metrics
     from t2i.pictures import sampling

@@ -1,13 +1,13 @@
-"""The model card's UNet from cached latents on one GPU: samples/s, share of the GPU's peak, memory, by batch and precision.
+"""Train the model card's UNet from cached latents on one GPU: samples/s, share of the GPU's peak, and memory.
 
 python benchmarks/gpu.py [short | tiny]
 
-short: the figures that matter most, in a minute or two and without compiling. tiny: a rehearsal of it on a CPU.
+short: the most important figures, in a minute or two and without compiling. tiny: a rehearsal on a CPU.
 
-Steps of `train_unet.py`'s own `train_step` (batches made in its thread, clipping, AdamW, schedule, average) with the recipe
-`flowers`, each arm in a process of its own: kernels started one by one, as one CUDA graph (the default), and a graph of
-what torch.compile made. The peak is that of a bf16 product of 8192 x 8192 matrices, measured beforehand; operations are counted by
-torch's FlopCounterMode, which knows products, convolutions and attention.
+Rows are batches and precisions. Steps are those of `train_unet.py`'s own `train_step` with the recipe `flowers`: batches made
+in its thread, clipping, AdamW, schedule and moving average. Each arm runs in a process of its own: kernels started one by
+one, one CUDA graph (the default), and a graph of what torch.compile made. The peak is measured beforehand, by a bf16 product of
+8192 x 8192 matrices. torch's FlopCounterMode counts the operations of products, convolutions and attention.
 """
 
 import gc
@@ -71,7 +71,7 @@ def main(plan: str) -> None:
 
 
 def product_tflops(side: int = 8192, device: str = "cuda") -> float:
-    """Measured TFLOP/s of a product of two bf16 matrices of random numbers."""
+    """Measure the TFLOP/s of a product of two random bf16 matrices."""
     import torch
 
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -87,7 +87,7 @@ def product_tflops(side: int = 8192, device: str = "cuda") -> float:
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     import torch
 
     if device == "cuda":
@@ -95,7 +95,7 @@ def wait(device: str) -> None:
 
 
 def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]:
-    """An arm's rows, one a batch, printed as they come; where it fails, for memory say, that is printed and the rest left out."""
+    """Return an arm's rows, one per batch, and print each at once. A failure, such as full memory, is printed and ends the arm."""
     words = [sys.executable, __file__, "--one", arm, precision, *map(str, batches)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -110,7 +110,7 @@ def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]
 
 
 def one(arm: str, precision: str, batches: list[int]) -> None:
-    """Measure an arm at several batches; prints a line of JSON each."""
+    """Measure an arm at several batches, and print a line of JSON for each."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     sys.path.append(str(SCRIPTS))
     import torch

@@ -1,4 +1,4 @@
-"""What gpu_session.sh needs of Python: packing for a machine without a network, and figures and pictures in few files.
+"""Python's part of gpu_session.sh: packing for a machine without a network, and few files of figures and pictures.
 
 python benchmarks/gpu_session.py pack --dataset PHOTOS [--peer PATH/train_text_to_image.py] [--machine LIST] [--limit_mb 64]
 """
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Make `gpu_session/` whole or not at all: wheels, photos, the peer's script."""
+    """Make `gpu_session/` atomically: wheels, photos and the peer's script."""
     if options.peer and not options.peer.is_file():
         raise UserError(f"no file {options.peer}; give --peer the path of diffusers' train_text_to_image.py")
     if not options.machine.is_file():
@@ -97,14 +97,14 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def read_packages(path: Path) -> dict[str, Requirement]:
-    """Packages by canonical name; comments and lines that are no requirement are left out."""
+    """Read packages by canonical name. Comments and lines without a requirement are skipped."""
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     found = [Requirement(line) for line in lines if line and not line.startswith("-") and " @ " not in line]
     return {canonicalize_name(one.name): one for one in found}
 
 
 def download(wanted: list[Requirement], there: dict[str, Requirement], folder: Path) -> None:
-    """Wheels of `wanted` and of what they require, as far as the machine lacks it. Raises `UserError` if one is not to be had."""
+    """Download wheels of `wanted` and their requirements that the machine lacks. Raises `UserError` if one is missing."""
     folder.mkdir()
     waiting, done = list(wanted), set[str]()
     while waiting:
@@ -131,7 +131,7 @@ def download(wanted: list[Requirement], there: dict[str, Requirement], folder: P
 
 
 def tell_misfit(requirement: Requirement, there: Requirement) -> None:
-    """Say which version a package that is brought along wants, if the machine has another."""
+    """Print the version that a packed wheel wants, if the machine has another."""
     versions = [one.version for one in there.specifier]
     brought = all(one.operator != "==" for one in requirement.specifier)  # a pin of the suite is no need
     if versions and brought and not requirement.specifier.contains(versions[0], prereleases=True):
@@ -149,7 +149,7 @@ def requirements_of(wheel: Path) -> Iterator[Requirement]:
 
 
 def pack_photos(options: argparse.Namespace, folder: Path, room: int) -> None:
-    """Training and validation photos as small JPEGs with their captions: a dataset folder. Raises `UserError` if room is short."""
+    """Write photos as small JPEGs with captions: a dataset folder. Raises `UserError` if there is too little room."""
     import tempfile
 
     from PIL import Image
@@ -192,7 +192,7 @@ def pack_photos(options: argparse.Namespace, folder: Path, room: int) -> None:
 
 
 def tree_bytes() -> int:
-    """Of the files that travel: tracked, and untracked without being ignored."""
+    """Return the bytes of the files that travel: tracked files, and untracked files that git does not ignore."""
     words = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(words, capture_output=True, check=True).stdout.split(b"\0")
     paths = {ROOT / os.fsdecode(name) for name in names if name}
@@ -206,7 +206,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def check(_: argparse.Namespace) -> None:
-    """Print the machine as the first line of the figures. Raises `UserError` naming packages that are missing."""
+    """Print the machine as the first line of the figures. Raises `UserError` with the missing packages."""
     needed = [
         "torch",
         "transformers",
@@ -229,7 +229,7 @@ def check(_: argparse.Namespace) -> None:
 
 
 def collect(options: argparse.Namespace) -> None:
-    """Append a step to the figures: how it went, and the JSON lines that it printed from `offset` of the log on."""
+    """Append a step to the figures: its ending, and the JSON lines in the log after `offset`."""
     with open(options.log, "rb") as log:
         log.seek(int(options.offset))
         lines = log.read().decode(errors="replace").splitlines()
@@ -245,7 +245,7 @@ def collect(options: argparse.Namespace) -> None:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Draw a grid of the prompts by the newest weights of a run, say above it what they are, and print the run's figures."""
+    """Draw a grid of the prompts by a run's newest weights, label it, and print the run's figures."""
     from PIL import Image, ImageDraw
 
     from t2i.files import read_object

@@ -2,11 +2,11 @@
 # Tests, figures and pictures from one data-center GPU in under nine minutes, on a machine without a network.
 #
 #   benchmarks/gpu_session.sh pack --dataset PHOTOS [--peer PATH/train_text_to_image.py]
-#       where there is a package index: makes gpu_session/, which travels with the working tree
+#       on a machine with a package index: makes gpu_session/, which travels with the working tree
 #   benchmarks/gpu_session.sh run [--tiny] [--limit STEP=SECONDS]… [STEP…]
-#       there: all steps or those named; results go to $OUT (gpu_session/results). --tiny: a rehearsal on a CPU
+#       on the GPU machine: runs all steps or the named ones, with results in $OUT (gpu_session/results). --tiny: a rehearsal on a CPU
 #
-# The most valuable steps come first. Each has its own time limit, and what it has printed by then is kept; none stops the next.
+# The most valuable steps come first. Each has its own time limit and keeps its output. None stops the next.
 # $OUT gets session.txt (a line per step), CARD.jsonl (figures), log.txt (all output) and pictures.png. Exit code 1: a step failed.
 set -uo pipefail
 OUT=${OUT:+$(realpath -m "$OUT")}
@@ -26,7 +26,7 @@ usage() {
 
 say() { printf '%s\n' "$*" | tee -a "$OUT/session.txt"; }
 
-# step NAME COMMAND…: run it within its time limit, note how it ended, and keep the JSON lines that it printed
+# step NAME COMMAND…: run a command within its time limit, and keep its ending and its JSON lines
 step() {
   local name=$1 begin=$SECONDS left=$((in_all - SECONDS)) ending=ok offset status took last
   local limit=${limits[$name]}
@@ -95,7 +95,7 @@ run() {
   trap 'rm -rf "$work"' EXIT
   export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 BENCHMARK_RESULTS=$work/results
 
-  # the machine, and what it lacks
+  # the machine, and its missing packages
   wheels=("$PACKED"/wheels/*.whl)
   if [[ -e ${wheels[0]} ]]; then
     timeout 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" \
@@ -114,7 +114,7 @@ run() {
   printf '%s\n' "$machine" >"$figures"
   say "machine: ${gpu:-CPU}, $SECONDS s"
 
-  # what the steps share
+  # shared by the steps
   local recipe=benchmarks/flagship.yaml photos=$PACKED/photos prompts=$PACKED/prompts.txt peer=$PACKED/train_text_to_image.py
   [[ -n $tiny ]] && recipe=benchmarks/flagship_tiny.yaml
   if [[ ! -d $photos && " $steps " == *" vae "* ]]; then

@@ -1,10 +1,10 @@
-"""Peak resident memory at the model card's sizes: training against diffusers' script, and drawing by each engine.
+"""Measure peak resident memory at the model card's sizes: training beside diffusers' script, and drawing by each engine.
 
 python benchmarks/memory.py [path/to/diffusers/examples/text_to_image/train_text_to_image.py]
 
-Each command as a process of its own: train_unet.py in fp32 and in bf16 (caching counted, then two steps of batch 8, without
-EMA), the same of diffusers' script where its path is given, and generate_images.py by PyTorch and by compiled models. Memory of
-files that are mapped counts as resident, so caches and compiled models are in it. On a GPU, device memory is for `nvidia-smi`.
+Each command runs in a process of its own. train_unet.py runs in fp32 and in bf16: caching, then two steps of batch 8 without
+EMA. diffusers' script does the same if its path is given. generate_images.py draws by PyTorch and by compiled models. Mapped
+files count as resident, so caches and compiled models are included. On a GPU, use `nvidia-smi` for device memory.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Does memory grow with the data set? RssAnon of `train_unet.py` over caching and one epoch, at 2,000 and 20,000 images.
+"""Check that memory does not grow with the data set: RssAnon of `train_unet.py` at 2,000 and 20,000 images.
 
 python benchmarks/memory_flat.py [small count] [large count]
 
-Images of 32 px are drawn, an untrained VAE is made, then the real script runs with validation and checkpoint. The
-highest RssAnon in /proc/<pid>/status, sampled ten times a second, is taken of both.
+Images of 32 px are drawn and an untrained VAE is made. Then the real script caches and trains one epoch, with validation and a
+checkpoint. RssAnon in /proc/<pid>/status is sampled ten times per second, and its highest values are compared.
 """
 
 import os
@@ -36,7 +36,7 @@ train_unet:
 
 
 def peak_anonymous_bytes(words: list[str], cwd: Path) -> int:
-    """Run a command; return the highest RssAnon of its process, in bytes."""
+    """Run a command and return the highest RssAnon of its process, in bytes."""
     process = subprocess.Popen(
         words, cwd=cwd, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL
     )

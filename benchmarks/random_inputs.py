@@ -1,11 +1,11 @@
-"""Throw random options and damaged data sets at every script: no traceback, no other exit code, nothing lost.
+"""Run every script with random options and damaged data sets: no traceback, no other exit code, nothing lost.
 
 python benchmarks/random_inputs.py --commands 1000 --data_sets 1000 --subprocesses 100
 
-Each case is a function of (seed, number), so that `--only commands 17` repeats one. Most cases run in a process forked after
-the imports, which takes a tenth of a second instead of seven; the last `--subprocesses` of each kind run as users type them.
-A case passes if it ends with exit code 0, 2 or 75 and no traceback, if a refusal is one sentence, and if no file of the data
-sets and finished runs was changed or removed. Needs `os.fork`.
+Each case is a function of (seed, number), so `--only commands 17` repeats one. Most cases run in a process forked after the
+imports, which takes a tenth of a second instead of seven. The last `--subprocesses` of each kind run as users type them. A
+case passes under three conditions: it ends with exit code 0, 2 or 75 without a traceback, a refusal is one sentence, and no
+file of data sets or finished runs was changed or removed. It needs `os.fork`.
 """
 
 import argparse
@@ -138,7 +138,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a case ended: `fault` names what is wrong, None where nothing is."""
+    """The ending of a case. `fault` names the fault; None: it passed."""
 
     fault: str | None
     code: int | None
@@ -149,7 +149,7 @@ class Outcome(NamedTuple):
 
 
 def options_of(script: str) -> dict[str, Any]:
-    """The names of a script's options, and their types."""
+    """Return the names of a script's options and their types."""
     if script == "launch_sagemaker.py":
         return dict.fromkeys(LAUNCH_OPTIONS, str)
     if script == "run_sagemaker_job.py":
@@ -170,7 +170,7 @@ def options_of(script: str) -> dict[str, Any]:
 
 
 def value_of(kind: Any, chance: random.Random) -> list[str] | None:
-    """The words of a value for an option of that type, right or wrong; None: it is a switch."""
+    """Return the words of a right or wrong value for an option of that type; None for a switch."""
     plain = str(kind)
     if "bool" in plain:
         return None
@@ -184,7 +184,7 @@ def value_of(kind: Any, chance: random.Random) -> list[str] | None:
 
 
 def random_command(number: int, seed: int) -> Case:
-    """Case `number`: a script, its short run, and up to four options changed, repeated, misspelt or left out."""
+    """Make case `number`: a script, its short run, and up to four options changed, repeated, misspelt or left out."""
     chance = random.Random(f"commands {seed} {number}")
     script = list(SHORT_RUNS)[number % len(SHORT_RUNS)]
     words, options = shlex.split(SHORT_RUNS[script][0]), options_of(script)
@@ -209,7 +209,7 @@ FORMS = ("classes", "jsonl", "csv", "sidecars", "parquet", "drawn")
 
 
 def random_data_set(number: int, seed: int, folder: Path) -> Case:
-    """Case `number`: a small data set in `folder`, damaged in up to four ways, and the command of a script that reads it."""
+    """Make case `number`: a small data set in `folder` with up to four kinds of damage, and a command that reads it."""
     chance = random.Random(f"data {seed} {number}")
     make_data_set(folder, chance.choice(FORMS), chance)
     for _ in range(chance.randint(1, 4)):
@@ -228,7 +228,7 @@ def random_data_set(number: int, seed: int, folder: Path) -> Case:
 
 
 def make_data_set(folder: Path, form: str, chance: random.Random) -> None:
-    """Eight noisy images of two kinds with captions, in one of `FORMS`."""
+    """Make eight noisy images of two kinds with captions, in one of `FORMS`."""
     import numpy as np
     from PIL import Image
 
@@ -261,7 +261,7 @@ def make_data_set(folder: Path, form: str, chance: random.Random) -> None:
 
 
 def damage(folder: Path, chance: random.Random) -> None:
-    """Do one thing to the folder that disks, editors, archives and people do."""
+    """Damage the folder once, as disks, editors, archives or people do."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     if not files:
         return
@@ -309,7 +309,7 @@ def damage(folder: Path, chance: random.Random) -> None:
 
 
 def make_workspace(folder: Path) -> Path:
-    """What the cases meet: drawn flowers, a folder of photos, a finished VAE and denoiser, and things that are neither."""
+    """Make the cases' folder: drawn flowers, photos, a finished VAE and denoiser, and other files."""
     folder.mkdir(parents=True)
     (folder / "tiny.yaml").write_text(RECIPE)
     counts = ("--count", 16, "--validation_count", 4, "--test_count", 4, "--size", 32, "--workers", 1)
@@ -322,7 +322,7 @@ def make_workspace(folder: Path) -> Path:
 
 
 def finish_workspace(folder: Path) -> None:
-    """Add to a folder with dataset/, vae/ and unet/ what else the cases name."""
+    """Add the other files that the cases name to a folder with dataset/, vae/ and unet/."""
     make_data_set(folder / "photos", "sidecars", random.Random(0))
     (folder / "empty").mkdir()
     (folder / "blob").write_bytes(bytes(range(256)))
@@ -330,7 +330,7 @@ def finish_workspace(folder: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file that no case may change: data sets, weights, checkpoints, recipes."""
+    """Return size and time of every file that no case may change: data sets, weights, checkpoints, recipes."""
     rows = {}
     for top in ("dataset", "photos", "damaged", "vae", "unet", "copy", "blob", "tiny.yaml"):
         path = folder / top
@@ -343,7 +343,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def import_everything() -> None:
-    """The libraries that the scripts import inside their functions, so that a fork has them."""
+    """Import the libraries that the scripts import in their functions, so that forks have them."""
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     os.environ.update(AWS_EC2_METADATA_DISABLED="true")
     import accelerate  # noqa: F401
@@ -366,7 +366,7 @@ def import_everything() -> None:
 
 
 def run_forked(case: Case, folder: Path, seconds: float = SECONDS) -> Outcome:
-    """Run a case in a process forked from this one, in `folder`, its output in a file."""
+    """Run a case in `folder` in a process forked from this one, with its output in a file."""
     log = folder / "case.log"
     child = os.fork()
     if child == 0:
@@ -435,7 +435,7 @@ def run_typed(case: Case, folder: Path, seconds: float = 3 * SECONDS) -> Outcome
 
 
 def judge(code: int, output: str, asked: bool) -> Outcome:
-    """Whether a case ended as promised. asked: it was told to end by SIGTERM, which stops scripts that do not train at once."""
+    """Judge a case by its ending. asked: SIGTERM was sent, which ends scripts that do not train at once."""
     refusal = any(mark in output for mark in ("error: ", "For full helptext", "usage: "))
     fault = None
     if "Traceback (most recent call last)" in output:
@@ -452,7 +452,7 @@ def judge(code: int, output: str, asked: bool) -> Outcome:
 def run_cases(
     folder: Path, kind: str, numbers: list[int], seed: int, typed: int, report: Any = print
 ) -> dict[str, Any]:
-    """Run cases of a kind ("commands" or "data sets") in the workspace `folder`; returns counts and the faults."""
+    """Run cases of a kind, "commands" or "data sets", in the workspace `folder`. Return counts and faults."""
     codes: Counter[str] = Counter()
     faults: list[dict[str, Any]] = []
     (folder / "home").mkdir(exist_ok=True)
@@ -501,14 +501,14 @@ OWN = ("dataset", "photos", "vae", "unet", "copy", "blob", "empty", "tiny.yaml",
 
 
 def clean(folder: Path) -> None:
-    """Remove what a case left, but what it was given."""
+    """Remove a case's files, except those it was given."""
     for path in folder.iterdir():
         if path.name not in OWN:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def restore(folder: Path, pristine: Path) -> None:
-    """Put the workspace back as it was."""
+    """Restore the workspace."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.copytree(pristine, folder, symlinks=True, dirs_exist_ok=True, copy_function=shutil.copy2)

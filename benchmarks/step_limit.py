@@ -1,10 +1,10 @@
-"""Our training step against the bare step: what data, EMA, clipping, schedule and logging cost.
+"""Compare our training step with the bare step: the cost of data, EMA, clipping, schedule and logging.
 
 python benchmarks/step_limit.py [blocks] [demo | card] [no | bf16]
 
-At the demo's size and batch, or at the model card's with a batch of 8, in one run: blocks of steps of `train_unet.py`'s own
-`train_step`, with its logging to metrics.jsonl and MLflow (SQLite), alternate with blocks of bare forward, backward and AdamW
-steps of an equal UNet in the same precision.
+Sizes are the demo's, or the model card's with a batch of 8. Two kinds of blocks alternate within one run. The first are steps
+of `train_unet.py`'s own `train_step`, with its logging to metrics.jsonl and MLflow (SQLite). The second are bare forward,
+backward and AdamW steps of an equal UNet in the same precision.
 """
 
 import os
@@ -103,9 +103,13 @@ def main() -> None:
 def make_training(
     recipe: Any, accelerator: Any, folder: Path, count: int, channels: int, width: int, length: int
 ) -> tuple[Any, Any, Any]:
-    """What `train_unet.train_step` takes, without a data set: `Trained`, `Inputs` from caches of random numbers, batches.
+    """Return the arguments of `train_unet.train_step` without a data set: caches of random numbers, and batches.
 
-    count: of samples; channels: of latents 16 x 16; width, length: of the text.
+    Args:
+        count: number of samples.
+        channels: channels of the 16 x 16 latents.
+        width: width of the text embeddings.
+        length: length of the text embeddings.
     """
     import torch
 
@@ -138,7 +142,7 @@ def make_training(
 
 
 def stored(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """A cache of random numbers as the real ones are: on disk, memory-mapped, read-only."""
+    """Return a cache of random numbers, stored as the real ones are: on disk, memory-mapped, read-only."""
     np.save(path, np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype))
     return np.load(path, mmap_mode="r")
 

@@ -1,14 +1,13 @@
-"""train_unet.py against diffusers' train_text_to_image.py, each as its own process, at the model card's sizes.
+"""Compare train_unet.py with diffusers' train_text_to_image.py, each as its own process, at the model card's sizes.
 
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [steps] [rounds]
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py tiny    rehearses it: small models
 
-The same drawn flowers, models with random weights, 128 px, no gradient checkpointing, no EMA; on a CPU batch 8, in fp32 and in
-bf16, on a GPU batch 32, in fp16 and in bf16; alternating. Then ours alone for LOSS_STEPS from the same UNet in each precision and
-in fp32, for their validation losses. The peer runs unmodified; it needs torchvision, which is put into a folder of its own
-where it is not installed. A step's seconds are the median between the lines in
-which the processes report their steps (the peer each, ours every tenth), the first ones left out. Caching counts as
-measured, over ten epochs.
+Both train on the same drawn flowers at 128 px, from random weights, without gradient checkpointing and EMA. A CPU takes batch
+8 in fp32 and bf16, a GPU batch 32 in fp16 and bf16. Both alternate. Then ours trains alone for LOSS_STEPS from the same UNet, in
+each precision and in fp32, for the validation losses. The peer runs unmodified. If torchvision is missing, it is installed
+into a folder of its own for the peer. Seconds per step are the median between the lines that report steps, without the first
+ones; the peer reports each step, ours every tenth. Caching counts as measured, over ten epochs.
 """
 
 import importlib.util
@@ -61,7 +60,7 @@ sys.meta_path.insert(0, Declare())
 
 @dataclass(frozen=True)
 class Place:
-    """What is compared on a CPU, and on a GPU."""
+    """The comparison's settings on a CPU or a GPU."""
 
     gpu: str | None  # its name
     batch: int
@@ -156,7 +155,7 @@ def draw(folder: Path) -> Path:
 
 
 def make_environment(folder: Path) -> dict[str, str]:
-    """The peer's own environment: torchvision in a folder that no other process sees, unless all have it."""
+    """Make the peer's environment: torchvision in a folder that only the peer sees, unless it is installed."""
     if importlib.util.find_spec("torchvision"):
         return os.environ | {"HF_HUB_OFFLINE": "1"}
     if not (folder / "torchvision").is_dir():
@@ -180,7 +179,7 @@ def peer_arguments(model: Path, dataset: Path) -> list[str]:
 
 
 def our_arguments(model: Path, dataset: Path) -> list[str]:
-    """The same, in a new run folder; what a run has cached serves the next one."""
+    """Return the same training as our arguments, in a new run folder. Later runs reuse the caches."""
     shutil.rmtree(WORK / "ours", ignore_errors=True)
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
     recipe["data"] = {"dataset": str(dataset), "resolution": 128, "cache_dir": str(WORK / "ours_cache")}
@@ -198,7 +197,7 @@ def our_arguments(model: Path, dataset: Path) -> list[str]:
 
 @dataclass
 class Measured:
-    """What a process took."""
+    """Measurements of a process."""
 
     step_seconds: list[float]  # between the lines in which it says its steps, the first ones left out
     peak_rss_bytes: int  # of resident memory

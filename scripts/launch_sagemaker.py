@@ -1,32 +1,34 @@
-"""Submit a training to Amazon SageMaker by an accelerate YAML, and bring its result home.
+"""Submit a training to Amazon SageMaker with an accelerate YAML, and bring its result home.
 
 python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml scripts/train_unet.py --config flowers
 python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml --fetch JOB
 
-What follows the script's name are its own arguments, sent as typed. In each container `accelerate launch` runs the script
-with the YAML that --inside names. Nothing is sent before everything was checked, shown and confirmed.
+The arguments after the script's name are the script's own, and are sent as typed. In each container, `accelerate launch`
+runs the script with the YAML that --inside names. The launcher checks, shows and confirms everything before it sends anything.
+
+AWS's packages are imported in functions: they take seconds, and --help and refused commands need none of them.
 """
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from t2i.clouds import aws_account as aws
-from t2i.clouds import costs, sagemaker_job
+from t2i.clouds import aws_errors, costs, sagemaker_job
+from t2i.clouds.launch import check_push, confirm, forwarded_variables, positive
+from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
 from t2i.errors import UserError, run_main
 from t2i.files import write_json
 
-CONFIGS = sagemaker_job.ROOT / "accelerate_configs"
+CONFIGS = ROOT / "accelerate_configs"
 LOGS = "/aws/sagemaker/TrainingJobs"  # CloudWatch's group
 POLL_S = 10.0
 ENDED = ("Completed", "Failed", "Stopped")
@@ -36,7 +38,7 @@ def main() -> None:
     options = read_options()
     config = sagemaker_job.read_config(Path(options.config_file))
     aws.find_region(config)
-    with aws.in_words():  # whatever has no better words
+    with aws_errors.in_words():  # errors that have no sentence of their own
         launch(options, config)
 
 
@@ -47,14 +49,14 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
         return
     command = sagemaker_job.read_command(options.command)
     inside = Path(options.inside)
-    inner = sagemaker_job.read_inside(inside)
+    inner = read_inside(inside)
     sagemaker_job.check_precision(config, inside, inner)
-    sagemaker_job.tracking_server(config)  # refuses an address that nobody could record to
+    sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)
     check_push(command)
 
-    # look at the account
+    # check the account
     account = aws.look(config, inputs)
     if account.missing and not options.dry_run:
         raise UserError("; ".join(account.missing))
@@ -69,15 +71,15 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "code"
         sagemaker_job.stage(source, command, config, inside, inputs)
-        folders = {name: sagemaker_job.hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
+        folders = {name: hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
         hashes = {name: digest for name, (digest, _) in folders.items()}
-        files = {name: found for name, (_, found) in folders.items()}
+        files = {name: local_files for name, (_, local_files) in folders.items()}
         secrets = aws.secrets_here(config)
         where = f"{config.region} ({config.region_from})"
         plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        said = [*notes(command, config, estimate, secrets), sagemaker_job.precision_note(config, inner)]
-        plan += [f"NOTE: {note}" for note in said if note]
+        all_notes = [*notes(command, config, estimate, secrets), sagemaker_job.precision_note(config, inner)]
+        plan += [f"NOTE: {note}" for note in all_notes if note]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:
             request = build_request(config, account, source, aws.channels_of(inputs, hashes, account), secrets)
@@ -101,23 +103,6 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
         wait(job, config, account)
 
 
-def check_push(command: sagemaker_job.Command) -> None:
-    """Raise `UserError` if the Hub would refuse at the job's end what its arguments ask to push."""
-    settings = getattr(command.recipe, sagemaker_job.SECTIONS[command.script][-1]) if command.recipe else None
-    if settings is None or not getattr(settings, "push_to_hub", False):
-        return
-    from t2i.hub import upload
-
-    captions = command.script == "caption_to_hub.py"
-    option = "hub_dataset_id" if captions else "hub_model_id"
-    repo_id = upload.check_repo_id(getattr(settings, option), f"--{option}")
-    upload.check_license(settings.license or None)
-    if os.environ.get("HF_TOKEN"):  # the token that travels
-        target = upload.Target(settings.hub_revision, settings.create_pr)
-        say = partial(print, file=sys.stderr)
-        upload.check_access(repo_id, "dataset" if captions else "model", say, target)
-
-
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,77 +111,53 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--inside",
         default=str(CONFIGS / "deepspeed_zero2.yaml"),
-        help="accelerate YAML that holds in the containers",
+        help="accelerate YAML of the containers",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the request as JSON, and the plan; send nothing")
     parser.add_argument("--yes", action="store_true", help="do not ask before submitting")
     parser.add_argument("--wait", action="store_true", help="follow the job's log until it ends")
-    parser.add_argument("--train_images", type=positive(int), help="images trained on, for the estimate")
-    parser.add_argument("--samples_per_second", type=positive(float), help="of the job, as measured, for the estimate")
-    parser.add_argument("--fetch", metavar="JOB", help="bring the result of this job home instead")
+    parser.add_argument("--train_images", type=positive(int), help="number of training images, for the estimate")
+    parser.add_argument(
+        "--samples_per_second", type=positive(float), help="measured speed of the job, for the estimate"
+    )
+    parser.add_argument("--fetch", metavar="JOB", help="fetch the result of this job instead of submitting one")
     parser.add_argument("--output_dir", help="folder for --fetch (default: outputs/JOB)")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="scripts/X.py …", help="script and its arguments")
     return parser.parse_args()
-
-
-def positive(kind: Any) -> Any:
-    """A parser of numbers above zero."""
-
-    def parse(text: str) -> Any:
-        if not 0 < (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
-        return value
-
-    return parse
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------
 
 
 def notes(
-    command: sagemaker_job.Command,
+    command: Command,
     config: sagemaker_job.SageMakerConfig,
     estimate: costs.Estimate,
     secrets: dict[str, str],
 ) -> list[str]:
-    """What a user should know before paying."""
+    """Return what a user should know before paying."""
     spot = "spot " if config.additional_args.use_spot_instances else ""
-    found = [
-        f"accounts start with a quota of 0 for {config.ec2_instance_type}; look at Service Quotas, SageMaker, "
-        f'"{config.ec2_instance_type} for {spot}training job usage": {config.num_machines} or more'
+    texts = [
+        f"accounts start with a quota of 0 for {config.ec2_instance_type}; request {config.num_machines} or more in Service Quotas, "
+        f'SageMaker, "{config.ec2_instance_type} for {spot}training job usage"'
     ]
     if secrets:
-        found.append(
-            f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config, secrets)}, which the role must be allowed to read"
+        texts.append(
+            f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config, secrets)}; the role must be allowed to read it"
         )
-    settings = getattr(command.recipe, sagemaker_job.SECTIONS[command.script][-1]) if command.recipe else None
     if command.recipe is None:
-        found.append(
-            f"{command.script} is your own: local folders that its arguments name are not sent; "
-            f"--fetch brings home what it writes to {sagemaker_job.RUN}"
+        texts.append(
+            f"{command.script} is your own script: local folders in its arguments are not sent; "
+            f"--fetch brings home what the script writes to {sagemaker_job.RUN}"
         )
     own_secret = sagemaker_job.SECRETS in config.additional_args.environment
-    if getattr(settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
-        found.append("push_to_hub needs a token in the job: export HF_TOKEN (what hf auth login keeps does not travel)")
-    if said := sagemaker_job.tracking_server(config)[1]:
-        found.append(said)
-    found += sagemaker_job.estimator_notes(config)
+    if getattr(command.settings, "push_to_hub", False) and "HF_TOKEN" not in secrets and not own_secret:
+        texts.append("push_to_hub needs a token in the job: export HF_TOKEN (the token of hf auth login is not sent)")
+    if note := sagemaker_job.tracking_server(config)[1]:
+        texts.append(note)
+    texts += sagemaker_job.estimator_notes(config)
     too_long = costs.too_long(estimate, config)
-    return [*found, too_long] if too_long else found
-
-
-def confirm(yes: bool) -> None:
-    """Ask, unless told not to."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UserError("nobody is here to confirm; add --yes (make: YES=1), or look first with --dry_run (DRY_RUN=1)")
-    try:
-        said = input("submit? [y/N] ")
-    except EOFError:  # Ctrl-D
-        said = ""
-    if said.strip().lower() not in ("y", "yes"):
-        raise UserError("not submitted, nothing was sent")
+    return [*texts, too_long] if too_long else texts
 
 
 # --- The request -----------------------------------------------------------------------------------------------------
@@ -209,12 +170,12 @@ def build_request(
     channels: dict[str, str],
     secrets: dict[str, str],
 ) -> dict[str, Any]:
-    """The request as the SDK would send it; nothing leaves this machine."""
+    """Return the request as the SDK would send it. Nothing leaves this machine."""
     import boto3
     from botocore.exceptions import EndpointConnectionError
     from sagemaker.core.helper.session_helper import Session
 
-    class DrySession(Session):  # the two places where the SDK's session writes to S3
+    class DrySession(Session):  # without the two methods that write to S3
         def upload_data(self, path: str, bucket: str, key_prefix: str = "data", **_: Any) -> str:
             return f"s3://{bucket}/{key_prefix}"
 
@@ -233,7 +194,12 @@ def build_request(
     boto = boto3.Session("-", "-", region_name=config.region, profile_name=config.profile)
     boto.events.register("provide-client-params.sagemaker.CreateTrainingJob", stop)
     boto.events.register_first("before-send", refuse)
-    os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # the role was looked at, as far as it can be
+    quick = {
+        "SAGEMAKER_VALIDATE_ROLE": "false",  # `aws.look` checked the role as far as possible
+        "AWS_MAX_ATTEMPTS": "1",  # what is refused here need not be tried again
+    }
+    before = {name: os.environ.get(name) for name in quick}
+    os.environ.update(quick)
     secret = aws.secret_name(config, secrets) if secrets else None
     try:
         trainer(
@@ -242,7 +208,11 @@ def build_request(
     except Seen as seen:
         return seen.args[0]
     finally:
-        del os.environ["SAGEMAKER_VALIDATE_ROLE"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     raise AssertionError("the SDK sent no CreateTrainingJob")
 
 
@@ -254,7 +224,7 @@ def trainer(
     channels: dict[str, str],
     secret: str | None,
 ) -> Any:
-    """The SDK's `ModelTrainer` for this job."""
+    """Return the SDK's `ModelTrainer` for this job."""
     from sagemaker.core.shapes import MetricDefinition, S3DataSource
     from sagemaker.train import ModelTrainer
     from sagemaker.train.configs import (
@@ -281,7 +251,7 @@ def trainer(
     streamed = extra.input_mode == "FastFile"
     output = {"s3_output_path": extra.output_path, "kms_key_id": extra.output_kms_key}
 
-    def data(uri: str) -> Any:  # as text, the SDK has it copied whatever the job's input mode is
+    def data(uri: str) -> Any:  # the SDK copies a plain text, whatever the job's input mode
         kind = {"s3_data_type": "S3Prefix", "s3_data_distribution_type": "FullyReplicated"}
         return S3DataSource(s3_uri=uri, **kind) if streamed else uri
 
@@ -290,7 +260,7 @@ def trainer(
         role=account.role,
         base_job_name=config.base_job_name,
         training_image=account.image,
-        # `exec`: the script becomes the container's first process, the one that SageMaker's SIGTERM reaches
+        # `exec` makes the script the container's first process, which SageMaker's SIGTERM reaches.
         source_code=SourceCode(
             source_dir=str(source),
             requirements=None if extra.enable_network_isolation else "scripts/requirements.txt",
@@ -323,18 +293,10 @@ def trainer(
 
 
 def environment(config: sagemaker_job.SageMakerConfig, secret: str | None) -> dict[str, str]:
-    """The container's variables: those of the YAML, the MLflow server's address without its user, the secret's name."""
-    found = dict(config.additional_args.environment)
-    names: tuple[str, ...] = sagemaker_job.FORWARDED
-    if uri := sagemaker_job.tracking_server(config)[0].uri:
-        found[sagemaker_job.SERVER] = uri
-        names += sagemaker_job.OF_A_SERVER
-    for name in names:
-        if value := os.environ.get(name, "").strip():
-            found.setdefault(name, value)
-    if secret:
-        found[sagemaker_job.SECRETS] = secret
-    return found
+    """Return the container's variables. secret: name of the job's secret in Secrets Manager."""
+    server, _ = sagemaker_job.tracking_server(config)
+    variables = forwarded_variables(server, config.additional_args.environment)
+    return variables | {sagemaker_job.SECRETS: secret} if secret else variables
 
 
 def submit(
@@ -344,14 +306,14 @@ def submit(
     channels: dict[str, str],
     secret: str | None,
 ) -> str:
-    """Send the job; returns its name."""
-    begin, end = "SageMaker does not take the job: ", "; nothing runs and nothing is billed"
+    """Submit the job and return its name."""
+    begin, end = "SageMaker does not accept the job: ", "; nothing runs and nothing is billed"
     try:
-        with aws.in_words(begin, end):
+        with aws_errors.in_words(begin, end):
             made = trainer(config, account, aws.sdk_session(account), source, channels, secret)
             made.train(wait=False, logs=False)
-    except ValueError as error:  # the SDK's checks of the role and of the request
-        raise UserError(f"{begin}{aws.brief(error)}{end}") from None
+    except ValueError as error:  # from the SDK's checks of the role and of the request
+        raise UserError(f"{begin}{aws_errors.brief(error)}{end}") from None
     return made._latest_training_job.training_job_name
 
 
@@ -359,7 +321,7 @@ def submit(
 
 
 def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) -> None:
-    """Follow the job's log until it ends. Ctrl-C leaves the job running."""
+    """Print the job's log until the job ends. Ctrl-C leaves the job running."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client, logs = account.session.client("sagemaker"), account.session.client("logs")
@@ -379,29 +341,29 @@ def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) 
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         print(
-            f"\n{job} goes on; stop it with: aws sagemaker stop-training-job --training-job-name {job} --region {config.region}",
+            f"\n{job} keeps running; stop it with: aws sagemaker stop-training-job --training-job-name {job} --region {config.region}",
             file=sys.stderr,
         )
         raise SystemExit(130) from None
     except (ClientError, BotoCoreError) as error:
         raise UserError(
-            f"{job} cannot be followed any more: {aws.explain(error)}; it goes on, and --fetch brings it home"
+            f"{job} cannot be followed any more: {aws_errors.explain(error)}; it keeps running, and --fetch brings its result home"
         ) from None
     if state["TrainingJobStatus"] != "Completed":
         raise UserError(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
     paid, ran = state.get("BillableTimeInSeconds"), state.get("TrainingTimeInSeconds")
     if paid and ran:
-        print(f"trained {ran / 60:.0f} min, billed {paid / 60:.0f} min a machine")
+        print(f"trained {ran / 60:.0f} min, billed {paid / 60:.0f} min per machine")
 
 
 def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
-    """Log lines that were not read yet, of all machines. seen: `{stream: token}`, kept from call to call."""
+    """Return the log lines of all machines since the last call. seen: `{stream: token}`, updated by each call."""
     from botocore.exceptions import ClientError
 
     lines = []
     try:
         streams = logs.describe_log_streams(logGroupName=LOGS, logStreamNamePrefix=f"{job}/")["logStreams"]
-    except ClientError:  # the group is not there before the first job of an account
+    except ClientError:  # the first job of an account creates the group
         return []
     for stream in streams:
         name = stream["logStreamName"]
@@ -417,19 +379,19 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
 
 
 def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None:
-    """Bring an ended job's result home as a run folder: model, settings, curves and samples; not its checkpoints."""
+    """Bring an ended job's result home as a run folder: model, settings, curves and samples, but no checkpoints."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     if folder.exists():
-        raise UserError(f"{folder} is there already; give another --output_dir, or delete it")
-    part = folder.with_name(f".{folder.name}.part")  # a fetch that breaks can be repeated
+        raise UserError(f"{folder} exists already; give another --output_dir, or delete it")
+    part = folder.with_name(f".{folder.name}.part")  # an interrupted fetch can be repeated
     shutil.rmtree(part, ignore_errors=True)
     try:
         session = aws.open_session(config)
         aws.check_credentials(session)
         state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
         if state["TrainingJobStatus"] not in ENDED:
-            raise UserError(f"{job} is still at work ({state.get('SecondaryStatus', '')}); fetch it when it has ended")
+            raise UserError(f"{job} is still running ({state.get('SecondaryStatus', '')}); fetch it when it has ended")
         part.mkdir(parents=True)
         s3, uri = session.client("s3"), state.get("CheckpointConfig", {}).get("S3Uri")
         if uri:
@@ -437,20 +399,15 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
         fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
     except ClientError as error:
         hint = f"check its name and the region {config.region} ({config.region_from})"
-        unknown = error.response["Error"]["Code"] in (
-            "ValidationException",
-            "ResourceNotFound",
-            "404",
-            "NoSuchKey",
-            "NoSuchBucket",
-        )
-        raise UserError(f"{job} cannot be fetched: {aws.brief(error) if unknown else aws.explain(error)}"
+        codes = ("ValidationException", "ResourceNotFound", "404", "NoSuchKey", "NoSuchBucket")
+        unknown = error.response["Error"]["Code"] in codes
+        raise UserError(f"{job} cannot be fetched: {aws_errors.brief(error) if unknown else aws_errors.explain(error)}"
                         + (f"; {hint}" if unknown else "")) from None  # fmt: skip
-    except BotoCoreError:  # some of which are of OSError's kind
+    except BotoCoreError:  # some of these are OSErrors, too
         raise
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"{job} cannot be kept in {folder} ({aws.brief(error)}); make room, and fetch it again"
+            f"{job} cannot be stored in {folder} ({aws_errors.brief(error)}); make room, and fetch it again"
         ) from None
     write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
                "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip
@@ -458,14 +415,14 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
     models = [name for name in ("pipeline", "vae") if (folder / name).is_dir()]
     if state["TrainingJobStatus"] != "Completed":
         print(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
-        print(f"a new job goes on from its checkpoints with checkpoint_s3_uri: {uri}")
-    print(f"{folder}: {', '.join(models) or 'no model'}; look at it with streamlit run dashboard")
+        print(f"a new job resumes from its checkpoints with checkpoint_s3_uri: {uri}")
+    print(f"{folder}: {', '.join(models) or 'no model'}; show it with streamlit run dashboard")
     if "pipeline" in models:
         print(f"python scripts/generate_images.py --model {folder} --prompt …")
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:
-    """The run folder's own files from the job's checkpoints in S3; checkpoints and the model stay there."""
+    """Download the run folder's own files. Checkpoints and the model stay in S3."""
     parts = urlsplit(uri)
     prefix = f"{parts.path.strip('/')}/run/".lstrip("/")
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
@@ -479,7 +436,7 @@ def fetch_run(s3: Any, uri: str, folder: Path) -> None:
 
 
 def fetch_model(s3: Any, uri: str | None, folder: Path) -> None:
-    """What the job left as its model; nothing where it ended before it had one."""
+    """Download the job's model, if it has left one."""
     from botocore.exceptions import ClientError
 
     if not uri:

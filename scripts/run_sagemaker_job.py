@@ -1,8 +1,8 @@
-"""Inside a SageMaker container: start the staged training script on this machine's share of one training.
+"""Run the staged training script in a SageMaker container, on this machine's share of one training.
 
-exec python3 scripts/run_sagemaker_job.py        (the command of launch_sagemaker.py's jobs; nobody types it)
+exec python3 scripts/run_sagemaker_job.py        (the command of launch_sagemaker.py's jobs; users never type it)
 
-Reads job.json beside scripts/ and SageMaker's resourceconfig.json, and runs `accelerate launch` with the staged YAML.
+It reads job.json beside scripts/ and SageMaker's resourceconfig.json, and runs `accelerate launch` with the staged YAML.
 """
 
 import argparse
@@ -27,20 +27,25 @@ CONFIG = Path("/opt/ml/input/config/resourceconfig.json")
 MODEL = Path("/opt/ml/model")
 FAILURE = Path("/opt/ml/output/failure")
 RUN = Path(sagemaker_job.RUN)
-PORT = "7777"  # free in AWS's images
-HOSTS_WAIT_S = 300.0  # until the other machines have names
+PORT = "7777"  # unused in AWS's images
+HOSTS_WAIT_S = 300.0  # for the other machines' names
 
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not (ROOT / "job.json").is_file() or not CONFIG.is_file():
-        print("error: this runs in a SageMaker container; submit a job by scripts/launch_sagemaker.py", file=sys.stderr)
+        print(
+            "error: this script runs in a SageMaker container; submit a job with scripts/launch_sagemaker.py",
+            file=sys.stderr,
+        )
         return 2
     job = json.loads((ROOT / "job.json").read_text(encoding="utf-8"))
     resources = json.loads(CONFIG.read_text(encoding="utf-8"))
     hosts = sorted(resources["hosts"])
     if len(hosts) != job["machines"]:
-        return fail(f"{job['machines']} machines were asked for, {len(hosts)} are here: {', '.join(hosts)}")
+        return fail(
+            f"the job asked for {job['machines']} machines and has {len(hosts)}: {', '.join(hosts)}; submit it again"
+        )
     rank = hosts.index(resources["current_host"])
     for host in hosts:
         if not wait_for_name(host):
@@ -53,40 +58,40 @@ def main() -> int:
 
 
 def launch_words(job: dict[str, Any], hosts: list[str], rank: int, processes: int) -> list[str]:
-    """`accelerate launch` for this machine. The script's arguments are words of their own: no shell comes near them."""
+    """Return the `accelerate launch` command of this machine. No shell reads it, so arguments arrive as typed."""
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate.yaml"),
              "--num_machines", str(len(hosts)), "--machine_rank", str(rank), "--num_processes", str(processes),
              "--main_process_ip", hosts[0], "--main_process_port", PORT]  # fmt: skip
     if job["zero"] and len(hosts) > 1:
-        words += ["--deepspeed_multinode_launcher", "standard"]  # else pdsh, which logs in to the other machine
+        words += ["--deepspeed_multinode_launcher", "standard"]  # the default, pdsh, logs in to the other machine
     if job["mixed_precision"]:
         words += ["--mixed_precision", job["mixed_precision"]]
     return [*words, str(ROOT / "scripts" / job["script"]), *job["arguments"]]
 
 
 def make_environment(interface: str, processes: int) -> dict[str, str]:
-    """The training's variables: SageMaker's network, the world's size to check, and credentials by their secret's name."""
-    found = os.environ | {
+    """Return the training's variables: SageMaker's network, the world size to check, and the secret's credentials."""
+    variables = os.environ | {
         "NCCL_SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
         "T2I_WORLD_SIZE": str(processes),
         "PYTHONUNBUFFERED": "1",
-        "TQDM_MININTERVAL": "60",  # s: a log keeps each look of a bar as a line
+        "TQDM_MININTERVAL": "60",  # s; in a log, each update of a progress bar is a line
     }
-    found.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
+    variables.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
     if name := os.environ.get(sagemaker_job.SECRETS):
-        import boto3  # of AWS's images
+        import boto3  # only AWS's images have it
 
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         answer = boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)
         secrets = json.loads(answer["SecretString"])
-        found |= {key: str(value) for key, value in secrets.items()}
+        variables |= {key: str(value) for key, value in secrets.items()}
         print(f"{', '.join(secrets)} from the secret {name}", flush=True)
-    return found
+    return variables
 
 
 def wait_for_name(host: str) -> bool:
-    """Whether a machine's name becomes an address in time: the containers do not start at the same moment."""
+    """Wait until a machine's name has an address, since containers start at different moments. Return whether it has."""
     end = time.monotonic() + HOSTS_WAIT_S
     while time.monotonic() < end:
         try:
@@ -98,7 +103,7 @@ def wait_for_name(host: str) -> bool:
 
 
 def run(words: list[str], environment: dict[str, str], script: str, first: bool) -> int:
-    """Run the launcher, pass a SIGTERM on to the training itself, and leave the model where SageMaker takes it from."""
+    """Run the launcher, pass SIGTERM on to the training, and copy the model to the folder that SageMaker uploads."""
     launcher: subprocess.Popen[str] | None = None
     stopped = False
 
@@ -108,9 +113,8 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
             stopped = True
             pass_on(launcher, script)
 
-    signal.signal(
-        signal.SIGTERM, stop
-    )  # before the launcher: as the container's first process, unheard signals are lost
+    # Before the launcher starts: the container's first process loses signals that it does not handle.
+    signal.signal(signal.SIGTERM, stop)
     launcher = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -124,20 +128,20 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
     code = launcher.wait()
     if stopped and code:
         print(
-            "interrupted: the checkpoint is saved; SageMaker goes on from it, or a job with its checkpoint_s3_uri",
+            "interrupted: the checkpoint is saved; SageMaker resumes from it, or a new job with its checkpoint_s3_uri",
             flush=True,
         )
         return 75
     if code:
-        return fail(error or f"the training ended with code {code}; its log says why")
+        return fail(error or f"the training ended with code {code}; its log gives the reason")
     if first:
         leave_model()
     return 0
 
 
 def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
-    """SIGTERM for the training's own processes: the launcher would give them 30 s, a save may take longer."""
-    with suppress(psutil.Error):  # a process that ends meanwhile is no reason to end this one, and all others with it
+    """Send SIGTERM to the training's own processes: the launcher would kill them after 30 s, and a save may take longer."""
+    with suppress(psutil.Error):  # a process may end meanwhile, which must not end this one
         for worker in psutil.Process(launcher.pid).children(recursive=True) if launcher else ():
             with suppress(psutil.Error):
                 if any(word.endswith(script) for word in worker.cmdline()):
@@ -145,7 +149,7 @@ def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
 
 
 def leave_model() -> None:
-    """Copy the final pipeline, or VAE, alone to the folder that becomes model.tar.gz."""
+    """Copy only the final pipeline or VAE to the folder that becomes model.tar.gz."""
     for name in ("pipeline", "vae"):
         if (RUN / name).is_dir():
             shutil.copytree(RUN / name, MODEL / name, dirs_exist_ok=True)
@@ -153,7 +157,7 @@ def leave_model() -> None:
 
 
 def fail(reason: str) -> int:
-    """Say why where SageMaker shows it: FailureReason in the console."""
+    """Write the reason where SageMaker reads FailureReason for its console, and return exit code 1."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
     FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FAILURE.write_text(reason[:1024], encoding="utf-8")

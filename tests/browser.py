@@ -1,4 +1,4 @@
-"""The dashboard as people see it, in Chromium: what tests/test_browser.py and tests/look.py share."""
+"""Serve the dashboard and drive it in Chromium: shared by tests/test_browser.py and tests/look.py."""
 
 import ast
 import shutil
@@ -16,10 +16,11 @@ CHROMIUM = shutil.which("chromium")  # the system's: it gets security updates, a
 INSTALL = "apt-get install --no-install-recommends chromium fonts-dejavu-core"
 WIDTHS = {"wide": (1280, 800), "narrow": (390, 844)}  # a laptop's window, a phone
 SCHEMES = ("light", "dark")
+RUN = ("-m", "streamlit", "run")
 
 
 def dashboard_pages() -> dict[str, str]:
-    """The pages as streamlit_app.py lists them: name in the URL -> title."""
+    """Return the pages that streamlit_app.py lists: name in the URL -> title."""
     tree = ast.parse((ROOT / "dashboard" / "streamlit_app.py").read_text(encoding="utf-8"))
     return next(
         ast.literal_eval(node.value)
@@ -29,12 +30,12 @@ def dashboard_pages() -> dict[str, str]:
 
 
 @contextmanager
-def serve(folder: Path, env: dict[str, str] | None = None) -> Iterator[str]:
-    """`streamlit run dashboard` in `folder`, which holds outputs/; gives its address."""
+def serve(folder: Path, env: dict[str, str] | None = None, command: tuple[str, ...] = RUN) -> Iterator[str]:
+    """Run the dashboard in `folder`, which holds outputs/, and give its address. command: the words before `dashboard`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "streamlit", "run", str(ROOT / "dashboard"), "--server.headless=true"]
+    words = [sys.executable, *command, str(ROOT / "dashboard"), "--server.headless=true"]
     server = subprocess.Popen(
         [*words, f"--server.port={port}"], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -64,7 +65,7 @@ def wait_for_health(address: str, server: subprocess.Popen) -> None:
 
 
 def settle(page) -> None:
-    """Wait until the page is drawn: the script has run, and nothing is still shown from the run before."""
+    """Wait until the page is drawn: the script has run, and nothing of the run before is shown."""
     page.wait_for_selector("h1")
     page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
     page.wait_for_function("!document.querySelector('[data-stale=true], [data-testid=stSkeleton]')")

@@ -5,11 +5,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from warm_python import WarmPython
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -73,17 +75,37 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(environment):
-    """Run a script as users type it; returns the finished process with its output as text."""
+    """Return a function that runs a script as users type it, and returns the finished process with its output as text.
 
-    def run(script, *arguments, cwd, launcher=(), code=0, env=None):
-        words = [sys.executable, *launcher, str(SCRIPTS / script), *map(str, arguments)]
-        done = subprocess.run(
-            words, cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, timeout=280, check=False
-        )
-        assert done.returncode == code, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-        return done
+    A script's runs start Python anew until one has finished. Later runs are forked from a process that has imported the
+    libraries. Runs with a launcher or variables of their own always start anew: libraries may read variables at import.
+    """
+    started = set()
+    with ExitStack() as stack:
+        warm = None
 
-    return run
+        def run(script, *arguments, cwd, launcher=(), code=0, env=None):
+            nonlocal warm
+            words = [sys.executable, *launcher, str(SCRIPTS / script), *map(str, arguments)]
+            if launcher or env or script not in started or not hasattr(os, "fork"):
+                done = subprocess.run(
+                    words,
+                    cwd=cwd,
+                    env=environment | (env or {}),
+                    capture_output=True,
+                    text=True,
+                    timeout=280,
+                    check=False,
+                )
+            else:
+                warm = warm or stack.enter_context(WarmPython(environment))
+                done = warm.run(SCRIPTS / script, list(map(str, arguments)), cwd=cwd, timeout=280)
+            assert done.returncode == code, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            if code == 0:
+                started.add(script)
+            return done
+
+        yield run
 
 
 @pytest.fixture(scope="session")
@@ -117,9 +139,8 @@ def train_workspace(folder, command, launcher):
     command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 12, "--test_count", 12,
             "--size", 32, "--workers", 1, cwd=folder)  # fmt: skip
     common = ("--config", "tiny.yaml", "--dataset", "dataset")
-    folder.joinpath("vae.log").write_text(
-        command("train_vae.py", *common, "--output_dir", "vae", cwd=folder, launcher=launcher).stdout
-    )
+    # Plain python starts quicker; test_a_whole_recipe_and_its_second_run trains a VAE by the launcher.
+    folder.joinpath("vae.log").write_text(command("train_vae.py", *common, "--output_dir", "vae", cwd=folder).stdout)
     folder.joinpath("unet.log").write_text(
         command("train_unet.py", *common, "--vae", "vae", "--output_dir", "unet", cwd=folder, launcher=launcher).stdout
     )

@@ -1,12 +1,12 @@
-"""Many sessions at once click through the dashboard over real websockets, at random: no error, memory within bounds.
+"""Load the dashboard: many sessions click at random over real websockets, without an error and within memory bounds.
 
 python tests/load_dashboard.py --sessions 20 --seconds 120     (make load-dashboard)
 
-The dashboard is a real `streamlit run dashboard` on this machine alone, on a run that is trained here in seconds or on
-`--outputs FOLDER` (whose run folders get the pictures that are drawn). Each session opens pages by URL with values that the
-runs have, or by the names at the top, gives any widget that it sees any value that this takes, presses buttons, clicks
-pictures to compare, and draws: the sessions together with more models than dashboard/drawing.py keeps. The seconds of
-answers are those of a machine that runs the clients as well.
+The dashboard is a real `streamlit run dashboard` on this machine. Its run is trained here in seconds, or comes from
+`--outputs FOLDER`, whose run folders then get the drawn pictures. Each session opens pages by URLs with values of the runs, or
+by the names at the top. It gives any visible widget any valid value, presses buttons, and clicks pictures to compare. It draws,
+too: together, the sessions use more models than dashboard/drawing.py keeps. Answer times are those of a machine that also runs
+the clients.
 """
 
 import argparse
@@ -50,7 +50,7 @@ DRAWING_S = 120  # a session looks at its drawing for no longer, with twenty mod
 
 @dataclass
 class Load:
-    """What the sessions met, together."""
+    """Measurements and faults of all sessions together."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each kind of click
     problems: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Load:
 
 
 def prepare(folder: Path) -> None:
-    """Two small runs of real weights below `folder`/outputs, one of them evaluated: seven models in all."""
+    """Make two small runs of real weights below `folder`/outputs, one of them evaluated: seven models in all."""
     (folder / "tiny.yaml").write_text(TINY)
     common = ("--config", "tiny.yaml", "--dataset", "dataset")
     unet = (*common, "--vae", "outputs/vae")
@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
 
 
 def models_in(outputs: Path) -> list[tuple[str, str]]:
-    """(run, checkpoint) of all that can be drawn with below `outputs`."""
+    """Return (run, checkpoint) of all models below `outputs` that can draw."""
     from grid import checkpoints_of
 
     runs = sorted({file.parent for level in ("*", "*/*") for file in outputs.glob(f"{level}/run.json")})
@@ -106,7 +106,7 @@ def models_in(outputs: Path) -> list[tuple[str, str]]:
 
 
 def click_around(url: str, number: int, models: list[tuple[str, str]], until: float, seed: int, load: Load) -> None:
-    """A session, or rather one after another as its user opens new tabs, until the time `until`."""
+    """Play sessions one after another, as a user who opens new tabs, until the time `until`."""
     chance = random.Random(f"{seed} {number}")
     mine = [models[number % len(models)], *chance.sample(models, len(models))]
     tour = True
@@ -125,7 +125,7 @@ def click_around(url: str, number: int, models: list[tuple[str, str]], until: fl
 def use_tab(
     session: Session, chance: random.Random, mine: list[tuple[str, str]], until: float, tour: bool, load: Load
 ) -> None:
-    """Draw with the next of one's models, or open any page; see all pages on the first tour; then click around."""
+    """Draw with the next model, or open any page; visit all pages on the first tour; then click around."""
     if mine:
         draw_with(session, mine.pop(0), load)
     else:
@@ -154,7 +154,7 @@ def use_tab(
 
 
 def draw_with(session: Session, model: tuple[str, str], load: Load) -> None:
-    """Open a small grid of one model by its URL, with a seed that nobody else has, and draw it."""
+    """Open a small grid of one model by its URL, with a seed of its own, and draw it."""
     run, checkpoint = model
     new = random.SystemRandom().randrange(10**9)  # never drawn by an earlier load of the same folder
     query = {
@@ -174,7 +174,7 @@ def draw_with(session: Session, model: tuple[str, str], load: Load) -> None:
 
 
 def press(session: Session, label: str, until: float, load: Load) -> None:
-    """Press a button and, as one does, look at what comes of it while it goes on."""
+    """Press a button, and look at the results while they come, as users do."""
     began, usual = time.monotonic(), session.timeout
     session.timeout = DRAWING_S  # reconstructions are made while their page shows a bar, when it is their turn
     load.took("press a button", session.click(label))
@@ -188,7 +188,7 @@ def press(session: Session, label: str, until: float, load: Load) -> None:
 
 
 def buttons(session: Session) -> list[str]:
-    """Those that may be pressed; a large drawing is left alone."""
+    """Return the buttons that may be pressed, without those of large drawings."""
     labels = [
         element.label for kind, element, _ in session.elements.values() if kind == "button" and not element.disabled
     ]
@@ -203,7 +203,7 @@ def switch(session: Session, chance: random.Random, load: Load) -> None:
 
 
 def change(session: Session, chance: random.Random, load: Load) -> None:
-    """Any widget of the page gets any value that it takes."""
+    """Give any widget of the page any valid value."""
     choices: list[tuple[str, Any]] = []
     for kind, element, _ in session.elements.values():
         value = random_value(kind, element, chance)
@@ -215,7 +215,7 @@ def change(session: Session, chance: random.Random, load: Load) -> None:
 
 
 def random_value(kind: str, element: Any, chance: random.Random) -> Any:
-    """None where a widget takes none."""
+    """Return a value for a widget; None if it takes none."""
     if kind in ("selectbox", "radio"):
         return chance.choice(list(element.options)) if element.options else None
     if kind == "multiselect":
@@ -236,14 +236,14 @@ def random_value(kind: str, element: Any, chance: random.Random) -> Any:
 
 
 def random_query(chance: random.Random) -> str:
-    """Some of what may stand in a URL, right and wrong."""
+    """Return a URL's query with right and wrong values."""
     known = {key: chance.choice(values) for key, values in TEXTS.items() if chance.random() < 0.3}
     known |= {"left": "row 1, column 2"} if chance.random() < 0.3 else {"run": "../../etc/passwd"}
     return urlencode(known)
 
 
 def check(session: Session) -> None:
-    """Drawing that failed, or an error that a page shows of its own, is a fault as well."""
+    """Record failed drawings and errors on a page as faults."""
     for kind, element, _ in session.elements.values():
         if kind == "alert" and (element.format == element.ERROR or "drawing ended with" in element.body):
             session.problems.append(element.body)
@@ -254,7 +254,7 @@ def check(session: Session) -> None:
 
 @dataclass
 class Watch:
-    """The server, looked at twice a second."""
+    """The server, observed twice per second."""
 
     server: Server
     counts: Path
@@ -266,12 +266,12 @@ class Watch:
         self.unhealthy += self.server.health() != 200
 
     def models(self) -> int:
-        """The most denoisers that were in memory at once."""
+        """Return the highest number of denoisers in memory at once."""
         return max((int(line) for line in self.counts.read_text().split()), default=0)
 
 
 def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
-    """The load on `folder`/outputs, and its table; AssertionError for all that is wrong."""
+    """Put the load on `folder`/outputs and print its table. Raises AssertionError for every fault."""
     from drawing import MODELS
 
     models, counts, load = models_in(folder / "outputs"), folder / "models.txt", Load()
@@ -321,7 +321,7 @@ def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
 
 
 def bytes_of(model: Path) -> int:
-    """Of the weights that are loaded for it: a checkpoint's own, and what it shares with the run's pipeline."""
+    """Return the bytes of the weights loaded for a model: a checkpoint's own, and those shared with the run's pipeline."""
     files = {*model.rglob("*.safetensors"), *(model.parent / "pipeline").rglob("*.safetensors")}
     return sum(file.stat().st_size for file in files if "optimizer" not in file.name)
 

@@ -1,4 +1,4 @@
-"""SageMaker training on this one machine: runs the very `CreateTrainingJob` request that the SDK sends.
+"""Run SageMaker training on this one machine, by the very `CreateTrainingJob` request that the SDK sends.
 
     with aws() as cloud, Network() as network:
         ModelTrainer(..., role=cloud.role, sagemaker_session=Session(boto_session=cloud.session)).train(wait=False)
@@ -6,13 +6,13 @@
             job.start()
             assert job.wait(timeout=60) == "Completed", job.logs()
 
-Each host is a container made by util-linux's `unshare` and iproute2's `ip`: its own mounts, processes (the entry point is
-PID 1, so signals behave as in docker), host name, and an eth0 in a network that reaches the other hosts and `network.address`
-on this machine, nothing else. The "image" is this machine's root folder with an empty home; what a container writes below
-/opt, /tmp and the Python environment is its own and vanishes with it.
+Each host is a container made by util-linux's `unshare` and iproute2's `ip`. It has mounts, processes and a host name of its
+own. Its entry point is PID 1, so signals behave as in docker. Its eth0 reaches only the other hosts and `network.address` on
+this machine. The "image" is this machine's root folder with an empty home. Files that a container writes below /opt, /tmp and
+the Python environment are its own and vanish with it.
 
-What it does not do: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, several
-instance groups. It needs root on Linux. Where the kernel gives namespaces to users, the whole command can instead run inside
+Not covered: GPUs, inputs other than S3 prefixes copied to every host, output.tar.gz, time limits, VPCs, several instance
+groups. It needs root on Linux. If the kernel gives namespaces to users, the whole command can run instead inside
 `unshare --map-root-user --net --mount sh -c "ip link set lo up; …"`.
 """
 
@@ -74,10 +74,10 @@ exec setsid "$@"
 
 
 class Network:
-    """The network of one job's hosts: 10.123.N.0/24, in which this machine is `address` and the hosts are .11, .12, …
+    """The network of one job's hosts, 10.123.N.0/24: this machine is `address`, and the hosts are .11, .12, …
 
-    A bridge in a network namespace of its own, which a process holds, so that neither this machine's bridges nor its
-    forwarding and firewall rules matter, and all of it is gone when that process is: also when this one is killed.
+    It is a bridge in a network namespace that one process holds. So this machine's bridges, forwarding and firewall rules do
+    not matter. Everything vanishes with that process, which dies with this one.
     """
 
     def __enter__(self) -> Self:
@@ -105,19 +105,19 @@ class Network:
 
     @property
     def process(self) -> int:
-        """The process that holds the bridge's namespace."""
+        """Return the process that holds the bridge's namespace."""
         return self._switch.pid
 
     @property
     def address(self) -> str:
-        """This machine, as the hosts reach it: what it serves there (or on 0.0.0.0) is all they see of the world."""
+        """Return this machine's address for the hosts. They reach nothing else than servers on it (or on 0.0.0.0)."""
         return self.address_of(1)
 
     def address_of(self, number: int) -> str:
         return f"10.123.{self._number}.{number}"
 
     def _connect(self) -> str:
-        """Join this machine to the bridge; the interface's name, which only one can have, reserves its number."""
+        """Join this machine to the bridge. The interface's name is unique, and so reserves its number."""
         for self._number in random.sample(range(1, 255), 254):
             name, subnet = f"t2i-sm{self._number}", f"10.123.{self._number}.0/24"
             if ip("-4", "route", "show", "table", "all", "root", subnet):
@@ -137,9 +137,9 @@ class Network:
         raise OSError("no subnet of 10.123.0.0/16 is free")
 
     def container(self, number: int, host: str, folder: Path, image: Path, words: list[str]) -> list[str]:
-        """The command that runs `words` as PID 1 of a container.
+        """Return the command that runs `words` as PID 1 of a container.
 
-        Its `folder` holds ml/ and home/, which become /opt/ml and /opt/home, the file hosts, and layers/, empty.
+        Its `folder` holds ml/ and home/, which become /opt/ml and /opt/home, the file hosts, and an empty layers/.
         """
         unshare = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
         own = [host, self.address_of(10 + number), str(self.process), str(folder), str(image)]
@@ -147,10 +147,10 @@ class Network:
 
 
 class LocalJob:
-    """One training job. `start` again after `interrupt` is SageMaker's restart of a spot job: new containers, the same S3.
+    """One training job. A second `start` after `interrupt` is SageMaker's restart of a spot job: new containers, the same S3.
 
-    Beside `status`: `exit_codes` by host in the order of their ends (137 for a killed one), `failure_reason`. The hosts'
-    files are below `folder`/<host>/ml until the next start; `folder`/<host>-<run>.log is what they wrote.
+    `exit_codes` holds the hosts' codes in the order of their ends, 137 for a killed one. The hosts' files are below
+    `folder`/<host>/ml until the next start. Their output is in `folder`/<host>-<run>.log.
     """
 
     def __init__(
@@ -185,13 +185,13 @@ class LocalJob:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs at once, without a last sync."""
+        """End all running containers at once, without a last sync."""
         self._closing = True
         if self._thread:
             self._thread.join()
 
     def start(self) -> None:
-        """Start the containers of all hosts; the job then runs by itself, for `wait`."""
+        """Start the containers of all hosts. The job then runs by itself; `wait` for it."""
         assert self._thread is None or not self._thread.is_alive(), "the job is running"
         self.status, self.failure_reason, self.exit_codes, self._grace = "InProgress", "", {}, None
         self.runs += 1
@@ -203,7 +203,7 @@ class LocalJob:
         self._thread.start()
 
     def wait(self, timeout: float) -> str:
-        """The status when all is done: "Completed", "Failed" or "Interrupted"."""
+        """Wait for the end and return the status: "Completed", "Failed" or "Interrupted"."""
         assert self._thread, "start it first"
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -213,19 +213,19 @@ class LocalJob:
         return self.status
 
     def interrupt(self, grace: float = 120.0) -> str:
-        """What a spot instance is given: SIGTERM for every host's PID 1, `grace` seconds, SIGKILL for all that is left."""
+        """Interrupt as a spot instance is: SIGTERM for every host's PID 1, then SIGKILL after `grace` seconds."""
         self._grace = grace
         return self.wait(grace + 60)
 
     def logs(self) -> dict[str, str]:
-        """Standard output and error of each host in this run."""
+        """Return standard output and error of each host in this run."""
         return {host: self._log(host).read_text(errors="replace") for host in self.hosts}
 
     def _log(self, host: str) -> Path:
         return self.folder / f"{host}-{self.runs}.log"
 
     def _prepare(self, host: str) -> None:
-        """A new instance: /opt/ml as SageMaker fills it, nothing of an earlier run but what S3 holds."""
+        """Make a new instance: /opt/ml as SageMaker fills it, with nothing of an earlier run but S3's content."""
         own = self.folder / host
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
@@ -270,7 +270,7 @@ class LocalJob:
                 self._synced[file] = version(file)
 
     def _download(self, uri: str, folder: Path) -> list[Path]:
-        """Every object at a prefix, as a file; the prefix may also be one object's whole name."""
+        """Download every object at a prefix as a file. The prefix may also be one object's whole name."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         folder.mkdir(parents=True, exist_ok=True)
         files = []
@@ -316,7 +316,7 @@ class LocalJob:
             )
 
     def _watch(self, containers: dict[str, subprocess.Popen[bytes]]) -> bool:
-        """Until every host has ended: sync, stop all when one has failed or at `interrupt`. True if interrupted."""
+        """Watch until every host has ended: sync, and stop all after a failure or `interrupt`. Return whether interrupted."""
         kill_at = next_sync = float("inf")
         if self._remote:
             next_sync = time.monotonic() + SYNC_SECONDS
@@ -346,7 +346,7 @@ class LocalJob:
         return interrupted
 
     def _sync(self) -> None:
-        """Put what has changed in the checkpoint folders to S3: whole files, in no special order, all hosts to one place."""
+        """Upload changed files of the checkpoint folders to S3: whole, in random order, all hosts to one place."""
         if not self._remote:
             return
         bucket, _, prefix = self._remote.removeprefix("s3://").partition("/")
@@ -364,7 +364,7 @@ class LocalJob:
                     self._synced[file] = now
 
     def _finish(self, interrupted: bool) -> None:
-        """The job's end: the model of a completed one goes to S3, a failed one's reason is what its host has written."""
+        """Finish the job: a completed one's model goes to S3, and a failed one's reason comes from its host's file."""
         if interrupted:
             self.status = "Interrupted"
         elif any(self.exit_codes.values()):
@@ -395,14 +395,14 @@ def version(file: Path) -> tuple[int, int]:
 
 
 def processes_of(container: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """PID 1 of a container that runs: the one child of its `unshare`."""
+    """Return PID 1 of a running container: the one child of its `unshare`."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(container.pid).children() if container.poll() is None else []
     return []
 
 
 def kill(container: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for PID 1, with which the kernel ends all others of the container before it counts as ended."""
+    """Send SIGKILL to PID 1. The kernel ends all others of the container before it reports PID 1's end."""
     while container.poll() is None:
         for process in processes_of(container) or [container]:
             process.kill()
@@ -411,7 +411,7 @@ def kill(container: subprocess.Popen[bytes]) -> None:
 
 
 def dying_with_us() -> list[str]:
-    """The words before a command that the kernel is to kill when the thread that starts it is gone, however that ends."""
+    """Return the words before a command that the kernel is to kill when its starting thread ends, in whatever way."""
     return ["setpriv", "--pdeathsig", "KILL"]
 
 
@@ -427,7 +427,7 @@ def ip(*words: str) -> str:
 
 
 def why_not() -> str | None:
-    """Why this machine cannot run such containers, in one sentence; None if it can."""
+    """Return in one sentence why this machine cannot run such containers; None if it can."""
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing:
         return f"{', '.join(missing)} missing: install iproute2 and util-linux (Linux only)"
@@ -443,7 +443,7 @@ def why_not() -> str | None:
 
 
 def need_containers() -> None:
-    """Skip the test where there can be no containers; with T2I_REQUIRE_NAMESPACES=1, as CI sets it, fail it."""
+    """Skip the test if containers are impossible; fail it under T2I_REQUIRE_NAMESPACES=1, which CI sets."""
     import pytest
 
     reason = why_not()
@@ -454,9 +454,9 @@ def need_containers() -> None:
 
 
 def fresh_image(folder: Path, requirements: Path, torch: str) -> tuple[Path, dict[str, str]]:
-    """An image that has torch and nothing else, and the job's packages for the offline install in its containers.
+    """Make an image with only torch, and fetch the job's packages for the offline install in its containers.
 
-    Returns `python_bin` and what `extra_env` needs. What is installed there is the container's own and vanishes with it.
+    Returns `python_bin` and the variables for `extra_env`. Packages installed in a container vanish with it.
     """
     run(sys.executable, "-m", "venv", str(folder / "image"))
     pip = (str(folder / "image" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet")
@@ -472,7 +472,7 @@ def fresh_image(folder: Path, requirements: Path, torch: str) -> tuple[Path, dic
 
 @dataclass
 class Cloud:
-    """AWS as `aws` makes it: a session, a role that may do everything, and the training jobs asked for."""
+    """The AWS that `aws` makes: a session, a role that may do everything, and the requested training jobs."""
 
     session: Any
     role: str
@@ -481,7 +481,7 @@ class Cloud:
 
 @contextlib.contextmanager
 def aws(region: str = "us-east-1") -> Iterator[Cloud]:
-    """AWS within this process, by moto: S3, IAM, STS and a SageMaker that takes down training jobs and starts none."""
+    """Give AWS within this process, by moto: S3, IAM, STS and a SageMaker that records training jobs and starts none."""
     import boto3
     from moto import mock_aws
     from moto.core.responses import ActionResult

@@ -1,8 +1,9 @@
-"""Screenshots of the dashboard's pages, wide and narrow, light and dark, to be looked at.
+"""Take screenshots of the dashboard's pages: wide and narrow, light and dark.
 
 python tests/look.py OUT_DIR [PAGE?QUERY …]
 
-Shows the runs below outputs/ in the working directory; without pages, all of them. Files: <number>-<page>-<width>-<scheme>.png.
+It shows the runs below outputs/ in the working directory. Without pages, it takes all of them. Files are named
+<number>-<page>-<width>-<scheme>.png.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""`streamlit run` as users type it, with a thread beside it that counts the denoisers in the process's memory.
+"""Run `streamlit run` as users type it, with a thread that counts the denoisers in the process's memory.
 
 python tests/observed_streamlit.py COUNTS run dashboard …
 
-COUNTS gets a line a second: how many there are, whoever holds them. The dashboard runs as it is: the class notes each of its
-instances by a weak reference. (The garbage collector's list of all objects would tell as well, but who asks for it lays hands on
-tuples that another thread is still filling, which then ends in a SystemError.)
+Each second, COUNTS gets a line with their number, whoever holds them. The dashboard is unchanged: the class notes each of its
+instances by a weak reference. The garbage collector's list of all objects is no substitute. It holds tuples that another
+thread still fills, and reading those ends in a SystemError.
 """
 
 import importlib.abc

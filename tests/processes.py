@@ -1,7 +1,7 @@
-"""Every process of a run, found by a variable of its own in their environments, and SIGKILL for all of them at one moment.
+"""Find every process of a run by a variable in its environment, and send SIGKILL to all of them at one moment.
 
-A launcher starts each worker in a session of its own, so that neither a process group nor a session holds them all, and what
-has lost its parent is in no tree. Linux alone.
+A launcher starts each worker in a session of its own, so neither a process group nor a session holds them all. Processes that
+lost their parent are in no tree. This works on Linux only.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ MARK = "T2I_PROOF_RUN"
 
 
 def new_mark() -> dict[str, str]:
-    """The variable for the environment of a run; all that it starts inherits it."""
+    """Return a variable for a run's environment, which all its processes inherit."""
     return {MARK: uuid.uuid4().hex}
 
 
 def marked(mark: dict[str, str]) -> set[int]:
-    """The numbers of the processes that carry the mark and are not over (a zombie has no environment)."""
+    """Return the living processes that carry the mark. A zombie has no environment and is not among them."""
     wanted, found = f"{MARK}={mark[MARK]}".encode(), set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
@@ -31,15 +31,15 @@ def marked(mark: dict[str, str]) -> set[int]:
 
 
 def kill_all(mark: dict[str, str], known: Collection[int] = (), look: Callable[[], None] = lambda: None) -> set[int]:
-    """SIGKILL to every marked process, at one moment: all are halted first, so that none sees another one die.
+    """Send SIGKILL to every marked process at one moment. All are halted first, so that none sees another one die.
 
     Args:
-        mark: of the run.
-        known: processes of it, halted before the others are looked for.
+        mark: the run's mark.
+        known: processes of the run, halted before the others are searched.
         look: called while all stand still.
 
     Returns:
-        The processes that were killed; none is left.
+        The killed processes. None is left.
     """
     halted: set[int] = set()
     while found := (marked(mark) | set(known)) - halted if halted else set(known) or marked(mark):

@@ -1,12 +1,12 @@
-"""Kill captioning at random moments and see whether a caption is lost or made twice.
+"""Kill captioning at random moments, and check that no caption is lost or made twice.
 
 python tests/prove_captions.py --kills 20     (make prove-captions)
 
-For one and for two processes: caption drawn flowers with a small random Florence-2, and SIGKILL every process of the run at
-one moment, launcher and workers alike. The moment is random after the first caption; every third time it comes at once when
-a file grows, which is within a write or beside one. Start the same command again, and so on; then let it finish. After each
-kill no process may be left, and every line that was on disk must still be there unchanged. At the end each image must have
-exactly one line.
+The command captions drawn flowers with a small random Florence-2, once with one process and once with two. SIGKILL hits every
+process of the run at one moment, launcher and workers alike. The moment is random after the first caption. Every third kill
+comes as soon as a file grows, which is within a write or beside one. The same command starts again after each kill, and at
+last runs to its end. After each kill, no process may be left, and every line on disk must be unchanged. At the end, each image
+must have exactly one line.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from processes import kill_all, marked, new_mark  # noqa: E402
 
 
 def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, seed: int) -> str:
-    """Run the proof in `folder`; returns a line that sums up. Raises AssertionError where a promise is broken."""
+    """Run the proof in `folder` and return a summary. Raises AssertionError for a broken promise."""
     chance = random.Random(seed)
     output, ledger = folder / f"captioned-{processes}", folder / f"captioned-{processes}" / "captions.jsonl"
     count = sum(1 for _ in photos.glob("*.png"))
@@ -70,7 +70,7 @@ def prove(folder: Path, photos: Path, model: Path, processes: int, kills: int, s
 
 
 def start(photos: Path, model: Path, output: Path, processes: int) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
-    """The command as users type it, and the mark that its processes carry."""
+    """Start the command as users type it. Return its process and the mark of all its processes."""
     settings = (ROOT / "accelerate_configs" / "cpu.yaml").read_text()
     if processes > 1:
         settings = settings.replace("num_processes: 1", f"num_processes: {processes}").replace("'NO'", "MULTI_GPU")
@@ -88,31 +88,31 @@ def start(photos: Path, model: Path, output: Path, processes: int) -> tuple[subp
 
 
 def wait_for_write(ledger: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the file grows."""
+    """Wait until the file grows."""
     size = len(lines(ledger))
     while process.poll() is None and len(lines(ledger)) == size:
         time.sleep(0.0005)
 
 
 def log_of(output: Path) -> Path:
-    """Beside the output folder, which is the command's own."""
+    """Return the log's path, beside the output folder, which belongs to the command."""
     return output.with_name(f"{output.name}.log")
 
 
 def lines(ledger: Path) -> list[str]:
-    """The whole lines of the file."""
+    """Return the complete lines of the file."""
     return ledger.read_text(encoding="utf-8").split("\n")[:-1] if ledger.is_file() else []
 
 
 def check(rows: list[str], count: int) -> None:
-    """Each image has exactly one line."""
+    """Check that each image has exactly one line."""
     images = [json.loads(row)["image"] for row in rows]
     assert len(images) == len(set(images)), "an image was captioned twice"
     assert len(images) == count, f"{len(images)} captions for {count} images"
 
 
 def draw_photos(folder: Path, count: int) -> Path:
-    """`count` small drawings with a caption of their own beside each."""
+    """Draw `count` small pictures, each with a caption file beside it."""
     from PIL import Image
 
     from t2i.data import flowers

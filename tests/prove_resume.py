@@ -2,11 +2,12 @@
 
 python tests/prove_resume.py --kills 20     (make prove-resume)
 
-Modes: one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two. With gradient accumulation 2, caption dropout, flips and
-shuffling, across epochs' ends: SIGKILL to every process of the run at one moment, launcher and workers alike. Of six kills
-three come as soon as a save is seen under way, one while the command starts, the others at random moments after its first
-step. Then the same command is started again, until it ends. No process may be left, and none may have stopped by itself.
-Samples of each step, learning rates, losses and gradient norms must be the same, and weights and moving average bit for bit.
+Modes are one process, one in bf16, two gloo processes, and DeepSpeed ZeRO-2 on two. The runs use gradient accumulation 2,
+caption dropout, flips and shuffling, and cross the ends of epochs. SIGKILL hits every process of the run at one moment,
+launcher and workers alike. Of six kills, three come as soon as a save begins, and one while the command starts. The others
+come at random moments after the first step. The same command starts again until the run ends. No process may be left, and none
+may have stopped by itself. Samples of each step, learning rates, losses and gradient norms must be the same. Weights and
+moving average must be the same bit for bit.
 """
 
 import argparse
@@ -45,7 +46,7 @@ PRECISION = {"zero2": "no", "bf16": "bf16"}  # where it is not the config's
 
 
 def prepare(folder: Path) -> None:
-    """Drawn flowers, a small VAE and the recipe, in `folder`."""
+    """Make drawn flowers, a small VAE and the recipe in `folder`."""
     (folder / "recipe.yaml").write_text(SETTINGS)
     scripts = ROOT / "scripts"
     draw = [scripts / "make_flowers.py", "--output_dir", "dataset", "--count", IMAGES, "--validation_count", 4, "--test_count", 4,
@@ -62,7 +63,7 @@ def environment() -> dict[str, str]:
 
 
 def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
-    """Run the proof of one mode in `folder`; returns a line that sums up. Raises AssertionError for what differs."""
+    """Run the proof of one mode in `folder` and return a summary. Raises AssertionError for any difference."""
     chance, workers = random.Random(f"{mode} {seed}"), 1 if mode in ALONE else 2
     whole, disturbed = folder / f"{mode}-undisturbed", folder / f"{mode}-disturbed"
     began = time.monotonic()
@@ -110,7 +111,7 @@ def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
 
 
 def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
-    """The training as users start it, and the mark that its processes carry."""
+    """Start the training as users do. Return its process and the mark of all its processes."""
     output.mkdir(exist_ok=True)
     config = folder / f"{mode}.yaml"
     text = (ROOT / "accelerate_configs" / f"{MODES[mode]}.yaml").read_text()
@@ -134,7 +135,7 @@ def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes
 
 
 def wait_for_step(output: Path, process: subprocess.Popen[bytes], logged: int) -> bool:
-    """Until a step stands in the log behind its first `logged` bytes, so that this launch made it; False if it ends before."""
+    """Wait until this launch logs a step, behind the log's first `logged` bytes. Return False if it ends before."""
     while process.poll() is None:
         with open(output / "log.txt", "rb") as log:
             log.seek(logged)
@@ -145,7 +146,7 @@ def wait_for_step(output: Path, process: subprocess.Popen[bytes], logged: int) -
 
 
 def wait_for_save(output: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Until a checkpoint is being written."""
+    """Wait until a checkpoint is being written."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         if any(output.glob(".checkpoint-*.part")):
@@ -159,7 +160,7 @@ def rows_of(output: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]
 
 
 def settled_status(output: Path) -> str:
-    """The run's status after a kill: the last thing that the kernel frees of a process is its lock."""
+    """Return the run's status after a kill. Of a process, the kernel frees its lock last."""
     until = time.monotonic() + 10
     while (status := run_status(output)) == "running" and time.monotonic() < until:
         time.sleep(0.01)
@@ -175,7 +176,7 @@ def log_of(output: Path) -> str:
 
 
 def compare(whole: Path, disturbed: Path) -> None:
-    """Samples, learning rates, losses, norms by step; weights, average and optimiser byte by byte."""
+    """Compare samples, learning rates, losses and norms by step; weights, average and optimiser byte by byte."""
     first, second = rows_of(whole), rows_of(disturbed)
     assert len(first) == len(second), f"{len(first)} rows of metrics against {len(second)}"
     for ours, theirs in zip(first, second, strict=True):

@@ -1,10 +1,11 @@
-"""A Space in an environment that has its own requirements and nothing else: it is pushed, fetched, started, and draws.
+"""Start a Space in an environment with only its own requirements: it is pushed, fetched, started, and draws.
 
 python tests/prove_space.py [--model outputs/demo/unet] [--keep folder]        (make prove-space)
 
-The Hub is one on 127.0.0.1. The Space is installed as its Dockerfile says (from the index that pip is set to), started by
-the Dockerfile's own command, and asked as the Hub's proxy asks; then its page draws a picture, which must be the one that the
-suite draws from the same model. Without --model a tiny one is trained first. Takes some minutes, most of them for torch.
+The Hub is a server on 127.0.0.1. The Space is installed as its Dockerfile says, from pip's index, and started by the
+Dockerfile's own command. Requests come as the Hub's proxy sends them. Then the page draws a picture. It must be the picture
+that the suite draws from the same model. Without --model, a tiny model is trained first. All takes some minutes, most of them
+for torch.
 """
 
 import argparse
@@ -62,7 +63,7 @@ print(json.dumps({"pictures": list(map(str, pictures)), "told": told, "files": f
 
 
 def dockerfile(folder: Path) -> tuple[str, dict[str, str], list[str]]:
-    """The install command, the environment and the start command in the Dockerfile of a Space."""
+    """Return the install command, the environment and the start command in a Space's Dockerfile."""
     text = (folder / "Dockerfile").read_text()
     words = [word for line in re.findall(r"(?m)^ENV (.*)$", text) for word in shlex.split(line)]
     environment = dict(word.split("=", 1) for word in words)
@@ -72,7 +73,7 @@ def dockerfile(folder: Path) -> tuple[str, dict[str, str], list[str]]:
 
 
 def own_environment(python_bin: Path, home: Path) -> dict[str, str]:
-    """The variables of a process that shall see the Space and its Python alone."""
+    """Return the variables of a process that may see only the Space and its Python."""
     foreign = ("PYTHON", "STREAMLIT", "MLFLOW", "HF_", "VIRTUAL_ENV")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     return kept | {"HOME": str(home), "PATH": f"{python_bin}:/usr/bin:/bin"}
@@ -80,7 +81,7 @@ def own_environment(python_bin: Path, home: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(folder: Path, python_bin: Path, container: bool) -> Iterator[int]:
-    """The Space in `folder` started by its Dockerfile's command, in its environment if `container`; gives its port."""
+    """Start the Space in `folder` by its Dockerfile's command, in its environment if `container`, and give its port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     _, environment, command = dockerfile(folder)
@@ -104,7 +105,7 @@ def serving(folder: Path, python_bin: Path, container: bool) -> Iterator[int]:
 
 
 def answer(port: int, path: str, headers: dict[str, str] | None = None) -> int | None:
-    """The status of a GET to the server; None where there is no answer."""
+    """Return the status of a GET to the server; None without an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path, headers=headers or {})
@@ -116,7 +117,7 @@ def answer(port: int, path: str, headers: dict[str, str] | None = None) -> int |
 
 
 def opens(port: int, host: str, origin: str) -> bool:
-    """Whether a page at `origin` that found the server as `host` may open its websocket, without which nothing is shown."""
+    """Return whether a page at `origin`, with the server as `host`, may open the websocket that brings all content."""
     headers = {"Host": host, "Origin": origin, "Connection": "Upgrade", "Upgrade": "websocket",
                "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
                "Sec-WebSocket-Protocol": "streamlit"}  # fmt: skip
@@ -124,7 +125,7 @@ def opens(port: int, host: str, origin: str) -> bool:
 
 
 def draw(folder: Path, python: Path, prompt: str = PROMPT, steps: int = STEPS) -> dict:
-    """Draw a picture by the Space's page in `folder`: what DRAW tells."""
+    """Draw a picture on the Space's page in `folder`. Return what DRAW prints."""
     done = subprocess.run(
         [str(python), "-I", "-c", DRAW, prompt, str(steps)], cwd=folder, capture_output=True, text=True, timeout=240,
         env=own_environment(python.parent, folder) | dockerfile(folder)[1] | {"OMP_NUM_THREADS": "1"},  # others draw here too
@@ -137,7 +138,7 @@ def draw(folder: Path, python: Path, prompt: str = PROMPT, steps: int = STEPS) -
 
 
 def same_picture(file: Path, model: Path) -> dict:
-    """The parameters in a picture's file, after the suite has drawn the same from `model`; fails where it differs."""
+    """Check that the suite draws the same picture from `model`. Return the parameters in the picture's file."""
     import numpy as np
     from PIL import Image
 
@@ -156,7 +157,7 @@ def same_picture(file: Path, model: Path) -> dict:
 
 
 def publish(model: Path | str, hub: LoopbackHub, folder: Path) -> str:
-    """Push the Space of `model` to `hub`, as users do; what the command says."""
+    """Push the Space of `model` to `hub`, as users do. Return the command's output."""
     command = [sys.executable, str(ROOT / "scripts/publish_space.py"), "--model", str(model), "--space", REPO]
     return subprocess.run(
         command, cwd=folder, env=os.environ | hub.environment(), capture_output=True, text=True, check=True
@@ -164,7 +165,7 @@ def publish(model: Path | str, hub: LoopbackHub, folder: Path) -> str:
 
 
 def train(folder: Path) -> Path:
-    """A tiny run."""
+    """Train a tiny run."""
     (folder / "tiny.yaml").write_text(TINY)
     common = ["--config", "tiny.yaml", "--dataset", "dataset", "--report_to", "none"]
     for words in (

@@ -1,12 +1,12 @@
-"""A SageMaker job from `launch_sagemaker.py` to a picture, without AWS: submitted to moto, run here as two hosts.
+"""Rehearse a SageMaker job without AWS, from `launch_sagemaker.py` to a picture: moto takes it, two hosts here run it.
 
 python tests/rehearse_sagemaker.py [--fresh] [--keep folder]        (make sagemaker-rehearse, FRESH=1)
 
-The very CreateTrainingJob request and the very S3 objects of the submission are run by tests/local_sagemaker.py: two
-containers with namespaces of their own, the SDK's entry point as their first process, its install step included. They train
-the demo recipe for some steps under ZeRO-2, are interrupted as spot machines are (SIGTERM, SIGKILL 120 s later), go on from
-S3, and leave a model that `--fetch` brings home and generate_images.py draws from. --fresh: their Python has only torch
-before the install step. Needs root on Linux, and no network (--fresh needs one for the packages).
+tests/local_sagemaker.py runs the very CreateTrainingJob request and the very S3 objects of the submission. Two containers have
+namespaces of their own. Their first process is the SDK's entry point, which includes its install step. They train the demo
+recipe for some steps under ZeRO-2. They are interrupted as spot machines are, by SIGTERM and 120 s later SIGKILL, and resume
+from S3. `--fetch` brings the model home, and generate_images.py draws from it. With --fresh, their Python has only torch before
+the install step. The rehearsal needs root on Linux. It needs no network, except for the packages of --fresh.
 """
 
 import argparse
@@ -47,9 +47,13 @@ SECRET = "canary-of-the-rehearsal"
 
 
 def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh: bool = False) -> list[str]:
-    """Play the whole of it in `folder`; returns the transcript. arguments: of train_unet.py, data set and VAE included.
+    """Rehearse everything in `folder` and return the transcript.
 
-    stop_at: the step whose checkpoint the interruption waits for; steps: of the whole training.
+    Args:
+        arguments: those of train_unet.py, with data set and VAE.
+        stop_at: the step whose checkpoint the interruption waits for.
+        steps: length of the training.
+        fresh: whether the containers' Python has only torch at first.
     """
     lines: list[str] = []
 
@@ -112,7 +116,7 @@ def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh
 
 
 def launch(words: list[str]) -> str:
-    """Run launch_sagemaker.py's main in this process, where moto is; returns what it printed."""
+    """Run launch_sagemaker.py's main in this process, where moto is. Return its output."""
     out = io.StringIO()
     with mock.patch.object(sys, "argv", ["launch_sagemaker.py", *words]), contextlib.redirect_stdout(out):
         launch_sagemaker.main()
@@ -120,7 +124,7 @@ def launch(words: list[str]) -> str:
 
 
 def wait_for_checkpoint(job: LocalJob, s3, request: dict, step: int, timeout: float) -> None:
-    """Until both hosts' parts of a checkpoint are in S3."""
+    """Wait until both hosts' parts of a checkpoint are in S3."""
     bucket, _, prefix = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
     wanted = {f"{prefix}/run/{part}checkpoint-{step:06d}/manifest.json" for part in ("", "node-1/")}
     end = time.monotonic() + timeout
@@ -133,7 +137,7 @@ def wait_for_checkpoint(job: LocalJob, s3, request: dict, step: int, timeout: fl
 
 
 def told_by(job: LocalJob) -> str:
-    """The ends of the hosts' logs."""
+    """Return the ends of the hosts' logs."""
     return "\n".join(f"--- {host} {job.exit_codes.get(host)}\n{text[-6000:]}" for host, text in job.logs().items())
 
 
@@ -144,7 +148,7 @@ def quote(text: str, pattern: str) -> str:
 
 
 def finish_in_moto(request: dict) -> None:
-    """moto starts no job, so it does not know that this one has ended, nor where its model is."""
+    """Tell moto that the job has completed and where its model is, since moto starts no job."""
     from moto.sagemaker.models import sagemaker_backends
 
     job = sagemaker_backends["123456789012"]["us-east-1"].training_jobs[request["TrainingJobName"]]
@@ -154,7 +158,7 @@ def finish_in_moto(request: dict) -> None:
 
 
 def make_inputs(folder: Path) -> list[str]:
-    """A small drawn data set and the demo's VAE after some steps; returns train_unet.py's arguments that name them."""
+    """Draw a small data set and train the demo's VAE for some steps. Return train_unet.py's arguments that name them."""
     common = {"cwd": folder, "check": True, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}
     python = [sys.executable]
     subprocess.run([*python, str(ROOT / "scripts/make_flowers.py"), "--output_dir", "dataset", "--count", "320",

@@ -1,6 +1,6 @@
-"""A browser's side of Streamlit, without a browser: a real `streamlit run dashboard`, and sessions over real websockets.
+"""A browser's side of Streamlit without a browser: a real `streamlit run dashboard`, and sessions over real websockets.
 
-What a page shows is kept by its place, as a browser keeps it; widgets are set by their `key`, as they stand in the URL.
+A session keeps a page's elements by their place, as a browser does. Widgets are set by their `key`, which stands in the URL.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """A dashboard that runs."""
+    """A running dashboard."""
 
     port: int
     process: subprocess.Popen[bytes]
@@ -50,12 +50,12 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def health(self) -> int:
-        """The status of its health check; 0 where it does not answer within 10 s."""
+        """Return the status of the health check; 0 without an answer within 10 s."""
         return get(f"{self.url}/_stcore/health")
 
 
 def get(url: str, **headers: str) -> int:
-    """The status of a GET; 0 without an answer within 10 s."""
+    """Return the status of a GET; 0 without an answer within 10 s."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
             return int(answer.status)
@@ -73,7 +73,7 @@ def serve(
     command: tuple[str, ...] = RUN,
     env: dict[str, str] | None = None,
 ) -> Iterator[Server]:
-    """`streamlit run <app>` in the folder `cwd` until the end of the block; its output goes to the file `log`."""
+    """Run `streamlit run <app>` in the folder `cwd` until the end of the block, with its output in the file `log`."""
     port = free_port()
     words = [*command, str(app), "--server.port", str(port), "--server.headless", "true"]
     with log.open("wb") as file:
@@ -101,7 +101,7 @@ def serve(
 class Session:
     """A tab of a browser: `with Session(url).connected() as session: session.open("curves")`.
 
-    elements: what is shown, by place: (kind, element, id of its fragment).
+    elements: the shown elements by place: (kind, element, id of its fragment).
     """
 
     url: str
@@ -129,51 +129,51 @@ class Session:
     # --- What a user does ---------------------------------------------------------------------------------------------
 
     def open(self, page: str = "", query: str = "") -> float:
-        """Open a page by its URL, as in a new tab; only as the first. Seconds until all of it has come."""
+        """Open a page by its URL, as in a new tab. Only the first call may be this one. Return the seconds until all has come."""
         self._page = {"page_name": page, "query_string": query}
         seconds = self._run()
         self._page = {"query_string": query, "page_script_hash": self.pages.get(page, "")}
         return seconds
 
     def go(self, page: str) -> float:
-        """A click on a page's name at the top."""
+        """Click a page's name at the top."""
         self._page = {"query_string": "", "page_script_hash": self.pages[page]}
         return self._run()
 
     def set(self, key: str, value: Any) -> float:
-        """Give a widget a value; names are texts, a choice of several is a list."""
+        """Give a widget a value: names are texts, a choice of several is a list."""
         kind, element, fragment = self.find(key)
         return self._run({element.id: {VALUES[kind]: value}}, fragment)
 
     def click(self, label: str) -> float:
-        """Press the button whose label begins so."""
+        """Press the button whose label begins with this text."""
         _, element, fragment = next(
             found for found in self.elements.values() if found[0] == "button" and found[1].label.startswith(label)
         )
         return self._run({element.id: {"trigger_value": True}}, fragment)
 
     def choose(self, row: int, column: int, left: bool = False) -> float:
-        """Click a picture of the grid, as assets/grid.js tells it."""
+        """Click a picture of the grid, as assets/grid.js reports it."""
         _, element, fragment = self.component("picture_grid")
         event = {"event": "chosen", "value": {"row": row, "column": column, "left": left}}
         trigger = f"$$STREAMLIT_INTERNAL_KEY_{element.id}__events"
         return self._run({trigger: {"json_trigger_value": json.dumps([event])}}, fragment)
 
     def look(self) -> float:
-        """Run what asks to be run again by itself; 0.0 where nothing does."""
+        """Run the fragments that ask to be rerun by themselves; return 0.0 if none does."""
         return sum(self._run(fragment=fragment, auto=True) for fragment in list(self.looks))
 
     # --- What is there to be seen -------------------------------------------------------------------------------------
 
     def find(self, key: str) -> tuple[str, Any, str]:
-        """A widget by its key: kind, element, fragment. Raises KeyError where it is not shown."""
+        """Return a widget by its key: kind, element, fragment. Raises KeyError if it is not shown."""
         for found in self.elements.values():
             if found[0] in VALUES and found[1].id.endswith(f"-{key}"):
                 return found
         raise KeyError(f"no widget {key} on this page: {[kind for kind, _, _ in self.elements.values()]}")
 
     def has(self, kind: str, label: str = "") -> bool:
-        """Whether an element of this kind (whose label begins so) is there."""
+        """Return whether an element of this kind, whose label begins with this text, is shown."""
         return any(
             found[0] == kind and str(getattr(found[1], "label", "")).startswith(label)
             for found in self.elements.values()
@@ -186,13 +186,13 @@ class Session:
         raise KeyError(f"no {name} on this page")
 
     def data(self, name: str) -> dict[str, Any]:
-        """What a component got; {} where it is not shown."""
+        """Return a component's data; {} if it is not shown."""
         with contextlib.suppress(KeyError):
             return dict(json.loads(self.component(name)[1].json))
         return {}
 
     def texts(self) -> list[str]:
-        """All words of texts, warnings and notes, as they were sent."""
+        """Return all texts, warnings and notes, as they were sent."""
         shown = {"text": "body", "alert": "body", "markdown": "body", "heading": "body", "code": "code_text"}
         return [getattr(element, shown[kind]) for kind, element, _ in self.elements.values() if kind in shown]
 
@@ -226,7 +226,7 @@ class Session:
         return message
 
     def _take(self, message: Any) -> bool:
-        """Keep what a message brings; True at the end of an answer."""
+        """Keep a message's content. Return True at the end of an answer."""
         kind = message.WhichOneof("type")
         if kind == "new_session":
             self._fragments = tuple(message.metadata.run.fragment_ids)

@@ -1,4 +1,4 @@
-"""Values of a grid's axis: what is typed, what it means, and what is refused."""
+"""Values of a grid's axis: what users type, what it means, and what is refused."""
 
 import time
 

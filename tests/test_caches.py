@@ -1,4 +1,4 @@
-"""Caches by content: reuse, refusal of what is stale, the empty caption."""
+"""Caches by content: reuse, refusal of stale ones, the empty caption."""
 
 import types
 

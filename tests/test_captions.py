@@ -1,4 +1,4 @@
-"""Captions: cleaning, openings, and an audit that finds what was planted and little else."""
+"""Captions: cleaning, openings, and an audit that finds planted faults and little else."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The model card: every row of the reference card, valid front matter, nothing made up, no leak."""
+"""The model card: every row of the reference card, valid front matter, no invention, no leak."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Pictures of grids: made once, whole, by whoever comes first; shown without torch; never a damaged one."""
+"""Pictures of grids: each is made once and whole, is shown without torch, and is never shown damaged."""
 
 import json
 import os

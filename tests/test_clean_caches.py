@@ -1,4 +1,4 @@
-"""Nothing is removed that was not chosen, that cannot be made anew, or that a run at work needs."""
+"""Cleaning removes nothing that was not chosen, that cannot be made again, or that an active run needs."""
 
 import json
 import os

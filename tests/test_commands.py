@@ -1,4 +1,4 @@
-"""The commands that users type, on models built here: train, go on, generate, evaluate, whole recipes, mistakes."""
+"""The commands that users type, on models built here: training, resuming, drawing, evaluating, whole recipes, mistakes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The page Compare: grids of stored and of newly drawn pictures, two of them compared, curves with marked checkpoints."""
+"""The page Compare: grids of stored and of new pictures, a compared pair, and curves with marked checkpoints."""
 
 import io
 import json

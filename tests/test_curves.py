@@ -1,4 +1,4 @@
-"""Curves: thinning and smoothing by their laws, run folders with damage, SQLite as MLflow's own client reads it."""
+"""Curves: laws of thinning and smoothing, damaged run folders, and SQLite read as MLflow's own client reads it."""
 
 import http.server
 import json

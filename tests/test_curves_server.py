@@ -1,4 +1,4 @@
-"""The page Curves on a real `mlflow server`: down, up, killed and silent, looked at over a real websocket."""
+"""The page Curves on a real `mlflow server` that is down, up, killed or silent, over a real websocket."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The dashboard: what it shows of an empty folder and of runs, and that neither queries nor files make it show more."""
+"""The dashboard: an empty folder, runs, and queries and files that must not make it show more."""
 
 import json
 import shutil

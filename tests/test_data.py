@@ -1,4 +1,4 @@
-"""Every input form gives the same rows; splits hold still; damage is listed; pixels are reused; the sampler is pure."""
+"""Every input form gives the same rows; splits are stable; damage is listed; pixels are reused; the sampler is pure."""
 
 import io
 import json

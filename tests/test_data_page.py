@@ -1,4 +1,4 @@
-"""The page Data: captions shown as they are, search, the audit's findings, the quarantine, and damaged or vanishing files."""
+"""The page Data: captions shown literally, search, the audit's findings, the quarantine, damaged and vanishing files."""
 
 import io
 import json

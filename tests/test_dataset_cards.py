@@ -1,4 +1,4 @@
-"""The dataset card: valid for the Hub, unbreakable by captions, and a person's edits survive."""
+"""The dataset card: valid for the Hub, unbreakable by captions, and it keeps a person's edits."""
 
 import re
 

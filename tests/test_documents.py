@@ -1,4 +1,4 @@
-"""What the documents quote stands in the code."""
+"""Quotations in the documents stand in the code."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Compiled models: the same pictures, chosen by themselves where they are there and fresh, a sentence where they cannot be had."""
+"""Compiled models: they draw the same pictures, are chosen if present and fresh, and give a sentence if they cannot be used."""
 
 import json
 import shutil

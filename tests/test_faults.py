@@ -1,4 +1,4 @@
-"""Every page that there is, on a real server: hostile URLs, damaged and vanishing runs, words that would be code."""
+"""Every page of a real server: hostile URLs, damaged and vanishing runs, and words that look like code."""
 
 import ast
 import json

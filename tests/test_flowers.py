@@ -1,4 +1,4 @@
-"""Drawn flowers: pure by seed, captions that tell everything, and held-out combinations that training never sees."""
+"""Drawn flowers: pure by seed, complete captions, and held-out combinations that training never sees."""
 
 import itertools
 

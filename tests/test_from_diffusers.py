@@ -1,4 +1,4 @@
-"""Command lines of diffusers' own training scripts, typed as its README and its tests type them."""
+"""Command lines of diffusers' own training scripts, as its README and its tests have them."""
 
 import shlex
 import shutil

@@ -1,4 +1,4 @@
-"""generate_images.py: what it refuses before it draws, what it says, and that it overwrites no picture of other settings."""
+"""generate_images.py: refusals before it draws, its messages, and no picture of other settings overwritten."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Training on one NVIDIA GPU, where there is one: a step recorded as a CUDA graph trains what its kernels train one by one."""
+"""Training on one NVIDIA GPU, skipped without one: a step recorded as a CUDA graph trains as single kernels do."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The session on a GPU machine, rehearsed without one: steps, time limits, files, exit codes, and what is packed."""
+"""The session on a GPU machine, rehearsed without one: steps, time limits, files, exit codes, and the package."""
 
 import argparse
 import contextlib

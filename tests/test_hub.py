@@ -1,4 +1,4 @@
-"""Pushing to the Hub: the real clients against a Hub on 127.0.0.1, through every fault that a push may meet."""
+"""Pushing to the Hub: the real clients against a Hub on 127.0.0.1, through every fault that can occur."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every kind of image becomes upright RGB by one rule; every kind of damage is named, and none gets through."""
+"""Every kind of image becomes upright RGB by one rule; every kind of damage is named and refused."""
 
 import io
 import os

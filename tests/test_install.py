@@ -1,4 +1,4 @@
-"""What an install brings: the locks fit the requirements, and are what this environment holds."""
+"""The installation: the locks fit the requirements, and this environment holds the locked versions."""
 
 import re
 import subprocess

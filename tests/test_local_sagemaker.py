@@ -1,4 +1,4 @@
-"""The stand-in for SageMaker: two hosts run what the real SDK submits, and see what they would see there."""
+"""The stand-in for SageMaker: two hosts run the real SDK's submission, and see what SageMaker's hosts would see."""
 
 import copy
 import functools

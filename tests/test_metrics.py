@@ -1,4 +1,4 @@
-"""Metrics: the classifier learns, known values come out, copies are found, and networks load from a folder."""
+"""Metrics: the classifier learns, known values are reproduced, copies are found, and networks load from a folder."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The page Playground: a picture drawn step by step, its steps, the nearest training images; strangers, and files that go."""
+"""The page Playground: a picture drawn step by step, its steps, the nearest training images, strangers, vanishing files."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""macOS and Windows: the commands run where what is Unix's alone is taken away, and nothing of it is imported early."""
+"""macOS and Windows: the commands run after Unix's own modules are taken away, and none of these is imported early."""
 
 import json
 import subprocess

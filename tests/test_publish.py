@@ -1,4 +1,4 @@
-"""Publishing a model by the real commands, on a Hub on 127.0.0.1: card, pictures, repetition, edits, failures."""
+"""Publishing a model with the real commands to a Hub on 127.0.0.1: card, pictures, repetition, edits, failures."""
 
 import io
 import json

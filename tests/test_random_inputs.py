@@ -1,4 +1,4 @@
-"""The short form of benchmarks/random_inputs.py: random options and damaged data sets end in a sentence, and nothing is lost."""
+"""The short form of benchmarks/random_inputs.py: random options and damaged data sets end in a sentence, without a loss."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A SageMaker job played through on this machine as two hosts: the short form of `make sagemaker-rehearse`."""
+"""A SageMaker job rehearsed on this machine as two hosts: the short form of `make sagemaker-rehearse`."""
 
 from conftest import TINY
 from local_sagemaker import need_containers

@@ -1,4 +1,4 @@
-"""Training that loses nothing: each fault really done to the real thing, and what is left of it afterwards."""
+"""Training loses nothing: each fault is inflicted on the real thing, and its remains are checked."""
 
 import fcntl
 import io

@@ -1,4 +1,4 @@
-"""How a script ends: one sentence for a user's mistake or a limit of the machine, a traceback for a fault of the suite."""
+"""The end of a script: one sentence for a user's mistake or a limit of the machine, a traceback for a fault of the suite."""
 
 import errno
 import os

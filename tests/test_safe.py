@@ -1,4 +1,4 @@
-"""`streamlit run dashboard` from the repository's root is safe by default: the settings beside the dashboard are in force."""
+"""`streamlit run dashboard` from the repository's root is safe by default: the dashboard's own settings hold."""
 
 import http.client
 import os

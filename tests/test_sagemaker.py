@@ -1,4 +1,4 @@
-"""SageMaker jobs: what is sent, what is refused, and a job played through on this machine."""
+"""SageMaker jobs: requests, refusals, costs, and the way home of a result."""
 
 import contextlib
 import dataclasses
@@ -26,6 +26,8 @@ from local_sagemaker import aws
 from rehearse_sagemaker import finish_in_moto, launch
 from t2i import config
 from t2i.clouds import aws_account, costs, sagemaker_job
+from t2i.clouds.launch import FORWARDED, OF_A_SERVER
+from t2i.clouds.staging import SECTIONS
 from t2i.errors import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -65,17 +67,29 @@ def cloud():
         yield found
 
 
+SIZES = {}
+
+
+def size_counted_once(recipe, count=costs.unet_size):
+    """Return what `costs.unet_size` does. Counting takes more than a second, and most launches have the same UNet."""
+    key = repr((recipe.data.resolution, recipe.vae, recipe.unet))
+    if key not in SIZES:
+        SIZES[key] = count(recipe)
+    return SIZES[key]
+
+
 @pytest.fixture
 def launcher(tmp_path, cloud, monkeypatch):
     """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
     for name in (
         *sagemaker_job.SECRET_NAMES,
-        *sagemaker_job.FORWARDED,
-        *sagemaker_job.OF_A_SERVER,
+        *FORWARDED,
+        *OF_A_SERVER,
         "MLFLOW_TRACKING_URI",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
+    monkeypatch.setattr(costs, "unet_size", size_counted_once)
 
     def run(*words, **changes):
         (tmp_path / "sagemaker.yaml").write_text(yaml.safe_dump(BASE | changes))
@@ -161,8 +175,8 @@ def test_every_argument_arrives_as_typed(parts):
     arguments = json.loads(json.dumps(sagemaker_job.container_arguments(command, {})))
     job = {"script": "train_unet.py", "arguments": arguments, "mixed_precision": None, "zero": True}
     line = run_sagemaker_job.launch_words(job, ["algo-1", "algo-2"], 1, 2)
-    inside = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
-    here = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", words)
+    inside = config.parse(SECTIONS["train_unet.py"], "", line[line.index(UNET) + 1 :])
+    here = config.parse(SECTIONS["train_unet.py"], "", words)
     here.train_unet.output_dir, here.data.cache_dir = sagemaker_job.RUN, sagemaker_job.CACHE
     assert inside == here
 
@@ -190,7 +204,7 @@ def test_folders_become_channels(tmp_path, launcher, cloud):
         command,
         sagemaker_job.local_inputs(command, sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", "ml.g4dn.xlarge")),
     )
-    monkey = config.parse(sagemaker_job.SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
+    monkey = config.parse(SECTIONS["train_unet.py"], "", [*arguments, "--config", str(recipe)])
     assert (monkey.data.dataset, monkey.vae.vae) == (
         f"{sagemaker_job.CHANNELS}/dataset",
         f"{sagemaker_job.CHANNELS}/vae",
@@ -202,7 +216,7 @@ def mistakes():
         "unknown instance type",
         {"ec2_instance_type": "ml.g4dn.tiny"},
         [],
-        "no machine that SageMaker trains on; of that family there are ml.g4dn.",
+        "is not a machine that SageMaker trains on; that family has ml.g4dn.",
     )
     yield "no such role", {"iam_role_name": "nobody"}, [], "the role nobody is not in account 123456789012"
     yield "role not named", {"iam_role_name": ""}, [], "iam_role_name is empty"
@@ -231,7 +245,7 @@ def mistakes():
         "region",
         {"region": "us-nowhere-1"},
         [],
-        r"region us-nowhere-1 \(region in the YAML\) is none that has SageMaker",
+        r"region us-nowhere-1 \(region in the YAML\) has no SageMaker",
     )
     yield (
         "secret in YAML",
@@ -264,13 +278,13 @@ def mistakes():
         [],
         "the tag a looks like",
     )
-    yield "deep missing folder", {}, ["--dataset", "my/deep/folder"], "--dataset my/deep/folder is not here"
+    yield "deep missing folder", {}, ["--dataset", "my/deep/folder"], "--dataset my/deep/folder does not exist"
     yield "a file", {}, ["--vae", str(ROOT / "README.md")], "is a file; give the folder"
     yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "there is no user 'nobody-here' here"
     yield "credential typed", {}, ["--run_name", "hf_abcdefghijklmnopqrstuv"], "an argument looks like a credential"
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
-    yield "no such folder", {}, ["--dataset", "./nowhere"], "--dataset ./nowhere is not here"
+    yield "no such folder", {}, ["--dataset", "./nowhere"], "--dataset ./nowhere does not exist"
     yield (
         "local YAML",
         {"compute_environment": "LOCAL_MACHINE"},
@@ -339,14 +353,14 @@ ROLE = "arn:aws:iam::123456789012:role"
             "runner",
             True,
             None,
-            r"whole ARN of the role runner is not known: you may not look it up \(iam:GetRole\); give it in",
+            r"the ARN of the role runner is unknown: you may not look it up \(iam:GetRole\); give it in",
         ),
-        ("service-role/runner", True, None, "whole ARN of the role service-role/runner is not known"),
+        ("service-role/runner", True, None, "the ARN of the role service-role/runner is unknown"),
         (
             f"{ROLE}/runner",
             False,
             None,
-            f"the role runner is {ROLE}/service-role/runner, and iam_role_name says {ROLE}/runner",
+            f"the role runner has the ARN {ROLE}/service-role/runner, and iam_role_name says {ROLE}/runner",
         ),
         (
             "arn:aws:iam::999999999999:role/sagemaker",
@@ -368,7 +382,7 @@ def test_a_role_is_what_the_yaml_says_or_refused(written, denied, role, sentence
     )
     there = aws_account.Account(cloud.session, number="123456789012")
     with answering("AccessDenied", "GetRole") if denied else contextlib.nullcontext():
-        if sentence is None or sentence.startswith(("the role", "whole", "is of")):
+        if sentence is None or sentence.startswith(("the role", "the ARN", "is of")):
             assert aws_account.find_role(settings, there) == (
                 role or f"{ROLE}/{written}" if "arn:" not in written else written
             )
@@ -393,7 +407,7 @@ def aws_faults():
     yield made.LoginRefreshRequired(), "run aws login"
     yield (
         made.CredentialRetrievalError(provider="custom-process", error_msg="x"),
-        "correct what ~/.aws/config names for them",
+        "correct their command or file in ~/.aws/config",
     )
     yield made.EndpointConnectionError(endpoint_url="https://sts"), "AWS cannot be reached"
     yield made.ReadTimeoutError(endpoint_url="https://sts"), "AWS cannot be reached"
@@ -409,7 +423,7 @@ def aws_faults():
         ("ExpiredToken", "have expired"), ("InvalidClientTokenId", "does not accept the credentials"),
         ("SignatureDoesNotMatch", "does not accept the credentials"), ("AccessDenied", "administrator to allow GetRole"),
         ("RequestTimeTooSkewed", "clock is wrong"), ("ThrottlingException", "launch again in a minute"),
-        ("ResourceLimitExceeded", "Service Quotas"), ("ValidationException", "AWS refuses it"),
+        ("ResourceLimitExceeded", "Service Quotas"), ("ValidationException", "AWS refuses the request"),
     ):  # fmt: skip
         yield ClientError({"Error": {"Code": code, "Message": "words"}}, "GetRole"), words
 
@@ -443,8 +457,8 @@ def test_the_region_and_whose_prices(monkeypatch, tmp_path):
         ("eu-west-1", {"AWS_REGION": "eu-central-1"}, "far", "eu-west-1", "region in the YAML"),
         ("", {"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-3"}, "far", "eu-central-1", "by AWS_REGION"),
         ("", {"AWS_DEFAULT_REGION": "eu-west-3"}, "far", "eu-west-3", "by AWS_DEFAULT_REGION"),
-        ("", {}, "far", "ap-south-1", "of the profile far"),
-        ("", {}, "plain", "us-east-1", "nothing names another"),
+        ("", {}, "far", "ap-south-1", "from the profile far"),
+        ("", {}, "plain", "us-east-1", "the default"),
     ):
         for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, variables.get(name, ""))
@@ -458,7 +472,7 @@ def test_the_region_and_whose_prices(monkeypatch, tmp_path):
             assert region == "us-east-1" or ("us-east-1" in line and region in line), line
     monkeypatch.setenv("AWS_REGION", "Frankfurt")
     settings.region = ""
-    with pytest.raises(UserError, match=r"'Frankfurt' \(by AWS_REGION\) is no region of AWS"):
+    with pytest.raises(UserError, match=r"'Frankfurt' \(by AWS_REGION\) is not an AWS region"):
         aws_account.find_region(settings)
 
 
@@ -561,7 +575,7 @@ def test_wrong_arguments_end_before_anything_is_sent(launcher, cloud, capsys):
     assert "learning_rate" in capsys.readouterr().err
     with pytest.raises(UserError, match="learning_rate = -1"):
         launcher("--yes", UNET, "--config", "flowers", "--learning_rate=-1")
-    with pytest.raises(UserError, match="nobody is here to confirm; add --yes"):
+    with pytest.raises(UserError, match="no terminal is attached to confirm; add --yes"):
         launcher(UNET, "--config", "flowers")
     assert len(cloud.requests) == sent
 
@@ -660,11 +674,11 @@ def test_an_mlflow_address_with_odd_letters(monkeypatch):
     ("shell", "named", "sent", "said"),
     [
         ("", None, None, "is not set, so no MLflow server follows the job"),
-        ("http://127.0.0.1:5000", None, None, "is of a server on this machine, which the job cannot reach"),
-        ("http://me:pw@0.0.0.0:5000", None, None, "is of a server on this machine"),
-        ("http://[::1]:5000", None, None, "is of a server on this machine"),
-        ("sqlite:///mlflow.db", None, None, "is of a SQLite file on this machine"),
-        ("postgresql://me:pw@db/x", None, None, r"is not sent, since it is of no http\(s\) server \(postgresql\)"),
+        ("http://127.0.0.1:5000", None, None, "names a server on this machine, which the job cannot reach"),
+        ("http://me:pw@0.0.0.0:5000", None, None, "names a server on this machine"),
+        ("http://[::1]:5000", None, None, "names a server on this machine"),
+        ("sqlite:///mlflow.db", None, None, "names a SQLite file on this machine"),
+        ("postgresql://me:pw@db/x", None, None, r"is not sent, since it names no http\(s\) server \(postgresql\)"),
         ("  HTTPS://me:p%2Fw@h.org/x", None, "https://h.org/x", ""),
         ("https://me:p/w@h.org/x", "https://other.org", "https://other.org", ""),
         ("https://me:pw@h.org/x", " HTTPS://h.org/y", "https://h.org/y", ""),
@@ -690,7 +704,7 @@ def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, na
     ("line", "sentence"),
     [
         ("compute_environment: amazon_sagemaker", "compute_environment is amazon_sagemaker; write AMAZON_SAGEMAKER"),
-        ("py_version: '3.12'", "py_version 3.12 is not written as SageMaker's images are; write py312"),
+        ("py_version: '3.12'", "py_version 3.12 is not spelled as SageMaker's images spell it; write py312"),
         ("py_version: 3.12", "write py312"),
         ("py_version: python3.11", "write py311"),
         (
@@ -745,7 +759,7 @@ def test_a_yaml_that_says_nothing_or_two_things(tmp_path, text, sentence):
     [
         ("mlflow.example.org:5000", "a.yaml: MLFLOW_TRACKING_URI in environment=.* lacks http://; give http://mlflow"),
         ("https://me:canary-77aa", "MLFLOW_TRACKING_URI in environment has no valid port"),
-        ("http://localhost:5000", "is http://localhost:5000, which in the job is the job's own machine"),
+        ("http://localhost:5000", "is http://localhost:5000, which means the job's own machine there"),
         ("http://127.0.1.1:5000", "give the server's address on the network"),
     ],
 )
@@ -766,7 +780,7 @@ def test_an_mlflow_address_in_the_yaml_that_no_job_can_use(tmp_path, monkeypatch
     ("script", "words", "sentence"),
     [
         ("caption_to_hub.py", ["--dataset", "a/b"], "two machines do not share; set num_machines: 1"),
-        ("make_flowers.py", [], "is for this machine; what trains on SageMaker is one of train_unet.py"),
+        ("make_flowers.py", [], "runs on your own machine; scripts for SageMaker are train_unet.py"),
     ],
 )
 def test_what_cannot_run_there_is_refused(script, words, sentence, launcher):
@@ -794,7 +808,7 @@ def test_a_script_gets_only_options_that_it_has(tmp_path):
         assert sagemaker_job.local_inputs(command, settings) == sent
     (tmp_path / "inputs.tsv").write_text("channel\tdata\ncaptioner\ts3://b/c\nmy-data\ts3://b/d\n")
     settings.sagemaker_inputs_file = str(tmp_path / "inputs.tsv")
-    with pytest.raises(UserError, match="'my-data' cannot be a channel's name"):
+    with pytest.raises(UserError, match="'my-data' is not a valid channel name"):
         sagemaker_job.local_inputs(command, settings)
     assert "--captioner" not in sagemaker_job.container_arguments(command, {"captioner": "s3://b/c"})
 
@@ -824,7 +838,7 @@ def test_fetching_what_there_is(tmp_path, launcher, cloud):
     record = backend().training_jobs[job]
     for status in ("InProgress", "Stopping"):
         record.training_job_status = status
-        with pytest.raises(UserError, match="still at work"):
+        with pytest.raises(UserError, match="still running"):
             launcher("--fetch", job, "--output_dir", home)
     finish_in_moto(request)
     record.training_job_status, record.failure_reason = "Stopped", "somebody stopped it"
@@ -836,7 +850,7 @@ def test_fetching_what_there_is(tmp_path, launcher, cloud):
     assert "no model" in told
     assert "checkpoint_s3_uri: s3://" in told
     assert {path.name for path in home.iterdir()} == {"run.json", "samples", "sagemaker.json"}
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         launcher("--fetch", job, "--output_dir", home)
     with pytest.raises(UserError, match="cannot be fetched"):
         launcher("--fetch", "nobodys-job", "--output_dir", tmp_path / "other")
@@ -979,10 +993,10 @@ def test_tags_and_variables_are_as_written(tmp_path):
 @pytest.mark.parametrize(
     ("words", "image", "sentence"),
     [
-        (["--config", "flowers"], None, "name an image that has these packages in image_uri"),
+        (["--config", "flowers"], None, "name an image with these packages in image_uri"),
         (["--config", "flowers"], "mine:1", r"--dataset nelorth/oxford-flowers is on the Hub"),
         (["--dataset", "s3://b/d", "--vae", "a/b"], "mine:1", r"--vae a/b is on the Hub"),
-        (["--dataset", "s3://b/d", "--push_to_hub"], "mine:1", "leave out --push_to_hub"),
+        (["--dataset", "s3://b/d", "--push_to_hub"], "mine:1", "remove --push_to_hub"),
         (["--dataset", "s3://b/d"], "mine:1", None),
     ],
 )
@@ -1019,8 +1033,8 @@ def test_what_warm_machines_and_encrypted_disks_mean(tmp_path):
         tmp_path, "  keep_alive_period_in_seconds: 60\n  use_spot_instances: true\n  volume_kms_key: k\n"
     )
     notes = " ".join(sagemaker_job.estimator_notes(config))
-    assert "wait up to 60 s for a next job, and are billed" in notes
-    assert "AWS keeps no spot machines waiting" in notes
+    assert "wait up to 60 s for a next job, and AWS bills this time" in notes
+    assert "spot machines cannot wait for a next job" in notes
     assert "volume_kms_key" not in notes
     config.ec2_instance_type = "ml.g4dn.xlarge"
-    assert "AWS refuses volume_kms_key" in sagemaker_job.estimator_notes(config)[-1]
+    assert "delete volume_kms_key, which AWS refuses" in sagemaker_job.estimator_notes(config)[-1]

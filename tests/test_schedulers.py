@@ -1,4 +1,4 @@
-"""Which schedulers are right for a model, measured with a denoiser whose right answer is known."""
+"""Valid schedulers for a model, measured with a denoiser whose right answer is known."""
 
 import inspect
 import math

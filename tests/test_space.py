@@ -1,4 +1,4 @@
-"""A model as a Space: staged, pushed to a Hub on 127.0.0.1, fetched from there, started by its Dockerfile, and drawing."""
+"""A model as a Space: staged, pushed to a Hub on 127.0.0.1, fetched, started by its Dockerfile, and drawing."""
 
 import ast
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Tracking: what is recorded arrives once whatever the server does, and secrets arrive nowhere."""
+"""Tracking: each record arrives once, whatever the server does, and secrets arrive nowhere."""
 
 import http.server
 import math

@@ -1,4 +1,4 @@
-"""What makes a step quick and must change nothing (batches made ahead, the average in one pass), and what is said of a schedule."""
+"""Faster steps that change nothing (prefetched batches, the average in one pass), and remarks on a schedule."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The page VAE: reconstructions of a real run's validation images by its checkpoints, made once, with training's own figures."""
+"""The page VAE: reconstructions of a run's validation images by its checkpoints, made once, with training's own figures."""
 
 import json
 import shutil

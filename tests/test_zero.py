@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-2, started by the real launcher on two CPU processes: it trains what data parallel training trains."""
+"""DeepSpeed ZeRO-2, started by the real launcher on two CPU processes, trains as data parallel training does."""
 
 import contextlib
 import dataclasses

@@ -1,6 +1,7 @@
-"""The AWS account that a job goes to: what it has, what is missing there, and what is put into it before the job.
+"""The AWS account that a job goes to: checks of it, and uploads to it before the job.
 
-Data goes to SageMaker's bucket by its content, credentials to Secrets Manager. Imports no torch.
+Data goes to SageMaker's bucket, named by its content. Credentials go to Secrets Manager. Imports no torch.
+AWS's packages are imported in functions: they take seconds, and `--help` and refused commands need none of them.
 """
 
 import hashlib
@@ -8,78 +9,72 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from t2i.clouds import sagemaker_job
+from t2i.clouds import launch, sagemaker_job
+from t2i.clouds.aws_errors import NO_CREDENTIALS, NOT_ALLOWED, brief, explain, in_words
 from t2i.errors import UserError
 
 PLACEHOLDER = "000000000000"  # stands for the account in a dry run without credentials
-NO_CREDENTIALS = "no AWS credentials: run aws configure, or export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 DEFAULT_REGION = "us-east-1"
 ROLE_ARN = re.compile(r"arn:(aws[a-z-]*):iam::(\d{12}):role/((?:[\w+=,.@-]+/)*)([\w+=,.@-]{1,64})", re.ASCII)
 ROLE_NAME = re.compile(r"/?(?:[\w+=,.@-]+/)*([\w+=,.@-]{1,64})", re.ASCII)
-EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
-UNKNOWN_KEY = ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId", "AuthFailure", "InvalidToken",
-               "SignatureDoesNotMatch", "IncompleteSignature", "InvalidSignatureException", "NotAuthorized",
-               "MissingAuthenticationToken", "MissingAuthenticationTokenException")  # fmt: skip
-NOT_ALLOWED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError", "403")
 
 
 @dataclass
 class Account:
-    """Where the job goes: what could be learnt of it, and what is missing."""
+    """The account that the job goes to, and what is missing in it."""
 
     session: Any  # boto3's; None without credentials
     number: str = PLACEHOLDER
-    partition: str = "aws"  # AWS's own kind of region: aws, aws-cn, aws-us-gov
-    bucket: str = ""  # for what is uploaded: that of output_path, else SageMaker's, of the account
-    prefix: str = ""  # folder in that bucket, without slashes at its ends
-    own_bucket: bool = False  # whether the YAML names it
-    kms_key: str | None = None  # encrypts what is uploaded
+    partition: str = "aws"  # AWS's group of regions: aws, aws-cn or aws-us-gov
+    bucket: str = ""  # for uploads: the bucket of output_path, else SageMaker's own of the account
+    prefix: str = ""  # folder in that bucket, without outer slashes
+    own_bucket: bool = False  # whether the YAML names the bucket
+    kms_key: str | None = None  # encrypts the uploads
     role: str = ""  # ARN
     image: str = ""
     missing: list[str] = field(default_factory=list)  # sentences for the user
 
 
 def look(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str]) -> Account:
-    """Check against AWS what the job needs. Raises `UserError` for what no account can fix; lists the rest in `missing`."""
+    """Check with AWS what the job needs.
+
+    Raises `UserError` for mistakes that no account can fix. All others are listed in the account's `missing`.
+    """
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
     from sagemaker.core import image_uris
 
-    logging.getLogger("sagemaker").setLevel(logging.ERROR)  # what it says of defaults is in the plan
+    logging.getLogger("sagemaker").setLevel(logging.ERROR)  # the plan names the defaults already
     session = open_session(config)
     kinds = session.client("sagemaker", aws_access_key_id="-", aws_secret_access_key="-").meta.service_model
-    known = kinds.shape_for("TrainingInstanceType").enum
-    if config.ec2_instance_type not in known:
-        near = ", ".join(
-            sorted(kind for kind in known if kind.split(".")[1] == config.ec2_instance_type.split(".")[1])[:4]
-        )
+    instance_types = kinds.shape_for("TrainingInstanceType").enum
+    if config.ec2_instance_type not in instance_types:
+        family = config.ec2_instance_type.split(".")[1]
+        near = ", ".join(sorted(kind for kind in instance_types if kind.split(".")[1] == family)[:4])
         raise UserError(
-            f"ec2_instance_type {config.ec2_instance_type} is no machine that SageMaker trains on"
-            + (f"; of that family there are {near}" if near else "; take ml.g4dn.xlarge, or look at AWS's list")
+            f"ec2_instance_type {config.ec2_instance_type} is not a machine that SageMaker trains on"
+            + (f"; that family has {near}" if near else "; use ml.g4dn.xlarge, or look at AWS's list")
         )
     partitions = session.get_available_partitions()
     regions = {region: part for part in partitions for region in session.get_available_regions("sagemaker", part)}
     if config.region not in regions:
         raise UserError(
-            f"region {config.region} ({config.region_from}) is none that has SageMaker; take {DEFAULT_REGION}, or look at "
-            "AWS's list"
+            f"region {config.region} ({config.region_from}) has no SageMaker; use {DEFAULT_REGION}, or look at AWS's list"
         )
     account = Account(session, partition=regions[config.region])
     account.image = config.image_uri or find_image(image_uris, config)
-    soon = Config(
-        connect_timeout=10, read_timeout=20, retries={"total_max_attempts": 2}
-    )  # else minutes without a network
+    # Without a network, the default time limits would take minutes.
+    limits = Config(connect_timeout=10, read_timeout=20, retries={"total_max_attempts": 2})
     try:
-        account.number = session.client("sts", config=soon).get_caller_identity()["Account"]
-    except (ClientError, BotoCoreError, EOFError, OSError) as error:  # EOFError, OSError: of what a profile names
+        account.number = session.client("sts", config=limits).get_caller_identity()["Account"]
+    except (ClientError, BotoCoreError, EOFError, OSError) as error:  # a profile's command or file raises the last two
         account.missing.append(explain(error))
     extra = config.additional_args
     account.kms_key, account.own_bucket = extra.output_kms_key, bool(extra.output_path)
@@ -94,7 +89,7 @@ def look(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str]) -> Accou
 
 
 def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
-    """AWS's image for the YAML's versions. Raises `UserError` with changes that give one, where they do not."""
+    """Return AWS's image for the YAML's versions. Raises `UserError` with the changes that lead to one."""
 
     def retrieve(config: sagemaker_job.SageMakerConfig) -> str:
         wanted: dict[str, Any] = {"framework": "pytorch", "version": config.pytorch_version}
@@ -116,16 +111,16 @@ def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
     try:
         retrieve(replace(config, **sagemaker_job.VERSIONS))
     except (ValueError, KeyError):
-        changes = []  # none that would help
+        changes = []  # these changes would not help
     fix = f"in the YAML {', '.join(changes)}, or name image_uri" if changes else "name image_uri in the YAML"
     named = ", ".join(f"{key} {getattr(config, key)}" for key in sagemaker_job.VERSIONS if getattr(config, key))
     raise UserError(f"AWS has no image for {named} on {config.ec2_instance_type} ({reason}); {fix}")
 
 
 def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:
-    """The role's ARN; `missing` gets a sentence where it is not known for sure.
+    """Return the role's ARN. Its faults are added to the account's `missing`.
 
-    An ARN is sent as it is written, or not at all. Of a bare name only AWS knows the whole ARN: a role's path is part of it.
+    An ARN is sent as it is written, or not at all. For a bare name, only AWS knows the ARN: a role's path is part of it.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -139,48 +134,50 @@ def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:
     plain = ROLE_NAME.fullmatch(name)
     if not written and not plain:
         raise UserError(
-            f"iam_role_name {name!r} is neither a role's name nor its ARN; copy the ARN from AWS's console (IAM, Roles), it "
-            "reads arn:aws:iam::ACCOUNT:role/NAME"
+            f"iam_role_name {name!r} is neither a role's name nor its ARN; copy the ARN, arn:aws:iam::ACCOUNT:role/NAME, from "
+            "AWS's console (IAM, Roles)"
         )
     role = written[4] if written else plain[1] if plain else ""
     arn = name if written else f"arn:{account.partition}:iam::{account.number}:role/{name.lstrip('/')}"
-    if account.missing:  # nobody can be asked
+    if account.missing:  # AWS cannot be asked
         return arn
     if written and (written[1], written[2]) != (account.partition, account.number):
         of = f"partition {written[1]}" if written[2] == account.number else f"account {written[2]}"
         here = f"{account.partition}, by the region" if written[2] == account.number else account.number
         account.missing.append(
-            f"the role {name} is of {of}, and the job goes to {here}: SageMaker takes no role of another; launch with that "
-            "account's credentials (profile in the YAML), or name a role of this one in iam_role_name"
+            f"the role {name} is of {of}, and the job goes to {here}; launch with that account's credentials (profile in the "
+            "YAML), or name a role of the job's account in iam_role_name"
         )
         return arn
     try:
-        found = str(account.session.client("iam").get_role(RoleName=role)["Role"]["Arn"])
+        real_arn = str(account.session.client("iam").get_role(RoleName=role)["Role"]["Arn"])
     except ClientError as error:
         code = error.response["Error"]["Code"]
         if code == "NoSuchEntity":
             account.missing.append(
-                f"the role {name} is not in account {account.number}: make it (AWS console, IAM, Roles, SageMaker "
-                "execution), or name another in iam_role_name"
+                f"the role {name} is not in account {account.number}: create it (AWS console, IAM, Roles, SageMaker "
+                "execution), or name another role in iam_role_name"
             )
         elif not written:
             why = "you may not look it up (iam:GetRole)" if code in NOT_ALLOWED else explain(error)
             account.missing.append(
-                f"the whole ARN of the role {name} is not known: {why}; give it in iam_role_name, as AWS's console shows it "
+                f"the ARN of the role {name} is unknown: {why}; give it in iam_role_name, as AWS's console shows it "
                 "(IAM, Roles)"
             )
-        return arn  # as written: AWS itself will say whether it serves
+        return arn  # as written: AWS itself will refuse it if it does not exist
     except BotoCoreError as error:
         account.missing.append(f"the role {name} cannot be looked up: {explain(error)}")
         return arn
-    if (written or "/" in name) and found != arn:
-        account.missing.append(f"the role {role} is {found}, and iam_role_name says {name}; write it there as it is")
+    if (written or "/" in name) and real_arn != arn:
+        account.missing.append(
+            f"the role {role} has the ARN {real_arn}, and iam_role_name says {name}; write that ARN in iam_role_name"
+        )
         return arn
-    return found
+    return real_arn
 
 
 def check_buckets(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str], account: Account) -> None:
-    """Every s3:// that the job names must be a bucket in its own region."""
+    """Add a sentence to the account's `missing` for each bucket of the job that is closed, or in another region."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     extra = config.additional_args
@@ -192,32 +189,29 @@ def check_buckets(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str],
             headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
             status = error.response["ResponseMetadata"].get("HTTPStatusCode")
             if status == 404:
-                account.missing.append(f"the bucket s3://{bucket} does not exist; correct its name, or make it")
+                account.missing.append(f"the bucket s3://{bucket} does not exist; correct its name, or create it")
                 continue
             if status == 403 and "x-amz-bucket-region" not in headers:
-                account.missing.append(f"the bucket s3://{bucket} is closed to you; ask its owner, or name another")
+                account.missing.append(
+                    f"the bucket s3://{bucket} is closed to you; ask its owner for access, or name another bucket"
+                )
                 continue
         except BotoCoreError as error:
-            account.missing.append(f"the bucket s3://{bucket} cannot be looked at: {explain(error)}")
+            account.missing.append(f"the bucket s3://{bucket} cannot be checked: {explain(error)}")
             continue
         region = headers.get("x-amz-bucket-region", config.region)
         if region != config.region:
             account.missing.append(
-                f"the bucket s3://{bucket} is in {region}, the job in {config.region}: SageMaker reads buckets of its own "
-                "region; copy it there, or change region in the YAML"
+                f"the bucket s3://{bucket} is in {region}, the job in {config.region}; SageMaker reads only the job's "
+                "region, so copy the data there, or change region in the YAML"
             )
 
 
-def brief(error: BaseException) -> str:
-    """An exception's message on one short line."""
-    return " ".join(str(error).split())[:200]
-
-
-# --- AWS's words ------------------------------------------------------------------------------------------------------
+# --- Region and credentials -------------------------------------------------------------------------------------------
 
 
 def find_region(config: sagemaker_job.SageMakerConfig) -> None:
-    """Set the job's region, and where it comes from: YAML, AWS_REGION, AWS_DEFAULT_REGION, the profile, else us-east-1."""
+    """Set the job's region and its origin: the YAML, AWS_REGION, AWS_DEFAULT_REGION, the profile, or else us-east-1."""
     if config.region:
         config.region_from = "region in the YAML"
         return
@@ -229,7 +223,7 @@ def find_region(config: sagemaker_job.SageMakerConfig) -> None:
         _profiles_region(config)
     if not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d", config.region):
         raise UserError(
-            f"{config.region!r} ({config.region_from}) is no region of AWS; set region in the YAML, such as us-east-1"
+            f"{config.region!r} ({config.region_from}) is not an AWS region; set region in the YAML, such as us-east-1"
         )
 
 
@@ -241,11 +235,11 @@ def _profiles_region(config: sagemaker_job.SageMakerConfig) -> None:
         value = session.get_scoped_config().get("region")
     named = session.profile or "default"
     config.region = value or DEFAULT_REGION
-    config.region_from = f"of the profile {named}" if value else "nothing names another"
+    config.region_from = f"from the profile {named}" if value else "the default"
 
 
 def open_session(config: sagemaker_job.SageMakerConfig) -> Any:
-    """boto3's session for the YAML's profile and region."""
+    """Return boto3's session for the YAML's profile and region."""
     import boto3
 
     with in_words():
@@ -253,115 +247,23 @@ def open_session(config: sagemaker_job.SageMakerConfig) -> Any:
 
 
 def check_credentials(session: Any) -> None:
-    """Raise `UserError` if there are no AWS credentials, or they cannot be had."""
+    """Raise `UserError` if there are no AWS credentials, or they cannot be fetched."""
     with in_words():
         try:
-            found = session.get_credentials()
-        except OSError as error:  # of a command or file that a profile names
+            credentials = session.get_credentials()
+        except OSError as error:  # a profile's command or file fails
             raise UserError(explain(error)) from None
-    if found is None:
+    if credentials is None:
         raise UserError(NO_CREDENTIALS)
 
 
-@contextmanager
-def in_words(begin: str = "", end: str = "") -> Iterator[None]:
-    """Turn what AWS's clients raise into a `UserError`: `begin`, the cause with its fix, `end`."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (ClientError, BotoCoreError, Boto3Error) as error:
-        raise UserError(f"{begin}{explain(error)}{end}") from None
-    except EOFError as error:  # botocore asks for a profile's code
-        raise UserError(f"{begin}{explain(error)}{end}") from None
-    except ValueError as error:
-        if not re.match("Invalid endpoint|invalid literal for int", str(error)):
-            raise
-        raise UserError(
-            f"{begin}AWS's client cannot work with this environment ({brief(error)}); correct AWS_ENDPOINT_URL and its like{end}"
-        ) from None
-
-
-def explain(error: BaseException) -> str:
-    """What an exception of AWS's clients means, and what to do: one sentence, without a full stop."""
-    from botocore import exceptions as boto
-
-    if not isinstance(error, boto.ClientError | boto.BotoCoreError) and isinstance(
-        error.__context__, boto.ClientError | boto.BotoCoreError
-    ):  # an upload's: the cause says more
-        error = error.__context__
-    words = brief(error)
-    if isinstance(error, boto.ClientError):
-        return _explain_answer(error)
-    if isinstance(error, EOFError):
-        return "the AWS profile asks for a code (mfa_serial), and nobody is here to type it; log in first, or launch in a terminal"
-    if isinstance(error, boto.ProfileNotFound):
-        name = str(error.kwargs.get("profile"))
-        where = next(
-            (key for key in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE") if os.environ.get(key) == name), "the YAML's profile"
-        )
-        return f"the AWS profile {name} ({where}) is not in ~/.aws/config; run aws configure --profile {name}, or name another"
-    if isinstance(error, boto.NoCredentialsError):
-        return NO_CREDENTIALS
-    if isinstance(error, boto.PartialCredentialsError):
-        return (
-            f"the AWS credentials are incomplete: {error.kwargs.get('cred_var')} is missing ({error.kwargs.get('provider')}); add "
-            "it, or run aws configure"
-        )
-    if isinstance(error, boto.SSOError | boto.TokenRetrievalError):
-        return f"the AWS login is over ({words}); run aws sso login, with --profile if it is not the default one"
-    if isinstance(error, boto.LoginError):
-        return f"the AWS login is over ({words}); run aws login, with --profile if it is not the default one"
-    if isinstance(error, boto.MissingDependencyException):
-        return f"AWS's client lacks a package ({words})"
-    outside = isinstance(error, OSError) and not isinstance(
-        error, boto.BotoCoreError
-    )  # a command or file that a profile names
-    if isinstance(error, boto.CredentialRetrievalError) or outside:
-        return f"AWS credentials cannot be fetched ({words}); correct what ~/.aws/config names for them, or run aws configure"
-    if isinstance(error, boto.ConfigParseError | boto.ConfigNotFound):
-        return (
-            f"{error.kwargs.get('path', '~/.aws/config')} cannot be read as AWS's settings ({words}); correct that file"
-        )
-    if isinstance(error, boto.NoRegionError | boto.InvalidRegionError):
-        return f"AWS's region is missing or wrong ({words}); set region in the YAML, such as us-east-1"
-    if isinstance(error, boto.ProxyConnectionError):
-        return f"the proxy to AWS does not answer ({words}); correct HTTPS_PROXY, or unset it"
-    if isinstance(error, boto.SSLError):
-        return f"AWS's certificate is not accepted ({words}); name your company's certificates in AWS_CA_BUNDLE"
-    if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
-        return f"AWS cannot be reached ({words}); check the network, HTTPS_PROXY and AWS_ENDPOINT_URL"
-    return f"AWS's client cannot go on ({words}); correct ~/.aws/config or the environment's AWS_ variables"
-
-
-def _explain_answer(error: Any) -> str:
-    """What an error that AWS answered means."""
-    told = error.response.get("Error", {})
-    code, words = str(told.get("Code", "")), brief(error)
-    if code in EXPIRED:
-        return f"the AWS credentials have expired ({code}); get new ones: aws sso login, aws configure, or export them anew"
-    if code in UNKNOWN_KEY:
-        return f"AWS does not accept the credentials ({code}); run aws configure, or export the right AWS_ACCESS_KEY_ID"
-    if code in ("RequestTimeTooSkewed", "RequestInTheFuture"):
-        return f"this machine's clock is wrong ({code}); set it, and launch again"
-    if code in NOT_ALLOWED:
-        return f"your AWS credentials may not do this ({words}); ask the account's administrator to allow {error.operation_name}"
-    if code in ("ResourceLimitExceeded", "LimitExceededException", "ServiceQuotaExceededException"):
-        return f"the account's limit is reached ({words}); ask for more in Service Quotas, SageMaker"
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
-    if "Throttl" in code or code in ("TooManyRequestsException", "SlowDown") or status >= 500:
-        return f"AWS is busy ({words}); launch again in a minute"
-    return f"AWS refuses it ({words})"
-
-
-# --- What is put into it ----------------------------------------------------------------------------------------------
+# --- Uploads and secrets -----------------------------------------------------------------------------------------------
 
 
 def channels_of(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> dict[str, str]:
-    """Where each channel is, or will be, in S3: a folder of this machine by the hash of its content."""
+    """Return each channel's S3 address. A local folder's address holds the hash of its content."""
     return {
-        # with a slash: SageMaker takes all that begins so, and flowers is also the beginning of flowers-old
+        # SageMaker copies every key with this prefix: without the slash, flowers would bring flowers-old along.
         name: (
             value if value.startswith("s3://") else f"s3://{account.bucket}/{_prefix(account, hashes[name])}"
         ).rstrip("/")
@@ -373,25 +275,29 @@ def channels_of(inputs: dict[str, str], hashes: dict[str, str], account: Account
 def upload(
     inputs: dict[str, str], files: dict[str, list[Path]], hashes: dict[str, str], account: Account
 ) -> dict[str, str]:
-    """Upload the folders of this machine, each once by its content, and return where each channel is.
+    """Upload the local folders, each content once, and return each channel's S3 address.
 
-    files, hashes: of each folder, as `sagemaker_job.hash_folder` gives them.
+    Args:
+        inputs: local folders and s3:// folders, by channel.
+        files: the files of each local folder, by channel.
+        hashes: `staging.hash_folder` of each local folder, by channel.
+        account: what `look` returned.
     """
-    begin = f"the bucket {account.bucket} cannot be used for what is uploaded: "
+    begin = f"the bucket {account.bucket} cannot be used for uploads: "
     own = (
         ""
         if account.own_bucket
         else "; or name a bucket of your own: output_path: s3://BUCKET/FOLDER in additional_args"
     )
     with in_words(begin, own):
-        sdk_session(account).default_bucket()  # makes SageMaker's, if there is none yet
-    with in_words("S3 does not take the data: ", "; what was sent is kept, and then the same command sends the rest"):
+        sdk_session(account).default_bucket()  # creates SageMaker's bucket if it is missing
+    with in_words("S3 does not accept the data: ", "; uploaded files are kept, and the same command uploads the rest"):
         send_folders(inputs, files, hashes, account)
     return channels_of(inputs, hashes, account)
 
 
 def sdk_session(account: Account, kind: Any = None, **options: Any) -> Any:
-    """The SageMaker SDK's session of an account, which uploads to the account's bucket. kind: a subclass of its Session."""
+    """Return the SageMaker SDK's session that uploads to the account's bucket. kind: a subclass of the SDK's Session."""
     from sagemaker.core.helper.session_helper import Session
 
     if account.own_bucket:
@@ -406,15 +312,15 @@ def _prefix(account: Account, digest: str) -> str:
 def send_folders(
     inputs: dict[str, str], files: dict[str, list[Path]], hashes: dict[str, str], account: Account
 ) -> None:
-    """Send what S3 does not have yet of the folders, file by file."""
+    """Upload those files of the folders that S3 does not have yet."""
     s3 = account.session.client("s3")
     more = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": account.kms_key} if account.kms_key else None
     for channel, digest in hashes.items():
         prefix = f"{_prefix(account, digest)}/"
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=account.bucket, Prefix=prefix)
-        there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+        stored = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
         names = {prefix + file.relative_to(inputs[channel]).as_posix(): file for file in files[channel]}
-        todo = {key: file for key, file in names.items() if there.get(key) != file.stat().st_size}
+        todo = {key: file for key, file in names.items() if stored.get(key) != file.stat().st_size}
         with ThreadPoolExecutor(8) as pool:
             list(
                 pool.map(
@@ -425,32 +331,31 @@ def send_folders(
 
 
 def secret_name(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str]) -> str:
-    """A name for these credentials alone: an earlier job that restarts still finds its own. The hash is slow to guess by."""
+    """Return a secret's name that only these credentials have, so that an earlier job that restarts finds its own.
+
+    The hash in it is slow on purpose: nobody can guess credentials by it.
+    """
     text = json.dumps(secrets, sort_keys=True).encode()
     digest = hashlib.scrypt(text, salt=config.base_job_name.encode(), n=2**14, r=8, p=1, dklen=6).hex()
     return f"t2i/{config.base_job_name}-{digest}"
 
 
 def store_secret(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str], account: Account) -> str | None:
-    """Put credentials into Secrets Manager; returns the secret's name."""
+    """Store credentials in Secrets Manager and return the secret's name; None without credentials."""
     if not secrets:
         return None
     name, client = secret_name(config, secrets), account.session.client("secretsmanager")
-    begin = f"Secrets Manager does not take {', '.join(secrets)} as {name}: "
-    end = f"; or name a secret of your own in environment, {sagemaker_job.SECRETS}, of the YAML, or unset them"
-    with in_words(begin, end), suppress(client.exceptions.ResourceExistsException):  # of these very credentials
+    begin = f"Secrets Manager does not accept {', '.join(secrets)} as {name}: "
+    end = (
+        f"; or name a secret of your own as {sagemaker_job.SECRETS} in the YAML's environment, or unset these variables"
+    )
+    with in_words(begin, end), suppress(client.exceptions.ResourceExistsException):  # the same credentials
         client.create_secret(Name=name, SecretString=json.dumps(secrets))
     return name
 
 
 def secrets_here(config: sagemaker_job.SageMakerConfig) -> dict[str, str]:
-    """Credentials of this environment that the job needs; they travel through Secrets Manager alone."""
+    """Return the credentials of this shell that the job needs; none if the YAML names a secret of the user's own."""
     if sagemaker_job.SECRETS in config.additional_args.environment:
-        return {}  # the user's own secret
-    found = {name: os.environ[name] for name in sagemaker_job.SECRET_NAMES if os.environ.get(name)}
-    server, _ = sagemaker_job.tracking_server(config)
-    if server.user:
-        found["MLFLOW_TRACKING_USERNAME"] = server.user
-    if server.password:
-        found["MLFLOW_TRACKING_PASSWORD"] = server.password
-    return found
+        return {}
+    return launch.secrets_here(sagemaker_job.tracking_server(config)[0])

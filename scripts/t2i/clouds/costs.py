@@ -1,19 +1,47 @@
-"""What a SageMaker job will take: steps, hours and dollars, counted from a price file that users edit."""
+"""Estimate a cloud job's updates, hours and dollars from a price file that users edit.
+
+torch is imported in the one function that counts a model's operations: it takes seconds, and the launcher's --help needs none.
+"""
 
 import math
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
-from t2i.clouds.sagemaker_job import ROOT, Command, SageMakerConfig, read_mapping
+from t2i.clouds.staging import ROOT, Command, read_mapping
 from t2i.config import DataConfig, Recipe, TrainConfig
 from t2i.config_types import Natural, NonNegative, Positive, checked
 from t2i.files import read_json
 
-PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
-SPOT_SHARE = 0.3  # of the price on demand, that spot often costs (AWS: "up to 90 %" off)
+PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"  # of the only cloud with prices so far
+SPOT_SHARE = 0.3  # usual spot price as a share of the price on demand (AWS: "up to 90 %" off)
+
+
+class Rental(Protocol):
+    """The machines of a job, as each cloud's own settings describe them."""
+
+    num_machines: int
+    mixed_precision: Any  # None: as --inside says
+    region: str
+
+    @property
+    def machine(self) -> str:
+        """Name of the machine in the price file."""
+
+    @property
+    def is_spot(self) -> bool:
+        """Whether the machines are spare capacity at a discount."""
+
+    @property
+    def max_hours(self) -> float:
+        """Hours after which the cloud ends the job."""
+
+    @property
+    def max_hours_option(self) -> str:
+        """Key of the cloud's YAML that sets `max_hours`."""
 
 
 @dataclass
@@ -21,8 +49,8 @@ class Instance:
     """A machine of the price file."""
 
     usd_per_hour: Positive
-    gpus: Natural  # 0: it computes on its processor, and so do the peaks
-    fp16_tflops: Positive  # peak of one GPU, for bf16 as well
+    gpus: Natural  # 0: the processor computes, and the peaks below are the processor's
+    fp16_tflops: Positive  # peak of one GPU in fp16 and bf16
     fp32_tflops: Positive
     network_gbps: Positive  # sustained, between machines
 
@@ -36,50 +64,60 @@ class Prices:
     utilisation: Annotated[float, Field(gt=0, le=1)]
     overhead_minutes: NonNegative
     instances: dict[str, Instance]
-    region: str = "us-east-1"  # whose prices these are
+    region: str = "us-east-1"  # where these prices hold
+    file: str = field(default="", init=False)  # name of the price file
 
 
 def read_prices(path: Path = PRICES) -> Prices:
-    """Read the price file. Raises `UserError` naming the key that cannot be used."""
-    return checked(Prices, read_mapping(path), str(path))
+    """Read the price file. Raises `UserError` that names a wrong key."""
+    prices: Prices = checked(Prices, read_mapping(path), str(path))
+    prices.file = path.name
+    return prices
 
 
 @dataclass
 class Estimate:
-    """Lengths and costs; None where something is not known."""
+    """Lengths and costs of a job; None if unknown."""
 
     updates: int | None = None
     epochs: float | None = None
     images: int | None = None
     global_batch: int | None = None
     samples_per_second: float | None = None
-    assumed: str = ""  # how samples_per_second came about; empty: as the user measured
+    assumed: str = ""  # how samples_per_second was estimated; empty: the user measured it
     hours: float | None = None
     usd_per_hour: float | None = None
     usd: float | None = None  # on demand
-    usd_at_most: float | None = None  # for max_run
+    usd_at_most: float | None = None  # if the job takes all its `max_hours`
 
 
 def estimate(
     command: Command,
-    config: SageMakerConfig,
+    config: Rental,
     inner: dict[str, Any],
     prices: Prices,
     images: int | None,
     samples_per_second: float | None,
 ) -> Estimate:
-    """What the job takes. inner: the YAML that holds in the containers; images: that are trained on; samples_per_second:
-    of the whole job, as measured; each of both or None.
+    """Estimate the job's lengths and costs.
+
+    Args:
+        command: the training script with its arguments.
+        config: the job's machines.
+        inner: what `staging.read_inside` returned.
+        prices: the price file.
+        images: number of images trained on; None if unknown.
+        samples_per_second: of all machines together, as measured; None if unknown.
     """
     result = Estimate(images=images)
-    machine = prices.instances.get(config.ec2_instance_type)
+    machine = prices.instances.get(config.machine)
     if machine:
         result.usd_per_hour = machine.usd_per_hour * config.num_machines
-        result.usd_at_most = result.usd_per_hour * config.additional_args.max_run / 3600
-    settings = getattr(command.recipe, command.script.removesuffix(".py"), None)
+        result.usd_at_most = result.usd_per_hour * config.max_hours
+    settings = command.settings
     if command.recipe is None or not isinstance(settings, TrainConfig):
         return result
-    if machine is None:  # nobody knows how many GPUs it has
+    if machine is None:  # its number of GPUs is unknown
         result.updates = settings.max_train_steps
         result.epochs = None if settings.max_train_steps else settings.num_train_epochs
         return result
@@ -92,8 +130,8 @@ def estimate(
     else:
         result.epochs = None if settings.max_train_steps else settings.num_train_epochs
     result.samples_per_second = samples_per_second
-    named = command.recipe.unet.pretrained_model_name_or_path  # of a size that is not known here
-    if samples_per_second is None and command.script == "train_unet.py" and not named:
+    pretrained = command.recipe.unet.pretrained_model_name_or_path  # its size is unknown here
+    if samples_per_second is None and command.script == "train_unet.py" and not pretrained:
         precision = config.mixed_precision or inner.get("mixed_precision")
         zero = inner.get("distributed_type") == "DEEPSPEED"
         result.samples_per_second, result.assumed = _assume(
@@ -109,28 +147,35 @@ def estimate(
 def _assume(
     recipe: Recipe, machine: Instance, utilisation: float, machines: int, half: bool, zero: bool
 ) -> tuple[float, str]:
-    """Samples a second of the job, counted from the GPU's peak and the network, and how. half: fp16 or bf16.
+    """Estimate the job's samples per second from the GPU's peak and the network.
 
-    A sample costs three forward passes (the backward pass counts for two), four with gradient checkpointing. ZeRO-2 sends
-    each gradient at each backward pass and each weight once an update, less the share that stays (Rajbhandari et al.,
-    arXiv:1910.02054, section 7); data parallel training sends float32 gradients to and fro once an update. Computing and sending
-    are taken one after the other.
+    A sample costs three forward passes, since the backward pass counts as two; gradient checkpointing adds a fourth.
+    ZeRO-2 sends each gradient once per backward pass and each weight once per update (Rajbhandari et al.,
+    arXiv:1910.02054, section 7). A share of both stays on the machine. Data parallel training sends each float32 gradient twice per
+    update. The estimate adds the times of computing and sending.
+
+    Args:
+        half: whether the training computes in fp16 or bf16.
+        zero: whether it runs under ZeRO-2.
+
+    Returns:
+        Samples per second of all machines together, and a sentence on how they were estimated.
     """
     settings, (flops, parameters) = recipe.train_unet, unet_size(recipe)
     passes = 4 if settings.gradient_checkpointing else 3
-    own = settings.train_batch_size * settings.gradient_accumulation_steps  # samples of a GPU and update
+    samples = settings.train_batch_size * settings.gradient_accumulation_steps  # samples per GPU and update
     peak = machine.fp16_tflops if half else machine.fp32_tflops
-    compute = own * passes * flops / (peak * 1e12 * utilisation)
-    sent = (2 if half else 4) * (settings.gradient_accumulation_steps + 1) if zero else 2 * 4  # bytes a weight
+    compute = samples * passes * flops / (peak * 1e12 * utilisation)
+    sent = (2 if half else 4) * (settings.gradient_accumulation_steps + 1) if zero else 2 * 4  # bytes per weight
     sending = sent * parameters * (machines - 1) / machines * 8 / (machine.network_gbps * 1e9)
-    said = f"an update computes {compute:.2f} s ({passes * flops / 1e9:.1f} GFLOP a sample at {utilisation:.0%} of {peak:g} TFLOPS)"
+    how = f"an update computes {compute:.2f} s ({passes * flops / 1e9:.1f} GFLOP per sample at {utilisation:.0%} of {peak:g} TFLOPS)"
     if sending:
-        said += f" and sends {sending:.2f} s ({sending * machine.network_gbps / 8 * 1000:.0f} MB at {machine.network_gbps:g} Gbit/s)"
-    return own * machines * max(1, machine.gpus) / (compute + sending), said
+        how += f" and sends {sending:.2f} s ({sending * machine.network_gbps / 8 * 1000:.0f} MB at {machine.network_gbps:g} Gbit/s)"
+    return samples * machines * max(1, machine.gpus) / (compute + sending), how
 
 
 def unet_size(recipe: Recipe) -> tuple[float, int]:
-    """FLOP of one forward pass of the recipe's UNet at batch 1, and its number of weights; nothing is allocated."""
+    """Count the FLOP of one forward pass of the recipe's UNet at batch 1, and its weights. Nothing is allocated."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,7 +193,7 @@ def unet_size(recipe: Recipe) -> tuple[float, int]:
 
 
 def _vae_size(recipe: Recipe) -> tuple[int, int]:
-    """Levels and latent channels of the recipe's VAE; one that is not here is taken for Stable Diffusion's, 4 and 4."""
+    """Return levels and latent channels of the recipe's VAE. A VAE that is not here counts as Stable Diffusion's: 4 and 4."""
     if not recipe.vae.vae:
         return len(recipe.vae.vae_channels), recipe.vae.latent_channels
     folder = Path(recipe.vae.vae).expanduser()
@@ -160,10 +205,8 @@ def _vae_size(recipe: Recipe) -> tuple[int, int]:
 
 
 def count_images(data: DataConfig) -> int | None:
-    """Images that a training on `data` sees an epoch, from its folder here or the Hub's card; None where neither tells."""
-    import tempfile
-
-    from t2i.data.sources import find_source
+    """Count a training's images per epoch, from the local folder or the Hub's card; None if neither tells."""
+    from t2i.data.sources import find_source  # imports datasets, which takes seconds
 
     name = str(data.dataset)
     counts: dict[str, int]
@@ -188,57 +231,58 @@ def _hub_counts(name: str, revision: str | None) -> dict[str, int]:
         info = card.to_dict().get("dataset_info") or {} if card else {}
         info = info[0] if isinstance(info, list) else info
         return {split["name"]: int(split["num_examples"]) for split in info["splits"]}
-    except Exception:  # no network, no such data set, no counts in its card: a dozen types, and only an estimate
+    except Exception:  # a dozen types: no network, no data set, no counts in its card; this is only an estimate
         return {}
 
 
-def report(found: Estimate, command: Command, config: SageMakerConfig, prices: Prices) -> list[str]:
-    """The estimate in lines for people."""
+def report(estimate: Estimate, command: Command, config: Rental, prices: Prices) -> list[str]:
+    """Return the estimate as lines for the terminal."""
     lines = []
-    if found.updates and found.epochs and found.images:
+    if estimate.updates and estimate.epochs and estimate.images:
         lines.append(
-            f"{found.updates:,} updates of {found.global_batch} samples = {found.epochs:.1f} epochs of {found.images:,} images"
+            f"{estimate.updates:,} updates of {estimate.global_batch} samples = "
+            f"{estimate.epochs:.1f} epochs of {estimate.images:,} images"
         )
-    elif found.updates:
-        lines.append(f"{found.updates:,} updates of {found.global_batch} samples")
-    elif found.epochs:
+    elif estimate.updates:
+        lines.append(f"{estimate.updates:,} updates of {estimate.global_batch} samples")
+    elif estimate.epochs:
         lines.append(
-            f"{found.epochs:g} epochs; how many images that is cannot be counted from here: give --train_images N"
+            f"{estimate.epochs:g} epochs of an unknown number of images; give --train_images N for an estimate"
         )
-    if found.samples_per_second and found.hours and found.updates:
-        samples = found.updates * (found.global_batch or 0)
-        how = f"assumed: {found.assumed}" if found.assumed else "as you measured"
-        lines.append(f"{found.samples_per_second:.0f} samples/s ({how})")
+    if estimate.samples_per_second and estimate.hours and estimate.updates:
+        samples = estimate.updates * (estimate.global_batch or 0)
+        how = f"assumed: {estimate.assumed}" if estimate.assumed else "as you measured"
+        lines.append(f"{estimate.samples_per_second:.0f} samples/s ({how})")
         lines.append(
-            f"{samples:,} samples / {found.samples_per_second:.0f} per s + {prices.overhead_minutes:g} min = {found.hours:.1f} h"
+            f"{samples:,} samples / {estimate.samples_per_second:.0f} per s + {prices.overhead_minutes:g} min = {estimate.hours:.1f} h"
         )
-    if found.usd_per_hour is None:
-        return [*lines, f"no price of {config.ec2_instance_type} in {PRICES.name}; add it there for an estimate"]
-    spot = config.additional_args.use_spot_instances
-    # each line with USD says whose prices these are, as lines are read and quoted alone
+    if estimate.usd_per_hour is None:
+        return [*lines, f"{prices.file} has no price of {config.machine}; add it there for an estimate"]
+    spot = config.is_spot
+    # Lines are read and quoted alone, so each line with USD names the region of its prices.
     other = config.region != prices.region
     whose = f" at {prices.region}'s prices; {config.region}'s differ" if other else ""
     lines.append(
-        f"{config.num_machines} x {config.ec2_instance_type}: {found.usd_per_hour:.2f} USD an hour on demand"
-        + (f", about {found.usd_per_hour * SPOT_SHARE:.2f} on spot" if spot else "")
-        + f" (prices of {prices.region}, {prices.as_of}, {PRICES.name}"
-        + (f"; for {config.region} edit it, its region as well)" if other else ")")
+        f"{config.num_machines} x {config.machine}: {estimate.usd_per_hour:.2f} USD per hour on demand"
+        + (f", about {estimate.usd_per_hour * SPOT_SHARE:.2f} on spot" if spot else "")
+        + f" (prices of {prices.region}, {prices.as_of}, {prices.file}"
+        + (f"; for {config.region}, edit its prices and its region)" if other else ")")
     )
-    if found.usd:
+    if estimate.usd:
         lines.append(
-            f"{found.hours:.1f} h x {found.usd_per_hour:.2f} USD = {found.usd:.2f} USD on demand"
-            + (f", about {found.usd * SPOT_SHARE:.2f} on spot" if spot else "")
+            f"{estimate.hours:.1f} h x {estimate.usd_per_hour:.2f} USD = {estimate.usd:.2f} USD on demand"
+            + (f", about {estimate.usd * SPOT_SHARE:.2f} on spot" if spot else "")
             + whose
         )
     lines.append(
-        f"at most {found.usd_at_most:.2f} USD{whose}: max_run {config.additional_args.max_run / 3600:g} h ends the job"
+        f"at most {estimate.usd_at_most:.2f} USD{whose}: {config.max_hours_option} {config.max_hours:g} h ends the job"
     )
     return lines
 
 
-def too_long(found: Estimate, config: SageMakerConfig) -> str | None:
-    """What to say where the job would not be done in max_run; None where it would, or nothing is known."""
-    limit = config.additional_args.max_run / 3600
-    if found.hours and found.hours > limit:
-        return f"the training takes about {found.hours:.1f} h, max_run ends it after {limit:g} h; raise max_run in the YAML"
+def too_long(estimate: Estimate, config: Rental) -> str | None:
+    """Return a sentence if the cloud would end the job before the training is done; else None."""
+    limit, option = config.max_hours, config.max_hours_option
+    if estimate.hours and estimate.hours > limit:
+        return f"the training takes about {estimate.hours:.1f} h, {option} ends it after {limit:g} h; raise {option} in the YAML"
     return None

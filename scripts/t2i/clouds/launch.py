@@ -1,0 +1,131 @@
+"""Steps of every cloud's launcher: checks before the job, its credentials and tracking, and the user's consent.
+
+Imports no torch.
+"""
+
+import argparse
+import math
+import os
+import sys
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from t2i.clouds.staging import Command
+from t2i.errors import UserError
+from t2i.tracking.addresses import Address, is_managed, split_uri
+
+SERVER = "MLFLOW_TRACKING_URI"
+# Variables of this shell that are sent along unless the cloud's YAML sets them.
+FORWARDED = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING",
+             "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING")  # fmt: skip
+# Variables of this shell that are sent along only with a server's address.
+OF_A_SERVER = ("MLFLOW_RUN_ID",)
+SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+CURVES_AT_HOME = "--fetch brings the job's curves home"
+
+
+def positive(kind: Any) -> Any:
+    """Return an argparse type that accepts finite numbers above zero."""
+
+    def parse(text: str) -> Any:
+        if not 0 < (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+        return value
+
+    return parse
+
+
+def check_push(command: Command) -> None:
+    """Raise `UserError` if the Hub would refuse, at the job's end, the push that the arguments ask for."""
+    settings = command.settings
+    if settings is None or not getattr(settings, "push_to_hub", False):
+        return
+    from t2i.hub import upload  # imports huggingface_hub, which only a push needs
+
+    captions = command.script == "caption_to_hub.py"
+    option = "hub_dataset_id" if captions else "hub_model_id"
+    repo_id = upload.check_repo_id(getattr(settings, option), f"--{option}")
+    upload.check_license(settings.license or None)
+    if os.environ.get("HF_TOKEN"):  # the token that travels
+        target = upload.Target(settings.hub_revision, settings.create_pr)
+        say = partial(print, file=sys.stderr)
+        upload.check_access(repo_id, "dataset" if captions else "model", say, target)
+
+
+def confirm(yes: bool) -> None:
+    """Ask on the terminal whether to submit, unless `yes`. Raises `UserError` for any answer but yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(
+            "no terminal is attached to confirm; add --yes (make: YES=1), or look first with --dry_run (DRY_RUN=1)"
+        )
+    try:
+        answer = input("submit? [y/N] ")
+    except EOFError:  # Ctrl-D
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UserError("not submitted; nothing was sent")
+
+
+def tracking_server(named: str | None) -> tuple[Address, str]:
+    """Return the MLflow server that the job records to, and what a user should know of it.
+
+    Args:
+        named: `MLFLOW_TRACKING_URI` of the cloud's YAML; None if it names none, and this shell's holds.
+
+    Returns:
+        The address, with user and password of this shell alone, and without a `uri` if the job gets no server. A note
+        for the user, or "".
+
+    Raises:
+        UserError: the address of this shell is to be sent and cannot be used.
+    """
+    exported = os.environ.get(SERVER, "").strip()
+    try:
+        here = split_uri(exported) if exported else Address("")
+    except UserError:
+        if named is None:
+            raise
+        here = Address("")
+    if named is not None:
+        there = split_uri(named) if named.strip() else Address("")
+        if here.user and urlsplit(here.uri).hostname == urlsplit(there.uri).hostname:
+            there = Address(there.uri, here.user, here.password)
+        lost = not named.strip() or there.uri.startswith("sqlite")
+        return there, f"{SERVER} of the YAML names no server: {CURVES_AT_HOME}" if lost else ""
+    if is_managed(here.uri) or (here.is_server and not here.is_local):
+        return here, ""
+    if not here.uri:
+        return here, f"{SERVER} is not set, so no MLflow server follows the job: {CURVES_AT_HOME}"
+    if here.is_local:
+        why = "names a server on this machine, which the job cannot reach"
+    elif here.uri.startswith("sqlite"):
+        why = "names a SQLite file on this machine, which the job cannot reach"
+    else:
+        why = f"is not sent, since it names no http(s) server ({urlsplit(here.uri).scheme or here.uri})"
+    return Address(""), f"{SERVER} {why}: {CURVES_AT_HOME}"
+
+
+def forwarded_variables(server: Address, environment: dict[str, str]) -> dict[str, str]:
+    """Return the container's variables: those of the cloud's YAML, the server's address, and MLflow's of this shell."""
+    variables = dict(environment)
+    names: tuple[str, ...] = FORWARDED
+    if server.uri:
+        variables[SERVER] = server.uri
+        names += OF_A_SERVER
+    for name in names:
+        if value := os.environ.get(name, "").strip():
+            variables.setdefault(name, value)
+    return variables
+
+
+def secrets_here(server: Address) -> dict[str, str]:
+    """Return the credentials of this shell that the job needs: of the Hub, and of its MLflow server."""
+    secrets = {name: os.environ[name] for name in SECRET_NAMES if os.environ.get(name)}
+    if server.user:
+        secrets["MLFLOW_TRACKING_USERNAME"] = server.user
+    if server.password:
+        secrets["MLFLOW_TRACKING_PASSWORD"] = server.password
+    return secrets

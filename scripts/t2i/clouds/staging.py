@@ -1,0 +1,225 @@
+"""What every cloud job is made of: the checked training command, its input folders, and the staged code.
+
+Imports no torch.
+"""
+
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i.command_line import option
+from t2i.config import Recipe, parse, read_yaml
+from t2i.errors import UserError
+from t2i.files import sha256_file, write_text
+from t2i.redaction import redact
+from t2i.runs import code_revision
+
+ROOT = Path(__file__).parents[3]
+
+# Sections of the recipe that each training script parses: their arguments are checked before anything is sent.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "train_unet.py": ("data", "vae", "unet", "train_unet"),
+    "train_vae.py": ("data", "vae", "train_vae"),
+    "caption_to_hub.py": ("source", "caption"),
+}
+# Options that may name a local folder: their section of the recipe, and the part of a run folder that is sent.
+FOLDERS = {
+    "dataset": ("data", ""),
+    "vae": ("vae", "vae"),
+    "text_encoder": ("unet", "pipeline"),
+    "pretrained_model_name_or_path": ("unet", "pipeline"),
+    "captioner": ("caption", ""),
+    "audit_tokenizer": ("caption", ""),
+}
+AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "run_recipe.py",
+           "launch_sagemaker.py", "run_sagemaker_job.py")  # fmt: skip
+
+
+# --- The training command --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Command:
+    """A training script with its arguments as typed, and their meaning."""
+
+    script: str  # file name in scripts/
+    arguments: list[str]
+    recipe: Recipe | None  # as the script will parse it; None for a script of the user's own
+
+    @property
+    def settings(self) -> Any:
+        """The recipe's section of this very script; None for a script of the user's own."""
+        return getattr(self.recipe, SECTIONS[self.script][-1]) if self.recipe else None
+
+    def has_option(self, name: str) -> bool:
+        """Return whether the script has this option of `FOLDERS`."""
+        section, sections = FOLDERS[name][0], SECTIONS.get(self.script, ())
+        return section in sections or (section == "data" and "source" in sections)
+
+    def folder_options(self) -> dict[str, str]:
+        """Return the values of those options of `FOLDERS` that are set."""
+        values = {
+            name: getattr(getattr(self.recipe, FOLDERS[name][0]), name) for name in FOLDERS if self.has_option(name)
+        }
+        return {name: value for name, value in values.items() if value}
+
+
+def read_command(words: list[str], cloud: str) -> Command:
+    """Check the script and its arguments as the script itself will.
+
+    Args:
+        words: what follows the launcher's options on the command line.
+        cloud: the cloud's name in messages.
+
+    Raises:
+        UserError: the script is not sent to clouds, or a value is wrong.
+        SystemExit: an option is unknown (exit code 2, as of the script).
+    """
+    if not words:
+        raise UserError(
+            "no training script: give one after the options, such as scripts/train_unet.py --config flowers"
+        )
+    script = Path(words[0])
+    if script.resolve().parent != ROOT / "scripts" or script.suffix != ".py":
+        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so move it there")
+    if not script.is_file():
+        raise UserError(f"{words[0]} does not exist; check its name")
+    sections, arguments = SECTIONS.get(script.name), words[1:]
+    if any(redact(word) != word for word in [*arguments, " ".join(arguments)]):
+        raise UserError(
+            "an argument looks like a credential, which the job's log would show; remove it, and export HF_TOKEN or "
+            "MLFLOW_TRACKING_PASSWORD in the launching shell"
+        )
+    if script.name in AT_HOME:
+        raise UserError(f"{script.name} runs on your own machine; scripts for {cloud} are {', '.join(SECTIONS)}")
+    recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", arguments) if sections else None
+    file = recipe_file(arguments)
+    if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
+        raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
+    return Command(script.name, arguments, recipe)
+
+
+def recipe_file(arguments: list[str]) -> str | None:
+    """Return the recipe that `--config` names, if it is a file of the user's own; else None."""
+    config = option(arguments, "config")
+    return config if config and Path(config).suffix else None
+
+
+def container_arguments(command: Command, inputs: dict[str, str], channels: str, run: str, cache: str) -> list[str]:
+    """Return the arguments as typed, followed by the paths in the container, which override them.
+
+    Args:
+        inputs: inputs by their option's name.
+        channels: the container's folder that holds one folder per input.
+        run: the run folder in the container.
+        cache: the folder for caches in the container.
+    """
+    words = list(command.arguments)
+    if recipe_file(words):
+        words += ["--config", "recipe.yaml"]
+    sent = [name for name in FOLDERS if name in inputs and command.has_option(name)]
+    words += [word for name in sent for word in (f"--{name}", f"{channels}/{name}")]
+    if command.recipe:
+        words += ["--output_dir", run]
+        if "data" in SECTIONS[command.script]:
+            words += ["--cache_dir", cache]
+    return words
+
+
+# --- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def find_inputs(command: Command) -> dict[str, str]:
+    """Return the local folders and s3:// folders that the command's options and recipe name, by option."""
+    inputs = {}
+    for name, value in command.folder_options().items():
+        part = FOLDERS[name][1]
+        folder = expand_user(value)
+        if value.startswith("s3://"):
+            inputs[name] = value
+        elif folder.is_dir():
+            inner_folders = [folder / part, folder / "pipeline" / part] if part else []
+            inputs[name] = str(next((inner for inner in inner_folders if inner.is_dir()), folder.resolve()))
+        elif folder.exists():
+            raise UserError(f"--{name} {value} is a file; give the folder that holds it")
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or value.startswith("."):
+            raise UserError(f"--{name} {value} does not exist; give a local folder, an s3:// folder or a Hub id")
+    return inputs
+
+
+def expand_user(value: str) -> Path:
+    """Return the path with `~` expanded, or unchanged if that user does not exist."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        return Path(value)
+
+
+def hash_folder(folder: Path) -> tuple[str, list[Path]]:
+    """Hash a folder's content: an upload is named by it, so that equal folders are sent once.
+
+    Returns:
+        The first 16 hex digits of the hash over paths and contents, and the files. Hidden files are skipped.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise UserError(f"{folder} holds no files; give a folder with files")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
+    return total.hexdigest()[:16], files
+
+
+# --- YAML files of accelerate ----------------------------------------------------------------------------------------
+
+
+def read_inside(path: Path) -> dict[str, Any]:
+    """Read the accelerate YAML of the containers. Raises `UserError` if it is for a cloud, or for a kind of ZeRO not run here."""
+    values = read_mapping(path)
+    if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        raise UserError(
+            f"--inside {path} is for SageMaker itself; name a YAML for machines, such as deepspeed_zero2.yaml"
+        )
+    zero = values.get("deepspeed_config") or {}
+    if values.get("distributed_type") == "DEEPSPEED" and (not isinstance(zero, dict) or zero.get("zero_stage") != 2):
+        raise UserError(
+            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no file of its own; use deepspeed_zero2.yaml"
+        )
+    return values
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values. Raises `UserError` if it holds anything else."""
+    try:
+        values = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give an accelerate YAML") from None
+    if values is None:
+        raise UserError(
+            f"{path} is empty; give keys such as compute_environment, mixed_precision and num_machines, or write them with "
+            f"accelerate config --config_file {path}"
+        )
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, not {str(values)[:40]!r}; write key: value, one per line")
+    return values
+
+
+# --- What is sent ----------------------------------------------------------------------------------------------------
+
+
+def stage(folder: Path, command: Command, inside: Path) -> None:
+    """Lay out what every container gets: scripts/, the cards' templates, the inner YAML, the recipe and the revision."""
+    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=ignore)
+    shutil.copytree(ROOT / "datasets_card", folder / "datasets_card", ignore=ignore)
+    shutil.copyfile(inside, folder / "accelerate.yaml")
+    if file := recipe_file(command.arguments):
+        shutil.copyfile(file, folder / "recipe.yaml")
+    write_text(folder / "REVISION", code_revision() + "\n")
