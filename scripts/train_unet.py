@@ -24,6 +24,7 @@ from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, code_revision
 from t2i.training.prefetch import Prefetcher
 
+# Whatever imports torch is imported inside the functions: `--help` and a typing mistake answer without its seconds.
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -89,32 +90,24 @@ def main() -> None:
     if recipe.unet.pretrained_model_name_or_path:
         input_hashes["base_unet_hash"] = models.hash_model(unet)
     batch = loop.global_batch(config, accelerator.num_processes)
-    run = RunFolder(
-        folder, loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **input_hashes)
-    )
+    identity = loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **input_hashes)
+    run = RunFolder(folder, identity)
     if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
-        run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
-        write_json(folder / "provenance.json", provenance(recipe, input_hashes))
-        for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
-            model.save_pretrained(folder / "pipeline" / part)
+        start_run(run, recipe, splits, frozen, scheduler, input_hashes)
     accelerator.wait_for_everyone()
     say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
-    scaling_factor = frozen["vae"].config.scaling_factor
+    inputs = Inputs(scheduler, caches, frozen["vae"].config.scaling_factor, splits.train.rows["id"])
     frozen.clear()  # VAE and text encoder leave the memory
-    if config.channels_last:
-        unet = unet.to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         models.use_plain_attention(unet)
-    unet.to(accelerator.device).train()
+    loop.place_model(unet, config, accelerator)
 
     # optimiser
     parameters = list(unet.parameters())
@@ -127,7 +120,6 @@ def main() -> None:
     ema = loop.Average(zero.fp32_weights(model, parameters), decay=config.ema_decay) if config.use_ema else None
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     train_state = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)
-    inputs = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
     effective = check_effective(model, schedule, config, accelerator)
     tracker = None
     if accelerator.is_main_process:
@@ -137,25 +129,16 @@ def main() -> None:
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
-    accelerator.print(
-        f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
-        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
-        f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
-        + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
-    )
+    accelerator.print(describe_run(steps, batch, count, parameters, effective, accelerator))
 
     # loop
     keep_freed_memory(accelerator)
     stopped, micro_batches = False, config.gradient_accumulation_steps
     make = partial(make_batch, inputs, config, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
-    forward_backward = capture(  # on one GPU a CUDA graph of the function, elsewhere the function itself
-        partial(loss_and_gradients, train_state, inputs, config, accelerator),
-        partial(make, start * micro_batches),
-        train_state,
-        config,
-        accelerator,
-    )
+    compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
+    # On one GPU this is `compute` recorded as a CUDA graph, elsewhere `compute` itself.
+    forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = loop.progress_bar("UNet", start, steps, accelerator)
         for step in progress:
@@ -177,14 +160,7 @@ def main() -> None:
             stopped = stopping.agreed(stop, accelerator) and done < steps
             due = done % config.checkpointing_steps == 0 or done == steps
             if due or done % config.validation_steps == 0:
-                with loop.averaged(train_state) as shown:
-                    validation = validation_loss(shown, inputs, config.validation_images, accelerator)
-                    if accelerator.is_main_process and config.validation_prompts:
-                        draw_samples(shown, folder, config, tracker, done)
-                del shown  # under ZeRO a model of its own
-                # A checkpoint with a non-finite loss is never saved.
-                loop.require_finite(validation["val_loss"], done, config.learning_rate)
-                loop.record(validation, done, folder, tracker, accelerator.is_main_process)
+                validation = validate(train_state, inputs, folder, config, tracker, done, accelerator)
             if due or stopped:
                 saved = {"step": done, "losses": losses, "validation": validation}
                 loop.save(folder, train_state, config, saved, node, accelerator)
@@ -198,6 +174,30 @@ def main() -> None:
     results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
     finish(run, train_state, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
     push(folder, config, accelerator)
+
+
+def start_run(
+    run: RunFolder, recipe: Recipe, splits: Any, frozen: dict[str, Any], scheduler: Any, input_hashes: dict[str, str]
+) -> None:
+    """Write the run's settings, its provenance and the pipeline's frozen models."""
+    from t2i import models
+
+    run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
+    write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
+    for name, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
+        model.save_pretrained(run.folder / "pipeline" / name)
+
+
+def describe_run(
+    steps: int, batch: int, count: int, parameters: "list[torch.Tensor]", effective: dict[str, Any], accelerator: Any
+) -> str:
+    """Return a line with the length of the training, the size of the UNet and the settings in force."""
+    return (
+        f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
+        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
+        f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
+        + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
+    )
 
 
 def finish(
@@ -478,6 +478,31 @@ def to_device(
     parts = (to_device_soon(tensor, accelerator.device) for tensor in (latents, noise, timesteps, context))
     latents, noise, timesteps, context = parts
     return latents, noise, timesteps, context.float()
+
+
+def validate(
+    train_state: "TrainState",
+    inputs: Inputs,
+    folder: Path,
+    config: TrainUnetConfig,
+    tracker: Any,
+    step: int,
+    accelerator: Any,
+) -> dict[str, float]:
+    """Measure the averaged weights on the validation split, and record the losses and pictures. Every process calls.
+
+    Raises `UserError` for a non-finite loss, so that no checkpoint is saved with it.
+    """
+    from t2i.training import loop
+
+    with loop.averaged(train_state) as unet:
+        losses = validation_loss(unet, inputs, config.validation_images, accelerator)
+        if accelerator.is_main_process and config.validation_prompts:
+            draw_samples(unet, folder, config, tracker, step)
+    del unet  # under ZeRO a model of its own
+    loop.require_finite(losses["val_loss"], step, config.learning_rate)
+    loop.record(losses, step, folder, tracker, accelerator.is_main_process)
+    return losses
 
 
 def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> dict[str, float]:

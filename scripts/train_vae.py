@@ -21,6 +21,7 @@ from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, checkpoint_folders
 from t2i.training.prefetch import Prefetcher
 
+# Whatever imports torch is imported inside the functions: `--help` and a typing mistake answer without its seconds.
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -68,9 +69,8 @@ def main() -> None:
     check_vae(recipe, models.vae_factor(vae))
     input_hashes = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
     batch = loop.global_batch(config, accelerator.num_processes)
-    run = RunFolder(
-        folder, loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **input_hashes)
-    )
+    identity = loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **input_hashes)
+    run = RunFolder(folder, identity)
     if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished VAE in {folder / 'vae'} ({run.state['psnr_db']:.2f} dB on validation)")
@@ -78,12 +78,8 @@ def main() -> None:
         return
     if accelerator.is_main_process:
         run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
-    if config.channels_last:
-        vae = vae.to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
     freeze(vae, config)
-    vae.to(accelerator.device).train()
+    loop.place_model(vae, config, accelerator)
 
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
@@ -111,13 +107,9 @@ def main() -> None:
     stopped, micro_batches = False, config.gradient_accumulation_steps
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
-    forward_backward = capture(  # on one GPU a CUDA graph of the function, elsewhere the function itself
-        partial(loss_and_gradients, train_state, config, accelerator),
-        partial(make, start * micro_batches),
-        train_state,
-        config,
-        accelerator,
-    )
+    compute = partial(loss_and_gradients, train_state, config, accelerator)
+    # On one GPU this is `compute` recorded as a CUDA graph, elsewhere `compute` itself.
+    forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = loop.progress_bar("VAE", start, steps, accelerator)
         for step in progress:

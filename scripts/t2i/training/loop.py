@@ -146,6 +146,15 @@ def build_optimizer(
     return optimizer, schedule
 
 
+def place_model(model: Any, config: TrainConfig, accelerator: Any) -> None:
+    """Move the model to the device, in the recipe's memory format, ready for training."""
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.to(accelerator.device).train()
+
+
 def gather(train_state: TrainState) -> tuple[Any, Any]:
     """All weights and their average in float32, in the order of the parameters, where ZeRO has split them; else (None, None).
 
