@@ -84,9 +84,8 @@ def main() -> None:
     steps = loop.total_steps(config, count, accelerator.num_processes)
 
     # models
-    frozen, hashes = load_frozen(recipe, splits)
+    frozen, input_hashes = load_frozen(recipe, splits)
     unet = make_unet(recipe, frozen)
-    input_hashes = {"dataset_hash": splits.fingerprint, **hashes}
     if recipe.unet.pretrained_model_name_or_path:
         input_hashes["base_unet_hash"] = models.hash_model(unet)
     batch = loop.global_batch(config, accelerator.num_processes)
@@ -98,11 +97,10 @@ def main() -> None:
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
-        start_run(run, recipe, splits, frozen, scheduler, input_hashes)
+        start_run(run, recipe, splits, frozen, scheduler, input_hashes, accelerator)
     accelerator.wait_for_everyone()
-    say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
     with run.timed("cache"):
-        caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
+        caches = cache_inputs(recipe, splits, frozen, input_hashes, accelerator)
     inputs = Inputs(scheduler, caches, frozen["vae"].config.scaling_factor, splits.train.rows["id"])
     frozen.clear()  # VAE and text encoder leave the memory
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
@@ -121,10 +119,9 @@ def main() -> None:
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     train_state = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)
     effective = check_effective(model, schedule, config, accelerator)
-    tracker = None
     if accelerator.is_main_process:
         run.save(effective=effective)
-        tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, input_hashes)
+    tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, input_hashes, accelerator)
 
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)
@@ -177,15 +174,22 @@ def main() -> None:
 
 
 def start_run(
-    run: RunFolder, recipe: Recipe, splits: Any, frozen: dict[str, Any], scheduler: Any, input_hashes: dict[str, str]
+    run: RunFolder,
+    recipe: Recipe,
+    splits: Any,
+    frozen: dict[str, Any],
+    scheduler: Any,
+    input_hashes: dict[str, str],
+    accelerator: Any,
 ) -> None:
-    """Write the run's settings, its provenance and the pipeline's frozen models."""
+    """Write the run's settings, its provenance and the pipeline's frozen models, and say which captions are cut."""
     from t2i import models
 
     run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
     write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
     for name, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
         model.save_pretrained(run.folder / "pipeline" / name)
+    say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
 
 
 def describe_run(
@@ -260,7 +264,10 @@ def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
 
 
 def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """VAE, text encoder and tokenizer, and their hashes. A text encoder that no option names is built from the recipe."""
+    """Load VAE, text encoder and tokenizer. Return them, and the hashes of the data set and of each.
+
+    A text encoder that no option names is built from the recipe.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from t2i import models
@@ -280,12 +287,13 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
         tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", text_files[0])
     else:
         text_encoder, tokenizer = models.build_text_encoder(unet, splits.train.rows["caption"], recipe.train_unet.seed)
-    hashes = {
+    input_hashes = {
+        "dataset_hash": splits.fingerprint,
         "vae_hash": models.hash_model(vae),
         "text_encoder_hash": models.hash_model(text_encoder),
         "tokenizer_hash": models.hash_tokenizer(tokenizer),
     }
-    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, hashes
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, input_hashes
 
 
 def known_tokenizer(recipe: Recipe) -> Any:

@@ -91,9 +91,7 @@ def main() -> None:
     model, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
     ema = loop.Average(parameters, decay=config.ema_decay) if config.use_ema else None
     train_state = loop.TrainState("vae", vae, model, parameters, optimizer, schedule, ema)
-    tracker = None
-    if accelerator.is_main_process:
-        tracker = loop.make_tracker(config, folder, to_dict(recipe), input_hashes)
+    tracker = loop.make_tracker(config, folder, to_dict(recipe), input_hashes, accelerator)
 
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)

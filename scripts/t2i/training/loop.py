@@ -450,9 +450,14 @@ class BesideMlflow:
         self._other.finish()
 
 
-def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
-    """The run's trackers, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
-    if config.report_to == "none":
+def make_tracker(
+    config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str], accelerator: Any
+) -> Any:
+    """Start the run's trackers, with its parameters, input hashes and resolved settings.
+
+    Return None on every process but the main one, and for `report_to: none`.
+    """
+    if config.report_to == "none" or not accelerator.is_main_process:
         return None
     from t2i.tracking.mlflow_tracker import Tracker  # MLflow takes seconds to import
 
