@@ -31,13 +31,13 @@ def capture(
     compute: tensors -> tensors on the device, forward and backward pass, without an optimiser's step; its shapes must not change.
     example: gives tensors like those it will get. What it returns is overwritten by the next call. Weights may change in place only.
     The memory of a pass stays taken as long as what is returned lives. No other thread may use the GPU meanwhile.
-    Raises `UserError` where the pass cannot be recorded, or memory is too small for it.
+    Raises `UserError` if the pass cannot be recorded, or if memory is too small for it.
     """
     plain = accelerator.distributed_type.value == "NO"  # under DDP a process alone is not
     once = config.gradient_accumulation_steps == 1 and not config.gradient_checkpointing
     if not (config.cuda_graphs and accelerator.device.type == "cuda" and plain and once):
         return compute
-    random = torch.cuda.get_rng_state()  # of layers that drop out; as it was when a run goes on
+    random = torch.cuda.get_rng_state()  # dropout layers draw from it; restored below
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
         static_inputs = [tensor.clone() for tensor in example()]

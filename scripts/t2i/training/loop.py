@@ -57,7 +57,7 @@ class Average(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1.0 - self.cur_decay_value)
 
 
-# settings that change neither what is learnt nor what comes out
+# Settings that change neither training nor its result.
 _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
     *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
@@ -84,7 +84,7 @@ _LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}  # settings that runs 
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
-    """What decides a run's result: the settings that matter, and the hashes of its inputs."""
+    """Return what decides a run's result: its effective settings, and the hashes of its inputs."""
     settings = {
         f"{type(section).__name__.removesuffix('Config')}.{key}": value
         for section in sections
@@ -103,7 +103,7 @@ def load_splits(config: DataConfig, accelerator: Any, *, captions: bool = True) 
 
 
 def global_batch(config: TrainConfig, world: int) -> int:
-    """Samples of a weight update, over all `world` processes."""
+    """Return the number of samples per weight update, over all `world` processes."""
     return config.train_batch_size * config.gradient_accumulation_steps * world
 
 
@@ -156,7 +156,7 @@ def place_model(model: Any, config: TrainConfig, accelerator: Any) -> None:
 
 
 def gather(train_state: TrainState) -> tuple[Any, Any]:
-    """All weights and their average in float32, in the order of the parameters, where ZeRO has split them; else (None, None).
+    """Return all weights and their average in float32, in the parameters' order, if ZeRO has split them; else (None, None).
 
     Called by every process, before one of them writes a byte.
     """
@@ -178,7 +178,7 @@ def save_state(
     sharded, average = zero.is_sharded(train_state.model), part / f"{train_state.name}_ema"
     if sharded:
         save_file(zero.shard_state(train_state.model, train_state.ema), shard_file(part, accelerator))
-    if not accelerator.is_local_main_process:  # each node has all that it needs to go on
+    if not accelerator.is_local_main_process:  # each node resumes from its own files
         return
     counters: dict[str, Any] = {
         "processes": accelerator.num_processes,
@@ -201,7 +201,7 @@ def save_state(
 
 
 def shard_file(folder: Path, accelerator: Any) -> Path:
-    """Where this process keeps, under ZeRO, what it alone knows."""
+    """Return the file of this process's share of a checkpoint under ZeRO."""
     return folder / f"zero-rank{accelerator.process_index}.safetensors"
 
 
@@ -243,7 +243,7 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
 
 
 def load_portable(checkpoint: Path, train_state: TrainState) -> None:
-    """Weights and average from the files that any launch can read. Called by every process."""
+    """Load weights and average from the files that any launch can read. Called by every process."""
     weights = zero.fp32_weights(train_state.model, train_state.parameters)
     for name in ([f"{train_state.name}_ema"] if train_state.ema else []) + [train_state.name]:
         if zero.is_sharded(train_state.model):
@@ -255,7 +255,7 @@ def load_portable(checkpoint: Path, train_state: TrainState) -> None:
 
 
 def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
-    """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
+    """Return whether the run has finished, the same on every process. Raises `UserError` if an earlier checkpoint is named."""
     if not broadcast_from_main(run.finished, accelerator):
         return False
     name, steps = config.resume_from_checkpoint, broadcast_from_main(run.state.get("steps"), accelerator)
@@ -492,14 +492,14 @@ def start_tracker(config: TrainConfig, folder: Path) -> Any:
 
 
 def without_paths(settings: Any) -> Any:
-    """Settings for other eyes: of an absolute path only its last part."""
+    """Return settings fit for publication: an absolute path is cut to its last part."""
     if isinstance(settings, dict):
         return {key: without_paths(value) for key, value in settings.items()}
     return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
 
 
 def require_finite(loss: float, step: int, learning_rate: float) -> None:
-    """End the run with a sentence when the loss is not a number."""
+    """Raise `UserError` if the loss is non-finite."""
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {step}; lower --learning_rate (it is {learning_rate}) or check the data"
@@ -529,7 +529,7 @@ def averaged(train_state: TrainState) -> Iterator[Any]:
 
 
 def machine() -> str:
-    """The processor or GPU that training runs on, in words."""
+    """Return the name of the processor or GPUs that training runs on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     try:
