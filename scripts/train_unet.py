@@ -24,6 +24,7 @@ from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, code_revision
 from t2i.training.prefetch import Prefetcher
 
+# Whatever imports torch is imported inside the functions: `--help` and a typing mistake answer without its seconds.
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -67,21 +68,15 @@ def main() -> None:
 
     # data
     import torch
-    from tqdm import tqdm
 
     from t2i import models
-    from t2i.data import preparing
     from t2i.training import loop, stopping, zero
     from t2i.training.cuda_graph import capture
 
     stopping.end_in_words()
     loop.check_tracker(config, recipe.data.cache_dir, accelerator.print)
     scheduler = models.build_noise_scheduler(recipe.unet)
-    splits = preparing.load_splits(recipe.data, say=accelerator.print)
-    if splits.validation is None:
-        raise UserError(
-            f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
-        )
+    splits = loop.load_splits(recipe.data, accelerator)
     if config.dry_run:
         say_long_captions(recipe, splits, known_tokenizer(recipe), accelerator)
         return
@@ -89,36 +84,28 @@ def main() -> None:
     steps = loop.total_steps(config, count, accelerator.num_processes)
 
     # models
-    frozen, hashes = load_frozen(recipe, splits)
+    frozen, input_hashes = load_frozen(recipe, splits)
     unet = make_unet(recipe, frozen)
-    inputs = {"dataset_hash": splits.fingerprint, **hashes}
     if recipe.unet.pretrained_model_name_or_path:
-        inputs["base_unet_hash"] = models.hash_model(unet)
+        input_hashes["base_unet_hash"] = models.hash_model(unet)
     batch = loop.global_batch(config, accelerator.num_processes)
-    run = RunFolder(folder, loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **inputs))
+    identity = loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **input_hashes)
+    run = RunFolder(folder, identity)
     if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
     if accelerator.is_main_process:
-        run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
-        write_json(folder / "provenance.json", provenance(recipe, inputs))
-        for part, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
-            model.save_pretrained(folder / "pipeline" / part)
+        start_run(run, recipe, splits, frozen, scheduler, input_hashes, accelerator)
     accelerator.wait_for_everyone()
-    say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
     with run.timed("cache"):
-        caches = cache_inputs(recipe, splits, frozen, hashes, accelerator)
-    scaling_factor = frozen["vae"].config.scaling_factor
+        caches = cache_inputs(recipe, splits, frozen, input_hashes, accelerator)
+    inputs = Inputs(scheduler, caches, frozen["vae"].config.scaling_factor, splits.train.rows["id"])
     frozen.clear()  # VAE and text encoder leave the memory
-    if config.channels_last:
-        unet = unet.to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         models.use_plain_attention(unet)
-    unet.to(accelerator.device).train()
+    loop.place_model(unet, config, accelerator)
 
     # optimiser
     parameters = list(unet.parameters())
@@ -130,85 +117,96 @@ def main() -> None:
     zero.cast_inputs(model)
     ema = loop.Average(zero.fp32_weights(model, parameters), decay=config.ema_decay) if config.use_ema else None
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
-    trained = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)
-    given = Inputs(scheduler, caches, scaling_factor, splits.train.rows["id"])
+    train_state = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)
     effective = check_effective(model, schedule, config, accelerator)
-    tracker = None
     if accelerator.is_main_process:
         run.save(effective=effective)
-        tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, inputs)
+    tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, input_hashes, accelerator)
 
     # resume
-    state, node = loop.resume(folder, trained, config, accelerator)
-    start, losses, validation = state["step"], state.get("losses", []), state.get("validation", {})
-    accelerator.print(
-        f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
-        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
-        f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
-        + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
-    )
+    saved, node = loop.resume(folder, train_state, config, accelerator)
+    start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
+    accelerator.print(describe_run(steps, batch, count, parameters, effective, accelerator))
 
     # loop
     keep_freed_memory(accelerator)
-    stopped, parts = False, config.gradient_accumulation_steps
-    backward = capture(
-        partial(loss_of, trained, given, config, accelerator), lambda: make_batch(given, config, start, 0, accelerator),
-        trained, config, accelerator,
-    )  # fmt: skip
-    batches = Prefetcher(
-        lambda number: make_batch(given, config, *divmod(number, parts), accelerator), steps * parts,
-        in_thread=accelerator.device.type != "cpu",
-    )  # fmt: skip
+    stopped, micro_batches = False, config.gradient_accumulation_steps
+    make = partial(make_batch, inputs, config, accelerator)
+    batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
+    compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
+    # On one GPU this is `compute` recorded as a CUDA graph, elsewhere `compute` itself.
+    forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
-        progress = tqdm(
-            range(start, steps), desc="UNet", unit="step", initial=start, total=steps,
-            disable=not accelerator.is_local_main_process, mininterval=loop.bar_seconds(),
-        )  # fmt: skip
+        progress = loop.progress_bar("UNet", start, steps, accelerator)
         for step in progress:
-            loss, norm = train_step(trained, batches, given, config, step, accelerator, backward)
+            terms: dict[str, torch.Tensor] = {}  # means over the micro-batches, whose gradients add up
+            for number in range(step * micro_batches, (step + 1) * micro_batches):
+                with accelerator.accumulate(model):
+                    terms = loop.add_terms(terms, forward_backward(*batches.take(number)), micro_batches)
+            norm = loop.clip_gradients(train_state, config, accelerator)
+            ids = partial(sample_ids, inputs, config, step, accelerator)
+            loop.step_optimizer(train_state, config, step, norm, terms["train_loss"], ids, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
-                mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
-                row = {"train_loss": mean_loss, "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
-                row = {
-                    name: value for name, value in row.items() if math.isfinite(value)
-                }  # a skipped update has others
-                losses = [*losses, mean_loss][-TRACKED:]
-                known = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
-                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False, **known)
+                row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+                losses = [*losses, row["train_loss"]][-TRACKED:]
+                show_progress(progress, losses, validation)
+                row = {name: value for name, value in row.items() if math.isfinite(value)}  # not so if it was skipped
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
-                if accelerator.is_main_process:
-                    samples = hash_json(samples_of(given, config, step, accelerator))
-                    append_jsonl(folder / "samples.jsonl", {"step": done, "samples": samples})
+                record_samples(folder, done, ids, accelerator)
             stopped = stopping.agreed(stop, accelerator) and done < steps
             due = done % config.checkpointing_steps == 0 or done == steps
-            saving = due or stopped
             if due or done % config.validation_steps == 0:
-                with loop.averaged(trained) as shown:
-                    validation = validation_loss(shown, given, config.validation_images, accelerator)
-                    if accelerator.is_main_process and config.validation_prompts:
-                        draw_samples(shown, folder, config, tracker, done)
-                del shown  # under ZeRO a model of its own
-                loop.require_finite(validation["val_loss"], done, config.learning_rate)  # no such checkpoint
-                loop.record(validation, done, folder, tracker, accelerator.is_main_process)
-            if saving:
-                state = {"step": done, "losses": losses, "validation": validation}
-                loop.save(folder, trained, config, state, node, accelerator)
+                validation = validate(train_state, inputs, folder, config, tracker, done, accelerator)
+            if due or stopped:
+                saved = {"step": done, "losses": losses, "validation": validation}
+                loop.save(folder, train_state, config, saved, node, accelerator)
             if stopped:
                 break
     if stopped:
         loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
-    del backward  # and the memory of a step
+    del forward_backward  # frees the memory of a step
     results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
-    finish(run, trained, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
+    finish(run, train_state, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
     push(folder, config, accelerator)
+
+
+def start_run(
+    run: RunFolder,
+    recipe: Recipe,
+    splits: Any,
+    frozen: dict[str, Any],
+    scheduler: Any,
+    input_hashes: dict[str, str],
+    accelerator: Any,
+) -> None:
+    """Write the run's settings, its provenance and the pipeline's frozen models, and say which captions are cut."""
+    from t2i import models
+
+    run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
+    write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
+    for name, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
+        model.save_pretrained(run.folder / "pipeline" / name)
+    say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
+
+
+def describe_run(
+    steps: int, batch: int, count: int, parameters: "list[torch.Tensor]", effective: dict[str, Any], accelerator: Any
+) -> str:
+    """Return a line with the length of the training, the size of the UNet and the settings in force."""
+    return (
+        f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
+        f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
+        f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
+        + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
+    )
 
 
 def finish(
     run: RunFolder,
-    trained: "TrainState",
+    train_state: "TrainState",
     config: TrainUnetConfig,
     results: dict[str, Any],
     tracker: Any,
@@ -220,39 +218,37 @@ def finish(
     from t2i.training import loop, zero
     from t2i.training.distributed import give_back_memory
 
-    weights, average = loop.gather(trained)
+    weights, average = loop.gather(train_state)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    unet, folder = trained.module, run.folder / "pipeline"
+    unet, folder = train_state.module, run.folder / "pipeline"
     if weights is not None:
         unet = zero.with_weights(unet, weights if average is None or config.save_raw_weights else average)
-    elif trained.ema and not config.save_raw_weights:
-        trained.ema.copy_to(trained.parameters)
+    elif train_state.ema and not config.save_raw_weights:
+        train_state.ema.copy_to(train_state.parameters)
     if weights is None:  # VAE and text encoder take the place of the moments, which nothing needs any more
-        trained.optimizer.state.clear()
+        train_state.optimizer.state.clear()
     give_back_memory()
     sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
-    skips = {f"{kind}_skips": count for kind, count in trained.skipped.items()}
+    skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
     run.finish(
         **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision, machine=loop.machine(),
         output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
         tracking=tracker.view if tracker else None,
     )  # fmt: skip
-    if tracker:
-        tracker.log_artifact(run.file)  # hashes of what went in and what came out
-        tracker.finish()
+    loop.finish_tracker(tracker, run)
     print(f"pipeline in {folder}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")
 
 
-def provenance(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
+def provenance(recipe: Recipe, input_hashes: dict[str, str]) -> dict[str, Any]:
     """What the run is made from: the hashes of its inputs, and what is known of them here and now, for the card."""
 
     return {
-        **inputs,
+        **input_hashes,
         "dataset": config.dataset_name(recipe.data),
         "dataset_id": model_card.hub_id(recipe.data.dataset),
-        "vae_run": model_card.find_vae_run(recipe, inputs),
+        "vae_run": model_card.find_vae_run(recipe, input_hashes),
         "code": code_revision(),
     }
 
@@ -268,7 +264,10 @@ def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
 
 
 def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """VAE, text encoder and tokenizer, and their hashes. A text encoder that no option names is built from the recipe."""
+    """Load VAE, text encoder and tokenizer. Return them, and the hashes of the data set and of each.
+
+    A text encoder that no option names is built from the recipe.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from t2i import models
@@ -288,12 +287,13 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
         tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", text_files[0])
     else:
         text_encoder, tokenizer = models.build_text_encoder(unet, splits.train.rows["caption"], recipe.train_unet.seed)
-    hashes = {
+    input_hashes = {
+        "dataset_hash": splits.fingerprint,
         "vae_hash": models.hash_model(vae),
         "text_encoder_hash": models.hash_model(text_encoder),
         "tokenizer_hash": models.hash_tokenizer(tokenizer),
     }
-    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, hashes
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, input_hashes
 
 
 def known_tokenizer(recipe: Recipe) -> Any:
@@ -385,65 +385,51 @@ def cache_inputs(
     return cached
 
 
-def loss_of(
-    trained: "TrainState", given: Inputs, config: TrainUnetConfig, accelerator: Any,
-    *batch: "torch.Tensor",
-) -> "torch.Tensor":  # fmt: skip
-    """The loss of a batch, as `make_batch` gives it; its gradients are left in the parameters."""
+def loss_and_gradients(
+    train_state: "TrainState", inputs: Inputs, config: TrainUnetConfig, accelerator: Any, *batch: "torch.Tensor"
+) -> "dict[str, torch.Tensor]":
+    """Forward and backward pass of a batch from `make_batch`. Return `train_loss`; the parameters hold the gradients."""
     from t2i.diffusion import denoising_loss
 
     latents, noise, timesteps, context, *further = batch
-    terms = denoising_loss(
-        trained.model, given.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
-    )
-    loss = terms.mean()
+    loss = denoising_loss(
+        train_state.model, inputs.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
+    ).mean()
     accelerator.backward(loss)
-    return loss.detach()
+    return {"train_loss": loss.detach()}
 
 
-def train_step(
-    trained: "TrainState", batches: "Prefetcher[Batch]", given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any,
-    backward: "Callable[..., torch.Tensor]",
-) -> "tuple[torch.Tensor, float]":  # fmt: skip
-    """One weight update: forward and backward pass, and `loop.update`. Returns loss and gradient norm.
-
-    backward: `loss_of` a batch, or a recording of it.
-    """
-    import torch
-
-    from t2i.training.loop import update
-
-    total = torch.zeros((), device=accelerator.device)
-    for micro in range(config.gradient_accumulation_steps):
-        batch = batches.take(step * config.gradient_accumulation_steps + micro)
-        with accelerator.accumulate(trained.model):
-            total += backward(*batch) / config.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                samples = partial(samples_of, given, config, step, accelerator)
-                norm = update(trained, config, step, total, samples, accelerator)
-    return total, norm
+def show_progress(progress: Any, losses: list[float], validation: dict[str, float]) -> None:
+    """Show the mean of the last training losses and the last validation loss beside the progress bar."""
+    figures = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
+    progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False, **figures)
 
 
-def samples_of(given: Inputs, config: TrainUnetConfig, step: int, accelerator: Any) -> list[str]:
-    """The ids of this process's samples of a weight update."""
-    parts = (
-        sample_indices(given, config, step, micro, accelerator) for micro in range(config.gradient_accumulation_steps)
-    )
-    return [given.ids[index] for part in parts for index in part]
+def record_samples(folder: Path, done: int, ids: "Callable[[], list[str]]", accelerator: Any) -> None:
+    """Write the hash of the main process's sample ids of update `done` to samples.jsonl."""
+    if accelerator.is_main_process:
+        append_jsonl(folder / "samples.jsonl", {"step": done, "samples": hash_json(ids())})
 
 
-def sample_indices(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "np.ndarray":
+def sample_ids(inputs: Inputs, config: TrainUnetConfig, step: int, accelerator: Any) -> list[str]:
+    """Return the ids of this process's samples of a weight update."""
+    micro_batches = range(config.gradient_accumulation_steps)
+    numbers = (index for micro in micro_batches for index in sample_indices(inputs, config, step, micro, accelerator))
+    return [inputs.ids[number] for number in numbers]
+
+
+def sample_indices(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "np.ndarray":
     """This process's samples of a part of a weight update: numbers in the training split, int64 [B]."""
     from t2i.data.preparing import batch_indices
 
     world, rank = accelerator.num_processes, accelerator.process_index
     number = step * config.gradient_accumulation_steps + micro
-    return batch_indices(len(given.caches["train"][0]), config.train_batch_size * world, config.seed, number)[
+    return batch_indices(len(inputs.caches["train"][0]), config.train_batch_size * world, config.seed, number)[
         rank::world
     ]
 
 
-def sample_copies(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
+def sample_copies(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
     """The `occurrences` of `sample_indices` within the whole weight update, over all its parts and processes: [B]."""
     from t2i.data.preparing import batch_indices
     from t2i.diffusion import occurrences
@@ -451,26 +437,28 @@ def sample_copies(given: Inputs, config: TrainUnetConfig, step: int, micro: int,
     world, rank = accelerator.num_processes, accelerator.process_index
     part = config.train_batch_size * world
     update = batch_indices(
-        len(given.caches["train"][0]), part * config.gradient_accumulation_steps, config.seed, step
+        len(inputs.caches["train"][0]), part * config.gradient_accumulation_steps, config.seed, step
     )  # the same samples in the same order, however they are shared out
     return occurrences(update.tolist())[micro * part : (micro + 1) * part][rank::world]
 
 
-def make_batch(given: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "Batch":
-    """This process's share of part `micro` of a weight update, on the device: scaled latents, noise, timesteps, encoder hidden
-    states, and with `input_perturbation` the noise of the UNet's input.
+def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number: int) -> "Batch":
+    """Return this process's share of micro-batch `number`, on the device.
 
-    Each caption is dropped by a coin toss of its own, to the embedding of the empty caption, which sampling uses as well.
+    Its tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation` the noise of the
+    UNet's input follows. Each caption is dropped on its own: the empty caption's embedding, which sampling uses as well,
+    replaces it.
     """
     from t2i.diffusion import draw
     from t2i.training.prefetch import to_device_soon
 
-    latents, text = given.caches["train"]
-    indices = sample_indices(given, config, step, micro, accelerator)
+    step, micro = divmod(number, config.gradient_accumulation_steps)
+    latents, text = inputs.caches["train"]
+    indices = sample_indices(inputs, config, step, micro, accelerator)
     shape = (latents.shape[2] // 2, *latents.shape[3:])
-    copies = sample_copies(given, config, step, micro, accelerator)
+    copies = sample_copies(inputs, config, step, micro, accelerator)
     draws = draw(
-        config.seed, step, indices.tolist(), shape, given.scheduler.config.num_train_timesteps, copies,
+        config.seed, step, indices.tolist(), shape, inputs.scheduler.config.num_train_timesteps, copies,
         noise_offset=config.noise_offset, input_perturbation=config.input_perturbation,
     )  # fmt: skip
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
@@ -478,7 +466,7 @@ def make_batch(given: Inputs, config: TrainUnetConfig, step: int, micro: int, ac
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
     moments = latents[indices, flips]
     batch = to_device(
-        moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, given.scaling_factor, accelerator
+        moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, inputs.scaling_factor, accelerator
     )
     return batch if draws.input_noise is None else (*batch, to_device_soon(draws.input_noise, accelerator.device))
 
@@ -500,7 +488,32 @@ def to_device(
     return latents, noise, timesteps, context.float()
 
 
-def validation_loss(unet: Any, given: Inputs, limit: int, accelerator: Any) -> dict[str, float]:
+def validate(
+    train_state: "TrainState",
+    inputs: Inputs,
+    folder: Path,
+    config: TrainUnetConfig,
+    tracker: Any,
+    step: int,
+    accelerator: Any,
+) -> dict[str, float]:
+    """Measure the averaged weights on the validation split, and record the losses and pictures. Every process calls.
+
+    Raises `UserError` for a non-finite loss, so that no checkpoint is saved with it.
+    """
+    from t2i.training import loop
+
+    with loop.averaged(train_state) as unet:
+        losses = validation_loss(unet, inputs, config.validation_images, accelerator)
+        if accelerator.is_main_process and config.validation_prompts:
+            draw_samples(unet, folder, config, tracker, step)
+    del unet  # under ZeRO a model of its own
+    loop.require_finite(losses["val_loss"], step, config.learning_rate)
+    loop.record(losses, step, folder, tracker, accelerator.is_main_process)
+    return losses
+
+
+def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> dict[str, float]:
     """Unweighted loss on validation images with fixed noise: the mean, and per quarter of the noise levels.
 
     Every run of the same data sees the same noise at the same timesteps, so that two runs compare.
@@ -510,7 +523,7 @@ def validation_loss(unet: Any, given: Inputs, limit: int, accelerator: Any) -> d
 
     from t2i.diffusion import TIMESTEP_BANDS, denoising_loss, draw, validation_timesteps
 
-    latents, text = given.caches["validation"]
+    latents, text = inputs.caches["validation"]
     side, world, rank = latents.shape[-1], accelerator.num_processes, accelerator.process_index
     sums, counted = torch.zeros(TIMESTEP_BANDS), 0
     unet.eval()
@@ -524,10 +537,10 @@ def validation_loss(unet: Any, given: Inputs, limit: int, accelerator: Any) -> d
             draws = draw(VALIDATION_SEED, band, indices.tolist(), (latents.shape[2] // 2, side, side), 1000)
             batch = to_device(
                 latents[indices, 0], draws.posterior_noise, draws.noise, levels[:, band], text, text.rows[indices],
-                given.scaling_factor, accelerator,
+                inputs.scaling_factor, accelerator,
             )  # fmt: skip
             with torch.no_grad(), accelerator.autocast():
-                sums[band] += denoising_loss(unet, given.scheduler, *batch).sum().cpu()
+                sums[band] += denoising_loss(unet, inputs.scheduler, *batch).sum().cpu()
     unet.train()
     total = accelerator.reduce(torch.tensor([*sums.tolist(), counted]).to(accelerator.device)).cpu()
     bands = (total[:-1] / total[-1]).tolist()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i import redaction
-from t2i.config import TrainVaeConfig, check_unet, check_vae, parse, to_dict
+from t2i.config import Recipe, TrainVaeConfig, check_unet, check_vae, parse, to_dict
 from t2i.errors import UserError, run_main
 from t2i.hub import publish
 from t2i.hub.loading import find_dataset
@@ -21,9 +21,8 @@ from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, checkpoint_folders
 from t2i.training.prefetch import Prefetcher
 
+# Whatever imports torch is imported inside the functions: `--help` and a typing mistake answer without its seconds.
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     import torch
 
@@ -52,109 +51,119 @@ def main() -> None:
 
     # data
     import torch
-    from tqdm import tqdm
 
     from t2i import models
-    from t2i.data import preparing
     from t2i.training import loop, stopping
     from t2i.training.cuda_graph import capture
 
     stopping.end_in_words()
     loop.check_tracker(config, recipe.data.cache_dir, accelerator.print)
-    splits = preparing.load_splits(recipe.data, say=accelerator.print, captions=False)
-    if splits.validation is None:
-        raise UserError(
-            f"{recipe.data.dataset} is too small: no image is left for validation; give more than one image"
-        )
+    splits = loop.load_splits(recipe.data, accelerator, captions=False)
     if config.dry_run:
         return
-    train = splits.train
+    count = len(splits.train)
+    steps = loop.total_steps(config, count, accelerator.num_processes)
 
     # models
     vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
     check_vae(recipe, models.vae_factor(vae))
-    inputs = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
-    steps = loop.total_steps(config, len(train), accelerator.num_processes)
+    input_hashes = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
     batch = loop.global_batch(config, accelerator.num_processes)
-    run = RunFolder(folder, loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **inputs))
+    identity = loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **input_hashes)
+    run = RunFolder(folder, identity)
     if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # another node may have no run.json
             print(f"reusing the finished VAE in {folder / 'vae'} ({run.state['psnr_db']:.2f} dB on validation)")
         push(folder, config, accelerator)
         return
-    tracker = None
     if accelerator.is_main_process:
         run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
-        tracker = loop.make_tracker(config, folder, to_dict(recipe), inputs)
-    if config.channels_last:
-        vae = vae.to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
     freeze(vae, config)
-    vae.to(accelerator.device).train()
+    loop.place_model(vae, config, accelerator)
 
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     loop.warn_of_warmup(config, steps, accelerator.print)
     optimizer, schedule = loop.build_optimizer(parameters, config, steps)
-    ema = loop.Average(parameters, decay=config.ema_decay) if config.use_ema else None
 
     # prepare
     module = models.Autoencoder(vae)
-    autoencoder, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
-    trained = loop.TrainState("vae", vae, autoencoder, parameters, optimizer, schedule, ema)
+    model, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
+    ema = loop.Average(parameters, decay=config.ema_decay) if config.use_ema else None
+    train_state = loop.TrainState("vae", vae, model, parameters, optimizer, schedule, ema)
+    tracker = loop.make_tracker(config, folder, to_dict(recipe), input_hashes, accelerator)
 
     # resume
-    state, node = loop.resume(folder, trained, config, accelerator)
-    before = state["before"] if state["step"] else measure(vae, splits.validation)
+    saved, node = loop.resume(folder, train_state, config, accelerator)
+    start, before = saved["step"], saved["before"] if saved["step"] else measure(vae, splits.validation)
     accelerator.print(
-        f"{steps} steps of {batch} images out of {len(train)}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
+        f"{steps} steps of {batch} images out of {count}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
     )
 
     # loop
     keep_freed_memory(accelerator)
-    stopped, parts = False, config.gradient_accumulation_steps
-
-    def make(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return make_batch(train, config, recipe.data.random_flip, number, vae, accelerator)
-
-    start, compute = state["step"] * parts, partial(terms_of, trained, config, accelerator)
-    backward = capture(compute, lambda: make(start), trained, config, accelerator)
-    batches = Prefetcher(make, steps * parts, in_thread=accelerator.device.type != "cpu")
+    stopped, micro_batches = False, config.gradient_accumulation_steps
+    make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
+    batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
+    compute = partial(loss_and_gradients, train_state, config, accelerator)
+    # On one GPU this is `compute` recorded as a CUDA graph, elsewhere `compute` itself.
+    forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
-        progress = tqdm(
-            range(state["step"], steps), desc="VAE", unit="step", initial=state["step"], total=steps,
-            disable=not accelerator.is_local_main_process, mininterval=loop.bar_seconds(),
-        )  # fmt: skip
+        progress = loop.progress_bar("VAE", start, steps, accelerator)
         for step in progress:
-            terms = train_step(trained, batches, train, config, step, accelerator, backward)
+            terms: dict[str, torch.Tensor] = {}  # means over the micro-batches, whose gradients add up
+            for number in range(step * micro_batches, (step + 1) * micro_batches):
+                with accelerator.accumulate(model):
+                    terms = loop.add_terms(terms, forward_backward(*batches.take(number)), micro_batches)
+            norm = loop.clip_gradients(train_state, config, accelerator)
+            ids = partial(sample_ids, splits.train, config, step, accelerator)
+            loop.step_optimizer(train_state, config, step, norm, terms["train_loss"], ids, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
-                means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in terms.items()}
-                row = means | {"lr": schedule.get_last_lr()[0]}
+                row = {**loop.mean_terms(terms, accelerator), "lr": schedule.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{row['train_loss']:.4f}", refresh=False)
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
-            if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
-                with loop.averaged(trained):
-                    validate(vae, splits.validation, folder, tracker, done)
             stopped = stopping.agreed(stop, accelerator) and done < steps
+            if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
+                with loop.averaged(train_state):
+                    validate(vae, splits.validation, folder, tracker, done)
             if done % config.checkpointing_steps == 0 or stopped:
-                loop.save(folder, trained, config, {"step": done, "before": before}, node, accelerator)
+                saved = {"step": done, "before": before}
+                loop.save(folder, train_state, config, saved, node, accelerator)
             if stopped:
                 break
     if stopped:
         loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
-    del backward  # and the memory of a step
+    del forward_backward  # frees the memory of a step
+    finish(run, train_state, recipe, splits, before, steps, tracker, accelerator)
+    push(folder, config, accelerator)
+
+
+def finish(
+    run: RunFolder,
+    train_state: "TrainState",
+    recipe: Recipe,
+    splits: Any,
+    before: dict[str, float],
+    steps: int,
+    tracker: Any,
+    accelerator: Any,
+) -> None:
+    """Save the autoencoder, with the average's weights if there are any, and the results. Every process calls."""
+    from t2i import models
+    from t2i.training import loop
+
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    if ema:
-        ema.copy_to(parameters)
+    vae, folder, config = train_state.module, run.folder, recipe.train_vae
+    if train_state.ema:
+        train_state.ema.copy_to(train_state.parameters)
     with run.timed("measure"):
         vae.eval()
-        normalise_latents(vae, train, fold=recipe.vae.vae is None, rescale=config.vae_train_part == "all")
+        normalise_latents(vae, splits.train, fold=recipe.vae.vae is None, rescale=config.vae_train_part == "all")
         vae.save_pretrained(folder / "vae")
         after = validate(vae, splits.validation, folder, tracker, steps)
         test = measure(vae, splits.test) if splits.test else {}
@@ -164,19 +173,17 @@ def main() -> None:
         **{f"test_{name}": value for name, value in test.items()},
     }
     run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
-    if config.checkpoints_total_limit == 1:  # it served for going on; several are kept to be compared
-        for served in checkpoint_folders(folder):
-            shutil.rmtree(served)
+    if config.checkpoints_total_limit == 1:  # it served to resume; several are kept to be compared
+        for checkpoint in checkpoint_folders(folder):
+            shutil.rmtree(checkpoint)
     if tracker:
         tracker.log_metrics(results, steps)
-        tracker.log_artifact(run.file)  # hashes of what went in and what came out
-        tracker.finish()
-    shown = f", {test['psnr_db']:.2f} dB on test" if test else ""
+    loop.finish_tracker(tracker, run)
+    on_test = f", {test['psnr_db']:.2f} dB on test" if test else ""
     print(
         f"VAE in {folder / 'vae'}: {before['psnr_db']:.2f} -> {after['psnr_db']:.2f} dB, "
-        f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{shown}; scaling_factor {vae.config.scaling_factor:.4f}"
+        f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{on_test}; scaling_factor {vae.config.scaling_factor:.4f}"
     )
-    push(folder, config, accelerator)
 
 
 def freeze(vae: Any, config: TrainVaeConfig) -> None:
@@ -193,42 +200,23 @@ def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
         publish.publish_vae(folder, config)
 
 
-def terms_of(
-    trained: "TrainState", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
-) -> dict[str, "torch.Tensor"]:
-    """The loss of a batch and its terms; the gradients are left in the parameters."""
-    reconstruction, mean, log_variance = trained.model(pixels, noise)
+def loss_and_gradients(
+    train_state: "TrainState", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
+) -> "dict[str, torch.Tensor]":
+    """Forward and backward pass of a batch from `make_batch`. Return `train_loss` and its terms; the parameters hold the
+    gradients.
+    """
+    reconstruction, mean, log_variance = train_state.model(pixels, noise)
     terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
     accelerator.backward(terms["train_loss"])
     return {name: value.detach() for name, value in terms.items()}
 
 
-def train_step(
-    trained: "TrainState", batches: "Prefetcher[tuple[torch.Tensor, torch.Tensor]]", train: "Split", config: TrainVaeConfig, step: int,
-    accelerator: Any, backward: "Callable[..., dict[str, torch.Tensor]]",
-) -> dict[str, "torch.Tensor"]:  # fmt: skip
-    """One weight update: forward and backward pass, and `loop.update`. Returns the loss and its terms.
-
-    backward: `terms_of` a batch, or a recording of it.
-    """
-    from t2i.training.loop import update
-
-    total: dict[str, torch.Tensor] = {}
-    numbers = [step * config.gradient_accumulation_steps + micro for micro in range(config.gradient_accumulation_steps)]
-    for number in numbers:
-        batch = batches.take(number)
-        with accelerator.accumulate(trained.model):
-            total = {name: total.get(name, 0) + value / len(numbers) for name, value in backward(*batch).items()}
-            if accelerator.sync_gradients:
-                samples = partial(samples_of, train, config, numbers, accelerator)
-                update(trained, config, step, total["train_loss"], samples, accelerator)
-    return total
-
-
-def samples_of(train: "Split", config: TrainVaeConfig, numbers: list[int], accelerator: Any) -> list[str]:
-    """The ids of this process's samples of batches `numbers`."""
-    parts = (sample_indices(train, config, number, accelerator) for number in numbers)
-    return [train.rows["id"][index] for part in parts for index in part]
+def sample_ids(train: "Split", config: TrainVaeConfig, step: int, accelerator: Any) -> list[str]:
+    """Return the ids of this process's samples of a weight update."""
+    micro_batches = range(step * config.gradient_accumulation_steps, (step + 1) * config.gradient_accumulation_steps)
+    numbers = (index for number in micro_batches for index in sample_indices(train, config, number, accelerator))
+    return [train.rows["id"][number] for number in numbers]
 
 
 def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
@@ -244,7 +232,7 @@ def batch_of_all(train: "Split", config: TrainVaeConfig, number: int, accelerato
 
 
 def make_batch(
-    train: "Split", config: TrainVaeConfig, flip: bool, number: int, vae: Any, accelerator: Any
+    train: "Split", config: TrainVaeConfig, flip: bool, vae: Any, accelerator: Any, number: int
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """This process's share of batch `number`: pixels [B, 3, S, S] in [-1, 1] and posterior noise, both on the device."""
     import numpy as np
@@ -335,28 +323,32 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
     fold: first give each channel mean 0 and deviation 1 by folding into the 1x1 convolutions (new VAEs alone: it changes
     what latents mean). rescale: write `scaling_factor` = 1 / deviation; False keeps latents and UNets of before valid.
     """
+    from t2i.models import fold_normalisation
+
+    pixels = train.pixels[:limit]
+    mean, std = latent_statistics(vae, pixels)
+    if fold:
+        fold_normalisation(vae, mean, std)
+        mean, std = latent_statistics(vae, pixels)
+    if rescale:
+        total = (std.square().mean() + mean.var(unbiased=False)).sqrt()
+        vae.register_to_config(scaling_factor=1.0 / total.item())
+
+
+def latent_statistics(vae: Any, pixels: "np.ndarray") -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return mean and deviation [C] of each channel of the raw latents of images, uint8 [N, S, S, 3]."""
     import torch
 
     from t2i.data.caches import to_pixels
-    from t2i.models import fold_normalisation
 
-    @torch.no_grad()
-    def deviations() -> tuple[torch.Tensor, torch.Tensor]:
-        means, variances = [], []
-        for start in range(0, min(limit, len(train)), 32):
-            posterior = vae.encode(to_pixels(train.pixels[start : min(start + 32, limit)]).to(vae.device)).latent_dist
+    means, variances = [], []
+    with torch.no_grad():
+        for start in range(0, len(pixels), 32):
+            posterior = vae.encode(to_pixels(pixels[start : start + 32]).to(vae.device)).latent_dist
             means.append(posterior.mean.float().movedim(1, 0).flatten(1))
             variances.append(posterior.var.float().movedim(1, 0).flatten(1))
         mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
         return mean.mean(1), (mean.var(1) + variance.mean(1)).sqrt()  # law of total variance
-
-    mean, std = deviations()
-    if fold:
-        fold_normalisation(vae, mean, std)
-        mean, std = deviations()
-    if rescale:
-        total = (std.square().mean() + mean.var(unbiased=False)).sqrt()
-        vae.register_to_config(scaling_factor=1.0 / total.item())
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_the_vae_counts_copies_over_its_processes():
     noise = []
     for rank in (0, 1):
         place = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-        noise += train_vae.make_batch(train, config, True, 0, vae, place)[1]
+        noise += train_vae.make_batch(train, config, True, vae, place, 0)[1]
     assert len({one.numpy().tobytes() for one in noise}) == 8
 
 

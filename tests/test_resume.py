@@ -601,7 +601,7 @@ def test_numbers_that_are_none_are_named_and_skipped_or_end_the_run(allowed, wor
         assert said.count("the update is skipped") >= 1
         assert json.loads((tmp_path / "run" / "run.json").read_text())["nonfinite_skips"] >= 1
     else:
-        with pytest.raises(UserError, match="no number at step") as error:
+        with pytest.raises(UserError, match="non-finite at step") as error:
             run_main(*words)
         from t2i.data import preparing
 

@@ -1,6 +1,5 @@
 """DeepSpeed ZeRO-2, started by the real launcher on two CPU processes, trains as data parallel training does."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -141,7 +140,7 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     """fp16's overflow, with accelerate noticing it (DeepSpeed) or not (fused AdamW skips by itself)."""
     moved = []
     accelerator = SimpleNamespace(
-        accumulate=lambda model: contextlib.nullcontext(), backward=lambda loss: None, sync_gradients=True, device="cpu",
+        backward=lambda loss: None, device="cpu",
         clip_grad_norm_=lambda parameters, limit: norm, optimizer_step_was_skipped=told, mixed_precision="fp16",
         reduce=lambda value, reduction: value, process_index=0, num_processes=1,
     )  # fmt: skip
@@ -150,15 +149,20 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     trained = loop.TrainState("unet", None, None, [], optimizer, step, step)
     given = train_unet.Inputs(None, {"train": (np.zeros(8), None)}, 1.0, [f"id{number}" for number in range(8)])
     settings = config.TrainUnetConfig(train_batch_size=2)
-    batches = SimpleNamespace(take=lambda number: (None,) * 4)
     monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.ones(1))
-    backward = functools.partial(train_unet.loss_of, trained, given, settings, accelerator)
-    train_unet.train_step(trained, batches, given, settings, 0, accelerator, backward)
+
+    def train_step(step):
+        terms = train_unet.loss_and_gradients(trained, given, settings, accelerator, *(None,) * 4)
+        clipped = loop.clip_gradients(trained, settings, accelerator)
+        ids = functools.partial(train_unet.sample_ids, given, settings, step, accelerator)
+        loop.step_optimizer(trained, settings, step, clipped, terms["train_loss"], ids, accelerator)
+
+    train_step(0)
     assert (trained.skipped["overflow"], moved) == ((0, ["moved", "moved"]) if norm == 1.0 else (1, []))
     if norm != 1.0:  # and where the loss itself is no number, it is not the gradients' scale: samples are named
         monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.full((1,), float("nan")))
-        with pytest.raises(UserError, match="no number at step 2, with the training samples id"):
-            train_unet.train_step(trained, batches, given, settings, 1, accelerator, backward)
+        with pytest.raises(UserError, match="non-finite at step 2, with the training samples id"):
+            train_step(1)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ WARM = 3  # runs before the recording, in which libraries choose and load their 
 def capture(
     compute: Callable[..., Result],
     example: Callable[[], tuple[torch.Tensor, ...]],
-    trained: "TrainState",
+    train_state: "TrainState",
     config: TrainConfig,
     accelerator: Any,
 ) -> Callable[..., Result]:
@@ -31,36 +31,36 @@ def capture(
     compute: tensors -> tensors on the device, forward and backward pass, without an optimiser's step; its shapes must not change.
     example: gives tensors like those it will get. What it returns is overwritten by the next call. Weights may change in place only.
     The memory of a pass stays taken as long as what is returned lives. No other thread may use the GPU meanwhile.
-    Raises `UserError` where the pass cannot be recorded, or memory is too small for it.
+    Raises `UserError` if the pass cannot be recorded, or if memory is too small for it.
     """
     plain = accelerator.distributed_type.value == "NO"  # under DDP a process alone is not
     once = config.gradient_accumulation_steps == 1 and not config.gradient_checkpointing
     if not (config.cuda_graphs and accelerator.device.type == "cuda" and plain and once):
         return compute
-    random = torch.cuda.get_rng_state()  # of layers that drop out; as it was when a run goes on
+    random = torch.cuda.get_rng_state()  # dropout layers draw from it; restored below
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
-        given = [tensor.clone() for tensor in example()]
+        static_inputs = [tensor.clone() for tensor in example()]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM):
-                compute(*given)
-                _forget(trained)
+                compute(*static_inputs)
+                _forget(train_state)
         current.wait_stream(side)
-        graph, result = _record(lambda: compute(*given), current)
+        graph, result = _record(lambda: compute(*static_inputs), current)
     except torch.OutOfMemoryError:
         raise UserError(
             f"the GPU's memory is too small for a step of train_batch_size {config.train_batch_size}; take half of it and "
             "--gradient_accumulation_steps 2, or --gradient_checkpointing"
         ) from None
     torch.cuda.set_rng_state(random)
-    gradients = [parameter.grad for parameter in trained.parameters]
-    _forget(trained)
+    gradients = [parameter.grad for parameter in train_state.parameters]
+    _forget(train_state)
 
     def replay(*batch: torch.Tensor) -> Result:
-        torch._foreach_copy_(given, list(batch))
+        torch._foreach_copy_(static_inputs, list(batch))
         graph.replay()
-        for parameter, gradient in zip(trained.parameters, gradients, strict=True):
+        for parameter, gradient in zip(train_state.parameters, gradients, strict=True):
             parameter.grad = gradient  # the optimiser has let go of it
         return result
 
@@ -82,6 +82,6 @@ def _record(compute: Callable[[], Result], current: torch.cuda.Stream) -> tuple[
     return graph, result
 
 
-def _forget(trained: "TrainState") -> None:
-    for parameter in trained.parameters:
+def _forget(train_state: "TrainState") -> None:
+    for parameter in train_state.parameters:
         parameter.grad = None

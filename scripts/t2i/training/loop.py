@@ -1,4 +1,4 @@
-"""What both training scripts share beside mathematics, data and checkpoints: optimiser, schedule, length, identity."""
+"""What both training scripts share: data checks, optimiser, schedule, weight update, checkpoints, records and trackers."""
 
 import dataclasses
 import importlib.util
@@ -16,8 +16,10 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from t2i.config import TrainConfig, TrainUnetConfig
+from t2i.config import DataConfig, TrainConfig, TrainUnetConfig
+from t2i.data import preparing
 from t2i.errors import UserError
 from t2i.files import append_jsonl, read_json, write_json, write_text
 from t2i.redaction import public_yaml
@@ -29,7 +31,7 @@ from t2i.training.stopping import EXIT_STOPPED
 
 @dataclasses.dataclass
 class TrainState:
-    """What training moves."""
+    """State updated by a training step."""
 
     name: str  # of the module in a checkpoint: unet or vae
     module: Any  # the diffusers model
@@ -38,9 +40,8 @@ class TrainState:
     optimizer: Any
     schedule: Any
     ema: Any  # or None
-    skipped: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"overflow": 0, "nonfinite": 0}
-    )  # updates left out
+    # number of skipped updates, by reason
+    skipped: dict[str, int] = dataclasses.field(default_factory=lambda: {"overflow": 0, "nonfinite": 0})
 
 
 class Average(EMAModel):
@@ -56,7 +57,7 @@ class Average(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1.0 - self.cur_decay_value)
 
 
-# settings that change neither what is learnt nor what comes out
+# Settings that change neither training nor its result.
 _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
     *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
@@ -83,7 +84,7 @@ _LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}  # settings that runs 
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
-    """What decides a run's result: the settings that matter, and the hashes of its inputs."""
+    """Return what decides a run's result: its effective settings, and the hashes of its inputs."""
     settings = {
         f"{type(section).__name__.removesuffix('Config')}.{key}": value
         for section in sections
@@ -93,8 +94,16 @@ def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
     return {**settings, **hashes}
 
 
+def load_splits(config: DataConfig, accelerator: Any, *, captions: bool = True) -> Any:
+    """Return the prepared splits of the data set. Raises `UserError` if no image is left for validation."""
+    splits = preparing.load_splits(config, say=accelerator.print, captions=captions)
+    if splits.validation is None:
+        raise UserError(f"{config.dataset} is too small: no image is left for validation; give more than one image")
+    return splits
+
+
 def global_batch(config: TrainConfig, world: int) -> int:
-    """Samples of a weight update, over all `world` processes."""
+    """Return the number of samples per weight update, over all `world` processes."""
     return config.train_batch_size * config.gradient_accumulation_steps * world
 
 
@@ -137,77 +146,88 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def gather(trained: TrainState) -> tuple[Any, Any]:
-    """All weights and their average in float32, in the order of the parameters, where ZeRO has split them; else (None, None).
+def place_model(model: Any, config: TrainConfig, accelerator: Any) -> None:
+    """Move the model to the device, in the recipe's memory format, ready for training."""
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.to(accelerator.device).train()
+
+
+def gather(train_state: TrainState) -> tuple[Any, Any]:
+    """Return all weights and their average in float32, in the parameters' order, if ZeRO has split them; else (None, None).
 
     Called by every process, before one of them writes a byte.
     """
-    if not zero.is_sharded(trained.model):
+    if not zero.is_sharded(train_state.model):
         return None, None
-    weights = zero.full_weights(trained.model, trained.parameters)
-    return weights, zero.full_average(trained.model, trained.parameters, trained.ema) if trained.ema else None
+    weights = zero.full_weights(train_state.model, train_state.parameters)
+    return weights, zero.full_average(
+        train_state.model, train_state.parameters, train_state.ema
+    ) if train_state.ema else None
 
 
 def save_state(
-    part: Path, trained: TrainState, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
+    part: Path, train_state: TrainState, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
 ) -> None:
     """This process's files of a checkpoint: its random states and, under ZeRO, its share; of the first process weights and
     average (portable, float32), optimiser and state.
     """
     checkpoints.save_rng(part / f"rng-{accelerator.process_index}.safetensors")
-    sharded, average = zero.is_sharded(trained.model), part / f"{trained.name}_ema"
+    sharded, average = zero.is_sharded(train_state.model), part / f"{train_state.name}_ema"
     if sharded:
-        save_file(zero.shard_state(trained.model, trained.ema), shard_file(part, accelerator))
-    if not accelerator.is_local_main_process:  # each node has all that it needs to go on
+        save_file(zero.shard_state(train_state.model, train_state.ema), shard_file(part, accelerator))
+    if not accelerator.is_local_main_process:  # each node resumes from its own files
         return
     counters: dict[str, Any] = {
         "processes": accelerator.num_processes,
         "sharded": sharded,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "schedule": trained.schedule.last_epoch,
-        "ema": trained.ema.optimization_step if trained.ema else None,
-        "skipped": trained.skipped,
+        "schedule": train_state.schedule.last_epoch,
+        "ema": train_state.ema.optimization_step if train_state.ema else None,
+        "skipped": train_state.skipped,
     }
     if sharded:
-        zero.with_weights(trained.module, gathered[0]).save_pretrained(part / trained.name)
-        if trained.ema:
-            zero.with_weights(trained.module, gathered[1]).save_pretrained(average)
+        zero.with_weights(train_state.module, gathered[0]).save_pretrained(part / train_state.name)
+        if train_state.ema:
+            zero.with_weights(train_state.module, gathered[1]).save_pretrained(average)
     else:
-        trained.module.save_pretrained(part / trained.name)
-        if trained.ema:
-            checkpoints.save_weights(average, trained.module, trained.parameters, trained.ema.shadow_params)
-        counters["optimizer"] = checkpoints.save_optimizer(part, trained.optimizer)
+        train_state.module.save_pretrained(part / train_state.name)
+        if train_state.ema:
+            checkpoints.save_weights(average, train_state.module, train_state.parameters, train_state.ema.shadow_params)
+        counters["optimizer"] = checkpoints.save_optimizer(part, train_state.optimizer)
     write_json(part / "state.json", {**state, **counters})
 
 
 def shard_file(folder: Path, accelerator: Any) -> Path:
-    """Where this process keeps, under ZeRO, what it alone knows."""
+    """Return the file of this process's share of a checkpoint under ZeRO."""
     return folder / f"zero-rank{accelerator.process_index}.safetensors"
 
 
-def load_state(checkpoint: Path, trained: TrainState, accelerator: Any) -> dict[str, Any]:
+def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> dict[str, Any]:
     """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process.
 
     On another number of processes, or from ZeRO to plain training and back, weights and average are taken from the portable
     files, and what is reset is said.
     """
     state = read_json(checkpoint / "state.json")
-    sharded, processes = zero.is_sharded(trained.model), accelerator.num_processes
+    sharded, processes = zero.is_sharded(train_state.model), accelerator.num_processes
     alike = state["processes"] == processes and state["sharded"] == sharded
     if sharded and alike:
-        zero.load_shard_state(trained.model, trained.ema, load_file(shard_file(checkpoint, accelerator)))
+        zero.load_shard_state(train_state.model, train_state.ema, load_file(shard_file(checkpoint, accelerator)))
     else:
-        load_portable(checkpoint, trained)
-    if trained.ema:
-        trained.ema.optimization_step = state["ema"]
+        load_portable(checkpoint, train_state)
+    if train_state.ema:
+        train_state.ema.optimization_step = state["ema"]
     keeps_moments = (sharded and alike) or not (sharded or state["sharded"])
     if keeps_moments and not sharded:
-        checkpoints.load_optimizer(checkpoint, trained.optimizer, state["optimizer"])
-    trained.schedule.last_epoch = state["schedule"] - 1
-    trained.schedule.step()
+        checkpoints.load_optimizer(checkpoint, train_state.optimizer, state["optimizer"])
+    train_state.schedule.last_epoch = state["schedule"] - 1
+    train_state.schedule.step()
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    trained.skipped.update(state["skipped"])
+    train_state.skipped.update(state["skipped"])
     if alike:
         checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
         accelerator.print(f"going on from {checkpoint}")
@@ -222,20 +242,20 @@ def load_state(checkpoint: Path, trained: TrainState, accelerator: Any) -> dict[
     return state
 
 
-def load_portable(checkpoint: Path, trained: TrainState) -> None:
-    """Weights and average from the files that any launch can read. Called by every process."""
-    weights = zero.fp32_weights(trained.model, trained.parameters)
-    for name in ([f"{trained.name}_ema"] if trained.ema else []) + [trained.name]:
-        if zero.is_sharded(trained.model):
-            zero.set_weights(trained.model, trained.module, checkpoints.read_weights(checkpoint / name))
+def load_portable(checkpoint: Path, train_state: TrainState) -> None:
+    """Load weights and average from the files that any launch can read. Called by every process."""
+    weights = zero.fp32_weights(train_state.model, train_state.parameters)
+    for name in ([f"{train_state.name}_ema"] if train_state.ema else []) + [train_state.name]:
+        if zero.is_sharded(train_state.model):
+            zero.set_weights(train_state.model, train_state.module, checkpoints.read_weights(checkpoint / name))
         else:
-            checkpoints.load_weights(checkpoint / name, trained.module)
-        if name != trained.name:
-            trained.ema.shadow_params = [weight.detach().float().clone() for weight in weights]
+            checkpoints.load_weights(checkpoint / name, train_state.module)
+        if name != train_state.name:
+            train_state.ema.shadow_params = [weight.detach().float().clone() for weight in weights]
 
 
 def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
-    """Whether the run has finished, on every process alike. Raises `UserError` where an earlier checkpoint is named all the same."""
+    """Return whether the run has finished, the same on every process. Raises `UserError` if an earlier checkpoint is named."""
     if not broadcast_from_main(run.finished, accelerator):
         return False
     name, steps = config.resume_from_checkpoint, broadcast_from_main(run.state.get("steps"), accelerator)
@@ -249,7 +269,7 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
 
 
 def resume(
-    run: Path, trained: TrainState, config: TrainConfig, accelerator: Any
+    run: Path, train_state: TrainState, config: TrainConfig, accelerator: Any
 ) -> tuple[dict[str, Any], checkpoints.Node]:
     """Resume from the newest whole checkpoint, if there is one, and save once as a rehearsal, so that a full or read-only disk
     is met now. Returns the checkpoint's state (`step` 0 where training starts) and this process's node. Called by every
@@ -257,24 +277,31 @@ def resume(
     """
     node = checkpoints.Node(accelerator)
     checkpoint = checkpoints.find_checkpoint(run, config.resume_from_checkpoint, node)
-    state = load_state(checkpoint, trained, accelerator) if checkpoint else {"step": 0}
+    state = load_state(checkpoint, train_state, accelerator) if checkpoint else {"step": 0}
     accelerator.wait_for_everyone()
     if node.first:
         checkpoints.forget_after(run, state["step"], node)
-    moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in trained.parameters)
-    gathered = gather(trained)
-    checkpoints.rehearse(run, lambda part: save_state(part, trained, gathered, {"step": 0}, accelerator), node, moments)
+    moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in train_state.parameters)
+    gathered = gather(train_state)
+    checkpoints.rehearse(
+        run, lambda part: save_state(part, train_state, gathered, {"step": 0}, accelerator), node, moments
+    )
     return state, node
 
 
 def save(
-    run: Path, trained: TrainState, config: TrainConfig, state: dict[str, Any], node: checkpoints.Node, accelerator: Any
+    run: Path,
+    train_state: TrainState,
+    config: TrainConfig,
+    state: dict[str, Any],
+    node: checkpoints.Node,
+    accelerator: Any,
 ) -> None:
     """Save a checkpoint of `state["step"]`. Called by every process."""
-    gathered = gather(trained)
+    gathered = gather(train_state)
 
     def write(part: Path) -> None:
-        save_state(part, trained, gathered, state, accelerator)
+        save_state(part, train_state, gathered, state, accelerator)
 
     checkpoints.save_checkpoint(run, state["step"], write, node, config.checkpoints_total_limit)
 
@@ -289,45 +316,66 @@ def exit_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerato
     raise SystemExit(EXIT_STOPPED)
 
 
-def update(
-    trained: TrainState,
+def add_terms(
+    total: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], micro_batches: int
+) -> dict[str, torch.Tensor]:
+    """Return `total` plus this micro-batch's share of the mean loss terms. A CUDA graph may overwrite `terms` afterwards."""
+    return {name: total.get(name, 0) + value / micro_batches for name, value in terms.items()}
+
+
+def mean_terms(terms: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
+    """Return the mean of each loss term over the processes. Called by every process."""
+    return {name: accelerator.reduce(value.detach(), reduction="mean").item() for name, value in terms.items()}
+
+
+def clip_gradients(train_state: TrainState, config: TrainConfig, accelerator: Any) -> float:
+    """Clip the gradients in place. Return their norm before clipping, the same on every process."""
+    return float(accelerator.clip_grad_norm_(train_state.parameters, config.max_grad_norm))
+
+
+def step_optimizer(
+    train_state: TrainState,
     config: TrainConfig,
     step: int,
+    norm: float,
     loss: torch.Tensor,
-    samples: Callable[[], list[str]],
+    sample_ids: Callable[[], list[str]],
     accelerator: Any,
-) -> float:
-    """The end of a weight update, gradients being there: clipping, AdamW, schedule, moving average. Returns the gradient norm.
+) -> None:
+    """Update weights, schedule and moving average from the clipped gradients. Called by every process.
 
-    Where loss or gradient is no number the update is left out, and the run ends where that is one too many; where only
-    fp16's gradients overflowed, schedule and average stand still. loss: of this process. samples: gives its samples' ids.
-    Called by every process. Raises `UserError` with the samples.
+    A non-finite loss or gradient skips the update. If only fp16's gradients overflowed, schedule and average stand still.
+
+    Args:
+        norm: the gradients' norm, from `clip_gradients`.
+        loss: this process's loss, a scalar.
+        sample_ids: returns the ids of this process's samples.
+
+    Raises:
+        UserError: more than `max_nonfinite_steps` updates were non-finite. The message names the samples.
     """
-    norm = float(accelerator.clip_grad_norm_(trained.parameters, config.max_grad_norm))  # the same on every process
     finite, scaled = math.isfinite(norm), accelerator.mixed_precision == "fp16"
     if finite or scaled:  # fp16's scale has to learn of an overflow
-        trained.optimizer.step()
-    trained.optimizer.zero_grad()
-    # Fused AdamW leaves an overflowed update out by itself, which accelerate does not notice; DeepSpeed has left it out.
+        train_state.optimizer.step()
+    train_state.optimizer.zero_grad()
+    # Fused AdamW skips an overflowed update by itself, which accelerate does not notice. DeepSpeed has skipped it already.
     if finite and not accelerator.optimizer_step_was_skipped:
-        trained.schedule.step()
-        if trained.ema:
-            trained.ema.step(zero.fp32_weights(trained.model, trained.parameters))
+        train_state.schedule.step()
+        if train_state.ema:
+            train_state.ema.step(zero.fp32_weights(train_state.model, train_state.parameters))
     elif scaled and not accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum") > 0:
-        trained.skipped["overflow"] += 1
+        train_state.skipped["overflow"] += 1
     else:
-        trained.skipped["nonfinite"] += 1
+        train_state.skipped["nonfinite"] += 1
         message = (
-            f"loss {loss.item():.4g} or its gradient is no number at step {step + 1}, with the training samples "
-            f"{', '.join(samples())} on process {accelerator.process_index}"
+            f"the loss ({loss.item():.4g}) or its gradient is non-finite at step {step + 1}, with the training samples "
+            f"{', '.join(sample_ids())} on process {accelerator.process_index}"
         )
-        if trained.skipped["nonfinite"] > config.max_nonfinite_steps:
+        if train_state.skipped["nonfinite"] > config.max_nonfinite_steps:
             raise UserError(
-                f"{message}; look at them, lower --learning_rate (it is {config.learning_rate}), or let --max_nonfinite_steps be "
-                "skipped"
+                f"{message}; look at them, lower --learning_rate (now {config.learning_rate}), or raise --max_nonfinite_steps"
             )
         print(f"WARNING: {message}; the update is skipped", flush=True)
-    return norm
 
 
 def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
@@ -343,9 +391,18 @@ def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main
         tracker.log_metrics(row, step)
 
 
-def bar_seconds() -> float:
-    """Seconds between two looks of a progress bar: a terminal draws over it, a log keeps each as a line."""
-    return 1.0 if sys.stderr.isatty() else 60.0
+def progress_bar(name: str, start: int, steps: int, accelerator: Any) -> Any:
+    """Return the training steps from `start` to `steps - 1`, shown as a progress bar by one process per node."""
+    seconds = 1.0 if sys.stderr.isatty() else 60.0  # a terminal redraws its bar; a log keeps each as a line
+    return tqdm(
+        range(start, steps),
+        desc=name,
+        unit="step",
+        initial=start,
+        total=steps,
+        disable=not accelerator.is_local_main_process,
+        mininterval=seconds,
+    )
 
 
 def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
@@ -393,9 +450,14 @@ class BesideMlflow:
         self._other.finish()
 
 
-def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str]) -> Any:
-    """The run's trackers, with its parameters, input hashes and resolved settings; None for `report_to: none`."""
-    if config.report_to == "none":
+def make_tracker(
+    config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str], accelerator: Any
+) -> Any:
+    """Start the run's trackers, with its parameters, input hashes and resolved settings.
+
+    Return None on every process but the main one, and for `report_to: none`.
+    """
+    if config.report_to == "none" or not accelerator.is_main_process:
         return None
     from t2i.tracking.mlflow_tracker import Tracker  # MLflow takes seconds to import
 
@@ -405,6 +467,13 @@ def make_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], ha
     write_text(folder / "config.public.yaml", public_yaml(shown))
     tracker.log_artifact(folder / "config.public.yaml")
     return tracker if config.report_to == "mlflow" else BesideMlflow(tracker, start_tracker(config, folder))
+
+
+def finish_tracker(tracker: Any, run: RunFolder) -> None:
+    """Log the finished run's `run.json`, with the hashes of inputs and outputs, and end the tracker (None: no tracker)."""
+    if tracker:
+        tracker.log_artifact(run.file)
+        tracker.finish()
 
 
 def start_tracker(config: TrainConfig, folder: Path) -> Any:
@@ -423,14 +492,14 @@ def start_tracker(config: TrainConfig, folder: Path) -> Any:
 
 
 def without_paths(settings: Any) -> Any:
-    """Settings for other eyes: of an absolute path only its last part."""
+    """Return settings fit for publication: an absolute path is cut to its last part."""
     if isinstance(settings, dict):
         return {key: without_paths(value) for key, value in settings.items()}
     return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
 
 
 def require_finite(loss: float, step: int, learning_rate: float) -> None:
-    """End the run with a sentence when the loss is not a number."""
+    """Raise `UserError` if the loss is non-finite."""
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {step}; lower --learning_rate (it is {learning_rate}) or check the data"
@@ -438,29 +507,29 @@ def require_finite(loss: float, step: int, learning_rate: float) -> None:
 
 
 @contextmanager
-def averaged(trained: TrainState) -> Iterator[Any]:
+def averaged(train_state: TrainState) -> Iterator[Any]:
     """Within the block, the module's weights are their moving average (if there is one). Yields the module to look at.
 
     Under ZeRO every process must enter, and gets a float32 model of its own that goes with the block: the engine's weights
     stay as they are.
     """
-    if zero.is_sharded(trained.model):
-        weights, average = gather(trained)
-        yield zero.with_weights(trained.module, weights if average is None else average)
+    if zero.is_sharded(train_state.model):
+        weights, average = gather(train_state)
+        yield zero.with_weights(train_state.module, weights if average is None else average)
         return
-    if trained.ema is None:
-        yield trained.module
+    if train_state.ema is None:
+        yield train_state.module
         return
-    trained.ema.store(trained.parameters)
-    trained.ema.copy_to(trained.parameters)
+    train_state.ema.store(train_state.parameters)
+    train_state.ema.copy_to(train_state.parameters)
     try:
-        yield trained.module
+        yield train_state.module
     finally:
-        trained.ema.restore(trained.parameters)
+        train_state.ema.restore(train_state.parameters)
 
 
 def machine() -> str:
-    """The processor or GPU that training runs on, in words."""
+    """Return the name of the processor or GPUs that training runs on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     try:

@@ -1,4 +1,4 @@
-"""Batches that are made in a thread, one ahead of the training, so that a device does not wait for data."""
+"""Prefetch batches: a thread makes the next one while the device trains on this one."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Batch = TypeVar("Batch")
 
 
 class Prefetcher(Generic[Batch]):
-    """`take(n)` gives batch n and, where `in_thread`, begins with n + 1. What making a batch raises, taking it raises.
+    """`take(n)` returns batch n and, if `in_thread`, starts on batch n + 1. An error in making a batch is raised by `take`.
 
     make: the batch of a number, a pure function of it: what is made ahead does not depend on when.
     in_thread: for a device of its own. Where the processor trains, its threads would only be in each other's way.
