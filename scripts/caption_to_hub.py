@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from t2i.captions.captioners import ModelName
-    from t2i.data.sources import Source
+    from t2i.data.records import Source
 
 DECODE_SIDE = 768  # px; Florence-2 looks at 768 px, other models at less
 LOOK_SIDE = 64  # px; colors are looked up at this size
@@ -136,7 +136,7 @@ def main() -> None:
 
 def understand(recipe: Recipe, scratch: Path) -> None:
     """Say what was understood of the input, and end there."""
-    from t2i.data.preparing import check_bad_share
+    from t2i.data.prepared import check_bad_share
     from t2i.data.sources import find_source
 
     source = find_source(recipe.data)
@@ -150,8 +150,7 @@ def understand(recipe: Recipe, scratch: Path) -> None:
 def say_understood(source: "Source", rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
     """The table of `t2i.data.overview`: the captions that are there, where they are used, else the images alone."""
     from t2i.data import overview
-    from t2i.data.preparing import caption_origins, count_several
-    from t2i.data.sources import caption_columns, prefixed
+    from t2i.data.records import caption_columns, caption_origins, count_several, prefixed
 
     good = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
@@ -239,7 +238,7 @@ def open_rows(source: "Source", recipe: Recipe, folder: Path, accelerator: Any) 
 
 def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "datasets.Dataset"]:
     """The candidates by split, train first; what must be written for that goes to `scratch`."""
-    from t2i.data.sources import check_image_column
+    from t2i.data.records import check_image_column
 
     rows = source.open(scratch)
     order = [split for split in ("train", "validation", "test") if split in rows]
@@ -249,7 +248,7 @@ def candidates(source: "Source", recipe: Recipe, scratch: Path) -> dict[str, "da
 def look(source: "Source", rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any) -> list[Photo]:
     """Every image, decoded once by the first process: its hash, colors, or why it cannot be used. Kept in `WORK`."""
     from t2i.data.images import HEIF_FIX
-    from t2i.data.preparing import check_bad_share
+    from t2i.data.prepared import check_bad_share
 
     seen = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
     kept = folder / WORK / f"photos-{hash_json(seen)}.jsonl"
@@ -272,8 +271,9 @@ def _look(source: "Source", rows: dict[str, Any], recipe: Recipe) -> Iterator[Ph
     from tqdm import tqdm
 
     from t2i.captions.auditing import dominant_colors
-    from t2i.data.images import BadImage, decode_image, fit
-    from t2i.data.sources import WORKERS, image_bytes, image_digest, in_order, shown_file
+    from t2i.data.images import BadImage, decode_image, fit, image_bytes, image_digest
+    from t2i.data.records import shown_file
+    from t2i.data.workers import WORKERS, in_order
 
     def look_at(cell: Any) -> tuple[str, str | None, dict[str, float], str | None]:
         name, digest = cell and cell["path"], image_digest(cell, source.roots).hex()[:32]
@@ -346,7 +346,7 @@ def is_edited(line: dict[str, Any]) -> bool:
 
 def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] | None:
     """The captions that need no model, by split: from labels, or those there; None where a model makes them."""
-    from t2i.data.sources import CAPTION_FIX, caption_columns, check_label_names, clean, label_caption
+    from t2i.data.records import CAPTION_FIX, caption_columns, check_label_names, clean, label_caption
 
     kind, data = recipe.caption.captioner, recipe.data
     if kind not in ("label", "existing"):
@@ -371,7 +371,7 @@ def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] |
 
 def labels_of(part: "datasets.Dataset", recipe: Recipe) -> list[str | None] | None:
     """The names of a split's labels; None where it has no labels."""
-    from t2i.data.sources import label_column, label_name, plain
+    from t2i.data.records import label_column, label_name, plain
 
     column = label_column(part)
     if column is None:
@@ -417,8 +417,7 @@ def caption_batches(
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
     from tqdm import tqdm
 
-    from t2i.data.images import decode_image
-    from t2i.data.sources import image_bytes
+    from t2i.data.images import decode_image, image_bytes
 
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list["Image.Image"], Any]:
         cells = (rows[photo.split][photo.row][recipe.data.image_column] for _, photo in batch)
@@ -483,7 +482,7 @@ def write_dataset(
     """The dataset folder's Parquet, audit and card, from the captions as they stand in captions.jsonl."""
     from t2i.captions import auditing, ledger
     from t2i.data.dataset_folder import save_dataset_folder
-    from t2i.data.sources import prefixed
+    from t2i.data.records import prefixed
     from t2i.hub.dataset_card import merge_cards
     from t2i.redaction import public_yaml
 
@@ -547,8 +546,7 @@ def make_card(
 ) -> str:  # fmt: skip
     """The card's text; its picture grid goes to images/grid.png."""
     from t2i.config import dataset_name
-    from t2i.data.images import decode_image, fit
-    from t2i.data.sources import image_bytes
+    from t2i.data.images import decode_image, fit, image_bytes
     from t2i.hub import dataset_card, model_card
 
     config, data = recipe.caption, recipe.data
@@ -613,7 +611,7 @@ def features_of(rows: dict[str, "datasets.Dataset"], labelled: bool, recipe: Rec
     """
     import datasets
 
-    from t2i.data.sources import is_plain, label_column
+    from t2i.data.records import is_plain, label_column
 
     text, first = datasets.Value("string"), rows["train"]
     taken = {recipe.data.image_column, "image", "caption", "text", "label", "labels", recipe.data.caption_column}
@@ -633,7 +631,8 @@ def dataset_rows(
     recipe: Recipe,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A split's rows as the dataset folder has them; images byte for byte as they came."""
-    from t2i.data.sources import image_bytes, plain
+    from t2i.data.images import image_bytes
+    from t2i.data.records import plain
 
     for photo, caption, label in found:
         row = part[photo.row]
