@@ -82,9 +82,8 @@ class Candidates:
     caption: str | None = None  # caption column
     label: str | None = None  # class column
     extras: list[str] = field(default_factory=list)  # the other plain columns
-    schema: pa.Schema = field(
-        default_factory=lambda: pa.schema([])
-    )  # of a prepared row: id, file, caption, label if there are classes, extras
+    # of a prepared row: id, file, caption, label if there are classes, extras
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
     def __len__(self) -> int:
         return len(self.rows)
