@@ -75,13 +75,13 @@ def find_images(run: Path) -> Path | None:
 def training_set(folder: Path) -> TrainingSet:
     """The prepared images in `folder` (by content, so they never change) and their embedding; computed once."""
     try:
-        from t2i.data import preparing
+        from t2i.data import prepared
         from t2i.evaluation import metrics
     except ImportError as error:
         raise UserError(
             f"the training images need {error.name}, which is not installed; pip install -r requirements.txt"
         ) from None
-    train, validation, test = preparing.open_prepared(folder)
+    train, validation, test = prepared.open_prepared(folder)
     if train is None or len(train) < 2:
         raise UserError(f"{folder} holds too few training images to compare with")
     if len(train) > MAX_IMAGES:

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from t2i.captions import auditing, ledger
 from t2i.captions.ledger import Key
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
-from t2i.data import overview, preparing, sources
+from t2i.data import overview, prepared, records, sources, workers
 from t2i.data.dataset_folder import save_dataset_folder
-from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit
+from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, image_bytes, image_digest
 from t2i.errors import UserError, run_main
 from t2i.files import hash_json, read_json, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
@@ -176,7 +176,7 @@ def model_name(config: CaptionConfig) -> "ModelName":
     return ModelName(config.captioner, "", "") if config.captioner in NO_MODEL else resolve(config)
 
 
-def run_settings(recipe: Recipe, source: sources.Source, name: "ModelName") -> dict[str, Any]:
+def run_settings(recipe: Recipe, source: records.Source, name: "ModelName") -> dict[str, Any]:
     """Return what decides whether the folder's captions belong to this command."""
     settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OPTIONS}
     settings = {key: value for key, value in settings.items() if value is not None or key not in NEWER_OPTIONS}
@@ -205,21 +205,21 @@ def print_input(recipe: Recipe) -> None:
         check_bad_share(source, photos, recipe, Path(scratch))
 
 
-def open_rows(source: sources.Source, recipe: Recipe, folder: Path, accelerator: Any) -> dict[str, datasets.Dataset]:
+def open_rows(source: records.Source, recipe: Recipe, folder: Path, accelerator: Any) -> dict[str, datasets.Dataset]:
     """Return the source's rows by split, with images not decoded."""
     with accelerator.local_main_process_first():  # the other processes reuse its copy of Parquet files
         return ordered_rows(source, recipe, folder / WORK / "source")
 
 
-def ordered_rows(source: sources.Source, recipe: Recipe, scratch: Path) -> dict[str, datasets.Dataset]:
+def ordered_rows(source: records.Source, recipe: Recipe, scratch: Path) -> dict[str, datasets.Dataset]:
     """Return the source's rows by split, train first. Copies that opening needs go to `scratch`."""
     rows = source.open(scratch)
     order = [split for split in ("train", "validation", "test") if split in rows]
-    return {split: sources.check_image_column(rows[split], recipe.data, source.name, split) for split in order}
+    return {split: records.check_image_column(rows[split], recipe.data, source.name, split) for split in order}
 
 
 def load_photos(
-    source: sources.Source, rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any
+    source: records.Source, rows: dict[str, Any], recipe: Recipe, folder: Path, accelerator: Any
 ) -> list[Photo]:
     """Return all photos. The main process inspects them once and stores the result in `WORK`."""
     identity = [source.identity, recipe.data.image_column, *([] if HEIF_FIX else ["heif"])]
@@ -239,13 +239,13 @@ def load_photos(
     return photos
 
 
-def inspect_photos(source: sources.Source, rows: dict[str, Any], recipe: Recipe) -> Iterator[Photo]:
+def inspect_photos(source: records.Source, rows: dict[str, Any], recipe: Recipe) -> Iterator[Photo]:
     """Decode each image once: yield its hash and colors, or why it cannot be used."""
 
     def inspect(cell: Any) -> tuple[str | None, str, str | None, dict[str, float]]:
-        name, digest = cell and cell["path"], sources.image_digest(cell, source.roots).hex()[:32]
+        name, digest = cell and cell["path"], image_digest(cell, source.roots).hex()[:32]
         try:
-            data = sources.image_bytes(cell, source.roots)
+            data = image_bytes(cell, source.roots)
             pixels = fit(decode_image(data, draft_side=auditing.COLOR_SIDE), auditing.COLOR_SIDE)
         except BadImage as error:
             return name, digest, error.reason, {}
@@ -253,28 +253,28 @@ def inspect_photos(source: sources.Source, rows: dict[str, Any], recipe: Recipe)
 
     total = sum(map(len, rows.values()))
     bar = tqdm(total=total, desc="images", unit="image", mininterval=0.5)
-    with ThreadPoolExecutor(sources.WORKERS) as pool, bar:
+    with ThreadPoolExecutor(workers.WORKERS) as pool, bar:
         for split, split_rows in rows.items():
             column = split_rows.select_columns([recipe.data.image_column])
             cells = (row[recipe.data.image_column] for row in column)
-            for index, (name, digest, reason, colors) in enumerate(sources.in_order(pool, inspect, cells)):
-                yield Photo(split, index, sources.shown_file(name, split, index), digest, reason, colors)
+            for index, (name, digest, reason, colors) in enumerate(workers.in_order(pool, inspect, cells)):
+                yield Photo(split, index, records.shown_file(name, split, index), digest, reason, colors)
                 bar.update()
 
 
-def bad_photos(source: sources.Source, photos: list[Photo]) -> list[dict[str, Any]]:
+def bad_photos(source: records.Source, photos: list[Photo]) -> list[dict[str, Any]]:
     """Return file, split and reason of each image that cannot be used."""
     bad = [{"file": photo.file, "split": photo.split, "reason": photo.reason} for photo in photos if photo.reason]
     return source.quarantine + bad
 
 
-def check_bad_share(source: sources.Source, photos: list[Photo], recipe: Recipe, listing: Path) -> None:
+def check_bad_share(source: records.Source, photos: list[Photo], recipe: Recipe, listing: Path) -> None:
     """Raise `UserError` if more images are bad than `--max_bad_share` allows. `listing` is the file that names them."""
     total = len(photos) + len(source.quarantine)
-    preparing.check_bad_share(source.name, bad_photos(source, photos), total, recipe.data.max_bad_share, listing)
+    prepared.check_bad_share(source.name, bad_photos(source, photos), total, recipe.data.max_bad_share, listing)
 
 
-def print_overview(source: sources.Source, rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
+def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
     """Print the table of `t2i.data.overview`: the images, and the captions if the data set brings them."""
     usable = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
@@ -282,7 +282,7 @@ def print_overview(source: sources.Source, rows: dict[str, Any], photos: list[Ph
     columns: dict[str, dict[str, list[Any]]] = {split: {"file": [], "caption": [], "label": []} for split in rows}
     for photo in usable:
         table, names = columns[photo.split], labels[photo.split]
-        caption = sources.prefixed(texts[photo.split][photo.row], recipe.data.caption_prefix) if texts else ""
+        caption = records.prefixed(texts[photo.split][photo.row], recipe.data.caption_prefix) if texts else ""
         table["file"].append(photo.file)
         table["caption"].append(caption)
         table["label"].append(names[photo.row] if names else None)
@@ -300,15 +300,15 @@ def print_overview(source: sources.Source, rows: dict[str, Any], photos: list[Ph
         notes |= {"captions_from": {}, "caption_columns": ["from the class"]}
     else:
         captions = {
-            split: (sources.caption_columns(split_rows, recipe.data, source.name, split)[0], None)
+            split: (records.caption_columns(split_rows, recipe.data, source.name, split)[0], None)
             for split, split_rows in rows.items()
         }
         from_files = "captions_from" in notes
-        notes["caption_columns"] = preparing.caption_origins(rows, captions, from_files, recipe.data)
+        notes["caption_columns"] = records.caption_origins(rows, captions, from_files, recipe.data)
         notes["several_captions"] = 0
         for split, (column, _) in captions.items():
             usable_rows = rows[split].select([photo.row for photo in usable if photo.split == split])
-            notes["several_captions"] += preparing.count_several(usable_rows[column]) if column else 0
+            notes["several_captions"] += records.count_several(usable_rows[column]) if column else 0
     reasons = Counter(row["reason"].split(":")[0] for row in bad_photos(source, photos))
     report = {
         "dataset": source.name,
@@ -390,29 +390,29 @@ def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] |
                 raise UserError(
                     f"{data.dataset} has no labels; choose another --captioner, or sort the images into class folders"
                 )
-            sources.check_label_names(labels or [], data, str(data.dataset))
+            records.check_label_names(labels or [], data, str(data.dataset))
             labels = labels or [None] * len(split_rows)
-            texts[split] = [sources.label_caption(label, data.caption_template) for label in labels]
+            texts[split] = [records.label_caption(label, data.caption_template) for label in labels]
         else:
-            column = sources.caption_columns(split_rows, data, str(data.dataset), split)[0]
+            column = records.caption_columns(split_rows, data, str(data.dataset), split)[0]
             if column is None and split == "train":
-                raise UserError(f"{data.dataset} has no captions; {sources.CAPTION_FIX}")
-            texts[split] = [sources.clean(text) for text in split_rows[column]] if column else [""] * len(split_rows)
+                raise UserError(f"{data.dataset} has no captions; {records.CAPTION_FIX}")
+            texts[split] = [records.clean(text) for text in split_rows[column]] if column else [""] * len(split_rows)
     return texts
 
 
 def labels_of(split_rows: datasets.Dataset, recipe: Recipe) -> list[str | None] | None:
     """Return the label name of each row; None if the split has no labels."""
-    column = sources.label_column(split_rows)
+    column = records.label_column(split_rows)
     if column is None:
         return None
     kind = split_rows.features[column]
-    return [sources.label_name(sources.plain(kind, value), recipe.data.label_names) for value in split_rows[column]]
+    return [records.label_name(records.plain(kind, value), recipe.data.label_names) for value in split_rows[column]]
 
 
 def make_captions(
     missing: dict[Key, tuple[Photo, str]],
-    source: sources.Source,
+    source: records.Source,
     rows: dict[str, Any],
     recipe: Recipe,
     name: "ModelName",
@@ -444,7 +444,7 @@ def make_captions(
 def caption_batches(
     work: list[tuple[Key, Photo]],
     captioner: Any,
-    source: sources.Source,
+    source: records.Source,
     rows: dict[str, Any],
     recipe: Recipe,
     accelerator: Any,
@@ -454,7 +454,7 @@ def caption_batches(
 
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list[Image.Image], Any]:
         cells = (rows[photo.split][photo.row][recipe.data.image_column] for _, photo in batch)
-        images = [decode_image(sources.image_bytes(cell, source.roots), draft_side=DECODE_SIDE) for cell in cells]
+        images = [decode_image(image_bytes(cell, source.roots), draft_side=DECODE_SIDE) for cell in cells]
         return batch, images, captioner.prepare(images)
 
     size, position = recipe.caption.caption_batch_size, 0
@@ -515,7 +515,7 @@ def ledger_line(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dic
 def write_dataset(
     photos: list[Photo],
     keys: list[Key | None],
-    source: sources.Source,
+    source: records.Source,
     rows: dict[str, Any],
     recipe: Recipe,
     name: "ModelName",
@@ -529,7 +529,7 @@ def write_dataset(
     for photo, key in zip(photos, keys, strict=True):
         if key:
             # captions.jsonl holds captions without the prefix, as they were made or edited.
-            caption = sources.prefixed(auditing.clean_caption(lines[key]["caption"]), recipe.data.caption_prefix)
+            caption = records.prefixed(auditing.clean_caption(lines[key]["caption"]), recipe.data.caption_prefix)
             names = labels[photo.split]
             entries.append(Entry(photo, caption, names[photo.row] if names else None, lines[key]))
     labelled = any(labels.values())
@@ -576,7 +576,7 @@ def make_card(
     audit: dict[str, Any],
     recipe: Recipe,
     name: "ModelName",
-    source: sources.Source,
+    source: records.Source,
     rows: dict[str, Any],
     folder: Path,
 ) -> str:
@@ -584,7 +584,7 @@ def make_card(
     config, data = recipe.caption, recipe.data
     shown = entries[:: max(1, len(entries) // GRID)][:GRID]  # from all over the data set
     cells = (rows[entry.photo.split][entry.photo.row][data.image_column] for entry in shown)
-    images = (decode_image(sources.image_bytes(cell, source.roots), draft_side=GRID_SIDE) for cell in cells)
+    images = (decode_image(image_bytes(cell, source.roots), draft_side=GRID_SIDE) for cell in cells)
     grid = dataset_card.caption_grid(
         [fit(image, GRID_SIDE) for image in images], [entry.caption for entry in shown], side=GRID_SIDE
     )
@@ -654,10 +654,10 @@ def features_of(rows: dict[str, datasets.Dataset], labelled: bool, recipe: Recip
     """
     text, train = datasets.Value("string"), rows["train"]
     reserved = {recipe.data.image_column, "image", "caption", "text", "label", "labels", recipe.data.caption_column}
-    reserved.add(sources.label_column(train))
+    reserved.add(records.label_column(train))
     columns = {"image": datasets.Image(), "caption": text, **({"label": text} if labelled else {})}
     for key, kind in train.features.items():
-        if key in reserved or not sources.is_plain(kind):
+        if key in reserved or not records.is_plain(kind):
             continue
         alike = all(split_rows.features.get(key, kind) == kind for split_rows in rows.values())
         columns[key] = kind if alike and not isinstance(kind, datasets.ClassLabel) and kind.dtype != "null" else text
@@ -667,19 +667,19 @@ def features_of(rows: dict[str, datasets.Dataset], labelled: bool, recipe: Recip
 def dataset_rows(
     entries: list[Entry],
     split_rows: datasets.Dataset,
-    source: sources.Source,
+    source: records.Source,
     features: datasets.Features,
     recipe: Recipe,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split of the dataset folder. The bytes of the images do not change."""
     for entry in entries:
         row = split_rows[entry.photo.row]
-        data = sources.image_bytes(row[recipe.data.image_column], source.roots)
+        data = image_bytes(row[recipe.data.image_column], source.roots)
         image = {"bytes": data, "path": Path(entry.photo.file).name}
         out: dict[str, Any] = {"image": image, "caption": entry.caption, "label": entry.label}
         for key in features:
             if key not in out:
-                value = sources.plain(split_rows.features[key], row[key]) if key in row else None
+                value = records.plain(split_rows.features[key], row[key]) if key in row else None
                 out[key] = str(value) if value is not None and features[key].dtype == "string" else value
         yield {key: value for key, value in out.items() if key in features}
 

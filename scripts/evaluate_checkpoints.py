@@ -247,7 +247,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     offset: how many captions other prompts have used before.
     """
     from t2i.data import flowers
-    from t2i.data.sources import label_caption, prefixed
+    from t2i.data.records import label_caption, prefixed
 
     if kind == "drawn":
         seen = flowers.prompts(count - count // 2, seed, False)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from t2i.data.preparing import Split
+    from t2i.data.prepared import Split
     from t2i.training.loop import TrainState
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from t2i.config import DataConfig
-from t2i.data import dataset_folder, overview, preparing, sources
+from t2i.data import dataset_folder, overview, preparing, tables
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import decode_image, fit
 from t2i.data.preparing import batch_indices, count_long_captions, epoch_order, load_splits
@@ -864,7 +864,7 @@ def test_a_revision_is_read_from_the_cache_or_refused(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: newest)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    monkeypatch.setattr(sources, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(tables, "HF_HUB_CACHE", str(tmp_path / "hub"))
     write(tmp_path / "hub/datasets--me--flowers/refs/v1", commits["old"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for revision, name in (

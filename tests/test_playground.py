@@ -441,7 +441,7 @@ def test_the_watched_picture_is_the_same_bit_for_bit(trained):
 
 
 def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_path):
-    from t2i.data import preparing
+    from t2i.data import prepared
     from t2i.evaluation import metrics
     from t2i.runs import prepared_folder
 
@@ -450,7 +450,7 @@ def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_pa
     folder = neighbours.find_images(trained)
     fingerprint = json.loads((trained / "run.json").read_text())["identity"]["dataset_hash"]
     assert folder == prepared_folder(".cache/t2i", fingerprint)
-    train, _, test = preparing.open_prepared(folder)
+    train, _, test = prepared.open_prepared(folder)
     picture = np.clip(train.pixels[5].astype(int) + 2, 0, 255).astype(np.uint8)[:, ::-1]  # a copy, mirrored
     expected = metrics.memorisation(np.stack([picture, test.pixels[0]]), train.pixels, test.pixels)
     known = neighbours.training_set(folder)

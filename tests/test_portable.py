@@ -11,7 +11,7 @@ import torch
 
 from conftest import ROOT, SCRIPTS, TINY
 from t2i import machine, models
-from t2i.data import sources
+from t2i.data import workers
 from t2i.training import checkpoints
 from test_architecture import UNIX_MODULES, UNIX_NAMES
 
@@ -101,7 +101,7 @@ def test_commands_run_without_what_is_unix_alone(tmp_path, environment):
 
 def test_cores_and_memory_are_counted_on_every_system(monkeypatch):
     assert 1 <= machine.usable_cores() <= psutil.cpu_count()
-    assert 1 <= sources.WORKERS <= 8
+    assert 1 <= workers.WORKERS <= 8
     peak = machine.peak_rss_bytes()
     assert peak >= 0.9 * psutil.Process().memory_info().rss
     monkeypatch.setattr(machine.sys, "platform", "darwin")

@@ -23,6 +23,8 @@ from t2i.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")  # in this order: where both are there, the first is read
+TABLES = "tables that are not named metadata.csv or metadata.jsonl"  # reasons to leave files out
+TEXTS = "text files without an image"
 BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),

@@ -4,16 +4,32 @@ Files of cameras, editors, annotators and storage systems are no images: only wh
 all, or an image's first bytes is tried as one.
 """
 
+from __future__ import annotations
+
+import hashlib
 import heapq
+import json
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from t2i.data.caption_files import METADATA, SIDECARS
-from t2i.data.images import HEIF_FIX, starts_like_an_image
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from t2i.config import SourceConfig
+from t2i.data.caption_files import METADATA, SIDECARS, TABLES, TEXTS, metadata_rows, read_sidecar, refuse_pointer
+from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
+from t2i.data.records import LeftOut, Source, check_label_names, clean, label_caption, label_name
+from t2i.data.workers import WORKERS, in_order
+from t2i.errors import UserError
+from t2i.files import hash_json
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -43,10 +59,9 @@ SILENT_FOLDERS = {".git", ".cache", ".locks"}  # never images
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # "trainA" and "TestSet" are two words each
 _SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
 
-TABLES = "tables that are not named metadata.csv or metadata.jsonl"
-TEXTS = "text files without an image"
 
-LeftOut = dict[str, dict[str, Any]]  # reason -> count, and the first names
+NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
+SPLIT_COLUMNS = {"split", "set", "subset"}
 
 
 def split_name(folder: str) -> str | None:
@@ -144,7 +159,7 @@ def list_files(folder: Path) -> tuple[list[str], LeftOut]:
     return sorted(found, key=_reading_order), left_out
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads in a circle
@@ -189,3 +204,370 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
             else:
                 leave_out(left_out, "unfinished downloads" if suffix in UNFINISHED else "other files", file)
     return images
+
+
+def holds_images(shard: Path, cfg: SourceConfig) -> bool:
+    """Whether a Parquet file has a column that could hold images, or cannot be read."""
+    try:
+        schema = pq.read_schema(shard)
+    except (OSError, pa.ArrowException):
+        return True
+    named = {cfg.image_column, "image", "file_name"} & set(schema.names)
+    kinds = [kind.storage_type if isinstance(kind, pa.ExtensionType) else kind for kind in schema.types]
+    return bool(named) or any(
+        pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0) for kind in kinds
+    )
+
+
+def refuse_pointers(folder: Path, files: list[str]) -> None:
+    """Raise `UserError` if one of these files is a Git LFS pointer."""
+    for file in files:
+        refuse_pointer(folder / file)
+
+
+# A folder of images as a source
+
+
+def folder_source(
+    name: str, folder: Path, files: list[str], images: list[str], cfg: SourceConfig, left_out: LeftOut
+) -> Source:
+    tops = {file.split("/")[0] for file in files if "/" in file}
+    depth = split_depth(files, images)
+    if tops and not depth and all(map(split_name, tops)):
+        raise UserError(
+            f"{name} has the splits {', '.join(sorted(tops))} but no train; name the folder to train on train"
+        )
+    columns, notes, quarantine = _folder_columns(name, folder, files, images, depth, cfg, left_out)
+    if not columns and quarantine:
+        shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
+        raise UserError(f"{name} has no image to train on that can be used: {shown}; fix or replace them")
+    if not columns:
+        endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files).most_common(4)
+        found = f" (it holds {', '.join(f'{count:,} of {ending}' for ending, count in endings)})" if endings else ""
+        skipped = [first for entry in left_out.values() for first in entry["first"]][:3]
+        found += f"; left out: {', '.join(skipped)}" if skipped else ""
+        raise UserError(
+            f"{name} holds no images to train on{found}; give a folder with photos, Parquet shards, or a Hub id"
+        )
+    rows = {split: _folder_rows(part) for split, part in columns.items()}
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for split, part in rows.items():
+            contents = in_order(pool, lambda image: image_digest(image, (folder,)), (row["image"] for row in part))
+            for row, content in zip(part, contents, strict=True):
+                digest.update(json.dumps([split, row], default=str, sort_keys=True).encode())
+                digest.update(content)
+    identity = hash_json([digest.hexdigest(), quarantine])
+    return Source(name, identity, lambda scratch: rows, (folder,), quarantine=quarantine, notes=notes)
+
+
+@dataclass
+class _Listing:
+    """What is collected while a folder of images is listed."""
+
+    folder: Path
+    depth: int  # folders that lead to an image's split; see split_depth
+    left_out: LeftOut
+    columns: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # by split
+    quarantine: list[dict[str, str]] = field(default_factory=list)  # images that cannot be listed
+    origins: Counter[str] = field(default_factory=Counter)  # where captions come from
+    outside: int = 0  # files outside the splits
+    joined: int = 0  # captions whose lines were joined
+    served: dict[str, list[str]] = field(default_factory=dict)  # images by the caption file that is read for them
+    used: set[str] = field(default_factory=set)  # caption files with an image
+    by_class: list[tuple[str, int, str | None]] = field(default_factory=list)  # rows without a caption file: its class
+    by_text: list[tuple[str, int, Any]] = field(default_factory=list)  # `text` of rows: read if the caption is empty
+
+    def split_of(self, file: str) -> str | None:
+        return split_name(file.split("/")[self.depth - 1]) if self.depth else "train"
+
+    def count(self, split: str) -> int:
+        return len(self.columns.get(split, {"image": ()})["image"])
+
+    def refuse(self, file: str, reason: str, split: str | None) -> None:
+        self.quarantine.append({"file": file, "split": split or "none", "reason": reason})
+
+    def pass_by(self, file: str) -> None:
+        self.outside += 1
+        leave_out(self.left_out, "outside the splits", file)
+
+
+def _folder_columns(
+    name: str, folder: Path, files: list[str], images: list[str], depth: int, cfg: SourceConfig, left_out: LeftOut
+) -> tuple[dict[str, dict[str, list[Any]]], dict[str, Any], list[dict[str, str]]]:
+    """Return columns by split, notes for the report, and the images that cannot be listed.
+
+    The columns are image, the metadata's, and if an image has them caption and label.
+    """
+    listing = _Listing(folder, depth, left_out)
+    metadata = [file for file in files if PurePosixPath(file).name.lower() in METADATA]
+    described = tuple(str(PurePosixPath(file).parent) for file in metadata)
+    if len(set(described)) < len(described):
+        raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
+    listed = _add_described(listing, name, files, images, metadata, cfg)
+    sidecars, hidden = _sidecars(files)
+    for file in hidden:
+        leave_out(left_out, "caption files beside another that is read", file)
+    undescribed = [file for file in images if not _is_below(file, described)]
+    labels = {_class_of(file, depth) for file in undescribed}
+    use_labels = not (len(labels) == 1 and str(next(iter(labels))).lower() in NOT_CLASS_NAMES)
+    for file in undescribed:
+        _add_image(listing, file, sidecars, use_labels)
+    columns = listing.columns
+    for split, position, text in listing.by_text:
+        if "caption" in columns[split] and not clean(columns[split]["caption"][position]):
+            columns[split]["caption"][position] = text
+    _fill_from_classes(name, columns, listing.by_class, listing.origins, cfg)
+    for file in sorted(set(sidecars.values()) - listing.used):
+        if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
+            described_too = _is_below(file, described)
+            leave_out(left_out, "text files beside metadata" if described_too else TEXTS, file)
+    unlisted = [file for file in images if _is_below(file, described) and file not in listed]
+    for file in unlisted:
+        leave_out(left_out, "not in the metadata", file)
+    forms = [*sorted({PurePosixPath(file).name for file in metadata}), *(["caption files"] if listing.used else [])]
+    forms += ["one folder per class"] if not forms and use_labels and labels != {None} else []
+    notes = {
+        "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
+        "captions_from": dict(listing.origins),
+        "joined_lines": listing.joined,
+        "shared_caption_files": [files for files in listing.served.values() if len(files) > 1],
+        "files_not_in_metadata": len(unlisted),
+        "files_outside_splits": listing.outside,
+        "left_out": left_out,
+    }
+    if "train" not in columns:
+        columns.clear()
+    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"])
+    return columns, notes, listing.quarantine
+
+
+def _add_described(
+    listing: _Listing, name: str, files: list[str], images: list[str], metadata: list[str], cfg: SourceConfig
+) -> set[str]:
+    """Add the images that metadata files name, and return the names."""
+    listed = set()
+    exact, there = set(files), {plain_name(file): file for file in files}
+    near_files: _NearFiles | None = None  # made once a file is missing
+    tables = {file: metadata_rows(listing.folder / file, cfg.caption_column) for file in metadata}
+    rows = [row for table in tables.values() for _, row in table]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    split_column = next((key for key in keys if names_splits(name, key, (row.get(key) for row in rows))), None)
+    for file, table in tables.items():
+        for line, row in table:
+            where = f"{listing.folder / file}, line {line}"
+            target = _inside(str(PurePosixPath(file).parent), row.pop("file_name", None), where, row)
+            target = target if target in exact else there.get(plain_name(target), target)
+            listed.add(target)
+            if target not in exact:
+                near_files = near_files or _NearFiles(images)
+                if near := near_files.find(target):
+                    listing.refuse(target, f"missing file: did you mean {near}?", listing.split_of(target))
+                    continue
+            split = listing.split_of(target)
+            if split_column:
+                split = told_split(where, split_column, row.get(split_column), split, target)
+            if split is None:
+                listing.pass_by(target)
+            else:
+                listing.origins[f"from {PurePosixPath(file).name}"] += 1
+                if cfg.caption_column is None and isinstance(row.get("text"), (str, list)):
+                    listing.by_text.append((split, listing.count(split), row["text"]))
+                _add_row(listing.columns, split, {**row, "image": target})
+    return listed
+
+
+def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_labels: bool) -> None:
+    """Add an image that no metadata describes, with the caption file beside it or its class."""
+    split = listing.split_of(file)
+    if not _is_utf8(file):  # neither Arrow nor JSON can hold such a name
+        shown = file.encode("utf-8", "backslashreplace").decode()
+        listing.refuse(shown, "unreadable: the file's name is not UTF-8", split)
+    elif PurePosixPath(file).suffix.lower() in RAW:  # some hold a thumbnail that Pillow would take for the photo
+        listing.refuse(file, "format not allowed: camera raw", split)
+    elif split is None:
+        listing.pass_by(file)
+    else:
+        row: dict[str, Any] = {"image": file}
+        if beside := _sidecars_of(file, sidecars):
+            row["caption"] = read_sidecar(listing.folder / beside[0])
+            listing.origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
+            listing.joined += "\n" in row["caption"].strip()
+            listing.used.update(beside)
+            listing.served.setdefault(beside[0], []).append(file)
+            for other in beside[1:]:
+                leave_out(listing.left_out, "caption files beside another that is read", other)
+        if use_labels and (label := _class_of(file, listing.depth)) is not None:
+            row["label"] = label
+        if not beside:
+            listing.by_class.append((split, listing.count(split), row.get("label")))
+        _add_row(listing.columns, split, row)
+
+
+def told_split(where: str, column: str, value: Any, split: str | None, target: str) -> str:
+    """The split that a metadata row names; refused where it would train on a validation or test folder."""
+    told = split_name(str(value or ""))
+    if told is None:
+        raise UserError(f"{where}: column {column!r} is empty; write train, validation or test")
+    if split not in (None, "train", told):
+        raise UserError(
+            f"{where}: column {column!r} says {told}, but {target} lies in {split}; make them agree, or rename the column"
+        )
+    return told
+
+
+def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
+    """Whether a column says which row is in which split: it is called so, and holds several splits' names alone."""
+    if column.strip().lower() not in SPLIT_COLUMNS:
+        return False
+    splits = {split_name(str(value)) for value in values if value}
+    if None in splits or len(splits) < 2:
+        return False
+    if "train" not in splits:
+        raise UserError(
+            f"{name}: column {column!r} names {' and '.join(sorted(map(str, splits)))} but no train; add it"
+        )
+    return True
+
+
+def _refuse_look_alikes(name: str, images: list[str]) -> None:
+    """Raise `UserError` where folders that are all trained on look like splits: a test set would be among them."""
+    alike = split_look_alikes(images)
+    if not alike:
+        return
+    parent = str(PurePosixPath(next(iter(alike))).parent)
+    splits = ", ".join(dict.fromkeys(alike.values()))
+    if "train" not in alike.values():
+        fix = "name the folder to train on train"
+    elif all(parent == "." or _is_below(image, (parent,)) for image in images):
+        fix = f"rename them {splits}"
+    else:
+        fix = f"make folders {splits} at the top of the data set, with the others below these"
+    train = [folder for folder, split in alike.items() if split == "train"]
+    only = f", or give --dataset {Path(name) / train[0]} to use that alone" if len(train) == 1 else ""
+    raise UserError(f"{name}: {', '.join(alike)} look like splits; {fix}{only}")
+
+
+def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`.
+
+    Then those that another hides, whose ending differs in capitals alone.
+    """
+    found: dict[str, str] = {}
+    hidden: list[str] = []
+    for file in files:
+        suffix = PurePosixPath(file).suffix
+        if suffix.lower() in SIDECARS:
+            key = plain_name(without_suffix(file) + suffix.lower())
+            if key in found:
+                hidden.append(found[key] if suffix.islower() else file)
+            if key not in found or suffix.islower():
+                found[key] = file
+    return found, hidden
+
+
+def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:
+    """The caption files of an image, the one to read first."""
+    names = dict.fromkeys((without_suffix(file), file))  # the same where there is no ending
+    keys = (plain_name(name) + suffix for name in names for suffix in SIDECARS)
+    return [sidecars[key] for key in keys if key in sidecars]
+
+
+def _fill_from_classes(
+    name: str, columns: dict[str, dict[str, list[Any]]], by_class: list[tuple[str, int, str | None]],
+    origins: Counter[str], cfg: SourceConfig,
+) -> None:  # fmt: skip
+    """Where some images have captions of their own, give the others that of their class."""
+    keys = (cfg.caption_column, "caption", "text")
+    column = {split: next((key for key in keys if key in part), None) for split, part in columns.items()}
+    lacking = [(split, row, label_name(label, cfg.label_names)) for split, row, label in by_class if column[split]]
+    if any(label for _, _, label in lacking):
+        check_label_names((label for _, _, label in lacking), cfg, name)
+    for split, row, label in lacking:
+        if label:
+            columns[split][str(column[split])][row] = label_caption(label, cfg.caption_template)
+    for part in columns.values():  # text beside lists of texts becomes a list
+        for key in filter(None, keys):
+            if any(isinstance(value, list) for value in part.get(key, ())):
+                part[key] = [[value] if isinstance(value, str) else value for value in part[key]]
+    for _, _, label in by_class:
+        origins["from class names" if label else "without any"] += 1
+
+
+def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
+    """A metadata row's file name as a path in the dataset folder; refused when it leads outside."""
+    if not isinstance(target, str) or not target:
+        raise UserError(f"{where} has no file_name (it has {', '.join(map(str, row)) or 'nothing'}); add it")
+    path = PurePosixPath(target.replace("\\", "/"))
+    if "\0" in target or not _is_utf8(target):
+        raise UserError(f"{where} has the file_name {target!r}, which no file can have; fix it")
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", target):
+        raise UserError(f"{where} names {target!r}, which is outside its folder; name files below it only")
+    return str(PurePosixPath(base) / path)
+
+
+class _NearFiles:
+    """Finds the one image that a name in metadata is likely to mean: other capitals, spaces, ending or folder."""
+
+    def __init__(self, images: list[str]):
+        self.by_name: list[dict[str, list[str]]] = []
+        for image in images:
+            for depth, name in enumerate(self.names(image)):
+                if depth == len(self.by_name):
+                    self.by_name.append({})
+                self.by_name[depth].setdefault(name, []).append(image)
+
+    @staticmethod
+    def names(path: str) -> list[str]:
+        plain_path = re.sub(r"[\s_-]|%20", "", plain_name(path)).lower()
+        ends = PurePosixPath(plain_path).suffix in READABLE
+        stem = without_suffix(plain_path) if ends else plain_path
+        return [plain_path, stem, PurePosixPath(plain_path).name, PurePosixPath(stem).name]
+
+    def find(self, target: str) -> str | None:
+        found = (known.get(name) for known, name in zip(self.by_name, self.names(target), strict=False))
+        near = next(filter(None, found), [])
+        return near[0] if len(near) == 1 else None
+
+
+def _add_row(columns: dict[str, dict[str, list[Any]]], split: str, row: dict[str, Any]) -> None:
+    part = columns.setdefault(split, {"image": []})
+    count = len(part["image"])
+    for key in [key for key in row if key not in part]:
+        part[key] = [None] * count
+    for key, values in part.items():
+        values.append(row.get(key))
+
+
+def _is_below(file: str, folders: tuple[str, ...]) -> bool:
+    return any(folder == "." or file.startswith(folder + "/") for folder in folders)
+
+
+def _class_of(file: str, depth: int) -> str | None:
+    parents = file.split("/")[depth:-1]
+    return parents[-1] if parents else None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _folder_rows(columns: dict[str, list[Any]]) -> datasets.Dataset:
+    for key, values in columns.items():
+        try:
+            pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            # 5 and "five" in one column; whole numbers beyond 64 bits; half an emoji
+            lists = all(value is None or isinstance(value, list) for value in values)
+            columns[key] = [_as_text(value, lists) for value in values]
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+
+
+def _as_text(value: Any, keep_list: bool) -> Any:
+    if keep_list and isinstance(value, list):
+        return [_as_text(item, keep_list=False) for item in value]
+    return None if value is None else str(value).encode("utf-8", "replace").decode()

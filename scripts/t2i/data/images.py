@@ -17,11 +17,13 @@ One rule for each kind of image (`decode_image`):
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -194,3 +196,26 @@ def _describe(data: bytes) -> str:
         return "not an image: starts with zeros"
     shown = text[:24].decode("ascii", "backslashreplace").split("\n")[0].strip()
     return f"not an image: starts with '{shown}'"
+
+
+# Image cells of a data set: the file's bytes, or its path
+
+
+def image_bytes(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
+    """The file's bytes of an undecoded image cell; raises BadImage."""
+    if image is None or (image["bytes"] is None and not image["path"]):
+        raise BadImage("missing image")
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = Path(os.path.abspath(roots[0] / image["path"]))  # folds "..", keeps links: the Hub's cache is made of them
+    if not any(path.is_relative_to(os.path.abspath(root)) for root in roots):
+        raise BadImage("outside the dataset folder")
+    return read_image_file(path)
+
+
+def image_digest(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
+    """SHA-256 of the image file; of its path where it cannot be read."""
+    try:
+        return hashlib.sha256(image_bytes(image, roots)).digest()
+    except BadImage as error:
+        return hashlib.sha256(f"{error.reason} {image and image['path']}".encode()).digest()

@@ -1,11 +1,18 @@
 """What was understood of a data set: counted once, and told in one short table before any work begins."""
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+
+from t2i.data.records import OTHER_SPLITS, Source
+from t2i.files import read_json
 
 _MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252
 _INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")  # not the joiners of emoji and of Persian
@@ -177,3 +184,25 @@ def _short(text: str, length: int) -> str:
 
 def _one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def read_report(folder: Path, source: Source) -> dict[str, Any]:
+    """A cache folder's report, with what the data set's listing says now: what is left out belongs to no cache key."""
+    report = read_json(folder / "report.json")
+    if "understood" not in report:  # prepared before captions were counted
+        report["understood"] = describe_folder(
+            folder, [name for name, part in report["splits"].items() if part["images"]]
+        )
+    other = {key: value for key, value in report.get("left_out", {}).items() if key == OTHER_SPLITS}
+    left_out = {**source.notes.get("left_out", {}), **other}
+    return {**report, **source.notes, "dataset": source.name, "left_out": left_out}
+
+
+def describe_folder(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
+    columns = {}
+    for name in splits:
+        with pa.OSFile(str(folder / f"{name}.arrow")) as file:
+            rows = pa.ipc.open_stream(file).read_all()
+            kept = [key for key in ("file", "caption", "label") if key in rows.column_names]
+            columns[name] = rows.select(kept).to_pydict()
+    return describe(columns)

@@ -1,6 +1,7 @@
 """Captioned images from any source, prepared once as pixels on disk; stable splits; the stateless sampler.
 
-`load_splits` reads what `t2i.data.sources` finds: Hub ids, Parquet folders, imagefolders, images with captions beside them.
+`load_splits` takes the records of a source (`t2i.data.records`), decodes their images and writes a cache folder.
+`t2i.data.prepared` opens it.
 
 Splits: the data set's own train, validation and test are used. Without a validation split, an image goes there when the
 SHA-256 of (split_seed, its file's bytes) falls below `validation_fraction`. Images that are added, removed or renamed
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,52 +32,29 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from t2i.config import DataConfig, SourceConfig
+from t2i.config import DataConfig
 from t2i.data import overview
-from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit
-from t2i.data.sources import (
+from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit, image_bytes
+from t2i.data.prepared import Split, check_bad_share, open_splits
+from t2i.data.records import (
     CAPTION_FIX,
-    OTHER_SPLITS,
-    WORKERS,
+    ROWS_PER_BATCH,
+    Candidates,
+    Record,
     Source,
-    caption_columns,
-    check_image_column,
+    caption_origins,
     clean,
-    find_source,
-    has_numbers,
-    image_bytes,
-    image_digest,
-    in_order,
-    is_plain,
-    label_caption,
-    label_name,
-    plain,
-    prefixed,
+    find_captions,
+    open_candidates,
     shown_file,
 )
+from t2i.data.sources import find_source
+from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
-from t2i.files import hash_json, read_json, write_json
+from t2i.files import hash_json, write_json
 from t2i.runs import prepared_folder
 
 CACHE_VERSION = 1  # part of every cache key: change it with what a cache folder holds
-ROWS_PER_BATCH = 1000  # rows in memory at a time while captions are written
-
-
-@dataclass
-class Split:
-    """`pixels[i]` (uint8 [N, R, R, 3], memory mapped, read-only) belongs to `rows[i]`.
-
-    `rows` (memory mapped) has the strings `id` (16 hex digits of the image file's SHA-256; copies share it), `file`,
-    `caption`, where known `label`, and the data set's other plain columns. `fingerprint` names the pixels, not the
-    captions.
-    """
-
-    pixels: np.ndarray
-    rows: datasets.Dataset
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
 
 @dataclass
@@ -131,87 +109,19 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         else:
             _build(source, cfg, folder, say, captions)
             pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
-    report = _report(folder, source) | {"caption_prefix": cfg.caption_prefix}
+    report = overview.read_report(folder, source) | {"caption_prefix": cfg.caption_prefix}
     if captions and report.get("captions_missing"):  # prepared for a training that needs none
         raise UserError(report["captions_missing"])
     say(overview.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
-    train, validation, test = _open_splits(folder, report)
+    train, validation, test = open_splits(folder, report)
     if train is None:
         raise UserError(f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} says why")
     return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
 
 
-def _report(folder: Path, source: Source) -> dict[str, Any]:
-    """A cache folder's report, with what the data set's listing says now: what is left out belongs to no cache key."""
-    report = read_json(folder / "report.json")
-    if "understood" not in report:  # prepared before captions were counted
-        report["understood"] = _describe(folder, [name for name, part in report["splits"].items() if part["images"]])
-    other = {key: value for key, value in report.get("left_out", {}).items() if key == OTHER_SPLITS}
-    left_out = {**source.notes.get("left_out", {}), **other}
-    return {**report, **source.notes, "dataset": source.name, "left_out": left_out}
-
-
-def _describe(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
-    columns = {}
-    for name in splits:
-        with pa.OSFile(str(folder / f"{name}.arrow")) as file:
-            rows = pa.ipc.open_stream(file).read_all()
-            kept = [key for key in ("file", "caption", "label") if key in rows.column_names]
-            columns[name] = rows.select(kept).to_pydict()
-    return overview.describe(columns)
-
-
-def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
-    """Train, validation and test split of a finished cache folder (`runs.prepared_folder`), without its data set.
-
-    Raises `UserError` for a folder that is missing or damaged.
-    """
-    try:
-        return _open_splits(folder, read_json(folder / "report.json"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise UserError(
-            f"the cache folder {folder} is damaged ({type(error).__name__}); delete it and run again"
-        ) from None
-
-
-def _open_splits(folder: Path, report: dict[str, Any]) -> tuple[Split | None, Split | None, Split | None]:
-    train, validation, test = (
-        _open_split(folder, name, report["splits"].get(name)) for name in ("train", "validation", "test")
-    )
-    return train, validation, test
-
-
-def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split | None:
-    if not counts or not counts["images"]:
-        return None
-    pixels = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    rows = datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
-    if len(pixels) != len(rows):
-        raise UserError(f"the cache folder {folder} is damaged; delete it and run again")
-    return Split(pixels, rows, counts["fingerprint"])
-
-
-def check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, limit: float, listing: Path) -> None:
-    share = len(quarantine) / max(1, found)
-    if share > limit:
-        shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
-        raise UserError(
-            f"{len(quarantine):,} of {found:,} images of {name} ({share:.1%}) cannot be used, more than the "
-            f"{limit:.1%} allowed: {shown}{', …' if len(quarantine) > 3 else ''}; all are listed in {listing}; "
-            "fix or remove them, or raise --max_bad_share"
-        )
-
-
 # Preparing: digests, splits, pixels, rows
-
-
-def _prepare(image: dict[str, Any] | None, roots: tuple[Path, ...], resolution: int) -> np.ndarray | BadImage:
-    try:
-        return fit(decode_image(image_bytes(image, roots), draft_side=resolution), resolution)
-    except BadImage as error:
-        return error
 
 
 def _hash_order(digests: np.ndarray, seed: int) -> np.ndarray:
@@ -254,20 +164,15 @@ def _build_in(
     part: Path, source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None], need_captions: bool
 ) -> None:
     _check_room(part, source.disk_bytes)
-    candidates = source.open(part / "source")
-    for split, rows in candidates.items():
-        candidates[split] = check_image_column(rows, cfg, source.name, split)
-    listed = source.notes.get("left_out")
-    missing = ""  # why there are no captions, where none are needed
-    captions: dict[str, tuple[str | None, str | None]]
-    try:
-        captions = {split: caption_columns(rows, cfg, source.name, split, listed) for split, rows in candidates.items()}
-    except UserError as error:
-        if need_captions:
-            raise
-        missing, captions = str(error), dict.fromkeys(candidates, (None, None))
+    candidates = open_candidates(source.open(part / "source"), source, cfg)
+    missing = find_captions(candidates, source)
+    if missing and need_captions:
+        raise UserError(missing)
+    rows = {split: images.rows for split, images in candidates.items()}
+    columns = {split: (images.caption, images.label) for split, images in candidates.items()}
+    origins = caption_origins(rows, columns, "captions_from" in source.notes, cfg)
     with ThreadPoolExecutor(WORKERS) as pool:
-        digests = {split: _digests(pool, rows, cfg, source.roots) for split, rows in candidates.items()}
+        digests = {split: images.digests(pool) for split, images in candidates.items()}
         order = _hash_order(digests["train"], cfg.split_seed)
         train, validation = _choose(order, cfg, "validation" in candidates)
         chosen = {"train": ("train", train), "validation": ("train", validation)}
@@ -283,19 +188,18 @@ def _build_in(
         several = 0
         with tqdm(total=count, desc="images", unit="image", mininterval=0.5) as bar:
             for split, (origin, indices) in chosen.items():
-                rows = candidates[origin]
-                kept = _write_pixels(
-                    part / f"{split}.npy", pool, rows, indices, cfg, source.roots, split, quarantine, bar
-                )
-                empty, lists = _write_rows(
-                    part / f"{split}.arrow", rows, kept, digests[origin], origin, cfg, captions[origin]
-                )
-                several += lists
-                fingerprint = hash_json([TRANSFORM_VERSION, cfg.resolution, digests[origin][kept].tobytes().hex()])
-                splits[split] = {"images": len(kept), "empty_captions": empty, "fingerprint": fingerprint}
-                digests[f"kept {split}"] = digests[origin][kept]
+                writer = _SplitWriter(part, split, len(indices), cfg.resolution, candidates[origin], digests[origin])
+                with writer:
+                    _write_split(writer, pool, candidates[origin].records(indices), quarantine, bar)
+                kept_digests = digests[origin][writer.kept]
+                fingerprint = hash_json([TRANSFORM_VERSION, cfg.resolution, kept_digests.tobytes().hex()])
+                splits[split] = {
+                    "images": len(writer.kept), "empty_captions": writer.empty, "fingerprint": fingerprint,
+                }  # fmt: skip
+                several += writer.several
+                digests[f"kept {split}"] = kept_digests
     if not missing and splits["train"]["images"] and splits["train"]["empty_captions"] == splits["train"]["images"]:
-        missing = f"all captions of {source.name} are empty; {_full_column(candidates['train'], cfg)}"
+        missing = f"all captions of {source.name} are empty; {_full_column(candidates['train'].rows, cfg)}"
         if need_captions:
             raise UserError(missing)
     found = count + len(source.quarantine)
@@ -310,8 +214,8 @@ def _build_in(
         "quarantined_by_reason": dict(Counter(row["reason"].split(":")[0] for row in quarantine).most_common()),
         "duplicates": _count_duplicates(digests),
         "several_captions": several,
-        "caption_columns": caption_origins(candidates, captions, "captions_from" in source.notes, cfg),
-        "understood": _describe(part, splits),
+        "caption_columns": origins,
+        "understood": overview.describe_folder(part, splits),
         **({"captions_missing": missing} if missing else {}),
         **source.notes,
     }
@@ -325,39 +229,92 @@ def _build_in(
         )
 
 
+def _write_split(
+    writer: _SplitWriter, pool: Executor, records: Iterable[Record], quarantine: list[dict[str, str]], bar: tqdm
+) -> None:
+    """Decode and write the records; list in `quarantine` those that cannot be decoded."""
+    for record, pixels in in_order(pool, lambda record: (record, _decode(record, writer.resolution)), records):
+        if isinstance(pixels, BadImage):
+            shown = shown_file(record.path, writer.split, record.index)
+            quarantine.append({"file": shown, "split": writer.split, "reason": pixels.reason})
+        else:
+            writer.add(record, pixels)
+        bar.update()
+
+
+def _decode(record: Record, resolution: int) -> np.ndarray | BadImage:
+    try:
+        return fit(decode_image(image_bytes(record.image, record.roots), draft_side=resolution), resolution)
+    except BadImage as error:
+        return error
+
+
+class _SplitWriter:
+    """Writes the pixels (.npy) and the rows (.arrow) of a split, in the order in which images are added.
+
+    Pixels are appended, not written to a memory map: dirty pages of a map would count as this process's memory.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, most: int, resolution: int, images: Candidates, digests: np.ndarray
+    ) -> None:
+        self.split, self.most, self.resolution = split, most, resolution
+        self.digests = digests  # of all images of the source's split
+        self.kept: list[int] = []  # the added images, as rows of the source's split
+        self.empty = self.several = 0  # added images without a caption, and with several
+        self._path, self._has_labels, self._schema = folder / split, images.label is not None, images.schema
+        self._rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> _SplitWriter:
+        self._pixels = open(self._path.with_suffix(".npy"), "wb")
+        self._write_header(self.most)
+        self._data_start = self._pixels.tell()
+        self._arrow = pa.OSFile(str(self._path.with_suffix(".arrow")), "wb")
+        self._stream = pa.ipc.new_stream(self._arrow, self._schema)
+        return self
+
+    def add(self, record: Record, pixels: np.ndarray) -> None:
+        self._pixels.write(pixels.tobytes())
+        self.kept.append(record.index)
+        self.empty += not record.caption
+        self.several += record.several_captions
+        row = {"id": self.digests[record.index].tobytes().hex()[:16], "file": record.file, "caption": record.caption}
+        self._rows.append({**row, "label": record.label, **record.extras} if self._has_labels else row | record.extras)
+        if len(self._rows) == ROWS_PER_BATCH:
+            self._flush_rows()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush_rows()
+                self._pixels.seek(0)  # numpy pads the header so that the first axis may be rewritten
+                self._write_header(len(self.kept))
+                if self._pixels.tell() != self._data_start:
+                    raise RuntimeError("numpy's header changed its length")
+                self._pixels.flush()
+                os.fsync(self._pixels.fileno())
+        finally:
+            self._stream.close()
+            self._arrow.close()
+            self._pixels.close()
+
+    def _write_header(self, count: int) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, self.resolution, self.resolution, 3)}
+        np.lib.format.write_array_header_1_0(self._pixels, header)
+
+    def _flush_rows(self) -> None:
+        if self._rows:
+            columns = {key: [row[key] for row in self._rows] for key in self._schema.names}
+            self._stream.write_table(pa.Table.from_pydict(columns, schema=self._schema))
+            self._rows = []
+
+
 def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:
     """What fixes captions that are all empty: the other column that holds text, else the sentence for none."""
     for column in {"caption", "text"} & set(rows.column_names) - {cfg.caption_column or "caption"}:
         if any(map(clean, rows[column])):
             return f"column {column!r} holds text: give --caption_column {column}"
     return CAPTION_FIX
-
-
-def count_several(captions: Iterable[Any]) -> int:
-    """How many of these are lists of several captions."""
-    return sum(isinstance(value, list) and sum(map(bool, value)) > 1 for value in captions)
-
-
-def caption_origins(
-    rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[str | None, str | None]], counted: bool,
-    cfg: SourceConfig,
-) -> list[str]:  # fmt: skip
-    """Where the captions of each split come from, in words; a folder's files are `counted` instead."""
-    found: dict[str, list[str]] = {}
-    for split, (caption, label) in captions.items():
-        if not (counted and caption in (None, "caption") and label in (None, "label")):
-            origin = f"column {caption!r}" if caption else f"class, column {label!r}" if label else "none"
-            found.setdefault(origin, []).append(split)
-    said = [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
-    if cfg.caption_column is None and any(
-        captions[split][0] == "caption" and "text" in rows[split].column_names for split in captions
-    ):
-        where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
-        said.append(f"column 'text' {where}")
-    named = [(rows[split], label) for split, (caption, label) in captions.items() if label and not caption]
-    if cfg.label_names and named and not any(has_numbers(part, str(label), cfg) for part, label in named):
-        said.append("--label_names is not used, as no class is a number")
-    return said
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -375,104 +332,6 @@ def _count_duplicates(digests: dict[str, np.ndarray]) -> dict[str, int]:
     counts = {name: len(digests.get(f"kept {name}", ())) - len(unique[name]) for name in unique}
     counts |= {f"{name}_also_in_train": len(unique[name] & unique["train"]) for name in ("validation", "test")}
     return counts
-
-
-def _digests(pool: Executor, rows: datasets.Dataset, cfg: DataConfig, roots: tuple[Path, ...]) -> np.ndarray:
-    """SHA-256 of each image file: uint8 [N, 32]."""
-    images = (row[cfg.image_column] for row in rows.select_columns([cfg.image_column]))
-    digests = np.empty((len(rows), 32), np.uint8)
-    hashed = in_order(pool, lambda image: image_digest(image, roots), images)
-    for index, digest in enumerate(tqdm(hashed, total=len(rows), desc="hashes", unit="image", delay=3)):
-        digests[index] = np.frombuffer(digest, np.uint8)
-    return digests
-
-
-def _write_pixels(
-    path: Path, pool: Executor, rows: datasets.Dataset, indices: np.ndarray, cfg: DataConfig,
-    roots: tuple[Path, ...], split: str, quarantine: list[dict[str, str]], bar: tqdm,
-) -> np.ndarray:  # fmt: skip
-    """Write the decodable ones of `rows[indices]` as an .npy array and return their indices; list the others.
-
-    Plain appending, not a writable memory map: dirty pages of a map would count as this process's memory.
-    """
-    images = (row[cfg.image_column] for row in rows.select_columns([cfg.image_column]).select(indices))
-    results = in_order(pool, lambda image: (image and image["path"], _prepare(image, roots, cfg.resolution)), images)
-    good = np.zeros(len(indices), bool)
-    with open(path, "wb") as file:
-        _write_npy_header(file, len(indices), cfg.resolution)
-        data_start = file.tell()
-        for position, (name, result) in enumerate(results):
-            if isinstance(result, BadImage):
-                shown = shown_file(name, split, int(indices[position]))
-                quarantine.append({"file": shown, "split": split, "reason": result.reason})
-            else:
-                good[position] = True
-                file.write(result.tobytes())
-            bar.update()
-        file.seek(0)  # numpy pads the header so that the first axis may be rewritten
-        _write_npy_header(file, int(good.sum()), cfg.resolution)
-        if file.tell() != data_start:
-            raise RuntimeError("numpy's header changed its length")
-        file.flush()
-        os.fsync(file.fileno())
-    return indices[good]
-
-
-def _write_npy_header(file: Any, count: int, resolution: int) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, resolution, resolution, 3)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _write_rows(
-    path: Path, rows: datasets.Dataset, kept: np.ndarray, digests: np.ndarray, split: str, cfg: DataConfig,
-    columns: tuple[str | None, str | None],
-) -> tuple[int, int]:  # fmt: skip
-    """Write id, file, caption, label and other plain columns of `rows[kept]`.
-
-    Returns the number of empty captions, and of images with several.
-    """
-    caption, label = columns
-    taken = {"id", "file", "caption", "label", "labels", cfg.image_column, caption, label}
-    text = datasets.Value("string")
-    features: dict[str, Any] = {"id": text, "file": text, "caption": text} | ({"label": text} if label else {})
-    others = [key for key, kind in rows.features.items() if key not in taken and is_plain(kind)]
-    features |= {
-        key: text if isinstance(rows.features[key], datasets.ClassLabel) else rows.features[key] for key in others
-    }
-    schema = datasets.Features(features).arrow_schema
-    needed = [key for key in (cfg.image_column, caption, label, *others) if key]
-    rows = rows.select_columns(list(dict.fromkeys(needed)))
-    empty = several = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for start in range(0, len(kept), ROWS_PER_BATCH):
-            chosen = kept[start : start + ROWS_PER_BATCH]
-            part = rows.select(chosen)
-            paths = _image_paths(part, cfg.image_column)
-            batch = part.remove_columns([cfg.image_column])[:] if len(needed) > 1 else {}
-            batch = {key: [plain(rows.features[key], value) for value in values] for key, values in batch.items()}
-            out = {key: batch[key] for key in others}
-            if label:
-                out["label"] = [label_name(value, cfg.label_names) for value in batch[label]]
-            if caption:
-                captions = [clean(value) for value in batch[caption]]
-                several += count_several(batch[caption])
-            elif label:
-                captions = [label_caption(value, cfg.caption_template) for value in out["label"]]
-            else:
-                captions = [""] * len(chosen)
-            empty += captions.count("")
-            captions = [prefixed(text, cfg.caption_prefix) for text in captions]
-            out |= {"id": [digests[index].tobytes().hex()[:16] for index in chosen], "caption": captions}
-            out["file"] = [shown_file(path, split, int(index)) for path, index in zip(paths, chosen, strict=True)]
-            writer.write_table(pa.Table.from_pydict({key: out[key] for key in schema.names}, schema=schema))
-    return empty, several
-
-
-def _image_paths(rows: datasets.Dataset, column: str) -> list[str | None]:
-    """The images' paths, read in Arrow, where their bytes need not become Python objects."""
-    images = rows.select_columns([column]).with_format("arrow")
-    parts = (batch[column].combine_chunks().field("path") for batch in images.iter(100))
-    return [path for part in parts for path in part.to_pylist()]
 
 
 def count_long_captions(captions: Iterable[str], tokenizer: Any) -> dict[str, int]:
