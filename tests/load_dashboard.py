@@ -5,7 +5,7 @@ python tests/load_dashboard.py --sessions 20 --seconds 120     (make load-dashbo
 The dashboard is a real `streamlit run dashboard` on this machine alone, on a run that is trained here in seconds or on
 `--outputs FOLDER` (whose run folders get the pictures that are drawn). Each session opens pages by URL with values that the
 runs have, or by the names at the top, gives any widget that it sees any value that this takes, presses buttons, clicks
-pictures to compare, and draws: the sessions together with more models than dashboard/drawing.py keeps. The seconds of
+pictures to compare, and draws: the sessions together with more models than dashboard/helpers/model_pool.py keeps. The seconds of
 answers are those of a machine that runs the clients as well.
 """
 
@@ -96,7 +96,7 @@ def environment() -> dict[str, str]:
 
 def models_in(outputs: Path) -> list[tuple[str, str]]:
     """(run, checkpoint) of all that can be drawn with below `outputs`."""
-    from grid import checkpoints_of
+    from helpers.run_list import checkpoints_of
 
     runs = sorted({file.parent for level in ("*", "*/*") for file in outputs.glob(f"{level}/run.json")})
     return [(run.relative_to(outputs).as_posix(), name) for run in runs for name in checkpoints_of(run)]
@@ -272,7 +272,7 @@ class Watch:
 
 def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
     """The load on `folder`/outputs, and its table; AssertionError for all that is wrong."""
-    from drawing import MODELS
+    from helpers.model_pool import MODELS
 
     models, counts, load = models_in(folder / "outputs"), folder / "models.txt", Load()
     assert len(models) > MODELS, f"{folder / 'outputs'} holds {len(models)} models; more than {MODELS} are needed"
