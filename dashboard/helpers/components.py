@@ -18,8 +18,8 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
     """Show a table of pictures.
 
     Args:
-        data: `columns` and `rows` (labels), `corner` (what they are), `cells` (row by row), and `left` and `right` (row and
-            column of the two that are compared). A cell has source (a data address or ""), alt, row and column. It has note,
+        data: `columns` and `rows` (labels), `corner` (what they are) and `cells` (row by row). `left` and `right` are row
+            and column of the two that are compared. A cell has source (a data address or ""), alt, row and column. It has note,
             shown if there is no picture, and may have under, words below the picture.
         on_chosen: called when a picture is clicked. `st.session_state[key].chosen` is then {row, column, left}.
     """

@@ -193,9 +193,13 @@ def choose_values(
     else:
         prompts = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
         typed["prompt"] = st.text_area(
-            "Prompt, one a line", default_value("prompt", prompts), key="prompt", bind="query-params", height=80,
+            "Prompt, one a line",
+            default_value("prompt", prompts),
+            key="prompt",
+            bind="query-params",
+            height=80,
             max_chars=20_000,
-        )  # fmt: skip
+        )
     texts = default_texts(cell, evaluated, best_scale, chosen)
     for column, (name, text) in zip(st.columns(len(texts)), texts.items(), strict=True):
         title = AXES[name].capitalize()

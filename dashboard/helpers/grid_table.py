@@ -114,7 +114,7 @@ def show_progress(job: GridJob) -> None:
     row.progress(
         job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
     )
-    if row.button("Stop", help="what is drawn stays, and the grid goes on from there"):
+    if row.button("Stop", help="Drawn pictures stay, and the grid resumes from there."):
         job.stopped.set()
 
 

@@ -35,9 +35,14 @@ def main() -> None:
     evaluated = [name for name in runs if cells.evaluated_grid(runs[name])]
     default = (evaluated or list(runs))[:1]
     names = title_row("Compare").multiselect(
-        "Runs", list(runs), default=default, key="run", bind="query-params",
-        placeholder="choose one or more runs", on_change=reset_values,
-    )  # fmt: skip
+        "Runs",
+        list(runs),
+        default=default,
+        key="run",
+        bind="query-params",
+        placeholder="choose one or more runs",
+        on_change=reset_values,
+    )
     chosen = {name: runs[name] for name in names if name in runs}
     st.session_state["_runs"] = list(chosen) if list(chosen) != default else []  # they go along to other pages
     if not chosen:

@@ -67,10 +67,10 @@ def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
     shards = [file for file in shards if file.resolve().is_relative_to(inside)]
     folders = sorted({file.parent.parent if file.parent.name == "data" else file.parent for file in shards})
     folders = [folder for folder in folders if not folder.name.startswith(".")]
-    found: dict[str, tuple[Path, dict[str, Path]]] = {
+    sets: dict[str, tuple[Path, dict[str, Path]]] = {
         folder.relative_to(OUTPUTS).as_posix(): (folder, {}) for folder in folders
     }
-    names = {folder.resolve(): name for name, (folder, _) in found.items()}
+    names = {folder.resolve(): name for name, (folder, _) in sets.items()}
     for name, run in find_runs("any").items():
         settings = read_settings(run).get("data")
         if not isinstance(settings, dict) or not isinstance(settings.get("dataset"), str):
@@ -78,9 +78,9 @@ def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
         source = settings["dataset"]
         folder = data_folder(source, settings, run)
         if folder is not None:
-            known = names.setdefault(folder.resolve(), source if folder == Path(source) else f"{source} ({name})")
-            found.setdefault(known, (folder, {}))[1][name] = run
-    return found
+            title = names.setdefault(folder.resolve(), source if folder == Path(source) else f"{source} ({name})")
+            sets.setdefault(title, (folder, {}))[1][name] = run
+    return sets
 
 
 def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None:
@@ -123,21 +123,26 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
 def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
     """Show the filters; return the rows that match, and what the chosen finding of the audit says of each."""
     query = st.text_input(
-        "Search in captions", key="search", bind="query-params", on_change=first_page,
+        "Search in captions",
+        key="search",
+        bind="query-params",
+        on_change=first_page,
         placeholder='words, or "a phrase in quotes"',
-    )  # fmt: skip
+    )
     one, two, three = st.columns(3)
-    finding = one.selectbox(
-        "Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page
-    )  # fmt: skip
+    finding = one.selectbox("Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page)
     kinds = kinds_of(rows)
     column = (
         two.selectbox("Filter by", list(kinds), key="by", bind="query-params", on_change=no_values) if kinds else None
     )
     values = kinds[column] if column else []
-    chosen = three.multiselect(
-        "Values", sorted(set(values)), key="value", bind="query-params", on_change=first_page, placeholder="any"
-    ) if column else []  # fmt: skip
+    chosen = (
+        three.multiselect(
+            "Values", sorted(set(values)), key="value", bind="query-params", on_change=first_page, placeholder="any"
+        )
+        if column
+        else []
+    )
     shown = browse.search(rows.captions, query) if query.strip() else list(range(len(rows)))
     notes: dict[int, str] = {}
     if finding in FINDINGS and rows.has_captions:
@@ -180,11 +185,12 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
     show_chosen(split, rows, notes)
     if not here:
         return
-    found = thumbnails(split, tuple(here))
+    sources = thumbnails(split, tuple(here))
     gallery(
-        {"pictures": [card(rows, row, found[number], notes.get(row, "")) for number, row in enumerate(here)]},
-        key="_gallery", on_chosen=take_chosen,
-    )  # fmt: skip
+        {"pictures": [card(rows, row, sources[number], notes.get(row, "")) for number, row in enumerate(here)]},
+        key="_gallery",
+        on_chosen=take_chosen,
+    )
 
 
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
@@ -194,26 +200,33 @@ def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]
     label = browse.visible(rows.labels[row] or "") if rows.labels else ""
     empty = "(no caption)" if rows.has_captions else ""
     return {
-        "row": row, "source": picture if there else "", "note": "" if there else picture, "alt": short or f"picture {row}",
-        "caption": short or empty, "label": label[:100], "finding": browse.visible(note),
+        "row": row,
+        "source": picture if there else "",
+        "note": "" if there else picture,
+        "alt": short or f"picture {row}",
+        "caption": short or empty,
+        "label": label[:100],
+        "finding": browse.visible(note),
         "title": f"picture {row}",
-    }  # fmt: skip
+    }
 
 
 @lru_cache(maxsize=32)
 def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> list[str]:
     """Return the pictures of some rows as addresses, or why they cannot be shown. A changed split has another key."""
     return [
-        f"cannot be shown: {found.reason}" if isinstance(found, BadImage) else data_address(browse.as_file(found, side))
-        for found in browse.read_pictures(split, rows, side)
+        f"cannot be shown: {picture.reason}"
+        if isinstance(picture, BadImage)
+        else data_address(browse.as_file(picture, side))
+        for picture in browse.read_pictures(split, rows, side)
     ]
 
 
 def take_chosen() -> None:
     """Remember the clicked picture. The page looks its row up among those there are."""
-    found = getattr(st.session_state.get("_gallery"), "chosen", None)
-    if isinstance(found, dict) and isinstance(found.get("row"), int):
-        st.session_state["picture"] = str(found["row"])
+    clicked = getattr(st.session_state.get("_gallery"), "chosen", None)
+    if isinstance(clicked, dict) and isinstance(clicked.get("row"), int):
+        st.session_state["picture"] = str(clicked["row"])
 
 
 def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
@@ -227,20 +240,20 @@ def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -
                 st.text(f"there are pictures 0 to {len(rows) - 1:,}")
             return
         left, right = st.columns(2)
-        found = thumbnails(split, (number,), LARGE)[0]
-        if found.startswith("data:"):
+        source = thumbnails(split, (number,), LARGE)[0]
+        if source.startswith("data:"):
             alt = browse.visible(rows.captions[number])[:CAPTION_CHARACTERS] or f"picture {number}"
-            left.image(found, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
+            left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
         else:
-            left.text(found)
+            left.text(source)
         right.code(browse.visible(rows.captions[number]) or "(no caption)", language=None, wrap_lines=True)
         facts = {"label": rows.labels[number]} if rows.labels else {}
         facts |= {name: values[number] for name, values in rows.columns.items()}
         if note := notes.get(number):
             facts["finding"] = note
-        known = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
-        if known:
-            right.dataframe(pd.DataFrame(known, columns=["what", "value"]), hide_index=True)
+        shown = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
+        if shown:
+            right.dataframe(pd.DataFrame(shown, columns=["what", "value"]), hide_index=True)
 
 
 # --- What the captions are like --------------------------------------------------------------------------------------
@@ -255,9 +268,13 @@ def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
         share = "not measured" if count is None else f"{count / max(1, total):.1%}"
         rows.append({"finding": title, "captions": count, "share": share, "what it means": CHECKS[name]})
     st.dataframe(
-        pd.DataFrame(rows).astype({"captions": "Int64"}), hide_index=True, on_select=take_finding, selection_mode="single-row",
-        key="_audit", placeholder="–",
-    )  # fmt: skip
+        pd.DataFrame(rows).astype({"captions": "Int64"}),
+        hide_index=True,
+        on_select=take_finding,
+        selection_mode="single-row",
+        key="_audit",
+        placeholder="–",
+    )
     st.caption("Choosing a row shows the pictures it is about.")
     st.text(measured_elsewhere(folder))
 

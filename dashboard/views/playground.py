@@ -86,35 +86,69 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     above = st.container()  # for the presets, which depend on the form's values
     with st.form("_picture"):
         prompt = st.text_area(
-            "Prompt", first, key="prompt", bind="query-params", max_chars=MAX_PROMPT, height=80,
+            "Prompt",
+            first,
+            key="prompt",
+            bind="query-params",
+            max_chars=MAX_PROMPT,
+            height=80,
             help="Ctrl+Enter draws it",
-        )  # fmt: skip
+        )
         negative = st.text_input(
-            "Negative prompt", key="negative_prompt", bind="query-params", max_chars=MAX_PROMPT,
+            "Negative prompt",
+            key="negative_prompt",
+            bind="query-params",
+            max_chars=MAX_PROMPT,
             help="what to stay away from",
-        )  # fmt: skip
+        )
         one, two = st.columns(2)
         seed = one.number_input(
-            "Seed", 0, MAX_SEED, min(default.seed, MAX_SEED), key="seed", bind="query-params",
+            "Seed",
+            0,
+            MAX_SEED,
+            min(default.seed, MAX_SEED),
+            key="seed",
+            bind="query-params",
             help="the noise that the picture begins as; the same seed gives the same picture",
-        )  # fmt: skip
+        )
         scale = two.number_input(
-            "Guidance scale", 0.0, MAX_SCALE, min(best_scale(run, evaluated), MAX_SCALE), 0.5, "%g", key="guidance_scale",
-            bind="query-params", help="how strongly to follow the prompt; 1: without guidance",
-        )  # fmt: skip
+            "Guidance scale",
+            0.0,
+            MAX_SCALE,
+            min(best_scale(run, evaluated), MAX_SCALE),
+            0.5,
+            "%g",
+            key="guidance_scale",
+            bind="query-params",
+            help="how strongly to follow the prompt; 1: without guidance",
+        )
         steps = one.number_input(
-            "Steps", 1, MAX_STEPS, min(default.num_inference_steps, MAX_STEPS), key="num_inference_steps",
-            bind="query-params", help="denoising steps; the time to draw grows with them",
-        )  # fmt: skip
+            "Steps",
+            1,
+            MAX_STEPS,
+            min(default.num_inference_steps, MAX_STEPS),
+            key="num_inference_steps",
+            bind="query-params",
+            help="denoising steps; the time to draw grows with them",
+        )
         scheduler = two.selectbox(
-            "Scheduler", schedulers, key="scheduler",
+            "Scheduler",
+            schedulers,
+            key="scheduler",
             index=schedulers.index(scheduler_name) if scheduler_name in schedulers else 0,
             bind="query-params",
-        )  # fmt: skip
+        )
         end = one.number_input(
-            "Guidance end", 0.0, 1.0, default.guidance_end, 0.1, "%g", key="guidance_end", bind="query-params",
+            "Guidance end",
+            0.0,
+            1.0,
+            default.guidance_end,
+            0.1,
+            "%g",
+            key="guidance_end",
+            bind="query-params",
             help="share of the steps, from the first on, that are guided; the others take half the time",
-        )  # fmt: skip
+        )
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
             other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
@@ -142,10 +176,13 @@ def show_preset(settings: dict[str, Any]) -> None:
     alike = (name for name, preset in PRESETS.items() if preset._asdict().items() <= settings.items())
     st.session_state["_preset"] = next(alike, None)
     st.segmented_control(
-        "Preset", list(PRESETS), key="_preset", on_change=take_preset,
+        "Preset",
+        list(PRESETS),
+        key="_preset",
+        on_change=take_preset,
         help="scheduler, steps, and the share of them that is guided: "
         + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
-    )  # fmt: skip
+    )
 
 
 def take_preset() -> None:
@@ -219,9 +256,11 @@ def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
             job.stopped.set()
         if job.preview is not None:
             st.image(
-                job.preview, width=LARGE, alt=f"what the model takes the picture to be: {planned.cell.prompt}",
+                job.preview,
+                width=LARGE,
+                alt=f"what the model takes the picture to be: {planned.cell.prompt}",
                 output_format="PNG",
-            )  # fmt: skip
+            )
         elif job.stage == "drawing":
             st.text("the first preview comes in a moment")
 
@@ -237,9 +276,13 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     st.image(watched.picture, width=LARGE, alt=cell.prompt or "a picture without a prompt", output_format="PNG")
     model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     st.download_button(
-        "Download PNG", lambda: picture_file(watched, planned), f"seed{cell.seed}.png", "image/png", on_click="ignore",
+        "Download PNG",
+        lambda: picture_file(watched, planned),
+        f"seed{cell.seed}.png",
+        "image/png",
+        on_click="ignore",
         help=f"with its parameters in it, as generate_images.py writes them; {escape(model)}",
-    )  # fmt: skip
+    )
     show_steps(watched, planned)
     show_neighbours(planned.run, watched.picture)
 
@@ -292,9 +335,13 @@ def show_history() -> None:
             with st.container(width=THUMB + 48, gap=None):
                 st.image(entry["thumbnail"], width=THUMB, alt=planned.cell.prompt, output_format="PNG")
                 st.button(
-                    f"Seed {planned.cell.seed}", key=f"_back_{number}", on_click=bring_back, args=(planned,),
-                    type="tertiary", help="bring its settings back",
-                )  # fmt: skip
+                    f"Seed {planned.cell.seed}",
+                    key=f"_back_{number}",
+                    on_click=bring_back,
+                    args=(planned,),
+                    type="tertiary",
+                    help="bring its settings back",
+                )
 
 
 def bring_back(planned: cells.PlannedCell) -> None:

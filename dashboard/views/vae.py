@@ -46,8 +46,13 @@ def main() -> None:
     left, right = st.columns([3, 1])
     of_newest = [name for name in vaes if name.startswith(f"{sources[0]}/")]
     names = left.multiselect(
-        "VAEs", list(vaes), default=of_newest[-COLUMNS:], key="vae", bind="query-params", placeholder="choose one or more"
-    )  # fmt: skip
+        "VAEs",
+        list(vaes),
+        default=of_newest[-COLUMNS:],
+        key="vae",
+        bind="query-params",
+        placeholder="choose one or more",
+    )
     source = right.selectbox("Validation images of", sources, key="images", bind="query-params", on_change=first_page)
     chosen = {name: vaes[name] for name in names if name in vaes}
     if not chosen:
@@ -188,9 +193,11 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
         ]
         if points:
             frame = pd.DataFrame(points, columns=["run", "VAE", "x", "value"])
-            marks = alt.Chart(frame).mark_point(size=110, filled=True, color="#d6336c", opacity=1).encode(
-                x="x:Q", y="value:Q", tooltip=["run:N", "VAE:N", alt.Tooltip("x:Q", title="step"), "value:Q"]
-            )  # fmt: skip
+            marks = (
+                alt.Chart(frame)
+                .mark_point(size=110, filled=True, color="#d6336c", opacity=1)
+                .encode(x="x:Q", y="value:Q", tooltip=["run:N", "VAE:N", alt.Tooltip("x:Q", title="step"), "value:Q"])
+            )
             chart = alt.layer(chart, marks)
         st.text(f"{title}, mean over the validation split")
         st.altair_chart(chart.properties(height=240))

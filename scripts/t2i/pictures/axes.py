@@ -36,8 +36,8 @@ def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MA
     """Return the values typed for an axis, in order and without repeats: 1 to `limit` of them.
 
     Args:
-        axis: one of `NUMBERS` (int or float within its bounds), `WORDS` (some of `known_names`, divided by commas; a name
-            with a comma is quoted as in CSV) or `TEXTS` (one prompt per line).
+        axis: one of `NUMBERS` (int or float within its bounds), `WORDS` (names divided by commas) or `TEXTS` (one prompt
+            per line). Names with a comma are quoted as in CSV.
         known_names: the names that `WORDS` may hold.
 
     Raises:
