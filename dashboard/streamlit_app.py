@@ -1,13 +1,13 @@
-"""Runs of this suite: pictures side by side, curves of many runs, and how runs differ.
+"""The dashboard: pictures side by side, curves of many runs, and how runs differ.
 
 streamlit run dashboard
 
-Run it from the repository root: it shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
-(mlflow.db where that is unset). It reads alone; what is computed is computed by t2i.
+Run it from the repository root. It shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
+(mlflow.db if that is unset). It only reads runs: t2i computes everything.
 
-Behind a reverse proxy or a notebook server, HOST being the name in the browser's address:
+Behind a reverse proxy or a notebook server, if HOST is the name in the browser's address:
 streamlit run dashboard --server.allowedHosts=HOST --server.allowedHosts=localhost --server.corsAllowedOrigins=https://HOST
-If the proxy keeps its path (/proxy/absolute/8501, say), add --server.baseUrlPath=proxy/absolute/8501.
+If the proxy keeps its path, such as /proxy/absolute/8501, add --server.baseUrlPath=proxy/absolute/8501.
 """
 
 import sys
@@ -21,7 +21,7 @@ for folder in (str(HERE), str(HERE.parent / "scripts")):
     if folder not in sys.path:
         sys.path.append(folder)  # appended: a script's name must not hide a package's
 
-# file, which is also the name in the URL: title; the first is where one arrives
+# name of the file and in the URL: title; the first page opens by default
 PAGES = {
     "compare": "Compare",
     "playground": "Playground",
@@ -31,34 +31,35 @@ PAGES = {
     "vae": "VAE",
 }
 
-RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # the widget of a page that takes any number of runs
+RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # page: its widget that chooses any number of runs
 # Streamlit leaves 6rem above a wide page: a third of a small window, before the first picture.
 LESS_ROOM = "<style>[data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }</style>"
 
 
 def main() -> None:
-    # Not in a folder named pages: Streamlit would run its files by themselves, before this one says what they need.
+    # The folder is not named pages: Streamlit would run its files by themselves, without the set-up of this file.
     views = {name: HERE / "views" / f"{name}.py" for name in PAGES}
-    there = [name for name, view in views.items() if view.is_file()]  # a Space has the playground alone
+    names = [name for name, view in views.items() if view.is_file()]  # a Space has the playground alone
     pages = [
         st.Page(views[name], title=PAGES[name], url_path="" if number == 0 else name, default=number == 0)
-        for number, name in enumerate(there)
+        for number, name in enumerate(names)
     ]
     page = st.navigation(pages, position="top")
     st.set_page_config(page_title=f"{page.title} · Text-to-image runs", layout="wide")
     st.html(LESS_ROOM)
-    turn_to(page.url_path or next(iter(PAGES)))
-    from common import settle
+    change_page(page.url_path or next(iter(PAGES)))
+    from helpers.loaded_modules import freeze_loaded  # the path to it is set above
 
     try:
         page.run()
     finally:
-        settle("pages")
+        freeze_loaded("pages")
 
 
-def turn_to(page: str) -> None:
-    """On the way to another page the chosen runs go along, unless the URL says which (a link, Back); all else stays behind:
-    a name in the URL is one page's (`seed` is a number here and a list there).
+def change_page(page: str) -> None:
+    """Take the chosen runs along to another page, unless the URL says which runs (a link, Back). Forget all else.
+
+    A name in the URL belongs to one page: `seed` is a number on one page and a list on another.
     """
     state = st.session_state
     before, state["_page"] = state.get("_page"), page

@@ -5,7 +5,7 @@ python tests/load_dashboard.py --sessions 20 --seconds 120     (make load-dashbo
 The dashboard is a real `streamlit run dashboard` on this machine. Its run is trained here in seconds, or comes from
 `--outputs FOLDER`, whose run folders then get the drawn pictures. Each session opens pages by URLs with values of the runs, or
 by the names at the top. It gives any visible widget any valid value, presses buttons, and clicks pictures to compare. It draws,
-too: together, the sessions use more models than dashboard/drawing.py keeps. Answer times are those of a machine that also runs
+too: together, the sessions use more models than dashboard/helpers/model_pool.py keeps. Answer times are those of a machine that also runs
 the clients.
 """
 
@@ -96,7 +96,7 @@ def environment() -> dict[str, str]:
 
 def models_in(outputs: Path) -> list[tuple[str, str]]:
     """Return (run, checkpoint) of all models below `outputs` that can draw."""
-    from grid import checkpoints_of
+    from helpers.run_list import checkpoints_of
 
     runs = sorted({file.parent for level in ("*", "*/*") for file in outputs.glob(f"{level}/run.json")})
     return [(run.relative_to(outputs).as_posix(), name) for run in runs for name in checkpoints_of(run)]
@@ -272,7 +272,7 @@ class Watch:
 
 def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
     """Put the load on `folder`/outputs and print its table. Raises AssertionError for every fault."""
-    from drawing import MODELS
+    from helpers.model_pool import MODELS
 
     models, counts, load = models_in(folder / "outputs"), folder / "models.txt", Load()
     assert len(models) > MODELS, f"{folder / 'outputs'} holds {len(models)} models; more than {MODELS} are needed"

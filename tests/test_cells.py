@@ -144,7 +144,7 @@ def test_a_grid_is_cancelled_and_waits_for_its_turn(run):
     asked = []
     assert cells.make(places, progress=lambda *_: asked.append(1), cancelled=lambda: bool(asked)) == 1
     start = time.perf_counter()
-    with cells._turn(run, lambda: False):
+    with cells._lock_store(run, lambda: False):
         assert cells.make(places[2:], cancelled=lambda: time.perf_counter() - start > 0.3) == 0
 
 
@@ -156,16 +156,16 @@ sys.modules["torch"] = sys.modules["diffusers"] = None
 sys.path.insert(0, sys.argv[1])
 from t2i.pictures import cells
 run = Path(sys.argv[2])
-cell, axes = cells.evaluated(run)
-places = cells.plan(run, "pipeline", cell, axes)
+grid = cells.evaluated_grid(run)
+places = cells.plan(run, "pipeline", grid.cell, grid.axes)
 assert cells.make(places) == 0
-print([len(axis.values) for axis in axes], all(cells.read_cell(run, place.model_hash, place.cell) for place in places))
+print([len(axis.values) for axis in grid.axes], all(cells.read_cell(run, place.model_hash, place.cell) for place in places))
 """
     words = [sys.executable, "-c", code, str(SCRIPTS), str(run)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[2, 2, 4] True", done.stderr
-    drawn = cells.evaluated(run)
-    place = cells.plan(run, "pipeline", drawn[0], drawn[1])[5]
+    drawn = cells.evaluated_grid(run)
+    place = cells.plan(run, "pipeline", drawn.cell, drawn.axes)[5]
     stored = np.asarray(cells.read_cell(run, place.model_hash, place.cell)).astype(int)
     place.path.unlink()
     cells.make([cells.replace(place, made=False)])
@@ -181,7 +181,7 @@ def test_a_models_hash(run, tmp_path):
     weights = alone / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert cells.weights_hash(alone) != first
-    with pytest.raises(UserError, match="neither a whole checkpoint nor a pipeline"):
+    with pytest.raises(UserError, match="neither a complete checkpoint nor a pipeline"):
         cells.weights_hash(tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_mistakes_are_sentences(run, tmp_path):
         assert cells.make([place]) == 0
     assert cells.plan(tmp_path / "gone", "pipeline", CELL, [])[0].problem.endswith("there are: none")
     (run / "checkpoint-000008" / "state.json").unlink()  # half-written
-    assert "no whole" in cells.plan(run, "checkpoint-000008", CELL, [])[0].problem
+    assert "no complete" in cells.plan(run, "checkpoint-000008", CELL, [])[0].problem
     with pytest.raises(UserError, match="10,100 pictures"):
         cells.plan(run, "pipeline", CELL, [Axis("seed", tuple(range(100))), Axis("guidance_scale", tuple(range(101)))])
     with pytest.raises(UserError, match="different"):

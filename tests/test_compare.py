@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_half_written_checkpoints_are_not_offered(tmp_path):
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     shutil.rmtree(run / "pipeline" / "unet")
-    assert "no whole checkpoint yet" in texts(show())
+    assert "no complete checkpoint yet" in texts(show())
 
 
 def test_a_run_deleted_while_shown(tmp_path):
@@ -260,21 +261,31 @@ def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
     assert app.multiselect(key="checkpoint").value == ["checkpoint-000020"]
 
 
+class Drawn(list):
+    """The cells that were painted. From the 41st on, painting waits until `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.go.set()
+
+
 @pytest.fixture
 def painter(monkeypatch):
     """Pictures painted instead of drawn; the model in memory is none."""
-    drawn = []
+    drawn = Drawn()
 
     def paint(pipeline, places):
         drawn.extend(places)
         if len(drawn) > 40:
-            time.sleep(0.05)
+            drawn.go.wait(60)
         return np.stack([np.full((8, 8, 3), place.cell.num_inference_steps, np.uint8) for place in places])
 
     show()  # puts the dashboard's folder on the path
     monkeypatch.setattr(cells, "_draw", paint)
-    monkeypatch.setattr(sys.modules["drawing"], "pipeline", lambda model: None)
-    return drawn
+    monkeypatch.setattr(sys.modules["helpers.drawing_jobs"], "load_pipeline", lambda model: None)
+    yield drawn
+    drawn.go.set()
 
 
 def test_missing_pictures_are_announced_and_drawn(tmp_path, painter):
@@ -296,12 +307,16 @@ def test_a_stopped_grid_goes_on_where_it_stopped(tmp_path, painter):
     make_run(tmp_path / "outputs" / "one")
     query = {"columns": "seed", "tabs": "none", "seed": "1-50", "guidance_scale": "2", "prompt": "a flower"}
     app = show(**query)
+    painter.go.clear()
     next(button for button in app.button if button.label == "Draw 100 pictures").click().run()
     while len(painter) < 44:
         time.sleep(0.02)
     app.run()
     next(button for button in app.button if button.label == "Stop").click().run()
-    time.sleep(0.5)
+    painter.go.set()
+    for thread in threading.enumerate():
+        if thread.name == "grid":
+            thread.join(60)
     made = len(list((tmp_path / "outputs" / "one" / "cells").glob("[0-9a-f]*.png"))) - 8
     assert 40 <= made < 100
     app = show(**query)
@@ -327,7 +342,7 @@ def test_what_is_shown_can_be_downloaded(tmp_path):
         cells.Axis("sample", tuple(zip(PROMPTS, (7, 8), strict=True))),
     ]
     places = cells.plan(run, "checkpoint-000010", cells.Cell("x", num_inference_steps=4), axes)
-    with zipfile.ZipFile(io.BytesIO(cells.zipped(places))) as archive:
+    with zipfile.ZipFile(io.BytesIO(cells.zip_pictures(places))) as archive:
         rows = json.loads(archive.read("cells.json"))
         assert [row["file"] for row in rows] == [f"tab1-row{r}-column{c}.png" for r in (1, 2) for c in (1, 2)]
         picture = Image.open(io.BytesIO(archive.read(rows[3]["file"])))

@@ -358,7 +358,7 @@ def test_linked_and_deeper_runs_are_listed_once_and_without_loops(tmp_path: Path
     (outputs / "a" / "up").symlink_to("..")
     (outputs / "gone").symlink_to("nowhere")
     show()
-    found = sys.modules["common"].find_runs()
+    found = sys.modules["helpers.run_list"].find_runs()
     assert set(found) == {"one", "linked", "a/b/c/deep", "flowers/unet"}
     assert "linked" in show("compare", run="linked").multiselect[0].value
 
@@ -379,4 +379,4 @@ def test_foreign_files_and_copies_break_no_page(tmp_path: Path, page: str) -> No
         (make_run(tmp_path / "outputs" / name) / "run.json").write_text(text)
     (tmp_path / "outputs" / ".DS_Store").write_bytes(b"")
     show(page)
-    assert "one" in sys.modules["common"].find_runs()
+    assert "one" in sys.modules["helpers.run_list"].find_runs()

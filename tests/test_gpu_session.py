@@ -38,16 +38,13 @@ esac
 
 @pytest.fixture(scope="module")
 def session():
-    """benchmarks/gpu_session.py as a module; the dashboard has a module `common` as well, which a test before may have loaded."""
-    others = sys.modules.pop("common", None)
+    """benchmarks/gpu_session.py as a module."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu_session
 
     yield gpu_session
     sys.path.remove(str(ROOT / "benchmarks"))
     sys.modules.pop("common")
-    if others:
-        sys.modules["common"] = others
 
 
 def prepare(folder: Path, gpu: str = "") -> dict[str, str]:

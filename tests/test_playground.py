@@ -103,7 +103,7 @@ class Painter:
     """Paints instead of drawing: a gray that grows with the steps. Holds at `held` until `go` is set."""
 
     def __init__(self) -> None:
-        self.places: list[cells.Place] = []
+        self.places: list[cells.PlannedCell] = []
         self.at_once = self.most = 0
         self.go = threading.Event()
         self.go.set()
@@ -130,7 +130,7 @@ def painter(monkeypatch):
     painter = Painter()
     show()  # puts the dashboard's folder on the path
     monkeypatch.setattr(cells, "_draw", painter.draw)
-    monkeypatch.setattr(sys.modules["drawing"], "pipeline", lambda model: None)
+    monkeypatch.setattr(sys.modules["helpers.drawing_jobs"], "load_pipeline", lambda model: None)
     yield painter
     painter.go.set()
 
@@ -248,7 +248,7 @@ def test_a_prompt_that_the_model_reads_in_part_is_said(tmp_path, painter, monkey
         def decode(self, tokens, **options):
             return " ".join(tokens)
 
-    monkeypatch.setattr(sys.modules["common"], "_tokenizer", lambda folder: Tokenizer())
+    monkeypatch.setattr(sys.modules["helpers.run_files"], "_tokenizer", lambda folder: Tokenizer())
     assert not warnings(show(prompt="a red flower"))
     said = warnings(show(prompt="a red flower with five petals"))
     assert 'has 8 tokens, and the model reads 5: "with five petals" is cut off' in said
@@ -320,11 +320,11 @@ def test_a_grids_picture_is_shown_at_once_and_its_steps_on_demand(tmp_path, pain
     assert len(painter.places) == 1
     before = painter.places[0].path.read_bytes()
     for number in range(3):  # a limit that steps beyond reach
-        cells_kept, cells.KEPT = cells.KEPT, 2
+        most, cells.MAX_WATCHED = cells.MAX_WATCHED, 2
         try:
             wait(press(show(**query | {"prompt": str(number)}), DRAW), has_picture)
         finally:
-            cells.KEPT = cells_kept
+            cells.MAX_WATCHED = most
     assert len(list((run / "cells").glob("*.steps.png"))) == 2
     assert not painter.places[1].path.is_file()  # the page's own oldest one made room
     assert painter.places[0].path.read_bytes() == before  # the grid's stays, without its steps
@@ -446,7 +446,7 @@ def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_pa
     from t2i.runs import prepared_folder
 
     show()
-    neighbours = sys.modules["neighbours"]
+    neighbours = sys.modules["helpers.training_neighbours"]
     folder = neighbours.find_images(trained)
     fingerprint = json.loads((trained / "run.json").read_text())["identity"]["dataset_hash"]
     assert folder == prepared_folder(".cache/t2i", fingerprint)

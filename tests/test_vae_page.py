@@ -183,10 +183,10 @@ def test_labels_end_with_a_whole_word_and_another_count_starts_at_its_first_page
     app.selectbox(key="count").select(8).run()
     assert app.number_input(key="page").value == 1
     assert len(component(app, "picture_grid")["rows"]) == 8
-    common = sys.modules["common"]
-    assert common.shorten("a red flower", 12) == "a red flower"
-    assert common.shorten("a red, flower", 12) == "a red…"
-    assert common.shorten("x" * 99, 12) == "x" * 11 + "…"
+    page_texts = sys.modules["helpers.page_texts"]
+    assert page_texts.shorten("a red flower", 12) == "a red flower"
+    assert page_texts.shorten("a red, flower", 12) == "a red…"
+    assert page_texts.shorten("x" * 99, 12) == "x" * 11 + "…"
 
 
 def test_images_that_do_not_fit_the_vae(run):

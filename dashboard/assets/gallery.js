@@ -2,7 +2,7 @@
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".gallery");
   const state = JSON.stringify(data);
-  if (root.state === state) return; // what did not change keeps its elements, and the focus
+  if (root.state === state) return; // an unchanged gallery keeps its elements and the focus
   root.state = state;
   root.replaceChildren(...data.pictures.map((one) => card(one, () => setTriggerValue("chosen", { row: one.row }))));
 }

@@ -21,13 +21,13 @@ function build(root, data) {
     ...data.columns.map(() => make("td"))));
   const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Grid of pictures" },
     make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)));
-  scroll.onkeydown = (event) => moveFocus(root, event, data.columns.length); // not on root, which stays with other columns
+  scroll.onkeydown = (event) => moveFocus(root, event, data.columns.length); // not on root, which stays when the columns change
   root.replaceChildren(zoomBar(), scroll);
 }
 
 function fill(td, cell, data) {
   const state = JSON.stringify([cell.source, cell.alt, cell.note, cell.under]);
-  if (td.state !== state) { // what did not change keeps its element, and the focus
+  if (td.state !== state) { // an unchanged picture keeps its element and the focus
     td.state = state;
     const inside = cell.source ? picture(cell.source, cell.alt) : make("span", { class: "frame empty" }, cell.note);
     const button = make("button", { type: "button", class: "cell", "aria-label": cell.alt, title: cell.note || cell.alt }, inside);

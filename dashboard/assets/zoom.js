@@ -3,7 +3,7 @@ function linkZoom(root, bar) {
   const view = (root.view ??= { zoom: 1, x: 0, y: 0 });
   const input = bar.querySelector("input");
   const show = () => {
-    const most = (view.zoom - 1) / 2; // of a picture's side: its edge stays at the frame's
+    const most = (view.zoom - 1) / 2; // share of a picture's side: its edge stays at the frame's edge
     view.x = Math.max(-most, Math.min(most, view.x));
     view.y = Math.max(-most, Math.min(most, view.y));
     root.style.setProperty("--zoom", view.zoom);
@@ -17,7 +17,7 @@ function linkZoom(root, bar) {
   input.oninput = () => { view.zoom = Number(input.value); show(); };
   bar.querySelector("button").onclick = () => { Object.assign(view, { zoom: 1, x: 0, y: 0 }); show(); };
   root.onwheel = (event) => {
-    if (!event.ctrlKey) return; // the page scrolls as ever
+    if (!event.ctrlKey) return; // the page scrolls as usual
     event.preventDefault();
     view.zoom = Math.max(1, Math.min(8, view.zoom * Math.exp(-event.deltaY / 300)));
     show();
@@ -39,7 +39,7 @@ function linkZoom(root, bar) {
   root.onpointermove = (event) => {
     if (!from) return;
     const [dx, dy] = [event.clientX - from.x, event.clientY - from.y];
-    if (Math.abs(dx) + Math.abs(dy) > 4) root.dragged = true; // a click otherwise
+    if (Math.abs(dx) + Math.abs(dy) > 4) root.dragged = true; // a smaller movement is a click
     view.x = from.vx + dx / from.side; view.y = from.vy + dy / from.side;
     show();
   };
@@ -47,7 +47,7 @@ function linkZoom(root, bar) {
   show();
 }
 
-// Words and addresses come from files of anyone: as text and attributes, never as HTML.
+// Words and addresses come from anyone's files, so they become text and attributes, never HTML.
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) if (value != null) element.setAttribute(name, value);

@@ -1,4 +1,4 @@
-"""Pictures and curves of the chosen runs side by side: a grid over any settings, two of its pictures compared, the evaluation."""
+"""Pictures and curves of the chosen runs side by side: a grid over any settings, two pictures compared, the evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,18 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from common import cells_of, find_runs, flat, headed, lines, nothing_yet, read, step_of, warn
-from grid import Grid, checkpoints_of, choose_grid, reset_values
-from table import show_grid
+from helpers.charts import curves_chart
+from helpers.grid_choice import AXIS_KEYS, Grid, choose_grid, reset_values
+from helpers.grid_table import show_grid
+from helpers.page_texts import show_empty_state, title_row, warn
+from helpers.run_files import best_scale, flatten, read_or_warn, sweep_results
+from helpers.run_list import checkpoints_of, find_runs, step_of
 
 from t2i.errors import UserError
 from t2i.pictures import cells
 from t2i.tracking.curves import Curve, read_folder
 
-USUAL = ("val_loss", "train_loss")
+FIRST_METRICS = ("val_loss", "train_loss")  # the first that a run has is shown
 ABREAST = 3  # evaluations in a row
 
 
@@ -25,31 +28,38 @@ def main() -> None:
     runs = find_runs()
     if not runs:
         st.title("Compare")
-        nothing_yet(
+        show_empty_state(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
-    evaluated = [name for name in runs if cells.evaluated(runs[name])]
-    usual = (evaluated or list(runs))[:1]
-    names = headed("Compare").multiselect(
-        "Runs", list(runs), default=usual, key="run", bind="query-params",
-        placeholder="choose one or more runs", on_change=reset_values,
-    )  # fmt: skip
+    evaluated = [name for name in runs if cells.evaluated_grid(runs[name])]
+    default = (evaluated or list(runs))[:1]
+    names = title_row("Compare").multiselect(
+        "Runs",
+        list(runs),
+        default=default,
+        key="run",
+        bind="query-params",
+        placeholder="choose one or more runs",
+        on_change=reset_values,
+    )
     chosen = {name: runs[name] for name in names if name in runs}
-    st.session_state["_runs"] = list(chosen) if list(chosen) != usual else []  # those that go along to other pages
+    st.session_state["_runs"] = list(chosen) if list(chosen) != default else []  # they go along to other pages
     if not chosen:
         st.text("choose one or more runs")
         return
-    use_marked_point()
+    take_clicked_checkpoint()
     left, right = st.columns([3, 2], gap="large")
     grid = None
     with left:
         if not any(map(checkpoints_of, chosen.values())):
-            st.text("no whole checkpoint yet; training writes the first one soon")
+            st.text("no complete checkpoint yet; training writes the first one soon")
         else:
             try:
-                grid = choose_grid(chosen)
-                show_grid(grid)
+                first = next(iter(chosen.values()))
+                evaluated = cells.evaluated_grid(first)
+                grid = choose_grid(chosen, evaluated, best_scale(first, evaluated))
+                show_grid(grid, grid.plan())
             except UserError as error:
                 warn(error)
     with right:
@@ -67,24 +77,24 @@ def main() -> None:
 
 
 def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
-    """The runs' curves; their checkpoints are points on them, full where the grid shows them. A click on one chooses it."""
+    """Show the runs' curves with their checkpoints as points, full ones for those in the grid. A click chooses one."""
     curves = {name: read_folder(run) for name, run in runs.items()}
-    known = sorted({metric for found in curves.values() for metric in found})
-    if not known:
+    names = sorted({metric for metrics in curves.values() for metric in metrics})
+    if not names:
         st.text("no curve yet")
         return
-    usual = [metric for metric in USUAL if metric in known] or known[:1]
-    metrics = st.multiselect("Metrics", known, default=usual[:1], key="metric", bind="query-params")
-    for metric in [metric for metric in metrics if metric in known]:
+    defaults = [metric for metric in FIRST_METRICS if metric in names] or names[:1]
+    chosen = st.multiselect("Metrics", names, default=defaults[:1], key="metric", bind="query-params")
+    for metric in [metric for metric in chosen if metric in names]:
         st.text(metric)
-        rows = [(name, metric, found[metric]) for name, found in curves.items() if metric in found]
-        chart = lines(rows)
-        points = marked(runs, rows, grid)
+        rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]
+        chart = curves_chart(rows)
+        points = checkpoint_points(runs, rows, grid)
         if chart is None:
             continue
         if len(points):
             chart = alt.layer(chart, point_chart(points)).properties(height=320)
-            st.altair_chart(chart, key=f"_curve_{metric}", on_select=take_point, selection_mode="mark")
+            st.altair_chart(chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark")
         else:
             st.altair_chart(chart)
     st.caption(
@@ -92,9 +102,9 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     )
 
 
-def marked(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: Grid | None) -> pd.DataFrame:
-    """Checkpoints on the curves: run, checkpoint, x, value, shown."""
-    shown = {(place.run, place.checkpoint) for place in grid.places(0)} if grid else set()
+def checkpoint_points(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: Grid | None) -> pd.DataFrame:
+    """Return the checkpoints on the curves: run, checkpoint, x, value, and whether the grid shows it."""
+    shown = grid.first_tab_models() if grid else set()
     points = []
     for name, _, curve in rows:
         for checkpoint in checkpoints_of(runs[name]):
@@ -106,6 +116,7 @@ def marked(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: 
 
 
 def point_chart(points: pd.DataFrame) -> alt.Chart:
+    """Return the chart of `checkpoint_points`, whose points can be clicked."""
     several = points["run"].nunique() > 1
     mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
     return (
@@ -114,7 +125,7 @@ def point_chart(points: pd.DataFrame) -> alt.Chart:
         .encode(
             x="x:Q",
             y="value:Q",
-            # Channels by their classes: of a condition or a bare value Altair finds the class by trying them all, in 60 ms.
+            # Each channel names its class: for a condition or a bare value, Altair tries all classes, which takes 60 ms.
             fill=alt.Fill("run:N", title=None) if several else alt.FillValue("#d6336c"),
             stroke=alt.Stroke("run:N", title=None) if several else alt.StrokeValue("#d6336c"),
             fillOpacity=alt.FillOpacity("shown:N", legend=None, scale=alt.Scale(domain=[True, False], range=[1, 0])),
@@ -124,37 +135,37 @@ def point_chart(points: pd.DataFrame) -> alt.Chart:
     )
 
 
-def take_point() -> None:
-    """Remember the clicked checkpoint until the page is drawn anew."""
+def remember_clicked_checkpoint() -> None:
+    """Remember the clicked checkpoint for the page's next run."""
     for key in list(st.session_state):
         if str(key).startswith("_curve_"):
-            found = st.session_state[key].get("selection", {}).get("mark", [])
-            if found and found != st.session_state.get("_last_point"):
-                st.session_state["_last_point"] = found
-                st.session_state["_point"] = found[-1].get("checkpoint")
+            clicked = st.session_state[key].get("selection", {}).get("mark", [])
+            if clicked and clicked != st.session_state.get("_last_point"):
+                st.session_state["_last_point"] = clicked
+                st.session_state["_point"] = clicked[-1].get("checkpoint")
 
 
-def use_marked_point() -> None:
-    """A clicked checkpoint joins those of the grid where they stand on an axis, and takes their place where they do not."""
+def take_clicked_checkpoint() -> None:
+    """Add the clicked checkpoint to those on an axis of the grid; if no axis has checkpoints, replace the shared one."""
     state = st.session_state
     name = state.pop("_point", None)
     if not isinstance(name, str):
         return
-    on_axis = "checkpoint" in (state.get("columns"), state.get("rows"), state.get("tabs"))
+    on_axis = "checkpoint" in [state.get(key) for key in AXIS_KEYS]
     before = list(state.get("checkpoint", []))
-    state["checkpoint"] = sorted({*before, name}, key=lambda one: (one == "pipeline", one)) if on_axis else [name]
+    state["checkpoint"] = sorted({*before, name}, key=lambda other: (other == "pipeline", other)) if on_axis else [name]
 
 
 # --- The evaluation --------------------------------------------------------------------------------------------------
 
 
 def show_evaluation(name: str, run: Path) -> None:
-    """A run's state, the figures of its checkpoints by guidance scale, and its report."""
+    """Show a run's state, the figures of its checkpoints by guidance scale, and its report."""
     st.text(name)
-    state = read(run / "run.json")
+    state = read_or_warn(run / "run.json")
     st.text(f"status: {state.get('status', 'unknown')}   steps: {state.get('steps', 'not finished')}")
-    found = cells_of(run)
-    if not found:
+    results = sweep_results(run)
+    if not results:
         samples = sorted(path.name for path in (run / "samples").glob("step-*.png"))
         if samples:
             st.text(f"samples of training, {Path(samples[-1]).stem}")
@@ -162,23 +173,23 @@ def show_evaluation(name: str, run: Path) -> None:
         st.text("Not evaluated yet. This does it:")
         st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
         return
-    st.dataframe(pd.DataFrame([flat(cell) for cell in found]), hide_index=True, placeholder="–")
-    report = read(run / "evaluation" / "evaluation.json").get("report")
+    st.dataframe(pd.DataFrame([flatten(result) for result in results]), hide_index=True, placeholder="–")
+    report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         rows = [
-            (key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in flat(report).items()
+            (key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in flatten(report).items()
         ]
         st.dataframe(pd.DataFrame(rows, columns=["figure", "value"]), hide_index=True, placeholder="–")
         show_file(run / "evaluation", "report.png")
 
 
 def show_file(folder: Path, name: Any) -> None:
-    """A PNG that lies in `folder` itself; `name` comes from a file, so it is looked up rather than joined to a path."""
-    known = {path.name: path for path in folder.glob("*.png") if path.resolve().parent == folder.resolve()}
-    if isinstance(name, str) and name in known:
+    """Show a PNG of `folder` itself. `name` comes from a file, so it is looked up and not joined to a path."""
+    pictures = {path.name: path for path in folder.glob("*.png") if path.resolve().parent == folder.resolve()}
+    if isinstance(name, str) and name in pictures:
         try:
-            st.image(known[name].read_bytes(), output_format="PNG", alt=f"{folder.parent.name}: {Path(name).stem}")
+            st.image(pictures[name].read_bytes(), output_format="PNG", alt=f"{folder.parent.name}: {Path(name).stem}")
         except Exception:  # whatever Pillow says of a damaged file
             st.text(f"{name} cannot be read")
     else:

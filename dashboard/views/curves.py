@@ -1,27 +1,17 @@
-"""Metrics of any number of runs together, from run folders or from MLflow, and the sweep over guidance scales."""
+"""Metrics of any number of runs, from run folders or from MLflow, and the sweep over guidance scales."""
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import streamlit as st
-from common import (
-    LEGEND_LINES,
-    cells_of,
-    choose_runs,
-    escape,
-    find_runs,
-    flat,
-    headed,
-    is_finite,
-    line_chart,
-    lines,
-    nothing_yet,
-    read,
-)
+from helpers.charts import LEGEND_LINES, curves_chart, line_chart
+from helpers.page_texts import escape, show_empty_state, title_row
+from helpers.run_files import flatten, is_finite, read_or_warn, sweep_results
+from helpers.run_list import choose_runs, find_runs
 
 from t2i.errors import UserError
 from t2i.run_lock import run_status
@@ -38,18 +28,18 @@ from t2i.tracking.curves import (
 )
 from t2i.tracking.spool import SPOOL_FOLDER
 
-LIVE_S = 5  # between two looks at a run that goes on
-LIVE_SERVER_S = 15  # the same over HTTP, where others ask as well
-POLL_S = 1  # between two looks at what a server has sent so far
-KEPT_S = 60  # how long curves of ended runs are kept in memory: an evaluation may still add to them
+LIVE_S = 5  # seconds between two looks at a running run
+LIVE_SERVER_S = 15  # the same over HTTP, as others ask that server too
+POLL_S = 1  # seconds between two looks at what a server has sent so far
+KEPT_S = 60  # seconds that curves of ended runs stay in memory: an evaluation may still add to them
 BAND = re.compile(r"val_loss_\d+_\d+")
-USUAL = ("train_loss", "val_loss")
+FIRST_METRICS = ("train_loss", "val_loss")  # shown by default
 
 Key = tuple[str, str]  # run's name as shown, metric
 
 
 def main() -> None:
-    source = headed("Curves").radio(
+    source = title_row("Curves").radio(
         "Source", ["Run folders", "MLflow"], horizontal=True, key="source", bind="query-params"
     )
     try:
@@ -67,7 +57,7 @@ def main() -> None:
 def show_folders() -> None:
     runs = find_runs("any")
     if not runs:
-        nothing_yet(
+        show_empty_state(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
@@ -80,7 +70,7 @@ def show_folders() -> None:
         return {(n, m): read_all[n][m] for n in chosen for m in options["metrics"] if m in read_all[n]}, ""
 
     def running() -> bool:
-        return any(run_status(runs[name], read(runs[name] / "run.json")) == "running" for name in chosen)
+        return any(run_status(runs[name], read_or_warn(runs[name] / "run.json")) == "running" for name in chosen)
 
     follow(read_now, running, options, LIVE_S)
     show_sweep({name: runs[name] for name in chosen})
@@ -94,7 +84,7 @@ def folder_curves(run: Path) -> dict[str, Curve]:
     return _folder_curves(run.as_posix(), (state.st_mtime_ns, state.st_size))
 
 
-@st.cache_resource(max_entries=500, show_spinner=False)  # a resource: handed out without a copy, never changed
+@st.cache_resource(max_entries=500, show_spinner=False)  # a resource is returned without a copy; no caller changes it
 def _folder_curves(run: str, stamp: tuple[int, int]) -> dict[str, Curve]:
     return read_folder(Path(run))
 
@@ -106,9 +96,9 @@ def show_stored() -> None:
     if stored is None:
         return
     if not stored:
-        nothing_yet("No run with metrics in this store yet. This makes one:", "make demo")
+        show_empty_state("No run with metrics in this store yet. This makes one:", "make demo")
         return
-    # Names may be shared ("unet"); the part of the id tells them apart.
+    # Runs may share a name ("unet"); part of the id tells them apart.
     runs = {f"{run.name} ({run.run_id[:8]})": run for run in stored}
     chosen = {name: runs[name] for name in choose_runs(list(runs), "stored_runs")}
     options = choose_view(sorted({metric for run in chosen.values() for metric in run.metrics}))
@@ -123,10 +113,10 @@ def show_stored() -> None:
     loading = server_curves(uri, chosen, options["metrics"], running())
 
     def so_far() -> tuple[dict[Key, Curve], str]:
-        found = dict(loading.results)
+        arrived = dict(loading.results)
         if loading.error:
-            return found, loading.error
-        return found, "" if loading.done.is_set() else f"{len(found)} curves have arrived; more are on their way"
+            return arrived, loading.error
+        return arrived, "" if loading.done.is_set() else f"{len(arrived)} curves have arrived; more are on their way"
 
     if not loading.done.wait(0.3):  # a quick server is drawn at once
         follow(so_far, lambda: not loading.done.is_set(), options, POLL_S)
@@ -135,13 +125,13 @@ def show_stored() -> None:
 
 
 def ended_here() -> set[str]:
-    """MLflow's ids of the runs in outputs/ that are not at work; MLflow calls a killed one RUNNING until it is resumed."""
-    ended = [run for run in find_runs("any").values() if run_status(run, read(run / "run.json")) != "running"]
-    return {str(read(run / SPOOL_FOLDER / "state.json").get("run_id")) for run in ended}
+    """Return MLflow's ids of ended runs in outputs/. MLflow calls a killed run RUNNING until it is resumed."""
+    ended = [run for run in find_runs("any").values() if run_status(run, read_or_warn(run / "run.json")) != "running"]
+    return {str(read_or_warn(run / SPOOL_FOLDER / "state.json").get("run_id")) for run in ended}
 
 
 def stored_runs(uri: str) -> list[StoredRun] | None:
-    """The store's runs; None while a server has not answered, which is then looked at again by itself."""
+    """Return the store's runs; None while a server has not answered, and the page then looks again by itself."""
     if is_file_store():
         return _file_runs(uri, store_stamp())
     kept = st.session_state.get("_listing")
@@ -176,8 +166,8 @@ def _file_runs(uri: str, stamp: Any) -> list[StoredRun]:
 
 
 def file_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> dict[Key, Curve]:
-    """Curves from a SQLite store; those of ended runs are kept for a minute, those of running ones until it changes."""
-    found: dict[Key, Curve] = {}
+    """Return curves of a SQLite store. Those of ended runs stay for a minute, those of running ones until it changes."""
+    curves: dict[Key, Curve] = {}
     for metric in metrics:
         for is_running, stamp in ((False, None), (True, store_stamp())):
             names = {
@@ -186,9 +176,9 @@ def file_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> dict[Key, C
                 if metric in run.metrics and (run.status == "RUNNING") == is_running
             }
             if names:
-                curves = _file_curves(shown_uri(), tuple(names), metric, stamp)
-                found |= {(names[run_id], metric): curve for run_id, curve in curves.items()}
-    return found
+                by_id = _file_curves(shown_uri(), tuple(names), metric, stamp)
+                curves |= {(names[run_id], metric): curve for run_id, curve in by_id.items()}
+    return curves
 
 
 @st.cache_resource(max_entries=16, ttl=KEPT_S, show_spinner=False)
@@ -197,7 +187,7 @@ def _file_curves(uri: str, run_ids: tuple[str, ...], metric: str, stamp: Any) ->
 
 
 def server_curves(uri: str, chosen: dict[str, StoredRun], metrics: list[str], is_live: bool) -> Loading:
-    """What a server has sent so far, by a thread of this session; asked again while a run goes on."""
+    """Return what a thread of this session has received from a server so far. It asks again while a run is running."""
     wanted = (uri, tuple(sorted(run.run_id for run in chosen.values())), tuple(sorted(metrics)))
     kept = st.session_state.get("_loading")
     age = LIVE_SERVER_S if is_live else KEPT_S
@@ -223,9 +213,9 @@ def _server_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> Iterator
 
 
 def choose_view(names: list[str]) -> dict[str, Any]:
-    """Widgets for what is drawn of the metrics `names`, and how."""
-    usual = [metric for metric in USUAL if metric in names] or names[:1]
-    metrics = st.multiselect("Metrics", names, default=usual, key="metric", bind="query-params")
+    """Show widgets for which of the metrics `names` are drawn, and how; return the choice."""
+    defaults = [metric for metric in FIRST_METRICS if metric in names] or names[:1]
+    metrics = st.multiselect("Metrics", names, default=defaults, key="metric", bind="query-params")
     row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
     scale = row.radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
     x = row.radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
@@ -237,43 +227,52 @@ def choose_view(names: list[str]) -> dict[str, Any]:
     return {"metrics": chosen, "log": scale == "log", "wall_time": x == "wall time", "weight": weight}
 
 
-def follow(read_now: Any, goes_on: Any, options: dict[str, Any], every_s: float, again: bool = False) -> None:
-    """Draw what `read_now` gives, again and again while `goes_on`, without running the rest of the page.
+def follow(
+    read_now: Callable[[], tuple[dict[Key, Curve], str]],
+    is_running: Callable[[], bool],
+    options: dict[str, Any],
+    every_s: float,
+    again: bool = False,
+) -> None:
+    """Draw what `read_now` returns, again while `is_running`, without running the rest of the page.
 
-    again: each look runs the whole page, which asks a server anew.
+    Args:
+        read_now: returns the curves and a note.
+        every_s: seconds between two looks.
+        again: whether each look runs the entire page, which asks a server anew.
     """
-    live = goes_on()
+    live = is_running()
     first = True
 
     @st.fragment(run_every=every_s if live else None)
     def draw() -> None:
         nonlocal first
-        if live and not first and (again or not goes_on()):
-            st.rerun()  # the page decides anew what there is and whether it goes on
+        if live and not first and (again or not is_running()):
+            st.rerun()  # the page decides anew what there is, and whether it is running
         first = False
         try:
-            found, note = read_now()
+            curves, note = read_now()
         except UserError as error:
-            found, note = {}, str(error)
+            curves, note = {}, str(error)
         if note:
             st.text(note)
-        draw_curves(found, options)
+        draw_curves(curves, options)
         if live:
             st.caption(f"drawn again every {every_s:g} s while it goes on")
 
     draw()
 
 
-def draw_curves(found: dict[Key, Curve], options: dict[str, Any]) -> None:
-    """A chart for all losses, train and validation together, and one for each other metric."""
+def draw_curves(curves: dict[Key, Curve], options: dict[str, Any]) -> None:
+    """Draw one chart of all losses, train and validation together, and one of each other metric."""
     charts: dict[str, list[tuple[str, str, Curve]]] = {}
-    for (run, metric), curve in found.items():
+    for (run, metric), curve in curves.items():
         charts.setdefault("losses" if "loss" in metric else metric, []).append((run, metric, curve))
     if not charts:
         st.text("no curve to draw: choose runs and metrics")
     for title, rows in charts.items():
         st.text(title)
-        chart = lines(rows, options["weight"], options["log"], options["wall_time"])
+        chart = curves_chart(rows, options["weight"], options["log"], options["wall_time"])
         if chart is not None:
             st.altair_chart(chart)
             if len(rows) > LEGEND_LINES:
@@ -285,24 +284,24 @@ def draw_curves(found: dict[Key, Curve], options: dict[str, Any]) -> None:
 
 
 def show_sweep(runs: dict[str, Path]) -> None:
-    """The evaluation's figures over the guidance scale, a line for each checkpoint."""
+    """Draw the evaluation's figures over the guidance scale, one line per checkpoint."""
     rows = []
     for name, run in runs.items():
-        for cell in cells_of(run):
-            for figure, value in flat({k: v for k, v in cell.items() if k not in ("guidance_scale", "grid")}).items():
+        for result in sweep_results(run):
+            line, scale = f"{name} · {result.get('checkpoint')}", float(result["guidance_scale"])
+            figures = {key: value for key, value in result.items() if key not in ("guidance_scale", "grid")}
+            for figure, value in flatten(figures).items():
                 if is_finite(value):
-                    rows.append(
-                        (f"{name} · {cell.get('checkpoint')}", figure, float(cell["guidance_scale"]), float(value))
-                    )
+                    rows.append((line, figure, scale, float(value)))
     st.subheader("Over the guidance scale")
     if not rows:
         st.text("None of these runs is evaluated yet. This does it:")
         st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)
         return
     frame = pd.DataFrame(rows, columns=["run", "metric", "x", "value"])
-    figures = sorted(frame["metric"].unique())
-    usual = [figure for figure in ("prompt_following.all", "kid.mean", "memorisation.near_copies") if figure in figures]
-    chosen = st.multiselect("Figures", figures, default=usual or figures[:1], key="figure", bind="query-params")
+    names = sorted(frame["metric"].unique())
+    defaults = [name for name in ("prompt_following.all", "kid.mean", "memorisation.near_copies") if name in names]
+    chosen = st.multiselect("Figures", names, default=defaults or names[:1], key="figure", bind="query-params")
     for figure in chosen:
         st.text(figure)
         st.altair_chart(line_chart(frame[frame["metric"] == figure], "guidance scale", marks=True))

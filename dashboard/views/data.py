@@ -1,4 +1,4 @@
-"""The captioned pictures of a data set: search, what an audit finds in the captions, and what was left out."""
+"""The captioned pictures of a data set: search, the audit of its captions, and the pictures that were left out."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,12 +6,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from common import OUTPUTS, find_runs, nothing_yet, settings_of, shorten, warn
-from widgets import address, gallery
+from helpers.charts import bar_chart
+from helpers.components import data_address, gallery
+from helpers.page_texts import shorten, show_empty_state, warn
+from helpers.run_files import read_settings
+from helpers.run_list import OUTPUTS, find_runs
 
 from t2i.captions.auditing import CHECKS
 from t2i.data import browse
@@ -20,10 +22,10 @@ from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.runs import find_prepared
 
-PICTURES = 24  # on a page: divides into 2, 3, 4 and 6 columns
-SIDE, LARGE = 320, 1024  # px of a picture in the gallery, and of the chosen one, at most
-WORDS = 300  # characters of a caption in the gallery; all of them stand beside the chosen picture
-VALUES = 200  # of a column by which one may filter, at most
+PICTURES = 24  # pictures on a page: 2, 3, 4 and 6 columns divide it
+SIDE, LARGE = 320, 1024  # most pixels per side of a picture in the gallery, and of the chosen one
+CAPTION_CHARACTERS = 300  # characters of a caption in the gallery; the chosen picture shows all of them
+MOST_VALUES = 200  # different values of a column that can be a filter
 ANY = "any"
 FINDINGS = {name.replace("_", " "): name for name in CHECKS}  # as they are called on the page and in the URL
 
@@ -32,7 +34,7 @@ def main() -> None:
     st.title("Data")
     sets = find_data()
     if not sets:
-        nothing_yet(
+        show_empty_state(
             "No data set in outputs/ yet. This draws one in a minute; scripts/caption_to_hub.py makes one of photos:",
             "python scripts/make_flowers.py --output_dir outputs/demo/dataset --count 4000 --size 64",
         )
@@ -55,33 +57,34 @@ def main() -> None:
 
 
 def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
-    """Name -> the folder of a data set and the runs that read it; nothing else can be opened, whatever a URL says.
+    """Return the folders of data sets by name, each with the runs that read it. Pages open nothing else, whatever a URL says.
 
-    Dataset folders below outputs/, those elsewhere that a run names, and of other sources what was prepared for a run.
+    These are the dataset folders below outputs/, those elsewhere that a run names, and for other sources the images that
+    were prepared for a run.
     """
     inside = OUTPUTS.resolve()
     shards = [file for level in ("*", "*/data", "*/*", "*/*/data") for file in OUTPUTS.glob(f"{level}/*.parquet")]
     shards = [file for file in shards if file.resolve().is_relative_to(inside)]
     folders = sorted({file.parent.parent if file.parent.name == "data" else file.parent for file in shards})
     folders = [folder for folder in folders if not folder.name.startswith(".")]
-    found: dict[str, tuple[Path, dict[str, Path]]] = {
+    sets: dict[str, tuple[Path, dict[str, Path]]] = {
         folder.relative_to(OUTPUTS).as_posix(): (folder, {}) for folder in folders
     }
-    names = {folder.resolve(): name for name, (folder, _) in found.items()}
+    names = {folder.resolve(): name for name, (folder, _) in sets.items()}
     for name, run in find_runs("any").items():
-        settings = settings_of(run).get("data")
+        settings = read_settings(run).get("data")
         if not isinstance(settings, dict) or not isinstance(settings.get("dataset"), str):
             continue
         source = settings["dataset"]
         folder = data_folder(source, settings, run)
         if folder is not None:
-            known = names.setdefault(folder.resolve(), source if folder == Path(source) else f"{source} ({name})")
-            found.setdefault(known, (folder, {}))[1][name] = run
-    return found
+            title = names.setdefault(folder.resolve(), source if folder == Path(source) else f"{source} ({name})")
+            sets.setdefault(title, (folder, {}))[1][name] = run
+    return sets
 
 
 def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None:
-    """Where a run's data set lies: its dataset folder, else the images that were prepared of it."""
+    """Return the folder of a run's data set: its dataset folder, or else the images that were prepared from it."""
     try:
         if browse.find_splits(Path(source)):
             return Path(source)
@@ -98,13 +101,13 @@ def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None
 
 
 def first_page() -> None:
-    """Another choice starts at its first page, with no picture of the one before."""
+    """Go to the first page of another choice, and forget the picture that was chosen before."""
     st.session_state["page"] = 1
     st.session_state["picture"] = ""
 
 
 def show_split(split: browse.Split, rows: browse.Rows) -> None:
-    """Widgets for what is shown, the gallery, and beside it what the captions are like."""
+    """Show widgets for what is shown, the gallery, and beside it figures of the captions."""
     left, right = st.columns([3, 2], gap="large")
     with left:
         shown, notes = choose_rows(split, rows)
@@ -118,23 +121,28 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
 
 
 def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
-    """The rows that match the widgets, and what the chosen finding of the audit says of each."""
+    """Show the filters; return the rows that match, and what the chosen finding of the audit says of each."""
     query = st.text_input(
-        "Search in captions", key="search", bind="query-params", on_change=first_page,
+        "Search in captions",
+        key="search",
+        bind="query-params",
+        on_change=first_page,
         placeholder='words, or "a phrase in quotes"',
-    )  # fmt: skip
+    )
     one, two, three = st.columns(3)
-    finding = one.selectbox(
-        "Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page
-    )  # fmt: skip
+    finding = one.selectbox("Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page)
     kinds = kinds_of(rows)
     column = (
         two.selectbox("Filter by", list(kinds), key="by", bind="query-params", on_change=no_values) if kinds else None
     )
     values = kinds[column] if column else []
-    chosen = three.multiselect(
-        "Values", sorted(set(values)), key="value", bind="query-params", on_change=first_page, placeholder="any"
-    ) if column else []  # fmt: skip
+    chosen = (
+        three.multiselect(
+            "Values", sorted(set(values)), key="value", bind="query-params", on_change=first_page, placeholder="any"
+        )
+        if column
+        else []
+    )
     shown = browse.search(rows.captions, query) if query.strip() else list(range(len(rows)))
     notes: dict[int, str] = {}
     if finding in FINDINGS and rows.has_captions:
@@ -151,20 +159,20 @@ def no_values() -> None:
 
 
 def kinds_of(rows: browse.Rows) -> dict[str, list[str]]:
-    """The columns by which one may filter, the label first: those of few values, as text."""
+    """Return the columns that can be a filter, as text, the label first: those with few different values."""
     columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
     columns |= rows.columns
     texts = {}
     for name, values in columns.items():
         distinct = set(values)
-        if 1 < len(distinct) <= VALUES and len(distinct) <= max(2, len(values) // 2):
+        if 1 < len(distinct) <= MOST_VALUES and len(distinct) <= max(2, len(values) // 2):
             shown = {value: "(none)" if value is None else browse.visible(str(value))[:100] for value in distinct}
             texts[name] = [shown[value] for value in values]
     return texts
 
 
 def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], notes: dict[int, str]) -> None:
-    """A page of the gallery, and above it the chosen picture."""
+    """Show a page of the gallery, and above it the chosen picture."""
     pages = max(1, -(-len(shown) // PICTURES))
     left, right = st.columns([3, 1], vertical_alignment="bottom")
     page = right.number_input(
@@ -177,44 +185,52 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
     show_chosen(split, rows, notes)
     if not here:
         return
-    found = thumbnails(split, tuple(here))
+    sources = thumbnails(split, tuple(here))
     gallery(
-        {"pictures": [card(rows, row, found[number], notes.get(row, "")) for number, row in enumerate(here)]},
-        key="_gallery", on_chosen=take_chosen,
-    )  # fmt: skip
+        {"pictures": [card(rows, row, sources[number], notes.get(row, "")) for number, row in enumerate(here)]},
+        key="_gallery",
+        on_chosen=take_chosen,
+    )
 
 
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
-    """A picture of the gallery; `picture`: its address, or why there is none."""
+    """Return a picture of the gallery. `picture` is its address, or why there is none."""
     there = picture.startswith("data:")
-    short = shorten(browse.visible(rows.captions[row]), WORDS)
+    short = shorten(browse.visible(rows.captions[row]), CAPTION_CHARACTERS)
     label = browse.visible(rows.labels[row] or "") if rows.labels else ""
     empty = "(no caption)" if rows.has_captions else ""
     return {
-        "row": row, "source": picture if there else "", "note": "" if there else picture, "alt": short or f"picture {row}",
-        "caption": short or empty, "label": label[:100], "finding": browse.visible(note),
+        "row": row,
+        "source": picture if there else "",
+        "note": "" if there else picture,
+        "alt": short or f"picture {row}",
+        "caption": short or empty,
+        "label": label[:100],
+        "finding": browse.visible(note),
         "title": f"picture {row}",
-    }  # fmt: skip
+    }
 
 
 @lru_cache(maxsize=32)
 def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> list[str]:
-    """The pictures of some rows as addresses, or why they cannot be shown; kept while the split's files stay as they are."""
+    """Return the pictures of some rows as addresses, or why they cannot be shown. A changed split has another key."""
     return [
-        f"cannot be shown: {found.reason}" if isinstance(found, BadImage) else address(browse.as_file(found, side))
-        for found in browse.read_pictures(split, rows, side)
+        f"cannot be shown: {picture.reason}"
+        if isinstance(picture, BadImage)
+        else data_address(browse.as_file(picture, side))
+        for picture in browse.read_pictures(split, rows, side)
     ]
 
 
 def take_chosen() -> None:
-    """Remember the clicked picture; its row is looked up among those there are."""
-    found = getattr(st.session_state.get("_gallery"), "chosen", None)
-    if isinstance(found, dict) and isinstance(found.get("row"), int):
-        st.session_state["picture"] = str(found["row"])
+    """Remember the clicked picture. The page looks its row up among those there are."""
+    clicked = getattr(st.session_state.get("_gallery"), "chosen", None)
+    if isinstance(clicked, dict) and isinstance(clicked.get("row"), int):
+        st.session_state["picture"] = str(clicked["row"])
 
 
 def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
-    """The chosen picture with all that is known of it."""
+    """Show the chosen picture, its caption, its other columns and its finding."""
     row = st.session_state.get("picture", st.query_params.get("picture", ""))
     with st.expander("One picture", expanded=bool(row)):
         row = st.text_input("Number of the picture", key="picture", bind="query-params", placeholder="or click one")
@@ -224,46 +240,50 @@ def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -
                 st.text(f"there are pictures 0 to {len(rows) - 1:,}")
             return
         left, right = st.columns(2)
-        found = thumbnails(split, (number,), LARGE)[0]
-        if found.startswith("data:"):
-            alt = browse.visible(rows.captions[number])[:WORDS] or f"picture {number}"
-            left.image(found, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
+        source = thumbnails(split, (number,), LARGE)[0]
+        if source.startswith("data:"):
+            alt = browse.visible(rows.captions[number])[:CAPTION_CHARACTERS] or f"picture {number}"
+            left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
         else:
-            left.text(found)
+            left.text(source)
         right.code(browse.visible(rows.captions[number]) or "(no caption)", language=None, wrap_lines=True)
         facts = {"label": rows.labels[number]} if rows.labels else {}
         facts |= {name: values[number] for name, values in rows.columns.items()}
         if note := notes.get(number):
             facts["finding"] = note
-        known = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
-        if known:
-            right.dataframe(pd.DataFrame(known, columns=["what", "value"]), hide_index=True)
+        shown = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
+        if shown:
+            right.dataframe(pd.DataFrame(shown, columns=["what", "value"]), hide_index=True)
 
 
 # --- What the captions are like --------------------------------------------------------------------------------------
 
 
-def show_audit(found: dict[str, Any], total: int, folder: Path) -> None:
-    """The findings as a table; choosing a row shows the pictures concerned."""
+def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
+    """Show the findings as a table. A chosen row shows its pictures."""
     st.subheader("Caption audit")
     rows = []
     for title, name in FINDINGS.items():
-        count = None if found[name] is None else len(found[name])
+        count = None if findings[name] is None else len(findings[name])
         share = "not measured" if count is None else f"{count / max(1, total):.1%}"
         rows.append({"finding": title, "captions": count, "share": share, "what it means": CHECKS[name]})
     st.dataframe(
-        pd.DataFrame(rows).astype({"captions": "Int64"}), hide_index=True, on_select=take_finding, selection_mode="single-row",
-        key="_audit", placeholder="–",
-    )  # fmt: skip
+        pd.DataFrame(rows).astype({"captions": "Int64"}),
+        hide_index=True,
+        on_select=take_finding,
+        selection_mode="single-row",
+        key="_audit",
+        placeholder="–",
+    )
     st.caption("Choosing a row shows the pictures it is about.")
     st.text(measured_elsewhere(folder))
 
 
 def measured_elsewhere(folder: Path) -> str:
-    """What the whole audit of caption_to_hub.py says of tokens, or that there is none."""
+    """Return what the full audit of caption_to_hub.py says of tokens, or that there is none."""
     try:
-        whole = read_json(folder / "audit.json")
-        tokens, over = whole["tokens"], whole["checks"]["over_limit"]["count"]
+        full_audit = read_json(folder / "audit.json")
+        tokens, over = full_audit["tokens"], full_audit["checks"]["over_limit"]["count"]
         if tokens and over is not None:
             return (
                 f"By caption_to_hub.py, over all splits: {int(over):,} captions are longer than the {int(tokens['limit'])} tokens "
@@ -283,7 +303,7 @@ def take_finding() -> None:
 
 
 def show_lengths(split: browse.Split) -> None:
-    """How long the captions are, and their most frequent words."""
+    """Show how long the captions are, and their most frequent words."""
     st.subheader("Words of a caption")
     counts, frequent = browse.words(split)
     st.text(f"{counts.min()} to {counts.max()} words, median {np.median(counts):g}, mean {counts.mean():.1f}")
@@ -291,12 +311,7 @@ def show_lengths(split: browse.Split) -> None:
     bars = Counter((counts // width * width).tolist())
     frame = pd.DataFrame(sorted(bars.items()), columns=["from", "captions"])
     frame["to"] = frame["from"] + width
-    across = alt.X("from:Q", title="words", bin="binned", axis=alt.Axis(tickMinStep=1))
-    chart = alt.Chart(frame).mark_bar().encode(
-        x=across, x2="to:Q", y=alt.Y("captions:Q", title="captions"),
-        tooltip=[alt.Tooltip("from:Q"), alt.Tooltip("to:Q", title="below"), "captions:Q"],
-    ).properties(height=220)  # fmt: skip
-    st.altair_chart(chart)
+    st.altair_chart(bar_chart(frame, "words", "captions"))
     table = pd.DataFrame(
         [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
     )
@@ -307,7 +322,7 @@ def show_lengths(split: browse.Split) -> None:
 
 
 def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
-    """The images that captioning or training left out, and why; never deleted, so that they can be fixed."""
+    """Show the images that captioning or training left out, and why. None is deleted, so that they can be fixed."""
     st.subheader("Quarantine")
     lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
     rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]

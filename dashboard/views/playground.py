@@ -1,7 +1,7 @@
 """One picture from a prompt: drawn step by step, with some of its steps, the training images nearest to it, and a history.
 
-What is chosen stands in the URL, and a picture that was drawn before is shown at once. Needs neither MLflow nor datasets, so that
-it can stand alone where there is a model and nothing else.
+The URL holds what is chosen, and a picture that was drawn before is shown at once. This page needs neither MLflow nor datasets,
+so that it can stand alone beside a model, as in a Space.
 """
 
 import random
@@ -12,44 +12,46 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import escape, find_runs, nothing_yet, say_cut, warn
-from drawing import PictureJob
-from grid import best_scale, checkpoints_of, first_prompt
-from neighbours import show_neighbours
+from helpers.drawing_jobs import PictureJob
+from helpers.page_texts import escape, show_empty_state, warn
+from helpers.run_files import best_scale, first_prompt, warn_of_cut_prompts
+from helpers.run_list import checkpoints_of, find_runs
+from helpers.training_neighbours import show_neighbours
 from PIL import Image
 
 from t2i.errors import UserError
 from t2i.pictures import cells
 from t2i.pictures.png import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
 
-# Bounds of this page, wherever it runs, as strangers may use it; generate_images.py and Compare take more.
+# Bounds of this page, which strangers may use; generate_images.py and Compare accept more.
 MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed
-HISTORY = 12  # pictures of a session that stay at hand
-THUMB, SMALL, LARGE = 72, 84, 384  # pixels a side on the page: in the history, of a step, of the picture
+SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
+HISTORY = 12  # pictures in a session's history
+THUMB, SMALL, LARGE = 72, 84, 384  # pixels per side on the page: in the history, of a step, of the picture
 
 
 def main() -> None:
     st.title("Playground")
     runs = find_runs()
     if not runs:
-        nothing_yet(
+        show_empty_state(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
     left, right = st.columns([2, 3], gap="large")
     with left:
-        found = choose_model(runs)
-        if found is None:
+        model = choose_model(runs)
+        if model is None:
             return
-        settings, asked = choose_settings(found[0])
+        settings, asked = choose_settings(model[0])
     with right:
-        say_cut(found[0], [settings["prompt"], settings["negative_prompt"]])
+        warn_of_cut_prompts(model[0], [settings["prompt"], settings["negative_prompt"]])
         try:
-            place = cells.plan(*found, cells.Cell(**settings), [])[0]
+            planned = cells.plan(*model, cells.Cell(**settings), [])[0]
         except UserError as error:
             warn(error)
         else:
-            show_result(place, asked)
+            show_result(planned, asked)
     show_history()
 
 
@@ -57,62 +59,96 @@ def main() -> None:
 
 
 def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
-    """Widgets for a run and one of its checkpoints; None where it has none."""
+    """Show widgets for a run and one of its checkpoints, and return both; None if the run has no checkpoint."""
     name = st.selectbox("Run", list(runs), key="run", bind="query-params", on_change=forget_checkpoint)
     run = runs.get(str(name), next(iter(runs.values())))
-    known = checkpoints_of(run)[::-1]
-    if not known:
-        st.text("no whole checkpoint yet; training writes the first one soon")
+    names = checkpoints_of(run)[::-1]
+    if not names:
+        st.text("no complete checkpoint yet; training writes the first one soon")
         return None
-    checkpoint = st.selectbox("Checkpoint", known, key="checkpoint", bind="query-params")
-    return run, checkpoint if checkpoint in known else known[0]
+    checkpoint = st.selectbox("Checkpoint", names, key="checkpoint", bind="query-params")
+    return run, checkpoint if checkpoint in names else names[0]
 
 
 def forget_checkpoint() -> None:
-    """Another run has other checkpoints, and another guidance scale suits it."""
+    """Forget what another run does not share: its checkpoints, and the guidance scale that suits it."""
     for name in ("checkpoint", "guidance_scale"):
         st.session_state.pop(name, None)
 
 
 def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
-    """The form: the settings of a picture, as `cells.Cell` takes them, and whether it was sent."""
-    found = cells.evaluated(run)
+    """Show the form, and return the settings of a picture for `cells.Cell`, and whether the form was sent."""
+    evaluated = cells.evaluated_grid(run)
     first = first_prompt(run)[:MAX_PROMPT]
-    usual = found[0] if found else cells.Cell(first)
-    short = {name: key for key, name in SCHEDULERS.items()}
-    names = fitting_schedulers(cells.schedule_of(run))
-    own = short.get(usual.scheduler, "ddim")
-    above = st.container()  # for what the form's values decide
+    default = evaluated.cell if evaluated else cells.Cell(first)
+    schedulers = fitting_schedulers(cells.schedule_of(run))
+    scheduler_name = SHORT_NAMES.get(default.scheduler, "ddim")
+    above = st.container()  # for the presets, which depend on the form's values
     with st.form("_picture"):
         prompt = st.text_area(
-            "Prompt", first, key="prompt", bind="query-params", max_chars=MAX_PROMPT, height=80,
+            "Prompt",
+            first,
+            key="prompt",
+            bind="query-params",
+            max_chars=MAX_PROMPT,
+            height=80,
             help="Ctrl+Enter draws it",
-        )  # fmt: skip
+        )
         negative = st.text_input(
-            "Negative prompt", key="negative_prompt", bind="query-params", max_chars=MAX_PROMPT,
+            "Negative prompt",
+            key="negative_prompt",
+            bind="query-params",
+            max_chars=MAX_PROMPT,
             help="what to stay away from",
-        )  # fmt: skip
+        )
         one, two = st.columns(2)
         seed = one.number_input(
-            "Seed", 0, MAX_SEED, min(usual.seed, MAX_SEED), key="seed", bind="query-params",
-            help="the noise that the picture begins as; the same seed gives the same picture",
-        )  # fmt: skip
-        scale = two.number_input(
-            "Guidance scale", 0.0, MAX_SCALE, min(best_scale(run, found), MAX_SCALE), 0.5, "%g", key="guidance_scale",
-            bind="query-params", help="how strongly to follow the prompt; 1: without guidance",
-        )  # fmt: skip
-        steps = one.number_input(
-            "Steps", 1, MAX_STEPS, min(usual.num_inference_steps, MAX_STEPS), key="num_inference_steps",
-            bind="query-params", help="denoising steps; the time to draw grows with them",
-        )  # fmt: skip
-        scheduler = two.selectbox(
-            "Scheduler", names, index=names.index(own) if own in names else 0, key="scheduler",
+            "Seed",
+            0,
+            MAX_SEED,
+            min(default.seed, MAX_SEED),
+            key="seed",
             bind="query-params",
-        )  # fmt: skip
+            help="the noise that the picture begins as; the same seed gives the same picture",
+        )
+        scale = two.number_input(
+            "Guidance scale",
+            0.0,
+            MAX_SCALE,
+            min(best_scale(run, evaluated), MAX_SCALE),
+            0.5,
+            "%g",
+            key="guidance_scale",
+            bind="query-params",
+            help="how strongly to follow the prompt; 1: without guidance",
+        )
+        steps = one.number_input(
+            "Steps",
+            1,
+            MAX_STEPS,
+            min(default.num_inference_steps, MAX_STEPS),
+            key="num_inference_steps",
+            bind="query-params",
+            help="denoising steps; the time to draw grows with them",
+        )
+        scheduler = two.selectbox(
+            "Scheduler",
+            schedulers,
+            key="scheduler",
+            index=schedulers.index(scheduler_name) if scheduler_name in schedulers else 0,
+            bind="query-params",
+        )
         end = one.number_input(
-            "Guidance end", 0.0, 1.0, usual.guidance_end, 0.1, "%g", key="guidance_end", bind="query-params",
+            "Guidance end",
+            0.0,
+            1.0,
+            default.guidance_end,
+            0.1,
+            "%g",
+            key="guidance_end",
+            bind="query-params",
             help="share of the steps, from the first on, that are guided; the others take half the time",
-        )  # fmt: skip
+        )
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
             other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
@@ -131,23 +167,26 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
 
 
 def clean(text: str | None) -> str:
-    """A prompt of a URL may be longer than the field takes, or hold lone surrogates, which no file can store."""
+    """Return a prompt of a URL without what a field or a file refuses: too many characters, and lone surrogates."""
     return (text or "")[:MAX_PROMPT].encode("utf-8", "replace").decode("utf-8")
 
 
 def show_preset(settings: dict[str, Any]) -> None:
-    """The presets, marked the one that the form's settings are."""
+    """Show the presets, and mark the one that equals the form's settings."""
     alike = (name for name, preset in PRESETS.items() if preset._asdict().items() <= settings.items())
     st.session_state["_preset"] = next(alike, None)
     st.segmented_control(
-        "Preset", list(PRESETS), key="_preset", on_change=take_preset,
+        "Preset",
+        list(PRESETS),
+        key="_preset",
+        on_change=take_preset,
         help="scheduler, steps, and the share of them that is guided: "
         + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
-    )  # fmt: skip
+    )
 
 
 def take_preset() -> None:
-    """A preset's settings go into the form; the picture is drawn when that is sent."""
+    """Put a preset's settings into the form, which draws the picture when it is sent."""
     name = st.session_state["_preset"]
     if name in PRESETS:
         st.session_state.update(PRESETS[name]._asdict())
@@ -160,47 +199,47 @@ def take_random_seed() -> None:
 # --- The picture -----------------------------------------------------------------------------------------------------
 
 
-def show_result(place: cells.Place, asked: bool) -> None:
-    """The picture, if it was made; else how it comes about."""
-    if place.problem is not None:
-        warn(UserError(place.problem))
+def show_result(planned: cells.PlannedCell, asked: bool) -> None:
+    """Show the picture if it is stored; else the job that draws it, or how to start one."""
+    if planned.problem is not None:
+        warn(UserError(planned.problem))
         return
-    known, job = st.session_state.get("_picture_job", (None, None))
-    if job is not None and (known != place.path or asked):  # something else was chosen
+    path, job = st.session_state.get("_picture_job", (None, None))
+    if job is not None and (path != planned.path or asked):  # something else was chosen
         job.stopped.set()
         job = None
     if job is not None and job.finished.is_set():
         st.session_state.pop("_picture_job")
-        take_result(place, job)
+        take_result(planned, job)
         job = None
-    watched = look_up(place)
+    watched = look_up(planned)
     if asked and job is None and (watched is None or not watched.steps):
-        job = PictureJob.start(place)
-        st.session_state["_picture_job"] = (place.path, job)
+        job = PictureJob.start(planned)
+        st.session_state["_picture_job"] = (planned.path, job)
     if job is not None:
-        show_job(job, place)
-        show_neighbours(place.run, None)
+        show_job(job, planned)
+        show_neighbours(planned.run, None)
     elif watched is not None:
-        show_picture(watched, place)
+        show_picture(watched, planned)
     elif not asked:
         st.text("This picture is not drawn yet. Draw makes it.")
 
 
-def take_result(place: cells.Place, job: PictureJob) -> None:
-    """What a finished job leaves: its picture, or why there is none."""
+def take_result(planned: cells.PlannedCell, job: PictureJob) -> None:
+    """Take a finished job's picture, or warn why there is none."""
     if job.error:
         warn(UserError(job.error))
-    if job.result is not None and job.result.note:  # no store took it: the session keeps the last such picture
-        st.session_state["_unkept"] = (place.path, job.result)
+    if job.result is not None and job.result.note:  # the store did not take it: the session keeps the last such picture
+        st.session_state["_unkept"] = (planned.path, job.result)
 
 
-def look_up(place: cells.Place) -> cells.Watched | None:
+def look_up(planned: cells.PlannedCell) -> cells.Watched | None:
     path, watched = st.session_state.get("_unkept", (None, None))
-    return watched if path == place.path else cells.read_watched(place)
+    return watched if path == planned.path else cells.read_watched(planned)
 
 
-def show_job(job: PictureJob, place: cells.Place) -> None:
-    """How far it is, and the newest of its steps, twice a second."""
+def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
+    """Show how far a job is, and its newest step, twice per second."""
 
     @st.fragment(run_every=0.5)
     def watch() -> None:
@@ -217,49 +256,55 @@ def show_job(job: PictureJob, place: cells.Place) -> None:
             job.stopped.set()
         if job.preview is not None:
             st.image(
-                job.preview, width=LARGE, alt=f"what the model takes the picture to be: {place.cell.prompt}",
+                job.preview,
+                width=LARGE,
+                alt=f"what the model takes the picture to be: {planned.cell.prompt}",
                 output_format="PNG",
-            )  # fmt: skip
+            )
         elif job.stage == "drawing":
             st.text("the first preview comes in a moment")
 
     watch()
 
 
-def show_picture(watched: cells.Watched, place: cells.Place) -> None:
-    """The picture, its steps, its file, and the training images nearest to it."""
+def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
+    """Show the picture, its steps, its file, and the training images nearest to it."""
     if watched.note:
         warn(UserError(watched.note))
-    remember(watched, place)
-    cell = place.cell
+    remember(watched, planned)
+    cell = planned.cell
     st.image(watched.picture, width=LARGE, alt=cell.prompt or "a picture without a prompt", output_format="PNG")
-    model = f"{place.run.resolve().name}/{place.checkpoint}"
+    model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     st.download_button(
-        "Download PNG", lambda: picture_file(watched, place), f"seed{cell.seed}.png", "image/png", on_click="ignore",
+        "Download PNG",
+        lambda: picture_file(watched, planned),
+        f"seed{cell.seed}.png",
+        "image/png",
+        on_click="ignore",
         help=f"with its parameters in it, as generate_images.py writes them; {escape(model)}",
-    )  # fmt: skip
-    show_steps(watched, place)
-    show_neighbours(place.run, watched.picture)
+    )
+    show_steps(watched, planned)
+    show_neighbours(planned.run, watched.picture)
 
 
-def picture_file(watched: cells.Watched, place: cells.Place) -> bytes:
-    """The PNG with its parameters, also of a picture that no store has."""
-    model = f"{place.run.resolve().name}/{place.checkpoint}"
-    return png_bytes(watched.picture, {**asdict(place.cell), "model_hash": place.model_hash, "model": model})
+def picture_file(watched: cells.Watched, planned: cells.PlannedCell) -> bytes:
+    """Return the PNG with its parameters, also of a picture that the store does not have."""
+    model = f"{planned.run.resolve().name}/{planned.checkpoint}"
+    return png_bytes(watched.picture, {**asdict(planned.cell), "model_hash": planned.model_hash, "model": model})
 
 
-def show_steps(watched: cells.Watched, place: cells.Place) -> None:
-    """Some of the steps from left to right: what the model takes the finished picture to be."""
+def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
+    """Show some of the steps from left to right: what the model takes the finished picture to be."""
     if not watched.steps:
-        if place.cell.num_inference_steps > 1:
+        if planned.cell.num_inference_steps > 1:
             st.caption("This picture was made without being watched; Draw shows its steps.")
         return
-    shown = [*watched.steps, (place.cell.num_inference_steps, watched.picture)]
+    shown = [*watched.steps, (planned.cell.num_inference_steps, watched.picture)]
     with st.container(horizontal=True, gap="small"):
         for number, (step, picture) in enumerate(shown):
             last = number == len(shown) - 1
             label = "finished" if last else f"step {step}"
-            st.image(picture, label, width=SMALL, alt=f"{label}: {place.cell.prompt}", output_format="PNG")
+            st.image(picture, label, width=SMALL, alt=f"{label}: {planned.cell.prompt}", output_format="PNG")
     st.caption(
         "What the model takes the finished picture to be at each step (the predicted x0, decoded): first a blur of the "
         "prompt's colors, then forms, then detail. Each costs a run of the decoder, so these few stand for all."
@@ -269,41 +314,42 @@ def show_steps(watched: cells.Watched, place: cells.Place) -> None:
 # --- History ---------------------------------------------------------------------------------------------------------
 
 
-def remember(watched: cells.Watched, place: cells.Place) -> None:
-    """Add a picture to this session's history, the newest first; a thumbnail and its settings are all that is kept."""
-    history = [entry for entry in st.session_state.get("_history", []) if entry["path"] != place.path]
-    seen = next((one for one in st.session_state.get("_history", []) if one["path"] == place.path), None)
-    if seen is None:
+def remember(watched: cells.Watched, planned: cells.PlannedCell) -> None:
+    """Add a picture to this session's history, the newest first. Only a thumbnail and its settings are kept."""
+    history = [entry for entry in st.session_state.get("_history", []) if entry["path"] != planned.path]
+    if len(history) == len(st.session_state.get("_history", [])):
         image = Image.fromarray(watched.picture).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
-        seen = {"path": place.path, "place": place, "thumbnail": np.asarray(image)}
-        st.session_state["_history"] = [seen, *history][:HISTORY]
+        newest = {"path": planned.path, "planned": planned, "thumbnail": np.asarray(image)}
+        st.session_state["_history"] = [newest, *history][:HISTORY]
 
 
 def show_history() -> None:
-    """This session's pictures; a button brings a picture's settings back."""
+    """Show this session's pictures, each with a button that brings its settings back."""
     history: Sequence[dict[str, Any]] = st.session_state.get("_history", [])
     if len(history) < 2:
         return
     st.subheader("This session's pictures")
     with st.container(horizontal=True, gap="small"):
         for number, entry in enumerate(history):
-            place: cells.Place = entry["place"]
+            planned: cells.PlannedCell = entry["planned"]
             with st.container(width=THUMB + 48, gap=None):
-                st.image(entry["thumbnail"], width=THUMB, alt=place.cell.prompt, output_format="PNG")
+                st.image(entry["thumbnail"], width=THUMB, alt=planned.cell.prompt, output_format="PNG")
                 st.button(
-                    f"Seed {place.cell.seed}", key=f"_back_{number}", on_click=bring_back, args=(place,),
-                    type="tertiary", help="bring its settings back",
-                )  # fmt: skip
+                    f"Seed {planned.cell.seed}",
+                    key=f"_back_{number}",
+                    on_click=bring_back,
+                    args=(planned,),
+                    type="tertiary",
+                    help="bring its settings back",
+                )
 
 
-def bring_back(place: cells.Place) -> None:
-    """Set the widgets to a picture's settings; a run that is gone meanwhile changes nothing."""
+def bring_back(planned: cells.PlannedCell) -> None:
+    """Set the widgets to a picture's settings, unless its run is gone."""
     names = {folder: name for name, folder in find_runs().items()}
-    if place.run in names:
-        short = {name: key for key, name in SCHEDULERS.items()}
-        st.session_state.update(
-            run=names[place.run], checkpoint=place.checkpoint, **asdict(place.cell) | {"scheduler": short[place.cell.scheduler]}
-        )  # fmt: skip
+    if planned.run in names:
+        settings = asdict(planned.cell) | {"scheduler": SHORT_NAMES[planned.cell.scheduler]}
+        st.session_state.update(run=names[planned.run], checkpoint=planned.checkpoint, **settings)
 
 
 main()

@@ -1,4 +1,4 @@
-"""The runs in a table, the difference of their settings, where they come from, their cards, their best checkpoints."""
+"""The runs in a table: their best checkpoints, the differences of their settings, their provenance and their cards."""
 
 import math
 from pathlib import Path
@@ -6,15 +6,17 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
-from common import cells_of, choose_runs, find_runs, flat, headed, is_finite, nothing_yet, read, settings_of, step_of
+from helpers.page_texts import show_empty_state, title_row
+from helpers.run_files import flatten, is_finite, read_or_warn, read_settings, sweep_results
+from helpers.run_list import choose_runs, find_runs, step_of
 
 from t2i.redaction import redact_config
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
 from t2i.tracking.curves import read_folder
 
-MISSING = "–"  # in a table
-CARD_CHARACTERS = 20_000  # of a model card, shown here
+MISSING = "–"  # shown for a missing value of a table
+CARD_CHARACTERS = 20_000  # characters of a model card that are shown
 HIGHER_IS_BETTER = ("prompt_following", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim")
 
 
@@ -22,16 +24,16 @@ def main() -> None:
     runs = find_runs("any")
     if not runs:
         st.title("Runs")
-        nothing_yet(
+        show_empty_state(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
-    states = {name: read(run / "run.json") for name, run in runs.items()}
+    states = {name: read_or_warn(run / "run.json") for name, run in runs.items()}
     status = {name: run_status(run, states[name]) for name, run in runs.items()}
     statuses = sorted(set(status.values()))
-    kept = headed("Runs").multiselect(
+    kept = title_row("Runs").multiselect(
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
-    )  # names of statuses come from files: looked up among those there
+    )  # a status comes from a file, so it is looked up among those there
     names = choose_runs([name for name in runs if not kept or status[name] in kept])
     st.dataframe(
         pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
@@ -47,7 +49,7 @@ def main() -> None:
 
 
 def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
-    """A run's row: its status now, and what run.json says. Cells of a table show text as it is."""
+    """Return a run's row: its status now, and what run.json says. A table shows text as it is."""
     seconds = state.get("seconds")
     row: dict[str, Any] = {"run": name, "status": status}
     for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
@@ -60,23 +62,23 @@ def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_best(runs: dict[str, Path]) -> None:
-    """Of each run the checkpoint (and guidance scale) where a chosen metric is best."""
+    """Show each run's checkpoint (and guidance scale) with the best value of a chosen metric."""
     st.subheader("Best checkpoint")
     rows = {name: candidates(run) for name, run in runs.items()}
-    metrics = sorted({metric for found in rows.values() for row in found for metric in row["values"]})
+    metrics = sorted({metric for measured in rows.values() for row in measured for metric in row["values"]})
     if not metrics:
         st.text("no checkpoint of these runs was measured")
         return
     left, right = st.columns(2)
-    usual = "val_loss" if "val_loss" in metrics else metrics[0]
-    metric = left.selectbox("Metric", metrics, index=metrics.index(usual), key="measure", bind="query-params")
+    default = "val_loss" if "val_loss" in metrics else metrics[0]
+    metric = left.selectbox("Metric", metrics, index=metrics.index(default), key="measure", bind="query-params")
     way = right.selectbox("Best is", ["as usual for it", "lowest", "highest"], key="best", bind="query-params")
     highest = way == "highest" or (way != "lowest" and str(metric).startswith(HIGHER_IS_BETTER))
     best = []
-    for name, found in rows.items():
-        measured = [row for row in found if metric in row["values"]]
-        if measured:
-            row = (max if highest else min)(measured, key=lambda row: row["values"][metric])
+    for name, measured in rows.items():
+        with_metric = [row for row in measured if metric in row["values"]]
+        if with_metric:
+            row = (max if highest else min)(with_metric, key=lambda row: row["values"][metric])
             best.append(
                 {
                     "run": name,
@@ -91,11 +93,11 @@ def show_best(runs: dict[str, Path]) -> None:
 
 
 def candidates(run: Path) -> list[dict[str, Any]]:
-    """What was measured of a run's checkpoints: by the evaluation, and in training at the very step of a checkpoint."""
+    """Return what was measured of a run's checkpoints: by the evaluation, and in training at a checkpoint's step."""
     rows = []
-    for cell in cells_of(run):
-        values = {key: value for key, value in flat(cell).items() if is_finite(value) and key != "guidance_scale"}
-        rows.append({"checkpoint": str(cell.get("checkpoint")), "scale": cell["guidance_scale"], "values": values})
+    for result in sweep_results(run):
+        values = {key: value for key, value in flatten(result).items() if is_finite(value) and key != "guidance_scale"}
+        rows.append({"checkpoint": str(result.get("checkpoint")), "scale": result["guidance_scale"], "values": values})
     curves = {key: curve for key, curve in read_folder(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):
         step = step_of(folder.name)
@@ -108,9 +110,9 @@ def candidates(run: Path) -> list[dict[str, Any]]:
 
 
 def show_settings(runs: dict[str, Path]) -> None:
-    """The settings of the chosen runs side by side; those that differ alone, unless all are asked for."""
+    """Show the settings of the chosen runs side by side: those that differ, or all."""
     st.subheader("Settings")
-    columns = {name: flat(settings_of(run)) for name, run in runs.items()}
+    columns = {name: flatten(read_settings(run)) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     table = pd.DataFrame(
         {name: [str(column.get(key, "")) for key in keys] for name, column in columns.items()},
@@ -127,15 +129,13 @@ def show_settings(runs: dict[str, Path]) -> None:
 
 
 def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:
+    """Show the hashes and versions that the chosen runs were made from, side by side."""
     st.subheader("Provenance")
     columns = {}
     for name, run in runs.items():
-        kept = {
-            key: states[name].get(key)
-            for key in ("machine", "precision", "processes", "distribution", "output_unet_hash")
-        }
-        known = {key: value for key, value in kept.items() if value is not None}
-        columns[name] = flat(redact_config(read(run / "provenance.json") | known))
+        keys_of_state = ("machine", "precision", "processes", "distribution", "output_unet_hash")
+        of_state = {key: value for key in keys_of_state if (value := states[name].get(key)) is not None}
+        columns[name] = flatten(redact_config(read_or_warn(run / "provenance.json") | of_state))
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     if not keys:
         st.text("nothing was recorded of where these runs come from")
@@ -147,7 +147,7 @@ def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) ->
 
 
 def show_cards(runs: dict[str, Path]) -> None:
-    """Model cards as they are written: text of other people is never rendered."""
+    """Show a model card as plain text: text of other people is never rendered."""
     st.subheader("Model card")
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:

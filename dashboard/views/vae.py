@@ -1,4 +1,4 @@
-"""What autoencoders keep of an image: validation images beside their reconstructions, with PSNR, over VAEs and checkpoints."""
+"""What a VAE keeps of an image: validation images beside their reconstructions, with PSNR, for VAEs and checkpoints."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,14 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from common import find_runs, is_finite, lines, nothing_yet, read, shorten, step_of, warn
-from drawing import turn
-from grid import name_of
+from helpers.charts import curves_chart
+from helpers.components import data_address
+from helpers.model_pool import drawing_turn
+from helpers.page_texts import shorten, show_empty_state, warn
+from helpers.picture_table import encode_png, position_name, show_pictures
+from helpers.run_files import is_finite, read_or_warn
+from helpers.run_list import find_runs, step_of
 from PIL import Image
-from table import png, show_pictures
-from widgets import address
 
 from t2i.errors import UserError
 from t2i.pictures import reconstructions
@@ -23,8 +25,8 @@ from t2i.pictures.reconstructions import Images, Vae
 from t2i.tracking.curves import read_folder
 
 COUNTS = [4, 8, 16]  # images on a page
-WORDS = 60  # characters of a caption beside its row
-COLUMNS = 3  # VAEs that are chosen at first, the newest
+CAPTION_CHARACTERS = 60  # characters of a caption beside its row
+COLUMNS = 3  # VAEs that are chosen by default, the newest
 
 
 def main() -> None:
@@ -35,17 +37,22 @@ def main() -> None:
         name for name, run in runs.items() if any(vae.run == run and vae.name != "pipeline" for vae in vaes.values())
     ]
     if not sources:
-        nothing_yet(
+        show_empty_state(
             "No VAE in outputs/ yet. This trains one in some minutes on two CPU cores; --checkpoints_total_limit 4 keeps its "
             "checkpoints, to be compared here:",
             "python scripts/train_vae.py --config demo --dataset outputs/demo/dataset --output_dir outputs/demo/vae",
         )
         return
     left, right = st.columns([3, 1])
-    own = [name for name in vaes if name.startswith(f"{sources[0]}/")]
+    of_newest = [name for name in vaes if name.startswith(f"{sources[0]}/")]
     names = left.multiselect(
-        "VAEs", list(vaes), default=own[-COLUMNS:], key="vae", bind="query-params", placeholder="choose one or more"
-    )  # fmt: skip
+        "VAEs",
+        list(vaes),
+        default=of_newest[-COLUMNS:],
+        key="vae",
+        bind="query-params",
+        placeholder="choose one or more",
+    )
     source = right.selectbox("Validation images of", sources, key="images", bind="query-params", on_change=first_page)
     chosen = {name: vaes[name] for name in names if name in vaes}
     if not chosen:
@@ -63,12 +70,12 @@ def main() -> None:
 
 
 def first_page() -> None:
-    """Other images start at their first page: the chosen one may be beyond the last."""
+    """Go to the first page of other images, which may have fewer pages."""
     st.session_state["page"] = 1
 
 
 def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
-    """Widgets for which images, what is missing, and the table."""
+    """Show widgets for which images, what is missing, and the table."""
     left, right = st.columns(2)
     count = left.selectbox("Images", COUNTS, index=1, key="count", bind="query-params", on_change=first_page)
     pages = max(1, -(-len(images) // count))
@@ -78,32 +85,32 @@ def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
     here = range(count * (page - 1), min(len(images), count * page))
     originals = [np.asarray(images.pixels[number]) for number in here]
     problems: dict[str, str] = {}
-    found: dict[str, list[Any]] = {}
+    stored: dict[str, list[Any]] = {}
     for name, vae in vaes.items():
         try:
-            found[name] = [reconstructions.read(vae, image) for image in originals]
+            stored[name] = [reconstructions.read(vae, image) for image in originals]
         except UserError as error:  # a checkpoint that was deleted meanwhile, or is half copied
-            found[name], problems[name] = [None] * len(originals), str(error)
-    missing = sum(made is None for name in vaes for made in found[name] if name not in problems)
+            stored[name], problems[name] = [None] * len(originals), str(error)
+    missing = sum(made is None for name in vaes for made in stored[name] if name not in problems)
     pressed, bar = False, None
     if missing:
         st.text(f"{missing:,} of {len(vaes) * len(originals):,} reconstructions are not made yet")
         pressed = st.button(f"Reconstruct {missing:,} images", type="primary")
         bar = st.empty()  # above the table, which stays in sight meanwhile
-    show_table(vaes, images, here, originals, found, problems)
+    show_table(vaes, images, here, originals, stored, problems)
     if pressed:
         reconstruct([vae for name, vae in vaes.items() if name not in problems], originals, bar)
-        if not any(made for row in found.values() for made in row):  # the first ones: what they are made of beside them
-            st.session_state["_chosen"] = {"left": name_of(0, 0), "right": name_of(0, 1)}
+        if not any(made for row in stored.values() for made in row):  # show the first ones beside their originals
+            st.session_state["_chosen"] = {"left": position_name(0, 0), "right": position_name(0, 1)}
         st.rerun()
 
 
 def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray], place: Any) -> None:
-    """Make what is missing, alone in this server; what was made stays where the page is left meanwhile."""
+    """Make what is missing while nobody else in this server draws. What was made stays, even if the page is left."""
     total = len(vaes) * len(originals)
     bar = place.progress(0.0, text="loading the model, or waiting for another's turn")
     for number, vae in enumerate(vaes):
-        with turn():
+        with drawing_turn():
             reconstructions.make(vae, originals, progress=partial(_show_progress, bar, number * len(originals), total))
 
 
@@ -112,35 +119,45 @@ def _show_progress(bar: Any, before: int, total: int, done: int) -> None:
 
 
 def show_table(
-    vaes: dict[str, Vae], images: Images, here: range, originals: list[np.ndarray], found: dict[str, list[Any]],
+    vaes: dict[str, Vae],
+    images: Images,
+    here: range,
+    originals: list[np.ndarray],
+    stored: dict[str, list[Any]],
     problems: dict[str, str],
-) -> None:  # fmt: skip
-    """Originals and reconstructions side by side: a row an image, a column a VAE, PSNR and SSIM under each."""
-    columns = ["original", *(header(name, found[name]) for name in vaes)]
-    rows = [f"{number}: {shorten(images.captions[number] or images.files[number], WORDS)}" for number in here]
+) -> None:
+    """Show originals and reconstructions: a row per image, a column per VAE, PSNR and SSIM under each."""
+    columns = ["original", *(header(name, stored[name]) for name in vaes)]
+    rows = [
+        f"{number}: {shorten(images.captions[number] or images.files[number], CAPTION_CHARACTERS)}" for number in here
+    ]
     shown: dict[str, dict[str, Any]] = {}
     for row, image in enumerate(originals):
         title = f"image {here[row]}"
-        cell = {
+        caption = images.captions[here[row]]
+        shown[position_name(row, 0)] = {
             "row": row,
             "column": 0,
-            "source": address(png(image)),
+            "source": data_address(encode_png(image)),
             "label": f"original, {title}",
             "under": "",
             "note": "",
+            "alt": f"original: {caption}",
+            "open": partial(Image.fromarray, image),
         }
-        shown[name_of(row, 0)] = cell | {
-            "alt": f"original: {images.captions[here[row]]}", "open": partial(Image.fromarray, image)
-        }  # fmt: skip
         for column, name in enumerate(vaes, 1):
-            made = found[name][row]
+            made = stored[name][row]
             label = f"{name}, {title}" + (f", {made.psnr:.2f} dB" if made else "")
-            shown[name_of(row, column)] = {
-                "row": row, "column": column, "source": address(png(np.asarray(made.picture))) if made else "",
-                "label": label, "alt": f"{label}: {images.captions[here[row]]}",
+            shown[position_name(row, column)] = {
+                "row": row,
+                "column": column,
+                "source": data_address(encode_png(np.asarray(made.picture))) if made else "",
+                "label": label,
+                "alt": f"{label}: {caption}",
                 "under": f"{made.psnr:.2f} dB, SSIM {made.ssim:.3f}" if made else "",
-                "note": "" if made else problems.get(name, "not made yet"), "open": partial(_picture, made),
-            }  # fmt: skip
+                "note": "" if made else problems.get(name, "not made yet"),
+                "open": partial(_picture, made),
+            }
     show_pictures(shown, columns, rows, "image \\ VAE")
 
 
@@ -148,22 +165,22 @@ def _picture(made: Any) -> Image.Image | None:
     return made.picture if made else None
 
 
-def header(name: str, found: list[Any]) -> str:
-    """A VAE's name with the mean PSNR of what is shown of it."""
-    known = [made.psnr for made in found if made and math.isfinite(made.psnr)]
-    return f"{name}: mean {np.mean(known):.2f} dB of {len(known)}" if known else name
+def header(name: str, stored: list[Any]) -> str:
+    """Return a VAE's name with the mean PSNR of its shown reconstructions."""
+    finite = [made.psnr for made in stored if made and math.isfinite(made.psnr)]
+    return f"{name}: mean {np.mean(finite):.2f} dB of {len(finite)}" if finite else name
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
 
 
 def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
-    """PSNR on the whole validation split over training, the chosen checkpoints marked; what the runs ended with."""
+    """Show PSNR on the validation split over training, with the chosen checkpoints marked, and the runs' final figures."""
     st.subheader("PSNR in training")
     curves = {name: read_folder(run) for name, run in runs.items()}
     for metric, title in (("val_psnr_db", "PSNR in dB"), ("val_ssim", "SSIM")):
-        rows = [(name, metric, found[metric]) for name, found in curves.items() if metric in found]
-        chart = lines(rows)
+        rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]
+        chart = curves_chart(rows)
         if chart is None:
             continue
         points = [
@@ -171,18 +188,20 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
             for name, _, curve in rows
             for vae in vaes.values()
             if vae.run == runs[name]
-            for at in [place_on(vae, curve.steps)]
+            for at in [index_on_curve(vae, curve.steps)]
             if at is not None
         ]
         if points:
             frame = pd.DataFrame(points, columns=["run", "VAE", "x", "value"])
-            marks = alt.Chart(frame).mark_point(size=110, filled=True, color="#d6336c", opacity=1).encode(
-                x="x:Q", y="value:Q", tooltip=["run:N", "VAE:N", alt.Tooltip("x:Q", title="step"), "value:Q"]
-            )  # fmt: skip
+            marks = (
+                alt.Chart(frame)
+                .mark_point(size=110, filled=True, color="#d6336c", opacity=1)
+                .encode(x="x:Q", y="value:Q", tooltip=["run:N", "VAE:N", alt.Tooltip("x:Q", title="step"), "value:Q"])
+            )
             chart = alt.layer(chart, marks)
         st.text(f"{title}, mean over the validation split")
         st.altair_chart(chart.properties(height=240))
-    states = {name: read(run / "run.json") for name, run in runs.items()}
+    states = {name: read_or_warn(run / "run.json") for name, run in runs.items()}
     keys = {"psnr_db_before": "before", "psnr_db": "after", "test_psnr_db": "on test", "ssim": "SSIM after"}
     table = [
         {"run": name} | {title: round(state[key], 3) for key, title in keys.items() if is_finite(state.get(key))}
@@ -191,12 +210,12 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
     if any(len(row) > 1 for row in table):
         st.text("PSNR in dB before and after training")
         st.dataframe(pd.DataFrame(table), hide_index=True)
-    if not any("val_psnr_db" in found for found in curves.values()):
+    if not any("val_psnr_db" in metrics for metrics in curves.values()):
         st.text("no curve yet")
 
 
-def place_on(vae: Vae, steps: np.ndarray) -> int | None:
-    """Where a VAE stands on a curve: a checkpoint at its step, or the nearest validation before it; the finished one at the end."""
+def index_on_curve(vae: Vae, steps: np.ndarray) -> int | None:
+    """Return the index of a VAE on a curve: of the newest validation up to its step, or of the last for the finished one."""
     if not len(steps) or vae.name == "start":
         return None
     step = steps[-1] if vae.name == "vae" else step_of(vae.name)

@@ -215,9 +215,10 @@ def _imports(file: Path) -> Iterator[tuple[str, bool]]:
             yield from ((alias.name, node in late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module, node in late
-            if node.module.split(".")[0] == "t2i":  # from a package, modules are imported as names
-                names = (f"{node.module}.{alias.name}" for alias in node.names)
-                yield from ((name, node in late) for name in names if _module(name))
+            names = (
+                f"{node.module}.{alias.name}" for alias in node.names
+            )  # modules of a package are imported as names
+            yield from ((name, node in late) for name in names if _module(name))
 
 
 def _module(name: str) -> Path | None:

@@ -1,8 +1,8 @@
 """The values of a grid's axis as people type them, in AUTOMATIC1111's X/Y/Z notation, and back. Imports no torch.
 
-`1-10` counts by one, `1-10(+2)` and `10-1(-3)` by a step, `1-10[5]` gives five values evenly spaced from end to end; commas
-put such parts together. Unlike there an end that a step meets is always included: `10-1(-3)` is 10, 7, 4, 1. Values that occur twice
-count once. Everything is checked before anything is expanded.
+`1-10` counts by one, `1-10(+2)` and `10-1(-3)` count by a step, and `1-10[5]` gives five values evenly spaced from end to end.
+Commas join such parts. Unlike AUTOMATIC1111, a step that meets the end includes it: `10-1(-3)` is 10, 7, 4, 1. Repeated values
+are kept once. Everything is checked before anything is expanded.
 """
 
 import csv
@@ -15,7 +15,7 @@ from typing import Any
 
 from t2i.errors import UserError
 
-NUMBERS: dict[str, tuple[type, Decimal, Decimal]] = {  # axis -> its type, lowest and highest value
+NUMBERS: dict[str, tuple[type, Decimal, Decimal]] = {  # axis -> type, lowest and highest value
     "guidance_scale": (float, Decimal(0), Decimal(100)),
     "num_inference_steps": (int, Decimal(1), Decimal(1000)),
     "guidance_end": (float, Decimal(0), Decimal(1)),
@@ -23,8 +23,8 @@ NUMBERS: dict[str, tuple[type, Decimal, Decimal]] = {  # axis -> its type, lowes
 }
 WORDS = ("checkpoint", "run", "scheduler")
 TEXTS = ("prompt", "negative_prompt")
-MAX_VALUES = 100  # of an axis
-MAX_CHARACTERS = 2000  # of a prompt; the text encoder reads far fewer
+MAX_VALUES = 100  # values of an axis
+MAX_CHARACTERS = 2000  # characters of a prompt; the text encoder reads far fewer
 
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6})?"
 _PART = re.compile(
@@ -32,13 +32,13 @@ _PART = re.compile(
 )
 
 
-def parse(axis: str, text: str, known: Sequence[str] = (), limit: int = MAX_VALUES) -> list[Any]:
-    """The values typed for an axis, in order, each once: 1 to `limit` of them.
+def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MAX_VALUES) -> list[Any]:
+    """Return the values typed for an axis, in order and without repeats: 1 to `limit` of them.
 
     Args:
-        axis: one of `NUMBERS` (int or float within its bounds), `WORDS` (names from `known`, divided by commas, quoted as in
-            CSV where they hold one), `TEXTS` (a prompt a line).
-        known: the names that there are, for `WORDS`.
+        axis: one of `NUMBERS` (int or float within its bounds), `WORDS` (names divided by commas) or `TEXTS` (one prompt
+            per line). Names with a comma are quoted as in CSV.
+        known_names: the names that `WORDS` may hold.
 
     Raises:
         UserError: names the axis, the value and the fix.
@@ -46,19 +46,19 @@ def parse(axis: str, text: str, known: Sequence[str] = (), limit: int = MAX_VALU
     if axis in NUMBERS:
         return _parse_numbers(axis, text, limit)
     if axis in WORDS:
-        return _parse_words(axis, text, known, limit)
+        return _parse_words(axis, text, known_names, limit)
     if axis in TEXTS:
         return _parse_texts(axis, text, limit)
     raise UserError(f"axis {_short(axis)} is unknown; take one of {', '.join((*NUMBERS, *WORDS, *TEXTS))}")
 
 
 def format_values(axis: str, values: Sequence[Any]) -> str:
-    """The shortest text from which `parse` reads `values` (different ones, as `parse` returns them)."""
+    """Return the shortest text from which `parse` reads `values`, which are distinct."""
     if axis in NUMBERS:
         return _format_numbers(axis, values)
     if axis in WORDS:
         line = io.StringIO()
-        csv.writer(line).writerow(values)  # its line end also says which letters need quotes
+        csv.writer(line).writerow(values)  # the line end also decides which letters need quotes
         return line.getvalue().removesuffix("\r\n")
     return "\n".join(values)
 
@@ -79,32 +79,32 @@ def _parse_numbers(axis: str, text: str, limit: int) -> list[Any]:
 
 
 def _expand(axis: str, part: str, limit: int) -> list[Any]:
-    """The values of one part between commas."""
+    """Return the values of one part between commas."""
     if not part:
         raise UserError(f"{axis} has no value; give some, such as {_example(axis)}")
-    found = _PART.fullmatch(part)
-    if not found:
+    match = _PART.fullmatch(part)
+    if not match:
         raise UserError(f"{axis} {_short(part)} is neither a number nor a range; write it as in {_example(axis)}")
     kind = NUMBERS[axis][0]
-    start = _number(axis, found["start"])
-    if found["end"] is None:
+    start = _number(axis, match["start"])
+    if match["end"] is None:
         return [kind(start)]
-    end = _number(axis, found["end"])
-    if found["count"] is not None:
-        count = int(found["count"]) if len(found["count"]) < 10 else limit + 1
+    end = _number(axis, match["end"])
+    if match["count"] is not None:
+        count = int(match["count"]) if len(match["count"]) < 10 else limit + 1
         _check_count(axis, count, limit)
         if not count:
             raise UserError(f"{axis} {_short(part)} asks for no value; write [1] or more")
-        if kind is int:  # as AUTOMATIC1111 does, rounded down
+        if kind is int:  # rounded down, as AUTOMATIC1111 does
             first, span = int(start), int(end) - int(start)
             return [first + span * number // max(1, count - 1) for number in range(count)]
         return [float(start + (end - start) * number / max(1, count - 1)) for number in range(count)]
-    step = _number(axis, found["step"], bounded=False) if found["step"] is not None else Decimal(1)
+    step = _number(axis, match["step"], bounded=False) if match["step"] is not None else Decimal(1)
     if not step:
         raise UserError(f"{axis} {_short(part)} has a step of 0; write a step such as (+1)")
     if (end - start) * step < 0:
         raise UserError(
-            f"{axis} {_short(part)} never comes to its end by steps of {step:+f}; write "
+            f"{axis} {_short(part)} never reaches its end by steps of {step:+f}; write "
             f"{start:f}-{end:f}({-step:+f}), or swap the ends"
         )
     if abs(end - start) >= abs(step) * limit:
@@ -113,7 +113,7 @@ def _expand(axis: str, part: str, limit: int) -> list[Any]:
 
 
 def _number(axis: str, text: str, bounded: bool = True) -> Decimal:
-    """A number within the axis's bounds; a step (not `bounded`) is within their distance."""
+    """Return a number within the axis's bounds; if not `bounded`, a step within their distance."""
     kind, low, high = NUMBERS[axis]
     value = Decimal(text)
     if not bounded:
@@ -123,14 +123,14 @@ def _number(axis: str, text: str, bounded: bool = True) -> Decimal:
         raise UserError(f"{axis} {_short(text)} is {side} than {bound}; give values from {low} to {high}")
     if kind is int and value != int(value):
         raise UserError(f"{axis} {_short(text)} is not a whole number; give one such as {int(value)}")
-    if value and abs(value) < Decimal("1e-6"):  # smaller ones change no picture, and their digits would be long
+    if value and abs(value) < Decimal("1e-6"):  # smaller ones change no picture, and have many digits
         raise UserError(f"{axis} {_short(text)} is too near 0; give 0, or 0.000001 or more")
-    return value or Decimal(0)  # -0 as well, which is another text and the same picture
+    return value or Decimal(0)  # -0 becomes 0: it is another text for the same picture
 
 
 def _format_numbers(axis: str, values: Sequence[Any]) -> str:
     texts = [_number_text(value) for value in values]
-    if len(texts) > 2 * MAX_VALUES:  # the search below takes the square of their number
+    if len(texts) > 2 * MAX_VALUES:  # the search below takes time by the square of their number
         return ",".join(texts)
     best = [""]  # the shortest text of the first 0, 1, … values
     for end in range(1, len(texts) + 1):
@@ -142,13 +142,13 @@ def _format_numbers(axis: str, values: Sequence[Any]) -> str:
 
 
 def _ranges(axis: str, values: Sequence[Any], texts: Sequence[str]) -> Iterable[str]:
-    """The ranges, if any, that stand for three or more values."""
+    """Yield the ranges, if any, that stand for three or more values."""
     first, second, last = (Decimal(texts[number]) for number in (0, 1, -1))
     step, ends = second - first, f"{texts[0]}-{texts[-1]}"
     candidates = []
     if first + step * (len(values) - 1) == last:
         candidates.append(ends if step == 1 else f"{ends}({'+' if step > 0 else ''}{_number_text(step)})")
-    if abs((last - first) / (len(values) - 1) - step) <= 1:  # cheap; what it lets through is checked below
+    if abs((last - first) / (len(values) - 1) - step) <= 1:  # a cheap filter; `_expand` checks below
         candidates.append(f"{ends}[{len(values)}]")
     for part in candidates:
         try:
@@ -174,7 +174,7 @@ def _example(axis: str) -> str:
 # --- Words and prompts -----------------------------------------------------------------------------------------------
 
 
-def _parse_words(axis: str, text: str, known: Sequence[str], limit: int) -> list[str]:
+def _parse_words(axis: str, text: str, known_names: Sequence[str], limit: int) -> list[str]:
     if len(text) > 300 * limit:
         raise UserError(f"{axis} has {len(text):,} characters; give at most {limit} names")
     try:  # names may hold line breaks, which a bare CSV line may not
@@ -183,21 +183,21 @@ def _parse_words(axis: str, text: str, known: Sequence[str], limit: int) -> list
         raise UserError(f"{axis} {_short(text)} has an odd quotation mark; close it, or write it twice") from None
     words = [word for row in rows for word in row if word.strip()]
     if not words:
-        raise UserError(f"{axis} has no value; give one or more of: {_some(known)}")
-    values = {_known(axis, word, known): None for word in words[: limit + 1]}
+        raise UserError(f"{axis} has no value; give one or more of: {_first_names(known_names)}")
+    values = {_find_name(axis, word, known_names): None for word in words[: limit + 1]}
     _check_count(axis, max(len(values), len(words) if len(words) > limit else 0), limit)
     return list(values)
 
 
-def _known(axis: str, word: str, known: Sequence[str]) -> str:
-    """`word` as it is in `known`, whatever its spaces and case where that is unambiguous."""
-    if word in known:
+def _find_name(axis: str, word: str, known_names: Sequence[str]) -> str:
+    """Return the known name that `word` is, or the only one that it is but for spaces and case."""
+    if word in known_names:
         return word
-    alike = [name for name in known if name.strip().casefold() == word.strip().casefold()]
+    alike = [name for name in known_names if name.strip().casefold() == word.strip().casefold()]
     if len(alike) == 1:
         return alike[0]
-    near = difflib.get_close_matches(word.strip()[:100], [name[:100] for name in known], 1, 0.4)
-    hint = f"did you mean {_short(near[0])}?" if near else f"there are: {_some(known)}"
+    near = difflib.get_close_matches(word.strip()[:100], [name[:100] for name in known_names], 1, 0.4)
+    hint = f"did you mean {_short(near[0])}?" if near else f"there are: {_first_names(known_names)}"
     raise UserError(f"{axis} {_short(word.strip())} is unknown; {hint}")
 
 
@@ -211,7 +211,7 @@ def _parse_texts(axis: str, text: str, limit: int) -> list[str]:
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise UserError(f"{axis} {_short(value)} holds half a character (a lone surrogate); type it anew")
     if not values:
-        raise UserError(f"{axis} has no value; give one or more, each on a line of its own")
+        raise UserError(f"{axis} has no value; give one or more, one per line")
     return values
 
 
@@ -226,11 +226,11 @@ def _check_count(axis: str, count: int, limit: int) -> None:
         raise UserError(f"{axis} has {count:,} values; give at most {limit}, by a larger step or fewer parts")
 
 
-def _some(known: Sequence[str]) -> str:
-    return ", ".join(known[:8]) + (", …" if len(known) > 8 else "") or "none"
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"
 
 
 def _short(text: str) -> str:
-    """A value inside a sentence: on one line, not long, without what a screen cannot show."""
+    """Return a value for a sentence: on one line, short, and without unprintable letters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     return shown if len(shown) <= 40 else shown[:37] + "..."

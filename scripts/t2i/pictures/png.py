@@ -1,4 +1,4 @@
-"""Pictures as files: schedulers' names, PNG parameters, grids. Imports no torch, so that looking at pictures stays quick."""
+"""Pictures as files: schedulers' names, PNG parameters, grids. Imports no torch, so that showing pictures stays quick."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from t2i.files import hash_json
 
-# the names people type, for the classes that diffusers has; other class names of `RIGHT` work too
+# Short names of diffusers' classes. Other class names of `RIGHT` work too.
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -35,20 +35,18 @@ SCHEDULERS = {
 }
 
 
-# The classes of diffusers that are right for Stable Diffusion's kind of models. Measured with a denoiser whose right answer is known
-# (tests/test_schedulers.py): all others draw noise or need another kind of model (LCM: a third of the spread is missing).
+# The classes of diffusers that suit Stable Diffusion's kind of models, measured with a denoiser whose right answer is known
+# (tests/test_schedulers.py). All others draw noise or need another kind of model: LCM loses a third of the spread.
 RIGHT = {
     *SCHEDULERS.values(), "DDIMParallelScheduler", "DDPMParallelScheduler", "DPMSolverSinglestepScheduler",
     "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler", "TCDScheduler",
 }  # fmt: skip
-NEED_SIGNAL = {
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-}  # else 20 times the spread at 8 steps of Heun's
+# Without signal in the last noise level, 8 steps of Heun's give 20 times the spread.
+NEED_SIGNAL = {"HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"}
 MIN_SIGNAL = 1e-5  # alpha-bar of the last noise level; 4e-5 (DDPM's own schedule) suffices, 2e-9 (squaredcos) does not
 SECOND_ORDER = {*NEED_SIGNAL, "KDPM2DiscreteScheduler"}
-SECOND_ORDER_STEPS = 10  # with fewer they overshoot, unless the steps are spread evenly to the end ("trailing")
-PNDM_STEPS = 4  # its start takes four; fewer crash in it
+SECOND_ORDER_STEPS = 10  # with fewer, they overshoot unless the steps are spread evenly to the end ("trailing")
+PNDM_STEPS = 4  # PNDM starts with four steps, and crashes with fewer
 NO_SAMPLE = {
     "PNDMScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -58,7 +56,7 @@ NO_SAMPLE = {
 
 
 def last_signal(config: Mapping[str, Any]) -> float:
-    """The share of the image in the last noise level (alpha-bar, 0 to 1) by a scheduler's config; 0: zero terminal SNR."""
+    """Return the image's share in the last noise level (alpha-bar, 0 to 1) of a scheduler's config; 0: zero terminal SNR."""
     if config.get("rescale_betas_zero_snr"):
         return 0.0
     try:
@@ -75,38 +73,38 @@ def last_signal(config: Mapping[str, Any]) -> float:
         else:
             betas = np.linspace(*ends, count)
         return float(np.prod(1 - betas))
-    except (TypeError, ValueError, ArithmeticError, MemoryError):  # of a file that is no scheduler's
+    except (TypeError, ValueError, ArithmeticError, MemoryError):  # the file is not a scheduler's
         return 1.0
 
 
 def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = None) -> str | None:
-    """Say why a scheduler is not right for a model; None where it is.
+    """Return a sentence on why a scheduler does not suit a model; None if it does.
 
     Args:
         name: a key of `SCHEDULERS` or a class name of diffusers.
-        config: of the scheduler that the model was saved with (scheduler_config.json).
-        steps: denoising steps, if they are known.
+        config: scheduler_config.json of the scheduler that the model was saved with.
+        steps: number of denoising steps; None if not yet chosen.
     """
     reason = _misfit(SCHEDULERS.get(name.lower(), name), config, steps)
     if reason is None:
         return None
-    right = fitting_schedulers(config, steps)
+    fitting = fitting_schedulers(config, steps)
     instead = (
-        f"take one of {', '.join(right)}" if right else f"take {config.get('_class_name')}, which it was saved with"
+        f"take one of {', '.join(fitting)}" if fitting else f"take {config.get('_class_name')}, which it was saved with"
     )
     return f"scheduler {name} {reason}; {instead}"
 
 
 def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> list[str]:
-    """The keys of `SCHEDULERS` that are right for a model; arguments as `scheduler_problem` takes them."""
+    """Return the keys of `SCHEDULERS` that suit a model. Arguments are those of `scheduler_problem`."""
     return [name for name, cls in SCHEDULERS.items() if _misfit(cls, config, steps) is None]
 
 
 def _misfit(cls: str, config: Mapping[str, Any], steps: int | None) -> str | None:
-    own = config.get("_class_name")
+    saved = config.get("_class_name")
     if cls not in RIGHT:
-        return None if cls == own else "is not for this kind of model"
-    if own is not None and own not in RIGHT and "beta_schedule" not in config:
+        return None if cls == saved else "is not for this kind of model"
+    if saved is not None and saved not in RIGHT and "beta_schedule" not in config:
         return "does not fit this model, which has no noise levels of DDPM's kind"
     weak, kind = last_signal(config) < MIN_SIGNAL, config.get("prediction_type", "epsilon")
     if weak and (cls in NEED_SIGNAL or (cls == "PNDMScheduler" and kind == "epsilon")):
@@ -120,15 +118,15 @@ def _misfit(cls: str, config: Mapping[str, Any], steps: int | None) -> str | Non
 
 
 class Preset(NamedTuple):
-    """How a picture is drawn."""
+    """Settings that trade a picture's quality for time."""
 
-    scheduler: str  # a key of `SCHEDULERS`
+    scheduler: str  # A key of `SCHEDULERS`.
     num_inference_steps: int
-    guidance_end: float  # share of the steps, from the first on, that are guided
+    guidance_end: float  # Share of the steps, from the first on, that are guided.
 
 
-# exact is what training draws with, the others are for a processor in a hurry: the late steps, which only sharpen what is there,
-# need no guidance (Kynkäänniemi et al., arXiv:2404.07724) and then take half the time
+# Training draws with "exact"; the others save time on a CPU. Late steps only sharpen the picture, so they need no guidance
+# (Kynkäänniemi et al., arXiv:2404.07724), and an unguided step takes half the time.
 PRESETS = {
     "exact": Preset("ddim", 30, 1.0),
     "fast": Preset("unipc", 8, 0.5),
@@ -137,11 +135,11 @@ PRESETS = {
 
 
 def guided_steps(steps: int, guidance_end: float) -> int:
-    """How many of `steps` are guided, 1 to all, where the share `guidance_end` (0 to 1) of them is."""
+    """Return how many of `steps` are guided, 1 to all, for the share `guidance_end` (0 to 1)."""
     return max(1, math.ceil(round(steps * guidance_end, 6)))
 
 
-# what Pillow and json raise for files that are no whole PNG with parameters
+# What Pillow and json raise for a file that is not a complete PNG with parameters.
 DAMAGE = (
     OSError,
     SyntaxError,
@@ -162,16 +160,19 @@ def save_picture(path: Path | BinaryIO, picture: np.ndarray, parameters: dict[st
 
 
 def png_bytes(picture: np.ndarray, parameters: dict[str, Any]) -> bytes:
-    """The file that `save_picture` writes."""
+    """Return the file that `save_picture` writes."""
     file = io.BytesIO()
     save_picture(file, picture, parameters)
     return file.getvalue()
 
 
 def cut_prompt(tokenizer: Any, prompt: str) -> str | None:
-    """Say what a model does not read of a prompt, which is cut at its tokenizer's length; None where all is read."""
+    """Return a sentence on what a model does not read of a prompt; None if it reads all.
+
+    A prompt is cut at the length of the model's tokenizer.
+    """
     limit = tokenizer.model_max_length
-    if len(prompt.encode("utf-8", "replace")) + 2 <= limit:  # a token takes a byte at least
+    if len(prompt.encode("utf-8", "replace")) + 2 <= limit:  # a token has at least one byte
         return None
     tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(tokens) <= limit:
@@ -183,19 +184,22 @@ def cut_prompt(tokenizer: Any, prompt: str) -> str | None:
 
 
 def read_parameters(path: Path) -> dict[str, Any] | None:
-    """What `save_picture` wrote beside a picture; None where there is no whole picture with parameters."""
+    """Return the parameters in a picture's file; None if it is not a complete picture with parameters."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # a picture that was cut off has its text all the same
+            image.load()  # checks all pixels: a truncated file still has its text
             return json.loads(image.info["parameters"])
     except DAMAGE:
         return None
 
 
 def difference(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
-    """How two pictures differ: uint8 [R, R, 3] of |left - right| per channel, stretched to 255, and the mean of it (0 to 255).
+    """Return the difference of two pictures, uint8 [R, R, 3] each.
 
-    left, right: uint8 [R, R, 3]; of two sizes the smaller one is enlarged, each pixel as it is.
+    The smaller picture is enlarged, without smoothing, to the size of the larger one.
+
+    Returns:
+        |left - right| per channel, stretched to 255, uint8 [R, R, 3]; and its mean before stretching, 0 to 255.
     """
     side = max(left.shape[0], right.shape[0])
     pair = [
@@ -209,7 +213,7 @@ def difference(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
 
 # --- Labels ----------------------------------------------------------------------------------------------------------
 
-FONT_SIZE = 10  # px; that of Pillow's own font where none is asked for
+FONT_SIZE = 10  # pixels; the default size of Pillow's own font
 _MARKS = str.maketrans(
     {"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "•": "·", "\u2212": "-"}
 )
@@ -217,20 +221,20 @@ _STYLED = re.compile(r"bold|italic|oblique|mono|light|thin|black|condensed|serif
 
 
 def lettered(text: str, number: int = 1) -> tuple[str, Any]:
-    """A text as it can be drawn, and the font for it: Pillow's own, else an installed one that has all its letters.
+    """Return a text as it can be drawn, and its font: Pillow's own, or else an installed one that has all its letters.
 
-    If no font has them, the text is `_latin`'s, which `number` stands in.
+    If no font has them, the text is `_latin`'s, with `number` for what cannot be drawn.
     """
-    own = ImageFont.load_default(FONT_SIZE)
-    if _has(own, text):
-        return text, own
+    pillow_font = ImageFont.load_default(FONT_SIZE)
+    if _has(pillow_font, text):
+        return text, pillow_font
     if font := _font_for(frozenset(text)):
         return text, font
-    return _latin(text, number), own
+    return _latin(text, number), pillow_font
 
 
 def _latin(text: str, number: int = 1) -> str:
-    """`text` in letters of Latin-1, accents and typographic marks simplified; `[number]` stands for words in other scripts."""
+    """Return `text` in letters of Latin-1, with simpler accents and marks; `[number]` stands for words in other scripts."""
     letters = []
     for letter in text.translate(_MARKS):
         plain = letter if letter <= "\xff" else unicodedata.normalize("NFKD", letter)
@@ -238,13 +242,13 @@ def _latin(text: str, number: int = 1) -> str:
             "".join(mark for mark in plain if not unicodedata.combining(mark)) if plain != letter else letter
         )
     words = "".join(letters).split()
-    known = [word for word in words if all(letter <= "\xff" for letter in word)]
-    return " ".join(known if len(known) == len(words) else [f"[{number}]", *known])
+    latin = [word for word in words if all(letter <= "\xff" for letter in word)]
+    return " ".join(latin if len(latin) == len(words) else [f"[{number}]", *latin])
 
 
 @lru_cache(maxsize=256)
 def _font_for(letters: frozenset[str]) -> Any:
-    """An installed font with all of `letters`; None if there is none, or if nothing here can join and order them."""
+    """Return an installed font with all of `letters`; None if there is none, or if nothing here can join and order them."""
     joined = any(
         unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) == "Mc" for letter in letters
     )
@@ -256,7 +260,7 @@ def _font_for(letters: frozenset[str]) -> Any:
 
 @lru_cache(maxsize=1)
 def _font_files() -> tuple[str, ...]:
-    """The font files of this machine, plain ones first."""
+    """Return the font files of this machine, plain ones first."""
     home, windows = Path.home(), Path(os.environ.get("WINDIR", "C:/Windows"))
     folders = [
         *(home / ".local/share/fonts", home / ".fonts", Path("/usr/share/fonts"), Path("/usr/local/share/fonts")),
@@ -265,24 +269,21 @@ def _font_files() -> tuple[str, ...]:
     ]
     if spec := find_spec("matplotlib"):  # MLflow brings it, with DejaVu's Latin, Cyrillic, Greek, Arabic …
         folders.append(Path(str(spec.origin)).parent / "mpl-data/fonts/ttf")
-    found = {str(file) for folder in folders if folder.is_dir() for file in folder.rglob("*.[toTO][tT][fcFC]")}
-    return tuple(
-        sorted(
-            (file for file in found if "LastResort" not in file), key=lambda file: (bool(_STYLED.search(file)), file)
-        )
-    )
+    files = {str(file) for folder in folders if folder.is_dir() for file in folder.rglob("*.[toTO][tT][fcFC]")}
+    lettered_files = [file for file in files if "LastResort" not in file]
+    return tuple(sorted(lettered_files, key=lambda file: (bool(_STYLED.search(file)), file)))
 
 
 @lru_cache(maxsize=512)
 def _open_font(file: str) -> Any:
     try:
-        return ImageFont.truetype(file, FONT_SIZE + 2)  # which looks as large as Pillow's own at FONT_SIZE
-    except (OSError, ValueError):  # damaged, or of pictures in one size alone
+        return ImageFont.truetype(file, FONT_SIZE + 2)  # looks as large as Pillow's own at FONT_SIZE
+    except (OSError, ValueError):  # the font is damaged, or holds bitmaps of one size
         return None
 
 
 def _has(font: Any, text: str) -> bool:
-    """Whether a font has every letter of a text: a missing one looks as a code point that is no letter does."""
+    """Return whether a font has every letter of a text. A missing letter looks like a code point that is no letter."""
     missing = bytes(font.getmask("\U0010ffff"))
     shown = (letter for letter in set(text) if not letter.isspace() and unicodedata.category(letter) != "Cf")
     return all(bytes(font.getmask(letter)) != missing for letter in shown)
@@ -294,10 +295,10 @@ def labelled_grid(
     column_labels: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Pictures in a table under the labels of its columns and beside those of its rows; None leaves a gray place.
+    """Return pictures in a table, under the labels of its columns and beside those of its rows; None leaves it gray.
 
-    A label in a script that no font here has is a number in brackets; a line below says so, and `info["legend"]` of the grid,
-    which `grid_png` keeps in the file, spells it.
+    A label in a script that no font here has becomes a number in brackets, and a line below says so. `info["legend"]` of the
+    grid spells the label, and `grid_png` keeps it in the file.
     """
     side = max((max(image.size) for row in rows for image in row if image), default=64)
     side, gap, line = max(side, 96), 4, 16  # labels need some room
@@ -341,7 +342,7 @@ def labelled_grid(
 
 
 def grid_png(grid: Image.Image) -> bytes:
-    """The PNG file of a `labelled_grid`, with its legend, if it has one, in the text field `legend`."""
+    """Return the PNG file of a `labelled_grid`, with its legend, if it has one, in the text field `legend`."""
     info, file = PngInfo(), io.BytesIO()
     if "legend" in grid.info:
         info.add_itxt("legend", grid.info["legend"])
@@ -352,7 +353,7 @@ def grid_png(grid: Image.Image) -> bytes:
 def picture_grid(
     pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:
-    """Pictures uint8 [N, R, R, 3] in rows of `columns`, left to right, with a line of text under each if `labels` is given."""
+    """Return pictures uint8 [N, R, R, 3] in rows of `columns`, left to right, with a line of text under each from `labels`."""
     side, gap = pictures.shape[1] * scale, 2
     line = 12 if labels else 0
     rows = -(-len(pictures) // columns)
@@ -371,5 +372,5 @@ def picture_grid(
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """16 hex digits for a picture's size and pixels."""
+    """Return 16 hex digits for a picture's size and pixels."""
     return hash_json([image.size, image.tobytes().hex()])

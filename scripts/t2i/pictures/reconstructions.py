@@ -1,7 +1,9 @@
-"""What an autoencoder makes of images: reconstructions of a run's validation images by any VAE, each made once.
+"""Reconstructions of a run's validation images by any VAE, each made once.
 
-`<run>/reconstructions/<key>.png` beside the VAE: the key is the hash of its weights and of the image, the figures stand in the
-PNG. Imports no torch before one has to be made.
+A reconstruction's file is `<run>/reconstructions/<key>.png` in the VAE's run. The key is the hash of the VAE's weights and of
+the image, and the PNG holds the figures.
+
+This module imports no torch before a reconstruction is made, because the page must start quickly.
 """
 
 import os
@@ -29,7 +31,7 @@ STORE = "reconstructions"  # folder of a run
 
 @dataclass(frozen=True)
 class Vae:
-    """An autoencoder's folder of weights, and the run folder that keeps what it makes. name: how it is called in its run."""
+    """A VAE's folder of weights, its name within its run, and the run folder that stores its reconstructions."""
 
     run: Path
     name: str
@@ -38,7 +40,7 @@ class Vae:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a VAE made of an image: RGB, of the same size; psnr in dB, ssim; measured before rounding to 8 bits."""
+    """A VAE's version of an image, RGB of the same size, with PSNR in dB and SSIM as measured before rounding to 8 bits."""
 
     picture: Image.Image
     psnr: float
@@ -46,20 +48,20 @@ class Reconstruction:
 
 
 def find_vaes(run: Path) -> list[Vae]:
-    """The VAEs of a run, in the order of training: where it started from, checkpoints, the finished one; none twice.
+    """Return the VAEs of a run in the order of training: "start", checkpoints, the finished one.
 
-    start: the VAE that was fine-tuned, where its recipe names one that lies on this disk.
+    "start" is the VAE that was fine-tuned, if the recipe names one on this disk.
     """
-    found = []
+    vaes = []
     for checkpoint in checkpoint_folders(run):
         parts = [checkpoint / part for part in ("vae_ema", "vae") if (checkpoint / part / "config.json").is_file()]
-        found += [Vae(run, checkpoint.name, part) for part in parts[:1]]  # the average is what the run ends with
+        vaes += [Vae(run, checkpoint.name, part) for part in parts[:1]]  # the run ends with the average, if it has one
     if (run / "vae" / "config.json").is_file():
-        found.append(Vae(run, "vae", run / "vae"))
-    if found:
+        vaes.append(Vae(run, "vae", run / "vae"))
+    if vaes:
         start = _start(run)
-        return [Vae(run, "start", start), *found] if start else found
-    pipeline = run / "pipeline" / "vae"  # of a denoiser's run, or a model of the Hub
+        return [Vae(run, "start", start), *vaes] if start else vaes
+    pipeline = run / "pipeline" / "vae"  # the run trained a denoiser, or holds a model of the Hub
     return [Vae(run, "pipeline", pipeline)] if (pipeline / "config.json").is_file() else []
 
 
@@ -71,7 +73,7 @@ def _start(run: Path) -> Path | None:
     try:
         parts = [Path(source).expanduser() / part for part in ("", "vae", "pipeline/vae")] if source else []
         return next((part for part in parts if (part / "config.json").is_file()), None)
-    except (OSError, RuntimeError):  # of a path that no folder can have: too long, of an unknown user
+    except (OSError, RuntimeError):  # no folder can have this path: it is too long, or names an unknown user
         return None
 
 
@@ -81,21 +83,21 @@ def _settings(run: Path) -> Recipe:
         stat = file.stat()
         return _recipe(str(file), stat.st_size, stat.st_mtime_ns)
     except OSError:
-        return load_recipe(str(file))  # says what is wrong
+        return load_recipe(str(file))  # raises with the reason
     except RecursionError:  # nested to do harm
         raise UserError(f"{run / 'config.yaml'} is not a recipe; restore it from config.public.yaml") from None
 
 
-@lru_cache(maxsize=512)  # 23 ms each, and a page asks for all runs after each click; nobody changes what it gives
+@lru_cache(maxsize=512)  # a recipe takes 23 ms, and each click reads those of all runs; no caller changes the result
 def _recipe(path: str, *state: int) -> Recipe:
     return load_recipe(path)
 
 
 @dataclass(frozen=True)
 class Images:
-    """The validation images that a run was trained beside, as training saw them.
+    """A run's validation images as training saw them, with the caption and file of each.
 
-    pixels: uint8 [N, R, R, 3], memory mapped; captions and files: of each.
+    pixels: uint8 [N, R, R, 3], memory mapped.
     """
 
     pixels: np.ndarray
@@ -107,7 +109,7 @@ class Images:
 
 
 def validation_images(run: Path) -> Images:
-    """The images of a run's validation split, found by the hash in its run.json. Raises `UserError` where they are gone."""
+    """Return a run's validation split, by the hash in its run.json. Raises `UserError` if it is gone or damaged."""
     state, settings = read_json(run / "run.json"), _settings(run).data
     identity = state.get("identity") if isinstance(state, dict) else None
     folder = find_prepared(settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None)
@@ -130,33 +132,33 @@ def validation_images(run: Path) -> Images:
 
 
 def vae_hash(vae: Vae) -> str:
-    """Identity of a VAE by its files, which are read once; raises `UserError` where it is not whole."""
+    """Return the hash of a VAE's files, which are read once. Raises `UserError` if one is missing."""
     return hash_json(hash_files(vae.folder))
 
 
 def read(vae: Vae, image: np.ndarray) -> Reconstruction | None:
-    """What `vae` made of `image` (uint8 [R, R, 3]); None where it was not made, or the file is damaged, changed or foreign."""
-    path, wanted = _place(vae, image)
-    known = read_parameters(path)
+    """Return the reconstruction of `image` (uint8 [R, R, 3]) by `vae`; None if it is missing, damaged, changed or foreign."""
+    path, hashes = _file(vae, image)
+    parameters = read_parameters(path)
     try:
-        if not isinstance(known, dict) or any(known.get(key) != value for key, value in wanted.items()):
+        if not isinstance(parameters, dict) or any(parameters.get(key) != value for key, value in hashes.items()):
             return None
         with Image.open(path, formats=["PNG"]) as file:
             if file.mode != "RGB" or max(file.size) > MAX_SIDE:
                 return None
             file.load()
             picture = file.copy()
-        if known["pixel_hash"] != pixel_hash(picture):
+        if parameters["pixel_hash"] != pixel_hash(picture):
             return None
-        return Reconstruction(picture, float(known["psnr_db"]), float(known["ssim"]))
+        return Reconstruction(picture, float(parameters["psnr_db"]), float(parameters["ssim"]))
     except (*DAMAGE, TypeError):
         return None
 
 
-def _place(vae: Vae, image: np.ndarray) -> tuple[Path, dict[str, str]]:
-    """Where a reconstruction is or will be, and what its file must say of itself."""
-    wanted = {"vae_hash": vae_hash(vae), "image_hash": pixel_hash(Image.fromarray(np.asarray(image)))}
-    return vae.run / STORE / f"{hash_json(wanted)}.png", wanted
+def _file(vae: Vae, image: np.ndarray) -> tuple[Path, dict[str, str]]:
+    """Return the file of a reconstruction, which may not be there yet, and the hashes that it must hold."""
+    hashes = {"vae_hash": vae_hash(vae), "image_hash": pixel_hash(Image.fromarray(np.asarray(image)))}
+    return vae.run / STORE / f"{hash_json(hashes)}.png", hashes
 
 
 def make(
@@ -166,37 +168,44 @@ def make(
     batch_size: int = 4,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> int:
-    """Make and store what is missing of the reconstructions of `images` (uint8 [R, R, 3], of one size); returns how many.
+    """Make and store the missing reconstructions of `images` (uint8 [R, R, 3], of one size); return how many.
 
-    progress: called with how many are there. What is made stays, and the same call goes on from there.
+    What was made stays, and the same call resumes from there.
+
+    Args:
+        progress: called with how many are stored.
 
     Raises:
         UserError: the VAE cannot be loaded, does not fit the images or changed meanwhile, or the disk does not take a picture.
     """
-    todo = [image for image in images if read(vae, image) is None]
-    if not todo:
+    missing = [image for image in images if read(vae, image) is None]
+    if not missing:
         return 0
 
-    from t2i import models
+    from t2i import models  # imports torch
 
     before = vae_hash(vae)
     model = models.load_vae(str(vae.folder)).to(models.best_device())
     if vae_hash(vae) != before:
         raise UserError(f"{vae.folder} changed while it was loaded; open the page again")
-    factor, side = models.vae_factor(model), todo[0].shape[0]
+    factor, side = models.vae_factor(model), missing[0].shape[0]
     if side % factor:
         raise UserError(f"{vae.folder} needs sides that are multiples of {factor}, and these images have {side} px")
-    for start in range(0, len(todo), batch_size):
-        batch = todo[start : start + batch_size]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
         pictures, psnr, ssim = reconstruct(model, np.stack(batch))
         for image, picture, decibel, similarity in zip(batch, pictures, psnr, ssim, strict=True):
             _save(vae, image, picture, {"psnr_db": float(decibel), "ssim": float(similarity)})
-        progress(len(images) - len(todo) + start + len(batch))
-    return len(todo)
+        progress(len(images) - len(missing) + start + len(batch))
+    return len(missing)
 
 
 def reconstruct(vae: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images uint8 [B, R, R, 3] encoded to posterior means and decoded: (uint8 [B, R, R, 3], PSNR in dB [B], SSIM [B])."""
+    """Encode images uint8 [B, R, R, 3] to posterior means and decode them.
+
+    Returns:
+        The decoded images, uint8 [B, R, R, 3]; PSNR in dB, [B]; SSIM, [B].
+    """
     import torch
 
     from t2i.data.caches import to_images, to_pixels
@@ -210,15 +219,15 @@ def reconstruct(vae: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _save(vae: Vae, image: np.ndarray, picture: np.ndarray, figures: dict[str, float]) -> None:
-    path, wanted = _place(vae, image)
+    path, hashes = _file(vae, image)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
     try:
         path.parent.mkdir(exist_ok=True)
-        save_picture(part, picture, {**wanted, **figures, "pixel_hash": pixel_hash(Image.fromarray(picture))})
+        save_picture(part, picture, {**hashes, **figures, "pixel_hash": pixel_hash(Image.fromarray(picture))})
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); make room, or give a run folder that can be"
+            f"{path} cannot be written ({error.strerror}); make room, or give a run folder that can be written"
         ) from None

@@ -1,4 +1,4 @@
-"""The training images nearest to a picture: whether a model made something, or remembers it."""
+"""The training images nearest to a picture, which show whether a model made something or remembers it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,25 +6,26 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from common import escape, read, settings_of, warn
 
+from helpers.page_texts import escape, warn
+from helpers.run_files import read_or_warn, read_settings
 from t2i.config import DataConfig
 from t2i.errors import UserError
 from t2i.runs import find_prepared
 
 NEIGHBOURS = 4
-SETS = 2  # training sets in memory: 3 KB an image
-MAX_IMAGES = 50_000  # of a training set: 150 MB in memory, half a minute on two cores
-WIDTH = 128  # pixels a side on the page
+SETS = 2  # training sets in memory: 3 KB per image
+MAX_IMAGES = 50_000  # images of a training set: 150 MB in memory, half a minute on two cores
+WIDTH = 128  # pixels per side on the page
 HELP = (
-    "Distances are those of the evaluation's memorisation figures: between thumbnails of 16 x 16, mirrored or not, to the nearest "
-    "training image over the mean to the 50 nearest. A picture that stands as near to its neighbour as to all others has 1."
+    "The distance of thumbnails of 16 x 16, mirrored or not, to the nearest training image, over the mean to the 50 nearest. "
+    "The evaluation's memorisation figures use the same. A picture that is as near to its neighbour as to all others has 1."
 )
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A run's prepared training images: pixels and rows memory mapped, their embedding, and how near unseen images are."""
+    """A run's prepared training images (pixels and rows memory mapped), and how near unseen images are to them."""
 
     split: Any
     embedding: Any
@@ -32,9 +33,10 @@ class TrainingSet:
 
 
 def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
-    """A switch, and under it the nearest training images; one sentence where they are not on this machine.
+    """Show a switch, and under it the nearest training images; one sentence if they are not on this machine.
 
-    picture: uint8 [R, R, 3]; None while it is drawn: the switch stays, else it would forget its state.
+    Args:
+        picture: uint8 [R, R, 3]; None while it is drawn. The switch is shown then too, so that it keeps its state.
     """
     folder = find_images(run)
     if folder is None:
@@ -46,24 +48,24 @@ def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
         return
     try:
         with st.spinner("comparing with the training images"):
-            known = training_set(folder)
-            found, nearer = compare(known, picture)
+            training = training_set(folder)
+            nearest, nearer_share = compare(training, picture)
     except (UserError, OSError) as error:
         warn(error)
         return
     with st.container(horizontal=True, gap="small"):
-        for row, distance in found:
+        for row, distance in nearest:
             with st.container(width=WIDTH, gap=None):
-                caption = str(known.split.rows[row].get("caption") or "no caption")
-                st.image(known.split.pixels[row], width=WIDTH, alt=f"training image: {caption}", output_format="PNG")
+                caption = str(training.split.rows[row].get("caption") or "no caption")
+                st.image(training.split.pixels[row], width=WIDTH, alt=f"training image: {caption}", output_format="PNG")
                 st.caption(escape(f"{distance:.2f} · {caption}"))
-    st.text(judgement(found[0][1], nearer))
+    st.text(judgement(nearest[0][1], nearer_share))
 
 
 def find_images(run: Path) -> Path | None:
-    """The folder of the images that a run was trained on, by the hash in its run.json; None where it is not here."""
-    identity = read(run / "run.json").get("identity")
-    section = settings_of(run).get("data")
+    """Return the folder of a run's prepared images, by the hash in its run.json; None if it is not on this machine."""
+    identity = read_or_warn(run / "run.json").get("identity")
+    section = read_settings(run).get("data")
     cache_dir = section.get("cache_dir") if isinstance(section, dict) else None
     return find_prepared(
         cache_dir if isinstance(cache_dir, str) else DataConfig().cache_dir,
@@ -73,8 +75,8 @@ def find_images(run: Path) -> Path | None:
 
 @st.cache_resource(max_entries=SETS, show_spinner=False)
 def training_set(folder: Path) -> TrainingSet:
-    """The prepared images in `folder` (by content, so they never change) and their embedding; computed once."""
-    try:
+    """Return the prepared images in `folder` and their embedding, computed once: the folder's content never changes."""
+    try:  # only here: these need torch, and a Space has neither module's packages
         from t2i.data import prepared
         from t2i.evaluation import metrics
     except ImportError as error:
@@ -95,18 +97,19 @@ def training_set(folder: Path) -> TrainingSet:
     return TrainingSet(train, embedding, np.sort(near))
 
 
-def compare(known: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
-    """The nearest training images, and which share of unseen images has a nearer one (None: there are none)."""
+def compare(training: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
+    """Return the nearest training images, and the share of unseen images with a nearer one; None without unseen images."""
     from t2i.evaluation import metrics
 
-    found = metrics.nearest_images(picture, known.embedding, NEIGHBOURS)
-    nearer = float((known.unseen < found[0][1]).mean()) if len(known.unseen) else None
-    return found, nearer
+    nearest = metrics.nearest_images(picture, training.embedding, NEIGHBOURS)
+    nearer_share = float((training.unseen < nearest[0][1]).mean()) if len(training.unseen) else None
+    return nearest, nearer_share
 
 
-def judgement(distance: float, nearer: float | None) -> str:
+def judgement(distance: float, nearer_share: float | None) -> str:
+    """Return a sentence on a relative distance, and on the share of unseen images with a nearer neighbour."""
     if distance < 0.5:
         return "Relative distance under 0.5: as near as a copy. Look whether the model remembers this image."
-    if nearer is None:
+    if nearer_share is None:
         return "Relative distance of 0.5 or more: no near copy."
-    return f"No near copy: {nearer:.0%} of real images that training never saw lie nearer to a training image."
+    return f"No near copy: {nearer_share:.0%} of real images that training never saw lie nearer to a training image."

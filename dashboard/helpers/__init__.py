@@ -1,0 +1,1 @@
+"""What the dashboard's pages share. Each module holds one task; none imports torch before a picture is drawn."""

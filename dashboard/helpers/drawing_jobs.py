@@ -1,0 +1,145 @@
+"""Drawing in a thread of its own: the missing pictures of a grid, or one picture that a page watches."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.model_pool import drawing_turn, load_pipeline
+from t2i.errors import UserError
+from t2i.pictures import cells
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BATCH = 4  # pictures of a grid drawn at once; another session's picture waits for no more than these
+UNSEEN_S = 150  # a job that no page looked at for so long ends: its browser was closed (hidden tabs look each minute)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A thread that draws while pages look at it. It ends when it is stopped, or when no page looks any more."""
+
+    error: str = ""
+    seen: float = field(default_factory=time.monotonic)
+    finished: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def look(self) -> None:
+        """Note that a page still looks at this job."""
+        self.seen = time.monotonic()
+
+    def is_cancelled(self) -> bool:
+        return self.stopped.is_set() or time.monotonic() - self.seen > UNSEEN_S
+
+    def _start(self, name: str, draw: Callable[[], None]) -> None:
+        threading.Thread(target=self._run, args=(draw,), daemon=True, name=name).start()
+
+    def _run(self, draw: Callable[[], None]) -> None:
+        try:
+            draw()
+        except Exception as error:
+            self.error = error_sentence(error)
+        finally:
+            self.finished.set()
+
+
+@dataclass(kw_only=True)
+class GridJob(Job):
+    """The missing pictures of a grid."""
+
+    missing: Sequence[cells.PlannedCell]
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(cls, planned: Sequence[cells.PlannedCell]) -> "GridJob":
+        """Draw the missing pictures of a plan."""
+        job = cls(missing=cells.missing(planned))
+        job._start("grid", job._draw)
+        return job
+
+    @property
+    def total(self) -> int:
+        return len(self.missing)
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the pictures so far, the loading of models included; None before the first picture."""
+        elapsed = time.monotonic() - self.started
+        return elapsed / self.done * (self.total - self.done) if self.done else None
+
+    def _draw(self) -> None:
+        for batch in cells.batches(self.missing, BATCH):
+            with drawing_turn(self.is_cancelled) as has_turn:
+                if not has_turn:
+                    return
+                start = time.monotonic()
+                cells.make(
+                    batch, load=load_pipeline, batch_size=BATCH, progress=self._count, cancelled=self.is_cancelled
+                )
+                seconds = time.monotonic() - start
+                _pace[batch[0].run] = seconds / sum(planned.cell.samples for planned in batch)
+
+    def _count(self, planned: cells.PlannedCell, done: int, total: int) -> None:
+        self.done += 1
+
+
+@dataclass(kw_only=True)
+class PictureJob(Job):
+    """One picture that a page watches: `step` of `steps` are done, and `preview` is what it may become.
+
+    stage: "waiting" for another's turn, "loading" the model, or "drawing". result: None until the picture is finished, and
+    None if it was stopped.
+    """
+
+    planned: cells.PlannedCell
+    stage: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    preview: "np.ndarray | None" = None
+    result: cells.Watched | None = None
+
+    @classmethod
+    def start(cls, planned: cells.PlannedCell) -> "PictureJob":
+        """Draw a picture as soon as it is its turn."""
+        job = cls(planned=planned)
+        job._start("picture", job._draw)
+        return job
+
+    def _draw(self) -> None:
+        with drawing_turn(self.is_cancelled) as has_turn:
+            if has_turn:
+                self.stage = "loading"
+                self.result = cells.make_watched(
+                    self.planned, load=load_pipeline, progress=self._watch, cancelled=self.is_cancelled
+                )
+
+    def _watch(self, step: int, steps: int, picture: "np.ndarray | None") -> None:
+        self.stage, self.step, self.steps = "drawing", step, steps
+        if picture is not None:
+            self.preview = picture
+
+
+def error_sentence(error: Exception) -> str:
+    """Return what a page says of an error in a thread (out of memory, a broken disk), so that it does not wait forever."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"drawing ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})"
+
+
+_pace: dict[Path, float] = {}  # run -> seconds per sample of the UNet, as the last grid in this server measured them
+
+
+def expected_seconds(planned: Sequence[cells.PlannedCell], evaluated_pace: float | None = None) -> float | None:
+    """Estimate the seconds to draw the missing pictures of a plan; None if nothing was measured.
+
+    Args:
+        evaluated_pace: seconds per sample of the UNet (`cells.Cell.samples`), measured elsewhere. What this server
+            measured goes first.
+    """
+    paces = [(one.cell.samples, _pace.get(one.run, evaluated_pace)) for one in cells.missing(planned)]
+    if any(pace is None for _, pace in paces):
+        return None
+    return float(sum(samples * pace for samples, pace in paces if pace is not None))

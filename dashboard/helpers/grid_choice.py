@@ -1,0 +1,294 @@
+"""The widgets that choose a grid of pictures: its axes, their values, and the settings that all its pictures share."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from helpers.picture_table import position_name
+from helpers.run_files import first_prompt
+from helpers.run_list import checkpoints_of
+from t2i.errors import UserError
+from t2i.pictures import axes, cells
+from t2i.pictures.png import SCHEDULERS, fitting_schedulers
+
+AXES = {  # of `cells.AXES`, as they are called on the page
+    "guidance_scale": "guidance scale",
+    "checkpoint": "checkpoint",
+    "sample": "evaluated prompt",
+    "prompt": "prompt",
+    "seed": "seed",
+    "num_inference_steps": "steps",
+    "guidance_end": "guidance end",
+    "scheduler": "scheduler",
+    "run": "run",
+}
+AXIS_KEYS = ("columns", "rows", "tabs")  # of the widgets that choose axes, in the session and in the URL
+GUIDANCE = "1.5,3,7.5"  # guidance scales of a run that was not evaluated
+CHECKPOINTS = 4  # checkpoints of such a run, the newest
+AXIS_PX = 170  # width of a widget that chooses an axis
+POSITION = re.compile(r"row (?P<row>\d{1,5}), column (?P<column>\d{1,5})")
+HELP = "One value or several: 1.5,3 or a range 1-10, by steps 1-10(+3), or five values evenly spaced 1-10[5]."
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A chosen grid: the `axes` of columns, rows and (third, if any) tabs, with the labels of their values.
+
+    run, checkpoint and cell say what no axis says.
+    """
+
+    run: Path
+    checkpoint: str
+    cell: cells.Cell
+    axes: tuple[cells.Axis, ...]
+    labels: tuple[tuple[str, ...], ...]
+
+    def plan(self, tab: int | None = None, rows: slice = slice(None)) -> list[cells.PlannedCell]:
+        """Plan all tabs, or `rows` of one tab; `at` counts from the first of these."""
+        chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
+        for axis in self.axes[2:]:
+            chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
+        return cells.plan(self.run, self.checkpoint, self.cell, chosen)
+
+    def first_tab_models(self) -> set[tuple[Path, str]]:
+        """Return the run and checkpoint of each model in the first tab."""
+        values = {axis.name: axis.values for axis in self.axes[:2]}
+        values |= {axis.name: axis.values[:1] for axis in self.axes[2:]}
+        return set(product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,))))
+
+
+def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float) -> Grid:
+    """Show the widgets of a grid over the chosen runs, and return the grid.
+
+    Args:
+        runs: one or more. The grid shows the first alone unless `run` is an axis.
+        evaluated: the evaluation's grid of the first run. It sets the widgets' defaults.
+        best_scale: the default guidance scale.
+
+    Raises:
+        UserError: the axes or values make no grid.
+    """
+    chosen = choose_axes(bool(evaluated and evaluated.samples.values), len(runs) > 1)
+    with st.expander("Values: checkpoints, prompts, guidance scales, seeds …"):
+        typed = choose_values(runs, evaluated, best_scale, chosen)
+    check_axes(chosen)  # only now that all widgets stand: a widget that is not shown loses what was typed
+    values = read_values(typed)
+    values["run"] = list(runs.values())[: None if "run" in chosen else 1]
+    grid_axes = tuple(cells.Axis(name, tuple(values[name])) for name in chosen)
+    titles = {"run": list(runs), "sample": typed.get("sample", [])}
+    labels = tuple(tuple(titles.get(axis.name) or map(value_label, axis.values)) for axis in grid_axes)
+    if "sample" in values:  # a sample is a prompt and its seed
+        values["prompt"], values["seed"] = zip(*values.pop("sample"), strict=True)
+    on_axis = {*chosen, *(("prompt", "seed") if "sample" in chosen else ())}
+    shared = {name: several[0] if name in on_axis else single_value(name, several) for name, several in values.items()}
+    run, checkpoint = shared.pop("run"), shared.pop("checkpoint")
+    return Grid(run, checkpoint, cells.Cell(**shared), grid_axes, labels)
+
+
+# --- Axes ------------------------------------------------------------------------------------------------------------
+
+
+def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
+    """Show the widgets for columns, rows and (third, if any) tabs, and return their axes.
+
+    Several runs stand beside each other.
+    """
+    offered = [name for name in AXES if has_samples or name != "sample"]
+    row = st.container(horizontal=True, vertical_alignment="bottom")  # two in a row on a phone
+    shared: dict[str, Any] = {"bind": "query-params", "on_change": reset_axes, "width": AXIS_PX}
+    first = offered.index("run") if several_runs else 0
+    columns = row.selectbox("Columns", offered, index=first, format_func=AXES.__getitem__, key="columns", **shared)
+    rows = row.selectbox("Rows", offered, index=1, format_func=AXES.__getitem__, key="rows", **shared)
+    third = 1 + offered.index("sample") if has_samples else 0
+    tabs = row.selectbox(
+        "Tabs", ["none", *offered], index=third, format_func=lambda name: AXES.get(name, name), key="tabs", **shared
+    )
+    row.button("Swap", on_click=swap_axes, help="exchange columns and rows")
+    chosen = [str(columns), str(rows), *([str(tabs)] if tabs != "none" else [])]
+    st.session_state["_axes"] = chosen
+    return chosen
+
+
+def swap_axes() -> None:
+    """Exchange columns and rows. Streamlit calls it before the page runs, when the widgets' values can be set."""
+    state = st.session_state
+    state["columns"], state["rows"] = state["rows"], state["columns"]
+    for side in ("left", "right"):  # the same two pictures stay chosen
+        position = POSITION.fullmatch(str(state.get(side)))
+        if position:
+            state[side] = position_name(int(position["column"]) - 1, int(position["row"]) - 1)
+
+
+def check_axes(chosen: Sequence[str]) -> None:
+    for name in chosen:
+        if chosen.count(name) > 1:
+            raise UserError(f"{AXES[name]} stands on two axes; choose another for one of them")
+    if "sample" in chosen and {"prompt", "seed"} & set(chosen):
+        raise UserError("an evaluated prompt has its own seed; take prompt and seed off the other axes, or it")
+
+
+def reset_axes() -> None:
+    """Give a setting that left its axis a single value again, and one that came to an axis several."""
+    state = st.session_state
+    for name in ("tab", "page"):
+        state.pop(name, None)
+    make_room_for_axis()
+    changed = {state.get(key) for key in AXIS_KEYS} ^ set(state.get("_axes", ()))
+    state["_reset"] = changed | ({"prompt", "seed"} if "sample" in changed else set())
+
+
+def make_room_for_axis() -> None:
+    """Exchange the axis just chosen with the one whose place it takes; evaluated prompts leave the tabs to prompt or seed."""
+    state = st.session_state
+    now = [state.get(key) for key in AXIS_KEYS]
+    before = [*state.get("_axes", now), "none"][:3]
+    for old, new, key in zip(before, now, AXIS_KEYS, strict=True):
+        for other in AXIS_KEYS:
+            if old != new and other != key and state.get(other) == new and (old != "none" or other == "tabs"):
+                state[other] = old
+    if state.get("tabs") == before[2] == "sample" and {"prompt", "seed"} & {state.get("columns"), state.get("rows")}:
+        state["tabs"] = "none"
+
+
+def reset_values() -> None:
+    """Show the values of another run, which has other checkpoints and another evaluation.
+
+    Several runs stand beside each other.
+    """
+    state = st.session_state
+    for name in ("tab", "page", "left", "right"):
+        state.pop(name, None)
+    state["_reset"] = set(AXES)
+    several = len(state.get("run", ())) > 1
+    if several and "run" not in [state.get(key) for key in AXIS_KEYS]:
+        state["columns"] = "run"
+    elif not several:
+        for key, default in (("columns", "guidance_scale"), ("rows", "checkpoint"), ("tabs", "none")):
+            if state.get(key) == "run":
+                state[key] = default
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
+def choose_values(
+    runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
+) -> dict[str, Any]:
+    """Show the widgets for the values of each setting, and return what is typed: several values for each axis."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run)))
+    cell = evaluated.cell if evaluated else cells.Cell(first_prompt(next(iter(runs.values()))))
+    samples = list(evaluated.samples.values) if evaluated else []
+    typed: dict[str, Any] = {
+        "checkpoint": pick("Checkpoint", "checkpoint", names, default_checkpoints(names, evaluated, chosen))
+    }
+    if "sample" in chosen:
+        titles = [f"{number}. {prompt}" for number, (prompt, _) in enumerate(samples, start=1)]
+        typed["sample"] = pick("Evaluated prompts", "sample", titles, titles)
+        typed["samples"] = dict(zip(titles, samples, strict=True))
+    else:
+        prompts = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
+        typed["prompt"] = st.text_area(
+            "Prompt, one a line",
+            default_value("prompt", prompts),
+            key="prompt",
+            bind="query-params",
+            height=80,
+            max_chars=20_000,
+        )
+    texts = default_texts(cell, evaluated, best_scale, chosen)
+    for column, (name, text) in zip(st.columns(len(texts)), texts.items(), strict=True):
+        title = AXES[name].capitalize()
+        typed[name] = column.text_input(
+            title, default_value(name, text), key=name, bind="query-params", help=HELP, max_chars=2000
+        )
+    typed["scheduler"] = choose_schedulers(runs, cell, "scheduler" in chosen)
+    st.session_state.pop("_reset", None)
+    typed["negative_prompt"] = st.text_input(
+        "Negative prompt", key="negative_prompt", bind="query-params", max_chars=2000
+    )
+    return typed
+
+
+def default_texts(
+    cell: cells.Cell, evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
+) -> dict[str, str]:
+    """Return the typed settings' default texts: several values for an axis, else a single one."""
+    scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values) if evaluated else GUIDANCE
+    seed, steps = cell.seed, cell.num_inference_steps
+    texts = {
+        "guidance_scale": scales if "guidance_scale" in chosen else f"{best_scale:g}",
+        "num_inference_steps": f"{max(1, steps // 2)},{steps}" if "num_inference_steps" in chosen else str(steps),
+        "guidance_end": "0.5,1" if "guidance_end" in chosen else f"{cell.guidance_end:g}",
+        "seed": f"{seed}-{seed + 3}" if "seed" in chosen else str(seed),
+    }
+    if "sample" in chosen:
+        texts.pop("seed")
+    return texts
+
+
+def choose_schedulers(runs: dict[str, Path], cell: cells.Cell, several: bool) -> list[str]:
+    """Show the widget for the schedulers that fit a model of the chosen runs, and return the choice."""
+    short_names = {name: key for key, name in SCHEDULERS.items()}
+    fitting = [fitting_schedulers(cells.schedule_of(run)) for run in runs.values()]
+    offered = [name for name in SCHEDULERS if any(name in names for names in fitting)]
+    first = short_names.get(cell.scheduler, "ddim")
+    defaults = [first, *(name for name in ("dpm++", "unipc") if name != first and several)]
+    return pick("Scheduler", "scheduler", offered, [name for name in defaults if name in offered])
+
+
+def default_checkpoints(
+    names: Sequence[str], evaluated: cells.EvaluatedGrid | None, chosen: Sequence[str]
+) -> list[str]:
+    """Return the evaluated checkpoints, or else the newest; the last of them if no axis takes several."""
+    if "run" in chosen and "checkpoint" not in chosen:
+        return list(names[-1:])  # the finished pipeline of all runs, rather than a step that only one has
+    swept = [name for name in evaluated.checkpoints.values if name in names] if evaluated else []
+    defaults = swept or [name for name in names if name != "pipeline"][-CHECKPOINTS:] or list(names)
+    return defaults if "checkpoint" in chosen else defaults[-1:]
+
+
+def default_value(name: str, default: Any) -> Any:
+    """Return a widget's default. The widget is set to it if axes or runs were chosen since.
+
+    It is set and not forgotten, because the browser would keep what it shows.
+    """
+    if name in st.session_state.get("_reset", ()):
+        st.session_state[name] = default
+    return default
+
+
+def pick(title: str, name: str, offered: Sequence[str], defaults: Sequence[str]) -> list[str]:
+    """Show a list of names, and return the chosen ones in the list's order."""
+    chosen = st.multiselect(title, offered, default=default_value(name, list(defaults)), key=name, bind="query-params")
+    return [value for value in offered if value in chosen]
+
+
+def read_values(typed: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the values that were typed or chosen. Raises `UserError` for a bad one."""
+    samples = typed.pop("samples", {})
+    values: dict[str, list[Any]] = {"negative_prompt": [typed["negative_prompt"]]}
+    for name, value in typed.items():
+        if name in axes.NUMBERS or name == "prompt":
+            values[name] = axes.parse(name, value)
+        elif name != "negative_prompt":
+            if not value:
+                raise UserError(f"{AXES[name]}: none is chosen; choose one or more")
+            values[name] = [samples[title] for title in value] if name == "sample" else value
+    return values
+
+
+def single_value(name: str, values: Sequence[Any]) -> Any:
+    if len(values) > 1:
+        raise UserError(
+            f"{AXES[name]} has {len(values)} values and stands on no axis; put it on one, or give a single value"
+        )
+    return values[0]
+
+
+def value_label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,194 @@
+"""A chosen grid on the page: what is missing and what it costs, its pictures as they are drawn, and downloads."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from PIL import Image
+
+from helpers.drawing_jobs import GridJob, expected_seconds
+from helpers.grid_choice import AXES, Grid
+from helpers.page_texts import escape, warn
+from helpers.picture_table import position_name, show_pictures, stored_address
+from helpers.run_files import is_finite, read_or_warn
+from t2i.errors import UserError
+from t2i.pictures import cells
+from t2i.pictures.png import grid_png, labelled_grid
+
+SHOWN = 100  # pictures of a grid at once; the rows of a larger grid are shown in pages
+MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn
+TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
+
+
+def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell]) -> None:
+    """Say what is missing of a planned grid and what it costs, and show the pictures."""
+    missing = cells.missing(planned)
+    job_grid, job = st.session_state.get("_job", (None, None))
+    if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
+        job.stopped.set()
+        job = None
+    if job is not None and job.finished.is_set():
+        if job.error:
+            warn(UserError(job.error))
+        st.session_state.pop("_job")
+        job = None
+    if job is None and missing:
+        announce(grid, planned, missing)
+    draw_pictures(grid, planned, job)
+
+
+def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
+    """Say how many pictures are missing and how long they take. A large grid asks first."""
+    seconds = expected_seconds(planned, evaluated_pace(grid.run))
+    takes = "the time is known after the first" if seconds is None else f"about {duration_text(seconds)}"
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.text(f"{len(missing):,} of {len(planned):,} pictures are not drawn yet: {takes}", width="content")
+    confirmed = True
+    if len(missing) > MANY or (seconds or 0) > LONG_S:
+        confirmed = row.checkbox(
+            f"yes, draw {len(missing):,} pictures", key=f"_sure_{hash(grid)}"
+        )  # of this grid alone
+    if row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
+        st.session_state["_job"] = (grid, GridJob.start(missing))
+        st.rerun()
+
+
+def evaluated_pace(run: Path) -> float | None:
+    """Return the seconds per sample of the UNet that a run's evaluation measured, on this or another machine."""
+    report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+    if not isinstance(report, dict):
+        return None
+    seconds = report.get("seconds_per_picture_cpu")
+    names = ("guidance_scale", "num_inference_steps", "guidance_end")
+    try:
+        cell = cells.Cell("", **{name: report[name] for name in names if name in report})
+    except UserError:
+        return None
+    return float(seconds) / cell.samples if is_finite(seconds) else None  # type: ignore[arg-type]
+
+
+def duration_text(seconds: float) -> str:
+    return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob | None) -> None:
+    """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
+
+    The page's own plan is shown first. Streamlit then runs this part alone, without the page, and each such run plans
+    the rows that it shows.
+    """
+    fresh = [planned]
+
+    @st.fragment(run_every=1 if job else None)
+    def draw() -> None:
+        if job:
+            if job.finished.is_set():
+                st.rerun()
+            show_progress(job)
+        tab = choose_tab(grid)
+        rows = choose_rows(grid)
+        try:
+            shown = part_of_plan(fresh.pop(), tab, rows) if fresh else grid.plan(tab, rows)
+        except UserError as error:  # the run was deleted meanwhile
+            warn(error)
+            return
+        show_table(grid, shown, rows)
+
+    draw()
+
+
+def part_of_plan(planned: Sequence[cells.PlannedCell], tab: int, rows: slice) -> list[cells.PlannedCell]:
+    """Return what `Grid.plan(tab, rows)` plans, from a plan of the entire grid."""
+    shown = [one for one in planned if one.at[0] == tab and rows.start <= one.at[1] < rows.stop]
+    return [replace(one, at=(0, one.at[1] - rows.start, one.at[2])) for one in shown]
+
+
+def show_progress(job: GridJob) -> None:
+    job.look()
+    left = job.seconds_left()
+    text = f"{job.done:,} of {job.total:,} drawn" + ("" if left is None else f", {duration_text(left)} left")
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.progress(
+        job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
+    )
+    if row.button("Stop", help="Drawn pictures stay, and the grid resumes from there."):
+        job.stopped.set()
+
+
+def choose_tab(grid: Grid) -> int:
+    """Show the widget for the tab, if there are several, and return the tab's number."""
+    if len(grid.axes) < 3 or len(grid.labels[2]) < 2:
+        return 0
+    labels = list(grid.labels[2])
+    title = AXES[grid.axes[2].name].capitalize()
+    # Tabs would read Markdown in a prompt; a list shows it as it is.
+    plain = all(label == escape(label) for label in labels)
+    if plain and sum(map(len, labels)) <= TITLE_CHARACTERS:
+        chosen = st.segmented_control(title, labels, default=labels[0], key="tab", bind="query-params", required=True)
+    else:
+        chosen = st.selectbox(title, labels, key="tab", bind="query-params", label_visibility="collapsed")
+    return labels.index(chosen) if chosen in labels else 0
+
+
+def choose_rows(grid: Grid) -> slice:
+    """Return the rows that are shown: all, or the page of them that a widget chooses."""
+    count, each = len(grid.labels[1]), max(1, SHOWN // len(grid.labels[0]))
+    if count <= each:
+        return slice(0, count)
+    pages = [f"{start + 1}–{min(count, start + each)}" for start in range(0, count, each)]
+    page = st.selectbox(f"Rows, of {count}", pages, key="page", bind="query-params")
+    start = each * (pages.index(page) if page in pages else 0)
+    return slice(start, min(count, start + each))
+
+
+def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) -> None:
+    """Show the planned pictures as a table, two of them compared, and the downloads."""
+    shown = {}
+    for one in planned:
+        _, row, column = one.at
+        source = stored_address(one.path) if one.made else ""
+        label = f"{grid.labels[0][column]}, {grid.labels[1][rows.start + row]}"
+        shown[position_name(rows.start + row, column)] = {
+            "row": rows.start + row,
+            "column": column,
+            "source": source,
+            "label": label,
+            "alt": f"{label}: {one.cell.prompt}",
+            "note": "" if source else one.problem or "not drawn yet",
+            "open": partial(open_picture, one),
+        }
+    corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
+    if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
+        show_downloads(grid, planned, rows)
+
+
+def open_picture(planned: cells.PlannedCell) -> Image.Image | None:
+    return cells.read_cell(planned.run, planned.model_hash, planned.cell)
+
+
+# --- Downloads -------------------------------------------------------------------------------------------------------
+
+
+def show_downloads(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) -> None:
+    left, right = st.columns(2)
+    options: dict[str, Any] = {"width": "stretch", "on_click": "ignore"}
+    left.download_button("Grid as PNG", partial(grid_file, grid, planned, rows), "grid.png", "image/png", **options)
+    right.download_button(
+        "Pictures with their parameters",
+        partial(cells.zip_pictures, planned),
+        "pictures.zip",
+        "application/zip",
+        **options,
+    )
+
+
+def grid_file(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) -> bytes:
+    """Return the PNG of the shown rows with their labels."""
+    table: list[list[Any]] = [[None] * len(grid.labels[0]) for _ in grid.labels[1][rows]]
+    for one in planned:
+        table[one.at[1]][one.at[2]] = open_picture(one)
+    title = f"{AXES[grid.axes[1].name]} by {AXES[grid.axes[0].name]}"
+    return grid_png(labelled_grid(table, grid.labels[1][rows], grid.labels[0], title))

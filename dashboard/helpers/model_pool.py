@@ -1,0 +1,64 @@
+"""Models in memory, and the one turn to load or draw in this server. Imports no torch before a model is loaded."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from helpers.loaded_modules import freeze_loaded
+from t2i.pictures.cells import weights_hash
+
+MODELS = 2  # pipelines in memory at once, over all sessions; a new one replaces the least recently used
+
+_gate, _lock = threading.Lock(), threading.Lock()
+_pipelines: OrderedDict[tuple[Path, str], Any] = OrderedDict()
+
+
+@contextmanager
+def drawing_turn(cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Wait until nobody else in this server loads a model or draws; yield False if `cancelled` came first.
+
+    Two that draw at once each take more than twice as long, and need a model each. A waiting session stands at a gate
+    that the last one must pass again. So a long grid, with a turn per batch, does not starve a single picture.
+    """
+    has_turn = _acquire(_gate, cancelled)
+    if has_turn:
+        try:
+            has_turn = _acquire(_lock, cancelled)
+        finally:
+            _gate.release()
+    try:
+        yield has_turn
+    finally:
+        if has_turn:
+            _lock.release()
+
+
+def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> bool:
+    while not cancelled():
+        if lock.acquire(timeout=0.2):
+            return True
+    return False
+
+
+def load_pipeline(model: Path) -> Any:
+    """Return the pipeline of a checkpoint or pipeline folder, and keep it in memory. The caller has the turn.
+
+    A folder whose weights changed is loaded anew.
+
+    Raises:
+        UserError: the folder holds no complete model.
+    """
+    key = (model, weights_hash(model))
+    if key not in _pipelines:
+        while len(_pipelines) >= MODELS:  # before loading: both at once may not fit into memory
+            _pipelines.popitem(last=False)
+
+        from t2i.pictures import sampling
+
+        freeze_loaded("torch")  # before the first model, which must not stay
+        _pipelines[key] = sampling.load_pipeline(model, device=sampling.best_device(), engine="auto")
+    _pipelines.move_to_end(key)
+    return _pipelines[key]

@@ -1,0 +1,38 @@
+"""Words on a page: its title, empty states, warnings, and texts from outside that must not be read as Markdown."""
+
+from typing import Any
+
+import streamlit as st
+
+from t2i.hub.model_card import escape_markdown
+
+
+def title_row(title: str) -> Any:
+    """Show the page's title, and return the container beside it for what is chosen first.
+
+    One row for both brings the rest of the page further up.
+    """
+    left, right = st.columns([1, 5], vertical_alignment="bottom")
+    left.title(title)
+    return right
+
+
+def show_empty_state(sentence: str, command: str) -> None:
+    """Show what is missing, and the command that makes it."""
+    st.info(escape(sentence))
+    st.code(command, language="sh", wrap_lines=True)
+
+
+def warn(error: Exception) -> None:
+    """Show the sentence of an error. It may hold words from outside."""
+    st.warning(escape(error))
+
+
+def escape(text: Any) -> str:
+    """Return words from outside (captions, prompts, names) for a widget that reads Markdown."""
+    return escape_markdown(text)
+
+
+def shorten(text: str, most: int) -> str:
+    """Return `text`, or "…" after as many of its first words as fit into `most` characters."""
+    return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0].rstrip(" ,;") + "…"

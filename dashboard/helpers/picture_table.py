@@ -1,0 +1,122 @@
+"""A table of pictures, and two of them compared: what Compare and VAE show."""
+
+import io
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import streamlit as st
+from PIL import Image
+
+from helpers.components import data_address, picture_grid, picture_pair
+from t2i.pictures.png import difference
+
+MODES = ["slider", "side by side", "difference"]
+
+
+def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str) -> bool:
+    """Show a table of pictures, and two of them compared; return False if there is no picture.
+
+    Args:
+        shown: by `position_name`, row by row. Each has row, column, source (an address, or ""), label, alt and note. It
+            also has open, which returns the picture or None, and may have under (words below the picture).
+        columns, rows: the labels of the table.
+        corner: what these labels are.
+    """
+    drawn = [name for name, picture in shown.items() if picture["source"]]
+    # Before their widgets stand, the URL alone says what they are.
+    left, right = (st.session_state.get(side, st.query_params.get(side)) for side in ("left", "right"))
+    clicked = st.session_state.pop("_chosen", {})
+    left, right = clicked.get("left", left), clicked.get("right", right)
+    left = left if left in drawn else next(iter(drawn), None)
+    right = right if right in drawn else next((name for name in drawn if name != left), left)
+    private = ("label", "open")  # not for the browser
+    picture_grid(
+        {
+            "columns": columns,
+            "rows": rows,
+            "corner": corner,
+            "cells": [{key: picture[key] for key in picture if key not in private} for picture in shown.values()],
+            "left": position_of(shown, left),
+            "right": position_of(shown, right),
+        },
+        key="_grid",
+        on_chosen=take_clicked_picture,
+    )
+    if not drawn:
+        return False
+    st.caption("A click chooses the right picture to compare, Shift and a click the left one.")
+    show_pair(shown, drawn, str(left), str(right))
+    return True
+
+
+def position_name(row: int, column: int) -> str:
+    """Return a picture's name in the URL. It depends on the position alone, whatever the labels are."""
+    return f"row {row + 1}, column {column + 1}"
+
+
+def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
+    return [shown[name]["row"], shown[name]["column"]] if name in shown else None
+
+
+def take_clicked_picture() -> None:
+    """Remember the position of the clicked picture. The page looks it up among those shown."""
+    position = getattr(st.session_state.get("_grid"), "chosen", None)
+    if isinstance(position, dict) and isinstance(position.get("row"), int) and isinstance(position.get("column"), int):
+        side = "left" if position.get("left") else "right"
+        st.session_state["_chosen"] = {side: position_name(position["row"], position["column"])}
+
+
+def show_pair(shown: dict[str, Any], drawn: list[str], left: str, right: str) -> None:
+    """Show widgets for two pictures and for the way they are compared, and the comparison."""
+    for side, name in (("left", left), ("right", right)):
+        if st.session_state.get(side) != name:
+            st.session_state[side] = name
+    columns = st.columns(2)
+    one = shown[columns[0].selectbox("Left", drawn, key="left", bind="query-params")]
+    two = shown[columns[1].selectbox("Right", drawn, key="right", bind="query-params")]
+    mode = st.segmented_control("Show", MODES, default=MODES[0], key="view", bind="query-params", required=True)
+    pair = [picture["open"]() for picture in (one, two)]
+    if None in pair:
+        st.text("one of these pictures is gone; make it again")
+        return
+    gap, mean = difference(*(np.asarray(image) for image in pair))
+    sides = [{key: picture[key] for key in ("source", "alt", "label")} for picture in (one, two)]
+    picture_pair(
+        {
+            "mode": mode if mode in MODES else MODES[0],
+            "left": sides[0],
+            "right": sides[1],
+            "difference": {
+                "source": data_address(encode_png(gap)),
+                "label": f"mean difference {mean:.1f} of 255; the picture shows the largest one as white",
+                "alt": f"difference of {one['label']} and {two['label']}",
+            },
+        },
+        key="_pair",
+    )
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """Return the PNG file of a picture, uint8 [R, R, 3]."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def stored_address(path: Path) -> str:
+    """Return a picture's file as an address; "" if the file was deleted meanwhile."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ""
+    return _read_address(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)  # for as long as the file stays as it is
+def _read_address(path: Path, *state: int) -> str:
+    try:
+        return data_address(path.read_bytes())
+    except OSError:
+        return ""

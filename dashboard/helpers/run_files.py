@@ -1,0 +1,114 @@
+"""Files of a run, read with care: a missing one is empty, and a damaged one warns on the page."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+import yaml
+
+from helpers.page_texts import escape
+from t2i.errors import UserError
+from t2i.files import read_json
+from t2i.pictures.cells import EvaluatedGrid
+from t2i.pictures.png import cut_prompt
+from t2i.redaction import redact_config
+
+
+def read_or_warn(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; {} if the file is missing, and {} with a warning if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = read_json(path)
+    except UserError as error:
+        st.warning(escape(error))
+        return {}
+    except (OSError, RecursionError) as error:  # deleted meanwhile, or nested to do harm
+        st.warning(escape(f"{path} cannot be read ({type(error).__name__})"))
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Return a run's config.yaml without secrets; {} if it is missing, and {} with a warning if it is damaged."""
+    file = run / "config.yaml"
+    try:
+        return _parse_settings(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        st.warning(escape(f"{file} cannot be read ({type(error).__name__}); restore it from config.public.yaml"))
+        return {}
+
+
+@lru_cache(maxsize=512)  # a recipe takes 12 ms: seconds per click with 200 runs; no caller changes the result
+def _parse_settings(text: str) -> dict[str, Any]:
+    value = yaml.safe_load(text)
+    return redact_config(value) if isinstance(value, dict) else {}
+
+
+def sweep_results(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's evaluation: dictionaries with a checkpoint and a finite guidance scale."""
+    rows = read_or_warn(run / "evaluation" / "evaluation.json").get("cells")
+    results = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [result for result in results if is_finite(result.get("guidance_scale"))]
+
+
+def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
+    """Return the guidance scale that the evaluation chose; else the first evaluated one; else 3."""
+    report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+    scale = report.get("guidance_scale") if isinstance(report, dict) else None
+    if is_finite(scale):
+        return float(scale)  # type: ignore[arg-type]
+    return float(evaluated.guidance_scales.values[0]) if evaluated else 3.0
+
+
+def first_prompt(run: Path) -> str:
+    """Return the first prompt of a run's samples, for a picture that nobody has chosen a prompt for."""
+    section = read_settings(run).get("train_unet")
+    prompts = section.get("validation_prompts") if isinstance(section, dict) else None
+    return str(prompts[0]) if isinstance(prompts, list) and prompts else "a flower"
+
+
+def warn_of_cut_prompts(run: Path, prompts: Sequence[str]) -> None:
+    """Warn of prompts that the run's model reads only in part, and quote what it does not read."""
+    folder = run / "pipeline" / "tokenizer"
+    limit = read_or_warn(folder / "tokenizer_config.json").get("model_max_length")
+    long = [prompt for prompt in dict.fromkeys(prompts) if is_finite(limit) and len(prompt.encode()) + 2 > limit]
+    for prompt in long:
+        try:
+            warning = cut_prompt(_tokenizer(folder), prompt)
+        except Exception:  # of a damaged file; the model that needs it says so when it is loaded
+            return
+        if warning:
+            st.warning(escape(warning))
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer  # its first import takes seconds, and only long prompts need it
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+# --- Values of files -------------------------------------------------------------------------------------------------
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value of a file is a number that tables and charts accept."""
+    most = 2**63 if isinstance(value, int) else 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < most
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dictionary as one row, with keys such as `memorisation.share_closer`."""
+    row: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            row |= flatten(value, f"{prefix}{key}.")
+        else:
+            accepted = isinstance(value, float | bool | None) or is_finite(value)  # a table accepts no larger integer
+            row[f"{prefix}{key}"] = value if accepted else str(value)
+    return row

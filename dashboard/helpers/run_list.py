@@ -1,0 +1,105 @@
+"""The runs below outputs/, their checkpoints, and the widgets that choose among runs."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from stat import S_ISREG
+
+import streamlit as st
+
+from t2i.runs import checkpoint_folders, checkpoint_step
+
+OUTPUTS = Path("outputs")
+DEPTH = 6  # levels of folders below outputs/ that are searched for runs
+MOST_FOLDERS = 5000  # folders that are searched, and entries read per folder: each click searches again
+INSIDE_RUNS = {"pipeline", "evaluation", "samples", "cells", "reconstructions"}  # folders of a run, which hold no runs
+
+
+def find_runs(kind: str = "unet") -> dict[str, Path]:
+    """Return the run folders below outputs/ by name, the newest first.
+
+    Pages open nothing else, whatever a URL says. Linked folders are found as well. Each folder is listed once, by its
+    own name rather than by a link's.
+
+    Args:
+        kind: "unet" (denoisers with something to show) or "any" (every run with metrics: also VAEs, and runs just begun).
+            A folder with a pipeline alone is a run, so a model of the Hub can be put into outputs/NAME/pipeline.
+    """
+    changed = {folder: time for folder in _candidates() if (time := _changed(folder)) is not None}
+    newest_first = sorted(changed, key=lambda folder: changed[folder], reverse=True)
+    return {folder.relative_to(OUTPUTS).as_posix(): folder for folder in newest_first if _is_kind(folder, kind)}
+
+
+def _candidates() -> Iterator[Path]:
+    """Yield the folders below outputs/ that may be runs: each once, linked ones last, bounded in depth and number."""
+    waiting, links = deque([(OUTPUTS, 0)]), deque[tuple[Path, int]]()
+    seen: set[tuple[int, int]] = set()
+    while (waiting or links) and len(seen) < MOST_FOLDERS:
+        folder, depth = waiting.popleft() if waiting else links.popleft()
+        try:
+            state = os.stat(folder)  # a link may lead back to a folder above it
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            if depth:
+                yield folder
+            if depth < DEPTH:
+                with os.scandir(folder) as entries:
+                    for entry in islice(entries, MOST_FOLDERS):
+                        of_a_run = entry.name in INSIDE_RUNS or entry.name.startswith((".", "checkpoint-", "node-"))
+                        if not of_a_run and entry.is_dir():
+                            (links if entry.is_symlink() else waiting).append((folder / entry.name, depth + 1))
+        except OSError:  # the folder is unreadable, or was deleted meanwhile
+            continue
+
+
+def _changed(folder: Path) -> float | None:
+    """Return when a run last wrote its state; None for a folder that is no run."""
+    for name in ("run.json", "pipeline/model_index.json"):
+        with suppress(OSError):
+            state = os.stat(folder / name)
+            if S_ISREG(state.st_mode):
+                return state.st_mtime
+    return None
+
+
+def _is_kind(folder: Path, kind: str) -> bool:
+    checkpoints = [path for path in folder.glob("checkpoint-*") if checkpoint_step(path) is not None]
+    has_model = (folder / "pipeline").is_dir() or bool(checkpoints)
+    if kind == "any":
+        return has_model or (folder / "metrics.jsonl").is_file()
+    return has_model and not (folder / "vae").is_dir() and not any((path / "vae").is_dir() for path in checkpoints)
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    """Return the names of a run's models, the oldest first and the finished pipeline last."""
+    names = [folder.name for folder in checkpoint_folders(run)]
+    return names + (["pipeline"] if (run / "pipeline" / "unet").is_dir() else [])
+
+
+def step_of(checkpoint: str) -> float:
+    """Return the step in a checkpoint's name; NaN for other names."""
+    digits = checkpoint.removeprefix("checkpoint-")
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else math.nan
+
+
+def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
+    """Show widgets that choose among `runs`, by part of the name and by name, and return the choice.
+
+    If no name is chosen, all runs that match the part are returned.
+
+    Args:
+        key: the parameter of the names in the URL. Different kinds of names need different keys.
+    """
+    left, right = st.columns([1, 3])
+    name_part = left.text_input("Name contains", key="name", bind="query-params")
+    names = right.multiselect("Runs", runs, key=key, bind="query-params", placeholder="all that match")
+    chosen = [name for name in names if name in runs]
+    if key == "runs":
+        st.session_state["_runs"] = chosen  # they go along to other pages
+    chosen = chosen or runs
+    return [name for name in chosen if name_part.strip().casefold() in name.casefold()]
