@@ -30,13 +30,13 @@ def main() -> None:
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i.pictures import engines, sampling
+    from t2i.pictures import engines, quantization, sampling
 
     model = save_card_model(WORK / "model")
     if not engines.is_exported(model):
-        engines.export(sampling.load_pipeline(model), model, GUIDANCE)
+        quantization.export(sampling.load_pipeline(model), model, GUIDANCE)
     if (demo / "evaluation").is_dir() and not engines.is_exported(demo / "pipeline"):
-        engines.export(sampling.load_pipeline(demo), demo / "pipeline", DEMO_GUIDANCE)
+        quantization.export(sampling.load_pipeline(demo), demo / "pipeline", DEMO_GUIDANCE)
     stock, compiled = sampling.load_pipeline(model), sampling.load_pipeline(model, engine="openvino")
     seconds: dict[tuple[str, int], list[float]] = {}
     pictures = {}
