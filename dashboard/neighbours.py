@@ -76,7 +76,7 @@ def training_set(folder: Path) -> TrainingSet:
     """The prepared images in `folder` (by content, so they never change) and their embedding; computed once."""
     try:
         from t2i.data import preparing
-        from t2i.evaluation import metrics
+        from t2i.evaluation import memorisation
     except ImportError as error:
         raise UserError(
             f"the training images need {error.name}, which is not installed; pip install -r requirements.txt"
@@ -89,17 +89,17 @@ def training_set(folder: Path) -> TrainingSet:
             f"{len(train):,} training images are more than the {MAX_IMAGES:,} that this page compares with; "
             "evaluate_checkpoints.py measures memorisation on all"
         )
-    embedding = metrics.pixel_embedding(train.pixels)
+    embedding = memorisation.pixel_embedding(train.pixels)
     unseen = test or validation
-    near = metrics.relative_distances(unseen.pixels, embedding) if unseen else np.zeros(0, np.float32)
+    near = memorisation.relative_distances(unseen.pixels, embedding) if unseen else np.zeros(0, np.float32)
     return TrainingSet(train, embedding, np.sort(near))
 
 
 def compare(known: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
     """The nearest training images, and which share of unseen images has a nearer one (None: there are none)."""
-    from t2i.evaluation import metrics
+    from t2i.evaluation import memorisation
 
-    found = metrics.nearest_images(picture, known.embedding, NEIGHBOURS)
+    found = memorisation.nearest_images(picture, known.embedding, NEIGHBOURS)
     nearer = float((known.unseen < found[0][1]).mean()) if len(known.unseen) else None
     return found, nearer
 
