@@ -101,7 +101,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
 
     import train_unet
     from t2i.data import flowers
-    from t2i.evaluation import metrics
+    from t2i.evaluation import attributes
     from t2i.pictures import sampling
     from t2i.training import loop
 
@@ -142,8 +142,8 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
             pipeline, [text for _, text in prompts], range(PROMPTS), guidance_scale=SCALE, num_inference_steps=10,
             batch_size=32, progress=False,
         )  # fmt: skip
-        classifier = metrics.Classifier.load(DEMO / "unet" / "evaluation" / "classifier")
-        row["following"] = metrics.prompt_following(classifier, pictures, [wanted for wanted, _ in prompts])
+        classifier = attributes.Classifier.load(DEMO / "unet" / "evaluation" / "classifier")
+        row["following"] = attributes.prompt_following(classifier, pictures, [wanted for wanted, _ in prompts])
     shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(row))
 

@@ -29,12 +29,12 @@ def main() -> None:
     quiet_libraries()
     import torch
 
-    from t2i.pictures import engines, sampling
+    from t2i.pictures import engines, quantization, sampling
 
     model = save_card_model(WORK / "model")
     pipeline = sampling.load_pipeline(model)
     if not engines.is_exported(model):
-        engines.export(pipeline, model, 7.5)
+        quantization.export(pipeline, model, 7.5)
     unet = pipeline.unet.eval()
     torch.manual_seed(0)
     inputs = (torch.randn(2, 4, 16, 16), torch.tensor(500.0), torch.randn(2, 77, 768))

@@ -31,13 +31,13 @@ def main() -> None:
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i.pictures import engines, sampling
+    from t2i.pictures import engines, quantization, sampling
 
     model = save_card_model(WORK / "model")
     if not engines.is_exported(model):
-        engines.export(sampling.load_pipeline(model), model, GUIDANCE)
+        quantization.export(sampling.load_pipeline(model), model, GUIDANCE)
     if (demo / "evaluation").is_dir() and not engines.is_exported(demo / "pipeline"):
-        engines.export(sampling.load_pipeline(demo), demo / "pipeline", DEMO_GUIDANCE)
+        quantization.export(sampling.load_pipeline(demo), demo / "pipeline", DEMO_GUIDANCE)
     stock, compiled = sampling.load_pipeline(model), sampling.load_pipeline(model, engine="openvino")
     seconds: dict[tuple[str, int], list[float]] = {}
     pictures = {}
@@ -104,16 +104,16 @@ def psnr(wanted: np.ndarray, found: np.ndarray) -> Any:
 def quality(run: Path) -> dict[str, Any]:
     """Compare the presets' pictures with the stock pipeline's, with the demo's model."""
     from t2i.data import flowers
-    from t2i.evaluation import metrics
+    from t2i.evaluation import attributes
     from t2i.pictures import sampling
 
     stock, compiled = sampling.load_pipeline(run), sampling.load_pipeline(run, engine="openvino")
-    classifier = metrics.Classifier.load(run / "evaluation" / "classifier")
+    classifier = attributes.Classifier.load(run / "evaluation" / "classifier")
     known = [(text, wanted) for held in (False, True) for wanted, text in flowers.prompts(128, 1001, held)]
     texts, wanted = [text for text, _ in known], [attributes for _, attributes in known]
     drawn = {arm: draw(arm, stock, compiled, texts, DEMO_GUIDANCE, batch_size=32) for arm in ARMS}
     nearness = {arm: psnr(drawn["stock"][::16], drawn[arm][::16]) for arm in GOALS}
-    following = {arm: metrics.prompt_following(classifier, pictures, wanted) for arm, pictures in drawn.items()}
+    following = {arm: attributes.prompt_following(classifier, pictures, wanted) for arm, pictures in drawn.items()}
     return {
         "guidance_scale": DEMO_GUIDANCE, "prompts": len(texts),
         "psnr_to_stock_worst_of_16_db": {arm: round(float(values.min()), 1) for arm, values in nearness.items()},

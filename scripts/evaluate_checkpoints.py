@@ -189,7 +189,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     import numpy as np
 
     from t2i.data import flowers
-    from t2i.evaluation import metrics
+    from t2i.evaluation.attributes import accuracy, train_classifier
 
     if kind == "captioned" or not config.classifier_steps:
         return None, {}
@@ -210,7 +210,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
         rows = np.array([row for row, label in enumerate(labels) if label is not None])
         pixels = splits.train.pixels if len(rows) == len(splits.train) else splits.train.pixels[rows]
         attributes = [{"label": label} for label in labels if label is not None]
-    classifier = metrics.train_classifier(
+    classifier = train_classifier(
         pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=32, seed=config.eval_seed,
         augment=kind == "labelled",
     )  # fmt: skip
@@ -218,17 +218,17 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     truth = [
         dict(zip(heads, values, strict=True)) for values in zip(*(unseen.rows[name] for name in heads), strict=True)
     ]
-    return classifier, metrics.accuracy(classifier, unseen.pixels, encode(heads, truth))
+    return classifier, accuracy(classifier, unseen.pixels, encode(heads, truth))
 
 
 def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
     """Images that training never saw, uint8 [N, R, R, 3], without those that are near-copies of training images; their number."""
-    from t2i.evaluation import metrics
+    from t2i.evaluation import memorisation
 
     pixels = (splits.test or splits.validation).pixels
     if len(splits.train) < 2:
         return pixels, 0
-    distance = metrics.memorisation(pixels, splits.train.pixels, pixels)["relative_distance"]
+    distance = memorisation.memorisation(pixels, splits.train.pixels, pixels)["relative_distance"]
     fresh = distance > NEAR_COPY
     return pixels[fresh], int((~fresh).sum())
 
@@ -334,14 +334,14 @@ def measure(
     pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, unseen: "np.ndarray", config: EvaluateConfig
 ) -> dict[str, Any]:
     """The figures of one set of pictures; None for what is not measured."""
-    from t2i.evaluation import metrics
+    from t2i.evaluation import attributes, memorisation, metrics
 
     enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
-    copies = metrics.memorisation(pictures, splits.train.pixels, unseen) if enough else {}
+    copies = memorisation.memorisation(pictures, splits.train.pixels, unseen) if enough else {}
     return {
-        "prompt_following": metrics.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
+        "prompt_following": attributes.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
         "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
-        "diversity": metrics.diversity(metrics.pixel_embedding(pictures), metrics.pixel_embedding(unseen))
+        "diversity": metrics.diversity(memorisation.pixel_embedding(pictures), memorisation.pixel_embedding(unseen))
         if enough
         else None,
         "kid": metrics.kid(unseen[:1000], pictures, config.kid_network or classifier) if enough else None,
@@ -351,12 +351,12 @@ def measure(
 
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
     """Prompt following on the prompts of held-out (or seen) attribute combinations alone."""
-    from t2i.evaluation import metrics
+    from t2i.evaluation import attributes
 
     rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
     if classifier is None or not any(prompts.held_out):
         return None
-    return metrics.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows])
+    return attributes.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows])
 
 
 def choose(cells: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:

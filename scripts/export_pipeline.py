@@ -35,13 +35,13 @@ def main() -> None:
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i.pictures import engines, sampling
+    from t2i.pictures import quantization, sampling
 
     run = found[0].resolve().parent
     trained = (run / "run.json").is_file() and (run / "config.yaml").is_file()
     recipe = load_recipe(str(run / "config.yaml")) if trained else Recipe()
     scale = recipe.train_unet.guidance_scale
-    folder = engines.export(sampling.load_pipeline(found[0]), found[0], scale)
+    folder = quantization.export(sampling.load_pipeline(found[0]), found[0], scale)
     size = sum(file.stat().st_size for file in folder.iterdir())
     known = read_json(folder / "engine.json")
     parts = " and ".join(known["int8"])

@@ -3,10 +3,10 @@
 python tests/load_dashboard.py --sessions 20 --seconds 120     (make load-dashboard)
 
 The dashboard is a real `streamlit run dashboard` on this machine. Its run is trained here in seconds, or comes from
-`--outputs FOLDER`, whose run folders then get the drawn pictures. Each session opens pages by URLs with values of the runs, or
-by the names at the top. It gives any visible widget any valid value, presses buttons, and clicks pictures to compare. It draws,
-too: together, the sessions use more models than dashboard/helpers/model_pool.py keeps. Answer times are those of a machine that also runs
-the clients.
+`--outputs FOLDER`, whose run folders then get the drawn pictures. Each session opens pages by URLs with values of the
+runs, or by the names at the top. It gives any visible widget any valid value, presses buttons, and clicks pictures to
+compare. Together, the sessions draw with more models than dashboard/helpers/model_pool.py keeps. Answer times are those
+of a machine that also runs the clients.
 """
 
 import argparse

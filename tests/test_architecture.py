@@ -29,6 +29,72 @@ def test_nothing_imports_a_script(path):
     assert not scripts & {name.split(".")[0] for name in imported(path)}
 
 
+def module_name(path):
+    """Name of a module of `t2i`, as an import spells it."""
+    return ".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {module_name(path) for path in MODULES}
+GROUND = {f"t2i.{name}" for name in
+          ("config", "errors", "files", "machine", "redaction", "run_lock", "runs", "diffusion", "models")}  # fmt: skip
+UPWARD = {("t2i.models", "t2i.hub.loading")}  # known upward imports, each inside a function
+
+
+def without_type_checking(tree):
+    """Yield all nodes but those of `if TYPE_CHECKING:` blocks, which never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield other
+                yield from without_type_checking(other)
+        else:
+            yield node
+            yield from without_type_checking(node)
+
+
+def imported_modules(text, names):
+    """Return which of the modules `names` a file's text imports, inside functions as well."""
+    modules = set()
+    for node in without_type_checking(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, "imports are absolute"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= whole & names or {node.module}
+    return modules & names
+
+
+def circles(imports):
+    """Return the modules that reach themselves by imports; `imports` maps a module to those that it imports."""
+
+    def reached(module):
+        seen, waiting = set(), [module]
+        while waiting:
+            fresh = imports[waiting.pop()] - seen
+            seen |= fresh
+            waiting += fresh
+        return seen
+
+    return {module for module in imports if module in reached(module)}
+
+
+IMPORTS = {module_name(path): imported_modules(path.read_text(), NAMES) for path in MODULES}
+
+
+def test_no_imports_form_a_circle():
+    assert circles(IMPORTS) == set()
+    text = "if TYPE_CHECKING:\n    import a\ndef f():\n    from room import b, c\nfrom d import e\n"
+    assert imported_modules(text, {"a", "room.b", "room.c", "d"}) == {"room.b", "room.c", "d"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b", "c"}
+
+
+def test_no_import_leads_upward():
+    assert set(IMPORTS) >= GROUND
+    upward = {(module, room) for module in GROUND for room in IMPORTS[module] - GROUND}
+    assert upward <= UPWARD
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_only_scripts_make_an_accelerator(path):
     if path.name != "distributed.py":

@@ -118,7 +118,7 @@ def test_eight_bits_are_kept_only_where_pictures_stay(exported, monkeypatch):
     monkeypatch.setattr(quantization, "LEAST_DB", 1000.0)
     pipeline = sampling.load_pipeline(exported)
     models = engines.convert(pipeline)
-    made, int8, worst = quantization.quantise(models, lambda networks: engines._around(pipeline, networks), 3.0)
+    made, int8, worst = quantization.quantise(models, lambda networks: engines.wrap_networks(pipeline, networks), 3.0)
     assert (made, int8, worst) == (models, [], None)
 
 

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from t2i.errors import UserError
-from t2i.evaluation import metrics
+from t2i.evaluation import attributes, memorisation, metrics
 
 COLORS = {"red": (200, 30, 40), "blue": (40, 60, 200), "white": (230, 230, 225)}
 HEADS = {"color": list(COLORS), "side": [1, 2]}
@@ -26,24 +26,24 @@ def discs(count: int, size: int, seed: int) -> tuple[np.ndarray, dict[str, np.nd
 
 
 @pytest.fixture(scope="module")
-def classifier() -> metrics.Classifier:
+def classifier() -> attributes.Classifier:
     pixels, labels = discs(240, 32, seed=0)
-    return metrics.train_classifier(
+    return attributes.train_classifier(
         pixels, labels, HEADS, steps=60, batch_size=32, seed=0, augment=False, width=8, progress=False
     )
 
 
-def test_classifier_learns_both_heads_and_reads_other_sizes(classifier: metrics.Classifier) -> None:
+def test_classifier_learns_both_heads_and_reads_other_sizes(classifier: attributes.Classifier) -> None:
     pixels, labels = discs(120, 32, seed=1)
-    found = metrics.accuracy(classifier, pixels, labels)
+    found = attributes.accuracy(classifier, pixels, labels)
     assert min(found.values()) >= 0.95, found
     larger = pixels.repeat(2, 1).repeat(2, 2)
-    assert min(metrics.accuracy(classifier, larger, labels).values()) >= 0.95
+    assert min(attributes.accuracy(classifier, larger, labels).values()) >= 0.95
     wrong = {"color": (labels["color"] + 1) % 3}
-    assert metrics.accuracy(classifier, pixels, wrong)["color"] <= 0.05
+    assert attributes.accuracy(classifier, pixels, wrong)["color"] <= 0.05
 
 
-def test_prompt_following_counts_values_not_indices(classifier: metrics.Classifier) -> None:
+def test_prompt_following_counts_values_not_indices(classifier: attributes.Classifier) -> None:
     pixels, labels = discs(60, 32, seed=2)
     wanted = [
         {"color": HEADS["color"][c], "side": HEADS["side"][s], "shape": "disc"}
@@ -51,7 +51,7 @@ def test_prompt_following_counts_values_not_indices(classifier: metrics.Classifi
     ]
     for i in range(30):  # half of the prompts ask for the other side
         wanted[i]["side"] = 3 - wanted[i]["side"]
-    shares = metrics.prompt_following(classifier, pixels, wanted)
+    shares = attributes.prompt_following(classifier, pixels, wanted)
     assert shares["color"] >= 0.95
     assert shares["side"] == pytest.approx(0.5, abs=0.05)
     assert shares["all"] == pytest.approx(0.5, abs=0.06)
@@ -63,10 +63,10 @@ def test_training_repeats_by_seed_and_leaves_the_callers_generator_alone() -> No
     untouched = torch.rand(1)
 
     def train(seed: int) -> torch.Tensor:
-        model = metrics.train_classifier(
+        model = attributes.train_classifier(
             pixels, labels, HEADS, steps=3, batch_size=16, seed=seed, augment=True, width=8, progress=False
         )
-        return metrics.classifier_features(model, pixels[:4])
+        return attributes.classifier_features(model, pixels[:4])
 
     torch.manual_seed(7)
     first = train(0)
@@ -77,34 +77,34 @@ def test_training_repeats_by_seed_and_leaves_the_callers_generator_alone() -> No
 
 @pytest.mark.parametrize("resolution", [32, 64, 128])
 def test_classifier_shapes_and_round_trip(resolution: int, tmp_path) -> None:
-    model = metrics.Classifier(HEADS, resolution, width=8).eval()
+    model = attributes.Classifier(HEADS, resolution, width=8).eval()
     x = torch.rand(2, 3, resolution, resolution) * 2 - 1
     logits = model(x)
     assert {name: tuple(value.shape) for name, value in logits.items()} == {"color": (2, 3), "side": (2, 2)}
     assert model.features(x).shape == (2, 64)
     model.save(tmp_path)
-    again = metrics.Classifier.load(tmp_path)
+    again = attributes.Classifier.load(tmp_path)
     assert again.heads == HEADS
     assert torch.equal(again(x)["color"], logits["color"])
 
 
 def test_load_names_what_is_wrong(tmp_path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
-        metrics.Classifier.load(tmp_path)
-    metrics.Classifier(HEADS, 32, width=8).save(tmp_path)
+        attributes.Classifier.load(tmp_path)
+    attributes.Classifier(HEADS, 32, width=8).save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="no classifier"):
-        metrics.Classifier.load(tmp_path)
+        attributes.Classifier.load(tmp_path)
 
 
 def test_augment_keeps_shape_and_range_and_gives_strong_more_change() -> None:
     pixels, _ = discs(32, 32, seed=4)
-    x = metrics.to_tensor(pixels, 32)
+    x = attributes.to_tensor(pixels, 32)
     assert x.shape == (32, 3, 32, 32)
     assert x.min() >= -1
     assert x.max() <= 1
     torch.manual_seed(0)
-    change = {strong: (metrics._augment(x, strong) - x).abs().mean().item() for strong in (False, True)}
+    change = {strong: (attributes._augment(x, strong) - x).abs().mean().item() for strong in (False, True)}
     assert 0.01 < change[False] < change[True] < 1
 
 
@@ -151,27 +151,27 @@ def test_memorisation_flags_copies_and_passes_fresh_pictures() -> None:
     train, held_out, fresh = scenes(400), scenes(200), scenes(200)
     chosen = rng.permutation(400)[:100]
     noisy = np.clip(train[chosen] + rng.normal(0, 12, train[chosen].shape), 0, 255).astype(np.uint8)
-    honest = metrics.memorisation(fresh, train, held_out)
+    honest = memorisation.memorisation(fresh, train, held_out)
     assert honest["share_closer"] <= 0.06
     assert honest["median_ratio"] == pytest.approx(1, abs=0.05)
     assert honest["probability_closer"] == pytest.approx(0.5, abs=0.1)
     assert honest["near_copies"] == honest["near_copies_held_out"] == 0
     for copies in (noisy, noisy[:, :, ::-1]):  # a mirrored copy is a copy too
-        caught = metrics.memorisation(copies, train, held_out)
+        caught = memorisation.memorisation(copies, train, held_out)
         assert caught["share_closer"] == caught["near_copies"] == 1.0
         assert caught["probability_closer"] == pytest.approx(1)
         assert caught["median_ratio"] < 0.5
         assert np.array_equal(caught["nearest"], chosen)
     pale = (fresh * 0.6 + 50).astype(np.uint8)  # nearer to everything, a copy of nothing
-    assert metrics.memorisation(pale, train, held_out)["share_closer"] <= 0.05
+    assert memorisation.memorisation(pale, train, held_out)["share_closer"] <= 0.05
     with pytest.raises(UserError, match="held-out"):
-        metrics.memorisation(fresh, train, held_out[:0])
+        memorisation.memorisation(fresh, train, held_out[:0])
 
 
 def test_nearest_in_blocks_equals_the_full_search() -> None:
     torch.manual_seed(0)
     train, queries = torch.randn(9000, 5), torch.randn(300, 5)
-    distances, rows = metrics._nearest(queries, train, 7)
+    distances, rows = memorisation._nearest(queries, train, 7)
     full = torch.cdist(queries, train).topk(7, largest=False)
     torch.testing.assert_close(distances, full.values, rtol=1e-3, atol=1e-3)
     assert (rows[:, 0] == full.indices[:, 0]).all()
@@ -189,7 +189,7 @@ def test_diversity_is_one_for_the_real_thing_and_zero_for_one_picture_repeated()
         metrics.diversity(fresh, real, [f"only {i}" for i in range(200)], groups)
 
 
-def test_kid_on_own_classifier(classifier: metrics.Classifier) -> None:
+def test_kid_on_own_classifier(classifier: attributes.Classifier) -> None:
     real, labels = discs(160, 32, seed=5)
     same, _ = discs(160, 32, seed=6)
     equal = metrics.kid(real, same, classifier)

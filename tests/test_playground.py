@@ -442,7 +442,7 @@ def test_the_watched_picture_is_the_same_bit_for_bit(trained):
 
 def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_path):
     from t2i.data import prepared
-    from t2i.evaluation import metrics
+    from t2i.evaluation import memorisation
     from t2i.runs import prepared_folder
 
     show()
@@ -452,7 +452,7 @@ def test_the_nearest_training_images_are_those_of_the_evaluation(trained, tmp_pa
     assert folder == prepared_folder(".cache/t2i", fingerprint)
     train, _, test = prepared.open_prepared(folder)
     picture = np.clip(train.pixels[5].astype(int) + 2, 0, 255).astype(np.uint8)[:, ::-1]  # a copy, mirrored
-    expected = metrics.memorisation(np.stack([picture, test.pixels[0]]), train.pixels, test.pixels)
+    expected = memorisation.memorisation(np.stack([picture, test.pixels[0]]), train.pixels, test.pixels)
     known = neighbours.training_set(folder)
     for number, one in enumerate((picture, test.pixels[0])):
         found, nearer = neighbours.compare(known, one)

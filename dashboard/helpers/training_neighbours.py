@@ -78,7 +78,7 @@ def training_set(folder: Path) -> TrainingSet:
     """Return the prepared images in `folder` and their embedding, computed once: the folder's content never changes."""
     try:  # only here: these need torch, and a Space has neither module's packages
         from t2i.data import prepared
-        from t2i.evaluation import metrics
+        from t2i.evaluation import memorisation
     except ImportError as error:
         raise UserError(
             f"the training images need {error.name}, which is not installed; pip install -r requirements.txt"
@@ -91,17 +91,17 @@ def training_set(folder: Path) -> TrainingSet:
             f"{len(train):,} training images are more than the {MAX_IMAGES:,} that this page compares with; "
             "evaluate_checkpoints.py measures memorisation on all"
         )
-    embedding = metrics.pixel_embedding(train.pixels)
+    embedding = memorisation.pixel_embedding(train.pixels)
     unseen = test or validation
-    near = metrics.relative_distances(unseen.pixels, embedding) if unseen else np.zeros(0, np.float32)
+    near = memorisation.relative_distances(unseen.pixels, embedding) if unseen else np.zeros(0, np.float32)
     return TrainingSet(train, embedding, np.sort(near))
 
 
 def compare(training: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
     """Return the nearest training images, and the share of unseen images with a nearer one; None without unseen images."""
-    from t2i.evaluation import metrics
+    from t2i.evaluation import memorisation
 
-    nearest = metrics.nearest_images(picture, training.embedding, NEIGHBOURS)
+    nearest = memorisation.nearest_images(picture, training.embedding, NEIGHBOURS)
     nearer_share = float((training.unseen < nearest[0][1]).mean()) if len(training.unseen) else None
     return nearest, nearer_share
 

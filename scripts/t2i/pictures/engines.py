@@ -1,14 +1,12 @@
 """Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder by OpenVINO, compiled for static shapes.
 
-They stand in for the stock pipeline's modules, so that prompts, noise, schedule and guidance stay those of diffusers. `export`
-writes them into a pipeline folder (`openvino/`), where they count while the weights beside them are those they were made from;
-its convolutions compute in 8 bits where pictures stay the same (`t2i/pictures/quantization.py`).
+They replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
+`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). They are valid while the weights
+beside them are those that they were made from.
 """
 
 import hashlib
 import os
-import shutil
-import uuid
 import warnings
 from functools import cache
 from pathlib import Path
@@ -25,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from t2i import models
 from t2i.errors import UserError
-from t2i.files import read_json, write_json
+from t2i.files import read_json
 
 ENGINES = ("auto", "torch", "openvino")
 FOLDER = "openvino"  # of a pipeline folder
@@ -174,33 +172,10 @@ def is_exported(folder: Path) -> bool:
     files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
     try:
         known = read_json(folder / FOLDER / "engine.json")
-        fresh = known.get("format") == FORMAT and known.get("weights") == _fingerprints(folder)
+        fresh = known.get("format") == FORMAT and known.get("weights") == weight_fingerprints(folder)
         return fresh and all(file.is_file() for file in files)
     except (UserError, OSError, AttributeError):
         return False
-
-
-def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
-    """Write the models of `pipeline`, as loaded from `folder`, into that folder; returns theirs. Old ones are replaced at the end.
-
-    guidance_scale: of the pictures that decide which parts may compute in 8 bits. Raises `UserError` where OpenVINO is not installed.
-    """
-    openvino = import_openvino()
-    from t2i.pictures.quantization import quantise
-
-    made, int8, decibels = quantise(convert(pipeline), lambda networks: _around(pipeline, networks), guidance_scale)
-    part = folder / f".{FOLDER}.{uuid.uuid4().hex[:8]}.part"
-    part.mkdir()
-    try:
-        for name, model in made.items():  # half the bytes to keep and to send
-            openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)
-        known = {"format": FORMAT, "weights": _fingerprints(folder), "unet_hash": models.hash_model(pipeline.unet)}
-        write_json(part / "engine.json", {**known, "openvino": openvino.__version__, "int8": int8, "psnr_db": decibels})
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        os.replace(part, folder / FOLDER)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder / FOLDER
 
 
 def load_exported(folder: Path) -> StableDiffusionPipeline:
@@ -215,10 +190,11 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """The same pipeline with its modules compiled in memory, which takes some seconds."""
-    return _around(pipeline, compile_models(convert(pipeline)))
+    return wrap_networks(pipeline, compile_models(convert(pipeline)))
 
 
-def _around(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> StableDiffusionPipeline:
+def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> StableDiffusionPipeline:
+    """Return a pipeline of compiled `networks`, by name, with the tokenizer, scheduler and configs of `pipeline`."""
     return _pipeline(
         networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
         pipeline.tokenizer, pipeline.scheduler,
@@ -325,8 +301,8 @@ def _scheduler(folder: Path) -> Any:
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
-def _fingerprints(folder: Path) -> dict[str, str]:
-    """Of each file of weights: its size and the hash of its two ends, in which any training changes numbers."""
+def weight_fingerprints(folder: Path) -> dict[str, str]:
+    """Return the size of each weights file and the hash of its two ends. Any training changes numbers in these ends."""
     found = {}
     for name, path in WEIGHTS.items():
         with open(folder / path, "rb") as file:

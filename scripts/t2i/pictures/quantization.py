@@ -6,13 +6,24 @@ in some pictures. All that is added, normalised or attended to keeps its precisi
 """
 
 import logging
+import os
+import shutil
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 
+from t2i.data.caches import to_pixels
 from t2i.errors import UserError
+from t2i.evaluation.metrics import psnr
+from t2i.files import write_json
+from t2i.models import hash_model
+from t2i.pictures import engines, sampling
+from t2i.pictures.engines import Sizes, compile_model, compile_models
 
 LEAST_DB = 38.0  # PSNR of the worst of a few pictures to the one without 8 bits: of many, the worst stays above 35
 PARTS = ("vae_decoder", "unet")  # the text encoder has no convolutions, and in 8 bits changed pictures to 31 dB
@@ -32,6 +43,41 @@ KEPT_TYPES = (
 KEPT_PLACES = (".*conv_in.*", ".*conv_out.*", ".*time_emb.*")  # small, and what everything passes
 
 
+def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
+    """Write the compiled models of `pipeline` into the pipeline folder that it was loaded from; return their folder.
+
+    Old compiled models are replaced at the end.
+
+    Args:
+        guidance_scale: Guidance scale of the pictures that decide which parts compute in 8 bits.
+
+    Raises:
+        UserError: OpenVINO or NNCF is not installed.
+    """
+    openvino = engines.import_openvino()
+    made, int8, decibels = quantise(
+        engines.convert(pipeline), lambda networks: engines.wrap_networks(pipeline, networks), guidance_scale
+    )
+    part = folder / f".{engines.FOLDER}.{uuid.uuid4().hex[:8]}.part"
+    part.mkdir()
+    try:
+        for name, model in made.items():  # float16 halves the bytes to keep and to send
+            openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)
+        identity = {
+            "format": engines.FORMAT,
+            "weights": engines.weight_fingerprints(folder),
+            "unet_hash": hash_model(pipeline.unet),
+        }
+        write_json(
+            part / "engine.json", {**identity, "openvino": openvino.__version__, "int8": int8, "psnr_db": decibels}
+        )
+        shutil.rmtree(folder / engines.FOLDER, ignore_errors=True)
+        os.replace(part, folder / engines.FOLDER)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder / engines.FOLDER
+
+
 def quantise(
     models: dict[str, Any], build: Callable[[dict[str, Any]], Any], guidance_scale: float
 ) -> tuple[dict[str, Any], list[str], float | None]:
@@ -41,10 +87,6 @@ def quantise(
     of `PROMPTS` at `guidance_scale` stay within `LEAST_DB` of those without. Raises `UserError` where NNCF is not installed.
     """
     nncf = _nncf()
-    from t2i.data.caches import to_pixels
-    from t2i.evaluation.metrics import psnr
-    from t2i.pictures.engines import Sizes, compile_model, compile_models
-
     networks, samples = compile_models(models), 2 if guidance_scale > 1 else 1
     watched = {
         "vae_decoder": _Watched(networks["vae_decoder"], 1),
@@ -66,9 +108,8 @@ def quantise(
         )
         tried = {**networks, name: Sizes(rounded) if name == "unet" else compile_model(rounded)}
         drawn = _draw(build(tried), COMPARED, guidance_scale, STEPS)
-        decibels = (
-            psnr(to_pixels(wanted), to_pixels(drawn)).min().clamp(max=100.0).item()
-        )  # equal pictures have no end of it
+        # equal pictures have an infinite PSNR
+        decibels = psnr(to_pixels(wanted), to_pixels(drawn)).min().clamp(max=100.0).item()
         if decibels >= LEAST_DB:
             networks, worst = tried, round(decibels, 1)
             made[name] = rounded
@@ -91,8 +132,6 @@ class _Watched:
 
 
 def _draw(pipeline: Any, count: int, guidance_scale: float, steps: int) -> np.ndarray:
-    from t2i.pictures import sampling
-
     pipeline.set_progress_bar_config(disable=True)
     return sampling.generate(
         pipeline, PROMPTS[:count], range(count), guidance_scale=guidance_scale, num_inference_steps=steps, batch_size=1, progress=False

@@ -1,0 +1,264 @@
+"""The classifier that reads pictures: the attributes of drawn flowers, or labels.
+
+Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from t2i.errors import UserError
+from t2i.files import read_json, write_json
+
+Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it tells apart, in the order of its logits
+
+
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions (He et al., 2016), halving the size where `stride` is 2."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            pool = nn.AvgPool2d(stride) if stride != 1 else nn.Identity()
+            self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.convs(x))
+
+
+class Classifier(nn.Module):
+    """Residual network with one linear head per attribute.
+
+    Input [B, 3, R, R], floats in [-1, 1], R = `resolution` (32 to 128); output: name -> logits [B, len(heads[name])].
+    """
+
+    def __init__(self, heads: Heads, resolution: int, width: int = 32) -> None:
+        super().__init__()
+        self.heads = {name: list(values) for name, values in heads.items()}
+        self.resolution, self.width = resolution, width
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, 2 if resolution >= 48 else 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+        pairs = zip([width, *widths], widths, strict=False)
+        self.blocks = nn.Sequential(*(Block(i, o, 1 if n == 0 else 2) for n, (i, o) in enumerate(pairs)))
+        self.logits = nn.ModuleDict({name: nn.Linear(widths[-1], len(values)) for name, values in self.heads.items()})
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled embedding [B, F] of pictures [B, 3, R, R] in [-1, 1]."""
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        embedding = self.features(x)
+        return {name: head(embedding) for name, head in self.logits.items()}
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
+        write_json(folder / "config.json", {"heads": self.heads, "resolution": self.resolution, "width": self.width})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Read what `save` wrote, ready to judge. Raises UserError if a file is missing or does not fit."""
+        folder = Path(folder)
+        try:
+            model = cls(**read_json(folder / "config.json"))
+            model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        except (OSError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no classifier that can be read ({error}); remove it to train another."
+            ) from error
+        return model.eval()
+
+
+def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [B, H, W, 3] -> floats [B, 3, size, size] in [-1, 1]; antialiased where the size changes."""
+    x = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _augment(x: Tensor, strong: bool) -> Tensor:
+    """Random shifts, brightness, blur and noise; with `strong` (few photos) also flips, crops, colours and erased
+    rectangles.
+    """
+    count, _, size, _ = x.shape
+    device = x.device
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, device=device) * (high - low) + low
+
+    # one affine map per picture: zoom (area 0.4 to 1 of the picture when strong), shift, turn and flip
+    area = uniform(0.4, 1) if strong else uniform(0.85, 1.1)
+    stretch = uniform(-0.2, 0.2).exp() if strong else torch.ones(count, device=device)
+    turn = uniform(-0.3, 0.3)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    wide, high = area.sqrt() * stretch, area.sqrt() / stretch
+    reach = (1 - area.sqrt()).clamp(min=0) + 0.06
+    cos, sin = turn.cos(), turn.sin()
+    theta = torch.stack(
+        [
+            torch.stack([flip * wide * cos, -high * sin, uniform(-1, 1) * reach], 1),
+            torch.stack([flip * wide * sin, high * cos, uniform(-1, 1) * reach], 1),
+        ],
+        1,
+    )
+    x = F.grid_sample(
+        x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False
+    )
+
+    # pictures that a model makes are softer than its training images: half of each batch loses detail
+    small = int(torch.randint(round(size * 0.45), size, ()))
+    half = F.interpolate(x[: count // 2], (small, small), mode="bilinear", antialias=True, align_corners=False)
+    x = torch.cat([F.interpolate(half, (size, size), mode="bicubic", align_corners=False), x[count // 2 :]])
+
+    amount = 0.3 if strong else 0.1
+    x = x * uniform(1 - amount, 1 + amount, 1, 1, 1) + uniform(-amount, amount, 1, 1, 1) / 2
+    if strong:
+        grey = x.mean(1, keepdim=True)
+        x = grey + (x - grey) * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
+    x = x + torch.randn_like(x) * uniform(0, 0.06, 1, 1, 1)
+    if strong:  # random erasing (Zhong et al., 2020), half of the pictures
+        line = torch.linspace(-1, 1, size, device=device)
+        rows = (line - uniform(-1, 1, 1)).abs() < uniform(0.1, 0.45, 1)
+        columns = (line - uniform(-1, 1, 1)).abs() < uniform(0.1, 0.45, 1)
+        hole = (rows[:, None, :, None] & columns[:, None, None, :]) & (uniform(0, 1, 1, 1, 1) < 0.5)
+        x = torch.where(hole, x.mean((2, 3), keepdim=True), x)
+    return x
+
+
+def train_classifier(
+    pixels: np.ndarray,
+    labels: Mapping[str, np.ndarray],
+    heads: Heads,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    augment: bool,
+    learning_rate: float = 4e-3,
+    width: int = 32,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Classifier:
+    """Train a classifier on `pixels` (uint8 [N, R, R, 3]) and `labels` (name -> int64 [N], indices into `heads[name]`).
+
+    AdamW on a one-cycle schedule, label smoothing 0.05; the same arguments give the same weights on the same machine.
+    `augment=False` suits thousands of drawings (small shifts, brightness, blur and noise only), `augment=True` suits
+    hundreds of photos (flips, crops, colours, erasing and mixup as well). Returns the model in eval mode.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Classifier(heads, pixels.shape[1], width).to(device)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on a CPU
+        targets = {name: torch.as_tensor(labels[name], dtype=torch.int64) for name in model.heads}
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=learning_rate
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
+        model.train()
+        for rows in tqdm(
+            _batches(len(pixels), batch_size, steps), total=steps, desc="classifier", disable=not progress
+        ):
+            x = _augment(to_tensor(pixels[rows.numpy()], pixels.shape[1], device), augment)
+            wanted = {name: target[rows].to(device) for name, target in targets.items()}
+            share, other = 1.0, torch.arange(len(rows))
+            if augment:  # mixup (Zhang et al., 2018)
+                share, other = float(torch.distributions.Beta(0.3, 0.3).sample()), torch.randperm(len(rows))
+                x = share * x + (1 - share) * x[other]
+            logits = model(x)
+            losses = [
+                share * F.cross_entropy(logits[name], y, label_smoothing=0.05)
+                + (1 - share) * F.cross_entropy(logits[name], y[other], label_smoothing=0.05)
+                for name, y in wanted.items()
+            ]
+            loss = torch.stack(losses).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
+    """`steps` batches of row numbers, a fresh order every epoch; the last, smaller batch of an epoch is dropped."""
+    batch_size = min(batch_size, count)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(count)
+        rows, order = order[:batch_size], order[batch_size:]
+        yield rows
+
+
+@torch.no_grad()
+def _read(
+    classifier: Classifier, pixels: np.ndarray, batch_size: int = 256
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    for start in range(0, len(pixels), batch_size):
+        embedding = classifier.features(to_tensor(pixels[start : start + batch_size], classifier.resolution, device))
+        yield embedding.cpu(), {name: head(embedding).argmax(1).cpu() for name, head in classifier.logits.items()}
+
+
+def predict(classifier: Classifier, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Most likely value of every head: name -> int64 [N], indices into `classifier.heads[name]`. Pictures may be of any
+    size.
+    """
+    parts = [values for _, values in _read(classifier, pixels)]
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in classifier.heads}
+
+
+def classifier_features(classifier: Classifier, pixels: np.ndarray) -> Tensor:
+    """Embedding [N, F] (float32, CPU) of pictures of any size."""
+    return torch.cat([embedding for embedding, _ in _read(classifier, pixels)])
+
+
+def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Share (0 to 1) of the pictures whose value is read correctly, per head of `labels`."""
+    found = predict(classifier, pixels)
+    return {name: float((found[name] == np.asarray(values)).mean()) for name, values in labels.items()}
+
+
+def prompt_following(
+    classifier: Classifier, pictures: np.ndarray, wanted: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Share (0 to 1) of `pictures` that show what was asked for, per head, and "all": every head right at once.
+
+    `wanted[i]` are the values asked of picture i, such as {"petal_color": "red", "petal_count": 5}; other keys are
+    ignored.
+    """
+    found = predict(classifier, pictures)
+    right = {
+        name: np.array([values[k] == w[name] for k, w in zip(found[name], wanted, strict=True)])
+        for name, values in classifier.heads.items()
+    }
+    shares = {name: float(r.mean()) for name, r in right.items()}
+    return {**shares, "all": float(np.logical_and.reduce(list(right.values())).mean())}

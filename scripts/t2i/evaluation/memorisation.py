@@ -1,0 +1,122 @@
+"""Memorisation: whether generated pictures lie nearer to training images than unseen images do.
+
+Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2i.errors import UserError
+from t2i.evaluation.attributes import to_tensor
+
+
+def pixel_embedding(pixels: np.ndarray, size: int = 16) -> Tensor:
+    """Pictures as `size` x `size` thumbnails in [-1, 1]: [N, 3 * size^2], float32; blind to fine detail, hence to
+    softness.
+    """
+    parts = [to_tensor(pixels[start : start + 512], size).flatten(1) for start in range(0, len(pixels), 512)]
+    return torch.cat(parts)
+
+
+def _nearest(queries: Tensor, train: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """The `neighbours` smallest L2 distances [M, k] from each query to rows of `train`, and those rows' numbers [M, k].
+
+    Works in blocks of 256 x 4,096, so memory does not grow with the training set.
+    """
+    distances, rows = [], []
+    for some in queries.split(256):
+        best = torch.full((len(some), 0), torch.inf)
+        where = torch.zeros((len(some), 0), dtype=torch.int64)
+        for start in range(0, len(train), 4096):
+            block = torch.cdist(some, train[start : start + 4096])
+            index = torch.arange(start, start + block.shape[1]).expand_as(block)
+            best, keep = torch.cat([best, block], 1).topk(
+                min(neighbours, best.shape[1] + block.shape[1]), largest=False
+            )
+            where = torch.cat([where, index], 1).gather(1, keep)
+        distances.append(best)
+        rows.append(where)
+    return torch.cat(distances), torch.cat(rows)
+
+
+def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [M, 2k] of each picture, as it is and mirrored, to the k = 50 nearest training images of each, and their
+    numbers [M, 2k]: training flips images, so a copy may be mirrored.
+    """
+    thumbnails = pixel_embedding(pictures)
+    near, rows = _nearest(thumbnails, train, 50)
+    mirrored = thumbnails.unflatten(1, (3, 16, 16)).flip(3).flatten(1)
+    near_mirrored, rows_mirrored = _nearest(mirrored, train, 50)
+    return torch.cat([near, near_mirrored], 1), torch.cat([rows, rows_mirrored], 1)
+
+
+def _neighbourhood(distances: Tensor) -> Tensor:
+    """Mean distance [M, 1] to the nearest k of `_both_ways`' [M, 2k]."""
+    return distances.topk(distances.shape[1] // 2, largest=False).values.mean(1, keepdim=True).clamp(min=1e-12)
+
+
+def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance [M] of each picture to its nearest training image over the mean to its 50 nearest; that image's number
+    [M].
+    """
+    distances, rows = _both_ways(pictures, train)
+    first, column = (distances / _neighbourhood(distances)).min(1)
+    return first, rows.gather(1, column[:, None])[:, 0]
+
+
+def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
+    """The `count` training images nearest to a picture (uint8 [H, W, 3]), each once: number and relative distance.
+
+    train: `pixel_embedding` of the training images. Distances are `memorisation`'s: over the mean to the 50 nearest, so that
+    the first is the picture's "relative_distance", and one under 0.5 a near copy.
+    """
+    distances, rows = _both_ways(picture[None], train)
+    relative = (distances / _neighbourhood(distances))[0]
+    found: dict[int, float] = {}
+    for column in relative.argsort().tolist():
+        found.setdefault(int(rows[0, column]), float(relative[column]))
+    return list(found.items())[:count]
+
+
+def relative_distances(pictures: np.ndarray, train: Tensor) -> np.ndarray:
+    """`memorisation`'s relative distance of each picture to its nearest of `train` (a `pixel_embedding`): float32 [M]."""
+    return _relative_distances(pictures, train)[0].numpy()
+
+
+def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """Do generated pictures lie nearer to training images than unseen real images do? All uint8 [N, H, W, 3].
+
+    Distances are L2 between 16 x 16 thumbnails, mirrored or not: a classifier trained on the same images would set its
+    training images apart from unseen ones, and softness does not reach thumbnails. The distance to the nearest training
+    image is divided by the mean distance to the 50 nearest (Carlini et al., 2023, "Extracting Training Data from
+    Diffusion Models", section 4.2), because plain or pale pictures lie nearer to all images, while a copy stands out
+    from its own neighbourhood.
+
+    Returns "median_ratio": median relative distance of the generated over that of the held-out (1 = as far);
+    "share_closer": share of generated pictures below the 1st percentile of the held-out ones (about 0.01 by chance);
+    "probability_closer": chance that a generated picture is relatively nearer than a held-out one (AUC; 0.5 = no
+    difference); "near_copies" and "near_copies_held_out": shares of relative distance under 0.5. Where the latter is
+    above 0 the data set itself holds near-duplicates across its splits (several photos of one plant), and
+    "share_closer" is blind: compare these two instead. "nearest": int64 [M], each picture's nearest training image;
+    "relative_distance": float32 [M]. Raises UserError if a set is too small.
+    """
+    if len(train) < 2 or len(held_out) == 0 or len(generated) == 0:
+        raise UserError("memorisation needs at least 2 training images, 1 held-out image and 1 generated picture")
+    thumbnails = pixel_embedding(train)
+    ours, rows = _relative_distances(generated, thumbnails)
+    theirs, _ = _relative_distances(held_out, thumbnails)
+    ordered = theirs.sort().values
+    below = torch.searchsorted(ordered, ours)  # held-out images nearer than this picture
+    level = torch.searchsorted(ordered, ours, right=True)  # the same, and ties
+    return {
+        "median_ratio": float(ours.median() / theirs.median().clamp(min=1e-12)),
+        "share_closer": float((ours < theirs.quantile(0.01)).float().mean()),
+        "probability_closer": float(1 - (below + level).float().mean() / (2 * len(ordered))),
+        "near_copies": float((ours < 0.5).float().mean()),
+        "near_copies_held_out": float((theirs < 0.5).float().mean()),
+        "nearest": rows.numpy(),
+        "relative_distance": ours.numpy(),
+    }
