@@ -288,9 +288,9 @@ def test_a_published_autoencoder(tmp_path, monkeypatch):
 
     def push_folder(folder, repo_id, kind, *, files, message, merge_card, **options):
         pushed.update(folder=folder, repo_id=repo_id, files=files, card=merge_card(None), again=merge_card)
-        return publish.hub.Pushed("https://hub/me/vae", "1234567890", changed=True)
+        return publish.upload.Pushed("https://hub/me/vae", "1234567890", changed=True)
 
-    monkeypatch.setattr(publish.hub, "push_folder", push_folder)
+    monkeypatch.setattr(publish.upload, "push_folder", push_folder)
     config = TrainVaeConfig(push_to_hub=True, hub_model_id="me/vae", license="mit")
     publish.publish_vae(tmp_path, config)
     assert (pushed["folder"], pushed["repo_id"]) == (tmp_path / "vae", "me/vae")

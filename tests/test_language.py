@@ -11,6 +11,7 @@ import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -154,6 +155,7 @@ def field_comments(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield first, " ".join(comments[line][0] for line in range(first, field.lineno))
 
 
+@cache
 def code_sentences() -> dict[str, list[Sentence]]:
     """The sentences of docstrings, of help texts, and of the literal texts of UserError, in scripts/ and dashboard/."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in CODE}
