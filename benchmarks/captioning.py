@@ -61,7 +61,7 @@ def main() -> None:
         def ours(path: Path) -> None:
             for part, texts in caption_to_hub.caption_batches(work, captioner, source, rows, recipe, accelerator):
                 made = zip(part, texts, strict=True)
-                lines = [caption_to_hub.ledger_row(key, photo, text, recipe.caption) for (key, photo), text in made]
+                lines = [caption_to_hub.ledger_line(key, photo, text, recipe.caption) for (key, photo), text in made]
                 ledger.append(path, lines)
 
         def bare() -> None:

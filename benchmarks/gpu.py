@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import SCRIPTS, keep
-from step_limit import make_training
+from step_limit import make_training, update_weights
 
 # arm: options of section train_unet
 ARMS: dict[str, dict[str, Any]] = {
@@ -137,18 +137,18 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as place:
             trained, given, ahead = make_training(recipe, accelerator, Path(place), max(samples, batch), 4, 768, 77)
-            example = train_unet.make_batch(given, settings, 0, 0, accelerator)
+            example = train_unet.make_batch(given, settings, accelerator, 0)
             with FlopCounterMode(display=False) as counter:
                 noisy, _, timesteps, context = (tensor[:1] for tensor in example)
                 trained.module(noisy, timesteps, context).sample.sum().backward()
             trained.optimizer.zero_grad()
             start = time.perf_counter()
-            compute = partial(train_unet.loss_of, trained, given, settings, accelerator)
-            backward = capture(compute, lambda made=example: made, trained, settings, accelerator)
+            compute = partial(train_unet.loss_and_gradients, trained, given, settings, accelerator)
+            forward_backward = capture(compute, lambda made=example: made, trained, settings, accelerator)
             seconds, step = [], 0
             for block in range(blocks + 1):
                 for _ in range(steps if block else warm):
-                    train_unet.train_step(trained, ahead, given, settings, step, accelerator, backward)
+                    update_weights(trained, ahead, given, settings, step, accelerator, forward_backward)
                     step += 1
                 wait(accelerator.device.type)
                 if block:
@@ -165,7 +165,7 @@ def one(arm: str, precision: str, batches: list[int]) -> None:
             "seconds_before": round(first, 1),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
-        del trained, given, ahead, example, backward, compute
+        del trained, given, ahead, example, forward_backward, compute
         accelerator.free_memory()  # which knows of each model that it has prepared
         gc.collect()
 

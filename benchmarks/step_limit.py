@@ -49,7 +49,8 @@ def main() -> None:
         folder = Path(place)
         count = 4000 if size == "demo" else 400
         trained, given, batches = make_training(recipe, accelerator, folder, count, channels, width, length)
-        backward, schedule = partial(train_unet.loss_of, trained, given, settings, accelerator), trained.schedule
+        forward_backward = partial(train_unet.loss_and_gradients, trained, given, settings, accelerator)
+        schedule = trained.schedule
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         tracker = mlflow_tracker.Tracker(
             folder / "run", experiment="bench", run_name="bench", config={}, tracking_uri=uri
@@ -65,7 +66,7 @@ def main() -> None:
 
         def ours(start: int) -> None:
             for step in range(start, start + steps):
-                loss, norm = train_unet.train_step(trained, batches, given, settings, step, accelerator, backward)
+                loss, norm = update_weights(trained, batches, given, settings, step, accelerator, forward_backward)
                 if (step + 1) % settings.logging_steps == 0:
                     row = {"train_loss": loss.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]}
                     loop.record(row, step + 1, folder / "run", tracker, True)
@@ -100,10 +101,25 @@ def main() -> None:
     )  # fmt: skip
 
 
+def update_weights(
+    trained: Any, batches: Any, given: Any, settings: Any, step: int, accelerator: Any, forward_backward: Any
+) -> tuple[Any, float]:
+    """Make one weight update of one micro-batch as the loop of train_unet.py does. Return loss and gradient norm."""
+    import train_unet
+    from t2i.training import loop
+
+    with accelerator.accumulate(trained.model):
+        loss = forward_backward(*batches.take(step))["train_loss"]
+    norm = loop.clip_gradients(trained, settings, accelerator)
+    ids = partial(train_unet.sample_ids, given, settings, step, accelerator)
+    loop.step_optimizer(trained, settings, step, norm, loss, ids, accelerator)
+    return loss, norm
+
+
 def make_training(
     recipe: Any, accelerator: Any, folder: Path, count: int, channels: int, width: int, length: int
 ) -> tuple[Any, Any, Any]:
-    """Return the arguments of `train_unet.train_step` without a data set: caches of random numbers, and batches.
+    """Return the arguments of `update_weights` without a data set: caches of random numbers, and batches.
 
     Args:
         count: number of samples.
@@ -135,9 +151,8 @@ def make_training(
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     given = train_unet.Inputs(scheduler, {"train": (latents, text)}, 1.0, [""] * count)
     batches = Prefetcher(
-        lambda number: train_unet.make_batch(given, settings, number, 0, accelerator), 10_000,
-        in_thread=accelerator.device.type != "cpu",
-    )  # fmt: skip
+        partial(train_unet.make_batch, given, settings, accelerator), 10_000, in_thread=accelerator.device.type != "cpu"
+    )
     return trained, given, batches
 
 

@@ -113,7 +113,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(run):
     vae = reconstructions.find_vaes(run)[-1]
     images = [np.asarray(image) for image in reconstructions.validation_images(run).pixels[:3]]
     reconstructions.make(vae, images)
-    paths = [reconstructions._place(vae, image)[0] for image in images]
+    paths = [reconstructions._file(vae, image)[0] for image in images]
     paths[0].write_bytes(paths[0].read_bytes()[:200])
     shutil.copy(paths[2], paths[1])
     assert [reconstructions.read(vae, image) is None for image in images] == [True, True, False]
