@@ -1,8 +1,8 @@
-"""The mathematics of diffusion training: pure tensors. Schedulers and models come as arguments; nothing here reads files.
+"""The mathematics of diffusion training on pure tensors. Schedulers and models are arguments, and nothing here reads files.
 
-Randomness is stateless: what a sample gets at a step is a function of (seed, step, sample), so that it does not depend
-on the batch's order, on the number of processes, or on what ran before. A sample that comes again within a step, as in a
-data set smaller than the batch, gets draws of its own each time.
+Randomness is stateless: a sample's draws at a step are a function of (seed, step, sample). They do not depend on the order
+of the batch, on the number of processes, or on what ran before. If a sample repeats within a step, as in a data set smaller
+than the batch, each repetition gets its own draws.
 """
 
 from collections import Counter

@@ -126,10 +126,10 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
 
 
 def fit(image: Image.Image, resolution: int) -> np.ndarray:
-    """The centre square of an RGB image, as uint8 [resolution, resolution, 3], 0 to 255.
+    """Return the centre square of an RGB image, as uint8 [resolution, resolution, 3], 0 to 255.
 
-    The same as scaling the shorter side to `resolution` (antialiased, Lanczos; upscaled where it is smaller) and
-    cropping the centre, but cut first, so that an image of 8 x 8,000,000 px never becomes one of 128 x 128,000,000.
+    The result is that of scaling the shorter side to `resolution` (antialiased Lanczos) and cropping the centre.
+    The crop comes first, so that an image of 8 x 8,000,000 px never becomes one of 128 x 128,000,000.
     """
     width, height = image.size
     side = min(width, height)

@@ -70,17 +70,20 @@ class Splits:
 
 
 def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: bool = True) -> Splits:
-    """Find, check, split and prepare the images of `cfg.dataset`; a second call reuses the prepared pixels.
+    """Find, check, split and prepare the images of `cfg.dataset`. A second call reuses the prepared pixels.
 
-    The cache folder is named by the hash of the images' contents (not of times: a replaced file of the same size and
-    time is still seen, and a copy of the data set elsewhere finds the same cache), their captions and every setting
-    that shapes the result. Processes that want the same folder at once wait while the first builds it.
+    The cache folder is named by a hash of the images' contents, their captions and every setting that shapes the result.
+    So a replaced file of the same size and time is noticed, and a copied data set finds the same cache.
+    If several processes want the same folder, one builds it and the others wait.
 
-    captions: whether each image needs one; the autoencoder's training reads none.
-    `say` gets the progress messages, and the table of what was understood (`t2i.data.overview`).
+    Args:
+        cfg: the settings of the data.
+        say: gets the progress messages and the overview table (`t2i.data.overview`).
+        captions: whether each image needs a caption. The autoencoder's training reads none.
 
-    Raises UserError for a data set that is missing, empty or without captions, for a
-    full disk, and where more than `cfg.max_bad_share` of the images cannot be used.
+    Raises:
+        UserError: the data set is missing, empty or without captions, the disk is full, or more than
+            `cfg.max_bad_share` of the images are bad.
     """
     if "{label}" not in cfg.caption_template:
         raise UserError(

@@ -82,26 +82,35 @@ def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple
 
 
 def relative_distances(pictures: np.ndarray, train: Tensor) -> np.ndarray:
-    """`memorisation`'s relative distance of each picture to its nearest of `train` (a `pixel_embedding`): float32 [M]."""
+    """Return the relative distance of each picture to its nearest in `train`, a `pixel_embedding`: float32 [M]."""
     return _relative_distances(pictures, train)[0].numpy()
 
 
 def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
-    """Do generated pictures lie nearer to training images than unseen real images do? All uint8 [N, H, W, 3].
+    """Measure whether generated pictures lie nearer to training images than unseen real images do.
 
-    Distances are L2 between 16 x 16 thumbnails, mirrored or not: a classifier trained on the same images would set its
-    training images apart from unseen ones, and softness does not reach thumbnails. The distance to the nearest training
-    image is divided by the mean distance to the 50 nearest (Carlini et al., 2023, "Extracting Training Data from
-    Diffusion Models", section 4.2), because plain or pale pictures lie nearer to all images, while a copy stands out
-    from its own neighbourhood.
+    Distances are L2 between 16 x 16 thumbnails, and the nearer of picture and mirror image counts. Features of a classifier
+    would not do: it sets the images that it was trained on apart from unseen ones. Thumbnails do not show softness.
+    The relative distance divides the distance to the nearest training image by the mean distance to the 50 nearest.
+    Plain or pale pictures lie nearer to all images, while a copy stands out from its own neighbourhood.
+    Source: Carlini et al., 2023, "Extracting Training Data from Diffusion Models", section 4.2.
 
-    Returns "median_ratio": median relative distance of the generated over that of the held-out (1 = as far);
-    "share_closer": share of generated pictures below the 1st percentile of the held-out ones (about 0.01 by chance);
-    "probability_closer": chance that a generated picture is relatively nearer than a held-out one (AUC; 0.5 = no
-    difference); "near_copies" and "near_copies_held_out": shares of relative distance under 0.5. Where the latter is
-    above 0 the data set itself holds near-duplicates across its splits (several photos of one plant), and
-    "share_closer" is blind: compare these two instead. "nearest": int64 [M], each picture's nearest training image;
-    "relative_distance": float32 [M]. Raises UserError if a set is too small.
+    Args:
+        generated: uint8 [M, H, W, 3].
+        train: uint8 [N, H, W, 3].
+        held_out: unseen real images, uint8 [K, H, W, 3].
+
+    Returns:
+        "median_ratio": median relative distance of the generated over that of the held-out (1: as far).
+        "share_closer": share of generated pictures below the 1st percentile of the held-out ones (0.01 by chance).
+        "probability_closer": chance that a generated picture is relatively nearer than a held-out one (0.5: no difference).
+        "near_copies" and "near_copies_held_out": shares with a relative distance under 0.5. If the latter is above 0, the
+        data set holds near-duplicates across its splits. Then "share_closer" is blind, and these two are to be compared.
+        "nearest": int64 [M], the nearest training image of each picture.
+        "relative_distance": float32 [M].
+
+    Raises:
+        UserError: a set is too small.
     """
     if len(train) < 2 or len(held_out) == 0 or len(generated) == 0:
         raise UserError("memorisation needs at least 2 training images, 1 held-out image and 1 generated picture")

@@ -234,10 +234,10 @@ _stock_upsample = Upsample2D.forward
 def _upsample(
     self: Upsample2D, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **options: Any
 ) -> torch.Tensor:
-    """diffusers' upsampling with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
+    """Upsample as diffusers does, with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
 
-    Each pixel of the larger image stands beside a copy of itself, so that of a 3 x 3 convolution's weights two rows or columns
-    meet the same value and are added beforehand: four 2 x 2 convolutions, one for each place in a 2 x 2 block.
+    Nearest-neighbour upsampling repeats each pixel in a 2 x 2 block. So two rows or columns of a 3 x 3 convolution's weights
+    meet the same value and can be added beforehand. Four 2 x 2 convolutions result, one per place in the block.
     """
     convolution = getattr(self, "conv", None)
     stock = self.norm is not None or not self.interpolate or output_size is not None

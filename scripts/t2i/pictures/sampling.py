@@ -212,14 +212,15 @@ def generate(
     progress: bool = True,
     watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
 ) -> np.ndarray:
-    """Pictures uint8 [N, R, R, 3], picture i from `prompts[i]` and `seeds[i]` (0 to 2**63 - 1).
+    """Return pictures, uint8 [N, R, R, 3]: picture i from `prompts[i]` and `seeds[i]` (0 to 2**63 - 1).
 
-    Noise is drawn on the CPU from the picture's own seed: the same picture, to within 1/255, whatever the batch.
+    Noise is drawn on the CPU from each picture's own seed. So the picture is the same in any batch, to within 1/255.
 
-    guidance_end: share of the steps, from the first on, that are guided (one at least); the others cost half.
-    watch: called after each denoising step of a batch with the step's number (from 1), how many there are, and a function
-        that decodes what the model now takes the finished pictures to be (the predicted x0), uint8 [B, R, R, 3]. Watching
-        changes no bit of the pictures; what it raises ends the drawing.
+    Args:
+        guidance_end: share of the steps, from the first on, that are guided (at least one). Unguided steps cost half.
+        watch: called after each denoising step of a batch with the step's number (from 1), the number of steps and a
+            function. The function decodes the finished pictures as now predicted (x0), uint8 [B, R, R, 3].
+            Watching changes no bit of the pictures. An exception that it raises ends the drawing.
     """
     pictures = []
     bar = tqdm(total=len(prompts), desc="pictures", unit="picture", disable=not progress, mininterval=0.5)
