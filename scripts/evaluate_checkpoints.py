@@ -1,9 +1,9 @@
-"""Evaluate checkpoints over guidance scales: what the pictures show, how diverse they are, whether they copy.
+"""Evaluate checkpoints over guidance scales: prompt following, diversity, copies of training images.
 
 python scripts/evaluate_checkpoints.py --model outputs/demo/unet
 
-Each checkpoint draws the same few prompts at each guidance scale; the best pair is chosen on them, and reported on other
-prompts. Writes evaluation/ into the run folder and the model card into its pipeline.
+Each checkpoint draws the same few prompts at each guidance scale. The best pair is chosen on them and reported on other
+prompts. The script writes evaluation/ into the run folder and the model card into its pipeline/.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.command_line import option
-from t2i.config import EvaluateConfig, load_recipe, parse
+from t2i.config import EvaluateConfig, Recipe, load_recipe, parse
 from t2i.errors import UserError, run_main
 from t2i.files import read_object, write_json
 from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem
@@ -25,8 +25,8 @@ from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoin
 if TYPE_CHECKING:
     import numpy as np
 
-NEAR_COPY = 0.1  # relative distance to the nearest training image under which an image is the same photo
-REPORT_SEED = 1_000_000  # added to the seeds of the reported pictures, so that they are others than the sweep's
+NEAR_COPY = 0.1  # An image with a smaller relative distance to a training image is the same photo.
+REPORT_SEED = 1_000_000  # This is added to the seeds of the reported pictures, so that they differ from the sweep's.
 
 
 @dataclass
@@ -34,8 +34,21 @@ class Prompts:
     """What to draw, and what the pictures should show."""
 
     texts: list[str]
-    wanted: list[dict[str, Any]]  # attribute -> value, of each prompt; empty where a data set has no labels
+    wanted: list[dict[str, Any]]  # attribute -> value, per prompt; empty if the data set has no labels
     held_out: list[bool]  # whether the combination of attributes never occurred in training
+
+
+@dataclass
+class Study:
+    """What every drawing and measurement of an evaluation shares."""
+
+    run: Path
+    kind: str  # of the data set, from `kind_of`
+    splits: Any
+    unseen: Any  # images that training never saw, uint8 [N, R, R, 3]
+    recipe: Recipe
+    preset: Preset
+    classifier: Any  # None: it is not measured whether pictures follow prompts
 
 
 def main() -> None:
@@ -66,22 +79,16 @@ def main() -> None:
         engines.import_openvino()  # refused now, not after the classifier
     splits = preparing.load_splits(recipe.data)
     folder = run / "evaluation"
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "model"}
-    if config.engine != "openvino":
-        del settings["engine"]  # the others draw alike
-    del settings["preset"]  # its name; what it means counts
     preset = sampler(run, config)
-    if config.preset:
-        settings |= preset._asdict()
-    inputs = {
+    input_hashes = {
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
         "unet_hash": training.get("output_unet_hash"),
     }
-    state = RunFolder(folder, {**settings, **inputs}, replace=True)
+    state = RunFolder(folder, {**evaluation_settings(config, preset), **input_hashes}, replace=True)
     if state.finished:
         print(f"reusing the finished evaluation in {folder}")
-        print_cells(state.state["cells"])
+        print_sweep(state.state["cells"])
         return
     folder.mkdir(exist_ok=True)
 
@@ -92,37 +99,17 @@ def main() -> None:
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
 
     # sweep
-    cells: list[dict[str, Any]] = []
-    prompts = make_prompts(kind, splits, recipe, config.sweep_prompts, config.eval_seed, 0)
-    sweep = {
-        "checkpoints": checkpoints,
-        "guidance_scales": config.guidance_scales,
-        **preset._asdict(),
-        "prompts": prompts.texts,
-        "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
-    }
+    study = Study(run, kind, splits, unseen, recipe, preset, classifier)
     with state.timed("sweep"):
-        for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
-            pictures = draw(run / checkpoint, prompts, scale, preset, config, config.eval_seed)
-            keep(run, checkpoint, pictures, sweep | {"guidance_scale": scale})
-            figures = measure(pictures, prompts, classifier, splits, unseen, config)
-            grid = f"grid-{checkpoint}-{scale:g}.png"
-            save_grid(pictures, folder / grid)
-            val_loss = logged_loss(run, checkpoint)
-            cells.append(
-                {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
-            )
-    best = choose(cells, trained.guidance_scale)
+        sweep, sweep_results = draw_sweep(study, checkpoints, folder)
+    best = choose(sweep_results, trained.guidance_scale)
 
     # report
-    prompts = make_prompts(kind, splits, recipe, config.report_prompts, config.eval_seed + 1, config.sweep_prompts)
-    scale = best["guidance_scale"]
     with state.timed("report"):
-        pictures = draw(run / best["checkpoint"], prompts, scale, preset, config, config.eval_seed + REPORT_SEED)
-        figures = measure(pictures, prompts, classifier, splits, unseen, config)
+        prompts, pictures, figures = draw_report(study, best)
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
-        "guidance_scale": scale,
+        "guidance_scale": best["guidance_scale"],
         "checkpoint": best["checkpoint"],
         "prompts": len(prompts.texts),
         **preset._asdict(),
@@ -132,20 +119,63 @@ def main() -> None:
         **figures,
         "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
-        **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, scale),
+        **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, best["guidance_scale"]),
     }
-    results = {"report": report, "cells": cells, "prompts": prompts.texts, "sweep": sweep}
+    results = {"report": report, "cells": sweep_results, "prompts": prompts.texts, "sweep": sweep}
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
     if trained.report_to == "mlflow":
         track(run, results, trained.experiment)
     state.finish(**results)
-    print_cells(cells)
+    print_sweep(sweep_results)
     print_report(report, folder)
 
 
+def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
+    """Return the settings that decide an evaluation's result; a finished one is reused only if they are the same."""
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
+    if config.engine != "openvino":
+        del settings["engine"]  # The other engines draw the same pictures.
+    return settings | preset._asdict() if config.preset else settings
+
+
+def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draw and measure each checkpoint at each guidance scale. Return what was drawn, and a result per pair."""
+    config = study.recipe.evaluate
+    prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
+    sweep = {
+        "checkpoints": checkpoints,
+        "guidance_scales": config.guidance_scales,
+        **study.preset._asdict(),
+        "prompts": prompts.texts,
+        "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
+    }
+    results: list[dict[str, Any]] = []
+    for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
+        pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
+        keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
+        figures = measure(pictures, prompts, study.classifier, study.splits, study.unseen, config)
+        grid = f"grid-{checkpoint}-{scale:g}.png"
+        save_grid(pictures, folder / grid)
+        val_loss = logged_loss(study.run, checkpoint)
+        results.append(
+            {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
+        )
+    return sweep, results
+
+
+def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarray, dict[str, Any]]":
+    """Draw and measure the best pair on prompts and seeds that the sweep did not use."""
+    config = study.recipe.evaluate
+    count, seed = config.report_prompts, config.eval_seed + 1
+    prompts = make_prompts(study.kind, study.splits, study.recipe, count, seed, config.sweep_prompts)
+    checkpoint, scale = study.run / best["checkpoint"], best["guidance_scale"]
+    pictures = draw(checkpoint, prompts, scale, study.preset, config, config.eval_seed + REPORT_SEED)
+    return prompts, pictures, measure(pictures, prompts, study.classifier, study.splits, study.unseen, config)
+
+
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
-    """The named checkpoints of the run, or all of them, oldest first."""
+    """Return the named checkpoints of the run, or all of them, oldest first."""
     known = [path.name for path in checkpoint_folders(run)]
     copies = checkpoint_copies(run)
     if not known and copies:
@@ -166,7 +196,7 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
 
 
 def kind_of(splits: Any) -> str:
-    """`drawn` where the data set has the attributes of drawn flowers, `labelled` where it has labels, else `captioned`."""
+    """Return `drawn` if the data set has the attributes of drawn flowers, `labelled` if it has labels, else `captioned`."""
     from t2i.data import flowers
 
     columns = splits.train.rows.column_names
@@ -176,15 +206,15 @@ def kind_of(splits: Any) -> str:
 
 
 def known_labels(split: Any) -> list[str]:
-    """The labels of a split in order; images may have none."""
+    """Return the labels of a split in order. Images may have none."""
     return sorted({label for label in split.rows["label"] if label is not None})
 
 
 def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
-    """The classifier that reads the pictures, and its accuracy on images it never saw.
+    """Train the classifier that reads the pictures. Return it with its accuracy on images that it never saw.
 
-    drawn: it learns from drawings of its own and is tested on the data set's held-out combinations. labelled: it learns
-    the labels of the training images and is tested on the test split (else the validation split).
+    drawn: it learns from new drawings and is tested on the data set's held-out combinations.
+    labelled: it learns the labels of the training images and is tested on the test split, else the validation split.
     """
     import numpy as np
 
@@ -222,7 +252,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
 
 def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
-    """Images that training never saw, uint8 [N, R, R, 3], without those that are near-copies of training images; their number."""
+    """Return images that training never saw, uint8 [N, R, R, 3], and how many near-copies of training images are left out."""
     from t2i.evaluation import memorisation
 
     pixels = (splits.test or splits.validation).pixels
@@ -234,7 +264,7 @@ def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
 
 
 def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "dict[str, np.ndarray]":
-    """Attribute values as indices into `heads`: name -> int64 [N]; unknown values become -1."""
+    """Return attribute values as indices into `heads`: name -> int64 [N]. Unknown values become -1."""
     import numpy as np
 
     index = {name: {value: number for number, value in enumerate(values)} for name, values in heads.items()}
@@ -242,9 +272,12 @@ def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "di
 
 
 def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, offset: int) -> Prompts:
-    """`count` prompts: of drawn flowers, half of held-out combinations; by label in turn; or captions of unseen images.
+    """Return `count` prompts.
 
-    offset: how many captions other prompts have used before.
+    drawn: half of them name held-out combinations. labelled: the labels in turn. captioned: captions of unseen images.
+
+    Args:
+        offset: number of captions that other prompts have used before.
     """
     from t2i.data import flowers
     from t2i.data.records import label_caption, prefixed
@@ -269,7 +302,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:
-    """What draws, the scheduler by its name in diffusers."""
+    """Return the settings to draw with. The scheduler has its name in diffusers."""
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
     schedule = read_object(file)
     saved = schedule.get("_class_name")
@@ -287,7 +320,7 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
 def draw(
     checkpoint: Path, prompts: Prompts, scale: float, preset: Preset, config: EvaluateConfig, seed: int
 ) -> "np.ndarray":
-    """Pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
+    """Return pictures of the prompts by a checkpoint's moving-average weights: uint8 [N, R, R, 3]."""
     from t2i.pictures import sampling
 
     pipeline = load(checkpoint, config.engine)
@@ -301,12 +334,11 @@ def draw(
     )  # fmt: skip
 
 
-_kept: dict[Path, Any] = {}  # the pipeline that was drawn with last
+_kept: dict[Path, Any] = {}  # the pipeline that drew last
 
 
 def load(checkpoint: Path, engine: str) -> Any:
-    """The checkpoint's pipeline, kept for its next guidance scale."""
-
+    """Return the checkpoint's pipeline, kept for its next guidance scale."""
     from t2i.pictures import sampling
 
     if checkpoint not in _kept:
@@ -317,7 +349,7 @@ def load(checkpoint: Path, engine: str) -> Any:
 
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
-    """Store a sweep's pictures as cells, so that the dashboard's grids over the sweep need no model."""
+    """Store a sweep's pictures as cells of the dashboard's grids, which then need no model."""
     from t2i.pictures import cells
 
     made = [
@@ -333,7 +365,7 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
 def measure(
     pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, unseen: "np.ndarray", config: EvaluateConfig
 ) -> dict[str, Any]:
-    """The figures of one set of pictures; None for what is not measured."""
+    """Return the figures of one set of pictures. What is not measured is None."""
     from t2i.evaluation import attributes, memorisation, metrics
 
     enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
@@ -350,7 +382,7 @@ def measure(
 
 
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
-    """Prompt following on the prompts of held-out (or seen) attribute combinations alone."""
+    """Return prompt following on the prompts of held-out (or seen) attribute combinations only."""
     from t2i.evaluation import attributes
 
     rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
@@ -359,30 +391,34 @@ def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held
     return attributes.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows])
 
 
-def choose(cells: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
-    """The best checkpoint and scale: by mean prompt following, else CLIP score; of equals the later checkpoint.
+def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
+    """Return the result of the best checkpoint and scale: by mean prompt following, else by CLIP score.
 
-    Where neither is measured nothing speaks for a scale: the one nearest the recipe's, and the lowest validation loss.
+    The later checkpoint wins a tie. If neither is measured, the scale nearest to the recipe's is taken, and among its
+    checkpoints the one with the lowest validation loss.
     """
+    is_scored = bool(sweep_results[0]["prompt_following"] or sweep_results[0]["clip_score"])
+    if is_scored:
+        return max(sweep_results, key=lambda result: (sweep_score(result), result["checkpoint"]))
+    return max(
+        sweep_results,
+        key=lambda result: (
+            -abs(result["guidance_scale"] - guidance_scale),
+            float("-inf") if result["val_loss"] is None else -result["val_loss"],
+        ),
+    )
 
-    def score(cell: dict[str, Any]) -> float:
-        if cell["prompt_following"]:
-            shares = [share for name, share in cell["prompt_following"].items() if name != "all"]
-            return round(sum(shares) / len(shares), 3)
-        if cell["clip_score"]:
-            return cell["clip_score"]["mean"]
-        return -abs(cell["guidance_scale"] - guidance_scale)
 
-    def loss(cell: dict[str, Any]) -> float:
-        return -cell["val_loss"] if cell["val_loss"] is not None else float("-inf")
-
-    if cells[0]["prompt_following"] or cells[0]["clip_score"]:
-        return max(cells, key=lambda cell: (score(cell), cell["checkpoint"]))
-    return max(cells, key=lambda cell: (score(cell), loss(cell)))
+def sweep_score(result: dict[str, Any]) -> float:
+    """Return the mean share of attributes that follow the prompt, else the CLIP score. Higher is better."""
+    if result["prompt_following"]:
+        shares = [share for name, share in result["prompt_following"].items() if name != "all"]
+        return round(sum(shares) / len(shares), 3)
+    return float(result["clip_score"]["mean"])
 
 
 def logged_loss(run: Path, checkpoint: str) -> float | None:
-    """The validation loss that training logged at the checkpoint's step."""
+    """Return the validation loss that training logged at the checkpoint's step, or None."""
     step = checkpoint_step(run / checkpoint)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["val_loss"] for row in rows if row["step"] == step and "val_loss" in row]
@@ -390,8 +426,7 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 
 
 def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
-    """Seconds for a single picture by torch, second of two, on the CPU and on a GPU if there is one."""
-
+    """Time a single picture by torch, the second of two, on the CPU and on a GPU if there is one. Return seconds."""
     from t2i.pictures import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
@@ -415,7 +450,7 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
 
 
 def save_grid(pictures: "np.ndarray", path: Path, count: int = 32) -> None:
-    """The first pictures as one PNG, eight a row."""
+    """Save the first pictures as one PNG, eight per row."""
     from t2i.pictures import sampling
 
     sampling.picture_grid(pictures[:count], columns=8, scale=max(1, 128 // pictures.shape[1])).save(path)
@@ -428,14 +463,14 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
     from t2i.tracking.mlflow_tracker import Tracker
 
     tracker = Tracker(run, experiment=experiment, run_name=run.name, config={})
-    for cell in results["cells"]:
-        step = checkpoint_step(run / cell["checkpoint"]) or 0
-        name = f"guidance_{cell['guidance_scale']:g}"
-        figures = dict(cell["prompt_following"] or {})
-        figures |= {"memorisation": cell["memorisation"]["share_closer"]} if cell["memorisation"] else {}
-        figures |= {"kid": cell["kid"]["mean"]} if cell["kid"] else {}
+    for result in results["cells"]:
+        step = checkpoint_step(run / result["checkpoint"]) or 0
+        name = f"guidance_{result['guidance_scale']:g}"
+        figures = dict(result["prompt_following"] or {})
+        figures |= {"memorisation": result["memorisation"]["share_closer"]} if result["memorisation"] else {}
+        figures |= {"kid": result["kid"]["mean"]} if result["kid"] else {}
         tracker.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step)
-        tracker.log_image(Image.open(run / "evaluation" / cell["grid"]), name, step)
+        tracker.log_image(Image.open(run / "evaluation" / result["grid"]), name, step)
     final = results["report"]["prompt_following"] or {}
     tracker.log_metrics({f"report/{key}": value for key, value in final.items()}, 0)
     tracker.log_artifact(run / "evaluation" / "evaluation.json")
@@ -443,24 +478,24 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
     tracker.finish()
 
 
-def print_cells(cells: list[dict[str, Any]]) -> None:
-    """A line a checkpoint and scale."""
-    heads = list(cells[0]["prompt_following"] or {})
+def print_sweep(sweep_results: list[dict[str, Any]]) -> None:
+    """Print one line per checkpoint and guidance scale."""
+    heads = list(sweep_results[0]["prompt_following"] or {})
     print(
         f"\n{'checkpoint':<20}{'guidance':>9}{'val loss':>10}"
         + "".join(f"{head:>15}" for head in heads)
         + f"{'KID':>9}{'closer':>8}"
     )
-    for cell in cells:
-        shares = "".join(f"{cell['prompt_following'][head]:>15.1%}" for head in heads)
-        loss = f"{cell['val_loss']:.4f}" if cell["val_loss"] is not None else "-"
-        kid = f"{cell['kid']['mean']:.4f}" if cell["kid"] else "-"
-        closer = f"{cell['memorisation']['share_closer']:.1%}" if cell["memorisation"] else "-"
-        print(f"{cell['checkpoint']:<20}{cell['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{closer:>8}")
+    for result in sweep_results:
+        shares = "".join(f"{result['prompt_following'][head]:>15.1%}" for head in heads)
+        loss = f"{result['val_loss']:.4f}" if result["val_loss"] is not None else "-"
+        kid = f"{result['kid']['mean']:.4f}" if result["kid"] else "-"
+        closer = f"{result['memorisation']['share_closer']:.1%}" if result["memorisation"] else "-"
+        print(f"{result['checkpoint']:<20}{result['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{closer:>8}")
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The chosen pair on its own prompts."""
+    """Print the figures of the chosen pair on its own prompts."""
     print(
         f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}; on {report['prompts']} other prompts:"
     )
