@@ -1,10 +1,10 @@
-"""Compile a model for pictures on a CPU, and keep the compiled models in its pipeline folder.
+"""Compile a model for fast pictures on a CPU, and write the compiled models into its pipeline folder.
 
 python scripts/export_pipeline.py --model outputs/demo/unet
 
-Parts of it compute in 8 bits where that leaves pictures as they are; what was measured is said. generate_images.py and the
-dashboard take the compiled models from then on, and publish_model.py sends them along. After another training they count no
-longer; the same command makes them anew.
+A part of the model computes in 8 bits if measured pictures stay nearly the same. The measured quality is printed.
+generate_images.py and the dashboard then use the compiled models, and publish_model.py publishes them too. After another
+training the compiled models are no longer valid. Run export_pipeline.py again to replace them.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from t2i.files import read_json
 
 @dataclass
 class Options:
-    """The model."""
+    """Options of the command line."""
 
-    model: PathText | None = None  # run folder of train_unet.py, or a pipeline folder
+    model: PathText | None = None  # Run folder of train_unet.py, or a pipeline folder. Required.
 
 
 def main() -> None:

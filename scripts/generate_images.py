@@ -1,9 +1,9 @@
-"""Prompts -> pictures, from a run folder, one of its checkpoints, a pipeline folder or a Hub id.
+"""Draw pictures for prompts, with the model of a run folder, a checkpoint, a pipeline folder or a Hub id.
 
 python scripts/generate_images.py --model outputs/demo/unet --prompt "a red flower with five petals" "a blue flower at night"
 
-The same seed gives the same picture, whatever the batch size. Each PNG carries its parameters as text. The same command
-writes the same files again; pictures of other settings get the next numbers, so that none is overwritten.
+The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. The same command
+writes the same files again. Pictures with other settings get the next free numbers, so that no file is overwritten.
 """
 
 import json
@@ -28,29 +28,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """The pictures."""
+    """Options of the command line."""
 
-    model: str = "outputs/demo/unet"  # run folder, checkpoint, pipeline folder or Hub id
-    revision: str | None = None  # branch, tag or commit of a Hub id
-    weights: Literal["ema", "raw"] = "ema"  # of a checkpoint
-    prompt: list[str] = field(default_factory=list)  # one or more prompts; several --prompt add up
-    prompt_file: str | None = None  # text file with a prompt a line
-    negative_prompt: str = ""  # what to stay away from
-    guidance_scale: Guidance = 7.5  # how strongly to follow the prompt; 1: without guidance
-    # ddim 30, unipc 8 (4 of them guided) or unipc 3 (1) steps, where the next three do not say
+    model: str = "outputs/demo/unet"  # Run folder, checkpoint, pipeline folder or Hub id of the model.
+    revision: str | None = None  # Branch, tag or commit of a Hub model.
+    # Weights of a checkpoint. ema: the moving average. raw: the weights as trained.
+    weights: Literal["ema", "raw"] = "ema"
+    prompt: list[str] = field(default_factory=list)  # One or more prompts. Repeated --prompt options add up.
+    prompt_file: str | None = None  # UTF-8 text file with one prompt per line.
+    negative_prompt: str = ""  # What the pictures should not show.
+    guidance_scale: Guidance = 7.5  # Strength with which pictures follow the prompt. 1: no guidance.
+    # Scheduler, steps and guidance, unless the next three options set them. exact: ddim, 30 steps, all guided. fast: unipc,
+    # 8 steps, 4 of them guided. draft: unipc, 3 steps, 1 of them guided.
     preset: Literal["exact", "fast", "draft"] = "exact"
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # denoising steps; None: the preset's
-    # share of the steps, from the first on, that are guided (one at least); None: the preset's
+    # Number of denoising steps. None: the preset's.
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    # Share of the steps, from the first on, that are guided. At least one step is. None: the preset's.
     guidance_end: Share | None = None
-    # ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of diffusers, if right for the model
+    # Scheduler that suits the model: ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of
+    # diffusers. None: the preset's.
     scheduler: str | None = None
-    seed: Seed = 0  # of the first picture; each further picture of a prompt takes the next
-    num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # pictures a prompt
-    batch_size: Count = 8  # pictures at once
-    output_dir: LocalPath = "outputs/pictures"  # where the PNG files go
-    grid: Flag = False  # write grid.png as well: a row a prompt
-    device: str | None = None  # cpu, cuda, …; None: a GPU if there is one
-    # on a CPU; auto: compiled models that `make export` wrote, else torch; openvino: compile if there are none
+    seed: Seed = 0  # Seed of each prompt's first picture. Its further pictures take the seeds that follow.
+    num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # Number of pictures per prompt.
+    batch_size: Count = 8  # Number of pictures drawn at once.
+    output_dir: LocalPath = "outputs/pictures"  # Folder for the PNG files.
+    grid: Flag = False  # Write all pictures into grid.png as well, one row per prompt.
+    device: str | None = None  # Device that draws, such as cpu or cuda. None: a GPU if there is one.
+    # Engine that draws. torch: PyTorch, on any device. openvino: compiled models on a CPU, compiled now if there are none.
+    # auto: compiled models if the device is a CPU and `make export` wrote them, else torch.
     engine: Literal["auto", "torch", "openvino"] = "auto"
 
 
@@ -110,7 +115,11 @@ def main() -> None:
 
 
 def writable_folder(name: str) -> Path:
-    """The folder of `--output_dir`, made where it is missing; raises `UserError` before anything is drawn in vain."""
+    """Return the folder of `--output_dir`, and make it if it is missing.
+
+    Raises:
+        UserError: the folder cannot be written. This is found before anything is drawn.
+    """
     try:
         folder = Path(name).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +132,7 @@ def writable_folder(name: str) -> Path:
 
 
 def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
-    """A file for each picture: the one that holds a picture of the same parameters, else one with the next free number."""
+    """Return a file for each picture: one that holds the same parameters, else one with the next free number."""
     from t2i.pictures.png import read_parameters
 
     known: dict[str, list[Path]] = {}
@@ -145,7 +154,7 @@ def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
 
 
 def grid_place(folder: Path, parameters: dict[str, Any]) -> Path:
-    """`grid.png`, or the first of `grid-0001.png`, … that is free or holds the grid of the same pictures."""
+    """Return the first of `grid.png`, `grid-0001.png`, … that is free or holds a grid of the same pictures."""
     from t2i.pictures.png import read_parameters
 
     def names() -> Iterator[str]:
@@ -157,7 +166,11 @@ def grid_place(folder: Path, parameters: dict[str, Any]) -> Path:
 
 
 def save(path: Path, picture: "np.ndarray", parameters: dict[str, Any]) -> None:
-    """Write a picture whole: a disk that fills leaves the one that was there."""
+    """Write a picture atomically. If the disk is full, the file that was there before stays.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     from t2i.pictures.png import png_bytes
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -172,18 +185,22 @@ def save(path: Path, picture: "np.ndarray", parameters: dict[str, Any]) -> None:
 
 
 def read_prompts(options: Options) -> list[str]:
-    """The prompts of `--prompt` and `--prompt_file`, in that order."""
+    """Return the prompts of `--prompt`, then those of `--prompt_file`.
+
+    Raises:
+        UserError: the file cannot be read, or there is no prompt.
+    """
     prompts = list(options.prompt)
     if options.prompt_file:
         try:
             text = Path(options.prompt_file).expanduser().read_bytes()
-            is_utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows' editors call "Unicode"
+            is_utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # Windows' editors call this "Unicode"
             decoded = text.decode("utf-16" if is_utf16 else "utf-8-sig")
             if "\0" in decoded:
                 raise ValueError("it holds zero bytes, as UTF-16 does")
             lines = re.split(
                 r"\r\n|\n|\r", decoded
-            )  # splitlines() would split at a line separator within a prompt, too
+            )  # splitlines() would also split at a line separator within a prompt
         except (OSError, ValueError, RuntimeError) as error:
             reason = (
                 "it is not UTF-8"

@@ -1,4 +1,4 @@
-"""The classifier that reads pictures: the attributes of drawn flowers, or labels.
+"""The classifier that recognises attributes of drawn flowers, or labels, in pictures.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """
@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from t2i.errors import UserError
 from t2i.files import read_json, write_json
 
-Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it tells apart, in the order of its logits
+Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it distinguishes, in the order of its logits
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions (He et al., 2016), halving the size where `stride` is 2."""
+    """Residual block of two 3x3 convolutions (He et al., 2016). It halves the size if `stride` is 2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -45,7 +45,8 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """Residual network with one linear head per attribute.
 
-    Input [B, 3, R, R], floats in [-1, 1], R = `resolution` (32 to 128); output: name -> logits [B, len(heads[name])].
+    The input is [B, 3, R, R], floats in [-1, 1], with R = `resolution` (32 to 128). The output maps each head's name to
+    logits [B, len(heads[name])].
     """
 
     def __init__(self, heads: Heads, resolution: int, width: int = 32) -> None:
@@ -63,7 +64,7 @@ class Classifier(nn.Module):
         self.logits = nn.ModuleDict({name: nn.Linear(widths[-1], len(values)) for name, values in self.heads.items()})
 
     def features(self, x: Tensor) -> Tensor:
-        """Pooled embedding [B, F] of pictures [B, 3, R, R] in [-1, 1]."""
+        """Return pooled embeddings [B, F] of pictures [B, 3, R, R] in [-1, 1]."""
         return self.blocks(self.stem(x)).mean((2, 3))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -81,7 +82,11 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Read what `save` wrote, ready to judge. Raises UserError if a file is missing or does not fit."""
+        """Load a classifier that `save` wrote, in eval mode.
+
+        Raises:
+            UserError: a file is missing, or does not fit.
+        """
         folder = Path(folder)
         try:
             model = cls(**read_json(folder / "config.json"))
@@ -94,7 +99,7 @@ class Classifier(nn.Module):
 
 
 def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [B, H, W, 3] -> floats [B, 3, size, size] in [-1, 1]; antialiased where the size changes."""
+    """Convert uint8 [B, H, W, 3] to floats [B, 3, size, size] in [-1, 1]. Resizing is antialiased."""
     x = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
@@ -102,8 +107,11 @@ def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu")
 
 
 def _augment(x: Tensor, strong: bool) -> Tensor:
-    """Random shifts, brightness, blur and noise; with `strong` (few photos) also flips, crops, colours and erased
-    rectangles.
+    """Augment pictures by random shifts, brightness, blur and noise.
+
+    Args:
+        x: floats [B, 3, R, R] in [-1, 1].
+        strong: also use flips, crops, colours and erased rectangles. This suits a few photos.
     """
     count, _, size, _ = x.shape
     device = x.device
@@ -111,7 +119,7 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(count, *shape, device=device) * (high - low) + low
 
-    # one affine map per picture: zoom (area 0.4 to 1 of the picture when strong), shift, turn and flip
+    # Each picture gets one affine map: zoom (if strong, to an area of 0.4 to 1 of the picture), shift, turn and flip.
     area = uniform(0.4, 1) if strong else uniform(0.85, 1.1)
     stretch = uniform(-0.2, 0.2).exp() if strong else torch.ones(count, device=device)
     turn = uniform(-0.3, 0.3)
@@ -130,7 +138,7 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
         x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False
     )
 
-    # pictures that a model makes are softer than its training images: half of each batch loses detail
+    # A model's pictures are softer than its training images, so half of each batch loses detail.
     small = int(torch.randint(round(size * 0.45), size, ()))
     half = F.interpolate(x[: count // 2], (small, small), mode="bilinear", antialias=True, align_corners=False)
     x = torch.cat([F.interpolate(half, (size, size), mode="bicubic", align_corners=False), x[count // 2 :]])
@@ -141,7 +149,7 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
         grey = x.mean(1, keepdim=True)
         x = grey + (x - grey) * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
     x = x + torch.randn_like(x) * uniform(0, 0.06, 1, 1, 1)
-    if strong:  # random erasing (Zhong et al., 2020), half of the pictures
+    if strong:  # random erasing (Zhong et al., 2020) in half of the pictures
         line = torch.linspace(-1, 1, size, device=device)
         rows = (line - uniform(-1, 1, 1)).abs() < uniform(0.1, 0.45, 1)
         columns = (line - uniform(-1, 1, 1)).abs() < uniform(0.1, 0.45, 1)
@@ -164,16 +172,21 @@ def train_classifier(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Classifier:
-    """Train a classifier on `pixels` (uint8 [N, R, R, 3]) and `labels` (name -> int64 [N], indices into `heads[name]`).
+    """Train a classifier and return it in eval mode.
 
-    AdamW on a one-cycle schedule, label smoothing 0.05; the same arguments give the same weights on the same machine.
-    `augment=False` suits thousands of drawings (small shifts, brightness, blur and noise only), `augment=True` suits
-    hundreds of photos (flips, crops, colours, erasing and mixup as well). Returns the model in eval mode.
+    Training uses AdamW, a one-cycle schedule and label smoothing of 0.05. The same arguments give the same weights on the
+    same machine.
+
+    Args:
+        pixels: uint8 [N, R, R, 3].
+        labels: name -> int64 [N], indices into `heads[name]`.
+        augment: strength of the augmentation. False suits thousands of drawings: small shifts, brightness, blur and noise.
+            True suits hundreds of photos, and adds flips, crops, colours, erasing and mixup.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Classifier(heads, pixels.shape[1], width).to(device)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on a CPU
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # this is a quarter faster on a CPU
         targets = {name: torch.as_tensor(labels[name], dtype=torch.int64) for name in model.heads}
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
@@ -207,7 +220,7 @@ def train_classifier(
 
 
 def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
-    """`steps` batches of row numbers, a fresh order every epoch; the last, smaller batch of an epoch is dropped."""
+    """Yield `steps` batches of row numbers, in a new order each epoch. An epoch's last, smaller batch is dropped."""
     batch_size = min(batch_size, count)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -229,20 +242,29 @@ def _read(
 
 
 def predict(classifier: Classifier, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Most likely value of every head: name -> int64 [N], indices into `classifier.heads[name]`. Pictures may be of any
-    size.
+    """Return the most likely value of every head.
+
+    Args:
+        pixels: pictures of any size.
+
+    Returns:
+        name -> int64 [N], indices into `classifier.heads[name]`.
     """
     parts = [values for _, values in _read(classifier, pixels)]
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in classifier.heads}
 
 
 def classifier_features(classifier: Classifier, pixels: np.ndarray) -> Tensor:
-    """Embedding [N, F] (float32, CPU) of pictures of any size."""
+    """Return embeddings [N, F] (float32, on the CPU) of pictures of any size."""
     return torch.cat([embedding for embedding, _ in _read(classifier, pixels)])
 
 
 def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Share (0 to 1) of the pictures whose value is read correctly, per head of `labels`."""
+    """Return the share (0 to 1) of pictures whose value is recognised correctly, per head of `labels`.
+
+    Args:
+        labels: name -> int [N], indices into `classifier.heads[name]`.
+    """
     found = predict(classifier, pixels)
     return {name: float((found[name] == np.asarray(values)).mean()) for name, values in labels.items()}
 
@@ -250,10 +272,14 @@ def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np
 def prompt_following(
     classifier: Classifier, pictures: np.ndarray, wanted: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Share (0 to 1) of `pictures` that show what was asked for, per head, and "all": every head right at once.
+    """Return the share (0 to 1) of pictures that show the wanted values.
 
-    `wanted[i]` are the values asked of picture i, such as {"petal_color": "red", "petal_count": 5}; other keys are
-    ignored.
+    Args:
+        wanted: values that each picture should show, such as {"petal_color": "red", "petal_count": 5}. Keys that are not
+            heads are ignored.
+
+    Returns:
+        One share per head, and "all", the share of pictures that are right in every head.
     """
     found = predict(classifier, pictures)
     right = {

@@ -1,4 +1,4 @@
-"""Memorisation: whether generated pictures lie nearer to training images than unseen images do.
+"""A test of memorisation: do generated pictures lie nearer to training images than unseen images do?
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """
@@ -14,17 +14,21 @@ from t2i.evaluation.attributes import to_tensor
 
 
 def pixel_embedding(pixels: np.ndarray, size: int = 16) -> Tensor:
-    """Pictures as `size` x `size` thumbnails in [-1, 1]: [N, 3 * size^2], float32; blind to fine detail, hence to
-    softness.
+    """Return pictures as thumbnails in [-1, 1], float32 [N, 3 * size^2].
+
+    Thumbnails have no fine detail, so they do not show whether a picture is soft.
     """
     parts = [to_tensor(pixels[start : start + 512], size).flatten(1) for start in range(0, len(pixels), 512)]
     return torch.cat(parts)
 
 
 def _nearest(queries: Tensor, train: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """The `neighbours` smallest L2 distances [M, k] from each query to rows of `train`, and those rows' numbers [M, k].
+    """Return the smallest L2 distances from each query to rows of `train`, and the numbers of those rows.
 
-    Works in blocks of 256 x 4,096, so memory does not grow with the training set.
+    The work is done in blocks of 256 x 4,096, so memory does not grow with the training set.
+
+    Returns:
+        Distances [M, k] and row numbers [M, k], with k = `neighbours`, or fewer if `train` is smaller.
     """
     distances, rows = [], []
     for some in queries.split(256):
@@ -43,8 +47,12 @@ def _nearest(queries: Tensor, train: Tensor, neighbours: int) -> tuple[Tensor, T
 
 
 def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [M, 2k] of each picture, as it is and mirrored, to the k = 50 nearest training images of each, and their
-    numbers [M, 2k]: training flips images, so a copy may be mirrored.
+    """Return the distances of each picture and its mirror image to their nearest training images.
+
+    Training flips images, so a copy may be mirrored.
+
+    Returns:
+        Distances [M, 2k] and numbers of the training images [M, 2k]. The picture has k = 50, and so has its mirror image.
     """
     thumbnails = pixel_embedding(pictures)
     near, rows = _nearest(thumbnails, train, 50)
@@ -54,13 +62,14 @@ def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _neighbourhood(distances: Tensor) -> Tensor:
-    """Mean distance [M, 1] to the nearest k of `_both_ways`' [M, 2k]."""
+    """Return the mean [M, 1] of the k smallest of the distances [M, 2k] of `_both_ways`."""
     return distances.topk(distances.shape[1] // 2, largest=False).values.mean(1, keepdim=True).clamp(min=1e-12)
 
 
 def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance [M] of each picture to its nearest training image over the mean to its 50 nearest; that image's number
-    [M].
+    """Return relative distances to the nearest training image, [M], and the numbers of these images, [M].
+
+    A relative distance is the distance to the nearest image, divided by the mean distance to the 50 nearest.
     """
     distances, rows = _both_ways(pictures, train)
     first, column = (distances / _neighbourhood(distances)).min(1)
@@ -68,10 +77,17 @@ def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Te
 
 
 def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
-    """The `count` training images nearest to a picture (uint8 [H, W, 3]), each once: number and relative distance.
+    """Return the training images nearest to a picture, each once.
 
-    train: `pixel_embedding` of the training images. Distances are `memorisation`'s: over the mean to the 50 nearest, so that
-    the first is the picture's "relative_distance", and one under 0.5 a near copy.
+    Args:
+        picture: uint8 [H, W, 3].
+        train: `pixel_embedding` of the training images.
+        count: maximum number of images.
+
+    Returns:
+        Pairs of an image's number and its relative distance, the nearest first. Each distance is divided by the mean
+        distance to the 50 nearest, as in `memorisation`. So the first one is the picture's "relative_distance". A distance
+        under 0.5 means a near copy.
     """
     distances, rows = _both_ways(picture[None], train)
     relative = (distances / _neighbourhood(distances))[0]
@@ -89,10 +105,10 @@ def relative_distances(pictures: np.ndarray, train: Tensor) -> np.ndarray:
 def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
     """Measure whether generated pictures lie nearer to training images than unseen real images do.
 
-    Distances are L2 between 16 x 16 thumbnails, and the nearer of picture and mirror image counts. Features of a classifier
-    would not do: it sets the images that it was trained on apart from unseen ones. Thumbnails do not show softness.
-    The relative distance divides the distance to the nearest training image by the mean distance to the 50 nearest.
-    Plain or pale pictures lie nearer to all images, while a copy stands out from its own neighbourhood.
+    Distances are L2 distances between 16 x 16 thumbnails. The smaller one of the picture and its mirror image is used.
+    Features of a classifier are not suitable, as they separate its training images from unseen ones. Thumbnails do not show
+    softness. The relative distance divides the distance to the nearest training image by the mean distance to the 50 nearest.
+    This is needed because plain or pale pictures lie nearer to all images. Only a copy is much nearer to one image.
     Source: Carlini et al., 2023, "Extracting Training Data from Diffusion Models", section 4.2.
 
     Args:
@@ -101,11 +117,11 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
         held_out: unseen real images, uint8 [K, H, W, 3].
 
     Returns:
-        "median_ratio": median relative distance of the generated over that of the held-out (1: as far).
+        "median_ratio": median relative distance of the generated pictures, divided by that of the held-out (1: equally far).
         "share_closer": share of generated pictures below the 1st percentile of the held-out ones (0.01 by chance).
         "probability_closer": chance that a generated picture is relatively nearer than a held-out one (0.5: no difference).
         "near_copies" and "near_copies_held_out": shares with a relative distance under 0.5. If the latter is above 0, the
-        data set holds near-duplicates across its splits. Then "share_closer" is blind, and these two are to be compared.
+        data set has near-duplicates across its splits. Then "share_closer" shows nothing; compare these two instead.
         "nearest": int64 [M], the nearest training image of each picture.
         "relative_distance": float32 [M].
 
@@ -118,8 +134,8 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
     ours, rows = _relative_distances(generated, thumbnails)
     theirs, _ = _relative_distances(held_out, thumbnails)
     ordered = theirs.sort().values
-    below = torch.searchsorted(ordered, ours)  # held-out images nearer than this picture
-    level = torch.searchsorted(ordered, ours, right=True)  # the same, and ties
+    below = torch.searchsorted(ordered, ours)  # number of held-out images nearer than this picture
+    level = torch.searchsorted(ordered, ours, right=True)  # the same number, plus ties
     return {
         "median_ratio": float(ours.median() / theirs.median().clamp(min=1e-12)),
         "share_closer": float((ours < theirs.quantile(0.01)).float().mean()),

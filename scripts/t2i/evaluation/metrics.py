@@ -1,4 +1,4 @@
-"""Figures about pictures: diversity, PSNR, SSIM, KID and CLIP score.
+"""Metrics of pictures: diversity, PSNR, SSIM, KID and CLIP score.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise. No torchvision is needed.
 """
@@ -23,7 +23,7 @@ from t2i.evaluation.attributes import Classifier, classifier_features
 
 
 def _spread(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
-    """Mean over groups of the mean L2 distance between two members of a group."""
+    """Return the mean L2 distance between two members of a group, averaged over the groups in `only`."""
     names = np.array([str(group) for group in groups])
     means = []
     for name in sorted(only):
@@ -37,13 +37,22 @@ def _spread(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
 def diversity(
     generated: Tensor, real: Tensor, groups: Sequence[Any] | None = None, real_groups: Sequence[Any] | None = None
 ) -> dict[str, float]:
-    """How much pictures of one group (one prompt, species, color) differ from each other, beside real images of that
-    group.
+    """Measure how much pictures of one group differ from each other, compared with real images of that group.
 
-    `generated` and `real` are embeddings [M, F] and [N, F]; groups name each row's group (None: all rows are one
-    group). Returns "generated" and "real", mean pairwise L2 distances over the groups with two members or more on both
-    sides, and "ratio", their quotient (1 = as diverse as real images, 0 = all alike). Raises UserError if no group can
-    be compared.
+    A group is, for example, one prompt, species or color. Only groups with at least two members on both sides are used.
+
+    Args:
+        generated: embeddings of generated pictures, [M, F].
+        real: embeddings of real images, [N, F].
+        groups: group of each generated picture. None: all are one group.
+        real_groups: group of each real image. None: all are one group.
+
+    Returns:
+        "generated" and "real": pairwise L2 distances within a group, averaged over the groups.
+        "ratio": the first divided by the second (1: as diverse as real images, 0: all alike).
+
+    Raises:
+        UserError: no group can be compared.
     """
     groups = [""] * len(generated) if groups is None else groups
     real_groups = [""] * len(real) if real_groups is None else real_groups
@@ -58,24 +67,36 @@ def diversity(
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, [B], of floats [B, 3, H, W] in [-1, 1] (so the data range is 2): 10 log10(4 /
-    MSE).
+    """Return the peak signal-to-noise ratio of pairs of pictures, 10 log10(4 / MSE) in dB, [B].
+
+    Args:
+        a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
+        b: the same.
     """
     return peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity, [B], of floats [B, 3, H, W] in [-1, 1] (data range 2); 11x11 Gaussian window (Wang et al.,
-    2004).
+    """Return the structural similarity of pairs of pictures, [B], with an 11x11 Gaussian window (Wang et al., 2004).
+
+    Args:
+        a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
+        b: the same.
     """
     similarity = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
     return torch.as_tensor(similarity).reshape(len(a))
 
 
 def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
-    """Structural similarity, a scalar, of floats [B, C, H, W] in [-1, 1] (data range 2); uniform window, for a training's loss.
+    """Return the mean structural similarity of two batches with a uniform window, as a scalar for a loss.
 
-    What torchmetrics gives with `gaussian_kernel=False`; that one makes its window on the CPU, which no CUDA graph can record.
+    The result is that of torchmetrics with `gaussian_kernel=False`. torchmetrics makes its window on the CPU, which a CUDA
+    graph cannot record.
+
+    Args:
+        a: floats [B, C, H, W] in [-1, 1], so the data range is 2.
+        b: the same.
+        side: side of the window in pixels.
     """
     a, b = (F.pad(images, [side // 2] * 4, mode="reflect") for images in (a, b))
     window = torch.full((a.shape[1], 1, side, side), 1 / side**2, dtype=a.dtype, device=a.device)
@@ -92,7 +113,7 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
 def _loading(name: str, use: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # transformers raises many kinds; whichever it is, the user's answer is the same
+    except Exception as error:  # transformers raises many kinds of errors; the user's answer to all is the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{name} cannot be loaded {use} ({reason}); "
@@ -101,7 +122,7 @@ def _loading(name: str, use: str) -> Iterator[None]:
 
 
 class _VisionFeatures(nn.Module):
-    """A transformers vision model as a function of uint8 pictures [B, 3, H, W] -> features [B, F]."""
+    """A vision model of transformers that maps uint8 pictures [B, 3, H, W] to features [B, F]."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -115,14 +136,14 @@ class _VisionFeatures(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         images = [Image.fromarray(p) for p in pictures.permute(0, 2, 3, 1).cpu().numpy()]
         inputs = self.processor(images=images, return_tensors="pt").to(next(self.model.parameters()).device)
-        vision = getattr(self.model, "vision_model", self.model)  # of CLIP and its like only the half that sees
+        vision = getattr(self.model, "vision_model", self.model)  # models like CLIP have a text half too
         output = vision(**inputs)
         pooled = getattr(output, "pooler_output", None)
         return (pooled if pooled is not None else output.last_hidden_state.mean(1)).flatten(1).float().cpu()
 
 
 class _ClassifierFeatures(nn.Module):
-    """Our classifier as a function of uint8 pictures [B, 3, H, W] -> features [B, F]."""
+    """A `Classifier` that maps uint8 pictures [B, 3, H, W] to features [B, F]."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -135,13 +156,22 @@ class _ClassifierFeatures(nn.Module):
 def kid(
     real: np.ndarray, generated: np.ndarray, network: str | os.PathLike | Classifier | None, *, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Kernel Inception Distance (Binkowski et al., 2018): squared MMD of features under a cubic kernel; 0 = same
-    distribution.
+    """Measure the Kernel Inception Distance: squared MMD of features under a cubic kernel (0: same distribution).
 
-    `network` is a Hub id or folder of a transformers vision or CLIP model (safetensors), or a `Classifier`; None: not
-    measured, returns None. Otherwise returns "mean" and "std" over 50 random subsets, "subset_size", and "features",
-    which says what network it was: values compare only where that is the same, and none compares with a KID on
-    Inception-v3. Raises UserError if the network cannot be loaded.
+    Source: Binkowski et al., 2018. Only values with the same "features" can be compared. None can be compared with a KID
+    on Inception-v3.
+
+    Args:
+        network: a `Classifier`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors). None: the
+            distance is not measured.
+        seed: seed of the random subsets.
+
+    Returns:
+        None without a network. Else "mean" and "std" over 50 random subsets, "subset_size", and "features", the name of the
+        network.
+
+    Raises:
+        UserError: the network cannot be loaded, or there are fewer than 2 pictures on one side.
     """
     if network is None:
         return None
@@ -154,9 +184,9 @@ def kid(
         features, name = _VisionFeatures(str(network)), str(network)
     size = min(len(real), len(generated), 1000)
     if min(len(real), len(generated)) > 100:
-        size = min(size, min(len(real), len(generated)) // 2)  # subsets that differ, so that std says something
+        size = min(size, min(len(real), len(generated)) // 2)  # half-size subsets differ, so that std has a meaning
     with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": intended
+        warnings.simplefilter("ignore", UserWarning)  # the warning "will save all extracted features" is expected
         metric = KernelInceptionDistance(feature=features, subsets=50, subset_size=size)
         torch.manual_seed(seed)
         for pictures, is_real in ((real, True), (generated, False)):
@@ -169,11 +199,19 @@ def kid(
 
 @torch.no_grad()
 def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.PathLike | None) -> dict[str, Any] | None:
-    """CLIP score: mean over pairs of 100 * max(cosine(picture, prompt), 0) (Hessel et al., 2021, with torchmetrics'
-    factor).
+    """Measure the CLIP score: mean of 100 * max(cosine(picture, prompt), 0) over pairs.
 
-    `clip` is a Hub id or folder of a CLIP model with tokenizer and image processor (safetensors); None: not measured,
-    returns None. Prompts beyond the tokenizer's limit are cut. Raises UserError if the model cannot be loaded.
+    Source: Hessel et al., 2021, with torchmetrics' factor. Prompts beyond the tokenizer's limit are cut.
+
+    Args:
+        clip: Hub id or folder of a CLIP model with tokenizer and image processor (safetensors). None: the score is not
+            measured.
+
+    Returns:
+        None without a model. Else "mean", the number of "pictures", and the name of the "model".
+
+    Raises:
+        UserError: the model cannot be loaded.
     """
     if clip is None:
         return None

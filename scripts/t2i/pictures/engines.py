@@ -1,8 +1,8 @@
-"""Compiled engines for pictures on a CPU: text encoder, UNet and the VAE's decoder by OpenVINO, compiled for static shapes.
+"""Compiled engines for pictures on a CPU. OpenVINO compiles text encoder, UNet and VAE decoder for static shapes.
 
 They replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
-`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). They are valid while the weights
-beside them are those that they were made from.
+`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). They are valid as long as the
+weights beside them are the ones that they were made from.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from t2i.errors import UserError
 from t2i.files import read_json
 
 ENGINES = ("auto", "torch", "openvino")
-FOLDER = "openvino"  # of a pipeline folder
-WEIGHTS = {  # what is compiled, and the weights that it is made from
+FOLDER = "openvino"  # name of the subfolder in a pipeline folder
+WEIGHTS = {  # each compiled model, and the weights file that it is made from
     "text_encoder": "text_encoder/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
 }
-BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO knows them by model, processor and version
-FORMAT = 3  # of exported models; others are made anew
-TEXTS_KEPT = 64  # encoded prompts, 0.24 MB each of CLIP ViT-L/14
-SAMPLE = 1 << 20  # bytes at each end of a file of weights that tell it from another
+BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO finds them by model, processor and version
+FORMAT = 3  # version of the exported files; files of other versions are not valid
+TEXTS_KEPT = 64  # number of encoded prompts; with CLIP ViT-L/14 each takes 0.24 MB
+SAMPLE = 1 << 20  # bytes read at each end of a weights file, to tell it from other files
 
 
 class Network:
-    """A compiled model: arrays in, the tensor of its only output out."""
+    """A compiled model. It takes arrays and returns its only output as a tensor."""
 
     def __init__(self, compiled: Any):
         self.request = compiled.create_infer_request()
@@ -49,9 +49,12 @@ class Network:
 
 
 class Sizes(dict[int, Network]):
-    """Networks of one model by how many samples they take: two, a guided picture's, now, another number at its first use.
+    """Networks of one model, by number of samples.
 
-    model: of OpenVINO, or its file, which is read now: it may be another one by then.
+    The network for two samples (one guided picture) is compiled at once. Others are compiled at their first use.
+
+    Args:
+        model: an OpenVINO model, or its file. The file is read at once, because it may have changed by the first use.
     """
 
     def __init__(self, model: Any):
@@ -66,9 +69,9 @@ class Sizes(dict[int, Network]):
 
 
 class CompiledText(torch.nn.Module):
-    """The text encoder at the stock pipeline's call: token ids [B, L] -> (hidden states [B, L, D],).
+    """The compiled text encoder, called as the stock one: token ids [B, L] -> (hidden states [B, L, D],).
 
-    What was encoded is kept: every picture has the empty prompt, and many have the last one's.
+    Encoded prompts are kept. Every picture needs the empty prompt, and many repeat the last prompt.
     """
 
     def __init__(self, network: Network, config: Any):
@@ -82,30 +85,34 @@ class CompiledText(torch.nn.Module):
     def _encode(self, ids: np.ndarray) -> torch.Tensor:
         key = ids.tobytes()
         hidden = self.known.pop(key, None)
-        self.known[key] = self.network(ids).clone() if hidden is None else hidden  # the newest stands last
+        self.known[key] = self.network(ids).clone() if hidden is None else hidden  # the newest comes last
         if len(self.known) > TEXTS_KEPT:
             del self.known[next(iter(self.known))]
         return self.known[key]
 
 
 class CompiledUnet(torch.nn.Module):
-    """The UNet at the stock pipeline's call: noisy latents [B, C, h, w], timestep, hidden states [B, L, D] -> (prediction,).
+    """The compiled UNet, called as the stock one.
 
-    A picture at a time, so that none depends on its batch: under guidance two samples, else one. networks: as `Sizes`.
-    weights_hash: of the UNet that it was made from, as `models.hash_model` gives it.
+    It maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
+    separately, so that it does not depend on its batch. A guided picture has two samples, an unguided one has one.
+
+    Args:
+        networks: networks by number of samples, as in `Sizes`.
+        weights_hash: `models.hash_model` of the UNet that was compiled.
     """
 
     def __init__(self, networks: dict[int, Any], config: Any, weights_hash: str):
         super().__init__()
         self.weights_hash = weights_hash
         self.networks, self.config, self.dtype, self.device = networks, config, torch.float32, torch.device("cpu")
-        self.given = torch.empty(0)  # the last hidden states, and which rows of them and of the latents are a picture's
+        self.given = torch.empty(0)  # the last hidden states; `pictures` has the rows and hidden states of each picture
         self.pictures: list[tuple[list[int], np.ndarray]] = []
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor]:
-        if self.given is not encoder_hidden_states:  # the same tensor in each step, until guidance ends
+        if self.given is not encoder_hidden_states:  # the tensor stays the same in all steps until guidance ends
             self.given, self.pictures = encoder_hidden_states, self._split(sample, encoder_hidden_states)
         step, made = np.array(float(timestep), np.float32), torch.empty_like(sample)
         for rows, context in self.pictures:
@@ -113,15 +120,19 @@ class CompiledUnet(torch.nn.Module):
         return (made,)
 
     def _split(self, sample: torch.Tensor, hidden: torch.Tensor) -> list[tuple[list[int], np.ndarray]]:
-        """Once a picture, not in each step: after work on large tensors PyTorch's threads spin beside OpenVINO's."""
+        """Split a batch into pictures: the rows and the hidden states of each.
+
+        This is done once per batch, not in each step. PyTorch's threads spin after work on large tensors, and then compete
+        with OpenVINO's.
+        """
         half = len(sample) // 2
-        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # the same latents, both prompts
+        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # one half per prompt
         rows = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
         return [(some, hidden[some].numpy()) for some in rows]
 
 
 class CompiledVae(torch.nn.Module):
-    """The VAE's decoder at the stock pipeline's call: raw latents [B, C, h, w] -> (pixels [B, 3, R, R] in [-1, 1],)."""
+    """The compiled VAE decoder, called as the stock one: raw latents [B, C, h, w] -> (pixels [B, 3, R, R] in [-1, 1],)."""
 
     def __init__(self, network: Network, config: Any):
         super().__init__()
@@ -161,14 +172,14 @@ class _Decoder(torch.nn.Module):
 
 
 def is_installed() -> bool:
-    """Whether OpenVINO can be imported; it is not part of what a training needs."""
+    """Return whether OpenVINO can be imported. Training does not need it."""
     from importlib.util import find_spec
 
     return find_spec("openvino") is not None
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether `folder`, a pipeline, has compiled models that were made from the weights that it has now."""
+    """Return whether a pipeline folder has compiled models that were made from its present weights."""
     files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
     try:
         known = read_json(folder / FOLDER / "engine.json")
@@ -179,7 +190,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def load_exported(folder: Path) -> StableDiffusionPipeline:
-    """The stock pipeline around the compiled models in `folder`; the weights beside them are not read."""
+    """Load the stock pipeline with the compiled models in `folder`. The weights beside them are not read."""
     networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in WEIGHTS})
     return _pipeline(
         networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
@@ -189,12 +200,16 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """The same pipeline with its modules compiled in memory, which takes some seconds."""
+    """Return the same pipeline with modules compiled in memory. This takes some seconds."""
     return wrap_networks(pipeline, compile_models(convert(pipeline)))
 
 
 def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -> StableDiffusionPipeline:
-    """Return a pipeline of compiled `networks`, by name, with the tokenizer, scheduler and configs of `pipeline`."""
+    """Return a pipeline of compiled networks, with the tokenizer, scheduler and configs of `pipeline`.
+
+    Args:
+        networks: compiled networks by name, as `compile_models` returns them.
+    """
     return _pipeline(
         networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
         pipeline.tokenizer, pipeline.scheduler,
@@ -203,7 +218,10 @@ def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -
 
 @torch.no_grad()
 def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's parts as OpenVINO models: the UNet for any number of samples, the others for one."""
+    """Return the pipeline's parts as OpenVINO models by name.
+
+    The UNet takes any number of samples, the others take one.
+    """
     openvino = import_openvino()
     unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
     side, channels, length = unet.config.sample_size, unet.config.in_channels, pipeline.tokenizer.model_max_length
@@ -216,7 +234,7 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
         "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],), 1),
     }
     with warnings.catch_warnings(), patch.object(Upsample2D, "forward", _upsample):
-        # what tracing takes for constants is the shape, which is one
+        # tracing warns that it treats the shape as a constant, and the shape is constant here
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return {
             name: openvino.convert_model(
@@ -237,7 +255,7 @@ def _upsample(
     """Upsample as diffusers does, with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
 
     Nearest-neighbour upsampling repeats each pixel in a 2 x 2 block. So two rows or columns of a 3 x 3 convolution's weights
-    meet the same value and can be added beforehand. Four 2 x 2 convolutions result, one per place in the block.
+    meet the same value, and can be added beforehand. The result is four 2 x 2 convolutions, one per place in the block.
     """
     convolution = getattr(self, "conv", None)
     stock = self.norm is not None or not self.interpolate or output_size is not None
@@ -252,20 +270,22 @@ def _upsample(
 
 
 def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three weights along `dim` as the two that even pixels meet (before, here), and odd ones (here, after)."""
+    """Return the three weights along `dim` as two pairs: for even pixels (before, here) and for odd ones (here, after)."""
     first, middle, last = weight.unbind(dim)
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
 
 def compile_models(models: dict[str, Any]) -> dict[str, Any]:
-    """Networks by name; of the UNet by number of samples."""
+    """Compile models by name. The UNet becomes networks by number of samples (`Sizes`)."""
     return {name: Sizes(model) if name == "unet" else compile_model(model) for name, model in models.items()}
 
 
 def compile_model(model: Any, kept: bool = False) -> Network:
-    """In bf16 where the processor computes in it, else in float32.
+    """Compile a model, in bf16 if the processor computes in it, else in float32.
 
-    model: of OpenVINO, or its file. kept: whether what is compiled is kept for the next time, as it is of a file.
+    Args:
+        model: an OpenVINO model, or its file.
+        kept: cache the compiled model on disk for the next time. A model from a file is always cached.
     """
     core = openvino_core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -276,7 +296,7 @@ def compile_model(model: Any, kept: bool = False) -> Network:
 
 
 def with_samples(model: Any, samples: int) -> Any:
-    """A copy of a model that takes any number of samples, for this number alone, which makes it faster."""
+    """Return a copy of a model that takes exactly this number of samples. A fixed number makes it faster."""
     openvino, model = import_openvino(), model.clone()
     shapes = {one: one.partial_shape for one in model.inputs if one.partial_shape.is_dynamic}
     model.reshape({one: openvino.PartialShape([samples, *list(shape)[1:]]) for one, shape in shapes.items()})
@@ -296,13 +316,13 @@ def _pipeline(
 
 
 def _scheduler(folder: Path) -> Any:
-    """The scheduler that the pipeline in `folder` was saved with."""
+    """Load the scheduler that the pipeline in `folder` was saved with."""
     name = StableDiffusionPipeline.load_config(folder)["scheduler"][1]
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
 def weight_fingerprints(folder: Path) -> dict[str, str]:
-    """Return the size of each weights file and the hash of its two ends. Any training changes numbers in these ends."""
+    """Return the size of each weights file and a hash of its two ends, by model. Any training changes the ends."""
     found = {}
     for name, path in WEIGHTS.items():
         with open(folder / path, "rb") as file:
@@ -319,13 +339,17 @@ def openvino_core() -> Any:
     """Return OpenVINO's one `Core` of this process.
 
     Each core gives the thread that makes it a stack for signals. If another thread drops the core's last model, OpenVINO frees
-    that stack while it is in use, and the next signal, such as Ctrl-C, kills the process. So the core is never dropped.
+    that stack while it is in use. The next signal, such as Ctrl-C, then kills the process. So the core is never dropped.
     """
     return import_openvino().Core()
 
 
 def import_openvino() -> Any:
-    """OpenVINO, or a `UserError` where it is not installed."""
+    """Return the module `openvino`.
+
+    Raises:
+        UserError: OpenVINO is not installed.
+    """
     try:
         import openvino
     except ImportError:

@@ -1,8 +1,8 @@
-"""Export a pipeline's networks for OpenVINO, with 8-bit convolutions if measured pictures stay the same.
+"""Export a pipeline's networks for OpenVINO, with 8-bit convolutions if measured pictures stay nearly the same.
 
-NNCF, OpenVINO's own quantiser, rounds the inputs of the convolutions of UNet and decoder. It takes their ranges from a few
+NNCF, OpenVINO's own quantiser, rounds the inputs of the convolutions of UNet and decoder. It measures their ranges on a few
 pictures. Sums, normalisation and attention keep their precision. With the timestep or the residual stream in 8 bits too, the
-demo's pictures fell to 12 dB of the stock ones. With 8-bit convolutions alone they stay above 35 dB.
+demo's pictures fell to 12 dB PSNR against the stock ones. With only the convolutions in 8 bits they stay above 35 dB.
 """
 
 import logging
@@ -25,31 +25,35 @@ from t2i.models import hash_model
 from t2i.pictures import engines, sampling
 from t2i.pictures.engines import Sizes, compile_model, compile_models
 
-LEAST_DB = 38.0  # PSNR of the worst of a few pictures to the one without 8 bits: of many, the worst stays above 35
-PARTS = ("vae_decoder", "unet")  # the text encoder has no convolutions, and in 8 bits changed pictures to 31 dB
+LEAST_DB = 38.0  # lowest PSNR allowed in a few pictures; the lowest in many pictures is then above 35
+PARTS = ("vae_decoder", "unet")  # the text encoder has no convolutions; in 8 bits it changed pictures to 31 dB
 PROMPTS = (
     "a red flower", "a white flower with a golden center", "a sunflower in a meadow", "purple petals at night",
     "a photo of a pink rose", "five round petals", "a blue flower with a green center, under a clear sky", "a daisy",
     "an orange lily with spotted petals", "a field of yellow tulips", "a close-up of a burgundy dahlia", "a bud and leaves",
 )  # fmt: skip
-COMPARED = 4  # pictures, of the first prompts
-STEPS = 30  # of the pictures that are compared
-MORE_STEPS = 10  # of a picture of each prompt, whose numbers the ranges are taken from as well
-EVERY = 6  # of the UNet's calls, one is looked at
+COMPARED = 4  # number of compared pictures; they have the first prompts
+STEPS = 30  # steps of the compared pictures
+MORE_STEPS = 10  # steps of one picture per prompt, which also serves to measure the ranges
+EVERY = 6  # one of so many calls of the UNet is recorded
 KEPT_TYPES = (
     "Add", "Subtract", "Multiply", "Power", "Concat", "Unsqueeze", "MatMul", "Softmax", "ScaledDotProductAttention",
     "GroupNormalization", "MVN", "Interpolate", "Pad", "DepthToSpace", "Transpose", "Reshape", "Sin", "Cos", "VariadicSplit", "Gelu",
 )  # fmt: skip
-KEPT_PLACES = (".*conv_in.*", ".*conv_out.*", ".*time_emb.*")  # small, and what everything passes
+KEPT_PLACES = (".*conv_in.*", ".*conv_out.*", ".*time_emb.*")  # these are small, and everything passes through them
 
 
 def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
-    """Write the compiled models of `pipeline` into the pipeline folder that it was loaded from; return their folder.
+    """Write the compiled models of `pipeline` into its pipeline folder.
 
     Old compiled models are replaced at the end.
 
     Args:
-        guidance_scale: Guidance scale of the pictures that decide which parts compute in 8 bits.
+        folder: pipeline folder that `pipeline` was loaded from.
+        guidance_scale: guidance scale of the pictures that decide which parts compute in 8 bits.
+
+    Returns:
+        Folder of the compiled models.
 
     Raises:
         UserError: OpenVINO or NNCF is not installed.
@@ -61,7 +65,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
     part = folder / f".{engines.FOLDER}.{uuid.uuid4().hex[:8]}.part"
     part.mkdir()
     try:
-        for name, model in made.items():  # float16 halves the bytes to keep and to send
+        for name, model in made.items():  # float16 halves the size of the files
             openvino.save_model(model, part / f"{name}.xml", compress_to_fp16=True)
         identity = {
             "format": engines.FORMAT,
@@ -81,10 +85,21 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
 def quantise(
     models: dict[str, Any], build: Callable[[dict[str, Any]], Any], guidance_scale: float
 ) -> tuple[dict[str, Any], list[str], float | None]:
-    """Models of OpenVINO, some of them quantised; the names of these; the PSNR in dB of the worst picture.
+    """Quantise a pipeline's parts to 8 bits, if pictures stay nearly the same.
 
-    models: as `engines.convert` gives them. build: a pipeline around networks, by name. Each part is kept quantised if pictures
-    of `PROMPTS` at `guidance_scale` stay within `LEAST_DB` of those without. Raises `UserError` where NNCF is not installed.
+    A part stays quantised if pictures of `PROMPTS` reach a PSNR of `LEAST_DB` against those without 8 bits.
+
+    Args:
+        models: OpenVINO models by name, as `engines.convert` returns them.
+        build: a function that returns a pipeline of networks, given by name.
+        guidance_scale: guidance scale of the compared pictures.
+
+    Returns:
+        The models by name, the names of the quantised ones, and the PSNR of the worst picture in dB. The PSNR is None if
+        no model was quantised.
+
+    Raises:
+        UserError: NNCF is not installed.
     """
     nncf = _nncf()
     networks, samples = compile_models(models), 2 if guidance_scale > 1 else 1
@@ -118,7 +133,7 @@ def quantise(
 
 
 class _Watched:
-    """A network that keeps what it is given at some of its calls."""
+    """A network that records its inputs at one of every `every` calls."""
 
     def __init__(self, network: Any, every: int):
         self.network, self.every, self.calls = network, every, 0

@@ -1,6 +1,6 @@
-"""The one door to pictures: which weights, seeds, batches, PNG parameters, grids.
+"""Load a pipeline and draw pictures with it. All pictures of the suite are drawn here.
 
-A picture is a function of its prompt, seed and settings, whatever batch it is made in: each has a generator of its own.
+A picture depends only on its prompt, seed and settings, not on its batch. Each picture has its own random generator.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from t2i.errors import UserError
 from t2i.files import read_object
 from t2i.models import best_device
 from t2i.pictures import engines
-from t2i.pictures.png import (  # noqa: F401 - their names here stay
+from t2i.pictures.png import (  # noqa: F401 - other modules import them from here
     PRESETS,
     SCHEDULERS,
     cut_prompt,
@@ -44,12 +44,18 @@ def load_pipeline(
     revision: str | None = None,
     engine: str = "torch",
 ) -> StableDiffusionPipeline:
-    """The stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
+    """Load the stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
 
-    scheduler: a key of `SCHEDULERS` or a class name of diffusers; None keeps the saved one (DDIM). num_inference_steps: with how
-    many the scheduler must work. weights: "ema" or "raw", for checkpoints. engine: one of `engines.ENGINES`; "auto" takes compiled
-    models where the folder has them and the device is the CPU, "openvino" compiles them where it has none. Raises `UserError`
-    for a folder that is none of these, a device that cannot be used, and a scheduler that is not right for the model.
+    Args:
+        scheduler: a key of `SCHEDULERS` or a class name of diffusers. None keeps the saved scheduler (DDIM).
+        num_inference_steps: number of steps that the scheduler must be able to work with.
+        weights: "ema" or "raw", for checkpoints.
+        revision: branch, tag or commit of a Hub model.
+        engine: one of `engines.ENGINES`. "auto" uses compiled models if the folder has them and the device is the CPU.
+            "openvino" uses them too, and compiles them if the folder has none.
+
+    Raises:
+        UserError: the model cannot be loaded, the device cannot be used, or the scheduler does not suit the model.
     """
     if engine == "openvino" and not str(device).startswith("cpu"):
         raise UserError(f"engine openvino draws on the CPU, not on {device}; take --device cpu or --engine torch")
@@ -58,7 +64,7 @@ def load_pipeline(
         folder = Path(model).expanduser()
         folder = own_checkpoint(folder.parent, str(folder))
         is_folder = folder.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, of an unknown user
+    except (OSError, ValueError, RuntimeError) as error:  # the path is too long, or names an unknown user
         raise UserError(f"model {str(model)[:200]} cannot be a folder ({error}); correct the path") from None
     compiled = engine != "torch" and _exported(folder, weights, device, engine)
     if compiled:
@@ -98,10 +104,10 @@ def load_pipeline(
 
 
 def _check_device(device: str | torch.device) -> None:
-    """Raise `UserError` for a device that is not here or unknown, before anything is loaded."""
+    """Raise `UserError` if a device is missing or unknown. This runs before anything is loaded."""
     try:
         torch.zeros(1, device=device).add(1).cpu()
-    except Exception as error:  # each backend raises its own kinds
+    except Exception as error:  # each backend raises its own kinds of errors
         known = dict.fromkeys(["cpu", best_device()])
         raise UserError(
             f"device {device} cannot be used ({str(error).splitlines()[0][:150]}); give one of {', '.join(known)}, or leave it out"
@@ -109,7 +115,14 @@ def _check_device(device: str | torch.device) -> None:
 
 
 def _exported(folder: Path, weights: str, device: str | torch.device, engine: str) -> Path | None:
-    """The pipeline folder whose compiled models draw what `folder` is asked for; None where there is none."""
+    """Return the pipeline folder with valid compiled models for `folder` and `weights`.
+
+    Returns:
+        None if there is none, or if the device is not the CPU.
+
+    Raises:
+        UserError: the engine is unknown.
+    """
     if engine not in engines.ENGINES:
         raise UserError(f"unknown engine {engine!r}; take one of {', '.join(engines.ENGINES)}")
     if torch.device(device).type != "cpu":
@@ -133,12 +146,13 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
             )
         try:
             return StableDiffusionPipeline.from_pretrained(folder, **options)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of damaged JSON
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # Damaged JSON raises the last three.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
             ) from None
-    if (folder / "state.json").is_file():  # a checkpoint: its UNet, and what the run's pipeline shares
+    if (folder / "state.json").is_file():  # a checkpoint holds the UNet; the run's pipeline holds the rest
         beside = folder.absolute().parent / "pipeline"
         if not beside.is_dir():
             raise UserError(
@@ -169,7 +183,11 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
 
 
 def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The stock pipeline of `unet` and what a run's `pipeline/` holds from its first minute on: VAE, text, schedule."""
+    """Return the stock pipeline of `unet` and of the VAE, text encoder, tokenizer and scheduler in `parts`.
+
+    Args:
+        parts: a run's `pipeline/`, which holds these from the start of the training.
+    """
     text_encoder = models.load_part(CLIPTextModel, str(parts), "text_encoder").float()
     tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
     scheduler = models.load_part(DDIMScheduler, str(parts), "scheduler")
@@ -177,14 +195,19 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
 
 
 def unet_hash(pipeline: StableDiffusionPipeline) -> str:
-    """Identity of a pipeline's UNet, whatever engine computes it: `models.hash_model` of its weights."""
+    """Return `models.hash_model` of a pipeline's UNet. It is the same for every engine."""
     return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
 
 
 def make_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
-    """A scheduler by a key of `SCHEDULERS` or a class name of diffusers, with the noise schedule of another's `config`.
+    """Return a scheduler with the noise schedule of another scheduler's `config`.
 
-    Raises `UserError` where there is no such scheduler, or where it is not right for the model or the number of steps.
+    Args:
+        name: a key of `SCHEDULERS` or a class name of diffusers.
+        num_inference_steps: number of denoising steps. None: not chosen yet.
+
+    Raises:
+        UserError: the scheduler is unknown, or does not suit the model or the number of steps.
     """
     cls: Any = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
     if not (name.lower() in SCHEDULERS or name.endswith("Scheduler")) or not hasattr(cls, "from_config"):
@@ -194,7 +217,8 @@ def make_scheduler(name: str, config: Any, num_inference_steps: int | None = Non
     problem = scheduler_problem(name, config, num_inference_steps)
     if problem:
         raise UserError(problem)
-    # latents have no bounds; a class that knows no clipping saved none, and others would clip by default
+    # Latents have no bounds, so they must not be clipped. A config from a class without clipping does not say so, and other
+    # classes clip by default.
     unclipped = "clip_sample" not in config and "clip_sample" in inspect.signature(cls.__init__).parameters
     return cls.from_config(config, **({"clip_sample": False} if unclipped else {}))
 
@@ -212,15 +236,22 @@ def generate(
     progress: bool = True,
     watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
 ) -> np.ndarray:
-    """Return pictures, uint8 [N, R, R, 3]: picture i from `prompts[i]` and `seeds[i]` (0 to 2**63 - 1).
+    """Draw pictures, one for each prompt and its seed.
 
     Noise is drawn on the CPU from each picture's own seed. So the picture is the same in any batch, to within 1/255.
 
     Args:
+        seeds: one per prompt, 0 to 2**63 - 1.
         guidance_end: share of the steps, from the first on, that are guided (at least one). Unguided steps cost half.
-        watch: called after each denoising step of a batch with the step's number (from 1), the number of steps and a
-            function. The function decodes the finished pictures as now predicted (x0), uint8 [B, R, R, 3].
-            Watching changes no bit of the pictures. An exception that it raises ends the drawing.
+        watch: called after each denoising step of a batch. Its arguments are the step's number (from 1), the number of
+            steps and a function. The function returns the finished pictures as now predicted (x0), uint8 [B, R, R, 3].
+            Watching does not change the pictures. An exception that `watch` raises ends the drawing.
+
+    Returns:
+        uint8 [N, R, R, 3].
+
+    Raises:
+        UserError: memory runs out, or the pictures have non-finite values.
     """
     pictures = []
     bar = tqdm(total=len(prompts), desc="pictures", unit="picture", disable=not progress, mininterval=0.5)
@@ -243,7 +274,11 @@ def generate(
 
 
 def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any) -> np.ndarray:
-    """The pipeline's pictures, float [B, R, R, 3] in [0, 1]; raises `UserError` where memory or numbers do not suffice."""
+    """Return the pipeline's pictures, float [B, R, R, 3] in [0, 1].
+
+    Raises:
+        UserError: memory runs out, or the pictures have non-finite values.
+    """
     try:
         made = pipeline(prompts, **options).images
     except (RuntimeError, MemoryError) as error:
@@ -267,13 +302,17 @@ def _after_steps(
     pipeline: StableDiffusionPipeline, steps: int, guidance_end: float,
     watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of the pipeline that make it call `watch`, and end guidance after the share `guidance_end` of the steps."""
+    """Return arguments that make the pipeline call `watch`, and end guidance after a share of the steps.
+
+    Args:
+        guidance_end: share of the steps, from the first on, that are guided.
+    """
     guided = guided_steps(steps, guidance_end)
-    last_guided = guided * pipeline.scheduler.order  # of the calls of the UNet; Heun's method makes two a step
+    last_guided = guided * pipeline.scheduler.order  # counts calls of the UNet; Heun's method makes two per step
     if guided == steps and watch is None:
         return {}
     wanted = ["latent_model_input", "noise_pred"] if watch else []
-    # diffusers hands out any local variable of its loop, but only lists others; this pipeline's list alone is changed
+    # diffusers can pass on any local variable of its loop, but allows only those in a list. Only this pipeline's list changes.
     pipeline._callback_tensor_inputs = [*type(pipeline)._callback_tensor_inputs, *wanted]
 
     def step_ended(pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +326,7 @@ def _after_steps(
         if watch:
             watch(number + 1, pipe.num_timesteps, picture)
         if guided < steps and number + 1 == last_guided and pipe.do_classifier_free_guidance:
-            pipe._guidance_scale = 1.0  # as diffusers' documentation ends guidance
+            pipe._guidance_scale = 1.0  # diffusers' documentation ends guidance in this way
             return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
         return {}
 
@@ -295,10 +334,15 @@ def _after_steps(
 
 
 def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:
-    """The noiseless latents [B, C, h, w] that the model's `output` for its input `sample` means, at any timestep.
+    """Return the noiseless latents [B, C, h, w] that the model predicts by its `output`.
 
-    Ho et al., 2020, eq. 15 (epsilon) and Salimans and Ho, 2022, appendix D (v_prediction). The input is what the model saw, so
-    this holds for every scheduler; between two timesteps of the training, where some step, the nearest one is taken.
+    Source: Ho et al., 2020, eq. 15 (epsilon) and Salimans and Ho, 2022, appendix D (v_prediction). The formula takes the
+    model's own input, so it holds for every scheduler.
+
+    Args:
+        sample: input of the model, [B, C, h, w].
+        output: output of the model, [B, C, h, w].
+        timestep: any number. Some schedulers step between two timesteps of the training. Then the nearest one is used.
     """
     steps = scheduler.alphas_cumprod
     alpha = steps[min(len(steps) - 1, max(0, round(float(timestep))))].to(sample).clamp(min=1e-8)
