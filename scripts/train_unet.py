@@ -19,7 +19,7 @@ from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to
 from t2i.errors import UserError, run_main
 from t2i.files import append_jsonl, hash_json, write_json
 from t2i.hub import model_card, publish, upload
-from t2i.hub.loading import find_dataset
+from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, code_revision
 from t2i.training.prefetch import Prefetcher

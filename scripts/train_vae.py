@@ -16,7 +16,7 @@ from t2i import redaction
 from t2i.config import Recipe, TrainVaeConfig, check_unet, check_vae, parse, to_dict
 from t2i.errors import UserError, run_main
 from t2i.hub import publish
-from t2i.hub.loading import find_dataset
+from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, checkpoint_folders
 from t2i.training.prefetch import Prefetcher

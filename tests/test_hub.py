@@ -12,8 +12,8 @@ from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
 from t2i.errors import UserError
 from t2i.hub import upload as t2i_hub
-from t2i.hub.loading import explain_loading
 from t2i.hub.upload import HubError, Target, check_access, check_license, check_repo_id, push_folder
+from t2i.loading import explain_loading
 
 REPO = "datasets/me/flowers"
 FILES = ["data/*.parquet", "notes.txt"]

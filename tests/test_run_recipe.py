@@ -14,7 +14,7 @@ import run_recipe
 from conftest import ROOT, SCRIPTS
 from t2i.config import Recipe, check_dataset, load_recipe, override
 from t2i.errors import UserError
-from t2i.hub.loading import find_dataset
+from t2i.loading import find_dataset
 
 TYPED = """--config photos --train_vae.max_train_steps 20 --train_unet.max-train-steps=30 --output_dir out
 --data.resolution 32 --vae.vae a/b --train_unet.no_use_ema --train_unet.validation_prompts a rose --vae.vae_layers 2"""
@@ -123,7 +123,7 @@ def test_a_mistyped_data_set_is_found_without_imports(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = f"""
 import sys; sys.path.append({str(SCRIPTS)!r})
-from t2i.config import DataConfig; from t2i.hub.loading import find_dataset
+from t2i.config import DataConfig; from t2i.loading import find_dataset
 try: find_dataset(DataConfig(dataset="outputs/datset"))
 except Exception as error: print(error, "torch" in sys.modules)
 """

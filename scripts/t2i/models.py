@@ -94,7 +94,7 @@ def load_part(
         except (OSError, ValueError, RuntimeError) as error:
             causes.append(error)
         if not os.path.isdir(path):
-            from t2i.hub.loading import explain_loading
+            from t2i.loading import explain_loading
 
             why = why or explain_loading(causes[-1], source, revision)
             if why and not is_offline_mode():  # offline the cache may hold the pipeline alone

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from t2i.config import CaptionConfig
 from t2i.errors import UserError
 from t2i.files import sha256_file
-from t2i.hub.loading import explain_loading
+from t2i.loading import explain_loading
 
 FLORENCE = "florence-community/Florence-2-large"
 FLORENCE_REVISION = "4271c66b88cdbc05735372ec13b2360108de5317"

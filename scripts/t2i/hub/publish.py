@@ -21,7 +21,7 @@ from t2i.errors import UserError
 from t2i.files import read_json, read_object, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
-from t2i.hub.loading import explain_loading
+from t2i.loading import explain_loading
 from t2i.redaction import redact
 from t2i.run_lock import run_status
 

@@ -28,8 +28,8 @@ from t2i.errors import UserError
 from t2i.files import read_json, write_json, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
-from t2i.hub.loading import explain_loading
 from t2i.hub.publish import pipeline_files
+from t2i.loading import explain_loading
 from t2i.redaction import redact
 
 ROOT = Path(__file__).parents[3]

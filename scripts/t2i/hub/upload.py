@@ -34,7 +34,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from t2i.errors import UserError
 from t2i.files import sha256_file
-from t2i.hub.loading import NO_XET, RepoType
+from t2i.loading import NO_XET, RepoType
 from t2i.redaction import redact
 
 CARD = "README.md"
