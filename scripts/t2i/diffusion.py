@@ -35,9 +35,8 @@ class Draws:
     posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal. It selects latents from the VAE's posterior.
     timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps).
     uniform: torch.Tensor  # [B, 4] float32 in [0, 1) for the flip, the dropped caption, the crop's y and x.
-    input_noise: torch.Tensor | None = (
-        None  # [B, C, H, W] float32. Noise of the UNet's input if it differs from `noise`.
-    )
+    # [B, C, H, W] float32. Noise of the UNet's input if it differs from `noise`.
+    input_noise: torch.Tensor | None = None
 
 
 def occurrences(samples: Iterable[int]) -> list[int]:
@@ -128,7 +127,7 @@ def denoising_loss(
 
     Args:
         latents: scaled latents, [B, C, H, W].
-        noise: noise of the target, [B, C, H, W].
+        noise: noise that defines the target, [B, C, H, W].
         timesteps: noise levels, [B] int64.
         encoder_hidden_states: text embeddings, [B, L, D].
         input_noise: noise added to the latents, [B, C, H, W]. None adds `noise`.

@@ -127,7 +127,7 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
         block_out_channels=tuple(config.vae_channels),
         layers_per_block=config.vae_layers,
         latent_channels=config.latent_channels,
-        norm_num_groups=_norm_groups(config.vae_channels, 16),  # Smaller groups wash the colours out.
+        norm_num_groups=_norm_groups(config.vae_channels, 16),  # Smaller groups wash the colors out.
         mid_block_add_attention=False,  # A purely convolutional VAE can learn on crops.
         scaling_factor=1.0,
     )
@@ -235,9 +235,8 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
     width = config.text_hidden_size
-    heads = max(
-        number for number in range(1, max(1, width // 32) + 1) if width % number == 0
-    )  # CLIP requires a divisor.
+    # CLIP requires a number of heads that divides the width.
+    heads = max(number for number in range(1, max(1, width // 32) + 1) if width % number == 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(

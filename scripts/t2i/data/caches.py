@@ -1,7 +1,7 @@
 """Caches of latents and text embeddings, computed once and addressed by content.
 
-A cache's folder is named by a hash of the weights that made it, of transform and precision, and of the images or captions.
-A stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow with the
+A cache's folder is named by a hash. It covers the model's weights, transform and precision, and the images or captions. A
+stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow with the
 data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
 caption.
 """

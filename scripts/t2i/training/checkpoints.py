@@ -36,9 +36,8 @@ class Node:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         self.count = max(1, accelerator.num_processes // max(1, local))
         self.index = accelerator.process_index // max(1, local)
-        self.first = (
-            accelerator.is_local_main_process
-        )  # The node's first process makes folders and writes the manifest.
+        # The node's first process makes folders and writes the manifest.
+        self.first = accelerator.is_local_main_process
         self.meet: Callable[[], None] = accelerator.wait_for_everyone
         self.gather: Callable[[Any], list[Any]] = lambda value: gather_object([value])
 

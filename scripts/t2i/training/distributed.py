@@ -27,9 +27,8 @@ NO_FP16 = (
 def quiet_libraries() -> None:
     """Hide libraries' notes that no user can act on. Warnings about real trouble stay visible."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # This hides a note about image processors without torchvision.
+    # This hides a note about image processors without torchvision.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import diffusers.utils.logging
     import transformers.utils.logging
