@@ -3,7 +3,7 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_unet.py --config scripts/recipes/demo.yaml \
     --dataset outputs/demo/dataset --vae outputs/demo/vae --output_dir outputs/demo/unet
 
-Neither VAE nor text encoder is in memory during the loop: what they say of the data set is computed once and cached.
+VAE and text encoder are not in memory during training, because their outputs for the data set are computed once and cached.
 """
 
 import math
@@ -24,7 +24,7 @@ from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, code_revision
 from t2i.training.prefetch import Prefetcher
 
-# Whatever imports torch is imported inside the functions: `--help` and a typing mistake answer without its seconds.
+# Modules that import torch are imported inside functions. `--help` and error messages about options then appear at once.
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from t2i.data.caches import TextCache
     from t2i.training.loop import TrainState
 
-    Batch = tuple[torch.Tensor, ...]  # as `make_batch` gives it
+    Batch = tuple[torch.Tensor, ...]  # The result of `make_batch`.
 
 
 @dataclass
 class Inputs:
-    """What a training step reads."""
+    """Inputs of a training step."""
 
-    scheduler: Any  # of the noise
-    caches: dict[str, Any]  # `{split: (latents, text)}`
+    scheduler: Any  # The noise schedule.
+    caches: dict[str, Any]  # `{split: (latents, text)}`.
     scaling_factor: float
-    ids: Any  # of the training samples: 16 hex digits of each image file's SHA-256
+    ids: Any  # Ids of the training samples: 16 hex digits of each image file's SHA-256.
 
 
-VALIDATION_SEED = 20231  # of the noise that every run's validation loss is measured with
-TRACKED = 50  # last logged losses whose mean is the run's final train loss
+VALIDATION_SEED = 20231  # Seed of the noise for the validation loss of every run.
+TRACKED = 50  # Number of last logged losses whose mean is the run's final train loss.
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 
     accelerator = make_accelerator(config)
     publish.check_push(config, accelerator)
-    held = ExitStack()  # until the process ends: no second training writes into this folder
+    held = ExitStack()  # It holds the lock until the process ends, so that no second training writes into this folder.
     if not config.dry_run:
         held.enter_context(lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
@@ -92,7 +92,7 @@ def main() -> None:
     identity = loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **input_hashes)
     run = RunFolder(folder, identity)
     if loop.is_done(run, config, accelerator):
-        if accelerator.is_main_process:  # another node may have no run.json
+        if accelerator.is_main_process:  # Another node may have no run.json.
             print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
@@ -102,7 +102,7 @@ def main() -> None:
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, input_hashes, accelerator)
     inputs = Inputs(scheduler, caches, frozen["vae"].config.scaling_factor, splits.train.rows["id"])
-    frozen.clear()  # VAE and text encoder leave the memory
+    frozen.clear()  # This frees the memory of VAE and text encoder.
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         models.use_plain_attention(unet)
     loop.place_model(unet, config, accelerator)
@@ -134,12 +134,12 @@ def main() -> None:
     make = partial(make_batch, inputs, config, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
     compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
-    # On one GPU this is `compute` recorded as a CUDA graph, elsewhere `compute` itself.
+    # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = loop.progress_bar("UNet", start, steps, accelerator)
         for step in progress:
-            terms: dict[str, torch.Tensor] = {}  # means over the micro-batches, whose gradients add up
+            terms: dict[str, torch.Tensor] = {}  # These are means over the micro-batches, whose gradients add up.
             for number in range(step * micro_batches, (step + 1) * micro_batches):
                 with accelerator.accumulate(model):
                     terms = loop.add_terms(terms, forward_backward(*batches.take(number)), micro_batches)
@@ -151,7 +151,7 @@ def main() -> None:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 losses = [*losses, row["train_loss"]][-TRACKED:]
                 show_progress(progress, losses, validation)
-                row = {name: value for name, value in row.items() if math.isfinite(value)}  # not so if it was skipped
+                row = {name: value for name, value in row.items() if math.isfinite(value)}  # Drop non-finite values.
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
                 record_samples(folder, done, ids, accelerator)
             stopped = stopping.agreed(stop, accelerator) and done < steps
@@ -167,7 +167,7 @@ def main() -> None:
         loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
-    del forward_backward  # frees the memory of a step
+    del forward_backward  # This frees the memory of a step.
     results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
     finish(run, train_state, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
     push(folder, config, accelerator)
@@ -182,7 +182,7 @@ def start_run(
     input_hashes: dict[str, str],
     accelerator: Any,
 ) -> None:
-    """Write the run's settings, its provenance and the pipeline's frozen models, and say which captions are cut."""
+    """Write the run's settings, its provenance and the pipeline's frozen models, and say how many captions are cut."""
     from t2i import models
 
     run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
@@ -195,7 +195,7 @@ def start_run(
 def describe_run(
     steps: int, batch: int, count: int, parameters: "list[torch.Tensor]", effective: dict[str, Any], accelerator: Any
 ) -> str:
-    """Return a line with the length of the training, the size of the UNet and the settings in force."""
+    """Return a line with the length of the training, the size of the UNet and the effective settings."""
     return (
         f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
         f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
@@ -212,7 +212,10 @@ def finish(
     tracker: Any,
     accelerator: Any,
 ) -> None:
-    """Save the pipeline, with the average's weights unless the raw ones are asked for, and the results. Every process calls."""
+    """Save the pipeline and the results. Every process must call it.
+
+    The pipeline gets the averaged weights, unless there is no average or `save_raw_weights` is set.
+    """
     from t2i import models
     from t2i.pictures import sampling
     from t2i.training import loop, zero
@@ -227,7 +230,7 @@ def finish(
         unet = zero.with_weights(unet, weights if average is None or config.save_raw_weights else average)
     elif train_state.ema and not config.save_raw_weights:
         train_state.ema.copy_to(train_state.parameters)
-    if weights is None:  # VAE and text encoder take the place of the moments, which nothing needs any more
+    if weights is None:  # This makes room for VAE and text encoder. Nothing needs the moments any more.
         train_state.optimizer.state.clear()
     give_back_memory()
     sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
@@ -242,7 +245,7 @@ def finish(
 
 
 def provenance(recipe: Recipe, input_hashes: dict[str, str]) -> dict[str, Any]:
-    """What the run is made from: the hashes of its inputs, and what is known of them here and now, for the card."""
+    """Return the run's provenance for the model card: hashes and origins of its inputs, and the revision of the code."""
 
     return {
         **input_hashes,
@@ -254,7 +257,7 @@ def provenance(recipe: Recipe, input_hashes: dict[str, str]) -> dict[str, Any]:
 
 
 def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
-    """Publish the finished run, if that is asked for."""
+    """Publish the finished run if `push_to_hub` is set."""
     if config.push_to_hub and accelerator.is_main_process:
         publish.publish_run(
             folder, str(config.hub_model_id), license=config.license, pictures=config.gallery_pictures,
@@ -264,9 +267,9 @@ def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
 
 
 def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Load VAE, text encoder and tokenizer. Return them, and the hashes of the data set and of each.
+    """Load VAE, text encoder and tokenizer. Return them with the hashes of each and of the data set.
 
-    A text encoder that no option names is built from the recipe.
+    If no option names a text encoder, it is built from the recipe.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -297,7 +300,10 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
 
 
 def known_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer that options name, without its text encoder; None where one is to be learnt from the captions."""
+    """Load the tokenizer that the options name, without its text encoder.
+
+    Return None if the tokenizer will be learnt from the captions.
+    """
     from transformers import CLIPTokenizer
 
     from t2i import models
@@ -308,7 +314,7 @@ def known_tokenizer(recipe: Recipe) -> Any:
 
 
 def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: Any) -> None:
-    """Say how many captions of the training and of the measured validation images the tokenizer cuts."""
+    """Say how many captions of the training images and of the measured validation images the tokenizer cuts."""
     from t2i.data.preparing import count_long_captions
 
     if tokenizer is None or not accelerator.is_main_process:
@@ -321,7 +327,7 @@ def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: 
 
 
 def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
-    """The UNet to train: new, of the recipe's size, or the one of `pretrained_model_name_or_path`."""
+    """Return the UNet to train: a new one of the recipe's size, or that of `pretrained_model_name_or_path`."""
     from diffusers import UNet2DConditionModel
 
     from t2i import models
@@ -349,11 +355,13 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
 def cache_inputs(
     recipe: Recipe, splits: Any, frozen: dict[str, Any], hashes: dict[str, str], accelerator: Any
 ) -> dict[str, Any]:
-    """Latents and text embeddings of the training split, and of as many validation images as the loss is measured on:
-    `{split: (latents, text)}`.
+    """Return the latents and text embeddings of the training split and of the measured validation images.
 
-    A training in bf16 computes them in bf16 as well, in half the time: what is decoded from such latents is the same to 60 dB.
-    fp16, whose range is not float32's, computes them in float32.
+    A training in bf16 also computes them in bf16, in half the time. Pictures decoded from such latents are the same to 60 dB.
+    A training in fp16 computes them in float32, because fp16 has a smaller range.
+
+    Returns:
+        `{split: (latents, text)}`.
     """
     import torch
 
@@ -366,7 +374,8 @@ def cache_inputs(
             accelerator.print(f"WARNING: validation {cut}")
     cached, in_bf16 = {}, accelerator.mixed_precision == "bf16"
     precision = {"precision": "bf16"} if in_bf16 else {}
-    vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)  # a third faster, on a CPU as well
+    # This memory format is a third faster, also on a CPU.
+    vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)
     text_encoder = frozen["text_encoder"].to(accelerator.device)
     for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
@@ -388,7 +397,10 @@ def cache_inputs(
 def loss_and_gradients(
     train_state: "TrainState", inputs: Inputs, config: TrainUnetConfig, accelerator: Any, *batch: "torch.Tensor"
 ) -> "dict[str, torch.Tensor]":
-    """Forward and backward pass of a batch from `make_batch`. Return `train_loss`; the parameters hold the gradients."""
+    """Compute the forward and backward pass of a batch from `make_batch`.
+
+    Return `train_loss` and leave the gradients in the parameters.
+    """
     from t2i.diffusion import denoising_loss
 
     latents, noise, timesteps, context, *further = batch
@@ -400,13 +412,13 @@ def loss_and_gradients(
 
 
 def show_progress(progress: Any, losses: list[float], validation: dict[str, float]) -> None:
-    """Show the mean of the last training losses and the last validation loss beside the progress bar."""
+    """Show the mean of the last training losses, and the last validation loss, beside the progress bar."""
     figures = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
     progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False, **figures)
 
 
 def record_samples(folder: Path, done: int, ids: "Callable[[], list[str]]", accelerator: Any) -> None:
-    """Write the hash of the main process's sample ids of update `done` to samples.jsonl."""
+    """Append the hash of the main process's sample ids of update `done` to samples.jsonl."""
     if accelerator.is_main_process:
         append_jsonl(folder / "samples.jsonl", {"step": done, "samples": hash_json(ids())})
 
@@ -419,7 +431,10 @@ def sample_ids(inputs: Inputs, config: TrainUnetConfig, step: int, accelerator: 
 
 
 def sample_indices(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "np.ndarray":
-    """This process's samples of a part of a weight update: numbers in the training split, int64 [B]."""
+    """Return this process's samples of a micro-batch of a weight update.
+
+    They are indices of the training split, int64 [B].
+    """
     from t2i.data.preparing import batch_indices
 
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -430,24 +445,26 @@ def sample_indices(inputs: Inputs, config: TrainUnetConfig, step: int, micro: in
 
 
 def sample_copies(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
-    """The `occurrences` of `sample_indices` within the whole weight update, over all its parts and processes: [B]."""
+    """Return the `occurrences` [B] of `sample_indices` within the whole weight update.
+
+    They are counted over all its micro-batches and processes.
+    """
     from t2i.data.preparing import batch_indices
     from t2i.diffusion import occurrences
 
     world, rank = accelerator.num_processes, accelerator.process_index
     part = config.train_batch_size * world
-    update = batch_indices(
-        len(inputs.caches["train"][0]), part * config.gradient_accumulation_steps, config.seed, step
-    )  # the same samples in the same order, however they are shared out
+    # The samples and their order do not depend on the number of processes and micro-batches.
+    update = batch_indices(len(inputs.caches["train"][0]), part * config.gradient_accumulation_steps, config.seed, step)
     return occurrences(update.tolist())[micro * part : (micro + 1) * part][rank::world]
 
 
 def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number: int) -> "Batch":
     """Return this process's share of micro-batch `number`, on the device.
 
-    Its tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation` the noise of the
-    UNet's input follows. Each caption is dropped on its own: the empty caption's embedding, which sampling uses as well,
-    replaces it.
+    Its tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation`, the noise of the
+    UNet's input follows. Captions are dropped independently. The empty caption's embedding, which sampling also uses,
+    replaces them.
     """
     from t2i.diffusion import draw
     from t2i.training.prefetch import to_device_soon
@@ -475,14 +492,17 @@ def to_device(
     moments: "np.ndarray", posterior_noise: "torch.Tensor", noise: "torch.Tensor", timesteps: "torch.Tensor",
     text: "TextCache", rows: "np.ndarray", scaling_factor: float, accelerator: Any,
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":  # fmt: skip
-    """Scaled latents [B, C, h, w] from cached moments, noise, timesteps [B], encoder hidden states [B, L, D], on the device."""
+    """Return a batch's tensors on the device.
+
+    They are scaled latents [B, C, h, w] from cached moments, noise, timesteps [B] and encoder hidden states [B, L, D].
+    """
     import torch
 
     from t2i.diffusion import sample_posterior
     from t2i.training.prefetch import to_device_soon
 
     latents = scaling_factor * sample_posterior(torch.from_numpy(moments), posterior_noise)
-    context = torch.from_numpy(text.embeddings[rows])  # float16 on its way
+    context = torch.from_numpy(text.embeddings[rows])  # It is sent to the device in float16.
     parts = (to_device_soon(tensor, accelerator.device) for tensor in (latents, noise, timesteps, context))
     latents, noise, timesteps, context = parts
     return latents, noise, timesteps, context.float()
@@ -497,9 +517,10 @@ def validate(
     step: int,
     accelerator: Any,
 ) -> dict[str, float]:
-    """Measure the averaged weights on the validation split, and record the losses and pictures. Every process calls.
+    """Measure the averaged weights on the validation split, and record losses and pictures. Every process must call it.
 
-    Raises `UserError` for a non-finite loss, so that no checkpoint is saved with it.
+    Raises:
+        UserError: the loss is non-finite. No checkpoint is then saved with these weights.
     """
     from t2i.training import loop
 
@@ -507,16 +528,16 @@ def validate(
         losses = validation_loss(unet, inputs, config.validation_images, accelerator)
         if accelerator.is_main_process and config.validation_prompts:
             draw_samples(unet, folder, config, tracker, step)
-    del unet  # under ZeRO a model of its own
+    del unet  # Under ZeRO it is a separate model.
     loop.require_finite(losses["val_loss"], step, config.learning_rate)
     loop.record(losses, step, folder, tracker, accelerator.is_main_process)
     return losses
 
 
 def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> dict[str, float]:
-    """Unweighted loss on validation images with fixed noise: the mean, and per quarter of the noise levels.
+    """Return the unweighted loss on validation images with fixed noise: its mean, and per quarter of the noise levels.
 
-    Every run of the same data sees the same noise at the same timesteps, so that two runs compare.
+    Every run on the same data gets the same noise at the same timesteps, so that runs can be compared.
     """
     import numpy as np
     import torch
@@ -550,7 +571,10 @@ def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> 
 
 
 def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
-    """Pictures of the validation prompts with fixed seeds, kept in samples/ and logged. VAE and text encoder load and go."""
+    """Draw pictures of the validation prompts with fixed seeds, save them in samples/ and log them.
+
+    VAE and text encoder are loaded only for this call.
+    """
     from t2i.pictures import sampling
 
     unet.eval()
@@ -561,7 +585,7 @@ def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any,
             pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
             num_inference_steps=config.num_inference_steps, progress=False,
         )  # fmt: skip
-    except UserError as error:  # no reason to lose a training
+    except UserError as error:  # A training must not end because of this.
         print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)
         return
     finally:

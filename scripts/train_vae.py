@@ -3,7 +3,7 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_vae.py --config scripts/recipes/demo.yaml \
     --dataset outputs/demo/dataset --output_dir outputs/demo/vae
 
-Without --vae the recipe's small autoencoder is trained from scratch; with it, that one is fine-tuned.
+Without --vae, the recipe's small autoencoder is trained from scratch. With it, the named autoencoder is fine-tuned.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from t2i.run_lock import lock_run
 from t2i.runs import RunFolder, checkpoint_folders
 from t2i.training.prefetch import Prefetcher
 
-# Whatever imports torch is imported inside the functions: `--help` and a typing mistake answer without its seconds.
+# Modules that import torch are imported inside functions. `--help` and error messages about options then appear at once.
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -43,9 +43,9 @@ def main() -> None:
     publish.check_push(config, accelerator)
     try:
         check_unet(recipe)
-    except UserError as error:  # no hindrance to an autoencoder, but better known before it is trained
+    except UserError as error:  # The autoencoder can be trained, but the user should know before it is.
         accelerator.print(f"WARNING: train_unet.py will refuse this recipe with this autoencoder: {error}")
-    held = ExitStack()  # until the process ends: no second training writes into this folder
+    held = ExitStack()  # It holds the lock until the process ends, so that no second training writes into this folder.
     if not config.dry_run:
         held.enter_context(lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone))
 
@@ -72,7 +72,7 @@ def main() -> None:
     identity = loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **input_hashes)
     run = RunFolder(folder, identity)
     if loop.is_done(run, config, accelerator):
-        if accelerator.is_main_process:  # another node may have no run.json
+        if accelerator.is_main_process:  # Another node may have no run.json.
             print(f"reusing the finished VAE in {folder / 'vae'} ({run.state['psnr_db']:.2f} dB on validation)")
         push(folder, config, accelerator)
         return
@@ -106,12 +106,12 @@ def main() -> None:
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
     compute = partial(loss_and_gradients, train_state, config, accelerator)
-    # On one GPU this is `compute` recorded as a CUDA graph, elsewhere `compute` itself.
+    # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = loop.progress_bar("VAE", start, steps, accelerator)
         for step in progress:
-            terms: dict[str, torch.Tensor] = {}  # means over the micro-batches, whose gradients add up
+            terms: dict[str, torch.Tensor] = {}  # These are means over the micro-batches, whose gradients add up.
             for number in range(step * micro_batches, (step + 1) * micro_batches):
                 with accelerator.accumulate(model):
                     terms = loop.add_terms(terms, forward_backward(*batches.take(number)), micro_batches)
@@ -136,7 +136,7 @@ def main() -> None:
         loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
-    del forward_backward  # frees the memory of a step
+    del forward_backward  # This frees the memory of a step.
     finish(run, train_state, recipe, splits, before, steps, tracker, accelerator)
     push(folder, config, accelerator)
 
@@ -151,7 +151,7 @@ def finish(
     tracker: Any,
     accelerator: Any,
 ) -> None:
-    """Save the autoencoder, with the average's weights if there are any, and the results. Every process calls."""
+    """Save the autoencoder, with averaged weights if there is an average, and the results. Every process must call it."""
     from t2i import models
     from t2i.training import loop
 
@@ -173,7 +173,7 @@ def finish(
         **{f"test_{name}": value for name, value in test.items()},
     }
     run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
-    if config.checkpoints_total_limit == 1:  # it served to resume; several are kept to be compared
+    if config.checkpoints_total_limit == 1:  # A single one served only to resume. Several are kept for comparison.
         for checkpoint in checkpoint_folders(folder):
             shutil.rmtree(checkpoint)
     if tracker:
@@ -187,7 +187,7 @@ def finish(
 
 
 def freeze(vae: Any, config: TrainVaeConfig) -> None:
-    """Leave only the decoder to be trained, if that is asked for."""
+    """Freeze all weights but the decoder's if `vae_train_part` is "decoder"."""
     if config.vae_train_part == "decoder":
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
@@ -195,7 +195,7 @@ def freeze(vae: Any, config: TrainVaeConfig) -> None:
 
 
 def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
-    """Publish the autoencoder of the finished run, if that is asked for."""
+    """Publish the autoencoder of the finished run if `push_to_hub` is set."""
     if config.push_to_hub and accelerator.is_main_process:
         publish.publish_vae(folder, config)
 
@@ -203,8 +203,9 @@ def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
 def loss_and_gradients(
     train_state: "TrainState", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
 ) -> "dict[str, torch.Tensor]":
-    """Forward and backward pass of a batch from `make_batch`. Return `train_loss` and its terms; the parameters hold the
-    gradients.
+    """Compute the forward and backward pass of a batch from `make_batch`.
+
+    Return `train_loss` and its terms, and leave the gradients in the parameters.
     """
     reconstruction, mean, log_variance = train_state.model(pixels, noise)
     terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
@@ -220,12 +221,12 @@ def sample_ids(train: "Split", config: TrainVaeConfig, step: int, accelerator: A
 
 
 def sample_indices(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
-    """This process's samples of batch `number`: int64 [B]."""
+    """Return the indices of this process's samples of batch `number`: int64 [B]."""
     return batch_of_all(train, config, number, accelerator)[accelerator.process_index :: accelerator.num_processes]
 
 
 def batch_of_all(train: "Split", config: TrainVaeConfig, number: int, accelerator: Any) -> "np.ndarray":
-    """The samples of batch `number` over all processes: int64 [B * processes]."""
+    """Return the indices of the samples of batch `number` over all processes: int64 [B * processes]."""
     from t2i.data.preparing import batch_indices
 
     return batch_indices(len(train), config.train_batch_size * accelerator.num_processes, config.seed, number)
@@ -234,7 +235,10 @@ def batch_of_all(train: "Split", config: TrainVaeConfig, number: int, accelerato
 def make_batch(
     train: "Split", config: TrainVaeConfig, flip: bool, vae: Any, accelerator: Any, number: int
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """This process's share of batch `number`: pixels [B, 3, S, S] in [-1, 1] and posterior noise, both on the device."""
+    """Return this process's share of batch `number`, on the device.
+
+    Its tensors are pixels [B, 3, S, S] in [-1, 1] and posterior noise.
+    """
     import numpy as np
     import torch
 
@@ -269,9 +273,10 @@ def loss_terms(
     log_variance: "torch.Tensor",
     config: TrainVaeConfig,
 ) -> dict[str, "torch.Tensor"]:
-    """Reconstruction, structure and KL terms, and `train_loss`, their weighted sum; each a scalar, mean over pixel values.
+    """Return the reconstruction, structure and KL terms, and `train_loss`, which is their weighted sum.
 
-    The KL term is the closed form of KL(N(mean, variance) || N(0, 1)) (Kingma and Welling, arXiv:1312.6114, appendix B).
+    Each term is a scalar, averaged over pixel values. The KL term is the closed form of KL(N(mean, variance) || N(0, 1))
+    (Kingma and Welling, arXiv:1312.6114, appendix B).
     """
     from t2i.evaluation.metrics import uniform_ssim
 
@@ -287,7 +292,7 @@ def loss_terms(
 
 
 def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
-    """PSNR in dB and SSIM of reconstructions from posterior means, mean over at most `limit` images."""
+    """Return PSNR in dB and SSIM of reconstructions from posterior means, averaged over at most `limit` images."""
     import numpy as np
 
     from t2i.pictures.reconstructions import reconstruct
@@ -299,7 +304,7 @@ def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
 
 
 def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) -> dict[str, float]:
-    """Measure on the validation split; keep and log a picture of originals over reconstructions."""
+    """Measure on the validation split, and save and log a picture of originals above reconstructions."""
     import numpy as np
 
     from t2i.pictures.reconstructions import reconstruct
@@ -318,10 +323,13 @@ def validate(vae: Any, split: "Split", folder: Path, tracker: Any, step: int) ->
 
 
 def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, limit: int = 2048) -> None:
-    """Measure raw latents of training images and write their scale into the VAE's config.
+    """Measure the raw latents of training images and write their scale into the VAE's config.
 
-    fold: first give each channel mean 0 and deviation 1 by folding into the 1x1 convolutions (new VAEs alone: it changes
-    what latents mean). rescale: write `scaling_factor` = 1 / deviation; False keeps latents and UNets of before valid.
+    Args:
+        fold: first change the 1x1 convolutions so that each channel has mean 0 and deviation 1. This is only for new VAEs,
+            because it changes the meaning of latents.
+        rescale: write `scaling_factor` = 1 / deviation. False keeps earlier latents and UNets valid.
+        limit: largest number of images to measure.
     """
     from t2i.models import fold_normalisation
 
@@ -336,7 +344,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
 
 
 def latent_statistics(vae: Any, pixels: "np.ndarray") -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return mean and deviation [C] of each channel of the raw latents of images, uint8 [N, S, S, 3]."""
+    """Return mean and deviation [C] of the raw latents per channel, for images uint8 [N, S, S, 3]."""
     import torch
 
     from t2i.data.caches import to_pixels
@@ -348,7 +356,7 @@ def latent_statistics(vae: Any, pixels: "np.ndarray") -> "tuple[torch.Tensor, to
             means.append(posterior.mean.float().movedim(1, 0).flatten(1))
             variances.append(posterior.var.float().movedim(1, 0).flatten(1))
         mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
-        return mean.mean(1), (mean.var(1) + variance.mean(1)).sqrt()  # law of total variance
+        return mean.mean(1), (mean.var(1) + variance.mean(1)).sqrt()  # This is the law of total variance.
 
 
 if __name__ == "__main__":

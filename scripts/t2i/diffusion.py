@@ -1,8 +1,8 @@
-"""The mathematics of diffusion training on pure tensors. Schedulers and models are arguments, and nothing here reads files.
+"""Mathematics of diffusion training on pure tensors. Schedulers and models are arguments, and nothing here reads files.
 
 Randomness is stateless: a sample's draws at a step are a function of (seed, step, sample). They do not depend on the order
-of the batch, on the number of processes, or on what ran before. If a sample repeats within a step, as in a data set smaller
-than the batch, each repetition gets its own draws.
+of the batch, on the number of processes, or on earlier computations. A data set smaller than the batch repeats samples
+within a step. Each repetition then gets different draws.
 """
 
 from collections import Counter
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-TIMESTEP_BANDS = 4  # validation loss is reported for each quarter of the noise levels
+TIMESTEP_BANDS = 4  # The validation loss is reported for each quarter of the noise levels.
 _MASK = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from integers, by the SplitMix64 finaliser (Steele, Lea, Flood 2014) over each in turn."""
+    """Return a 63-bit seed made of integers by the SplitMix64 finaliser (Steele, Lea, Flood 2014) over each in turn."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -29,17 +29,18 @@ def mix(*numbers: int) -> int:
 
 @dataclass
 class Draws:
-    """What chance decides for a batch of B samples."""
+    """Random draws for a batch of B samples."""
 
-    noise: torch.Tensor  # [B, C, H, W] float32, standard normal
-    posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal: where in the VAE's posterior the latents lie
-    timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps)
-    uniform: torch.Tensor  # [B, 4] float32 in [0, 1): for the flip, the dropped caption, the crop's y and x
-    input_noise: torch.Tensor | None = None  # [B, C, H, W] float32: of the UNet's input, where it is not `noise`
+    noise: torch.Tensor  # [B, C, H, W] float32, standard normal.
+    posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal. It selects latents from the VAE's posterior.
+    timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps).
+    uniform: torch.Tensor  # [B, 4] float32 in [0, 1) for the flip, the dropped caption, the crop's y and x.
+    # [B, C, H, W] float32. Noise of the UNet's input if it differs from `noise`.
+    input_noise: torch.Tensor | None = None
 
 
 def occurrences(samples: Iterable[int]) -> list[int]:
-    """Count for each entry how many of the entries before it are the same sample: 0 for the first of each."""
+    """Return for each entry how many earlier entries are the same sample. The first occurrence gets 0."""
     seen: Counter[int] = Counter()
     counts = []
     for sample in samples:
@@ -52,13 +53,18 @@ def draw(
     seed: int, step: int, samples: list[int], shape: tuple[int, int, int], num_train_timesteps: int,
     copies: Sequence[int] | None = None, *, noise_offset: float = 0.0, input_perturbation: float = 0.0,
 ) -> Draws:  # fmt: skip
-    """Draw noise, timesteps and coin tosses of a batch, each sample's a function of (seed, step, sample, copy) alone.
+    """Draw noise, timesteps and uniform numbers for a batch. Each sample's draws depend only on (seed, step, sample, copy).
 
-    copies: the `occurrences` of the samples within the step; None counts them within `samples`. A process that holds a part of
-        the step passes its part of the whole step's. The first occurrence draws what (seed, step, sample) alone gives.
-    noise_offset: deviation of a shift of each channel's noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
-    input_perturbation: deviation of what `input_noise` has beyond `noise` (Ning et al., arXiv:2301.11706). Neither changes
-        another draw.
+    The first occurrence of a sample depends only on (seed, step, sample). `noise_offset` and `input_perturbation` do not
+    change the other draws.
+
+    Args:
+        shape: shape of a sample's latents, (C, H, W).
+        copies: `occurrences` of the samples within the whole step. A process that holds a part of the step passes the
+            entries of that part. None counts occurrences within `samples`.
+        noise_offset: deviation of a shift of each channel's noise
+            (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+        input_perturbation: deviation of the noise that `input_noise` adds to `noise` (Ning et al., arXiv:2301.11706).
     """
     copies = occurrences(samples) if copies is None else copies
     noise = torch.empty(len(samples), 2, *shape)
@@ -79,20 +85,26 @@ def draw(
 
 
 def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
-    """One fixed timestep in each of the `TIMESTEP_BANDS` bands for a validation image, spread evenly by its number."""
+    """Return a validation image's fixed timesteps, one in each of the `TIMESTEP_BANDS` bands.
+
+    The images' timesteps are spread evenly over each band.
+    """
     width = num_train_timesteps // TIMESTEP_BANDS
-    offset = int(((sample * 0.6180339887498949) % 1.0) * width)  # golden ratio: even for any number of images
+    offset = int(((sample * 0.6180339887498949) % 1.0) * width)  # The golden ratio spreads any number of images evenly.
     return [band * width + offset for band in range(TIMESTEP_BANDS)]
 
 
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Raw latents [B, C, H, W] from cached moments [B, 2C, H, W] (mean, log-variance) and standard normal noise."""
+    """Return raw latents [B, C, H, W] from cached moments [B, 2C, H, W] (mean, log-variance) and standard normal noise."""
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
 
 
 def min_snr_weights(scheduler: Any, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Loss weights [B] of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4): min(SNR, gamma) in x0 space."""
+    """Return loss weights [B] of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
+
+    They equal min(SNR, gamma) in x0 space.
+    """
     alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alphas / (1 - alphas)
     clipped = snr.clamp(max=gamma)
@@ -109,11 +121,16 @@ def denoising_loss(
     snr_gamma: float | None = None,
     input_noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Squared error [B] of the UNet's prediction at the given noise levels, weighted by min-SNR if `snr_gamma` is given.
+    """Return the squared error [B] of the UNet's prediction, weighted by min-SNR if `snr_gamma` is given.
 
-    latents, noise: [B, C, H, W], scaled latents; timesteps: [B] int64; encoder_hidden_states: [B, L, D].
-    input_noise: what is added to the latents, where it is not `noise`, which remains the target.
     The target is the noise (Ho et al., arXiv:2006.11239) or the velocity (Salimans and Ho, arXiv:2202.00512).
+
+    Args:
+        latents: scaled latents, [B, C, H, W].
+        noise: noise that defines the target, [B, C, H, W].
+        timesteps: noise levels, [B] int64.
+        encoder_hidden_states: text embeddings, [B, L, D].
+        input_noise: noise added to the latents, [B, C, H, W]. None adds `noise`.
     """
     noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
     is_velocity = scheduler.config.prediction_type == "v_prediction"

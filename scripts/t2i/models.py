@@ -1,6 +1,6 @@
-"""Build, load and save the models: VAE, text encoder with tokenizer, UNet, noise schedule, pipeline.
+"""Building and loading of the models: VAE, text encoder with tokenizer, UNet, noise schedule and pipeline.
 
-Weights are safetensors alone; no code from outside is run.
+Weights are safetensors only, and no code from outside is run.
 """
 
 import hashlib
@@ -28,16 +28,20 @@ from t2i.files import hash_json
 
 
 def best_device() -> str:
-    """Name the device that pictures are made on: a CUDA GPU, else an Apple GPU ("mps"), else the CPU."""
+    """Return the best available device: a CUDA GPU, otherwise an Apple GPU ("mps"), otherwise the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def locate(source: str, part: str) -> tuple[str, str]:
-    """Where a pipeline's part (`vae`, `text_encoder`, …) lies in a run folder, a pipeline folder, its own folder or on the Hub.
+    """Find a pipeline's part (`vae`, `text_encoder`, …) in a run folder, a pipeline folder, its own folder or on the Hub.
 
-    Returns (path or Hub id, subfolder or ""). Raises `UserError` for a local folder that holds no such part.
+    Returns:
+        (path or Hub id, subfolder or "").
+
+    Raises:
+        UserError: the local folder holds no such part, or `source` is neither a folder nor a Hub id.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -59,9 +63,14 @@ def locate(source: str, part: str) -> tuple[str, str]:
 def load_part(
     cls: Any, source: str, part: str, revision: str | None = None, variant: str | None = None, **options: Any
 ) -> Any:
-    """Load a model or tokenizer with `cls.from_pretrained` from wherever `locate` finds it; `options` go there.
+    """Load a model or tokenizer from the place that `locate` finds.
 
-    variant: of the weight files, such as fp16; None: those without a suffix.
+    Args:
+        variant: variant of the weight files, such as fp16. None loads the files without a suffix.
+        options: further arguments of `cls.from_pretrained`.
+
+    Raises:
+        UserError: the part is missing, damaged or cannot be downloaded.
     """
     path, subfolder = locate(source, part)
     if part not in ("tokenizer", "scheduler"):
@@ -69,18 +78,18 @@ def load_part(
     if os.path.isdir(path):
         attempts: tuple[str, ...] = ("",)
     else:
-        attempts = ("", subfolder)  # a Hub repository of that model alone, or of a pipeline
+        attempts = ("", subfolder)  # A Hub repository holds either only this model or a pipeline.
         options["revision"] = revision
     causes: list[Exception] = []
-    why = None  # the Hub's reason, which the folder's own message would hide
+    why = None  # This is the Hub's reason, which the message about the folder would hide.
     for attempt in attempts:
         try:
             model = cls.from_pretrained(path, subfolder=attempt, **options)
             if part == "tokenizer" and len(model) <= len(set(model.all_special_ids)):
-                # transformers makes one of its special tokens alone where it gets no vocabulary
+                # If transformers gets no vocabulary, it makes a tokenizer of special tokens only.
                 if not os.path.isdir(path):
                     cached = bool(options.get("local_files_only")) or is_offline_mode()
-                    hf_hub_download(  # which says why nothing came
+                    hf_hub_download(  # This call says why nothing was downloaded.
                         path,
                         "tokenizer_config.json",
                         subfolder=attempt or None,
@@ -89,7 +98,7 @@ def load_part(
                     )
                 raise OSError("it holds no vocabulary: no tokenizer.json, nor vocab.json and merges.txt")
             if os.path.isdir(path) and hasattr(model, "register_to_config"):
-                model.register_to_config(_name_or_path="")  # a folder of this machine is nothing to publish
+                model.register_to_config(_name_or_path="")  # A local path must not be published.
             return model
         except (OSError, ValueError, RuntimeError) as error:
             causes.append(error)
@@ -97,7 +106,7 @@ def load_part(
             from t2i.loading import explain_loading
 
             why = why or explain_loading(causes[-1], source, revision)
-            if why and not is_offline_mode():  # offline the cache may hold the pipeline alone
+            if why and not is_offline_mode():  # Offline, the cache may hold only the pipeline.
                 break
     if why:
         raise UserError(f"the {part} cannot be loaded: {why}")
@@ -108,7 +117,7 @@ def load_part(
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKL:
-    """A new `AutoencoderKL` of the recipe's size; each level after the first halves the side."""
+    """Return a new `AutoencoderKL` of the recipe's size. Each level after the first halves the side."""
     levels = len(config.vae_channels)
     vae = AutoencoderKL(
         in_channels=3,
@@ -118,22 +127,26 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
         block_out_channels=tuple(config.vae_channels),
         layers_per_block=config.vae_layers,
         latent_channels=config.latent_channels,
-        norm_num_groups=_norm_groups(config.vae_channels, 16),  # smaller groups wash the colors out
-        mid_block_add_attention=False,  # a convolutional VAE can learn on crops
+        norm_num_groups=_norm_groups(config.vae_channels, 16),  # Smaller groups wash the colors out.
+        mid_block_add_attention=False,  # A purely convolutional VAE can learn on crops.
         scaling_factor=1.0,
     )
-    with torch.no_grad():  # start with a narrow posterior: at deviation 1 its noise drowns what the encoder says
+    with torch.no_grad():  # The posterior starts narrow. At deviation 1 its noise would drown the encoder's output.
         vae.quant_conv.weight[config.latent_channels :] = 0.0
         vae.quant_conv.bias[config.latent_channels :] = -7.0
         for module in vae.modules():
-            if isinstance(module, ResnetBlock2D):  # start as the shortcut alone (Goyal et al., arXiv:1706.02677, 5.1)
+            # Each block starts as its shortcut only (Goyal et al., arXiv:1706.02677, section 5.1).
+            if isinstance(module, ResnetBlock2D):
                 module.conv2.weight.zero_()
                 module.conv2.bias.zero_()
     return vae
 
 
 def _norm_groups(channels: list[int], least: int) -> int:
-    """Groups of GroupNorm: the most, up to 32, that divide all levels' channels and hold at least `least` of them each."""
+    """Return the largest number of GroupNorm groups, up to 32, that divides the channels of all levels.
+
+    Each group holds at least `least` channels, unless there is only one group.
+    """
     return max(
         groups
         for groups in (1, 2, 4, 8, 16, 32)
@@ -142,31 +155,35 @@ def _norm_groups(channels: list[int], least: int) -> int:
 
 
 def load_vae(source: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
-    """The VAE of a run folder, path or Hub id, in evaluation mode."""
+    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode."""
     return load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
 
 
 def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Make raw latents of mean 0 and deviation 1 a channel, exactly, by the biases and weights of the 1x1 convolutions.
+    """Change the 1x1 convolutions so that raw latents have exactly mean 0 and deviation 1 per channel.
 
-    mean, std: [C], measured on raw latents. What `vae` decodes from its own latents does not change:
-    encode gives (z - mean) / std, decode undoes it. Stock pipelines read no shift, so it has to live here.
+    Encoding then gives (z - mean) / std, and decoding undoes it. Reconstructions do not change. Stock pipelines read no
+    shift, so the weights have to hold it.
+
+    Args:
+        mean: means of the raw latents, [C].
+        std: deviations of the raw latents, [C].
     """
     quant, post = vae.quant_conv, vae.post_quant_conv
     channels = mean.numel()
     with torch.no_grad():
         quant.weight[:channels] /= std.view(-1, 1, 1, 1)
         quant.bias[:channels] = (quant.bias[:channels] - mean) / std
-        quant.bias[channels:] -= 2 * std.log()  # log-variance of z / std
+        quant.bias[channels:] -= 2 * std.log()  # This is the log-variance of z / std.
         post.bias += (post.weight[:, :, 0, 0] * mean).sum(dim=1)
         post.weight *= std.view(1, -1, 1, 1)
 
 
 def build_text_encoder(config: UnetConfig, captions: list[str], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """A small frozen random CLIP text encoder with a tokenizer learnt from the captions.
+    """Return a small frozen random CLIP text encoder, and a tokenizer learnt from the captions.
 
-    Random features of the words suffice where captions come from one domain. Its output is standardised over the given
-    captions by its last LayerNorm, so that what captions have in common does not drown what they differ in.
+    Random features of the words suffice if the captions come from one domain. The last LayerNorm standardises the output
+    over the captions. Otherwise their common part would drown their differences.
     """
     vocab, merges = learn_bpe(captions)
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text_max_length)
@@ -176,10 +193,11 @@ def build_text_encoder(config: UnetConfig, captions: list[str], seed: int) -> tu
 
 
 def learn_bpe(captions: Iterable[str], limit: int = 2000) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a byte-level BPE (Sennrich et al., arXiv:1508.07909) for `CLIPTokenizer`.
+    """Return vocabulary and merges of a byte-level BPE (Sennrich et al., arXiv:1508.07909) for `CLIPTokenizer`.
 
-    The most frequent pair is merged first, ties by the alphabet, until words of the captions are whole or `limit` merges
-    are made. The trainer of `tokenizers` breaks ties anew in each process, which would change the model's identity.
+    The most frequent pair is merged first, and the alphabet breaks ties. Merging ends when all words are whole or `limit`
+    merges are made. The trainer of `tokenizers` breaks ties differently in each process, which would change the model's
+    identity.
     """
     alphabet = bytes_to_unicode()
     words = Counter(word for caption in captions for word in re.findall(r"[^\W\d_]+|\d|[^\s\w]+", caption.lower()))
@@ -217,7 +235,8 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
     width = config.text_hidden_size
-    heads = max(number for number in range(1, max(1, width // 32) + 1) if width % number == 0)  # CLIP wants a divisor
+    # CLIP requires a number of heads that divides the width.
+    heads = max(number for number in range(1, max(1, width // 32) + 1) if width % number == 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -233,8 +252,8 @@ def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTok
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        # CLIP's small start, meant for training, would let the layers' random mixtures drown the words: make these the
-        # larger part of what comes out (nine tenths of the variance, instead of a third)
+        # CLIP's small initial weights are meant for training. Without it, the layers' random mixtures would drown the words.
+        # With these weights the words make up nine tenths of the output's variance instead of a third.
         text_encoder.get_input_embeddings().weight.data.normal_(0.0, 1.0)
         positions = next(part for name, part in text_encoder.named_modules() if name.endswith("position_embedding"))
         positions.weight.data.normal_(0.0, 0.3)
@@ -252,7 +271,10 @@ def _standardise(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions
 
 @torch.no_grad()
 def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Hidden states [B, L, D] of captions, as the stock pipeline computes them (padded and cut to the tokenizer's length)."""
+    """Return hidden states [B, L, D] of captions, as the stock pipeline computes them.
+
+    Captions are padded or cut to the tokenizer's length.
+    """
     tokens = tokenizer(
         captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
@@ -262,7 +284,10 @@ def encode_captions(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, capti
 def build_unet(
     config: UnetConfig, sample_size: int, latent_channels: int, cross_attention_dim: int
 ) -> UNet2DConditionModel:
-    """A new UNet of the recipe's size for latents [latent_channels, sample_size, sample_size], which `config.check_unet` passed."""
+    """Return a new UNet of the recipe's size for latents [latent_channels, sample_size, sample_size].
+
+    `config.check_unet` must have accepted the recipe.
+    """
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=latent_channels,
@@ -278,17 +303,22 @@ def build_unet(
 
 
 def use_plain_attention(unet: UNet2DConditionModel) -> None:
-    """Attention by matrix products, for a training in bf16 on a CPU: there the gradient of PyTorch's fused attention takes three
-    times as long. It keeps all attention weights, so that latents above 32 x 32 stay with the fused one.
+    """Compute attention by matrix products, for training in bf16 on a CPU.
+
+    There the gradient of PyTorch's fused attention takes three times as long. Plain attention keeps all attention weights in
+    memory, so latents above 32 x 32 continue to use fused attention.
     """
     if unet.config.sample_size <= 32:
         unet.set_attn_processor(AttnProcessor())
 
 
 def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
-    """The DDPM noise schedule of training: 1,000 levels, Stable Diffusion's range of betas, or the base pipeline's.
+    """Return the DDPM noise schedule of training, with 1,000 levels.
 
-    Raises `UserError` where the base pipeline was trained with what the recipe denies.
+    Its range of betas is the base pipeline's, or Stable Diffusion's without a base pipeline.
+
+    Raises:
+        UserError: the base pipeline was trained with other settings than the recipe's.
     """
     betas = _base_betas(config) if config.pretrained_model_name_or_path else {}
     return DDPMScheduler(
@@ -297,14 +327,14 @@ def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        timestep_spacing="trailing",  # inference starts at the last noise level (arXiv:2305.08891)
+        timestep_spacing="trailing",  # Inference starts at the last noise level (arXiv:2305.08891).
         clip_sample=False,
-        steps_offset=1,  # as Stable Diffusion; not used with trailing spacing
+        steps_offset=1,  # Stable Diffusion uses this value. Trailing spacing ignores it.
     )
 
 
 def _base_betas(config: UnetConfig) -> dict[str, Any]:
-    """The range of betas that the base pipeline's UNet was trained with: `beta_start`, `beta_end`, `trained_betas`."""
+    """Return the betas of the base pipeline's training: `beta_start`, `beta_end` and `trained_betas`."""
     base = str(config.pretrained_model_name_or_path)
     trained = load_part(DDPMScheduler, base, "scheduler", config.revision).config
     for name in ("prediction_type", "beta_schedule", "rescale_betas_zero_snr"):
@@ -321,7 +351,7 @@ def _base_betas(config: UnetConfig) -> dict[str, Any]:
 
 
 def build_ddim(scheduler: DDPMScheduler) -> DDIMScheduler:
-    """The DDIM schedule that belongs to the training's."""
+    """Return the DDIM schedule that matches the training's schedule."""
     return DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
 
 
@@ -332,7 +362,7 @@ def build_pipeline(
     unet: UNet2DConditionModel,
     scheduler: Any,
 ) -> StableDiffusionPipeline:
-    """The stock pipeline of these parts."""
+    """Return the stock pipeline of these parts."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -348,9 +378,9 @@ def build_pipeline(
 
 
 def hash_model(model: Any) -> str:
-    """Identity of a model: hash of its weights' names, types and bytes and of its architecture (16 hex digits).
+    """Return a model's identity: a hash (16 hex digits) of its architecture and of its weights' names, types and bytes.
 
-    Notes of a library in the config (its version, where a model was loaded from) do not count.
+    A library's notes in the config, such as its version or the model's origin, are ignored.
     """
     digest = hashlib.sha256()
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
@@ -364,12 +394,15 @@ def hash_model(model: Any) -> str:
 
 
 def hash_tokenizer(tokenizer: CLIPTokenizer) -> str:
-    """Identity of a tokenizer: hash of its vocabulary, merges and length."""
+    """Return a tokenizer's identity: a hash of its vocabulary, merges and length."""
     return hash_json([tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length])
 
 
 class Autoencoder(torch.nn.Module):
-    """The VAE as one module for training: pixels [B, 3, R, R] and noise [B, C, h, w] -> (reconstruction, mean, log-variance)."""
+    """The VAE as one module for training.
+
+    It maps pixels [B, 3, R, R] and noise [B, C, h, w] to (reconstruction, mean, log-variance).
+    """
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
@@ -382,5 +415,5 @@ class Autoencoder(torch.nn.Module):
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
-    """Pixels a side for each latent."""
+    """Return the number of pixels per latent along one side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

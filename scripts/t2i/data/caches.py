@@ -1,8 +1,9 @@
-"""Latents and text embeddings, computed once and kept by content.
+"""Caches of latents and text embeddings, computed once and addressed by content.
 
-A cache's folder is named by a hash of the weights that made it, of transform and precision, and of the images or captions: a stale
-one cannot be read by mistake. Arrays are `.npy` files, memory-mapped, so that memory does not grow with the data set.
-What is stored is unscaled: the posterior's mean and log-variance; hidden states, each distinct caption once.
+A cache's folder is named by a hash. It covers the model's weights, transform and precision, and the images or captions. A
+stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow with the
+data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
+caption.
 """
 
 import os
@@ -22,16 +23,16 @@ from t2i.errors import UserError
 from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
 
-NULL_CAPTION = ""  # what a dropped caption becomes, and what the stock pipeline guides away from
-CPU_BATCH_PIXELS = 1 << 16  # 4 images of 128 px, 16 of 64
+NULL_CAPTION = ""  # It replaces a dropped caption. The stock pipeline guides away from it.
+CPU_BATCH_PIXELS = 1 << 16  # This equals 4 images of 128 px, or 16 of 64 px.
 
 
 @dataclass
 class TextCache:
     """Embeddings of distinct captions."""
 
-    embeddings: np.ndarray  # [M, L, D] float16, memory-mapped; row 0 is the empty caption's
-    rows: np.ndarray  # [N] int64: the row of each sample's caption
+    embeddings: np.ndarray  # [M, L, D] float16, memory-mapped. Row 0 is the empty caption.
+    rows: np.ndarray  # [N] int64. The row of each sample's caption.
 
 
 def cache_latents(
@@ -44,12 +45,19 @@ def cache_latents(
     batch_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """Posterior moments of images: float32 [N, F, 2C, h, w], memory-mapped; F = 2 where mirrored images are cached too.
+    """Return the posterior moments of images, from the cache if they are there.
 
-    pixels: uint8 [N, R, R, 3]; identity: the hashes of the images and of the VAE. The VAE must be in evaluation mode.
+    Args:
+        pixels: images, uint8 [N, R, R, 3].
+        identity: hashes of the images and of the VAE.
+        vae: the VAE in evaluation mode.
+        flip: whether mirrored images are cached too.
+
+    Returns:
+        float32 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
     """
     count, resolution = pixels.shape[0], pixels.shape[1]
-    if batch_size is None:  # on a CPU few at once are faster, and need less memory
+    if batch_size is None:  # On a CPU, small batches are faster and need less memory.
         batch_size = max(1, CPU_BATCH_PIXELS // resolution**2) if vae.device.type == "cpu" else 32
     side = resolution // vae_factor(vae)
     shape = (count, 2 if flip else 1, 2 * vae.config.latent_channels, side, side)
@@ -77,9 +85,10 @@ def cache_text(
     batch_size: int = 32,
     say: Callable[[str], None] = print,
 ) -> TextCache:
-    """Hidden states of distinct captions, and which of them belongs to each sample.
+    """Return the hidden states of distinct captions, and the row of each sample. Row 0 is the empty caption.
 
-    identity: the hash of text encoder and tokenizer. Row 0 is the empty caption's.
+    Args:
+        identity: hashes of the text encoder and of the tokenizer.
     """
     numbers: dict[str, int] = {NULL_CAPTION: 0}
     rows = np.fromiter((numbers.setdefault(caption, len(numbers)) for caption in captions), dtype=np.int64)
@@ -97,12 +106,12 @@ def cache_text(
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, R, R, 3] to float32 [B, 3, R, R] in [-1, 1]."""
+    """Convert uint8 [B, R, R, 3] to float32 [B, 3, R, R] in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_images(pixels: torch.Tensor) -> np.ndarray:
-    """float [B, 3, R, R] in [-1, 1] to uint8 [B, R, R, 3]."""
+    """Convert float [B, 3, R, R] in [-1, 1] to uint8 [B, R, R, 3]."""
     return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -114,7 +123,10 @@ def _cached(
     fill: Callable[[np.ndarray], None],
     say: Callable[[str], None],
 ) -> np.ndarray:
-    """The array in `folder`, made by `fill` when missing. One process of a host makes it; the others wait for the lock."""
+    """Return the array in `folder`, and let `fill` compute it if it is missing.
+
+    One process of a host computes it, and the others wait for the lock.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
@@ -135,7 +147,7 @@ def _cached(
                 array.flush()
                 del array
                 write_json(part / "cache.json", {"what": what, "shape": shape})
-                os.replace(part, folder)  # appears whole or not at all
+                os.replace(part, folder)  # The folder appears complete or not at all.
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return np.load(folder / "array.npy", mmap_mode="r", allow_pickle=False)

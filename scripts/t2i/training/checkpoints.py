@@ -1,8 +1,9 @@
-"""Checkpoints: whole or not at all, verified before they are relied on, safetensors and JSON alone.
+"""Checkpoints that are complete or absent, and verified before use. Their files are safetensors and JSON only.
 
-`checkpoint-000500/` (of the first node; of others `node-1/checkpoint-000500/`) holds what its node's processes wrote, and
-`manifest.json` with the size and SHA-256 of each file. All is written beside its place, the manifest last; one rename
-makes it appear. No shared disk is assumed, and a copy made file by file (S3 sync) counts only once every file is there.
+The first node writes `checkpoint-000500/`, and another node writes `node-1/checkpoint-000500/`. Each folder holds the files
+of its node's processes, and `manifest.json` with the size and SHA-256 of each file. A checkpoint is written to a temporary
+folder, the manifest last, and then renamed. No shared disk is assumed. A copy made file by file, such as an S3 sync, is
+valid only once every file is present.
 """
 
 import json
@@ -27,7 +28,7 @@ MANIFEST = "manifest.json"
 
 
 class Node:
-    """Where this process stands among the nodes (hosts) of a run, and how processes wait for each other and compare."""
+    """Position of this process among the nodes (hosts) of a run, with ways to wait for and compare with other processes."""
 
     def __init__(self, accelerator: Any):
         from accelerate.utils import gather_object
@@ -35,13 +36,14 @@ class Node:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         self.count = max(1, accelerator.num_processes // max(1, local))
         self.index = accelerator.process_index // max(1, local)
-        self.first = accelerator.is_local_main_process  # of its node: makes folders, writes the manifest
+        # The node's first process makes folders and writes the manifest.
+        self.first = accelerator.is_local_main_process
         self.meet: Callable[[], None] = accelerator.wait_for_everyone
         self.gather: Callable[[Any], list[Any]] = lambda value: gather_object([value])
 
 
 def node_folder(run: Path, node: Node) -> Path:
-    """The folder of this node's checkpoints."""
+    """Return the folder of this node's checkpoints."""
     return run if node.index == 0 else run / f"node-{node.index}"
 
 
@@ -49,10 +51,14 @@ def node_folder(run: Path, node: Node) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: Node, limit: int | None) -> Path:
-    """Save `checkpoint-<step>`; called by every process. Then remove the oldest beyond `limit`, once the new one is verified.
+    """Save and verify `checkpoint-<step>`, then remove the oldest checkpoints beyond `limit`. Every process must call it.
 
-    write: writes this process's files into the folder it is given. Raises `UserError` where the disk does not take them;
-    what was saved before is untouched then.
+    Args:
+        write: writes this process's files into the folder that it is given.
+        limit: number of checkpoints to keep. None or 0 keeps all.
+
+    Raises:
+        UserError: the disk does not take the files. Earlier checkpoints of other steps are untouched.
     """
     home = node_folder(run, node)
     folder = home / f"checkpoint-{step:06d}"
@@ -61,7 +67,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
         _write_part(part, step, write, node)
         if node.first:
             aside = home / f".{folder.name}.old"
-            if folder.exists():  # made anew after a resume from an earlier one
+            if folder.exists():  # This happens after a resume from an earlier checkpoint.
                 os.replace(folder, aside)
             os.replace(part, folder)
             _sync(home)
@@ -85,16 +91,19 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
 
 
 def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: int) -> None:
-    """Save a checkpoint and remove it, before training: a full or read-only disk is met in the first minute.
+    """Save a checkpoint before training and remove it. A full or read-only disk is found in the first minute.
 
-    more_bytes: what later checkpoints hold beyond this one (moments of the optimiser, which come with the first update).
+    Args:
+        more_bytes: number of bytes that later checkpoints hold beyond this one. The optimiser's moments come with the first
+            update.
     """
     home = node_folder(run, node)
     part = home / ".rehearsal.part"
     try:
         if node.first:
             home.mkdir(parents=True, exist_ok=True)
-            for left in (*home.glob(".checkpoint-*.part"), *home.glob(".checkpoint-*.old")):  # of killed saves
+            # Killed saves leave these folders behind.
+            for left in (*home.glob(".checkpoint-*.part"), *home.glob(".checkpoint-*.old")):
                 shutil.rmtree(left)
         _write_part(part, 0, write, node)
         if node.first:
@@ -113,7 +122,7 @@ def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: i
 
 
 def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node) -> None:
-    """Every process's files, then the manifest, all on disk when it returns."""
+    """Write every process's files, then the manifest. All of them are on disk when the first process of the node returns."""
     if node.first:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -135,7 +144,10 @@ def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk. Windows opens no folders, and flushes only what may be written."""
+    """Wait until a file or folder is on disk.
+
+    Windows cannot open folders, and flushes only files that are open for writing.
+    """
     if sys.platform == "win32":
         if path.is_dir():
             return
@@ -156,7 +168,10 @@ def _reason(error: Exception) -> str:
 
 
 def find_damage(folder: Path, part: str = "") -> str | None:
-    """What is wrong with a checkpoint, or with the files below its folder `part`; None where every byte is as its manifest says."""
+    """Describe the damage to a checkpoint, or to its files whose names begin with `part`.
+
+    Return None if every byte matches the manifest.
+    """
     if not (folder / MANIFEST).is_file():
         return f"{folder / MANIFEST} is missing"
     try:
@@ -178,11 +193,19 @@ def find_damage(folder: Path, part: str = "") -> str | None:
 
 
 def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str], Any] = print) -> Path | None:
-    """The checkpoint to go on from, the same step on every node: the newest whole one, or the one that is named.
+    """Return the checkpoint to resume from, of the same step on every node. Every process must call it.
 
-    A damaged one is named by `say` and the one before is taken. Raises `UserError` where a named one is damaged or missing,
-    where there are checkpoints and none is whole, and where `name` is None (start anew) beside checkpoints, which would be
-    replaced. None: there is no checkpoint. Called by every process.
+    Damaged checkpoints are reported through `say` and skipped.
+
+    Args:
+        name: name of a checkpoint, "latest" for the newest complete one, or None for a new start.
+
+    Returns:
+        The checkpoint's folder, or None if there is no checkpoint.
+
+    Raises:
+        UserError: the named checkpoint is damaged or missing, or none is complete on every node. A new start beside
+            checkpoints, which it would replace, is also refused. So is a folder that holds only copies of checkpoints.
     """
     home = node_folder(run, node)
     there = _own_checkpoints(home)
@@ -231,13 +254,13 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
 
 
 def _own_checkpoints(home: Path) -> list[Path]:
-    """The checkpoints of a node, whole or not, oldest first; copies under other names are left alone."""
+    """Return the checkpoints of a node, complete or not, oldest first. Copies under other names are not included."""
     found = {path: checkpoint_step(path) for path in home.glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path, step in found.items() if step is not None), key=lambda path: found[path] or 0)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; of a link to one elsewhere, the link."""
+    """Remove a checkpoint. If it is a link, remove only the link."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
     else:
@@ -245,7 +268,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) -> float:
-    """The newest step up to `limit` whose folder is whole; -1 where there is none."""
+    """Return the newest step up to `limit` whose folder is complete, or -1 if there is none."""
     for folder in reversed(folders):
         step = checkpoint_step(folder)
         if step is None or step > limit:
@@ -258,7 +281,7 @@ def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) 
 
 
 def forget_after(run: Path, step: int, node: Node, say: Callable[[str], Any] = print) -> None:
-    """Remove this node's checkpoints, and what was logged, beyond `step`, which training is about to make anew."""
+    """Remove this node's checkpoints and logged rows beyond `step`, because training is about to repeat these steps."""
     home = node_folder(run, node)
     later = [folder for folder in _own_checkpoints(home) if (checkpoint_step(folder) or 0) > step]
     if later:
@@ -276,7 +299,7 @@ def forget_after(run: Path, step: int, node: Node, say: Callable[[str], Any] = p
 
 @torch.no_grad()
 def save_weights(folder: Path, module: Any, parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """`module` with `values` (float32) in place of `parameters`, as diffusers loads it from `folder`."""
+    """Save `module` in diffusers' format with `values` (float32) in place of `parameters`."""
     own = [parameter.detach().clone() for parameter in parameters]
     try:
         copy_weights(values, parameters)
@@ -286,7 +309,7 @@ def save_weights(folder: Path, module: Any, parameters: Sequence[torch.Tensor], 
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that a model's `save_pretrained` wrote, by name."""
+    """Return the weights that a model's `save_pretrained` wrote, by name."""
     try:
         return load_file(folder / "diffusion_pytorch_model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -294,7 +317,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(folder: Path, module: Any) -> None:
-    """Put the weights that a model's `save_pretrained` wrote into `module`."""
+    """Load the weights that a model's `save_pretrained` wrote into `module`."""
     try:
         module.load_state_dict(read_weights(folder))
     except RuntimeError as error:
@@ -303,32 +326,33 @@ def load_weights(folder: Path, module: Any) -> None:
 
 @torch.no_grad()
 def copy_weights(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
-    """Put `values` into `parameters`, one by one."""
+    """Copy `values` into `parameters`, one by one."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
 
 def save_optimizer(folder: Path, optimizer: Any) -> dict[str, Any]:
-    """Write an optimiser's tensors to `optimizer.safetensors`; returns its other state, as JSON data."""
+    """Write an optimiser's tensors to `optimizer.safetensors`, and return its other state as JSON data."""
     tensors, numbers = flatten_optimizer(optimizer.state_dict())
     save_file(tensors, folder / "optimizer.safetensors")
     return numbers
 
 
 def load_optimizer(folder: Path, optimizer: Any, numbers: dict[str, Any]) -> None:
-    """The inverse of `save_optimizer`."""
+    """Load an optimiser's state from `optimizer.safetensors` and the JSON data that `save_optimizer` returned."""
     optimizer.load_state_dict(restore_optimizer(load_file(folder / "optimizer.safetensors"), numbers))
+    # Saved tensors are contiguous, but fused kernels need moments in the weights' memory layout.
     for (
         parameter,
         values,
-    ) in optimizer.state.items():  # files are contiguous; fused kernels walk weights and moments alike
+    ) in optimizer.state.items():
         for name, value in values.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimiser's state as (tensors by "parameter.name", JSON data)."""
+    """Return an optimiser's state as (tensors by "parameter.name", JSON data)."""
     tensors, numbers = {}, {}
     for index, values in state["state"].items():
         for name, value in values.items():
@@ -340,7 +364,7 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
 
 
 def restore_optimizer(tensors: dict[str, torch.Tensor], data: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
+    """Return the optimiser's state that `flatten_optimizer` split."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **data["numbers"]}.items():
         index, name = key.split(".", 1)
@@ -349,9 +373,9 @@ def restore_optimizer(tensors: dict[str, torch.Tensor], data: dict[str, Any]) ->
 
 
 def save_rng(path: Path) -> None:
-    """This process's random states, of torch (processor and GPU), NumPy and Python.
+    """Save this process's random states of torch (CPU and GPU), NumPy and Python.
 
-    What a sample gets is drawn by (seed, step, sample) and needs none of them; layers such as dropout do.
+    Layers such as dropout need them. A sample's draws do not, because they are a function of (seed, step, sample).
     """
     _, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
@@ -369,7 +393,7 @@ def save_rng(path: Path) -> None:
 
 
 def load_rng(path: Path) -> None:
-    """Put the states of `save_rng` back."""
+    """Restore the random states that `save_rng` saved."""
     states = load_file(path)
     numpy, python, (cached, gauss) = states["numpy"].tolist(), states["python"].tolist(), states["gauss"].tolist()
     torch.set_rng_state(states["torch"])

@@ -1,7 +1,8 @@
 """Forward and backward pass of a training step as one CUDA graph.
 
-A step of these models is thousands of small kernels. Started one by one from Python they take about 100 ms at any batch up to
-256, in which an H200 works for a fifth of the time; a graph starts them all at once. What is computed is the same.
+A step of these models consists of thousands of small kernels. If Python starts them one by one, a step takes about 100 ms at
+any batch up to 256. An H200 computes in only a fifth of that time. A graph starts all kernels at once and computes the same
+result.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from t2i.training.loop import TrainState
 
 Result = TypeVar("Result")
-WARM = 3  # runs before the recording, in which libraries choose and load their kernels
+WARM = 3  # Number of passes before the recording, in which libraries choose and load their kernels.
 
 
 def capture(
@@ -26,18 +27,28 @@ def capture(
     config: TrainConfig,
     accelerator: Any,
 ) -> Callable[..., Result]:
-    """`compute` as a CUDA graph, or itself where the launch is not of one GPU, or the settings need another pass each time.
+    """Return `compute` recorded as a CUDA graph, or `compute` itself if it cannot be recorded.
 
-    compute: tensors -> tensors on the device, forward and backward pass, without an optimiser's step; its shapes must not change.
-    example: gives tensors like those it will get. What it returns is overwritten by the next call. Weights may change in place only.
-    The memory of a pass stays taken as long as what is returned lives. No other thread may use the GPU meanwhile.
-    Raises `UserError` if the pass cannot be recorded, or if memory is too small for it.
+    It is recorded only on one GPU, if `cuda_graphs` is set, without gradient accumulation and gradient checkpointing. Weights
+    may change only in place. The memory of a pass stays in use as long as the returned function exists. No other thread may
+    use the GPU during the recording.
+
+    Args:
+        compute: forward and backward pass without the optimiser's step. It maps tensors on the device to tensors on the
+            device, and its shapes must not change.
+        example: returns tensors like the inputs of `compute`.
+
+    Returns:
+        A function like `compute`. Each call overwrites the tensors that the call before returned.
+
+    Raises:
+        UserError: the pass cannot be recorded, or the GPU's memory is too small for it.
     """
-    plain = accelerator.distributed_type.value == "NO"  # under DDP a process alone is not
+    plain = accelerator.distributed_type.value == "NO"  # This is False under DDP, even with a single process.
     once = config.gradient_accumulation_steps == 1 and not config.gradient_checkpointing
     if not (config.cuda_graphs and accelerator.device.type == "cuda" and plain and once):
         return compute
-    random = torch.cuda.get_rng_state()  # dropout layers draw from it; restored below
+    random = torch.cuda.get_rng_state()  # Dropout layers draw from it, so it is restored below.
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
         static_inputs = [tensor.clone() for tensor in example()]
@@ -61,7 +72,7 @@ def capture(
         torch._foreach_copy_(static_inputs, list(batch))
         graph.replay()
         for parameter, gradient in zip(train_state.parameters, gradients, strict=True):
-            parameter.grad = gradient  # the optimiser has let go of it
+            parameter.grad = gradient  # `zero_grad` has set it to None.
         return result
 
     return replay
@@ -75,8 +86,8 @@ def _record(compute: Callable[[], Result], current: torch.cuda.Stream) -> tuple[
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        torch.cuda.set_stream(current)  # which a failed recording leaves on another
-        first = error.__context__ or error  # the other is that the recording has been broken off
+        torch.cuda.set_stream(current)  # A failed recording leaves another stream current.
+        first = error.__context__ or error  # `error` itself may say only that the recording was broken off.
         reason = " ".join(str(first).split())[:200]
         raise UserError(f"the training step cannot be recorded ({reason}); give --no-cuda_graphs") from error
     return graph, result

@@ -1,4 +1,4 @@
-"""What must stand before `Accelerator` is made, and what DeepSpeed must know before `prepare`."""
+"""Set-up of a launch: the environment for `Accelerator`, and DeepSpeed's settings for `prepare`."""
 
 import ctypes
 import importlib
@@ -15,8 +15,9 @@ from t2i.config import TrainConfig, TrainUnetConfig
 from t2i.errors import UserError
 from t2i.machine import find_launcher
 
-PRECISIONS = ("no", "bf16", "fp16")  # that the suite trains in
-REDUCE_BUCKET = 50_000_000  # gradients reduced at once, 100 MB in fp16; DeepSpeed's default takes 1 GB of a 16 GB card
+PRECISIONS = ("no", "bf16", "fp16")  # The suite trains in these precisions.
+# Number of gradients reduced at once: 100 MB in fp16. DeepSpeed's default takes 1 GB of a 16 GB card.
+REDUCE_BUCKET = 50_000_000
 NO_FP16 = (
     "mixed_precision fp16 needs a GPU, and this run computes on the CPU; launch with --mixed_precision bf16 or "
     "--mixed_precision no (plain python: the environment variable ACCELERATE_MIXED_PRECISION)"
@@ -24,24 +25,30 @@ NO_FP16 = (
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' notes that no user can act on off the terminal; their warnings about real trouble stay."""
+    """Hide libraries' notes that no user can act on. Warnings about real trouble stay visible."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
+    # This hides a note about image processors without torchvision.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    diffusers.utils.logging.disable_progress_bar()  # of loading a model: a second at most
+    # Loading a model takes a second at most and needs no progress bar.
+    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", message=".*lr_scheduler.step.*"
-    )  # accelerate's wrapper hides the optimiser's step
+    # accelerate's wrapper hides the optimiser's step from the schedule.
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
 
 
 def make_accelerator(config: TrainConfig | None = None) -> Any:
-    """The script's `Accelerator`: processes and precision come from the launcher, the rest from the recipe.
+    """Return the script's `Accelerator`. Processes and precision come from the launcher, the rest from the recipe.
 
-    config: of a training; None: processes work on their shares alone, and may wait a week for each other.
+    Args:
+        config: settings of a training. None is for scripts whose processes work on separate shares, and may wait a week for
+            each other.
+
+    Raises:
+        UserError: the launch does not fit the machine, the precision or the number of processes.
     """
     quiet_libraries()
     prepare_launch(config)
@@ -57,23 +64,23 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
         }
     try:
         accelerator = Accelerator(**kinds)
-    except ValueError as error:  # a precision that the device lacks, and its like
+    except ValueError as error:  # The device lacks the precision, for example.
         reason = " ".join(str(error).split())
         raise UserError(f"the launch does not fit this machine ({reason}); take accelerate_configs/cpu.yaml") from None
     in_fp16 = accelerator.device.type != "cpu" or (accelerator.deepspeed_plugin and _processor_has_fp16())
     if accelerator.mixed_precision == "fp16" and not in_fp16:
-        raise UserError(NO_FP16)  # accelerate 1.15 would compute in float32, and say fp16
+        raise UserError(NO_FP16)  # accelerate 1.15 would compute in float32 and report fp16.
     if config is None:
         return accelerator
-    wanted = int(
-        os.environ.get("T2I_WORLD_SIZE", accelerator.num_processes)
-    )  # run_sagemaker_job.py counts the machines' GPUs
+    # run_sagemaker_job.py sets this variable to the number of GPUs of all machines.
+    wanted = int(os.environ.get("T2I_WORLD_SIZE", accelerator.num_processes))
     if wanted != accelerator.num_processes:
         raise UserError(
             f"this training has {accelerator.num_processes} processes instead of {wanted}: the machines would train apart; look at "
             "the accelerate YAML named by --inside"
         )
-    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # the launcher's number came before
+    # The launcher's number took precedence above.
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     scale_learning_rate(config, accelerator)
     if accelerator.deepspeed_plugin:
         write_deepspeed_config(accelerator.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)
@@ -84,21 +91,23 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
 
 
 def scale_learning_rate(config: TrainConfig, accelerator: Any) -> None:
-    """Put the learning rate that `scale_lr` means into `config`, as diffusers' scripts scale it, and say it."""
+    """Multiply the learning rate in `config` by the images per update if `scale_lr` is set, as diffusers' scripts do."""
     if config.scale_lr:
         images = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         config.learning_rate *= images
-        config.scale_lr = False  # the resolved settings hold the product, which nothing scales again
+        config.scale_lr = False  # The resolved settings hold the product, so it must not be scaled again.
         accelerator.print(
             f"--scale_lr: the peak learning rate is {config.learning_rate:g}, for {images} images per update"
         )
 
 
 def choose_precision(config: TrainConfig | None) -> None:
-    """Let the script's `--mixed_precision` act where the launch set none.
+    """Apply the script's `--mixed_precision` if the launch sets no precision.
 
-    accelerate's launcher says "no" where nobody asked for a precision, so that a "no" binds only where it was typed.
-    Raises `UserError` where launch and option differ.
+    accelerate's launcher sets "no" if nobody asked for a precision. A "no" is therefore binding only if it was typed.
+
+    Raises:
+        UserError: the launch and the option differ.
     """
     wanted, launched = config.mixed_precision if config else None, os.environ.get("ACCELERATE_MIXED_PRECISION")
     if wanted is None or wanted == launched:
@@ -118,19 +127,20 @@ def choose_precision(config: TrainConfig | None) -> None:
 
 
 def keep_freed_memory(accelerator: Any) -> None:
-    """Let glibc keep from now on what a training step frees for the next one, which needs as much; on a CPU alone.
+    """Let glibc reuse the memory that a training step frees for the next step, if training runs on a CPU.
 
-    By default it gives large blocks back to the system and takes them page by page, each zeroed: a twentieth of a step's time.
+    By default glibc returns large blocks to the system and receives them again page by page, each zeroed. That takes a
+    twentieth of a step's time.
     """
     if sys.platform == "linux" and accelerator.device.type == "cpu":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Other C libraries lack this function.
         if mallopt:
-            mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+            mallopt(-4, 0)  # M_MMAP_MAX: no block gets a separate mapping.
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: this is in bytes.
 
 
 def give_back_memory() -> None:
-    """Give what is free to the system at once, after `keep_freed_memory`."""
+    """Return free memory to the system at once. This complements `keep_freed_memory`."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim:
@@ -138,25 +148,28 @@ def give_back_memory() -> None:
 
 
 def broadcast_from_main(value: Any, accelerator: Any) -> Any:
-    """`value` as the first process has it, on every process: another node may lack the file that it was read from."""
+    """Return the first process's `value` on every process. Another node may lack the file that it was read from."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def prepare_launch(config: TrainConfig | None) -> None:
-    """Make the launch fit the script and the machine.
+    """Adapt the launch to the script and the machine.
 
-    Without a GPU, processes of a launcher are CPU processes: accelerate 1.15 takes each of them for a run of its own unless
-    the environment says so, which its launcher for several processes does not. Only train_unet.py runs under DeepSpeed;
-    other scripts, whose models are small, run data parallel on the same processes.
-    Raises `UserError` where DeepSpeed is not installed, or the precision is unknown or not the machine's.
+    Without a GPU, the processes of a launcher are CPU processes. accelerate 1.15 takes each of them for a separate run
+    unless the environment sets `ACCELERATE_USE_CPU`. Its launcher for several processes does not set that variable.
+
+    Only train_unet.py runs under DeepSpeed. Other scripts have small models and run data parallel on the same processes.
+
+    Raises:
+        UserError: DeepSpeed is needed and not installed, the precision is unknown, or the machine lacks it.
     """
     import torch
 
     choose_precision(config)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in PRECISIONS:  # accelerate would compute in float32 and say this word
+    if precision not in PRECISIONS:  # accelerate would compute in float32 and report this word.
         raise UserError(
             f"mixed_precision {precision!r} is not supported; choose one of {', '.join(PRECISIONS)} in the launch's YAML, "
             "by --mixed_precision, or in ACCELERATE_MIXED_PRECISION"
@@ -176,7 +189,7 @@ def prepare_launch(config: TrainConfig | None) -> None:
             "the launch asks for DeepSpeed, which is not installed; run: pip install -r scripts/requirements.txt (Linux), or take "
             "accelerate_configs/multi_gpu.yaml or cpu.yaml"
         )
-    # DeepSpeed's own calls, which no user can change
+    # DeepSpeed makes these calls itself, and no user can change them.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")
     if not on_cpu:
         return
@@ -189,7 +202,7 @@ def prepare_launch(config: TrainConfig | None) -> None:
 def _processor_has_fp16() -> bool:
     import torch
 
-    try:  # what DeepSpeed asks as well
+    try:  # DeepSpeed makes the same check.
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):
         return False
@@ -198,22 +211,23 @@ def _processor_has_fp16() -> bool:
 def _run_deepspeed_on_cpu() -> None:
     """Let accelerate 1.15 start DeepSpeed on CPU processes.
 
-    Without a GPU it knows CPU processes only where `use_cpu` says so, and then it leaves DeepSpeed out without a word.
+    Without a GPU it recognises CPU processes only if `use_cpu` is set, and then it silently leaves DeepSpeed out.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Otherwise DeepSpeed warns that it found no GPU.
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
-    # an operator for inference, compiled by g++ for half a minute at its first use; training never calls it
-    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+    # g++ would compile this inference operator for half a minute at its first use, and training never calls it.
+    backend = importlib.import_module("deepspeed.comm.torch")  # As an attribute, that name is torch itself.
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def write_deepspeed_config(settings: dict[str, Any], config: TrainConfig, processes: int) -> None:
-    """Put the recipe's clipping, batch and accumulation into DeepSpeed's settings, whatever the launch says of them.
+    """Write the recipe's clipping, batch and accumulation into DeepSpeed's settings. They override the launch's values.
 
-    Raises `UserError` for what the suite does not run: other ZeRO stages, offloading, an optimiser or schedule of DeepSpeed.
+    Raises:
+        UserError: the settings ask for a ZeRO stage other than 2, offloading, or an optimiser or schedule of DeepSpeed.
     """
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 2:
@@ -232,9 +246,17 @@ def write_deepspeed_config(settings: dict[str, Any], config: TrainConfig, proces
 
 
 def check_effective(model: Any, schedule: Any, config: TrainConfig, accelerator: Any) -> dict[str, Any]:
-    """What is in force after `prepare`: clipping, batch, accumulation, highest learning rate, ZeRO stage (0: none).
+    """Return the settings in force after `prepare`, and check them against the recipe.
 
-    Raises `UserError` where it is not what the recipe says. model: as prepared; schedule: of the optimiser that was prepared.
+    Args:
+        model: the model as `accelerator.prepare` returned it.
+        schedule: schedule of the optimiser that was prepared.
+
+    Returns:
+        Clipping, batch, accumulation, peak learning rate and ZeRO stage (0 without ZeRO).
+
+    Raises:
+        UserError: a setting differs from the recipe.
     """
     from t2i.training import zero
 
@@ -248,7 +270,7 @@ def check_effective(model: Any, schedule: Any, config: TrainConfig, accelerator:
         "zero_stage": 2 if accelerator.deepspeed_plugin else 0,
     }
     found = {
-        **wanted,  # in a plain training the script itself clips, and draws the batch
+        **wanted,  # Without DeepSpeed the script itself clips the gradients and draws the batch.
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "learning_rate": group["initial_lr"],
         **zero.effective(model),

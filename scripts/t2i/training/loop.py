@@ -1,4 +1,4 @@
-"""What both training scripts share: data checks, optimiser, schedule, weight update, checkpoints, records and trackers."""
+"""Functions that both training scripts share, from data checks and weight updates to checkpoints and trackers."""
 
 import dataclasses
 import importlib.util
@@ -33,21 +33,22 @@ from t2i.training.stopping import EXIT_STOPPED
 class TrainState:
     """State updated by a training step."""
 
-    name: str  # of the module in a checkpoint: unet or vae
-    module: Any  # the diffusers model
-    model: Any  # as prepared
-    parameters: list[torch.nn.Parameter]  # those that are trained
+    name: str  # Name of the module in a checkpoint: unet or vae.
+    module: Any  # The diffusers model.
+    model: Any  # The model as `accelerator.prepare` returned it.
+    parameters: list[torch.nn.Parameter]  # The trained parameters.
     optimizer: Any
     schedule: Any
-    ema: Any  # or None
-    # number of skipped updates, by reason
+    ema: Any  # The moving average of the weights, or None.
+    # Number of skipped updates by reason.
     skipped: dict[str, int] = dataclasses.field(default_factory=lambda: {"overflow": 0, "nonfinite": 0})
 
 
 class Average(EMAModel):
-    """diffusers' moving average of weights that are all trained, moved in one pass over memory.
+    """diffusers' moving average, updated in one pass over memory. All its weights must be trained.
 
-    Its own step makes a copy of all weights first: of 148 M on two CPU cores a quarter of a second, ten times this one's.
+    The step of diffusers copies all weights first. For 148 M weights on two CPU cores this takes a quarter of a second,
+    ten times as long as this step.
     """
 
     @torch.no_grad()
@@ -57,18 +58,18 @@ class Average(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1.0 - self.cur_decay_value)
 
 
-# Settings that change neither training nor its result.
+# These settings change neither the training nor its result. Inputs are compared by the hashes of their contents.
 _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
     *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
-    "scale_lr",  # the learning rate that it gave is compared
+    "scale_lr",  # The resulting learning rate is compared instead.
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     "caption_prefix",
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
     *("compile", "channels_last", "cuda_graphs"),
-    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the number of processes decides
+    *("train_batch_size", "gradient_accumulation_steps"),  # The global batch is compared instead.
     *(
         "push_to_hub",
         "hub_private_repo",
@@ -79,12 +80,13 @@ _PASSING = {
         "license",
         "gallery_pictures",
     ),
-}  # inputs are compared by the hashes of their contents
-_LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}  # settings that runs made before them had at these values
+}
+# Settings added later. Runs made before them behaved as these values say.
+_LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
-    """Return what decides a run's result: its effective settings, and the hashes of its inputs."""
+    """Return everything that decides a run's result: its effective settings and the hashes of its inputs."""
     settings = {
         f"{type(section).__name__.removesuffix('Config')}.{key}": value
         for section in sections
@@ -95,7 +97,11 @@ def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
 
 
 def load_splits(config: DataConfig, accelerator: Any, *, captions: bool = True) -> Any:
-    """Return the prepared splits of the data set. Raises `UserError` if no image is left for validation."""
+    """Return the prepared splits of the data set.
+
+    Raises:
+        UserError: no image is left for validation.
+    """
     splits = preparing.load_splits(config, say=accelerator.print, captions=captions)
     if splits.validation is None:
         raise UserError(f"{config.dataset} is too small: no image is left for validation; give more than one image")
@@ -103,24 +109,25 @@ def load_splits(config: DataConfig, accelerator: Any, *, captions: bool = True) 
 
 
 def global_batch(config: TrainConfig, world: int) -> int:
-    """Return the number of samples per weight update, over all `world` processes."""
+    """Return the number of samples per weight update over all `world` processes."""
     return config.train_batch_size * config.gradient_accumulation_steps * world
 
 
 def total_steps(config: TrainConfig, samples: int, world: int) -> int:
-    """Weight updates of the run: `max_train_steps`, or what `num_train_epochs` over `samples` images mean.
+    """Return the number of weight updates of the run.
 
-    Puts the updates that `validation_epochs` means into `validation_steps`.
+    It is `max_train_steps` if set, otherwise `num_train_epochs` over `samples` images. If `validation_epochs` is set, it is
+    converted to updates and stored in `validation_steps`.
     """
     per_epoch = samples / global_batch(config, world)
     if isinstance(config, TrainUnetConfig) and config.validation_epochs:
         config.validation_steps = max(1, math.ceil(config.validation_epochs * per_epoch))
-        config.validation_epochs = None  # the resolved settings hold one of the two
+        config.validation_epochs = None  # The resolved settings hold only one of the two.
     return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
 def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
-    """Say so if the training of `steps` updates ends while its learning rate still warms up."""
+    """Warn if the training of `steps` updates ends while its learning rate still warms up."""
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
         say(
             f"WARNING: lr_warmup_steps {config.lr_warmup_steps} is not shorter than the training of {steps} updates: the learning "
@@ -131,14 +138,14 @@ def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) 
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], config: TrainConfig, steps: int
 ) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW and its learning-rate schedule, which counts weight updates."""
+    """Return AdamW and its learning-rate schedule, which counts weight updates."""
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=True,  # one pass over memory: on two CPU cores a seventh of the time of the default
+        fused=True,  # This is one pass over memory. On two CPU cores it takes a seventh of the default's time.
     )
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
@@ -147,7 +154,7 @@ def build_optimizer(
 
 
 def place_model(model: Any, config: TrainConfig, accelerator: Any) -> None:
-    """Move the model to the device, in the recipe's memory format, ready for training."""
+    """Move the model to the device in the recipe's memory format, and prepare it for training."""
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -156,9 +163,9 @@ def place_model(model: Any, config: TrainConfig, accelerator: Any) -> None:
 
 
 def gather(train_state: TrainState) -> tuple[Any, Any]:
-    """Return all weights and their average in float32, in the parameters' order, if ZeRO has split them; else (None, None).
+    """Return all weights and their average in float32, in the parameters' order, if ZeRO has split them.
 
-    Called by every process, before one of them writes a byte.
+    Without ZeRO, return (None, None). Every process must call it before any of them writes a file.
     """
     if not zero.is_sharded(train_state.model):
         return None, None
@@ -171,14 +178,16 @@ def gather(train_state: TrainState) -> tuple[Any, Any]:
 def save_state(
     part: Path, train_state: TrainState, gathered: tuple[Any, Any], state: dict[str, Any], accelerator: Any
 ) -> None:
-    """This process's files of a checkpoint: its random states and, under ZeRO, its share; of the first process weights and
-    average (portable, float32), optimiser and state.
+    """Write this process's files of a checkpoint.
+
+    Every process writes its random states and, under ZeRO, its share of the training state. The first process of each node
+    also writes the weights and their average (portable, float32), the optimiser and the state.
     """
     checkpoints.save_rng(part / f"rng-{accelerator.process_index}.safetensors")
     sharded, average = zero.is_sharded(train_state.model), part / f"{train_state.name}_ema"
     if sharded:
         save_file(zero.shard_state(train_state.model, train_state.ema), shard_file(part, accelerator))
-    if not accelerator.is_local_main_process:  # each node resumes from its own files
+    if not accelerator.is_local_main_process:  # Each node resumes from its own files.
         return
     counters: dict[str, Any] = {
         "processes": accelerator.num_processes,
@@ -201,15 +210,15 @@ def save_state(
 
 
 def shard_file(folder: Path, accelerator: Any) -> Path:
-    """Return the file of this process's share of a checkpoint under ZeRO."""
+    """Return the path of this process's share of a checkpoint under ZeRO."""
     return folder / f"zero-rank{accelerator.process_index}.safetensors"
 
 
 def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> dict[str, Any]:
-    """Put everything back as it was when `checkpoint` was saved; returns its `state.json`. Called by every process.
+    """Restore the training state of `checkpoint` and return its `state.json`. Every process must call it.
 
-    On another number of processes, or from ZeRO to plain training and back, weights and average are taken from the portable
-    files, and what is reset is said.
+    If the number of processes changes, or ZeRO is switched on or off, weights and average are read from the portable files.
+    A message then says which state is reset.
     """
     state = read_json(checkpoint / "state.json")
     sharded, processes = zero.is_sharded(train_state.model), accelerator.num_processes
@@ -243,7 +252,7 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
 
 
 def load_portable(checkpoint: Path, train_state: TrainState) -> None:
-    """Load weights and average from the files that any launch can read. Called by every process."""
+    """Load weights and average from the files that any launch can read. Every process must call it."""
     weights = zero.fp32_weights(train_state.model, train_state.parameters)
     for name in ([f"{train_state.name}_ema"] if train_state.ema else []) + [train_state.name]:
         if zero.is_sharded(train_state.model):
@@ -255,7 +264,11 @@ def load_portable(checkpoint: Path, train_state: TrainState) -> None:
 
 
 def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
-    """Return whether the run has finished, the same on every process. Raises `UserError` if an earlier checkpoint is named."""
+    """Return whether the run has finished. Every process gets the same answer.
+
+    Raises:
+        UserError: the run has finished, and `resume_from_checkpoint` names an earlier checkpoint.
+    """
     if not broadcast_from_main(run.finished, accelerator):
         return False
     name, steps = config.resume_from_checkpoint, broadcast_from_main(run.state.get("steps"), accelerator)
@@ -271,9 +284,12 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
 def resume(
     run: Path, train_state: TrainState, config: TrainConfig, accelerator: Any
 ) -> tuple[dict[str, Any], checkpoints.Node]:
-    """Resume from the newest whole checkpoint, if there is one, and save once as a rehearsal, so that a full or read-only disk
-    is met now. Returns the checkpoint's state (`step` 0 where training starts) and this process's node. Called by every
-    process.
+    """Resume from the requested checkpoint, if there is one, and save once as a rehearsal.
+
+    The rehearsal finds a full or read-only disk before training starts. Every process must call it.
+
+    Returns:
+        The checkpoint's state and this process's node. A new training has `step` 0.
     """
     node = checkpoints.Node(accelerator)
     checkpoint = checkpoints.find_checkpoint(run, config.resume_from_checkpoint, node)
@@ -297,7 +313,7 @@ def save(
     node: checkpoints.Node,
     accelerator: Any,
 ) -> None:
-    """Save a checkpoint of `state["step"]`. Called by every process."""
+    """Save a checkpoint of `state["step"]`. Every process must call it."""
     gathered = gather(train_state)
 
     def write(part: Path) -> None:
@@ -307,7 +323,7 @@ def save(
 
 
 def exit_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerator: Any) -> None:
-    """End the process after a signal, its checkpoint saved, with exit code `EXIT_STOPPED`."""
+    """End the process with exit code `EXIT_STOPPED` after a signal. The checkpoint is saved already."""
     if accelerator.is_main_process:
         run.save(status="stopped")
         if tracker:
@@ -319,17 +335,20 @@ def exit_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerato
 def add_terms(
     total: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], micro_batches: int
 ) -> dict[str, torch.Tensor]:
-    """Return `total` plus this micro-batch's share of the mean loss terms. A CUDA graph may overwrite `terms` afterwards."""
+    """Return `total` plus this micro-batch's share of the mean loss terms.
+
+    The result is a new tensor, because a CUDA graph may overwrite `terms` afterwards.
+    """
     return {name: total.get(name, 0) + value / micro_batches for name, value in terms.items()}
 
 
 def mean_terms(terms: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
-    """Return the mean of each loss term over the processes. Called by every process."""
+    """Return the mean of each loss term over the processes. Every process must call it."""
     return {name: accelerator.reduce(value.detach(), reduction="mean").item() for name, value in terms.items()}
 
 
 def clip_gradients(train_state: TrainState, config: TrainConfig, accelerator: Any) -> float:
-    """Clip the gradients in place. Return their norm before clipping, the same on every process."""
+    """Clip the gradients in place and return their norm before clipping, which is the same on every process."""
     return float(accelerator.clip_grad_norm_(train_state.parameters, config.max_grad_norm))
 
 
@@ -342,12 +361,13 @@ def step_optimizer(
     sample_ids: Callable[[], list[str]],
     accelerator: Any,
 ) -> None:
-    """Update weights, schedule and moving average from the clipped gradients. Called by every process.
+    """Update weights, schedule and moving average from the clipped gradients. Every process must call it.
 
-    A non-finite loss or gradient skips the update. If only fp16's gradients overflowed, schedule and average stand still.
+    The update is skipped if the loss or its gradient is non-finite. Schedule and average then stay unchanged.
+    An overflow of fp16's scaled gradients under a finite loss is counted, but raises no error.
 
     Args:
-        norm: the gradients' norm, from `clip_gradients`.
+        norm: the gradients' norm from `clip_gradients`.
         loss: this process's loss, a scalar.
         sample_ids: returns the ids of this process's samples.
 
@@ -355,10 +375,10 @@ def step_optimizer(
         UserError: more than `max_nonfinite_steps` updates were non-finite. The message names the samples.
     """
     finite, scaled = math.isfinite(norm), accelerator.mixed_precision == "fp16"
-    if finite or scaled:  # fp16's scale has to learn of an overflow
+    if finite or scaled:  # The loss scale of fp16 must see an overflow.
         train_state.optimizer.step()
     train_state.optimizer.zero_grad()
-    # Fused AdamW skips an overflowed update by itself, which accelerate does not notice. DeepSpeed has skipped it already.
+    # Fused AdamW skips an overflowed update by itself, and accelerate does not notice. DeepSpeed has skipped it already.
     if finite and not accelerator.optimizer_step_was_skipped:
         train_state.schedule.step()
         if train_state.ema:
@@ -379,9 +399,10 @@ def step_optimizer(
 
 
 def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
-    """Keep a row of metrics in metrics.jsonl and send it to MLflow; where no terminal shows a bar, the log gets it as well.
+    """Append a row of metrics to metrics.jsonl and send it to the tracker.
 
-    The log's form is what accelerate_configs/sagemaker_metrics.tsv reads.
+    If standard error is no terminal, the row is also printed. accelerate_configs/sagemaker_metrics.tsv reads these lines, so
+    their form must not change.
     """
     if is_main:
         append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
@@ -393,7 +414,7 @@ def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main
 
 def progress_bar(name: str, start: int, steps: int, accelerator: Any) -> Any:
     """Return the training steps from `start` to `steps - 1`, shown as a progress bar by one process per node."""
-    seconds = 1.0 if sys.stderr.isatty() else 60.0  # a terminal redraws its bar; a log keeps each as a line
+    seconds = 1.0 if sys.stderr.isatty() else 60.0  # A terminal redraws its bar, but a log keeps each one as a line.
     return tqdm(
         range(start, steps),
         desc=name,
@@ -406,10 +427,12 @@ def progress_bar(name: str, start: int, steps: int, accelerator: Any) -> Any:
 
 
 def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
-    """Say where caches and curves go, which is below the working directory unless an option or variable says otherwise.
+    """Say where caches and curves are stored, and check the tracker before the data set is prepared.
 
-    Raises `UserError` for an address that MLflow cannot use, or a tracker that is not installed: now, not after the data set
-    was prepared.
+    Caches and curves are stored below the working directory unless an option or variable says otherwise.
+
+    Raises:
+        UserError: MLflow cannot use the address, or the tracker is not installed.
     """
     if cache_dir:
         say(f"caches: {Path(cache_dir).expanduser().absolute()} (--cache_dir)")
@@ -429,7 +452,7 @@ def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str],
 
 
 class BesideMlflow:
-    """A run's tracker in MLflow, and one of accelerate's that gets the same numbers and pictures."""
+    """A run's MLflow tracker, combined with a tracker of accelerate that gets the same numbers and pictures."""
 
     def __init__(self, mlflow: Any, other: Any):
         self._mlflow, self._other = mlflow, other
@@ -442,7 +465,7 @@ class BesideMlflow:
     def log_image(self, image: Any, name: str, step: int) -> None:
         self._mlflow.log_image(image, name, step)
         kinds: dict[str, Any] = {"dataformats": "NHWC"} if self._other.name == "tensorboard" else {}
-        pictures = np.asarray(image)[None]  # W&B takes a list of arrays as well
+        pictures = np.asarray(image)[None]  # W&B gets a list of arrays instead.
         self._other.log_images({name: pictures if kinds else list(pictures)}, step=step, **kinds)
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -453,13 +476,13 @@ class BesideMlflow:
 def make_tracker(
     config: TrainConfig, folder: Path, settings: dict[str, Any], hashes: dict[str, str], accelerator: Any
 ) -> Any:
-    """Start the run's trackers, with its parameters, input hashes and resolved settings.
+    """Start the run's trackers with its parameters, input hashes and resolved settings.
 
-    Return None on every process but the main one, and for `report_to: none`.
+    Return None for `report_to: none`, and on every process but the main one.
     """
     if config.report_to == "none" or not accelerator.is_main_process:
         return None
-    from t2i.tracking.mlflow_tracker import Tracker  # MLflow takes seconds to import
+    from t2i.tracking.mlflow_tracker import Tracker  # MLflow takes seconds to import.
 
     shown = without_paths(settings)
     name = config.run_name or folder.name
@@ -470,14 +493,17 @@ def make_tracker(
 
 
 def finish_tracker(tracker: Any, run: RunFolder) -> None:
-    """Log the finished run's `run.json`, with the hashes of inputs and outputs, and end the tracker (None: no tracker)."""
+    """Log the finished run's `run.json`, which holds the hashes of inputs and outputs, and end the tracker.
+
+    Do nothing if `tracker` is None.
+    """
     if tracker:
         tracker.log_artifact(run.file)
         tracker.finish()
 
 
 def start_tracker(config: TrainConfig, folder: Path) -> Any:
-    """The tracker of accelerate's that `report_to` names, started."""
+    """Start and return the tracker of accelerate that `report_to` names."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     name = config.run_name or folder.name
@@ -492,7 +518,7 @@ def start_tracker(config: TrainConfig, folder: Path) -> Any:
 
 
 def without_paths(settings: Any) -> Any:
-    """Return settings fit for publication: an absolute path is cut to its last part."""
+    """Return the settings with each absolute path cut to its last part, so that they can be published."""
     if isinstance(settings, dict):
         return {key: without_paths(value) for key, value in settings.items()}
     return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
@@ -508,10 +534,10 @@ def require_finite(loss: float, step: int, learning_rate: float) -> None:
 
 @contextmanager
 def averaged(train_state: TrainState) -> Iterator[Any]:
-    """Within the block, the module's weights are their moving average (if there is one). Yields the module to look at.
+    """Yield the module with the moving average as its weights, if there is an average. Restore the weights afterwards.
 
-    Under ZeRO every process must enter, and gets a float32 model of its own that goes with the block: the engine's weights
-    stay as they are.
+    Under ZeRO every process must enter the block. Each then gets a separate float32 model, and the engine's weights do not
+    change.
     """
     if zero.is_sharded(train_state.model):
         weights, average = gather(train_state)

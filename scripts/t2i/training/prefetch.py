@@ -1,4 +1,4 @@
-"""Prefetch batches: a thread makes the next one while the device trains on this one."""
+"""Prefetching of batches: a thread makes the next batch while the device trains on the current one."""
 
 import time
 from collections.abc import Callable
@@ -12,15 +12,20 @@ Batch = TypeVar("Batch")
 
 
 class Prefetcher(Generic[Batch]):
-    """`take(n)` returns batch n and, if `in_thread`, starts on batch n + 1. An error in making a batch is raised by `take`.
+    """Source of batches. `take(n)` returns batch n and, if `in_thread`, starts making batch n + 1.
 
-    make: the batch of a number, a pure function of it: what is made ahead does not depend on when.
-    in_thread: for a device of its own. Where the processor trains, its threads would only be in each other's way.
+    An error in making a batch is raised by `take`.
+
+    Args:
+        make: returns the batch of a number. It must be a pure function, so that a batch does not depend on when it is made.
+        end: upper limit of the numbers, not included.
+        in_thread: make batches ahead in a thread. Use it only if training runs on a GPU. On a CPU the thread would compete
+            with the training's threads.
     """
 
     def __init__(self, make: Callable[[int], Batch], end: int, in_thread: bool):
-        self.make, self.end = make, end  # numbers are below `end`
-        self.waited = 0.0  # seconds that `take` has taken
+        self.make, self.end = make, end
+        self.waited = 0.0  # Seconds that `take` has waited for batches.
         self._pool = ThreadPoolExecutor(1, "batches") if in_thread else None
         self._coming: dict[int, Future[Batch]] = {}
 
@@ -35,5 +40,5 @@ class Prefetcher(Generic[Batch]):
 
 
 def to_device_soon(tensor: "torch.Tensor", device: Any) -> "torch.Tensor":
-    """A copy on the device that a GPU makes by itself, while this thread goes on; from memory that it can read."""
+    """Return a copy of `tensor` on the device. A GPU copies from pinned memory while this thread continues."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

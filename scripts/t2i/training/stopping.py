@@ -1,4 +1,4 @@
-"""Stopping by a signal without losing a step, and ending with the launcher."""
+"""Stopping on a signal without losing a step, and ending together with the launcher."""
 
 import os
 import signal
@@ -10,18 +10,18 @@ from typing import Any
 
 from t2i.run_lock import mark_ending
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, and the same command resumes it
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, and the same command resumes it.
 
 
 class Stop:
-    """Whether somebody asked for an end: SIGTERM (a spot instance's notice, a scheduler) or Ctrl-C."""
+    """A signal handler that notes a request to stop: SIGTERM (from a spot instance or a scheduler) or Ctrl-C."""
 
     def __init__(self, folder: Path) -> None:
         self.asked = False
         self._folder = folder
 
     def __call__(self, number: int, frame: Any) -> None:
-        if not self.asked:  # a second signal changes nothing: the save that is under way is not cut
+        if not self.asked:  # A second signal changes nothing, so that it cannot interrupt the save.
             print(
                 f"{signal.Signals(number).name}: finishing this step and saving a checkpoint",
                 file=sys.stderr,
@@ -32,11 +32,11 @@ class Stop:
 
 
 def end_in_words() -> None:
-    """From now on, SIGTERM outside `on_signals` ends this process with a sentence and exit code `EXIT_STOPPED`."""
+    """Make SIGTERM outside `on_signals` end this process with a message and exit code `EXIT_STOPPED`."""
     owner = os.getpid()
 
     def end(number: int, frame: Any) -> None:
-        if os.getpid() != owner:  # a forked worker of a pool, which is ended by this signal
+        if os.getpid() != owner:  # This is a forked worker of a pool, which the signal must end.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         print(
@@ -51,9 +51,12 @@ def end_in_words() -> None:
 
 @contextmanager
 def on_signals(folder: Path) -> Iterator[Stop]:
-    """Within the block, SIGTERM and SIGINT only set `asked`; so does the end of the launcher that started this process.
+    """Make SIGTERM and SIGINT only set `asked` within the block.
 
-    folder: the run's; a command that is started meanwhile finds there that this run is about to end.
+    The end of the launcher that started this process also sets `asked`.
+
+    Args:
+        folder: the run's folder. A command that starts meanwhile reads there that this run is about to end.
     """
     stop = Stop(folder)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -65,7 +68,7 @@ def on_signals(folder: Path) -> Iterator[Stop]:
 
 
 def agreed(stop: Stop, accelerator: Any) -> bool:
-    """Whether any process was asked to stop: all get the same answer. Called by every process at every step."""
+    """Return whether any process was asked to stop. Every process must call it at every step, and gets the same answer."""
     if accelerator.num_processes == 1:
         return stop.asked
     import torch

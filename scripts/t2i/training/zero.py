@@ -1,8 +1,10 @@
-"""Weights, their average and the optimiser's state where DeepSpeed's ZeRO splits them over the processes.
+"""Access to weights, their average and the optimiser's state if DeepSpeed's ZeRO splits them over the processes.
 
-Under ZeRO-2 each process keeps the float32 masters and Adam's moments of its share of the weights, as flat tensors; the
-module itself holds all weights, in the precision of the launch. Without DeepSpeed the same functions answer for plain
-parameters, so that the training loop has one form. "Collective" below: every process must call it, or all wait forever.
+Under ZeRO-2 each process keeps the float32 weights and Adam's moments of its share, as flat tensors. The module itself
+holds all weights in the precision of the launch. Without DeepSpeed the same functions work on plain parameters, so that the
+training loop has one form.
+
+"Collective" means that every process must call the function. Otherwise all of them wait forever.
 """
 
 import sys
@@ -12,18 +14,18 @@ import torch
 
 from t2i.errors import UserError
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the dynamic loss scale; fp16 alone
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # Counters of the engine.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # State of the dynamic loss scale in fp16.
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether `model`, as prepared, is a DeepSpeed engine."""
+    """Return whether `model`, as `accelerator.prepare` returned it, is a DeepSpeed engine."""
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
 def effective(model: Any) -> dict[str, Any]:
-    """What the engine goes by: clipping, batches, accumulation, learning rate, stage; nothing where there is no engine."""
+    """Return the engine's clipping, batches, accumulation, learning rate and stage, or {} without an engine."""
     if not is_sharded(model):
         return {}
     return {
@@ -37,7 +39,7 @@ def effective(model: Any) -> dict[str, Any]:
 
 
 def cast_inputs(model: Any) -> None:
-    """Let the engine's module take float32 inputs: DeepSpeed casts the weights to bf16 and leaves the inputs as they are."""
+    """Let the engine's module accept float32 inputs. DeepSpeed casts the weights to bf16, but not the inputs."""
     if is_sharded(model):
         model.module.register_forward_pre_hook(_cast_inputs)
 
@@ -48,15 +50,16 @@ def _cast_inputs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 
 
 def fp32_weights(model: Any, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The float32 weights that this process's optimiser updates: `parameters`, or its flat shares of them under ZeRO.
+    """Return the float32 weights that this process's optimiser updates.
 
-    A moving average of these costs no communication. The tensors stay the same objects throughout training.
+    They are `parameters` themselves, or this process's flat shares under ZeRO. A moving average of them needs no
+    communication. The tensors stay the same objects throughout training.
     """
     return list(model.optimizer.single_partition_of_fp32_groups) if is_sharded(model) else list(parameters)
 
 
 def full_weights(model: Any, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """All weights in float32, in the order and shapes of `parameters`. Collective under ZeRO."""
+    """Return all weights in float32, in the order and shapes of `parameters`. Collective under ZeRO."""
     if not is_sharded(model):
         return [parameter.detach() for parameter in parameters]
     from deepspeed.utils import safe_get_full_fp32_param
@@ -66,7 +69,7 @@ def full_weights(model: Any, parameters: list[torch.nn.Parameter]) -> list[torch
 
 @torch.no_grad()
 def set_weights(model: Any, module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put full float32 weights, by the names of `module`, into a ZeRO engine: masters and the module itself. Collective."""
+    """Load full float32 weights, keyed by the names of `module`, into a ZeRO engine and its module. Collective."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, parameter in module.named_parameters():
@@ -76,9 +79,12 @@ def set_weights(model: Any, module: torch.nn.Module, weights: dict[str, torch.Te
 
 @torch.no_grad()
 def full_average(model: Any, parameters: list[torch.nn.Parameter], ema: Any) -> list[torch.Tensor]:
-    """The moving average of all weights in float32, in the order and shapes of `parameters`. Collective under ZeRO.
+    """Return the moving average of all weights in float32, in the order and shapes of `parameters`. Collective under ZeRO.
 
-    ema: diffusers' `EMAModel` over `masters`. DeepSpeed gathers nothing but its masters: the average takes their place meanwhile.
+    DeepSpeed can gather only its float32 weights, so the average replaces them for the duration of the call.
+
+    Args:
+        ema: diffusers' `EMAModel` over `fp32_weights`.
     """
     if not is_sharded(model):
         return [tensor.detach() for tensor in ema.shadow_params]
@@ -92,8 +98,8 @@ def full_average(model: Any, parameters: list[torch.nn.Parameter], ema: Any) -> 
 
 
 def with_weights(unet: Any, tensors: list[torch.Tensor]) -> Any:
-    """A model of the same class and configuration as `unet`, in float32, whose weights are `tensors` (not copied)."""
-    with torch.device("meta"):  # no memory, and no random numbers drawn
+    """Return a float32 model of `unet`'s class and configuration whose weights are `tensors`, without copying them."""
+    with torch.device("meta"):  # This takes no memory and draws no random numbers.
         copy = type(unet).from_config(unet.config)
     names = [name for name, _ in unet.named_parameters()]
     copy.load_state_dict(dict(zip(names, tensors, strict=True)), assign=True)
@@ -101,10 +107,10 @@ def with_weights(unet: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def shard_state(model: Any, ema: Any) -> dict[str, torch.Tensor]:
-    """What this process alone knows of a training under ZeRO, for safetensors: its shares of masters, moments and average,
-    the loss scale, the counters.
+    """Return this process's state of a training under ZeRO, as tensors for safetensors. Not collective.
 
-    Before the first update there are no moments. Not collective.
+    The state holds this process's shares of float32 weights, moments and average, the loss scale and the counters. There
+    are no moments before the first update.
     """
     tensors = {}
     for index, (master, moments) in enumerate(_shares(model)):
@@ -122,9 +128,10 @@ def shard_state(model: Any, ema: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_shard_state(model: Any, ema: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `shard_state` gave on the same process, and give all processes the new weights. Collective.
+    """Restore the state that `shard_state` returned on the same process, and give all processes the new weights. Collective.
 
-    Raises `UserError` where the number of processes, or the model, is another.
+    Raises:
+        UserError: the checkpoint is from another number of processes or another model.
     """
     world = int(tensors["world"]) if "world" in tensors else 0
     if world != model.world_size:
@@ -151,10 +158,10 @@ def load_shard_state(model: Any, ema: Any, tensors: dict[str, torch.Tensor]) -> 
         if hasattr(scaler, name) and f"scaler.{name}" in tensors:
             value = tensors[f"scaler.{name}"].item()
             setattr(scaler, name, value if name == "cur_scale" else int(value))
-    model.optimizer.update_lp_params()  # half-precision weights from the masters, on every process
+    model.optimizer.update_lp_params()  # This copies the float32 weights to the half-precision ones on every process.
 
 
 def _shares(model: Any) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """(masters, the optimiser's state of them) of this process, a pair a group of parameters."""
+    """Return this process's pairs of (float32 weights, their optimiser state), one pair per parameter group."""
     state = model.optimizer.optimizer.state
     return [(master, state[master]) for master in model.optimizer.single_partition_of_fp32_groups]
