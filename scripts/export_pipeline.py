@@ -3,8 +3,8 @@
 python scripts/export_pipeline.py --model outputs/demo/unet
 
 A part of the model computes in 8 bits if measured pictures stay nearly the same. The measured quality is printed.
-generate_images.py and the dashboard then use the compiled models, and publish_model.py publishes them too. After another
-training the compiled models are no longer valid. Run export_pipeline.py again to replace them.
+From then on the compiled models draw in generate_images.py and in the dashboard, and publish_model.py publishes them too.
+After another training they are no longer valid. Run this command again to replace them.
 """
 
 from dataclasses import dataclass
