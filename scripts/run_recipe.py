@@ -24,7 +24,7 @@ import psutil
 import tyro
 
 from t2i.command_line import check_options, parse_options, plain_option, typed_options
-from t2i.config import Recipe, check_dataset, check_unet, check_vae, load_recipe, override
+from t2i.config import PACKAGED_NETWORKS, Recipe, check_dataset, check_unet, check_vae, load_recipe, override
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
@@ -142,9 +142,9 @@ def check_stages(recipe: Recipe, options: Options) -> None:
         raise UserError(
             f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of it, or latest"
         )
-    for key in ("kid_network", "clip"):
+    for key in ("judge_network", "clip"):
         source = getattr(recipe.evaluate, key)
-        if source:
+        if source and source not in PACKAGED_NETWORKS:
             from transformers import AutoConfig
 
             try:
@@ -267,12 +267,16 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
     print(f"  {'peak memory':<28}{report['peak_rss_bytes'] / 1e9:8.2f} GB")
     print(f"  {'VAE on validation':<28}{report['vae']['psnr_db']:8.2f} dB")
     print(f"  {'chosen guidance scale':<28}{report['guidance_scale']:8.1f}")
-    print(f"  {'attributes as prompted':<28}{'share':>8}   accuracy of the classifier that reads them")
+    print(f"  {'as prompted':<28}{'share':>8}   accuracy on photos or drawings")
     for name, share in (report["prompt_following"] or {}).items():
         probe = report["probe_accuracy"].get(name)
         print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{probe:.1%}' if probe is not None else ''}")
     if report["memorisation"]:
         print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
+    if report["judge"]:
+        distances = {name: report["judge"][name]["kernel_distance"] for name in ("pictures", "reconstructions", "real")}
+        print(f"  {'kernel distance (judge)':<28}{distances['pictures']:8.1f}", end="")
+        print(f"   reconstructions: {distances['reconstructions']:.1f}, real images: {distances['real']:.1f}")
     print(f"\npictures: {folder / 'unet' / 'evaluation'}/*.png   report: {folder / 'report.json'}")
     print(f"pipeline for diffusers: {report['pipeline']}")
     print("compare checkpoints and guidance scales: .venv/bin/streamlit run dashboard   (or: make dashboard)")

@@ -40,6 +40,7 @@ from t2i.from_diffusers import translate_options
 
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
+PACKAGED_NETWORKS = ("efficientnet-lite0", "efficientnet-lite2")  # Their weights come from the package index.
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -271,7 +272,9 @@ class EvaluateConfig:
     eval_seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 1000  # Seed of prompts, noise and classifier.
     classifier_steps: Natural = 1200  # Training steps of the classifier that reads the pictures. 0: no classifier.
     classifier_drawings: Count = 5000  # Drawings that the classifier of drawn flowers is trained on.
-    kid_network: PathText | None = None  # Vision model (path or Hub id) for KID. None: the classifier's features.
+    # Network that judges pictures: efficientnet-lite0, or a path or Hub id of a vision model such as facebook/dinov2-small.
+    # None: no judge.
+    judge_network: Annotated[PathText | None, _alias("kid_network")] = "efficientnet-lite0"
     clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. None: the score is not measured.
 
 
@@ -286,6 +289,10 @@ class Recipe:
     train_vae: TrainVaeConfig = field(default_factory=TrainVaeConfig)
     train_unet: TrainUnetConfig = field(default_factory=TrainUnetConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+# Keys of earlier versions: section -> old key -> new key. An old key without a value is dropped.
+RENAMED = {"evaluate": {"kid_network": "judge_network"}}
 
 
 # --- Reading a recipe and the command line ----------------------------------------------------------------------------
@@ -349,10 +356,16 @@ def load_recipe(name: str) -> Recipe:
         cls = _fields(Recipe).get(known_key(section, _fields(Recipe), f"section in {path}"))
         if not isinstance(keys or {}, dict):
             raise UserError(f"{path}: section {section} must hold keys and values, not {keys!r}")
-        for key in keys or {}:
+        keys = _rename(keys or {}, RENAMED.get(section, {}))
+        for key in keys:
             known_key(key, _fields(cls), f"key in section {section} of {path}")
-        values[section] = checked(cls, keys or {}, f"{path}, section {section}")
+        values[section] = checked(cls, keys, f"{path}, section {section}")
     return Recipe(**values)
+
+
+def _rename(keys: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
+    """Return a section with the keys of earlier versions renamed."""
+    return {renamed.get(key, key): value for key, value in keys.items() if key not in renamed or value is not None}
 
 
 def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:

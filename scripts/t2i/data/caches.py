@@ -105,6 +105,27 @@ def cache_text(
     return TextCache(_cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say), rows)
 
 
+def cache_features(
+    pixels: np.ndarray, fingerprint: str, network: Any, cache_dir: str, *, say: Callable[[str], None] = print
+) -> np.ndarray:
+    """Return the judge's features of images, float32 [N, F], from the cache if they are there.
+
+    Args:
+        pixels: images, uint8 [N, R, R, 3].
+        fingerprint: hash of the images.
+        network: an `evaluation.networks.FeatureNetwork`.
+    """
+    width = network.features(pixels[:1]).shape[1]
+    shape = (len(pixels), width)
+
+    def fill(features: np.ndarray) -> None:
+        for start in tqdm(range(0, len(pixels), 32), desc="features", unit="batch"):
+            features[start : start + 32] = network.features(pixels[start : start + 32]).numpy()
+
+    key = hash_json({"kind": "features", "shape": shape, "images": fingerprint, "network": network.identity()})
+    return _cached(Path(cache_dir) / "features" / key, shape, "float32", f"features of {len(pixels)} images", fill, say)
+
+
 def to_pixels(images: np.ndarray) -> torch.Tensor:
     """Convert uint8 [B, R, R, 3] to float32 [B, 3, R, R] in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)

@@ -12,6 +12,8 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.evaluation.attributes import to_tensor
 
+COPY = 1 / 3  # A copy's distance to its training image, as a share of the distance to the second nearest.
+
 
 def pixel_embedding(pixels: np.ndarray, size: int = 16) -> Tensor:
     """Return pictures as thumbnails in [-1, 1], float32 [N, 3 * size^2].
@@ -76,6 +78,25 @@ def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Te
     return first, rows.gather(1, column[:, None])[:, 0]
 
 
+def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
+    """Return which pictures copy a training image: it is less than a third as far as any other training image.
+
+    A mirror image belongs to its training image. Source: Carlini et al., 2023, section 4.2; Yoon et al., 2023, section 3.
+
+    Args:
+        pictures: uint8 [M, H, W, 3].
+        train: `pixel_embedding` of at least two training images.
+
+    Returns:
+        bool [M].
+    """
+    distances, rows = _both_ways(pictures, train)
+    distances, order = distances.sort(1)
+    rows = rows.gather(1, order)
+    others = torch.where(rows == rows[:, :1], torch.inf, distances)
+    return (distances[:, 0] < COPY * others.min(1).values).numpy()
+
+
 def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
     """Return the training images nearest to a picture, each once.
 
@@ -122,6 +143,7 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
         "probability_closer": chance that a generated picture is relatively nearer than a held-out one (0.5: no difference).
         "near_copies" and "near_copies_held_out": shares with a relative distance under 0.5. If the latter is above 0, the
         data set has near-duplicates across its splits. Then "share_closer" shows nothing; compare these two instead.
+        "copies" and "copies_held_out": shares of `copied`.
         "nearest": int64 [M], the nearest training image of each picture.
         "relative_distance": float32 [M].
 
@@ -142,6 +164,8 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
         "probability_closer": float(1 - (below + level).float().mean() / (2 * len(ordered))),
         "near_copies": float((ours < 0.5).float().mean()),
         "near_copies_held_out": float((theirs < 0.5).float().mean()),
+        "copies": float(copied(generated, thumbnails).mean()),
+        "copies_held_out": float(copied(held_out, thumbnails).mean()),
         "nearest": rows.numpy(),
         "relative_distance": ours.numpy(),
     }

@@ -129,6 +129,8 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         figures=_figures(result, report, vae_run),
         protocol=_protocol(result, report),
         following=_following(report),
+        judge=_text(_last_part((report.get("judge") or {}).get("network"))),
+        judged=_judge_rows(report),
         sweep=[_sweep_row(result) for result in sweep_results],
         tracking=_tracking(result.get("tracking")),
         limitations=_limitations(recipe, result, domain, drawn),
@@ -190,7 +192,7 @@ def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, 
     for key, label in {
         "memorisation": "share_closer",
         "diversity": "ratio",
-        "kid": "mean",
+        "judge": "kernel_distance",
         "clip_score": "mean",
     }.items():
         figures[key, key.replace("_", " ")] = (report.get(key) or {}).get(label)
@@ -295,7 +297,7 @@ def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
 def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
     """Return the table of metrics: losses from the end of training, other figures from the evaluated checkpoint."""
     bands = {key: value for key, value in result.items() if re.fullmatch(r"val_loss_\d+_\d+", key)}
-    copies, kid, clip = (report.get(name) or {} for name in ("memorisation", "kid", "clip_score"))
+    copies, clip = (report.get(name) or {} for name in ("memorisation", "clip_score"))
     rows = {
         "Train diffuser loss": _figure(result.get("train_loss")),
         "Val diffuser loss": _figure(result.get("val_loss")),
@@ -315,9 +317,8 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
         copies.get("median_ratio"), 3
     )
     rows["Memorisation: near copies"] = _percent(copies.get("near_copies"))
+    rows["Memorisation: copies of a training image"] = _percent(copies.get("copies"))
     rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
-    spread = f" ± {_figure(kid.get('std'))}, {_text(_last_part(kid.get('features')))}" if kid else ""
-    rows["KID (lower is better; comparable only within one feature network)"] = _figure(kid.get("mean")) + spread
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
 
@@ -351,6 +352,25 @@ def _following(report: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def _judge_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Return the judge's table: a row for real images, for reconstructions and for the model's pictures."""
+    judged = report.get("judge") or {}
+    titles = {"real": "Unseen real images", "reconstructions": "Their reconstructions", "pictures": "Pictures"}
+    return [
+        [
+            title,
+            _percent(row.get("named")),
+            f"{_figure(row.get('kernel_distance'), 1)} ± {_figure(row.get('standard_error'), 1)}",
+            _figure(row.get("frechet_distance"), 1),
+            _percent(row.get("precision")),
+            _percent(row.get("recall")),
+            _percent(row.get("copies")),
+        ]
+        for name, title in titles.items()
+        if (row := judged.get(name))
+    ]
+
+
 def _sweep_row(result: dict[str, Any]) -> list[str]:
     shares = [share for head, share in (result.get("prompt_following") or {}).items() if head != "all"]
     return [
@@ -358,8 +378,8 @@ def _sweep_row(result: dict[str, Any]) -> list[str]:
         _figure(result.get("guidance_scale"), 2),
         _figure(result.get("val_loss")),
         _percent(sum(shares) / len(shares)) if shares else NOT_MEASURED,
-        _percent((result.get("memorisation") or {}).get("share_closer")),
-        _figure((result.get("kid") or {}).get("mean")),
+        _percent((result.get("memorisation") or {}).get("copies")),
+        _figure((result.get("judge") or {}).get("kernel_distance"), 1),
     ]
 
 

@@ -295,6 +295,20 @@ def compile_model(model: Any, kept: bool = False) -> Network:
     return Network(core.compile_model(model, "CPU", options))
 
 
+def compile_module(module: torch.nn.Module, example: torch.Tensor) -> Any:
+    """Compile a torch module of one input in float32. The result takes arrays with any number of samples.
+
+    Args:
+        module: the module in eval mode.
+        example: an input, [1, ...].
+    """
+    openvino = import_openvino()
+    model = openvino.convert_model(module, example_input=example)
+    model.reshape([-1, *example.shape[1:]])
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino_core().compile_model(model, "CPU", options)
+
+
 def with_samples(model: Any, samples: int) -> Any:
     """Return a copy of a model that takes exactly this number of samples. A fixed number makes it faster."""
     openvino, model = import_openvino(), model.clone()
