@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Options of the command line."""
+    """Options of drawing pictures."""
 
     model: str = "outputs/demo/unet"  # Run folder, checkpoint, pipeline folder or Hub id of the model.
     revision: str | None = None  # Branch, tag or commit of a Hub model.
