@@ -45,9 +45,8 @@ def _tags(value: Any) -> Any:
 class Additional:
     """`additional_args` of the YAML: arguments of SageMaker's estimator, by accelerate's names."""
 
-    use_spot_instances: Flag = (
-        False  # spare capacity at a discount; SageMaker may interrupt the job and resume it later
-    )
+    # spare capacity at a discount; SageMaker may interrupt the job and resume it later
+    use_spot_instances: Flag = False
     max_run: Count = 86400  # most seconds of training
     max_wait: Count | None = None  # most seconds of training and waiting for spot capacity; None: max_run
     volume_size: Count = 30  # GB of disk per machine
