@@ -1,4 +1,4 @@
-"""The classifier that recognises attributes of drawn flowers, or labels, in pictures.
+"""Train and use the classifier that recognises attributes of drawn flowers, or labels, in pictures.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """

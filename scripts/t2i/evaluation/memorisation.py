@@ -1,4 +1,4 @@
-"""A test of memorisation: do generated pictures lie nearer to training images than unseen images do?
+"""Test for memorisation: do generated pictures lie nearer to training images than unseen images do?
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """

@@ -44,8 +44,8 @@ def diversity(
     Args:
         generated: embeddings of generated pictures, [M, F].
         real: embeddings of real images, [N, F].
-        groups: group of each generated picture. None: all are one group.
-        real_groups: group of each real image. None: all are one group.
+        groups: group of each generated picture. None puts all pictures into one group.
+        real_groups: group of each real image. None puts all images into one group.
 
     Returns:
         "generated" and "real": pairwise L2 distances within a group, averaged over the groups.
@@ -71,7 +71,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
-        b: the same.
+        b: floats [B, 3, H, W] in [-1, 1], paired with `a`.
     """
     return peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
 
@@ -81,7 +81,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
-        b: the same.
+        b: floats [B, 3, H, W] in [-1, 1], paired with `a`.
     """
     similarity = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
     return torch.as_tensor(similarity).reshape(len(a))
@@ -95,7 +95,7 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
 
     Args:
         a: floats [B, C, H, W] in [-1, 1], so the data range is 2.
-        b: the same.
+        b: floats [B, C, H, W] in [-1, 1], paired with `a`.
         side: side of the window in pixels.
     """
     a, b = (F.pad(images, [side // 2] * 4, mode="reflect") for images in (a, b))
@@ -158,8 +158,8 @@ def kid(
 ) -> dict[str, Any] | None:
     """Measure the Kernel Inception Distance: squared MMD of features under a cubic kernel (0: same distribution).
 
-    Source: Binkowski et al., 2018. Only values with the same "features" can be compared. None can be compared with a KID
-    on Inception-v3.
+    Source: Binkowski et al., 2018. Only values with the same "features" can be compared. None of these values can be
+    compared with a KID on Inception-v3.
 
     Args:
         network: a `Classifier`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors). None: the
