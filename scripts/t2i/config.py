@@ -269,9 +269,8 @@ class EvaluateConfig:
     """Evaluation of checkpoints over guidance scales."""
 
     model: PathText | None = None  # Run folder of train_unet.py.
-    checkpoints: list[str] = field(
-        default_factory=list
-    )  # Names of the checkpoint folders to evaluate. Without a name, all checkpoints are evaluated.
+    # Names of the checkpoint folders to evaluate. Without a name, all checkpoints are evaluated.
+    checkpoints: list[str] = field(default_factory=list)
     # Guidance scales to evaluate.
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]

@@ -32,9 +32,8 @@ class Draws:
     """Random draws for a batch of B samples."""
 
     noise: torch.Tensor  # [B, C, H, W] float32, standard normal.
-    posterior_noise: (
-        torch.Tensor
-    )  # [B, C, H, W] float32, standard normal. This noise samples latents from the VAE's posterior.
+    # [B, C, H, W] float32, standard normal. This noise samples latents from the VAE's posterior.
+    posterior_noise: torch.Tensor
     timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps).
     uniform: torch.Tensor  # [B, 4] float32 in [0, 1) for the flip, the dropped caption, the crop's y and x.
     # [B, C, H, W] float32. Noise of the UNet's input if it differs from `noise`.
