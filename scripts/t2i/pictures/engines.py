@@ -1,8 +1,8 @@
 """Compiled engines for pictures on a CPU. OpenVINO compiles text encoder, UNet and VAE decoder for static shapes.
 
-They replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
+The compiled models replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
 `t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). They are valid as long as the
-weights beside them are the ones that they were made from.
+weights beside them do not change.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class Sizes(dict[int, Network]):
     The network for two samples (one guided picture) is compiled at once. Others are compiled at their first use.
 
     Args:
-        model: an OpenVINO model, or its file. The file is read at once, because it may have changed by the first use.
+        model: an OpenVINO model, or its file. The file is read at once, because it may change before the first use.
     """
 
     def __init__(self, model: Any):
@@ -71,7 +71,7 @@ class Sizes(dict[int, Network]):
 class CompiledText(torch.nn.Module):
     """The compiled text encoder, called as the stock one: token ids [B, L] -> (hidden states [B, L, D],).
 
-    Encoded prompts are kept. Every picture needs the empty prompt, and many repeat the last prompt.
+    Encoded prompts are cached. Every picture needs the empty prompt, and many pictures repeat the last prompt.
     """
 
     def __init__(self, network: Network, config: Any):
@@ -94,7 +94,7 @@ class CompiledText(torch.nn.Module):
 class CompiledUnet(torch.nn.Module):
     """The compiled UNet, called as the stock one.
 
-    It maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
+    The UNet maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
     separately, so that it does not depend on its batch. A guided picture has two samples, an unguided one has one.
 
     Args:
@@ -200,7 +200,7 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """Return the same pipeline with modules compiled in memory. This takes some seconds."""
+    """Return a pipeline whose modules are compiled in memory. Compiling takes some seconds."""
     return wrap_networks(pipeline, compile_models(convert(pipeline)))
 
 
@@ -270,7 +270,7 @@ def _upsample(
 
 
 def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the three weights along `dim` as two pairs: for even pixels (before, here) and for odd ones (here, after)."""
+    """Add the three weights along `dim` to two pairs: (before, here) for even pixels, and (here, after) for odd pixels."""
     first, middle, last = weight.unbind(dim)
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
@@ -285,7 +285,7 @@ def compile_model(model: Any, kept: bool = False) -> Network:
 
     Args:
         model: an OpenVINO model, or its file.
-        kept: cache the compiled model on disk for the next time. A model from a file is always cached.
+        kept: whether the compiled model is cached on disk. A model from a file is always cached.
     """
     core = openvino_core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
