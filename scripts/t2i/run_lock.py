@@ -79,9 +79,8 @@ def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
     """Return a run's present status: "finished", "stopped", "running", "interrupted" or "unfinished".
 
     run.json cannot tell a run at work from a killed run. The lock can, because the system frees the lock when a process
-    ends. "interrupted" means
-    killed or failed. "unfinished" means that the lock tells nothing: the folder is a copy, or its file system has no
-    locks. Any other status of run.json is returned as it is.
+    ends. "interrupted" means killed or failed. "unfinished" means that the lock tells nothing: the folder is a copy, or
+    its file system has no locks. Any other status of run.json is returned as it is.
 
     Args:
         folder: path of the run folder.
