@@ -2,7 +2,7 @@
 
 streamlit run dashboard
 
-Run it from the repository root. It shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
+Run the dashboard from the repository root. It shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
 (mlflow.db if that is unset). The dashboard only reads runs: t2i computes everything.
 
 Behind a reverse proxy or a notebook server, if HOST is the name in the browser's address:

@@ -44,7 +44,7 @@ class Options:
     cache_dir: PathText = DataConfig().cache_dir  # Folder for prepared images, latents and text embeddings.
     # Kinds to remove without asking.
     remove: Annotated[list[Kind], Field(max_length=4)] = field(default_factory=list)
-    dry_run: Flag = False  # List the files, and remove none.
+    dry_run: Flag = False  # List the files without removing any.
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ class Prompts:
     """Prompts to draw, and the attributes that their pictures should show."""
 
     texts: list[str]
-    wanted: list[dict[str, Any]]  # attribute -> value, per prompt; empty if the data set has no labels
-    held_out: list[bool]  # whether the combination of attributes never occurred in training
+    wanted: list[dict[str, Any]]  # Wanted value of each attribute, per prompt. Empty if the data set has no labels.
+    held_out: list[bool]  # Whether the combination of attributes never occurred in training, per prompt.
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Study:
     """The models, images and settings that all drawings and measurements of an evaluation share."""
 
     run: Path
-    kind: str  # of the data set, from `kind_of`
+    kind: str  # Kind of the data set, from `kind_of`.
     splits: Any
-    unseen: Any  # images that training never saw, uint8 [N, R, R, 3]
+    unseen: Any  # Images that training never saw, uint8 [N, R, R, 3].
     recipe: Recipe
     preset: Preset
-    classifier: Any  # None: it is not measured whether pictures follow prompts
+    classifier: Any  # The classifier that reads the pictures. With None, prompt following is not measured.
 
 
 def main() -> None:
@@ -252,7 +252,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
 
 def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
-    """Return images that training never saw, uint8 [N, R, R, 3], and the number of left-out near copies of training images."""
+    """Return images that training never saw, uint8 [N, R, R, 3]., and the number of left-out near copies of training images."""
     from t2i.evaluation import memorisation
 
     pixels = (splits.test or splits.validation).pixels

@@ -2,7 +2,7 @@
 
 python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-Each stage is a command that you can run yourself. It is printed before it runs. Finished stages are reused. Settings
+Each stage is a command that you can run yourself. The command is printed before it runs. Finished stages are reused. Settings
 that cannot work together are refused before the first stage.
 
 Any key of the recipe can be set by --SECTION.KEY, such as --train_unet.max_train_steps 20. The sections are data, vae,
@@ -51,9 +51,10 @@ class Options:
 
     config: str = "demo"  # Recipe: a YAML file, or the name of one in scripts/recipes.
     output_dir: LocalPath = "outputs/demo"  # Folder for the results of all stages.
-    # Data set: a Hub id, a dataset folder or an imagefolder. None: flowers are drawn.
+    # Data set: a Hub id, a dataset folder or an imagefolder. With None, flowers are drawn.
     dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
-    # accelerate's YAML for the trainings. None: this CPU, and bf16 for the denoiser if the CPU computes in it.
+    # accelerate's YAML for the trainings. With None, train on this CPU, and the denoiser in bf16 if the CPU computes in
+    # bf16.
     accelerate_config: PathText | None = None
 
 

@@ -1,6 +1,6 @@
 """Widgets that Streamlit does not have: a grid of pictures with linked zoom, two pictures compared, and a gallery.
 
-Their JavaScript and CSS stand in assets/. Content of files reaches them as data, which they show as text and attributes.
+The widgets' JavaScript and CSS are in assets/. Content of files reaches a widget as data, and is shown only as text.
 """
 
 import base64

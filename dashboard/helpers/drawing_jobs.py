@@ -20,7 +20,7 @@ UNSEEN_S = 150  # a job that no page looked at for so long ends: its browser was
 
 @dataclass(kw_only=True)
 class Job:
-    """A thread that draws while pages look at it. It ends when it is stopped, or when no page looks any more."""
+    """A thread that draws while pages look at it. The thread ends when it is stopped, or when no page looks at it any more."""
 
     error: str = ""
     seen: float = field(default_factory=time.monotonic)
@@ -90,8 +90,8 @@ class GridJob(Job):
 class PictureJob(Job):
     """A thread that draws one picture: `step` of `steps` are done, and `preview` is the model's guess of the result.
 
-    stage: "waiting" for another's turn, "loading" the model, or "drawing". result: None until the picture is finished, and
-    None if it was stopped.
+    `stage` is "waiting" for another job, "loading" the model, or "drawing". `result` is None until the picture is finished,
+    and stays None if the job was stopped.
     """
 
     planned: cells.PlannedCell

@@ -19,9 +19,10 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     """Show a table of pictures, and two of them compared; return False if there is no picture.
 
     Args:
-        shown: by `position_name`, row by row. Each has row, column, source (an address, or ""), label, alt and note. It
-            also has open, which returns the picture or None, and may have under (words below the picture).
-        columns, rows: the labels of the table.
+        shown: the pictures by `position_name`, row by row. Each picture has `row`, `column`, `source` (a data address or
+            ""), `label`, `alt`, `note`, and `open`, a function that returns the picture or None. A picture may have `under`
+            (text below it).
+        columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
     """
     drawn = [name for name, picture in shown.items() if picture["source"]]

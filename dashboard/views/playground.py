@@ -172,7 +172,7 @@ def clean(text: str | None) -> str:
 
 
 def show_preset(settings: dict[str, Any]) -> None:
-    """Show the presets, and mark the one that equals the form's settings."""
+    """Show the presets of the form, and mark the preset that equals the settings in the form."""
     alike = (name for name, preset in PRESETS.items() if preset._asdict().items() <= settings.items())
     st.session_state["_preset"] = next(alike, None)
     st.segmented_control(

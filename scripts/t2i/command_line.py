@@ -23,7 +23,7 @@ def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
     Args:
         cls: dataclass of the options. The comment of each field is the help text of its option.
         doc: description of the script, which `--help` prints above the help texts.
-        argv: words of the command line. None takes those of this process.
+        argv: words of the command line. With None, use the command line of this process.
 
     Raises:
         UserError: the command line has bytes that are not UTF-8.

@@ -54,7 +54,7 @@ class HubConfig:
     push_to_hub: Flag = False  # Upload the result to the Hub. Log in by `hf auth login`, or set HF_TOKEN.
     hub_private_repo: Flag = True  # Make a new repository private. An existing repository keeps its visibility.
     hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
-    hub_revision: str | None = None  # Branch to push to, made from main if it is missing. None pushes to main.
+    hub_revision: str | None = None  # Branch to push to, made from main if it is missing. With None, push to main.
     create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new pull request.
 
 
@@ -76,7 +76,7 @@ class SourceConfig:
     dataset_revision: str | None = None  # Branch, tag or commit of a Hub data set.
     dataset_config_name: str | None = None  # Name of the configuration, for a data set with several configurations.
     image_column: str = "image"  # Column that holds the images.
-    # Column that holds the captions. None tries the columns caption and text, then makes captions from labels.
+    # Column that holds the captions. With None, try the columns caption and text, then make captions from labels.
     caption_column: str | None = None
     label_names: list[str] = field(default_factory=list)  # Names of numeric labels. The first name is that of label 1.
     caption_template: str = "a photo of a {label}, a type of flower"  # Caption of an image that has only a label.
@@ -95,7 +95,7 @@ class DataConfig(SourceConfig):
     # images.
     validation_fraction: Annotated[float, NUMBER, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
     split_seed: int = 0  # Seed of the validation split. Another seed chooses other validation images.
-    max_train_samples: Count | None = None  # Maximum number of training images. None uses all images.
+    max_train_samples: Count | None = None  # Maximum number of training images. With None, use all images.
     cache_dir: LocalPath = ".cache/t2i"  # Folder for prepared images, latents and text embeddings, named by content.
 
 
@@ -117,9 +117,9 @@ class CaptionConfig(HubConfig):
     max_new_tokens: Annotated[int, NUMBER, Field(ge=1, le=4096)] = 128
     # Number of beams of the beam search. Florence-2's card uses 3 beams. One beam is about twice as fast.
     num_beams: Count = 3
-    # Length of token sequences that may not repeat within a caption. None keeps the model's own setting.
+    # Length of token sequences that may not repeat within a caption. With None, keep the model's own setting.
     no_repeat_ngram_size: Count | None = None
-    # Penalty on repeated tokens. Values above 1 make repetition less likely. None keeps the model's own setting.
+    # Penalty on repeated tokens. Values above 1 make repetition less likely. With None, keep the model's own setting.
     repetition_penalty: Positive | None = None
     strip_boilerplate: Flag = True  # Remove openings about the image itself: "The image shows a rose" becomes "A rose".
     fail_on: list[str] = field(default_factory=list)  # Limits of the caption audit, e.g. empty=0 over_limit=0.05.
@@ -132,7 +132,7 @@ class CaptionConfig(HubConfig):
 class VaeConfig:
     """Settings of the autoencoder."""
 
-    # Autoencoder: a run folder, path or Hub id. None builds a new autoencoder by the other vae options.
+    # Autoencoder: a run folder, path or Hub id. With None, build a new autoencoder by the other vae options.
     vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = None
     vae_revision: str | None = None  # Branch, tag or commit of a Hub VAE.
     # Channels per level of a new VAE. Each level after the first halves width and height.
@@ -147,11 +147,11 @@ class UnetConfig:
 
     # Pipeline (path or Hub id) whose UNet is trained further. The pipeline's VAE and text encoder are the defaults.
     pretrained_model_name_or_path: PathText | None = None
-    # CLIP text encoder with tokenizer: a run folder, path or Hub id. None builds a small frozen text encoder.
+    # CLIP text encoder with tokenizer: a run folder, path or Hub id. With None, build a small frozen text encoder.
     text_encoder: PathText | None = None
     text_encoder_revision: str | None = None  # Branch, tag or commit of a Hub text encoder.
     revision: str | None = None  # Branch, tag or commit of the Hub pipeline that is trained further.
-    # Variant of the weight files of pretrained_model_name_or_path, e.g. fp16. None loads files without a suffix.
+    # Variant of the weight files of pretrained_model_name_or_path, e.g. fp16. With None, load files without a suffix.
     variant: str | None = None
     text_hidden_size: Count = 128  # Hidden size of a new text encoder.
     text_layers: Count = 2  # Number of layers of a new text encoder.
@@ -183,7 +183,7 @@ class TrainConfig:
     seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
     train_batch_size: Count = 16  # Images per process and step.
     gradient_accumulation_steps: Count = 1  # Micro-batches per weight update.
-    max_train_steps: Count | None = None  # Number of weight updates. None lets num_train_epochs decide.
+    max_train_steps: Count | None = None  # Number of weight updates. With None, num_train_epochs decides.
     num_train_epochs: Positive = 100.0  # Number of passes over the training images, if max_train_steps is None.
     # Precision of the training, if the launch sets none. A value that contradicts the launch is refused.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -207,8 +207,10 @@ class TrainConfig:
     allow_tf32: Flag = False  # Allow TF32 matrix products on Ampere GPUs and later.
     validation_steps: Count = 500  # Number of updates between validations.
     checkpointing_steps: Count = 500  # Number of updates between checkpoints.
-    checkpoints_total_limit: Count | None = None  # Number of newest checkpoints to keep. None keeps all.
-    # Checkpoint to resume from, or latest. None starts a new run, which is refused if the run folder holds checkpoints.
+    # Number of newest checkpoints to keep. With None, keep all checkpoints.
+    checkpoints_total_limit: Count | None = None
+    # Checkpoint to resume from, or latest. With None, start a new run, which is refused if the run folder holds
+    # checkpoints.
     resume_from_checkpoint: str | None = "latest"
     # Number of updates with a non-finite loss or gradient that are skipped before the run ends.
     max_nonfinite_steps: Natural = 0
@@ -218,7 +220,7 @@ class TrainConfig:
     logging_dir: str = "logs"  # Folder for TensorBoard's files, below output_dir.
     # MLflow experiment, and project of W&B. MLFLOW_EXPERIMENT_NAME overrides the default.
     experiment: Annotated[str, _alias("tracker_project_name")] = "t2i"
-    run_name: str | None = None  # Name of the MLflow run. None uses the name of output_dir.
+    run_name: str | None = None  # Name of the MLflow run. With None, use the name of output_dir.
 
 
 @dataclass
@@ -226,11 +228,12 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # Images per process and step.
-    # Number of newest checkpoints to keep. None keeps all. 1 keeps one until the run has finished.
+    # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep one until the run has
+    # finished.
     checkpoints_total_limit: Count | None = 1
     # Part to train. With decoder, latents stay as they are, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"
-    # Side of random training crops in pixels. Validation uses whole images. None: train on whole images.
+    # Side of random training crops in pixels. Validation uses whole images. With None, train on whole images.
     crop_size: Count | None = None
     # Weight of KL(posterior || N(0, 1)). It is a mean over pixels, like the reconstruction term.
     kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
@@ -243,7 +246,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
 class TrainUnetConfig(ModelHubConfig, TrainConfig):
     """Training of the denoiser."""
 
-    # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. None disables these weights.
+    # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. With None, use no such weights.
     snr_gamma: Positive | None = None
     # Share of samples whose caption is dropped at random, for classifier-free guidance.
     proportion_empty_prompts: Share = 0.1
@@ -254,7 +257,7 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
     input_perturbation: NonNegative = 0.0
     # Prompts for which pictures are drawn at each validation.
     validation_prompts: Annotated[list[str], _alias("validation_prompt")] = field(default_factory=list)
-    # Number of passes over the images between validations. None uses validation_steps.
+    # Number of passes over the images between validations. With None, use validation_steps.
     validation_epochs: Positive | None = None
     validation_images: Count = 256  # Maximum number of validation images on which the loss is measured.
     guidance_scale: Guidance = 7.5  # Guidance scale of the validation pictures.
@@ -275,7 +278,8 @@ class EvaluateConfig:
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
     )
-    # Preset of generate_images.py. None uses the model's scheduler, num_inference_steps and guidance at every step.
+    # Preset of generate_images.py. With None, use the model's scheduler, num_inference_steps and guidance at every
+    # step.
     preset: Literal["exact", "fast", "draft"] | None = None
     num_inference_steps: Count = 30  # Number of denoising steps per picture, if no preset sets it.
     # Number of prompts drawn per checkpoint and guidance scale, by which the best pair is chosen.
@@ -289,9 +293,9 @@ class EvaluateConfig:
     # Training steps of the classifier that recognises attributes in the pictures. 0 disables the classifier.
     classifier_steps: Natural = 1200
     classifier_drawings: Count = 5000  # Number of drawings on which the classifier of drawn flowers is trained.
-    # Vision model (path or Hub id) for KID. None uses the features of the classifier.
+    # Vision model (path or Hub id) for KID. With None, use the features of the classifier.
     kid_network: PathText | None = None
-    clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. None leaves the CLIP score out.
+    clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. With None, leave the CLIP score out.
 
 
 @dataclass
@@ -383,7 +387,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
         sections: sections of `Recipe` whose settings are options of the script. `source` means the options of section data
             about the origin of the images.
         doc: description of the script, which `--help` prints above the help texts.
-        argv: words of the command line. None takes those of this process.
+        argv: words of the command line. With None, use the command line of this process.
 
     Raises:
         UserError: a value is wrong, or settings do not fit each other.
@@ -511,7 +515,7 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
 
     Args:
         recipe: the settings.
-        factor: image pixels per latent pixel along a side. None takes the factor of the recipe's VAE, if it is known.
+        factor: image pixels per latent pixel along a side. With None, use the factor of the recipe's VAE, if it is known.
         crop: whether `crop_size` is checked too.
 
     Raises:

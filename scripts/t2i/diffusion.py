@@ -62,7 +62,7 @@ def draw(
     Args:
         shape: shape of a sample's latents, (C, H, W).
         copies: `occurrences` of the samples within the whole step. A process that holds a part of the step passes the
-            entries of that part. None counts occurrences within `samples`.
+            entries of that part. With None, count occurrences within `samples`.
         noise_offset: deviation of a shift of each channel's noise
             (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
         input_perturbation: deviation of the noise that `input_noise` adds to `noise` (Ning et al., arXiv:2301.11706).
@@ -131,7 +131,7 @@ def denoising_loss(
         noise: noise that defines the target, [B, C, H, W].
         timesteps: noise levels, [B] int64.
         encoder_hidden_states: text embeddings, [B, L, D].
-        input_noise: noise added to the latents, [B, C, H, W]. None adds `noise`.
+        input_noise: noise added to the latents, [B, C, H, W]. With None, add `noise`.
     """
     noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
     is_velocity = scheduler.config.prediction_type == "v_prediction"

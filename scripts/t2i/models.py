@@ -66,7 +66,7 @@ def load_part(
     """Load a model or tokenizer from the place that `locate` finds.
 
     Args:
-        variant: variant of the weight files, such as fp16. None loads the files without a suffix.
+        variant: variant of the weight files, such as fp16. With None, load the files without a suffix.
         options: further arguments of `cls.from_pretrained`.
 
     Raises:

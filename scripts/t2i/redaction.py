@@ -52,7 +52,7 @@ def _is_secret_name(name: str) -> bool:
 def _secret_values() -> list[str]:
     """Return the values that are secret in every text, the longest first.
 
-    These values are the values of environment variables with a secret name, and passwords in URLs of any variable.
+    Secret are the values of environment variables with a secret name, and passwords in URLs of any variable.
     """
     values = set(_url_passwords)
     for name, value in os.environ.items():

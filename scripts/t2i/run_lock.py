@@ -34,7 +34,7 @@ def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]
 
     Each process holds a lock of its own, which the system frees when the process ends or is killed. So a process that
     outlives its launcher still keeps a new run out. The first process waits for processes that are about to end: those
-    whose launcher has ended, and those that were told to stop. It starts once all locks are free.
+    whose launcher has ended, and those that were told to stop. The run starts once all locks are free.
 
     Args:
         folder: path of the run folder. A missing folder is made.

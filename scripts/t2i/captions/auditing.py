@@ -378,11 +378,11 @@ def audit(
     Args:
         captions: The captions, as a training will read them.
         image_ids: Hashes of the images. Copies of an image may share a caption.
-        files: File names of the images, to show in the examples. None shows the ids.
-        labels: Class name of each image, or None for an image without a class. None for all skips the checks of labels.
-        colors: Result of `dominant_colors` for each image. None skips the check of colors.
+        files: File names of the images, to show in the examples. With None, show the ids.
+        labels: Class name of each image, or None for an image without a class. With None for all, skip the checks of labels.
+        colors: Result of `dominant_colors` for each image. With None, skip the check of colors.
         raw: Text of each caption before cleaning, or None if cleaning changed nothing. Removed openings are counted by it.
-        tokenizer: Tokenizer of the text encoder, from transformers. None skips the check of lengths.
+        tokenizer: Tokenizer of the text encoder, from transformers. With None, skip the check of lengths.
         examples: Maximum number of examples per check.
         of_labels: Whether the captions come from the labels, so that images of one label share a caption on purpose.
 

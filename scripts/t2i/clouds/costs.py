@@ -1,6 +1,6 @@
 """Estimate a cloud job's updates, hours and dollars from a price file that users edit.
 
-torch is imported in the one function that counts a model's operations: it takes seconds, and the launcher's --help needs none.
+torch is imported in the function that counts a model's operations. Importing it takes seconds, and --help needs no torch.
 """
 
 import math
@@ -49,7 +49,7 @@ class Instance:
     """A kind of machine in the price file."""
 
     usd_per_hour: Positive
-    gpus: Natural  # Number of GPUs. 0: the processor computes, and the peaks below are those of the processor.
+    gpus: Natural  # Number of GPUs. With 0, the processor computes and the peaks are its own.
     fp16_tflops: Positive  # Peak of one GPU in fp16 and bf16.
     fp32_tflops: Positive
     network_gbps: Positive  # Sustained bandwidth between machines.

@@ -73,7 +73,7 @@ def tracking_server(named: str | None) -> tuple[Address, str]:
     """Return the MLflow server that the job records to, and what a user should know of it.
 
     Args:
-        named: `MLFLOW_TRACKING_URI` in the cloud's YAML. None takes the variable of this shell.
+        named: `MLFLOW_TRACKING_URI` in the cloud's YAML. With None, use the variable of this shell.
 
     Returns:
         The address, with user and password only from this shell. Its `uri` is empty if the job gets no server. Then a

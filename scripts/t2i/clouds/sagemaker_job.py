@@ -48,14 +48,15 @@ class Additional:
     # Use spare capacity at a discount. SageMaker may interrupt the job and resume it later.
     use_spot_instances: Flag = False
     max_run: Count = 86400  # Maximum seconds of training.
-    # Maximum seconds of training and of waiting for spot capacity. None takes max_run.
+    # Maximum seconds of training and of waiting for spot capacity. With None, use max_run.
     max_wait: Count | None = None
     volume_size: Count = 30  # Disk space per machine in GB.
-    checkpoint_s3_uri: S3Uri | None = None  # S3 address of checkpoints to resume from. None makes a new folder.
-    output_path: S3Uri | None = None  # S3 address for models and uploads. None takes the account's SageMaker bucket.
-    # Key that encrypts models and uploads in S3. None encrypts as the bucket does.
+    checkpoint_s3_uri: S3Uri | None = None  # S3 address of checkpoints to resume from. With None, make a new folder.
+    # S3 address for models and uploads. With None, use the account's SageMaker bucket.
+    output_path: S3Uri | None = None
+    # Key that encrypts models and uploads in S3. With None, encrypt as the bucket does.
     output_kms_key: KmsKey | None = None
-    volume_kms_key: KmsKey | None = None  # Key that encrypts the machines' disks. None takes AWS's own key.
+    volume_kms_key: KmsKey | None = None  # Key that encrypts the machines' disks. With None, use AWS's own key.
     # Input mode. FastFile streams data from S3. File copies the data before the training.
     input_mode: Literal["File", "FastFile"] = "File"
     # Seconds for which the machines stay ready for a next job.
@@ -81,7 +82,7 @@ class SageMakerConfig:
     num_machines: Count = 1
     # SageMaker's own distribution library is not used. --inside names the YAML of the training.
     distributed_type: Literal["NO"] = "NO"
-    # Precision of the training. None takes that of the YAML that --inside names.
+    # Precision of the training. With None, use that of the YAML that --inside names.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     # Region of the job. Empty takes AWS_REGION, the profile's region, or us-east-1.
     region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = ""
@@ -89,10 +90,10 @@ class SageMakerConfig:
     base_job_name: Annotated[
         str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
     ] = "t2i"
-    image_uri: str | None = None  # Container image. None takes AWS's image of the versions below.
+    image_uri: str | None = None  # Container image. With None, use AWS's image of the versions below.
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
-    # None takes AWS's PyTorch image. A version takes AWS's Hugging Face image of that version.
+    # With None, use AWS's PyTorch image. A version takes AWS's Hugging Face image of that version.
     transformers_version: str | None = None
     # TSV file with a header and the columns channel and source (s3://… or a folder).
     sagemaker_inputs_file: str | None = None

@@ -53,7 +53,7 @@ def cache_latents(
         vae: the VAE in evaluation mode.
         cache_dir: folder that holds all caches.
         flip: whether the mirrored images are encoded and cached too.
-        batch_size: images per call of the VAE. None chooses 32 on a GPU, and fewer large images on a CPU.
+        batch_size: images per call of the VAE. With None, use 32 on a GPU, and fewer large images on a CPU.
         say: function that prints a progress message.
 
     Returns:

@@ -98,7 +98,7 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
 
     Args:
         path: path of the metadata file (.jsonl, .csv or .parquet).
-        caption_column: name of the caption column. None takes `caption`, and `text` for rows whose `caption` is empty.
+        caption_column: name of the caption column. With None, use `caption`, and `text` for rows whose `caption` is empty.
 
     Returns:
         (line number from 1, row). The caption in a row is a text, a list of texts, or None.

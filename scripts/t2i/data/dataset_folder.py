@@ -34,7 +34,7 @@ def save_dataset_folder(
         splits: the rows of each split. Each iterable is consumed once, one split after the other, so generators keep
             memory small. A row has `image`, `caption`, and further columns, the same ones in each row. `image` is
             encoded bytes, the path of a file as `Path`, a PIL image, or uint8 [H, W, 3]. The latter two become PNG.
-        features: types of the columns. None finds them from the first row.
+        features: types of the columns. With None, find the types from the first row.
         card_text: text of the dataset card, with or without YAML front matter. Splits and columns are added to the card.
 
     Returns:

@@ -44,8 +44,8 @@ def diversity(
     Args:
         generated: embeddings of generated pictures, [M, F].
         real: embeddings of real images, [N, F].
-        groups: group of each generated picture. None puts all pictures into one group.
-        real_groups: group of each real image. None puts all images into one group.
+        groups: group of each generated picture. With None, put all pictures into one group.
+        real_groups: group of each real image. With None, put all images into one group.
 
     Returns:
         "generated" and "real": pairwise L2 distances within a group, averaged over the groups.
@@ -94,7 +94,7 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
     graph cannot record.
 
     Args:
-        a: floats [B, C, H, W] in [-1, 1], so the data range is 2.
+        a: first pictures, floats [B, C, H, W] in [-1, 1], so the data range is 2.
         b: floats [B, C, H, W] in [-1, 1], paired with `a`.
         side: side of the window in pixels.
     """
@@ -162,8 +162,8 @@ def kid(
     compared with a KID on Inception-v3.
 
     Args:
-        network: a `Classifier`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors). None: the
-            distance is not measured.
+        network: a `Classifier`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors). With None,
+            KID is not measured.
         seed: seed of the random subsets.
 
     Returns:
@@ -204,8 +204,8 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.Path
     Source: Hessel et al., 2021, with torchmetrics' factor. Prompts beyond the tokenizer's limit are cut.
 
     Args:
-        clip: Hub id or folder of a CLIP model with tokenizer and image processor (safetensors). None: the score is not
-            measured.
+        clip: Hub id or folder of a CLIP model with tokenizer and image processor (safetensors). With None, the
+            score is not measured.
 
     Returns:
         None without a model. Else "mean", the number of "pictures", and the name of the "model".

@@ -68,7 +68,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     Args:
         run: Run folder of train_unet.py, which must hold `config.yaml` and `run.json`. Other files may be missing.
         evaluation: Result of evaluate_checkpoints.py, `{"report": {...}, "cells": [...]}`. None if not evaluated.
-        publication: Facts for the card on the Hub. None writes the card of a local folder.
+        publication: Facts for the card on the Hub. With None, write the card of a local folder.
 
     Raises:
         UserError: A required file of the run is missing or damaged.

@@ -65,7 +65,7 @@ class HubError(UserError):
 class Target:
     """The branch or pull request that receives a push. Contradictory options raise `HubError`."""
 
-    # Branch, created from main if it is missing, or refs/pr/N of a pull request. None pushes to main.
+    # Branch, created from main if it is missing, or refs/pr/N of a pull request. With None, push to main.
     revision: str | None = None
     create_pr: bool = False  # Whether a pull request to main is opened.
 

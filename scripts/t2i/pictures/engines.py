@@ -122,7 +122,7 @@ class CompiledUnet(torch.nn.Module):
     def _split(self, sample: torch.Tensor, hidden: torch.Tensor) -> list[tuple[list[int], np.ndarray]]:
         """Split a batch into pictures: the rows and the hidden states of each.
 
-        This is done once per batch, not in each step. PyTorch's threads spin after work on large tensors, and then compete
+        The batch is split once, not in each step. PyTorch's threads spin after work on large tensors, and then compete
         with OpenVINO's.
         """
         half = len(sample) // 2

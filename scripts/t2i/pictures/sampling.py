@@ -47,7 +47,7 @@ def load_pipeline(
     """Load the stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
 
     Args:
-        scheduler: a key of `SCHEDULERS` or a class name of diffusers. None keeps the saved scheduler (DDIM).
+        scheduler: a key of `SCHEDULERS` or a class name of diffusers. With None, keep the saved scheduler (DDIM).
         num_inference_steps: number of steps that the scheduler must be able to work with.
         weights: weights of a checkpoint to use, "ema" or "raw".
         revision: branch, tag or commit of a Hub model.
@@ -104,7 +104,7 @@ def load_pipeline(
 
 
 def _check_device(device: str | torch.device) -> None:
-    """Raise `UserError` if a device is missing or unknown. This runs before anything is loaded."""
+    """Raise `UserError` if a device is missing or unknown. The check runs before anything is loaded."""
     try:
         torch.zeros(1, device=device).add(1).cpu()
     except Exception as error:  # each backend raises its own kinds of errors
@@ -204,7 +204,7 @@ def make_scheduler(name: str, config: Any, num_inference_steps: int | None = Non
 
     Args:
         name: a key of `SCHEDULERS` or a class name of diffusers.
-        num_inference_steps: number of denoising steps. None: not chosen yet.
+        num_inference_steps: number of denoising steps, or None if it is not chosen yet.
 
     Raises:
         UserError: the scheduler is unknown, or does not suit the model or the number of steps.

@@ -81,7 +81,7 @@ def resolve_uri(tracking_uri: str | None) -> str:
     The user and password of an http(s) server move to MLflow's own environment variables.
 
     Args:
-        tracking_uri: tracking URI in the settings. None takes `MLFLOW_TRACKING_URI`, otherwise the default.
+        tracking_uri: tracking URI in the settings. With None, use `MLFLOW_TRACKING_URI`, otherwise the default.
 
     Raises:
         UserError: MLflow cannot use the URI, as in `split_uri`.

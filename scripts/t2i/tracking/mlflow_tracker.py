@@ -85,7 +85,7 @@ class Tracker:
         run_name: name of the run.
         config: resolved settings by section, which are logged as parameters `section.key` without secrets.
         tags: further tags of the run.
-        tracking_uri: tracking URI. None takes `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
+        tracking_uri: tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
 
     Raises:
         UserError: MLflow cannot use the URI.

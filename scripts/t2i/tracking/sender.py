@@ -317,7 +317,7 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 
     Args:
         run_dir: path of the run folder.
-        tracking_uri: tracking URI. None takes `MLFLOW_TRACKING_URI`, otherwise the default.
+        tracking_uri: tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise the default.
 
     Returns:
         The number of records that are still pending. 0 means that everything was sent.

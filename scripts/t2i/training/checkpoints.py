@@ -55,7 +55,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
 
     Args:
         write: function that writes this process's files into a given folder.
-        limit: maximum number of checkpoints to keep. None or 0 keeps all.
+        limit: maximum number of checkpoints to keep. With None or 0, keep all checkpoints.
 
     Raises:
         UserError: the files cannot be written. Earlier checkpoints of other steps are untouched.
