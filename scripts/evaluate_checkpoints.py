@@ -252,7 +252,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
 
 def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
-    """Return images that training never saw, uint8 [N, R, R, 3]., and the number of left-out near copies of training images."""
+    """Return images that training never saw, uint8 [N, R, R, 3], and the number of left-out near copies of training images."""
     from t2i.evaluation import memorisation
 
     pixels = (splits.test or splits.validation).pixels
