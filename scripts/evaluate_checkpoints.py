@@ -339,7 +339,7 @@ _kept: dict[Path, Any] = {}  # the pipeline that drew last
 
 
 def load(checkpoint: Path, engine: str) -> Any:
-    """Return the pipeline of a checkpoint. It stays loaded for the checkpoint's next guidance scale."""
+    """Return the pipeline of a checkpoint, which stays loaded for the checkpoint's next guidance scale."""
     from t2i.pictures import sampling
 
     if checkpoint not in _kept:

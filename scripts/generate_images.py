@@ -2,7 +2,7 @@
 
 python scripts/generate_images.py --model outputs/demo/unet --prompt "a red flower with five petals" "a blue flower at night"
 
-The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. The same command
+The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. Repeating the command
 writes the same files again. Pictures with other settings get the next free numbers, so that no file is overwritten.
 """
 
@@ -32,7 +32,7 @@ class Options:
 
     model: str = "outputs/demo/unet"  # Run folder, checkpoint, pipeline folder or Hub id of the model.
     revision: str | None = None  # Branch, tag or commit of a Hub model.
-    # Weights of a checkpoint. ema: the moving average. raw: the weights as trained.
+    # Weights of a checkpoint. ema: the moving average. raw: the weights of the last update.
     weights: Literal["ema", "raw"] = "ema"
     prompt: list[str] = field(default_factory=list)  # One or more prompts. Repeated --prompt options add up.
     prompt_file: str | None = None  # UTF-8 text file with one prompt per line.

@@ -213,7 +213,7 @@ def finish(
     tracker: Any,
     accelerator: Any,
 ) -> None:
-    """Save the pipeline and the results. Every process must call it.
+    """Save the pipeline and the results. Every process must call this function.
 
     The pipeline gets the averaged weights, unless there is no average or `save_raw_weights` is set.
     """
@@ -519,7 +519,7 @@ def validate(
     step: int,
     accelerator: Any,
 ) -> dict[str, float]:
-    """Measure the averaged weights on the validation split, and record losses and pictures. Every process must call it.
+    """Measure the averaged weights on the validation split, and record losses and pictures. Every process must call this function.
 
     Raises:
         UserError: the loss is non-finite. No checkpoint is then saved with these weights.

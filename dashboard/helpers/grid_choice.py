@@ -108,7 +108,7 @@ def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
     tabs = row.selectbox(
         "Tabs", ["none", *offered], index=third, format_func=lambda name: AXES.get(name, name), key="tabs", **shared
     )
-    row.button("Swap", on_click=swap_axes, help="exchange columns and rows")
+    row.button("Swap", on_click=swap_axes, help="Exchange columns and rows.")
     chosen = [str(columns), str(rows), *([str(tabs)] if tabs != "none" else [])]
     st.session_state["_axes"] = chosen
     return chosen

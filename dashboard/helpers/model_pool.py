@@ -21,7 +21,7 @@ def drawing_turn(cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool
     """Wait until no other thread of this server loads a model or draws. Yield False if `cancelled` becomes true first.
 
     Two threads that draw at once each take more than twice as long, and each needs a model. A waiting session stands at a gate
-    that the last drawing session must pass again. So a long grid, with a turn per batch, does not starve a single picture.
+    that the last drawing session must pass again. So a long grid, with a turn per batch, does not keep a single picture waiting.
     """
     has_turn = _acquire(_gate, cancelled)
     if has_turn:

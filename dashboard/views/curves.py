@@ -220,7 +220,12 @@ def choose_view(names: list[str]) -> dict[str, Any]:
     scale = row.radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
     x = row.radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
     weight = row.slider("Smoothing", 0.0, 0.99, 0.0, 0.01, key="smoothing", bind="query-params", width=220)
-    bands = row.toggle("Per timestep band", key="bands", bind="query-params", help="adds val_loss of each band")
+    bands = row.toggle(
+        "Per timestep band",
+        key="bands",
+        bind="query-params",
+        help="Also draw the validation loss of each band of timesteps.",
+    )
     chosen = [metric for metric in metrics if metric in names]
     chosen += [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
     weight = weight if is_finite(weight) and 0 <= weight < 1 else 0.0

@@ -92,14 +92,14 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             bind="query-params",
             max_chars=MAX_PROMPT,
             height=80,
-            help="Ctrl+Enter draws it",
+            help="Press Ctrl+Enter to draw the picture.",
         )
         negative = st.text_input(
             "Negative prompt",
             key="negative_prompt",
             bind="query-params",
             max_chars=MAX_PROMPT,
-            help="what to stay away from",
+            help="Negative prompt: what the picture should not show.",
         )
         one, two = st.columns(2)
         seed = one.number_input(
@@ -109,7 +109,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             min(default.seed, MAX_SEED),
             key="seed",
             bind="query-params",
-            help="the noise that the picture begins as; the same seed gives the same picture",
+            help="Seed of the noise from which the picture is made. The same seed gives the same picture.",
         )
         scale = two.number_input(
             "Guidance scale",
@@ -120,7 +120,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "%g",
             key="guidance_scale",
             bind="query-params",
-            help="how strongly to follow the prompt; 1: without guidance",
+            help="Strength with which the picture follows the prompt. 1 disables guidance.",
         )
         steps = one.number_input(
             "Steps",
@@ -129,7 +129,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             min(default.num_inference_steps, MAX_STEPS),
             key="num_inference_steps",
             bind="query-params",
-            help="denoising steps; the time to draw grows with them",
+            help="Number of denoising steps. The time to draw grows with the number.",
         )
         scheduler = two.selectbox(
             "Scheduler",
@@ -147,7 +147,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "%g",
             key="guidance_end",
             bind="query-params",
-            help="share of the steps, from the first on, that are guided; the others take half the time",
+            help="Share of the steps, from the first step on, that are guided. Unguided steps take half the time.",
         )
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
@@ -180,7 +180,7 @@ def show_preset(settings: dict[str, Any]) -> None:
         list(PRESETS),
         key="_preset",
         on_change=take_preset,
-        help="scheduler, steps, and the share of them that is guided: "
+        help="Scheduler, number of steps, and share of guided steps: "
         + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
     )
 
@@ -281,7 +281,7 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
         f"seed{cell.seed}.png",
         "image/png",
         on_click="ignore",
-        help=f"with its parameters in it, as generate_images.py writes them; {escape(model)}",
+        help=f"PNG file with the picture's parameters, as generate_images.py writes them; {escape(model)}",
     )
     show_steps(watched, planned)
     show_neighbours(planned.run, watched.picture)
@@ -340,7 +340,7 @@ def show_history() -> None:
                     on_click=bring_back,
                     args=(planned,),
                     type="tertiary",
-                    help="bring its settings back",
+                    help="Restore the settings of this picture.",
                 )
 
 

@@ -220,7 +220,8 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
 def index_on_curve(vae: Vae, steps: np.ndarray) -> int | None:
     """Return the point of a validation curve that belongs to a VAE.
 
-    It is the newest validation up to the step of a checkpoint, and the last validation for the finished VAE.
+    For a checkpoint, the point is the newest validation up to the checkpoint's step. For the finished VAE, it is the last
+    validation.
     """
     if not len(steps) or vae.name == "start":
         return None

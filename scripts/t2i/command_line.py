@@ -1,4 +1,4 @@
-"""Parse command lines into dataclasses, or split them into options. Imports no torch."""
+"""Parse command lines into dataclasses, or split them into options. This module imports no torch."""
 
 import dataclasses
 import os

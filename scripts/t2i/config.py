@@ -1,4 +1,4 @@
-"""Settings of all scripts: defaults <- recipe <- command line. Imports no torch, so that `--help` answers at once.
+"""Settings of all scripts: defaults <- recipe <- command line. This module imports no torch, so that `--help` answers at once.
 
 A recipe is a YAML file with the sections of `Recipe`. The comment behind or above a field is the help text of its
 option. Option names are those of diffusers' training scripts. If a name differs here, `t2i.from_diffusers` translates the name of
@@ -235,7 +235,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     vae_train_part: Literal["all", "decoder"] = "all"
     # Side of random training crops in pixels. Validation uses whole images. With None, train on whole images.
     crop_size: Count | None = None
-    # Weight of KL(posterior || N(0, 1)). It is a mean over pixels, like the reconstruction term.
+    # Weight of KL(posterior || N(0, 1)). The KL term is a mean over pixels, like the reconstruction term.
     kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
     l1_weight: NonNegative = 0.0  # Weight of the absolute error.
     mse_weight: NonNegative = 1.0  # Weight of the squared error.

@@ -1,4 +1,4 @@
-"""Define the types of settings, such as `Count` and `LocalPath`, and check values against the types. Imports no torch."""
+"""Define the types of settings, such as `Count` and `LocalPath`, and check values against the types. This module imports no torch."""
 
 import difflib
 import os

@@ -1,4 +1,4 @@
-"""Define how a script ends: a mistake or a limit of the machine gives one sentence and exit code 2. Imports no torch."""
+"""Define how a script ends: a mistake or a limit of the machine gives one sentence and exit code 2. This module imports no torch."""
 
 import errno
 import io

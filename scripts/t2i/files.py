@@ -1,4 +1,4 @@
-"""Hash files, and write and read JSON files: atomically, and with a clear error if a file is damaged. Imports no torch."""
+"""Hash files, and write and read JSON files: atomically, and with a clear error if a file is damaged. This module imports no torch."""
 
 import hashlib
 import json

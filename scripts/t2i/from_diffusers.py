@@ -1,4 +1,4 @@
-"""Translate options of diffusers' training scripts into options of this suite, or say what replaces them. Imports no torch."""
+"""Translate options of diffusers' training scripts into options of this suite, or name a replacement. This module imports no torch."""
 
 from typing import Literal
 

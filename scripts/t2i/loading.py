@@ -1,4 +1,4 @@
-"""Explain in one sentence, with the fix, why something cannot be loaded from the Hugging Face Hub. Imports no torch."""
+"""Explain in one sentence, with the fix, why something cannot be loaded from the Hugging Face Hub. This module imports no torch."""
 
 import os
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def explain_loading(
     """Return one sentence on why `repo_id` cannot be loaded from the Hub, with the fix. None if the cause is not the Hub.
 
     Args:
-        error: Exception of transformers, diffusers, datasets or huggingface_hub. Its causes are searched as well.
+        error: Exception of transformers, diffusers, datasets or huggingface_hub. The causes of the exception are searched as well.
         repo_id: Name of the repository, `owner/name`.
         revision: Branch, tag or commit that should be loaded. None stands for main.
         repo_type: Kind of the repository: model, dataset or space.

@@ -1,4 +1,4 @@
-"""Return the cores and memory of this machine, and the launcher of this process. Imports no torch."""
+"""Return the cores and memory of this machine, and the launcher of this process. This module imports no torch."""
 
 import ctypes
 import os

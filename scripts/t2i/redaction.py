@@ -1,4 +1,4 @@
-"""Replace secrets in texts and settings by "[redacted]". Imports no torch."""
+"""Replace secrets in texts and settings by "[redacted]". This module imports no torch."""
 
 import json
 import os

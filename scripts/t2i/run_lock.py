@@ -1,4 +1,4 @@
-"""Lock a run folder, so that one training at a time uses it, and tell a run's present status. Imports no torch."""
+"""Lock a run folder, so that one training at a time uses it, and tell a run's present status. This module imports no torch."""
 
 import json
 import os

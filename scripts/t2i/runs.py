@@ -1,4 +1,4 @@
-"""Manage run folders: run.json, reuse of finished runs, and folders of checkpoints. Imports no torch, so listing is fast."""
+"""Manage run folders: run.json, reuse of finished runs, and folders of checkpoints. This module imports no torch."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Clean captions, and audit them for faults that would harm a training. Imports no torch.
+"""Clean captions, and audit them for faults that would harm a training. This module imports no torch.
 
 The audit runs a set of checks (`CHECKS`) that need no second model. A *finding* is a caption that fails a check. The checks
 for contradictions with the image's label or colors are conservative. They miss many contradictions, but few findings are wrong.

@@ -30,7 +30,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class ModelName:
-    """The model that makes the captions. Its name and revision are part of each caption's key."""
+    """The model that makes the captions, whose name and revision are part of each caption's key."""
 
     model: str  # Name of the model: its Hub id, or the last part of its folder.
     revision: str  # Revision of the model: its commit on the Hub, or the hash of the weights in its folder.

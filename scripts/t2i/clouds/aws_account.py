@@ -1,6 +1,6 @@
 """Check the AWS account of a job, and upload the job's data and credentials.
 
-Data goes to SageMaker's bucket, in folders named by a hash of the content. Credentials go to Secrets Manager. Imports no torch.
+Data goes to SageMaker's bucket, in folders named by a hash of the content. Credentials go to Secrets Manager. No torch is imported.
 AWS's packages are imported in functions: they take seconds, and `--help` and refused commands need none of them.
 """
 

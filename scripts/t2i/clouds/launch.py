@@ -1,6 +1,6 @@
 """Share the steps of all cloud launchers: checks before the job, credentials, tracking, and the user's consent.
 
-Imports no torch.
+This module imports no torch.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def tracking_server(named: str | None) -> tuple[Address, str]:
         named: `MLFLOW_TRACKING_URI` in the cloud's YAML. With None, use the variable of this shell.
 
     Returns:
-        The address, with user and password only from this shell. Its `uri` is empty if the job gets no server. Then a
+        The address, with user and password only from this shell. The address's `uri` is empty if the job gets no server. Then a
         note for the user, or "".
 
     Raises:

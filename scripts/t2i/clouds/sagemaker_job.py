@@ -48,7 +48,7 @@ class Additional:
     # Use spare capacity at a discount. SageMaker may interrupt the job and resume it later.
     use_spot_instances: Flag = False
     max_run: Count = 86400  # Maximum seconds of training.
-    # Maximum seconds of training and of waiting for spot capacity. With None, use max_run.
+    # Maximum seconds of training and of waiting for spot capacity. With None, max_wait equals max_run.
     max_wait: Count | None = None
     volume_size: Count = 30  # Disk space per machine in GB.
     checkpoint_s3_uri: S3Uri | None = None  # S3 address of checkpoints to resume from. With None, make a new folder.

@@ -1,6 +1,6 @@
 """Prepare the parts of every cloud job: the checked training command, the input folders, and the staged code.
 
-Imports no torch.
+This module imports no torch.
 """
 
 import hashlib

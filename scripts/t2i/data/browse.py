@@ -313,7 +313,7 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     without these notes is checked without them.
 
     Returns:
-        For each check, the numbers of the rows found and a remark on each row. None: the check was not possible.
+        For each check, the numbers of the rows found and a remark on each row, or None if the check was not possible.
     """
     rows = read_rows(split)
     looked = _looked_at(split, len(rows))

@@ -45,7 +45,7 @@ def cache_latents(
     batch_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """Return the means and log-variances of the latents of images. Compute them if the cache has none.
+    """Return the means and log-variances of the latents of images, from the cache or newly computed.
 
     Args:
         pixels: the images, uint8 [N, R, R, 3].
@@ -88,7 +88,7 @@ def cache_text(
     batch_size: int = 32,
     say: Callable[[str], None] = print,
 ) -> TextCache:
-    """Return the text embeddings of the distinct captions. Compute them if the cache has none.
+    """Return the text embeddings of the distinct captions, from the cache or newly computed.
 
     Args:
         captions: the caption of each sample.

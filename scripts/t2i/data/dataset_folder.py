@@ -27,14 +27,14 @@ def save_dataset_folder(
 ) -> dict[str, int]:
     """Write a dataset folder that `datasets.load_dataset(folder)` reads without further options.
 
-    The folder holds `data/<split>-00000-of-0000N.parquet` and README.md. It appears only when it is complete, by one rename.
+    The folder holds `data/<split>-00000-of-0000N.parquet` and README.md. The folder appears only when complete.
 
     Args:
         folder: the dataset folder, which must not exist or must be empty.
         splits: the rows of each split. Each iterable is consumed once, one split after the other, so generators keep
             memory small. A row has `image`, `caption`, and further columns, the same ones in each row. `image` is
-            encoded bytes, the path of a file as `Path`, a PIL image, or uint8 [H, W, 3]. The latter two become PNG.
-        features: types of the columns. With None, find the types from the first row.
+            encoded bytes, the path of a file as `Path`, a PIL image, or uint8 [H, W, 3]. PIL images and arrays become PNG.
+        features: types of the columns. With None, the first row decides the types.
         card_text: text of the dataset card, with or without YAML front matter. Splits and columns are added to the card.
 
     Returns:

@@ -388,7 +388,7 @@ def _add_described(
 
 
 def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_labels: bool) -> None:
-    """Add an image that no metadata file describes. Its caption comes from the file beside it or from its class."""
+    """Add an image that no metadata file describes, with a caption from the file beside the image or from the class."""
     split = listing.split_of(file)
     if not _is_utf8(file):  # Neither Arrow nor JSON can hold such a name.
         shown = file.encode("utf-8", "backslashreplace").decode()
@@ -482,7 +482,7 @@ def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
 
     Returns:
         Caption files by their own path with the extension in lower case, such as `rose/0.jpg.txt`. Then the hidden files:
-        their path differs from another one only in the case of its extension.
+        a hidden file's path differs from another caption file's path only in the case of the extension.
     """
     found: dict[str, str] = {}
     hidden: list[str] = []
@@ -498,7 +498,7 @@ def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:
-    """Return the caption files of an image. Only the first one is read."""
+    """Return the caption files of an image, of which only the first is read."""
     names = dict.fromkeys((without_suffix(file), file))  # Both are equal if the file has no extension.
     keys = (plain_name(name) + suffix for name in names for suffix in SIDECARS)
     return [sidecars[key] for key in keys if key in sidecars]

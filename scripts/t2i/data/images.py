@@ -64,7 +64,7 @@ _SIGNATURES = (  # (offset, bytes, name): names the format of a file without run
 
 
 class BadImage(Exception):
-    """An image that cannot be used. Its `reason` is readable text: `kind` or `kind: detail`."""
+    """Exception for an image that cannot be used. `reason` is a readable text: `kind` or `kind: detail`."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -103,7 +103,7 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
     Args:
         source: the bytes of the image file, or its path.
         draft_side: size (px) to which the caller will shrink the shorter side. A JPEG may then be decoded at 1/2, 1/4 or
-            1/8 of its size, which is several times faster. Its sides stay at least twice `draft_side`.
+            1/8 of its size, which is several times faster. The sides of the decoded image stay at least twice `draft_side`.
 
     Raises:
         BadImage: the file is empty, unreadable, truncated, damaged, or not an image. Or its format is not in

@@ -23,7 +23,7 @@ class Split:
         rows: a row of text per image, memory-mapped. Each row has the strings `id`, `file` and `caption`, `label` if the
             data set has labels, and the data set's other plain columns. `id` is 16 hex digits of the image file's
             SHA-256, so copies of an image have the same `id`.
-        fingerprint: hash of the pixels. It does not depend on the captions.
+        fingerprint: hash of the pixels, which does not depend on the captions.
     """
 
     pixels: np.ndarray

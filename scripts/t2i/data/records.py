@@ -185,7 +185,7 @@ def _require_column(rows: datasets.Dataset, column: str, option: str, name: str,
 
 
 def label_column(rows: datasets.Dataset) -> str | None:
-    """Return the name of the class column: `label`, `labels`, or the first `ClassLabel` column. None if there is none."""
+    """Return the name of the class column: `label`, `labels`, or the first `ClassLabel` column. None without such a column."""
     named = (column for column in ("label", "labels") if column in rows.column_names)
     classes = (key for key, value in rows.features.items() if isinstance(value, datasets.ClassLabel))
     return next(named, None) or next(classes, None)

@@ -22,7 +22,7 @@ Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it dist
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions (He et al., 2016). It halves the size if `stride` is 2."""
+    """Residual block of two 3x3 convolutions (He et al., 2016), which halves the picture's size if `stride` is 2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple
 
     Returns:
         Pairs of an image's number and its relative distance, the nearest first. Each distance is divided by the mean
-        distance to the 50 nearest, as in `memorisation`. So the first one is the picture's "relative_distance". A distance
+        distance to the 50 nearest, as in `memorisation`. The first distance is the picture's "relative_distance". A distance
         under 0.5 means a near copy.
     """
     distances, rows = _both_ways(picture[None], train)

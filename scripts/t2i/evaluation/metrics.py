@@ -167,7 +167,7 @@ def kid(
         seed: seed of the random subsets.
 
     Returns:
-        None without a network. Else "mean" and "std" over 50 random subsets, "subset_size", and "features", the name of the
+        None without a network, otherwise "mean" and "std" over 50 random subsets, "subset_size", and "features", the name of the
         network.
 
     Raises:
@@ -208,7 +208,7 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.Path
             score is not measured.
 
     Returns:
-        None without a model. Else "mean", the number of "pictures", and the name of the "model".
+        None without a model, otherwise "mean", the number of "pictures", and the name of the "model".
 
     Raises:
         UserError: the model cannot be loaded.

@@ -1,4 +1,4 @@
-"""Write model cards: fill in datasets_card/model_card.md from the files of a run. Imports no torch.
+"""Write model cards: fill in datasets_card/model_card.md from the files of a run. This module imports no torch.
 
 A figure that the run did not record reads "not measured". Text from users (names of data sets, columns, prompts, links) is
 redacted and escaped, so it can neither leak a secret nor break the card.

@@ -1,4 +1,4 @@
-"""Build and push a Space for a model: the dashboard's playground page, its requirements, and the model. Imports no torch.
+"""Build and push a Space for a model: the dashboard's playground page, its requirements, and the model. This module imports no torch.
 
 The files of the Space are found by following the imports of the page. The staged folder is a complete Docker Space. The
 command in its Dockerfile starts the Space on any machine.

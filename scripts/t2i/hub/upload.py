@@ -1,4 +1,4 @@
-"""Push a folder to the Hugging Face Hub as one commit, and retry until a deadline. Imports no torch.
+"""Push a folder to the Hugging Face Hub as one commit, and retry until a deadline. This module imports no torch.
 
 A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent. If
 somebody commits in between, the Hub refuses the push, and the next attempt starts from the new head: no edit is lost.
@@ -112,7 +112,10 @@ def _is_repo_id(text: str) -> bool:
 
 
 def check_license(license: str | None, option: str = "license") -> None:
-    """Raise `HubError` naming `option` and the nearest identifier, unless the Hub accepts `license` in a card. None passes."""
+    """Raise `HubError` if the Hub does not accept `license` in a card. The message names `option` and the nearest licence.
+
+    None is accepted.
+    """
     if license is None or license in LICENSES:
         return
     near = _near_licenses(license)
@@ -252,7 +255,7 @@ def push_folder(
     Failures that may pass are retried: 408, 409, 412, 429, 5xx, a broken connection, silence. Retries end `deadline`
     seconds after the first failure began. A transfer that makes progress is never cut.
 
-    huggingface_hub's own retries within a request are off. Its requests, some of which would wait for ever, fail after
+    huggingface_hub's own retries within a request are off. The requests, some of which would wait for ever, fail after
     `SILENCE_S` without a byte. A silent Hub therefore ends the push at most `SHORTEST_SILENCE_S` after the deadline.
     Most repositories upload through hf_xet, which has its own limits: a silent storage fails after up to 6 times 300 s
     (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).

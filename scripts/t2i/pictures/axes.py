@@ -1,4 +1,4 @@
-"""Read and write the values of a grid's axis as users type them, in AUTOMATIC1111's X/Y/Z notation. Imports no torch.
+"""Read and write the values of a grid's axis as users type them, in AUTOMATIC1111's X/Y/Z notation. This module imports no torch.
 
 `1-10` counts by one, `1-10(+2)` and `10-1(-3)` count by a step, and `1-10[5]` gives five values evenly spaced from end to end.
 Commas join such parts. Unlike AUTOMATIC1111, a step that meets the end includes it: `10-1(-3)` is 10, 7, 4, 1. Repeated values
@@ -36,7 +36,7 @@ def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MA
     """Return the 1 to `limit` values that a user typed for an axis, in order and without repeats.
 
     Args:
-        axis: name of the axis. It is in `NUMBERS` (int or float within bounds), `WORDS` (names separated by commas) or
+        axis: name of the axis, which is in `NUMBERS` (int or float within bounds), `WORDS` (names separated by commas) or
             `TEXTS` (one prompt per line). Names with a comma are quoted as in CSV.
         known_names: the valid names for an axis in `WORDS`.
 

@@ -132,9 +132,9 @@ class Cell:
 class Axis:
     """An axis of a grid: its name, which is one of `AXES`, and its values.
 
-    Values of checkpoint are folder names within the run ("checkpoint-000500", "pipeline"), those of run are run folders
-    (`Path`). Values of sample are pairs of a prompt and its seed, as evaluate_checkpoints.py draws them. The other axes hold
-    values of `Cell`'s field of that name.
+    Values of the axis checkpoint are folder names within the run ("checkpoint-000500", "pipeline"). Values of the axis run
+    are run folders (`Path`). Values of the axis sample are pairs of a prompt and its seed, as evaluate_checkpoints.py draws
+    them. Values of any other axis are those of the field of `Cell` with the same name.
     """
 
     name: str
@@ -169,8 +169,8 @@ class PlannedCell:
 def weights_hash(folder: Path, weights: str = "ema") -> str:
     """Return a hash (16 hex digits) of a model: UNet, VAE, text encoder, tokenizer and noise schedule.
 
-    A checkpoint's manifest holds its UNet's hashes, and run.json holds that of a finished run's pipeline. Other files are
-    read once, and not again while their size and time stay.
+    A checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other files are
+    read once, and again only if their size or time changes.
 
     Args:
         folder: a checkpoint of a run, its `pipeline/`, or any pipeline folder.
@@ -425,7 +425,7 @@ def make(
             `sampling.load_pipeline`. One pipeline is used at a time, and its scheduler is restored afterwards.
         batch_size: number of pictures drawn at once, if they differ only in prompt and seed.
         progress: function that is called after each picture with its cell, the number drawn, and the number to draw.
-        cancelled: function that returns whether to stop. It is called before each batch, and while another session draws.
+        cancelled: function that returns whether to stop, called before each batch and while another session draws.
 
     Raises:
         UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished pictures
@@ -557,9 +557,9 @@ def make_watched(
 
     Args:
         load: function that returns the pipeline of a checkpoint or pipeline folder, as in `make`.
-        progress: function that is called after each denoising step with the step's number, the number of steps, and the
-            step's picture: the model's guess of the result, uint8 [R, R, 3], or None at steps that are not shown.
-        cancelled: function that returns whether to stop. It is called before each step, and while others draw.
+        progress: function that is called after each denoising step with the step's number, the number of steps, and a
+            picture. The picture is the model's guess of the result, uint8 [R, R, 3], or None at steps that are not shown.
+        cancelled: function that returns whether to stop, called before each step and while others draw.
 
     Raises:
         UserError: the model cannot be loaded or has changed since the plan.

@@ -1,8 +1,8 @@
 """Compiled engines for pictures on a CPU. OpenVINO compiles text encoder, UNet and VAE decoder for static shapes.
 
 The compiled models replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
-`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). They are valid as long as the
-weights beside them do not change.
+`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). The compiled models are valid as long as
+the weights beside them do not change.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ SAMPLE = 1 << 20  # bytes read at each end of a weights file, to tell it from ot
 
 
 class Network:
-    """A compiled model. It takes arrays and returns its only output as a tensor."""
+    """A compiled model, called with arrays. The call returns the model's only output as a tensor."""
 
     def __init__(self, compiled: Any):
         self.request = compiled.create_infer_request()

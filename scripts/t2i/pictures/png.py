@@ -1,4 +1,4 @@
-"""Write and read pictures as PNG files with parameters, arrange them in grids, and name schedulers. Imports no torch."""
+"""Write and read pictures as PNG files with parameters, arrange them in grids, and name schedulers. This module imports no torch."""
 
 import io
 import json
@@ -96,7 +96,7 @@ def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = 
 
 
 def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> list[str]:
-    """Return the keys of `SCHEDULERS` that suit a model. Arguments are those of `scheduler_problem`."""
+    """Return the keys of `SCHEDULERS` that suit a model. The arguments are the same as of `scheduler_problem`."""
     return [name for name, cls in SCHEDULERS.items() if _misfit(cls, config, steps) is None]
 
 
@@ -221,7 +221,7 @@ _STYLED = re.compile(r"bold|italic|oblique|mono|light|thin|black|condensed|serif
 
 
 def lettered(text: str, number: int = 1) -> tuple[str, Any]:
-    """Return a text as it can be drawn, and its font: Pillow's own, or else an installed one that has all its letters.
+    """Return a text that can be drawn, and its font: Pillow's own font, or an installed font that has all letters.
 
     If no font has them, the text is `_latin`'s, with `number` for what cannot be drawn.
     """

@@ -195,7 +195,7 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
 
 
 def unet_hash(pipeline: StableDiffusionPipeline) -> str:
-    """Return `models.hash_model` of a pipeline's UNet. It is the same for every engine."""
+    """Return `models.hash_model` of a pipeline's UNet, which is the same for every engine."""
     return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
 
 

@@ -1,4 +1,4 @@
-"""Read tracking addresses: find the MLflow server or database that a setting means, or refuse it. Imports no MLflow.
+"""Read tracking addresses: find the MLflow server or database that a setting means, or refuse it. This module imports no MLflow.
 
 The default is `sqlite:///mlflow.db` in the working directory. `MLFLOW_TRACKING_URI` names another server or database.
 A user and password in the URL are used only for the connection, and are recorded nowhere.

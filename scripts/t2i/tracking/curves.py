@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run in an MLflow store. Its status is MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED"."""
+    """A run in an MLflow store. The status is one of MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED"."""
 
     run_id: str
     name: str

@@ -1,4 +1,4 @@
-"""Import MLflow's client quietly, and explain its exceptions to users. Imports no torch.
+"""Import MLflow's client quietly, and explain its exceptions to users. This module imports no torch.
 
 MLflow is imported in functions, because importing it takes seconds.
 """

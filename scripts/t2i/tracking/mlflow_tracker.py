@@ -1,4 +1,4 @@
-"""Track a training run in MLflow without ever stopping or slowing the run. Imports no torch.
+"""Track a training run in MLflow without ever stopping or slowing the run. This module imports no torch.
 
 The tracker appends every record to `<run_dir>/mlflow_spool.jsonl`, and pictures and files to
 `<run_dir>/mlflow_spool/`. A daemon thread sends them (`t2i.tracking.sender`). The training loop pays for one short
@@ -48,8 +48,8 @@ def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, l
     """Choose the names of experiment and run from the settings and MLflow's variables.
 
     Args:
-        experiment: experiment in the settings. It is used unless it is the default, `DEFAULT_EXPERIMENT`.
-        run_name: name of the run in the settings. It is used unless it is the default, the folder's name.
+        experiment: experiment in the settings, which is used unless it is the default, `DEFAULT_EXPERIMENT`.
+        run_name: name of the run in the settings, which is used unless it is the default, the folder's name.
         folder: name of the run folder.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Let artifacts follow an MLflow database that was moved to another folder. Imports no MLflow."""
+"""Let artifacts follow an MLflow database that was moved to another folder. This module imports no MLflow."""
 
 import sqlite3
 from contextlib import closing

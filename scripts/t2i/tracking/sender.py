@@ -1,4 +1,4 @@
-"""Send a run's spool to MLflow, so that each record arrives once and in order. Imports no torch.
+"""Send a run's spool to MLflow, so that each record arrives once and in order. This module imports no torch.
 
 A record whose answer was lost is sent twice. MLflow then stores it only once, because time and name of a record are fixed
 when it is recorded. MLflow is imported in functions, because importing it takes seconds.

@@ -1,4 +1,4 @@
-"""Measure the machine's use during a run, as MLflow's system metrics. Imports no torch.
+"""Measure the machine's use during a run, as MLflow's system metrics. This module imports no torch.
 
 MLflow is imported in functions, because importing it takes seconds.
 """

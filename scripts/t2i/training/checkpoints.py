@@ -51,7 +51,7 @@ def node_folder(run: Path, node: Node) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: Node, limit: int | None) -> Path:
-    """Save and verify `checkpoint-<step>`, then remove the oldest checkpoints beyond `limit`. Every process must call it.
+    """Save and verify `checkpoint-<step>`, then remove the oldest checkpoints beyond `limit`. Every process must call this function.
 
     Args:
         write: function that writes this process's files into a given folder.
@@ -193,7 +193,7 @@ def find_damage(folder: Path, part: str = "") -> str | None:
 
 
 def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str], Any] = print) -> Path | None:
-    """Return the checkpoint to resume from, of the same step on every node. Every process must call it.
+    """Return the checkpoint to resume from, of the same step on every node. Every process must call this function.
 
     Damaged checkpoints are reported through `say` and skipped.
 

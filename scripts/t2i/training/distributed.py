@@ -44,8 +44,8 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     """Return the script's `Accelerator`. Processes and precision come from the launcher, the rest from the recipe.
 
     Args:
-        config: settings of a training. None is for scripts whose processes do not train but work on separate shares.
-            Such processes may wait a week for each other.
+        config: settings of a training. With None, the script's processes do not train but work on separate shares, and
+            may wait a week for each other.
 
     Raises:
         UserError: the launch does not fit the machine, the precision or the number of processes.
@@ -158,7 +158,7 @@ def prepare_launch(config: TrainConfig | None) -> None:
     """Adapt the launch to the script and the machine.
 
     Without a GPU, the processes of a launcher are CPU processes. accelerate 1.15 takes each of them for a separate run
-    unless the environment sets `ACCELERATE_USE_CPU`. Its launcher for several processes does not set that variable.
+    unless the environment sets `ACCELERATE_USE_CPU`. accelerate's launcher for several processes does not set that variable.
 
     Only train_unet.py runs under DeepSpeed. Other scripts have small models and run data parallel on the same
     processes.

@@ -215,7 +215,7 @@ def shard_file(folder: Path, accelerator: Any) -> Path:
 
 
 def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> dict[str, Any]:
-    """Restore the training state of `checkpoint` and return its `state.json`. Every process must call it.
+    """Restore the training state of `checkpoint` and return its `state.json`. Every process must call this function.
 
     If the number of processes changes, or ZeRO is switched on or off, weights and average are read from the portable
     files. A printed message then names the state that is reset.
@@ -252,7 +252,7 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
 
 
 def load_portable(checkpoint: Path, train_state: TrainState) -> None:
-    """Load weights and average from the portable files, which any launch can read. Every process must call it."""
+    """Load weights and average from the portable files, which any launch can read. Every process must call this function."""
     weights = zero.fp32_weights(train_state.model, train_state.parameters)
     for name in ([f"{train_state.name}_ema"] if train_state.ema else []) + [train_state.name]:
         if zero.is_sharded(train_state.model):
@@ -286,7 +286,7 @@ def resume(
 ) -> tuple[dict[str, Any], checkpoints.Node]:
     """Resume from the requested checkpoint, if there is one, and save once as a rehearsal.
 
-    The rehearsal finds a full or read-only disk before training starts. Every process must call it.
+    The rehearsal finds a full or read-only disk before training starts. Every process must call this function.
 
     Returns:
         The checkpoint's state and this process's node. A new training has `step` 0.
@@ -313,7 +313,7 @@ def save(
     node: checkpoints.Node,
     accelerator: Any,
 ) -> None:
-    """Save a checkpoint of `state["step"]`. Every process must call it."""
+    """Save a checkpoint of `state["step"]`. Every process must call this function."""
     gathered = gather(train_state)
 
     def write(part: Path) -> None:
@@ -343,7 +343,7 @@ def add_terms(
 
 
 def mean_terms(terms: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
-    """Return the mean of each loss term over the processes. Every process must call it."""
+    """Return the mean of each loss term over the processes. Every process must call this function."""
     return {name: accelerator.reduce(value.detach(), reduction="mean").item() for name, value in terms.items()}
 
 
@@ -361,7 +361,7 @@ def step_optimizer(
     sample_ids: Callable[[], list[str]],
     accelerator: Any,
 ) -> None:
-    """Update weights, schedule and moving average from the clipped gradients. Every process must call it.
+    """Update weights, schedule and moving average from the clipped gradients. Every process must call this function.
 
     The update is skipped if the loss or its gradient is non-finite. Schedule and average then stay unchanged.
     An overflow of fp16's scaled gradients under a finite loss is counted, but raises no error.

@@ -17,8 +17,7 @@ class Prefetcher(Generic[Batch]):
     If making a batch fails, `take` raises the error.
 
     Args:
-        make: function that returns the batch of a number. It must be pure, so that a batch does not depend on when it
-            is made.
+        make: pure function that returns the batch of a number, so that a batch does not depend on when it is made.
         end: number after the last batch.
         in_thread: whether a thread makes batches ahead. Set it only if training runs on a GPU. On a CPU the thread
             would compete with the training's threads.

@@ -56,7 +56,7 @@ def on_signals(folder: Path) -> Iterator[Stop]:
     The end of the launcher that started this process also sets `asked`.
 
     Args:
-        folder: path of the run folder. Its lock file tells a new command that this run is about to end.
+        folder: path of the run folder, whose lock file tells a new command that this run is about to end.
     """
     stop = Stop(folder)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
