@@ -1,4 +1,4 @@
-"""The dashboard: pictures side by side, curves of many runs, and how runs differ.
+"""Show runs in a dashboard: pictures side by side, curves of many runs, and how runs differ.
 
 streamlit run dashboard
 

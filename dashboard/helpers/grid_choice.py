@@ -32,7 +32,7 @@ GUIDANCE = "1.5,3,7.5"  # guidance scales of a run that was not evaluated
 CHECKPOINTS = 4  # checkpoints of such a run, the newest
 AXIS_PX = 170  # width of a widget that chooses an axis
 POSITION = re.compile(r"row (?P<row>\d{1,5}), column (?P<column>\d{1,5})")
-HELP = "One value or several: 1.5,3 or a range 1-10, by steps 1-10(+3), or five values evenly spaced 1-10[5]."
+HELP = "Type one or more values: a list 1.5,3, a range 1-10, a range in steps 1-10(+3), or five evenly spaced values 1-10[5]."
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, be
 def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
     """Show the widgets for columns, rows and (third, if any) tabs, and return their axes.
 
-    Several runs stand beside each other.
+    Several chosen runs are shown side by side.
     """
     offered = [name for name in AXES if has_samples or name != "sample"]
     row = st.container(horizontal=True, vertical_alignment="bottom")  # two in a row on a phone
@@ -158,7 +158,7 @@ def make_room_for_axis() -> None:
 def reset_values() -> None:
     """Reset the widgets to the values of a newly chosen run, which has other checkpoints and another evaluation.
 
-    Several runs stand beside each other.
+    Several chosen runs are shown side by side.
     """
     state = st.session_state
     for name in ("tab", "page", "left", "right"):

@@ -1,4 +1,4 @@
-"""The runs below outputs/, their checkpoints, and the widgets that choose among runs."""
+"""Find the runs below outputs/ and their checkpoints, and show the widgets that choose among runs."""
 
 import math
 import os

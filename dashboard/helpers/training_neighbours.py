@@ -18,8 +18,8 @@ SETS = 2  # training sets in memory: 3 KB per image
 MAX_IMAGES = 50_000  # images of a training set: 150 MB in memory, half a minute on two cores
 WIDTH = 128  # pixels per side on the page
 HELP = (
-    "The distance of thumbnails of 16 x 16, mirrored or not, to the nearest training image, over the mean to the 50 nearest. "
-    "The evaluation's memorisation figures use the same. A picture that is as near to its neighbour as to all others has 1."
+    "Relative distance: that of 16 x 16 thumbnails to the nearest training image, divided by the mean to the 50 nearest. "
+    "The evaluation's memorisation figures use it too. With 1, the nearest image is as far away as the 50 nearest."
 )
 
 

@@ -33,7 +33,7 @@ def explain_loading(
     Args:
         error: Exception of transformers, diffusers, datasets or huggingface_hub. The causes of the exception are searched as well.
         repo_id: Name of the repository, `owner/name`.
-        revision: Branch, tag or commit that should be loaded. None stands for main.
+        revision: Branch, tag or commit that should be loaded. With None, the branch main.
         repo_type: Kind of the repository: model, dataset or space.
     """
     page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"

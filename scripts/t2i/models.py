@@ -318,7 +318,7 @@ def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
     The range of betas is that of the base pipeline, or without a base pipeline that of Stable Diffusion.
 
     Raises:
-        UserError: the base pipeline was trained with other settings than the recipe's.
+        UserError: the base pipeline was trained with another noise schedule or prediction type than the recipe's.
     """
     betas = _base_betas(config) if config.pretrained_model_name_or_path else {}
     return DDPMScheduler(

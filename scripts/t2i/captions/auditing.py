@@ -378,7 +378,7 @@ def audit(
     Args:
         captions: The captions, as a training will read them.
         image_ids: Hashes of the images. Copies of an image may share a caption.
-        files: File names of the images, to show in the examples. With None, show the ids.
+        files: File names of the images, to show in the examples. With None, the examples show the image ids.
         labels: Class name of each image, or None for an image without a class. With None for all, skip the checks of labels.
         colors: Result of `dominant_colors` for each image. With None, skip the check of colors.
         raw: Text of each caption before cleaning, or None if cleaning changed nothing. Removed openings are counted by it.
@@ -395,7 +395,7 @@ def audit(
             check was not measured.
 
     Raises:
-        ValueError: The sequences differ in length.
+        ValueError: The sequences of the arguments differ in length.
     """
     files = image_ids if files is None else files
     for column in (image_ids, files, labels, colors, raw):

@@ -65,8 +65,8 @@ class Splits:
     """The prepared splits of a data set, as `load_splits` returns them."""
 
     train: Split
-    validation: Split | None  # None if there are no validation images.
-    test: Split | None  # None if there are no test images.
+    validation: Split | None  # The validation split, or None if there are no validation images.
+    test: Split | None  # The test split, or None if there are no test images.
     quarantine: list[dict[str, str]]  # File, split and reason of each image that was left out.
     fingerprint: str  # Hash of everything: images, captions and settings.
     report: dict[str, Any]  # The report of the cache folder, as `report.json` holds it.

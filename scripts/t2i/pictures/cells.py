@@ -66,7 +66,7 @@ class Cell:
         seed: seed of the noise, 0 to 2**63 - 1.
         guidance_scale: scale of classifier-free guidance, 0 to 1000.
         num_inference_steps: number of denoising steps, 1 to 1000.
-        scheduler: a key of `png.SCHEDULERS` or a class name of diffusers. The class name is stored.
+        scheduler: a key of `png.SCHEDULERS` or a class name of diffusers. The class name is stored as the scheduler.
         guidance_end: share of the steps, from the first step on, that are guided, 0 to 1.
 
     Raises:

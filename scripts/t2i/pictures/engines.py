@@ -95,7 +95,7 @@ class CompiledUnet(torch.nn.Module):
     """The compiled UNet, called as the stock one.
 
     The UNet maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
-    separately, so that it does not depend on its batch. A guided picture has two samples, an unguided one has one.
+    separately, so that it does not depend on its batch. A guided picture needs two samples, an unguided picture one.
 
     Args:
         networks: networks by number of samples, as in `Sizes`.
@@ -339,7 +339,7 @@ def openvino_core() -> Any:
     """Return OpenVINO's one `Core` of this process.
 
     Each core gives the thread that makes it a stack for signals. If another thread drops the core's last model, OpenVINO frees
-    that stack while it is in use. The next signal, such as Ctrl-C, then kills the process. So the core is never dropped.
+    that stack while it is in use. The next signal, such as Ctrl-C, then kills the process. So OpenVINO's core is never dropped.
     """
     return import_openvino().Core()
 

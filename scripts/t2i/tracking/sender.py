@@ -130,7 +130,7 @@ class Sender:
         self._client = client
 
     def _find_run(self) -> None:
-        """Find the run on the server, by the id in state.json or by the spool's tag. If there is no run, make one."""
+        """Find the MLflow run on the server, by the id in state.json or by the spool's tag. If it is missing, make it."""
         if self._client is None:
             self._connect()
         if self.found_run.is_set():
@@ -340,7 +340,7 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Lock a file between processes. Yield False if another process holds the lock and `wait` is False.
 
-    Forked workers do not inherit the lock, as filelock releases it in them. The system frees it when the process is
+    Forked workers do not inherit the lock, as filelock releases it in them. The system frees the lock when the process is
     killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
