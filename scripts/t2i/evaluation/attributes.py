@@ -1,4 +1,4 @@
-"""The classifier that recognises attributes of drawn flowers, or labels, in pictures.
+"""Train and use the classifier that recognises attributes of drawn flowers, or labels, in pictures.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """
@@ -22,7 +22,7 @@ Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it dist
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions (He et al., 2016). It halves the size if `stride` is 2."""
+    """Residual block of two 3x3 convolutions (He et al., 2016), which halves the picture's size if `stride` is 2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ def train_classifier(
     same machine.
 
     Args:
-        pixels: uint8 [N, R, R, 3].
-        labels: name -> int64 [N], indices into `heads[name]`.
+        pixels: training pictures, uint8 [N, R, R, 3].
+        labels: value of each picture per attribute: name -> int64 [N], indices into `heads[name]`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -210,7 +210,7 @@ def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int = 256) -
         batch_size: pictures per batch.
 
     Returns:
-        name -> int64 [N], indices into `classifier.heads[name]`.
+        The values by attribute: name -> int64 [N], indices into `classifier.heads[name]`.
     """
     device = next(classifier.parameters()).device
     classifier.eval()
@@ -226,7 +226,7 @@ def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np
     """Return the share (0 to 1) of pictures whose value is recognised correctly, per head of `labels`.
 
     Args:
-        labels: name -> int [N], indices into `classifier.heads[name]`.
+        labels: true values by attribute: name -> int [N], indices into `classifier.heads[name]`.
     """
     found = predict(classifier, pixels)
     return {name: float((found[name] == np.asarray(values)).mean()) for name, values in labels.items()}
