@@ -17,7 +17,11 @@ from t2i.tracking.curves import read_folder
 
 MISSING = "–"  # shown for a missing value of a table
 CARD_CHARACTERS = 20_000  # characters of a model card that are shown
-HIGHER_IS_BETTER = ("prompt_following", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim")
+HIGHER_IS_BETTER = (
+    *("prompt_following", "judge.named", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim"),
+    *("memorisation.median_ratio",),
+)
+NO_GOAL = ("standard_error", "held_out", "real", "pictures")  # Figures that end so describe others, and choose nothing.
 
 
 def main() -> None:
@@ -96,7 +100,11 @@ def candidates(run: Path) -> list[dict[str, Any]]:
     """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step."""
     rows = []
     for result in sweep_results(run):
-        values = {key: value for key, value in flatten(result).items() if is_finite(value) and key != "guidance_scale"}
+        values = {
+            key: value
+            for key, value in flatten(result).items()
+            if is_finite(value) and key != "guidance_scale" and not key.endswith(NO_GOAL)
+        }
         rows.append({"checkpoint": str(result.get("checkpoint")), "scale": result["guidance_scale"], "values": values})
     curves = {key: curve for key, curve in read_folder(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):

@@ -178,7 +178,7 @@ class Probe:
 def pixel_statistics(pictures: np.ndarray) -> Tensor:
     """Return statistics of pixels and frequencies, float32 [N, 45]. They need no network, so they are a second judge.
 
-    Per channel of YCbCr: mean, standard deviation and three quantiles of the pixels, and the logarithm of the energy in ten
+    Per channel of YCbCr there are 15: mean, standard deviation and three quantiles of the pixels, and the logarithm of the energy in ten
     bands of the discrete cosine transform.
 
     Args:
@@ -222,7 +222,11 @@ class Judge:
         self._within = within(reference)
         statistics = pixel_statistics(reference_pixels)
         self._mean, self._std = statistics.mean(0), statistics.std(0).clamp(min=1e-6)
-        self._statistics = (statistics - self._mean) / self._std
+        self._statistics = self._standardised(statistics)
+
+    def _standardised(self, statistics: Tensor) -> Tensor:
+        """Standardise statistics by the photos, and limit them so that no picture outweighs the others."""
+        return ((statistics - self._mean) / self._std).clamp(-5, 5)
 
     def measure(self, features: Tensor, labels: Sequence[Any] | None = None) -> dict[str, Any]:
         """Return the figures that choose a checkpoint.
@@ -260,7 +264,7 @@ class Judge:
             and photos, and "pixel_distance": the kernel distance of `pixel_statistics`, standardised by the photos.
         """
         photos, some = spread(self.reference, count), spread(features, count)
-        statistics = (pixel_statistics(pictures) - self._mean) / self._std
+        statistics = self._standardised(pixel_statistics(pictures))
         return {
             **self.measure(features, labels),
             "pictures": len(pictures),
