@@ -178,8 +178,8 @@ class Probe:
 def pixel_statistics(pictures: np.ndarray) -> Tensor:
     """Return statistics of pixels and frequencies, float32 [N, 45]. They need no network, so they are a second judge.
 
-    Per channel of YCbCr there are 15: mean, standard deviation and three quantiles of the pixels, and the logarithm of the energy in ten
-    bands of the discrete cosine transform.
+    There are 15 statistics per channel of YCbCr: the mean, standard deviation and three quantiles of the pixels, and the
+    logarithm of the energy in ten bands of the discrete cosine transform.
 
     Args:
         pictures: uint8 [N, R, R, 3].

@@ -81,9 +81,9 @@ def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Te
 def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
     """Return which pictures copy a training image: it is less than a third as far as any other training image.
 
-    A mirror image belongs to its training image. Distances are those of thumbnails. By them, all reconstructed training photos
-    of an autoencoder with 25 dB were copies, and 0.5 % of unseen photos. Features of a network did not separate them: no
-    reconstruction was less than 0.6 as far from its photo as from the next. Source: Carlini et al., 2023, section 4.2; Yoon et al., 2023, section 3.
+    A mirror image belongs to its training image. Distances are those of thumbnails: by them, all reconstructed training photos
+    of an autoencoder with 25 dB were copies, and 0.5 % of unseen photos. Features of a network did not separate the two.
+    Source: Carlini et al., 2023, section 4.2.
 
     Args:
         pictures: uint8 [M, H, W, 3].
