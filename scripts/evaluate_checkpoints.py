@@ -235,7 +235,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     if kind != "drawn" or not config.classifier_steps:
         return None, {}
     unseen = splits.test or splits.validation
-    heads = {name: list(flowers.ATTRIBUTES[name]) for name in flowers.COMBINED}
+    heads = {name: list(values) for name, values in flowers.ATTRIBUTES.items()}
     size, count = splits.train.pixels.shape[1], config.classifier_drawings
     pixels = np.empty((count, size, size, 3), np.uint8)
     attributes = []
@@ -465,6 +465,7 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
 
 def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str, Any]:
     """Return the figures of one set of pictures. What is not measured is None."""
+    from t2i.data.flowers import COMBINED
     from t2i.evaluation import attributes, memorisation, metrics
 
     train, unseen, judge = study.splits.train, study.unseen, study.judge
@@ -474,7 +475,7 @@ def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str,
     if judge and len(pictures) > 2:
         judged = judge.measure(judge.network.features(pictures), labels_wanted(prompts))
     if study.classifier:
-        following = attributes.prompt_following(study.classifier, pictures, prompts.wanted)
+        following = attributes.prompt_following(study.classifier, pictures, prompts.wanted, COMBINED)
     elif judged and judged["named"] is not None:
         following = {"label": judged["named"], "all": judged["named"]}
     return {
@@ -490,12 +491,13 @@ def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str,
 
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
     """Return prompt following, only on prompts whose attribute combinations are held out (or seen in training)."""
+    from t2i.data.flowers import COMBINED
     from t2i.evaluation import attributes
 
     rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
     if classifier is None or not any(prompts.held_out):
         return None
-    return attributes.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows])
+    return attributes.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows], COMBINED)
 
 
 def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:

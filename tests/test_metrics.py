@@ -53,6 +53,7 @@ def test_prompt_following_counts_values_not_indices(classifier: attributes.Class
     assert shares["color"] >= 0.95
     assert shares["side"] == pytest.approx(0.5, abs=0.05)
     assert shares["all"] == pytest.approx(0.5, abs=0.06)
+    assert attributes.prompt_following(classifier, pixels, wanted, ["color"])["all"] == shares["color"]
 
 
 def test_training_repeats_by_seed_and_leaves_the_callers_generator_alone() -> None:

@@ -233,16 +233,20 @@ def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np
 
 
 def prompt_following(
-    classifier: Classifier, pictures: np.ndarray, wanted: Sequence[Mapping[str, Any]]
+    classifier: Classifier,
+    pictures: np.ndarray,
+    wanted: Sequence[Mapping[str, Any]],
+    joint: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Return the share (0 to 1) of pictures that show the wanted values.
 
     Args:
         wanted: values that each picture should show, such as {"petal_color": "red", "petal_count": 5}. Keys that are not
             heads are ignored.
+        joint: heads that must be right at once for "all". With None, all heads must be right.
 
     Returns:
-        One share per head, and "all", the share of pictures that are right in every head.
+        One share per head, and "all", the share of pictures that are right in all heads of `joint`.
     """
     found = predict(classifier, pictures)
     right = {
@@ -250,4 +254,4 @@ def prompt_following(
         for name, values in classifier.heads.items()
     }
     shares = {name: float(r.mean()) for name, r in right.items()}
-    return {**shares, "all": float(np.logical_and.reduce(list(right.values())).mean())}
+    return {**shares, "all": float(np.logical_and.reduce([right[name] for name in joint or right]).mean())}

@@ -311,7 +311,7 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
         else NOT_MEASURED
     )
     overall = (report.get("prompt_following") or {}).get("all")
-    rows["Prompt following, all parts of a prompt at once"] = _percent(overall)
+    rows["Prompt following, whole combination"] = _percent(overall)
     rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(copies.get("share_closer"))
     rows["Memorisation: distance relative to that of unseen images (1 = equal)"] = _figure(
         copies.get("median_ratio"), 3
