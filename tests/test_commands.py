@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from conftest import SCRIPTS, TINY
+from t2i.data import flowers
 
 # The help of launch_local.py is accelerate's own, which imports torch.
 SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "launch_local.py")
@@ -99,9 +100,17 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     pairs = {(cell["checkpoint"], cell["guidance_scale"]) for cell in results["cells"]}
     assert len(pairs) == 4
     for cell in results["cells"]:
-        assert set(cell["prompt_following"]) == {"petal_color", "center_color", "background", "petal_count", "all"}
+        assert set(cell["prompt_following"]) == {*flowers.ATTRIBUTES, "all"}
+        assert cell["judge"]["network"] == "efficientnet-lite0"
+        assert (
+            cell["judge"]["kernel_distance"] > 3 * cell["judge"]["standard_error"] > 0
+        )  # an untrained model draws noise
+        assert cell["judge"]["named"] is None
         assert (workspace / "unet/evaluation" / cell["grid"]).is_file()
-    assert results["report"]["prompts"] == 6
+    judged = results["report"]["judge"]
+    assert judged["real"]["kernel_distance"] < judged["pictures"]["kernel_distance"]
+    assert results["report"]["prompts"] == judged["pictures"]["pictures"] == 6
+    assert "judged by efficientnet-lite0" in done.stdout
     assert "chosen: checkpoint-" in done.stdout
     card = ModelCard.load(workspace / "unet/pipeline/README.md")
     assert card.data.eval_results
@@ -111,12 +120,31 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     assert "reusing the finished evaluation" in again.stdout
 
 
+def test_labels_of_photos_are_read_by_a_probe(workspace, command, tmp_path):
+    shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation", "cells"))
+    drawings = flowers.draw_many(5, 0, 600, 32, False, workers=1)
+    colors = [(one["petal_color"], image) for one, image, _ in drawings if one["petal_color"] in ("white", "burgundy")]
+    for number, (color, image) in enumerate(colors):
+        folder = tmp_path / "photos" / ("test" if number % 4 == 0 else "train") / color
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    options = ("--config", workspace / "tiny.yaml", "--model", tmp_path / "unet", "--dataset", tmp_path / "photos")
+    done = command("evaluate_checkpoints.py", *options, "--checkpoints", "checkpoint-000004", cwd=tmp_path)
+    report = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())["report"]
+    assert report["probe_accuracy"]["label"] == report["judge"]["real"]["named"] > 0.8
+    assert report["prompt_following"]["label"] == report["judge"]["pictures"]["named"]
+    assert 0 <= report["judge"]["reconstructions"]["named"] <= 1
+    assert not (tmp_path / "unet/evaluation/classifier").exists()
+    assert "(on unseen real images: " in done.stdout
+
+
 def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_path):
     shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation", "cells"))
     options = ("--config", workspace / "tiny.yaml", "--model", tmp_path / "unet", "--dataset", workspace / "dataset",
-               "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0)  # fmt: skip
+               "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0, "--judge_network", "None")  # fmt: skip
     command("evaluate_checkpoints.py", *options, cwd=tmp_path)
     found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
+    assert found["report"]["judge"] is None
     for part in ("report", "sweep"):
         assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
         assert found[part]["guidance_end"] == 0.3
