@@ -141,7 +141,8 @@ def test_labels_of_photos_are_read_by_a_probe(workspace, command, tmp_path):
 def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_path):
     shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation", "cells"))
     options = ("--config", workspace / "tiny.yaml", "--model", tmp_path / "unet", "--dataset", workspace / "dataset",
-               "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0, "--judge_network", "None")  # fmt: skip
+               "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0,
+               "--judge_network", "None")  # fmt: skip
     command("evaluate_checkpoints.py", *options, cwd=tmp_path)
     found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
     assert found["report"]["judge"] is None
