@@ -2,6 +2,7 @@
 
 import types
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ import train_unet
 from t2i import config, models
 from t2i.config import UnetConfig, VaeConfig
 from t2i.data import caches
+from t2i.data.prepared import Split
 
 CAPTIONS = ["a red flower", "a blue flower", "a red flower", ""]
 
@@ -67,7 +69,13 @@ def test_a_failing_build_leaves_nothing(tmp_path):
 def test_text_is_computed_once_a_caption_with_the_empty_one_first(tmp_path):
     encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
     text = caches.cache_text(
-        CAPTIONS, {"encoder": "x"}, encoder, tokenizer, str(tmp_path), batch_size=2, say=lambda _: None
+        [[caption] for caption in CAPTIONS],
+        {"encoder": "x"},
+        encoder,
+        tokenizer,
+        str(tmp_path),
+        batch_size=2,
+        say=lambda _: None,
     )
     assert text.embeddings.shape == (3, 8, 32)
     assert text.rows.tolist() == [1, 2, 1, 0]
@@ -81,11 +89,7 @@ def cached_for(folder, precision):
     recipe.train_unet.validation_images = 3
     pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
 
-    class Split(types.SimpleNamespace):
-        def __len__(self):
-            return len(self.pixels)
-
-    split = Split(rows={"caption": CAPTIONS}, pixels=pixels, fingerprint="a")
+    split = Split(pixels, datasets.Dataset.from_dict({"caption": CAPTIONS}), fingerprint="a")
     encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
     said = []
     accelerator = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, print=said.append)

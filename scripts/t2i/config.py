@@ -21,6 +21,7 @@ from pydantic import Field
 
 from t2i.command_line import check_options, option, parse_options
 from t2i.config_types import (
+    AS_LIST,
     NUMBER,
     BelowOne,
     Count,
@@ -75,10 +76,13 @@ class SourceConfig:
     dataset_revision: str | None = None  # Branch, tag or commit of a Hub data set.
     dataset_config_name: str | None = None  # Configuration of a data set that has several.
     image_column: str = "image"  # Column that holds the images.
-    # Column that holds the captions. None: caption, else text, else a caption made from the label.
-    caption_column: str | None = None
+    # Columns that hold the captions, each a text or a list of texts. No name: caption, else text, else the label.
+    caption_column: Annotated[list[str], AS_LIST] = field(default_factory=list)
     label_names: list[str] = field(default_factory=list)  # Names of numeric labels. The first one names label 1.
-    caption_template: str = "a photo of a {label}, a type of flower"  # Caption of an image that has only a label.
+    # Captions of an image that has only a label. Prompts of an evaluation use the first one.
+    caption_template: Annotated[list[str], AS_LIST, Field(min_length=1)] = field(
+        default_factory=lambda: ["a photo of a {label}, a type of flower"]
+    )
     caption_prefix: str = ""  # Words put before every non-empty caption, such as a trigger word: "sks style,".
     max_bad_share: Share = 0.05  # Share of undecodable images above which the run stops.
 
@@ -103,11 +107,12 @@ class CaptionConfig(HubConfig):
 
     output_dir: LocalPath | None = None  # Dataset folder to write. Its captions.jsonl may be edited by hand.
     dry_run: Flag = False  # End after the table that shows how the data set was understood.
-    # Source of captions: florence2, label (by caption_template), existing (keep the data set's), or a folder or Hub id.
-    captioner: PathText = "florence2"
+    # Sources of captions: florence2, label (by caption_template), existing (keep the data set's), or a folder or Hub id.
+    # Each of several sources adds its captions to every image.
+    captioner: Annotated[list[PathText], AS_LIST, Field(min_length=1)] = field(default_factory=lambda: ["florence2"])
     captioner_revision: str | None = None  # Branch, tag or commit of a Hub captioner.
-    # Task of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
-    task: str = "<DETAILED_CAPTION>"
+    # Tasks of Florence-2, each of which adds a caption: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
+    task: Annotated[list[str], AS_LIST, Field(min_length=1)] = field(default_factory=lambda: ["<DETAILED_CAPTION>"])
     prompt: str = ""  # Text for the captioner, if its task takes some.
     caption_batch_size: Count = 8  # Images per batch. The batch is halved if memory runs out.
     # Maximum number of tokens per caption. CLIP reads 77 of its own tokens.

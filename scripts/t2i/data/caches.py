@@ -3,13 +3,13 @@
 A cache's folder is named by a hash. It covers the model's weights, transform and precision, and the images or captions. A
 stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow with the
 data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
-caption.
+caption, also if an image has several captions.
 """
 
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,23 @@ CPU_BATCH_PIXELS = 1 << 16  # This equals 4 images of 128 px, or 16 of 64 px.
 
 @dataclass
 class TextCache:
-    """Embeddings of distinct captions."""
+    """Embeddings of distinct captions, and the captions of each of N samples."""
 
     embeddings: np.ndarray  # [M, L, D] float16, memory-mapped. Row 0 is the empty caption.
-    rows: np.ndarray  # [N] int64. The row of each sample's caption.
+    rows: np.ndarray  # [T] int64. Rows of `embeddings`: the captions of sample 0, then those of sample 1, …
+    counts: np.ndarray  # [N] int64. The number of captions of each sample, at least 1. T is their sum.
+
+    def __post_init__(self) -> None:
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])  # [N] int64. The first caption in `rows`.
+
+    def rows_of(self, samples: np.ndarray, chosen: np.ndarray | int = 0) -> np.ndarray:
+        """Return the rows [B] of `embeddings` for a batch of samples [B].
+
+        Args:
+            samples: indices of samples, int64 [B].
+            chosen: which of its captions each sample gets, from 0, int64 [B]. The default is the first one.
+        """
+        return self.rows[self.starts[samples] + chosen]
 
 
 def cache_latents(
@@ -76,7 +89,7 @@ def cache_latents(
 
 
 def cache_text(
-    captions: Iterable[str],
+    captions: Iterable[Sequence[str]],
     identity: dict[str, Any],
     text_encoder: Any,
     tokenizer: Any,
@@ -85,13 +98,18 @@ def cache_text(
     batch_size: int = 32,
     say: Callable[[str], None] = print,
 ) -> TextCache:
-    """Return the hidden states of distinct captions, and the row of each sample. Row 0 is the empty caption.
+    """Return the hidden states of distinct captions, and the rows of each sample. Row 0 is the empty caption.
 
     Args:
+        captions: the captions of each sample, at least one.
         identity: hashes of the text encoder and of the tokenizer.
     """
     numbers: dict[str, int] = {NULL_CAPTION: 0}
-    rows = np.fromiter((numbers.setdefault(caption, len(numbers)) for caption in captions), dtype=np.int64)
+    rows: list[int] = []
+    counts: list[int] = []
+    for texts in captions:
+        rows += [numbers.setdefault(caption, len(numbers)) for caption in texts]
+        counts.append(len(texts))
     distinct = list(numbers)
     shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
 
@@ -102,7 +120,8 @@ def cache_text(
 
     key = hash_json({"kind": "text", "captions": hash_json(distinct), **identity})
     what = f"embeddings of {len(distinct)} distinct captions"
-    return TextCache(_cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say), rows)
+    embeddings = _cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say)
+    return TextCache(embeddings, np.array(rows, np.int64), np.array(counts, np.int64))
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:

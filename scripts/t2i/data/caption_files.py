@@ -4,6 +4,7 @@ What is surely no caption is refused with its file and line. No byte is ever rep
 UTF-32 with a byte order mark.
 """
 
+import ast
 import codecs
 import csv
 import io
@@ -70,8 +71,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_sidecar(path: Path) -> str:
-    """The caption in a file beside an image. Raises `UserError` for detection labels in its place."""
+def read_sidecar(path: Path) -> str | list[str]:
+    """Return the caption in a file beside an image, or its captions if several lines are not empty.
+
+    Raises:
+        UserError: the file holds detection labels in place of captions.
+    """
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     lines = [line for line in text.split("\n") if line.strip()]
     if lines and all(map(DETECTION_LABELS.fullmatch, lines)):
@@ -80,13 +85,18 @@ def read_sidecar(path: Path) -> str:
             f"{path}, line {line} holds detection labels ({lines[0].strip()[:40]!r}), no caption; move such files into a "
             "folder of their own"
         )
-    return text
+    return [line.strip() for line in lines] if len(lines) > 1 else text
 
 
-def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a metadata file; its captions are text, lists of texts, or None.
+def metadata_rows(path: Path, caption_columns: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Return (line number, row) of a metadata file; its captions are text, lists of texts, or None.
 
-    caption_column: None: `caption`, else `text`, in each row. Raises `UserError` with the line of what cannot be meant.
+    Args:
+        path: the metadata file.
+        caption_columns: the columns that hold captions. An empty list stands for `caption`, else `text`, in each row.
+
+    Raises:
+        UserError: a caption cannot be meant as it stands; the message names the line.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -97,15 +107,16 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
             raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); write it anew") from None
     else:
         text = read_text(path)
-        names = ("file_name", "caption", "text", "label", caption_column or "caption")
+        names = ("file_name", "caption", "text", "label", *caption_columns)
         rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
     for line, row in rows:
         row.pop("", None)  # pandas writes its index so
-        for column in [caption_column] if caption_column else ["caption", "text"]:
+        for column in caption_columns or ["caption", "text"]:
             if column in row:
-                row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+                value = _list_in_cell(row[column]) if suffix == ".csv" else row[column]
+                row[column] = _caption(value, f"{path}, line {line}: column {column!r}")
                 texts = row[column] if isinstance(row[column], list) else [row[column]]
-                if any(text and text.strip() for text in texts):
+                if not caption_columns and any(text and text.strip() for text in texts):
                     break  # `text` is read where there is no caption
     return rows
 
@@ -192,12 +203,37 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parsed
 
 
+def _list_in_cell(cell: Any) -> Any:
+    """Return the list that a cell of a CSV file holds, written as JSON or as pandas writes it; else the cell."""
+    text = cell.strip() if isinstance(cell, str) else ""
+    # numpy writes no commas, and Python would join its texts into one
+    if not (text.startswith("[") and text.endswith("]")) or re.search(r"['\"]\s+['\"]", text):
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list):
+            return found
+    return cell
+
+
+def check_list(captions: list[Any], where: str) -> None:
+    """Raise `UserError` for a list of captions that is empty or holds None. `where` begins the message."""
+    if not captions:
+        raise UserError(f'{where} holds an empty list; write "" for an image without a caption, or add its captions')
+    if any(text is None or text != text for text in captions):  # NaN differs from itself
+        raise UserError(f"{where} holds a list with an empty entry (null); remove the entry, or write its text")
+
+
 def _caption(value: Any, where: str) -> Any:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
+        check_list(value, where)
         return [_caption(item, where) for item in value]
     kinds = {dict: "an object", list: "a list of lists", bool: "a truth value"}
     shown = str(value) if len(str(value)) <= 40 else str(value)[:37] + "..."

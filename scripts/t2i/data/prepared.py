@@ -19,8 +19,8 @@ class Split:
     """`pixels[i]` (uint8 [N, R, R, 3], memory mapped, read-only) belongs to `rows[i]`.
 
     `rows` (memory mapped) has the strings `id` (16 hex digits of the image file's SHA-256; copies share it), `file`,
-    `caption`, where known `label`, and the data set's other plain columns. `fingerprint` names the pixels, not the
-    captions.
+    `caption`, where known `label`, and the data set's other plain columns. `caption` is an image's first caption. If
+    images may have several, the list `captions` holds all. `fingerprint` names the pixels, not the captions.
     """
 
     pixels: np.ndarray
@@ -29,6 +29,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def captions(self, limit: int | None = None) -> list[list[str]]:
+        """Return all captions of the first `limit` images, or of all images: at least one each, which may be empty."""
+        if isinstance(self.rows.features.get("captions"), datasets.List):
+            return list(self.rows["captions"][:limit])
+        return [[caption] for caption in self.rows["caption"][:limit]]
 
 
 def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
