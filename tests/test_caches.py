@@ -83,6 +83,22 @@ def test_text_is_computed_once_a_caption_with_the_empty_one_first(tmp_path):
     np.testing.assert_allclose(text.embeddings[:2], expected, atol=5e-3)  # stored as float16
 
 
+def test_several_captions_are_each_embedded_once_and_known_by_their_rows(tmp_path):
+    encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
+    several = [["a red flower", "a flower"], ["a flower"], ["a blue flower", "a flower", "a red flower"], [""]]
+    text = caches.cache_text(several, {}, encoder, tokenizer, str(tmp_path), say=lambda _: None)
+    assert text.embeddings.shape == (4, 8, 32)
+    assert text.rows.tolist() == [1, 2, 2, 3, 2, 1, 0]
+    assert text.counts.tolist() == [2, 1, 3, 1]
+    assert text.rows_of(np.array([2, 0, 3])).tolist() == [3, 1, 0]  # the first of each
+    assert text.rows_of(np.array([2, 0, 2]), np.array([2, 1, 0])).tolist() == [1, 2, 3]
+    single = caches.cache_text(
+        [[caption] for caption in ("a red flower", "a flower", "a blue flower", "")],
+        {}, encoder, tokenizer, str(tmp_path), say=lambda _: None,
+    )  # fmt: skip
+    assert single.embeddings.filename == text.embeddings.filename  # the same captions, so the same cache
+
+
 def cached_for(folder, precision):
     """What train_unet.py caches of four noisy images in a training of this precision, and what it says."""
     recipe = config.Recipe(data=config.DataConfig(cache_dir=str(folder), random_flip=False))

@@ -28,8 +28,8 @@ def save_dataset_folder(
     """Write `data/<split>-00000-of-0000N.parquet` and README.md, as plain `datasets.load_dataset(folder)` reads them.
 
     `splits`: rows by split, consumed once and one after the other, so generators keep memory small. A row has `image`
-    (encoded bytes, a file's path as Path, a PIL image, or uint8 [H, W, 3]; the latter two become PNG), `caption`, and
-    further columns, the same in each row. `features` is found from the first row where None. `card_text`: the card,
+    (encoded bytes, a file's path as Path, a PIL image, or uint8 [H, W, 3]; the latter two become PNG), `caption` (a text, or
+    in each row a list of texts), and further columns, the same in each row. `features` is found from the first row where None. `card_text`: the card,
     with or without YAML front matter; splits and columns are added to it. The folder appears complete, by one rename.
 
     Returns the rows written a split. Raises UserError where `folder` exists and is not empty.
@@ -91,9 +91,11 @@ def _features(row: dict[str, Any]) -> datasets.Features:
             found[key] = datasets.Image()
         elif type(value) in kinds:
             found[key] = datasets.Value(kinds[type(value)])
+        elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+            found[key] = datasets.List(datasets.Value("string"))
         else:
             raise UserError(
-                f"column {key!r} holds a {type(value).__name__}; write text, numbers or truth values, or give features"
+                f"column {key!r} holds a {type(value).__name__}; write text, lists of texts, numbers or truth values, or give features"
             )
     return datasets.Features(found)
 
