@@ -71,11 +71,11 @@ class Photo:
     """An image of the source and the result of its inspection."""
 
     split: str
-    row: int  # Row within its split.
+    row: int  # Row of the image within its split.
     file: str
     id: str  # First 32 hex digits of the SHA-256 of the image file.
-    reason: str | None  # Why the image cannot be used; None if it can.
-    colors: dict[str, float]  # Named colors and their shares; empty if the image cannot be used.
+    reason: str | None  # Reason why the image cannot be used, or None.
+    colors: dict[str, float]  # Share of the image by color name. Empty if the image cannot be used.
 
 
 @dataclass
@@ -84,7 +84,8 @@ class Entry:
 
     photo: Photo
     label: str | None
-    lines: dict[str, dict[str, Any]]  # Line in captions.jsonl of each caption, which is cleaned and has the prefix.
+    # Line of captions.jsonl for each caption. The captions are cleaned and have the prefix.
+    lines: dict[str, dict[str, Any]]
 
     @property
     def captions(self) -> list[str]:
@@ -160,7 +161,7 @@ def require_own(folder: Path, dataset: Path) -> None:
     """Check that this script may write into `folder`.
 
     Raises:
-        UserError: `folder` holds files of others, or it lies in the folder of the data set.
+        UserError: `folder` holds files that this script did not write, or it lies in the folder of the data set.
     """
     if dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
         raise UserError(
@@ -195,7 +196,7 @@ def model_names(config: CaptionConfig) -> list["ModelName"]:
 
 
 def run_settings(recipe: Recipe, source: records.Source, names: list["ModelName"]) -> dict[str, Any]:
-    """Return what decides whether the folder's captions belong to this command."""
+    """Return the settings that must be unchanged for the captions in the output folder to be reused."""
     settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OPTIONS}
     settings = {key: value for key, value in settings.items() if value is not None or key not in NEWER_OPTIONS}
     settings |= {key: unlisted(settings[key]) for key in ("captioner", "task")}
@@ -221,7 +222,7 @@ def captions_hash(folder: Path) -> str:
 
 
 def print_input(recipe: Recipe) -> None:
-    """Print what a run would read, and write nothing."""
+    """Print the summary of the data set that this command would read, and write nothing."""
     source = sources.find_source(recipe.data)
     with tempfile.TemporaryDirectory(prefix="t2i-") as scratch:
         rows = ordered_rows(source, recipe, Path(scratch))
@@ -231,13 +232,13 @@ def print_input(recipe: Recipe) -> None:
 
 
 def open_rows(source: records.Source, recipe: Recipe, folder: Path, accelerator: Any) -> dict[str, datasets.Dataset]:
-    """Return the source's rows by split, with images not decoded."""
+    """Return the rows of the source by split, with undecoded images."""
     with accelerator.local_main_process_first():  # the other processes reuse its copy of Parquet files
         return ordered_rows(source, recipe, folder / WORK / "source")
 
 
 def ordered_rows(source: records.Source, recipe: Recipe, scratch: Path) -> dict[str, datasets.Dataset]:
-    """Return the source's rows by split, train first. Copies that opening needs go to `scratch`."""
+    """Return the rows of the source by split, train first. Temporary copies of files go to `scratch`."""
     rows = source.open(scratch)
     order = [split for split in ("train", "validation", "test") if split in rows]
     return {split: records.check_image_column(rows[split], recipe.data, source.name, split) for split in order}
@@ -265,7 +266,7 @@ def load_photos(
 
 
 def inspect_photos(source: records.Source, rows: dict[str, Any], recipe: Recipe) -> Iterator[Photo]:
-    """Decode each image once: yield its hash and colors, or why it cannot be used."""
+    """Decode each image once, and yield a `Photo` with hash and colors, or with the reason why it cannot be used."""
 
     def inspect(cell: Any) -> tuple[str | None, str, str | None, dict[str, float]]:
         name, digest = cell and cell["path"], image_digest(cell, source.roots).hex()[:32]
@@ -294,13 +295,13 @@ def bad_photos(source: records.Source, photos: list[Photo]) -> list[dict[str, An
 
 
 def check_bad_share(source: records.Source, photos: list[Photo], recipe: Recipe, listing: Path) -> None:
-    """Raise `UserError` if more images are bad than `--max_bad_share` allows. `listing` is the file that names them."""
+    """Raise `UserError` if more images are bad than `--max_bad_share` allows. `listing` is the file that lists these images."""
     total = len(photos) + len(source.quarantine)
     prepared.check_bad_share(source.name, bad_photos(source, photos), total, recipe.data.max_bad_share, listing)
 
 
 def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
-    """Print the table of `t2i.data.overview`: the images, and the captions if the data set brings them."""
+    """Print the summary table of `t2i.data.overview`: the images, and the captions if the data set has any."""
     usable = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
     captioners = recipe.caption.captioner
@@ -360,11 +361,13 @@ def plan_captions(
     folder: Path,
     accelerator: Any,
 ) -> tuple[dict[Key, tuple[Photo, str]], list[list[Key]]]:
-    """Compare the photos with captions.jsonl. Copies of an image share captions, unless each has a text of its own.
+    """Compare the photos with captions.jsonl, and find the captions that are still missing.
+
+    Copies of an image share their captions, unless the data set has captions for each copy.
 
     Returns:
-        The captions to make, `{key: (photo, text)}`; the text is "" if a model makes it.
-        The keys of each photo's captions; an empty list for photos that cannot be used.
+        The captions to make, `{key: (photo, text)}`. The text is "" if a model makes the caption.
+        The keys of each photo's captions. Photos that cannot be used have none.
     """
     texts = source_texts(rows, recipe)
     tasks = tasks_of(names, recipe.caption)
@@ -415,15 +418,15 @@ def plan_captions(
 
 
 def is_edited(line: dict[str, Any]) -> bool:
-    """Return whether a person changed the caption of this line of captions.jsonl."""
+    """Return whether a person has edited the caption in this line of captions.jsonl."""
     return bool(line.get("made") != hash_json(line["caption"]))
 
 
 def tasks_of(names: list["ModelName"], config: CaptionConfig) -> dict[tuple[str, str], list[str]]:
-    """Return the tasks by model and revision: all of `--task` for Florence-2, the first one for a model without tasks.
+    """Return the tasks by model and revision: all of `--task` for Florence-2, and the first task for other models.
 
     Raises:
-        UserError: there are several tasks, and no model takes any.
+        UserError: `--task` names several tasks, and no captioner is a Florence-2.
     """
     from t2i.captions.captioners import takes_tasks
 
@@ -432,16 +435,16 @@ def tasks_of(names: list["ModelName"], config: CaptionConfig) -> dict[tuple[str,
     of_models = {(name.model, name.revision): tasks if one or takes_tasks(name) else tasks[:1] for name in models}
     if models and tasks not in of_models.values():
         raise UserError(
-            f"--task names {len(tasks)} tasks, which only Florence-2 takes; name one, or --captioner florence2"
+            f"--task names {len(tasks)} tasks, which only Florence-2 takes; name one task, or --captioner florence2"
         )
     return of_models
 
 
 def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, dict[str, list[list[str]]]]:
-    """Return the captions of each image that its label gives or that the data set brings.
+    """Return the captions that come from the data set itself or from its labels.
 
     Returns:
-        {"label" or "existing": {split: captions of each row}}, for those of `NO_MODEL` that are captioners here.
+        The captions of each row, `{captioner: {split: captions}}`, for those captioners that are in `NO_MODEL`.
     """
     texts: dict[str, dict[str, list[list[str]]]] = {}
     for kind in recipe.caption.captioner:
@@ -474,7 +477,7 @@ def existing_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> 
 
 
 def labels_of(split_rows: datasets.Dataset, recipe: Recipe) -> list[str | None] | None:
-    """Return the label name of each row; None if the split has no labels."""
+    """Return the label name of each row, or None if the split has no labels."""
     column = records.label_column(split_rows)
     if column is None:
         return None
@@ -524,7 +527,9 @@ def caption_batches(
     recipe: Recipe,
     accelerator: Any,
 ) -> Iterator[tuple[list[tuple[Key, Photo]], list[str]]]:
-    """Yield batches with their texts. A thread decodes the next batches; the batch is halved if memory runs out."""
+    """Yield batches of photos with their captions. A thread decodes the next batches meanwhile.
+
+    The batch size is halved if memory runs out."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list[Image.Image], Any]:
@@ -565,16 +570,17 @@ def caption_batches(
 
 
 def generation_settings(config: CaptionConfig) -> str:
-    """Return the settings that shape a model's captions and are not in their key."""
+    """Return the settings of text generation that are not part of a caption's key, although they change the captions."""
     openings = "stripped" if config.strip_boilerplate else "kept"
     newer = "".join(f", {key} {value:g}" for key in NEWER_OPTIONS if (value := getattr(config, key)) is not None)
     return f"{config.num_beams} beams, at most {config.max_new_tokens} tokens, openings {openings}{newer}"
 
 
 def ledger_line(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dict[str, Any]:
-    """Return a line of captions.jsonl.
+    """Return the line of captions.jsonl for a caption.
 
-    `made` is a hash of the caption, by which later edits are recognised. `raw` is the text before cleaning, if it differs.
+    In the line, `made` is a hash of the caption, by which later edits are recognised. `raw` is the text before cleaning, if
+    cleaning changed it.
     """
     caption = auditing.clean_caption(text)
     if config.strip_boilerplate and key.revision:
@@ -598,7 +604,7 @@ def write_dataset(
     run: RunFolder,
     folder: Path,
 ) -> None:
-    """Write Parquet shards, audit and card from the captions that captions.jsonl holds now."""
+    """Write the data set's Parquet shards, audit and card from the present content of captions.jsonl."""
     lines = ledger.read(folder / "captions.jsonl")
     labels = {split: labels_of(split_rows, recipe) for split, split_rows in rows.items()}
     entries = []
@@ -791,7 +797,7 @@ def dataset_rows(
 
 
 def push(folder: Path, config: CaptionConfig) -> None:
-    """Upload Parquet, card and pictures. What people wrote into the card, here or on the Hub, stays."""
+    """Upload the dataset folder to the Hub. Texts that people wrote into the card, here or on the Hub, stay."""
     card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")
     last = pushed.read_text(encoding="utf-8") if pushed.is_file() else None

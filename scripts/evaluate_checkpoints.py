@@ -31,24 +31,24 @@ REPORT_SEED = 1_000_000  # This is added to the seeds of the reported pictures, 
 
 @dataclass
 class Prompts:
-    """What to draw, and what the pictures should show."""
+    """Prompts to draw, and the attributes that their pictures should show."""
 
     texts: list[str]
-    wanted: list[dict[str, Any]]  # attribute -> value, per prompt; empty if the data set has no labels
-    held_out: list[bool]  # whether the combination of attributes never occurred in training
+    wanted: list[dict[str, Any]]  # Wanted value of each attribute, per prompt. Empty if the data set has no labels.
+    held_out: list[bool]  # Whether the combination of attributes never occurred in training, per prompt.
 
 
 @dataclass
 class Study:
-    """What every drawing and measurement of an evaluation shares."""
+    """The models, images and settings that all drawings and measurements of an evaluation share."""
 
     run: Path
-    kind: str  # of the data set, from `kind_of`
+    kind: str  # Kind of the data set, from `kind_of`.
     splits: Any
-    unseen: Any  # images that training never saw, uint8 [N, R, R, 3]
+    unseen: Any  # Images that training never saw, uint8 [N, R, R, 3].
     recipe: Recipe
     preset: Preset
-    classifier: Any  # None: it is not measured whether pictures follow prompts
+    classifier: Any  # The classifier that reads the pictures. With None, prompt following is not measured.
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
-    """Return the settings that decide an evaluation's result; a finished one is reused only if they are the same."""
+    """Return the settings that decide the result. A finished evaluation is reused only if its settings are the same."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
@@ -140,7 +140,7 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
 
 
 def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw and measure each checkpoint at each guidance scale. Return what was drawn, and a result per pair."""
+    """Draw and measure each checkpoint at each guidance scale. Return the pictures, and a result per pair."""
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
     sweep = {
@@ -165,7 +165,7 @@ def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict
 
 
 def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarray, dict[str, Any]]":
-    """Draw and measure the best pair on prompts and seeds that the sweep did not use."""
+    """Draw and measure the best pair of checkpoint and guidance scale, on prompts and seeds that the sweep did not use."""
     config = study.recipe.evaluate
     count, seed = config.report_prompts, config.eval_seed + 1
     prompts = make_prompts(study.kind, study.splits, study.recipe, count, seed, config.sweep_prompts)
@@ -206,15 +206,15 @@ def kind_of(splits: Any) -> str:
 
 
 def known_labels(split: Any) -> list[str]:
-    """Return the labels of a split in order. Images may have none."""
+    """Return the different labels of a split, in sorted order. Images without a label are skipped."""
     return sorted({label for label in split.rows["label"] if label is not None})
 
 
 def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
     """Train the classifier that reads the pictures. Return it with its accuracy on images that it never saw.
 
-    drawn: it learns from new drawings and is tested on the data set's held-out combinations.
-    labelled: it learns the labels of the training images and is tested on the test split, else the validation split.
+    Kind `drawn`: the classifier learns from new drawings, and is tested on the data set's held-out combinations.
+    Kind `labelled`: the classifier learns the labels of the training images, and is tested on the test or validation split.
     """
     import numpy as np
 
@@ -252,7 +252,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
 
 def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
-    """Return images that training never saw, uint8 [N, R, R, 3], and how many near-copies of training images are left out."""
+    """Return images that training never saw, uint8 [N, R, R, 3], and the number of left-out near copies of training images."""
     from t2i.evaluation import memorisation
 
     pixels = (splits.test or splits.validation).pixels
@@ -274,10 +274,11 @@ def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "di
 def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, offset: int) -> Prompts:
     """Return `count` prompts.
 
-    drawn: half of them name held-out combinations. labelled: the labels in turn. captioned: captions of unseen images.
+    Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: the prompts name the labels in turn.
+    Kind `captioned`: the prompts are captions of unseen images.
 
     Args:
-        offset: number of captions that other prompts have used before.
+        offset: number of captions to skip, because other prompts use them.
     """
     from t2i.data import flowers
     from t2i.data.records import label_captions, prefixed
@@ -303,7 +304,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:
-    """Return the settings to draw with. The scheduler has its name in diffusers."""
+    """Return the sampling settings of the evaluation. The scheduler is given by its class name in diffusers."""
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
     schedule = read_object(file)
     saved = schedule.get("_class_name")
@@ -339,7 +340,7 @@ _kept: dict[Path, Any] = {}  # the pipeline that drew last
 
 
 def load(checkpoint: Path, engine: str) -> Any:
-    """Return the checkpoint's pipeline, kept for its next guidance scale."""
+    """Return the pipeline of a checkpoint, which stays loaded for the checkpoint's next guidance scale."""
     from t2i.pictures import sampling
 
     if checkpoint not in _kept:
@@ -350,7 +351,7 @@ def load(checkpoint: Path, engine: str) -> Any:
 
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
-    """Store a sweep's pictures as cells of the dashboard's grids, which then need no model."""
+    """Store the pictures of a sweep as cells of the dashboard's grids, so that the dashboard need not draw them."""
     from t2i.pictures import cells
 
     made = [
@@ -366,7 +367,7 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
 def measure(
     pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, unseen: "np.ndarray", config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Return the figures of one set of pictures. What is not measured is None."""
+    """Return all figures of one set of pictures. A figure that is not measured is None."""
     from t2i.evaluation import attributes, memorisation, metrics
 
     enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
@@ -383,7 +384,7 @@ def measure(
 
 
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
-    """Return prompt following on the prompts of held-out (or seen) attribute combinations only."""
+    """Return prompt following, only on prompts whose attribute combinations are held out (or seen in training)."""
     from t2i.evaluation import attributes
 
     rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
@@ -393,7 +394,7 @@ def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held
 
 
 def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
-    """Return the result of the best checkpoint and scale: by mean prompt following, else by CLIP score.
+    """Return the result of the best checkpoint and guidance scale, by mean prompt following, otherwise by CLIP score.
 
     The later checkpoint wins a tie. If neither is measured, the scale nearest to the recipe's is taken, and among its
     checkpoints the one with the lowest validation loss.
@@ -427,7 +428,9 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 
 
 def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
-    """Time a single picture by torch, the second of two, on the CPU and on a GPU if there is one. Return seconds."""
+    """Return the seconds that torch needs for a single picture, on the CPU and on a GPU if there is one.
+
+    Two pictures are drawn, and the second one is timed."""
     from t2i.pictures import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}

@@ -163,7 +163,7 @@ def test_templates_give_classes_several_captions_with_the_prefix(dry_run, tmp_pa
         "rose/2.png": ["sks my own"],
     }
     assert "1 to 2 (1.7 on average) per image" in said
-    with pytest.raises(UserError, match=r"caption_template 'a rose' lacks \{label\}"):
+    with pytest.raises(UserError, match=r"caption_template 'a rose' does not contain \{label\}"):
         dry_run("--dataset", tmp_path / "a", "--caption_template", "{label}", "a rose")
 
 
@@ -190,7 +190,7 @@ BAD = {
     ),
     "numbers in a list of Parquet": (
         lambda folder: in_rows(folder, {"caption": ["x"] * 3, "n": [[1], [2, 3], [4]]}), ("--caption_column", "caption", "n"),
-        r"column 'n' holds no text \(lists of int64\), so no captions; write text",
+        "column 'n' holds lists of int64 instead of captions; write texts or lists of texts",
     ),
     "a missing second column": (
         lambda folder: in_rows(folder, {"caption": ["x"] * 3, "florence": ["y"] * 3}), ("--caption_column", "caption", "florense"),

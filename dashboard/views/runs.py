@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's row: its status now, and what run.json says. A table shows text as it is."""
+    """Return the row of a run in the table: its present status, and facts from run.json."""
     seconds = state.get("seconds")
     row: dict[str, Any] = {"run": name, "status": status}
     for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
@@ -93,7 +93,7 @@ def show_best(runs: dict[str, Path]) -> None:
 
 
 def candidates(run: Path) -> list[dict[str, Any]]:
-    """Return what was measured of a run's checkpoints: by the evaluation, and in training at a checkpoint's step."""
+    """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step."""
     rows = []
     for result in sweep_results(run):
         values = {key: value for key, value in flatten(result).items() if is_finite(value) and key != "guidance_scale"}
@@ -110,7 +110,7 @@ def candidates(run: Path) -> list[dict[str, Any]]:
 
 
 def show_settings(runs: dict[str, Path]) -> None:
-    """Show the settings of the chosen runs side by side: those that differ, or all."""
+    """Show the settings of the chosen runs side by side, either all settings or only those that differ."""
     st.subheader("Settings")
     columns = {name: flatten(read_settings(run)) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
@@ -147,7 +147,7 @@ def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) ->
 
 
 def show_cards(runs: dict[str, Path]) -> None:
-    """Show a model card as plain text: text of other people is never rendered."""
+    """Show the model card of a run as plain text. Users' Markdown is never rendered."""
     st.subheader("Model card")
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:

@@ -1,9 +1,9 @@
 """Caches of latents and text embeddings, computed once and addressed by content.
 
-A cache's folder is named by a hash. It covers the model's weights, transform and precision, and the images or captions. A
-stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow with the
-data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
-caption, also if an image has several captions.
+The folder of a cache is named by a hash. The hash covers the model's weights, transform and precision, and the images or
+captions. A stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow
+with the data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per
+distinct caption, and an image may have several captions.
 """
 
 import os
@@ -23,27 +23,27 @@ from t2i.errors import UserError
 from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
 
-NULL_CAPTION = ""  # It replaces a dropped caption. The stock pipeline guides away from it.
-CPU_BATCH_PIXELS = 1 << 16  # This equals 4 images of 128 px, or 16 of 64 px.
+NULL_CAPTION = ""  # The empty caption replaces a dropped one. Guidance in the stock pipeline moves away from it.
+CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 16 images of 64 px.
 
 
 @dataclass
 class TextCache:
-    """Embeddings of distinct captions, and the captions of each of N samples."""
+    """Text embeddings of the distinct captions of a data set, and the captions of each sample."""
 
-    embeddings: np.ndarray  # [M, L, D] float16, memory-mapped. Row 0 is the empty caption.
-    rows: np.ndarray  # [T] int64. Rows of `embeddings`: the captions of sample 0, then those of sample 1, …
-    counts: np.ndarray  # [N] int64. The number of captions of each sample, at least 1. T is their sum.
+    embeddings: np.ndarray  # Hidden states, float16 [M, L, D], memory-mapped. Row 0 belongs to the empty caption.
+    rows: np.ndarray  # Rows in `embeddings` of the captions of sample 0, then of sample 1, and so on, int64 [T].
+    counts: np.ndarray  # Number of captions of each sample, at least 1, int64 [N]. The sum of the counts is T.
 
     def __post_init__(self) -> None:
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])  # [N] int64. The first caption in `rows`.
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])  # First entry of each sample in `rows`.
 
     def rows_of(self, samples: np.ndarray, chosen: np.ndarray | int = 0) -> np.ndarray:
-        """Return the rows [B] of `embeddings` for a batch of samples [B].
+        """Return the rows in `embeddings` of one caption per sample, int64 [B].
 
         Args:
-            samples: indices of samples, int64 [B].
-            chosen: which of its captions each sample gets, from 0, int64 [B]. The default is the first one.
+            samples: indices of the samples, int64 [B].
+            chosen: number of the caption of each sample, from 0, int64 [B]. The default is the first caption.
         """
         return self.rows[self.starts[samples] + chosen]
 
@@ -58,16 +58,19 @@ def cache_latents(
     batch_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """Return the posterior moments of images, from the cache if they are there.
+    """Return the means and log-variances of the latents of images, from the cache or newly computed.
 
     Args:
-        pixels: images, uint8 [N, R, R, 3].
-        identity: hashes of the images and of the VAE.
+        pixels: the images, uint8 [N, R, R, 3].
+        identity: hashes of the images and of the VAE, which name the cache.
         vae: the VAE in evaluation mode.
-        flip: whether mirrored images are cached too.
+        cache_dir: folder that holds all caches.
+        flip: whether the mirrored images are encoded and cached too.
+        batch_size: images per call of the VAE. With None, use 32 on a GPU, and fewer large images on a CPU.
+        say: function that prints a progress message.
 
     Returns:
-        float32 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
+        Means and log-variances, float32 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
     """
     count, resolution = pixels.shape[0], pixels.shape[1]
     if batch_size is None:  # On a CPU, small batches are faster and need less memory.
@@ -98,11 +101,19 @@ def cache_text(
     batch_size: int = 32,
     say: Callable[[str], None] = print,
 ) -> TextCache:
-    """Return the hidden states of distinct captions, and the rows of each sample. Row 0 is the empty caption.
+    """Return the text embeddings of the distinct captions, from the cache or newly computed.
 
     Args:
         captions: the captions of each sample, at least one.
-        identity: hashes of the text encoder and of the tokenizer.
+        identity: hashes of the text encoder and of the tokenizer, which name the cache.
+        text_encoder: the text encoder in evaluation mode.
+        tokenizer: the tokenizer of the text encoder.
+        cache_dir: folder that holds all caches.
+        batch_size: captions per call of the text encoder.
+        say: function that prints a progress message.
+
+    Returns:
+        The embeddings, and for each sample the rows of its captions. Row 0 belongs to the empty caption.
     """
     numbers: dict[str, int] = {NULL_CAPTION: 0}
     rows: list[int] = []
@@ -125,12 +136,12 @@ def cache_text(
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """Convert uint8 [B, R, R, 3] to float32 [B, 3, R, R] in [-1, 1]."""
+    """Convert images, uint8 [B, R, R, 3], to pixels, float32 [B, 3, R, R] in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_images(pixels: torch.Tensor) -> np.ndarray:
-    """Convert float [B, 3, R, R] in [-1, 1] to uint8 [B, R, R, 3]."""
+    """Convert pixels, float [B, 3, R, R] in [-1, 1], to images, uint8 [B, R, R, 3]."""
     return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -142,9 +153,9 @@ def _cached(
     fill: Callable[[np.ndarray], None],
     say: Callable[[str], None],
 ) -> np.ndarray:
-    """Return the array in `folder`, and let `fill` compute it if it is missing.
+    """Return the array that is cached in `folder`. If it is missing, `fill` computes it first.
 
-    One process of a host computes it, and the others wait for the lock.
+    One process per machine computes the array, and the other processes wait for the lock.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -155,7 +166,8 @@ def _cached(
             free = shutil.disk_usage(folder.parent).free
             if size > free:
                 raise UserError(
-                    f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f}; give another --cache_dir"
+                    f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f} MB free; "
+                    "give another --cache_dir"
                 )
             say(f"computing {what}: {size / 1e6:.1f} MB in {folder}")
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")

@@ -1,4 +1,4 @@
-"""The classifier that recognises attributes of drawn flowers, or labels, in pictures.
+"""Train and use the classifier that recognises attributes of drawn flowers, or labels, in pictures.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """
@@ -22,7 +22,7 @@ Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it dist
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions (He et al., 2016). It halves the size if `stride` is 2."""
+    """Residual block of two 3x3 convolutions (He et al., 2016), which halves the picture's size if `stride` is 2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
     """Augment pictures by random shifts, brightness, blur and noise.
 
     Args:
-        x: floats [B, 3, R, R] in [-1, 1].
-        strong: also use flips, crops, colours and erased rectangles. This suits a few photos.
+        x: pictures, floats [B, 3, R, R] in [-1, 1].
+        strong: whether flips, crops, colours and erased rectangles are used too, which suits a small set of photos.
     """
     count, _, size, _ = x.shape
     device = x.device
@@ -178,8 +178,8 @@ def train_classifier(
     same machine.
 
     Args:
-        pixels: uint8 [N, R, R, 3].
-        labels: name -> int64 [N], indices into `heads[name]`.
+        pixels: training pictures, uint8 [N, R, R, 3].
+        labels: value of each picture per attribute: name -> int64 [N], indices into `heads[name]`.
         augment: strength of the augmentation. False suits thousands of drawings: small shifts, brightness, blur and noise.
             True suits hundreds of photos, and adds flips, crops, colours, erasing and mixup.
     """
@@ -245,10 +245,10 @@ def predict(classifier: Classifier, pixels: np.ndarray) -> dict[str, np.ndarray]
     """Return the most likely value of every head.
 
     Args:
-        pixels: pictures of any size.
+        pixels: pictures of any size, uint8 [N, H, W, 3].
 
     Returns:
-        name -> int64 [N], indices into `classifier.heads[name]`.
+        The values by attribute: name -> int64 [N], indices into `classifier.heads[name]`.
     """
     parts = [values for _, values in _read(classifier, pixels)]
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in classifier.heads}
@@ -263,7 +263,7 @@ def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np
     """Return the share (0 to 1) of pictures whose value is recognised correctly, per head of `labels`.
 
     Args:
-        labels: name -> int [N], indices into `classifier.heads[name]`.
+        labels: true values by attribute: name -> int [N], indices into `classifier.heads[name]`.
     """
     found = predict(classifier, pixels)
     return {name: float((found[name] == np.asarray(values)).mean()) for name, values in labels.items()}

@@ -1,4 +1,4 @@
-"""A test of memorisation: do generated pictures lie nearer to training images than unseen images do?
+"""Test for memorisation: do generated pictures lie nearer to training images than unseen images do?
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """
@@ -80,13 +80,13 @@ def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple
     """Return the training images nearest to a picture, each once.
 
     Args:
-        picture: uint8 [H, W, 3].
+        picture: the generated picture, uint8 [H, W, 3].
         train: `pixel_embedding` of the training images.
         count: maximum number of images.
 
     Returns:
         Pairs of an image's number and its relative distance, the nearest first. Each distance is divided by the mean
-        distance to the 50 nearest, as in `memorisation`. So the first one is the picture's "relative_distance". A distance
+        distance to the 50 nearest, as in `memorisation`. The first distance is the picture's "relative_distance". A distance
         under 0.5 means a near copy.
     """
     distances, rows = _both_ways(picture[None], train)
@@ -108,12 +108,12 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
     Distances are L2 distances between 16 x 16 thumbnails. The smaller one of the picture and its mirror image is used.
     Features of a classifier are not suitable, as they separate its training images from unseen ones. Thumbnails do not show
     softness. The relative distance divides the distance to the nearest training image by the mean distance to the 50 nearest.
-    This is needed because plain or pale pictures lie nearer to all images. Only a copy is much nearer to one image.
+    The division is needed because plain or pale pictures lie nearer to all images. Only a copy is much nearer to one image.
     Source: Carlini et al., 2023, "Extracting Training Data from Diffusion Models", section 4.2.
 
     Args:
-        generated: uint8 [M, H, W, 3].
-        train: uint8 [N, H, W, 3].
+        generated: generated pictures, uint8 [M, H, W, 3].
+        train: training images, uint8 [N, H, W, 3].
         held_out: unseen real images, uint8 [K, H, W, 3].
 
     Returns:
@@ -122,8 +122,8 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
         "probability_closer": chance that a generated picture is relatively nearer than a held-out one (0.5: no difference).
         "near_copies" and "near_copies_held_out": shares with a relative distance under 0.5. If the latter is above 0, the
         data set has near-duplicates across its splits. Then "share_closer" shows nothing; compare these two instead.
-        "nearest": int64 [M], the nearest training image of each picture.
-        "relative_distance": float32 [M].
+        "nearest": number of the training image nearest to each picture, int64 [M].
+        "relative_distance": relative distance of each picture to that image, float32 [M].
 
     Raises:
         UserError: a set is too small.
