@@ -178,7 +178,7 @@ BAD = {
     ),
     "numbers in a list of a table": (
         lambda folder: beside(folder, {"metadata.csv": 'file_name,text\n0.png,a\n1.png,"[1, 2]"\n2.png,b\n'}), (),
-        r"metadata.csv, line 3: column 'text' holds a number \(1\); write text, or a list of texts",
+        r"metadata.csv, line 3: column 'text' holds a number \(1\) instead of a caption; write a text",
     ),
     "an empty list in Parquet": (
         lambda folder: in_rows(folder, {"caption": [["a"], [], ["b"]]}), (),
@@ -198,7 +198,7 @@ BAD = {
     ),
     "a missing second column of a table": (
         lambda folder: beside(folder, {"metadata.csv": "file_name,a\n0.png,x\n1.png,y\n2.png,z\n"}), ("--caption_column", "a", "b"),
-        r"has no column 'b'; it has image, a; --caption_column names another",
+        r"has no column 'b'; it has image, a; name another column by --caption_column",
     ),
 }  # fmt: skip
 
