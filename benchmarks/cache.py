@@ -55,7 +55,8 @@ def main() -> None:
         if what == "latents":
             caches.cache_latents(pixels, {}, vae, folder, flip=False, say=lambda _: None)
         else:
-            caches.cache_text(captions, {}, text_encoder, tokenizer, folder, batch_size=BATCH, say=lambda _: None)
+            texts = [[caption] for caption in captions]
+            caches.cache_text(texts, {}, text_encoder, tokenizer, folder, batch_size=BATCH, say=lambda _: None)
 
     for number in range(rounds + 1):
         for what in ("latents", "text"):

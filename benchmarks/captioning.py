@@ -44,11 +44,11 @@ def main() -> None:
         recipe = config.Recipe()
         recipe.data.dataset = str(folder / "photos")
         recipe.caption = config.CaptionConfig(
-            captioner=str(folder / "model"), caption_batch_size=batch, max_new_tokens=TOKENS, num_beams=1
+            captioner=[str(folder / "model")], caption_batch_size=batch, max_new_tokens=TOKENS, num_beams=1
         )
         accelerator = distributed.make_accelerator()
-        model_name = captioners.resolve(recipe.caption)
-        captioner = captioners.load(model_name, recipe.caption, accelerator.device, torch.float32)
+        model_name = captioners.resolve(str(folder / "model"))
+        (captioner,) = captioners.load(model_name, recipe.caption, accelerator.device, torch.float32).values()
         source = sources.find_source(recipe.data)
         rows = caption_to_hub.open_rows(source, recipe, folder, accelerator)
         photos = [caption_to_hub.Photo("train", row, f"{row}.jpg", f"{row:032x}", None, {}) for row in range(count)]

@@ -56,8 +56,10 @@ def one(model: Path, batch: int, beams: int) -> None:
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    settings = config.CaptionConfig(captioner=str(model), max_new_tokens=TOKENS, num_beams=beams)
-    captioner = captioners.load(captioners.resolve(settings), settings, torch.device("cpu"), torch.float32)
+    settings = config.CaptionConfig(captioner=[str(model)], max_new_tokens=TOKENS, num_beams=beams)
+    (captioner,) = captioners.load(
+        captioners.resolve(str(model)), settings, torch.device("cpu"), torch.float32
+    ).values()
     images = [Image.fromarray(pixels) for _, pixels, _ in flowers.draw_many(0, 0, batch, 512, False, 1)]
     inputs = captioner.prepare(images)
     captioner.generate({key: value[:1] for key, value in inputs.items()} if batch > 1 else inputs)  # warms up

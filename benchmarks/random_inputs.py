@@ -205,7 +205,7 @@ def random_command(number: int, seed: int) -> Case:
     return Case(script, [*words, *extra])
 
 
-FORMS = ("classes", "jsonl", "csv", "sidecars", "parquet", "drawn")
+FORMS = ("classes", "jsonl", "lists", "csv", "sidecars", "parquet", "drawn")
 
 
 def random_data_set(number: int, seed: int, folder: Path) -> Case:
@@ -252,8 +252,9 @@ def make_data_set(folder: Path, form: str, chance: random.Random) -> None:
         image.save(path)
         if form == "sidecars":
             path.with_suffix(".txt").write_text(text)
-    if form == "jsonl":
-        rows = [json.dumps({"file_name": name, "caption": text}) for name, _, text in images]
+    if form in ("jsonl", "lists"):
+        texts = {"jsonl": lambda text: text, "lists": lambda text: [text, "a rose"]}[form]
+        rows = [json.dumps({"file_name": name, "caption": texts(text)}) for name, _, text in images]
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     if form == "csv":
         lines = ["file_name,text", *(f'{name},"{text}"' for name, _, text in images)]
@@ -293,7 +294,8 @@ def damage(folder: Path, chance: random.Random) -> None:
         "nul": lambda: described.write_bytes(described.read_bytes() + b"\0\0"),
         "line": lambda: described.write_bytes(described.read_bytes() + chance.choice(
             [b"{\n", b"[]\n", b"1,2,3,4\n", b'{"file_name": 5}\n', b'{"file_name": "../x.jpg", "caption": "x"}\n', b'"\n', b"\n\n\n",
-             b'{"file_name": "0.jpg", "caption": {"a": 1}}\n', b'{"file_name": "1.jpg", "caption": NaN, "n": 99999999999999999999}\n',
+             b'{"file_name": "0.jpg", "caption": {"a": 1}}\n', b'{"file_name": "0.jpg", "caption": []}\n',
+             b'{"file_name": "1.jpg", "caption": NaN, "n": 99999999999999999999}\n',
              b"0 0.5 0.5 0.2 0.2\n", b"---\nconfigs: [\n", b"---\nlicense: 1\n---\n"])),
         "no caption": lambda: described.write_bytes(b""),
         "deeper": lambda: (file.parent / "a/b/c").mkdir(parents=True, exist_ok=True) or file.rename(file.parent / "a/b/c" / file.name),

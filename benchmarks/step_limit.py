@@ -137,7 +137,9 @@ def make_training(
 
     settings, side = recipe.train_unet, 16
     latents = stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32)
-    text = TextCache(stored(folder / "text.npy", (count, length, width), np.float16), np.arange(count))
+    text = TextCache(
+        stored(folder / "text.npy", (count, length, width), np.float16), np.arange(count), np.ones(count, np.int64)
+    )
     unet = models.build_unet(recipe.unet, side, channels, width)
     if settings.channels_last:
         unet = unet.to(memory_format=torch.channels_last)

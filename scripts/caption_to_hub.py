@@ -29,6 +29,7 @@ from tqdm import tqdm
 from t2i.captions import auditing, ledger
 from t2i.captions.ledger import Key
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
+from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, image_bytes, image_digest
@@ -79,12 +80,16 @@ class Photo:
 
 @dataclass
 class Entry:
-    """A photo and its caption, as the data set gets them."""
+    """A photo and its captions, as the data set gets them."""
 
     photo: Photo
-    caption: str  # Caption after cleaning, with the prefix.
     label: str | None
-    line: dict[str, Any]  # Line of captions.jsonl that holds the caption.
+    # Line of captions.jsonl for each caption. The captions are cleaned and have the prefix.
+    lines: dict[str, dict[str, Any]]
+
+    @property
+    def captions(self) -> list[str]:
+        return list(self.lines)
 
 
 def main() -> None:
@@ -115,8 +120,8 @@ def main() -> None:
         # data
         (folder / WORK).mkdir(exist_ok=True)
         source = sources.find_source(recipe.data)
-        name = model_name(config)
-        settings = run_settings(recipe, source, name)
+        names = model_names(config)
+        settings = run_settings(recipe, source, names)
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
 
@@ -127,17 +132,17 @@ def main() -> None:
             # captions
             rows = open_rows(source, recipe, folder, accelerator)
             photos = load_photos(source, rows, recipe, folder, accelerator)
-            missing, keys = plan_captions(photos, rows, recipe, name, folder, accelerator)
+            missing, keys = plan_captions(photos, rows, recipe, names, folder, accelerator)
             accelerator.wait_for_everyone()  # all processes read captions.jsonl before one of them appends to it
             with run.timed("caption"):
-                make_captions(missing, source, rows, recipe, name, folder, accelerator)
+                make_captions(missing, source, rows, recipe, names, folder, accelerator)
             accelerator.wait_for_everyone()
 
             # dataset folder
             if is_main:
                 new_run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
                 new_run.state["seconds"] = run.state["seconds"]
-                write_dataset(photos, keys, source, rows, recipe, name, new_run, folder)
+                write_dataset(photos, keys, source, rows, recipe, names, new_run, folder)
 
         # audit and push
         if is_main:
@@ -169,21 +174,42 @@ def require_own(folder: Path, dataset: Path) -> None:
         raise UserError(f"--output_dir {folder} holds something else; give a new or an empty folder")
 
 
-def model_name(config: CaptionConfig) -> "ModelName":
-    """Return the captioner's name and its exact revision."""
+def model_names(config: CaptionConfig) -> list["ModelName"]:
+    """Return the name and the exact revision of each captioner.
+
+    Raises:
+        UserError: a model is not found, or `captioner_revision` could belong to several models.
+    """
     from t2i.captions.captioners import ModelName, resolve
 
-    return ModelName(config.captioner, "", "") if config.captioner in NO_MODEL else resolve(config)
+    captioners = list(dict.fromkeys(config.captioner))
+    if config.captioner_revision and len(set(captioners) - set(NO_MODEL)) > 1:
+        raise UserError(
+            f"--captioner_revision {config.captioner_revision} could belong to several captioners; leave it out, or caption "
+            "by one of them"
+        )
+    names = [
+        ModelName(captioner, "", "") if captioner in NO_MODEL else resolve(captioner, config.captioner_revision)
+        for captioner in captioners
+    ]
+    return list({(name.model, name.revision): name for name in names}.values())
 
 
-def run_settings(recipe: Recipe, source: records.Source, name: "ModelName") -> dict[str, Any]:
+def run_settings(recipe: Recipe, source: records.Source, names: list["ModelName"]) -> dict[str, Any]:
     """Return the settings that must be unchanged for the captions in the output folder to be reused."""
     settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OPTIONS}
     settings = {key: value for key, value in settings.items() if value is not None or key not in NEWER_OPTIONS}
+    settings |= {key: unlisted(settings[key]) for key in ("captioner", "task")}
     data = recipe.data
     prefix = [data.caption_prefix] if data.caption_prefix else []
-    columns = [data.image_column, data.caption_column, data.caption_template, data.label_names, *prefix]
-    return settings | {"images": source.identity, "model": asdict(name) | {"path": ""}, "columns": columns}
+    texts = [unlisted(data.caption_column), unlisted(data.caption_template)]
+    columns = [data.image_column, *texts, data.label_names, *prefix]
+    models = [asdict(name) | {"path": ""} for name in names]
+    return settings | {
+        "images": source.identity,
+        "model": models if len(models) > 1 else models[0],
+        "columns": columns,
+    }
 
 
 def captions_hash(folder: Path) -> str:
@@ -278,13 +304,19 @@ def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Ph
     """Print the summary table of `t2i.data.overview`: the images, and the captions if the data set has any."""
     usable = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
+    captioners = recipe.caption.captioner
+    models = [captioner for captioner in captioners if captioner not in NO_MODEL]
     labels = {split: labels_of(split_rows, recipe) for split, split_rows in rows.items()}
-    columns: dict[str, dict[str, list[Any]]] = {split: {"file": [], "caption": [], "label": []} for split in rows}
+    columns: dict[str, dict[str, list[Any]]] = {
+        split: {"file": [], "caption": [], "captions": [], "label": []} for split in rows
+    }
     for photo in usable:
         table, names = columns[photo.split], labels[photo.split]
-        caption = records.prefixed(texts[photo.split][photo.row], recipe.data.caption_prefix) if texts else ""
+        found = [text for by_split in texts.values() for text in by_split[photo.split][photo.row] if text]
+        captions = records.prefixed_all(found or [""], recipe.data.caption_prefix)
         table["file"].append(photo.file)
-        table["caption"].append(caption)
+        table["caption"].append(captions[0])
+        table["captions"].append(captions)
         table["label"].append(names[photo.row] if names else None)
     copies = {
         split: len(table["file"]) - len({photo.id for photo in usable if photo.split == split})
@@ -292,23 +324,20 @@ def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Ph
     }
     understood = overview.describe(columns)
     notes = dict(source.notes)
-    if texts is None:  # a model makes the captions
-        notes |= {"captions_from": {}, "caption_columns": [f"to be made by {recipe.caption.captioner}"]}
-        examples = [(file, "(to be made)") for file, _ in understood["examples"]]
-        understood |= {"captions": None, "examples": examples}
-    elif recipe.caption.captioner == "label":
-        notes |= {"captions_from": {}, "caption_columns": ["from the class"]}
-    else:
-        captions = {
+    origins = [f"to be made by {', '.join(models)}"] if models else []
+    origins += ["from the class"] if "label" in captioners else []
+    if "existing" in captioners:
+        of_splits = {
             split: (records.caption_columns(split_rows, recipe.data, source.name, split)[0], None)
             for split, split_rows in rows.items()
         }
-        from_files = "captions_from" in notes
-        notes["caption_columns"] = records.caption_origins(rows, captions, from_files, recipe.data)
-        notes["several_captions"] = 0
-        for split, (column, _) in captions.items():
-            usable_rows = rows[split].select([photo.row for photo in usable if photo.split == split])
-            notes["several_captions"] += records.count_several(usable_rows[column]) if column else 0
+        origins += records.caption_origins(rows, of_splits, "captions_from" in notes, recipe.data)
+    else:
+        notes["captions_from"] = {}
+    notes["caption_columns"] = origins
+    if models:
+        examples = [(file, "(to be made)") for file, _ in understood["examples"]]
+        understood |= {"captions": None, "examples": examples}
     reasons = Counter(row["reason"].split(":")[0] for row in bad_photos(source, photos))
     report = {
         "dataset": source.name,
@@ -325,39 +354,53 @@ def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Ph
 
 
 def plan_captions(
-    photos: list[Photo], rows: dict[str, Any], recipe: Recipe, name: "ModelName", folder: Path, accelerator: Any
-) -> tuple[dict[Key, tuple[Photo, str]], list[Key | None]]:
-    """Compare the photos with captions.jsonl, and find the photos that still need a caption.
+    photos: list[Photo],
+    rows: dict[str, Any],
+    recipe: Recipe,
+    names: list["ModelName"],
+    folder: Path,
+    accelerator: Any,
+) -> tuple[dict[Key, tuple[Photo, str]], list[list[Key]]]:
+    """Compare the photos with captions.jsonl, and find the captions that are still missing.
 
-    Copies of an image share one caption, unless the data set has a caption for each copy.
+    Copies of an image share their captions, unless the data set has captions for each copy.
 
     Returns:
         The captions to make, `{key: (photo, text)}`. The text is "" if a model makes the caption.
-        The key of each photo, or None for photos that cannot be used.
+        The keys of each photo's captions. Photos that cannot be used have none.
     """
     texts = source_texts(rows, recipe)
+    tasks = tasks_of(names, recipe.caption)
     done = ledger.read(folder / "captions.jsonl")
-    edited = {key.image: key for key, row in done.items() if key.model == name.model and is_edited(row)}
+    edited: dict[tuple[str, str], list[Key]] = {}  # by image and model
+    for key, row in done.items():
+        if is_edited(row):
+            edited.setdefault((key.image, key.model), []).append(key)
     missing: dict[Key, tuple[Photo, str]] = {}
-    keys: list[Key | None] = []
+    keys: list[list[Key]] = []
     outdated = 0  # edited captions whose label or text has changed since
     for photo in photos:
-        if photo.reason:
-            keys.append(None)
-            continue
-        if texts is None:
-            text, key = "", Key(photo.id, name.model, name.revision, recipe.caption.task, recipe.caption.prompt)
-        else:
-            text = texts[photo.split][photo.row]
-            key = Key(photo.id, name.model, "", "", hash_json(text))
-            if key not in done and photo.id in edited:
-                key, outdated = edited[photo.id], outdated + 1
-        keys.append(key)
-        if key not in done:
-            missing.setdefault(key, (photo, text))
+        planned: dict[Key, str] = {}  # the text of each key
+        for name in names if not photo.reason else ():
+            if name.revision:
+                model, prompt = (name.model, name.revision), recipe.caption.prompt
+                planned |= {Key(photo.id, *model, task, prompt): "" for task in tasks[model]}
+                continue
+            own = {Key(photo.id, name.model, "", "", hash_json(text)): text
+                   for text in texts[name.model][photo.split][photo.row]}  # fmt: skip
+            replaced = [key for key in edited.get((photo.id, name.model), ()) if key not in own]
+            for key, text in own.items():
+                kept = replaced.pop() if key not in done and replaced else None
+                outdated += kept is not None
+                planned[kept or key] = text
+        keys.append(list(planned))
+        for key, text in planned.items():
+            if key not in done:
+                missing.setdefault(key, (photo, text))
 
+    distinct = {key for keys_of_photo in keys for key in keys_of_photo}
     settings = generation_settings(recipe.caption)
-    other = sum(done[key].get("settings", settings) != settings for key in {key for key in keys if key in done})
+    other = sum(done[key].get("settings", settings) != settings for key in distinct if key in done)
     if other:
         accelerator.print(
             f"{other:,} captions were made with other settings and are kept; to make them again, delete their lines in "
@@ -368,7 +411,7 @@ def plan_captions(
             f"{outdated:,} captions that you edited are kept, though their text in the data set has changed; to take the new "
             "text, delete their lines in captions.jsonl"
         )
-    existing = len({key for key in keys if key}) - len(missing)
+    existing = len(distinct) - len(missing)
     if existing and missing:
         accelerator.print(f"captions: {existing:,} exist already, {len(missing):,} will be made")
     return missing, keys
@@ -379,28 +422,58 @@ def is_edited(line: dict[str, Any]) -> bool:
     return bool(line.get("made") != hash_json(line["caption"]))
 
 
-def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] | None:
-    """Return the captions by split, from the data set itself or from its labels. None if a model makes the captions."""
-    kind, data = recipe.caption.captioner, recipe.data
-    if kind not in NO_MODEL:
-        return None
-    texts = {}
-    for split, split_rows in rows.items():
-        if kind == "label":
-            labels = labels_of(split_rows, recipe)
-            if labels is None and split == "train":
-                raise UserError(
-                    f"{data.dataset} has no labels; choose another --captioner, or sort the images into class folders"
-                )
-            records.check_label_names(labels or [], data, str(data.dataset))
-            labels = labels or [None] * len(split_rows)
-            texts[split] = [records.label_caption(label, data.caption_template) for label in labels]
-        else:
-            column = records.caption_columns(split_rows, data, str(data.dataset), split)[0]
-            if column is None and split == "train":
-                raise UserError(f"{data.dataset} has no captions; {records.CAPTION_FIX}")
-            texts[split] = [records.clean(text) for text in split_rows[column]] if column else [""] * len(split_rows)
+def tasks_of(names: list["ModelName"], config: CaptionConfig) -> dict[tuple[str, str], list[str]]:
+    """Return the tasks by model and revision: all of `--task` for Florence-2, and the first task for other models.
+
+    Raises:
+        UserError: `--task` names several tasks, and no captioner is a Florence-2.
+    """
+    from t2i.captions.captioners import takes_tasks
+
+    tasks, models = list(dict.fromkeys(config.task)), [name for name in names if name.revision]
+    one = len(tasks) == 1
+    of_models = {(name.model, name.revision): tasks if one or takes_tasks(name) else tasks[:1] for name in models}
+    if models and tasks not in of_models.values():
+        raise UserError(
+            f"--task names {len(tasks)} tasks, which only Florence-2 takes; name one task, or --captioner florence2"
+        )
+    return of_models
+
+
+def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, dict[str, list[list[str]]]]:
+    """Return the captions that come from the data set itself or from its labels.
+
+    Returns:
+        The captions of each row, `{captioner: {split: captions}}`, for those captioners that are in `NO_MODEL`.
+    """
+    texts: dict[str, dict[str, list[list[str]]]] = {}
+    for kind in recipe.caption.captioner:
+        for split, split_rows in rows.items() if kind in NO_MODEL else ():
+            make = label_texts if kind == "label" else existing_texts
+            texts.setdefault(kind, {})[split] = make(split_rows, split, recipe)
     return texts
+
+
+def label_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> list[list[str]]:
+    """Return the captions that the label of each row gives by `--caption_template`."""
+    data, labels = recipe.data, labels_of(split_rows, recipe)
+    if labels is None and split == "train":
+        raise UserError(
+            f"{data.dataset} has no labels; choose another --captioner, or sort the images into class folders"
+        )
+    records.check_label_names(labels or [], data, str(data.dataset))
+    return [records.label_captions(label, data.caption_template) for label in labels or [None] * len(split_rows)]
+
+
+def existing_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> list[list[str]]:
+    """Return the captions that each row brings."""
+    name = str(recipe.data.dataset)
+    columns = records.caption_columns(split_rows, recipe.data, name, split)[0]
+    if not columns and split == "train":
+        raise UserError(f"{name} has no captions; {records.CAPTION_FIX}")
+    values = zip(*(split_rows[column][:] for column in columns), strict=True) if columns else [()] * len(split_rows)
+    rows = (dict(zip(columns, row, strict=True)) for row in values)
+    return [records.clean_all(row, f"{name} ({split}), row {number}") for number, row in enumerate(rows)]
 
 
 def labels_of(split_rows: datasets.Dataset, recipe: Recipe) -> list[str | None] | None:
@@ -417,30 +490,33 @@ def make_captions(
     source: records.Source,
     rows: dict[str, Any],
     recipe: Recipe,
-    name: "ModelName",
+    names: list["ModelName"],
     folder: Path,
     accelerator: Any,
 ) -> None:
     """Make this process's share of the missing captions and append each batch to captions.jsonl."""
-    share = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
-    if not missing:
-        return
-    if recipe.caption.captioner in NO_MODEL:
-        lines = [ledger_line(key, photo, text, recipe.caption) for key, (photo, text) in share]
-        ledger.append(folder / "captions.jsonl", lines)
-        return
+    config, own = recipe.caption, slice(accelerator.process_index, None, accelerator.num_processes)
+    given = [(key, photo, text) for key, (photo, text) in missing.items() if not key.revision]
+    if given:
+        ledger.append(folder / "captions.jsonl", [ledger_line(*caption, config) for caption in given[own]])
+    for name in names:
+        of_model = [(key, photo) for key, (photo, _) in missing.items() if key[1:3] == (name.model, name.revision)]
+        if not name.revision or not of_model:
+            continue
 
-    import torch
+        import torch
 
-    from t2i.captions import captioners
+        from t2i.captions import captioners
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    with accelerator.local_main_process_first():  # the other processes reuse its download
-        captioner = captioners.load(name, recipe.caption, accelerator.device, dtype)
-    work = [(key, photo) for key, (photo, _) in share]
-    for batch, texts in caption_batches(work, captioner, source, rows, recipe, accelerator):
-        lines = [ledger_line(key, photo, text, recipe.caption) for (key, photo), text in zip(batch, texts, strict=True)]
-        ledger.append(folder / "captions.jsonl", lines)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        with accelerator.local_main_process_first():  # the other processes reuse its download
+            by_task = captioners.load(name, config, accelerator.device, dtype)
+        for task, captioner in by_task.items():
+            work = [(key, photo) for key, photo in of_model if key.task == task][own]
+            for batch, texts in caption_batches(work, captioner, source, rows, recipe, accelerator):
+                made = [(key, photo, text) for (key, photo), text in zip(batch, texts, strict=True)]
+                ledger.append(folder / "captions.jsonl", [ledger_line(*caption, config) for caption in made])
+        del by_task, captioner  # two models need not fit into memory together
 
 
 def caption_batches(
@@ -463,7 +539,8 @@ def caption_batches(
 
     size, position = recipe.caption.caption_batch_size, 0
     process = f" (process 1 of {accelerator.num_processes})" if accelerator.num_processes > 1 else ""
-    bar = tqdm(total=len(work), desc=f"captions{process}", unit="image", disable=not accelerator.is_main_process)
+    task = f" {work[0][0].task}" if work and len(recipe.caption.task) > 1 else ""
+    bar = tqdm(total=len(work), desc=f"captions{task}{process}", unit="image", disable=not accelerator.is_main_process)
     with ThreadPoolExecutor(1) as pool, bar:
         loading: deque[Future[Any]] = deque()
         while loading or position < len(work):
@@ -506,10 +583,10 @@ def ledger_line(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dic
     cleaning changed it.
     """
     caption = auditing.clean_caption(text)
-    if config.strip_boilerplate and config.captioner not in NO_MODEL:
+    if config.strip_boilerplate and key.revision:
         caption = auditing.strip_boilerplate(caption)[0]
     line = {**key._asdict(), "file": photo.file, "caption": caption, "made": hash_json(caption)}
-    if config.captioner not in NO_MODEL:
+    if key.revision:
         line["settings"] = generation_settings(config)
     return line | ({"raw": text} if text != caption else {})
 
@@ -519,11 +596,11 @@ def ledger_line(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dic
 
 def write_dataset(
     photos: list[Photo],
-    keys: list[Key | None],
+    keys: list[list[Key]],
     source: records.Source,
     rows: dict[str, Any],
     recipe: Recipe,
-    name: "ModelName",
+    names: list["ModelName"],
     run: RunFolder,
     folder: Path,
 ) -> None:
@@ -531,35 +608,24 @@ def write_dataset(
     lines = ledger.read(folder / "captions.jsonl")
     labels = {split: labels_of(split_rows, recipe) for split, split_rows in rows.items()}
     entries = []
-    for photo, key in zip(photos, keys, strict=True):
-        if key:
-            # captions.jsonl holds captions without the prefix, as they were made or edited.
-            caption = records.prefixed(auditing.clean_caption(lines[key]["caption"]), recipe.data.caption_prefix)
-            names = labels[photo.split]
-            entries.append(Entry(photo, caption, names[photo.row] if names else None, lines[key]))
+    for photo, keys_of_photo in zip(photos, keys, strict=True):
+        if keys_of_photo:
+            labels_of_split = labels[photo.split]
+            label = labels_of_split[photo.row] if labels_of_split else None
+            entries.append(make_entry(photo, label, [lines[key] for key in keys_of_photo], recipe.data.caption_prefix))
     labelled = any(labels.values())
-    audit = auditing.audit(
-        [entry.caption for entry in entries],
-        [entry.photo.id for entry in entries],
-        files=[entry.photo.file for entry in entries],
-        labels=[entry.label for entry in entries] if labelled else None,
-        colors=[entry.photo.colors for entry in entries],
-        raw=[entry.line.get("raw") for entry in entries],
-        tokenizer=load_tokenizer(recipe.caption.audit_tokenizer),
-        of_labels=recipe.caption.captioner == "label",
-    )
-    write_json(folder / "audit.json", audit)
+    write_json(folder / "audit.json", audit := audit_of(entries, labelled, recipe))
 
     staging = folder / WORK / "dataset"
     shutil.rmtree(staging, ignore_errors=True)
-    features = features_of(rows, labelled, recipe)
+    features = features_of(rows, labelled, any(len(entry.lines) > 1 for entry in entries), recipe)
     by_split = {split: [entry for entry in entries if entry.photo.split == split] for split in rows}
     splits = {
         split: dataset_rows(split_entries, rows[split], source, features, recipe)
         for split, split_entries in by_split.items()
         if split_entries
     }
-    card = make_card(entries, audit, recipe, name, source, rows, folder)
+    card = make_card(entries, audit, recipe, names, source, rows, folder)
     counts = save_dataset_folder(staging, splits, features, card)
 
     readme = folder / "README.md"
@@ -576,11 +642,36 @@ def write_dataset(
     print(f"{sum(counts.values()):,} captioned images in {folder}: {counts}")
 
 
+def make_entry(photo: Photo, label: str | None, lines: list[dict[str, Any]], prefix: str) -> Entry:
+    """Return a photo with its distinct captions. An empty caption stays only if there is no other."""
+    by_caption: dict[str, dict[str, Any]] = {}
+    for line in lines:  # captions.jsonl holds captions without the prefix, as they were made or edited
+        by_caption.setdefault(records.prefixed(auditing.clean_caption(line["caption"]), prefix), line)
+    return Entry(photo, label, {text: line for text, line in by_caption.items() if text} or by_caption)
+
+
+def audit_of(entries: list[Entry], labelled: bool, recipe: Recipe) -> dict[str, Any]:
+    """Return the audit of all captions. Images of one label share captions that are made of labels on purpose."""
+    each = [(entry, caption, line) for entry in entries for caption, line in entry.lines.items()]
+    return auditing.audit(
+        [caption for _, caption, _ in each],
+        [
+            str(entry.label) if (line["model"], line["revision"]) == ("label", "") else entry.photo.id
+            for entry, _, line in each
+        ],
+        files=[entry.photo.file for entry, _, _ in each],
+        labels=[entry.label for entry, _, _ in each] if labelled else None,
+        colors=[entry.photo.colors for entry, _, _ in each],
+        raw=[line.get("raw") for _, _, line in each],
+        tokenizer=load_tokenizer(recipe.caption.audit_tokenizer),
+    )
+
+
 def make_card(
     entries: list[Entry],
     audit: dict[str, Any],
     recipe: Recipe,
-    name: "ModelName",
+    names: list["ModelName"],
     source: records.Source,
     rows: dict[str, Any],
     folder: Path,
@@ -591,24 +682,29 @@ def make_card(
     cells = (rows[entry.photo.split][entry.photo.row][data.image_column] for entry in shown)
     images = (decode_image(image_bytes(cell, source.roots), draft_side=GRID_SIDE) for cell in cells)
     grid = dataset_card.caption_grid(
-        [fit(image, GRID_SIDE) for image in images], [entry.caption for entry in shown], side=GRID_SIDE
+        [fit(image, GRID_SIDE) for image in images], [entry.captions[0] for entry in shown], side=GRID_SIDE
     )
     (folder / "images").mkdir(exist_ok=True)
     grid.save(folder / "images" / "grid.png")
 
-    making: dict[str, Any] = {
-        "Captioner": config.captioner,
-        "Captions": f"{len(entries):,}",
-        "Edited by hand": f"{sum(is_edited(entry.line) for entry in entries):,}",
-    }
-    if config.captioner == "label":
-        making["Template"] = data.caption_template
-    elif config.captioner != "existing":
-        settings = Counter(entry.line.get("settings") for entry in entries)
+    numbers = [len(entry.lines) for entry in entries]
+    lines = [line for entry in entries for line in entry.lines.values()]
+    several = max(numbers, default=0) > 1
+    making: dict[str, Any] = {"Captioner": ", ".join(config.captioner), "Captions": f"{len(lines):,}"}
+    if several:
+        making["Captions per image"] = (
+            f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else max(numbers)
+        )
+    making["Edited by hand"] = f"{sum(map(is_edited, lines)):,}"
+    if "label" in config.captioner:
+        making["Template"] = "; ".join(data.caption_template)
+    models = [name for name in names if name.revision]
+    if models:
+        settings = Counter(line["settings"] for line in lines if "settings" in line)
         making |= {
-            "Model": name.model,
-            "Revision": name.revision,
-            "Task": config.task,
+            "Model": ", ".join(name.model for name in models),
+            "Revision": ", ".join(name.revision for name in models),
+            "Task": ", ".join(config.task),
             "Prompt": config.prompt or "none",
             "Settings": "; ".join(f"{text} ({count:,})" for text, count in settings.most_common()),
         }
@@ -630,6 +726,7 @@ def make_card(
             "Code revision": code_revision(),
         },
         grid="images/grid.png",
+        several_captions=several,
         repo_id=config.hub_dataset_id,
         license=config.license,
         source_datasets=[f"extended|{hub_id}"] if hub_id else ["original"],
@@ -652,15 +749,24 @@ def load_tokenizer(source: str) -> Any:
         return None
 
 
-def features_of(rows: dict[str, datasets.Dataset], labelled: bool, recipe: Recipe) -> datasets.Features:
+def features_of(rows: dict[str, datasets.Dataset], labelled: bool, several: bool, recipe: Recipe) -> datasets.Features:
     """Return the columns of the dataset folder: image, caption, label, and the source's other plain columns.
 
-    A column whose type differs between splits becomes text.
+    If an image has several captions, `caption` holds lists. A column whose type differs between splits becomes text.
     """
     text, train = datasets.Value("string"), rows["train"]
-    reserved = {recipe.data.image_column, "image", "caption", "text", "label", "labels", recipe.data.caption_column}
+    reserved: set[str | None] = {
+        recipe.data.image_column,
+        "image",
+        "caption",
+        "text",
+        "label",
+        "labels",
+        *recipe.data.caption_column,
+    }
     reserved.add(records.label_column(train))
-    columns = {"image": datasets.Image(), "caption": text, **({"label": text} if labelled else {})}
+    caption = datasets.List(text) if several else text
+    columns = {"image": datasets.Image(), "caption": caption, **({"label": text} if labelled else {})}
     for key, kind in train.features.items():
         if key in reserved or not records.is_plain(kind):
             continue
@@ -681,7 +787,8 @@ def dataset_rows(
         row = split_rows[entry.photo.row]
         data = image_bytes(row[recipe.data.image_column], source.roots)
         image = {"bytes": data, "path": Path(entry.photo.file).name}
-        out: dict[str, Any] = {"image": image, "caption": entry.caption, "label": entry.label}
+        caption = entry.captions if isinstance(features["caption"], datasets.List) else entry.captions[0]
+        out: dict[str, Any] = {"image": image, "caption": caption, "label": entry.label}
         for key in features:
             if key not in out:
                 value = records.plain(split_rows.features[key], row[key]) if key in row else None

@@ -381,7 +381,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
         offset: number of captions to skip, because other prompts use them.
     """
     from t2i.data import flowers
-    from t2i.data.records import label_caption, prefixed
+    from t2i.data.records import label_captions, prefixed
 
     if kind == "drawn":
         seen = flowers.prompts(count - count // 2, seed, False)
@@ -392,7 +392,8 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
         labels = known_labels(splits.train)
         chosen = [labels[number % len(labels)] for number in range(count)]
         data = recipe.data
-        texts = [prefixed(label_caption(label, data.caption_template), data.caption_prefix) for label in chosen]
+        first = [label_captions(label, data.caption_template[:1])[0] for label in chosen]
+        texts = [prefixed(caption, data.caption_prefix) for caption in first]
         return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
     if not captions:

@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -290,7 +291,8 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
         text_encoder = models.load_part(CLIPTextModel, text_source, "text_encoder", *text_files).float().eval()
         tokenizer = models.load_part(CLIPTokenizer, text_source, "tokenizer", text_files[0])
     else:
-        text_encoder, tokenizer = models.build_text_encoder(unet, splits.train.rows["caption"], recipe.train_unet.seed)
+        captions = list(chain.from_iterable(splits.train.captions()))
+        text_encoder, tokenizer = models.build_text_encoder(unet, captions, recipe.train_unet.seed)
     input_hashes = {
         "dataset_hash": splits.fingerprint,
         "vae_hash": models.hash_model(vae),
@@ -320,8 +322,8 @@ def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: 
 
     if tokenizer is None or not accelerator.is_main_process:
         return
-    for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
-        captions = getattr(splits, name).rows["caption"][:limit]
+    first = [caption for caption, *_ in splits.validation.captions(recipe.train_unet.validation_images)]
+    for name, captions in (("train", list(chain.from_iterable(splits.train.captions()))), ("validation", first)):
         long = count_long_captions(captions, tokenizer)
         if long["over"]:
             print(f"{long['over']:,} of {len(captions):,} {name} captions exceed {long['limit']} tokens and are cut")
@@ -358,6 +360,7 @@ def cache_inputs(
 ) -> dict[str, Any]:
     """Return the latents and text embeddings of the training split and of the measured validation images.
 
+    Training images get all of their captions. Validation images get the first one, on which their loss is measured.
     A training in bf16 also computes latents and embeddings in bf16, in half the time. Pictures decoded from such
     latents are the same to 60 dB. A training in fp16 computes both in float32, because fp16 has a smaller range.
 
@@ -380,7 +383,8 @@ def cache_inputs(
     text_encoder = frozen["text_encoder"].to(accelerator.device)
     for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
-        captions, pixels = split.rows["caption"][:limit], split.pixels[:limit]
+        captions, pixels = split.captions(limit), split.pixels[:limit]
+        captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
         flip = recipe.data.random_flip and name == "train"
@@ -464,10 +468,12 @@ def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number
     """Return this process's share of micro-batch `number`, on the device.
 
     The batch's tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation`, the
-    noise of the UNet's input follows. Captions are dropped independently. The empty caption's embedding, which sampling
-    also uses, replaces them.
+    noise of the UNet's input follows. If an image has several captions, one is drawn. Captions are dropped
+    independently. The empty caption's embedding, which sampling also uses, replaces them.
     """
-    from t2i.diffusion import draw
+    import numpy as np
+
+    from t2i.diffusion import draw, draw_captions
     from t2i.training.prefetch import to_device_soon
 
     step, micro = divmod(number, config.gradient_accumulation_steps)
@@ -480,7 +486,8 @@ def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number
         noise_offset=config.noise_offset, input_perturbation=config.input_perturbation,
     )  # fmt: skip
     flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
-    rows = text.rows[indices]
+    captions = draw_captions(config.seed, step, indices.tolist(), text.counts[indices].tolist(), copies)
+    rows = text.rows_of(indices, np.array(captions))
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
     moments = latents[indices, flips]
     batch = to_device(
@@ -559,7 +566,7 @@ def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> 
         for band in range(TIMESTEP_BANDS):
             draws = draw(VALIDATION_SEED, band, indices.tolist(), (latents.shape[2] // 2, side, side), 1000)
             batch = to_device(
-                latents[indices, 0], draws.posterior_noise, draws.noise, levels[:, band], text, text.rows[indices],
+                latents[indices, 0], draws.posterior_noise, draws.noise, levels[:, band], text, text.rows_of(indices),
                 inputs.scaling_factor, accelerator,
             )  # fmt: skip
             with torch.no_grad(), accelerator.autocast():

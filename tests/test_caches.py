@@ -2,6 +2,7 @@
 
 import types
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ import train_unet
 from t2i import config, models
 from t2i.config import UnetConfig, VaeConfig
 from t2i.data import caches
+from t2i.data.prepared import Split
 
 CAPTIONS = ["a red flower", "a blue flower", "a red flower", ""]
 
@@ -67,12 +69,34 @@ def test_a_failing_build_leaves_nothing(tmp_path):
 def test_text_is_computed_once_a_caption_with_the_empty_one_first(tmp_path):
     encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
     text = caches.cache_text(
-        CAPTIONS, {"encoder": "x"}, encoder, tokenizer, str(tmp_path), batch_size=2, say=lambda _: None
+        [[caption] for caption in CAPTIONS],
+        {"encoder": "x"},
+        encoder,
+        tokenizer,
+        str(tmp_path),
+        batch_size=2,
+        say=lambda _: None,
     )
     assert text.embeddings.shape == (3, 8, 32)
     assert text.rows.tolist() == [1, 2, 1, 0]
     expected = models.encode_captions(encoder, tokenizer, ["", "a red flower"]).numpy()
     np.testing.assert_allclose(text.embeddings[:2], expected, atol=5e-3)  # stored as float16
+
+
+def test_several_captions_are_each_embedded_once_and_known_by_their_rows(tmp_path):
+    encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
+    several = [["a red flower", "a flower"], ["a flower"], ["a blue flower", "a flower", "a red flower"], [""]]
+    text = caches.cache_text(several, {}, encoder, tokenizer, str(tmp_path), say=lambda _: None)
+    assert text.embeddings.shape == (4, 8, 32)
+    assert text.rows.tolist() == [1, 2, 2, 3, 2, 1, 0]
+    assert text.counts.tolist() == [2, 1, 3, 1]
+    assert text.rows_of(np.array([2, 0, 3])).tolist() == [3, 1, 0]  # the first of each
+    assert text.rows_of(np.array([2, 0, 2]), np.array([2, 1, 0])).tolist() == [1, 2, 3]
+    single = caches.cache_text(
+        [[caption] for caption in ("a red flower", "a flower", "a blue flower", "")],
+        {}, encoder, tokenizer, str(tmp_path), say=lambda _: None,
+    )  # fmt: skip
+    assert single.embeddings.filename == text.embeddings.filename  # the same captions, so the same cache
 
 
 def cached_for(folder, precision):
@@ -81,11 +105,7 @@ def cached_for(folder, precision):
     recipe.train_unet.validation_images = 3
     pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
 
-    class Split(types.SimpleNamespace):
-        def __len__(self):
-            return len(self.pixels)
-
-    split = Split(rows={"caption": CAPTIONS}, pixels=pixels, fingerprint="a")
+    split = Split(pixels, datasets.Dataset.from_dict({"caption": CAPTIONS}), fingerprint="a")
     encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32, text_max_length=8), CAPTIONS, 0)
     said = []
     accelerator = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, print=said.append)

@@ -158,7 +158,69 @@ def test_existing_captions_of_parquet_are_named(run_main, drawn, tmp_path, capsy
     run_main("--dataset", tmp_path / "parquet", "--captioner", "existing", "--output_dir", "out", "--dry_run")
     said = capsys.readouterr().out
     assert "captions      column 'text'" in said
-    assert f"{len(images)} images have several: the first is used" in said
+    assert "2 per image: each training step draws one of them" in said
+
+
+def test_several_tasks_give_an_image_several_captions(drawn, model, run_main, capsys, tmp_path):
+    tasks = ("<CAPTION>", "<MORE_DETAILED_CAPTION>")
+    words = ("--dataset", drawn, "--output_dir", "out", *FAST, "--audit_tokenizer", model)
+    run_main(*words, "--captioner", model, "--task", tasks[0])
+    single = rows_of(tmp_path / "out")
+    assert datasets.load_dataset(str(tmp_path / "out"), split="train").features["caption"] == datasets.Value("string")
+    run_main(*words, "--captioner", "existing", model, "--task", *tasks)
+    rows = rows_of(tmp_path / "out")
+    assert rows[:12] == single  # what was made stays, and belongs to its task
+    assert len(rows) == 36
+    assert {task: sum(row["task"] == task for row in rows) for task in (*tasks, "")} == dict.fromkeys((*tasks, ""), 12)
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    texts = {path.stem: path.read_text().strip() for path in drawn.glob("*.txt")}
+    by_image = {}
+    for row in rows:
+        by_image.setdefault(row["file"], []).append(row)
+    for captions in table["caption"]:
+        assert captions[0] in texts.values()
+        (of_image,) = (rows for rows in by_image.values() if captions[0] in {row["caption"] for row in rows})
+        assert set(captions) == {row["caption"] for row in of_image if row["caption"]}
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| Captions per image | " in card
+    assert "The column `caption` holds a list of captions" in card
+    assert "| Task | &lt;CAPTION&gt;, &lt;MORE" in card
+    # an edit of one of an image's captions leaves the others alone, and a second run makes nothing
+    rows[20]["caption"] = "as a person described it"
+    (tmp_path / "out" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    capsys.readouterr()
+    run_main(*words, "--captioner", "existing", model, "--task", *tasks)
+    assert rows_of(tmp_path / "out") == rows
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert sum("as a person described it" in captions for captions in table["caption"]) == 1
+    run_main(*words, "--captioner", "existing", model, "--task", *tasks)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_labels_and_lists_give_several_captions_and_edits_stay_with_their_text(run_main, tmp_path, capsys):
+    for number in range(4):
+        folder = tmp_path / "photos" / ("rose", "tulip")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number * 50, 100, 50)).save(folder / f"{number}.png")
+    words = ("--dataset", "photos", "--captioner", "label", "--output_dir", "out", "--audit_tokenizer", "none")
+    templates = ("--caption_template", "a photo of a {label}", "{label}", "--caption_prefix", "sks")
+    run_main(*words, *templates, "--dry_run")
+    assert "2 per image: each training step draws one of them" in capsys.readouterr().out
+    run_main(*words, *templates, "--fail_on", "duplicates=0")  # those of one label share captions on purpose
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert sorted(table["caption"]) == 2 * [["sks a photo of a rose", "sks rose"]] + 2 * [
+        ["sks a photo of a tulip", "sks tulip"]
+    ]
+    assert "| Template | a photo of a {label}; {label} |" in (tmp_path / "out" / "README.md").read_text()
+    rows = rows_of(tmp_path / "out")
+    edited = next(row for row in rows if row["caption"] == "rose")
+    edited["caption"] = "my rose"
+    (tmp_path / "out" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_main(*words, *templates[:2], "a picture of a {label}", *templates[3:])
+    captions = list(datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"])
+    assert captions.count(["sks a photo of a rose", "sks my rose"]) == 1  # its text has changed, and its edit is kept
+    assert captions.count(["sks a photo of a rose", "sks a picture of a rose"]) == 1
+    assert "1 captions that you edited are kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["train_vae", "train_unet"])
@@ -240,6 +302,11 @@ def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
         (["--captioner", "MODEL", "--task", "<CAPTIN>"], "<CAPTION>"),
         (["--captioner", "MODEL", "--task", "<OD>", "--prompt", "x"], "takes no prompt"),
         (["--captioner", "MODEL", "--task", "<REGION_TO_CATEGORY>"], "needs --prompt"),
+        (
+            ["--captioner", "BLIP", "--task", "<CAPTION>", "<OD>"],
+            "names 2 tasks, which only Florence-2 takes; name one",
+        ),
+        (["--captioner", "MODEL", "florence2", "--captioner_revision", "main"], "could belong to several captioners"),
         (["--captioner", "nowhere/at/all"], "neither florence2"),
         (["--captioner", "PHOTOS"], "config.json"),
         (["--captioner", "label"], "no labels"),
@@ -250,6 +317,7 @@ def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
 def test_mistakes(arguments, sentence, drawn, model, tmp_path, run_main):
     """A sentence each, before anything is captioned."""
     places = {"MODEL": model, "PHOTOS": drawn}
+    places |= {"BLIP": blip(tmp_path / "blip")} if "BLIP" in arguments else {}
     words = [places.get(word, word) for word in arguments]
     with pytest.raises(UserError) as error:
         run_main("--dataset", drawn, "--output_dir", tmp_path / "out", *words)
@@ -267,7 +335,7 @@ def test_legacy_folder_is_refused_and_its_code_not_run(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="never run here"):
-        captioners.resolve(CaptionConfig(captioner=str(tmp_path)))
+        captioners.resolve(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -275,7 +343,7 @@ def test_weights_that_need_unpickling_are_refused(tmp_path, model):
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     with pytest.raises(UserError, match="safetensors"):
-        captioners.resolve(CaptionConfig(captioner=str(tmp_path)))
+        captioners.resolve(str(tmp_path))
 
 
 def test_other_models_caption_through_the_auto_classes(tmp_path):
@@ -284,8 +352,9 @@ def test_other_models_caption_through_the_auto_classes(tmp_path):
     images = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (30, 40), "blue")]
     folder = blip(tmp_path / "blip")
     for prompt in ("", "a red"):
-        config = CaptionConfig(captioner=str(folder), max_new_tokens=5, num_beams=1, prompt=prompt)
-        captioner = captioners.load(captioners.resolve(config), config, torch.device("cpu"), torch.float32)
+        config = CaptionConfig(max_new_tokens=5, num_beams=1, prompt=prompt)
+        name = captioners.resolve(str(folder))
+        (captioner,) = captioners.load(name, config, torch.device("cpu"), torch.float32).values()
         texts = captioner.read(captioner.generate(captioner.prepare(images)), images)
         assert len(texts) == 2
         assert not any("[" in text or (prompt and text.startswith(prompt)) for text in texts)
@@ -295,10 +364,8 @@ def test_other_models_caption_through_the_auto_classes(tmp_path):
 def test_structured_tasks_become_words(task, model):
     import torch
 
-    config = CaptionConfig(
-        captioner=str(model), task=task, prompt="a flower" if "GROUNDING" in task else "", max_new_tokens=6
-    )
-    captioner = captioners.load(captioners.resolve(config), config, torch.device("cpu"), torch.float32)
+    config = CaptionConfig(task=[task], prompt="a flower" if "GROUNDING" in task else "", max_new_tokens=6)
+    captioner = captioners.load(captioners.resolve(str(model)), config, torch.device("cpu"), torch.float32)[task]
     images = [Image.new("RGB", (40, 30), "red")]
     assert all(isinstance(text, str) for text in captioner.read(captioner.generate(captioner.prepare(images)), images))
     answer = {"labels": ["</s>red flower", "leaf", "red flower"], "bboxes": []}

@@ -222,7 +222,7 @@ def test_hostile_names_neither_break_nor_leak(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("MY_API_KEY", "sesame-opens-42")
     recipe = Recipe()
     recipe.data.dataset = f"/home/someone/{HOSTILE} sesame-opens-42"
-    recipe.data.caption_column = HOSTILE
+    recipe.data.caption_column = [HOSTILE]
     recipe.vae.vae = "/home/someone/" + HOSTILE.replace("/", "")
     recipe.train_unet.run_name = HOSTILE
     recipe.train_unet.validation_prompts = ['a "red"\n```\n<script> flower']

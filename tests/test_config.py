@@ -208,6 +208,25 @@ def test_list_options_add_up_and_of_others_the_last_holds_which_is_said(capsys):
         parse(SECTIONS, "", ["--output_dir", "caf\udce9"])
 
 
+def test_lists_of_captions_may_be_written_as_one_text_or_none(tmp_path):
+    """Recipes and run folders from before these options took several values hold a text or null."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "data: {caption_column: null, caption_template: 'a {label}'}\ncaption: {captioner: label, task: <OD>}\n"
+    )
+    found = load_recipe(str(recipe))
+    assert (found.data.caption_column, found.data.caption_template) == ([], ["a {label}"])
+    assert (found.caption.captioner, found.caption.task) == (["label"], ["<OD>"])
+    chosen = parse(
+        ("source", "caption"), "", ["--config", str(recipe), "--caption_column", "a", "b", "--task", "<CAPTION>"]
+    )
+    assert (chosen.data.caption_column, chosen.caption.task) == (["a", "b"], ["<CAPTION>"])
+    for empty in ("data: {caption_template: []}", "caption: {task: []}", "caption: {captioner: null}"):
+        recipe.write_text(empty)
+        with pytest.raises(UserError, match="at least 1 item"):
+            load_recipe(str(recipe))
+
+
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
 def test_every_number_of_a_recipe_is_finite(tmp_path, value):
     for section in dataclasses.fields(Recipe):

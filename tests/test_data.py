@@ -195,7 +195,7 @@ def test_a_folder_without_splits_and_attributes_kept(tmp_path):
 def test_columns_can_be_named(tmp_path):
     rows = [{"image": png(i), "florence": f"flower {i}", "caption": "no"} for i in range(4)]
     save_dataset_folder(tmp_path / "a", {"train": rows})
-    assert load(tmp_path / "a", tmp_path, caption_column="florence").train.rows[0]["caption"].startswith("flower")
+    assert load(tmp_path / "a", tmp_path, caption_column=["florence"]).train.rows[0]["caption"].startswith("flower")
     renamed = datasets.load_dataset(str(tmp_path / "a"), cache_dir=str(tmp_path / "hf")).rename_column("image", "img")
     (tmp_path / "b").mkdir()
     renamed["train"].to_parquet(tmp_path / "b" / "train.parquet")
@@ -274,9 +274,9 @@ def test_mistakes_are_one_sentence_with_the_mend(tmp_path, monkeypatch):
         (tmp_path / "broken", {}, "metadata.jsonl, line 1 cannot be read"),
         (tmp_path / "bad_parquet", {}, "Parquet files cannot be read"),
         (tmp_path / "good", {"image_column": "imag"}, "no column 'imag'; it has image, caption; did you mean .* image"),
-        (tmp_path / "good", {"caption_column": "captoin"}, "did you mean --caption_column caption"),
+        (tmp_path / "good", {"caption_column": ["captoin"]}, "did you mean --caption_column caption"),
         (tmp_path / "good", {"image_column": "caption"}, "column 'caption' holds .* instead of captions"),
-        (tmp_path / "good", {"caption_template": "a flower"}, "does not contain {label}"),
+        (tmp_path / "good", {"caption_template": ["a flower"]}, "does not contain {label}"),
         (tmp_path / "wordless", {}, "column 'label' holds numbers without names"),
         (tmp_path / "blank", {}, "all captions of .* are empty"),
     ]
@@ -1107,7 +1107,7 @@ def test_every_setting_that_matters_makes_another_cache(tmp_path):
     changes = [
         {},
         {"resolution": 8},
-        {"caption_template": "{label}"},
+        {"caption_template": ["{label}"]},
         {"split_seed": 5},
         {"max_train_samples": 3},
     ]
@@ -1167,7 +1167,7 @@ def test_two_processes_at_once_build_once(tmp_path):
         "from t2i.config import DataConfig; from t2i.data import preparing\n"
         f"cfg = DataConfig(dataset={str(folder)!r}, resolution=16, cache_dir={str(tmp_path / 'cache')!r})\n"
         "build = preparing._build\n"
-        "preparing._build = lambda *args: (time.sleep(0.5), build(*args))\n"  # wide enough that the second one must wait
+        "preparing._build = lambda *args: (time.sleep(0.5), build(*args))[1]\n"  # wide enough that the second one must wait
         f"ready = pathlib.Path({str(tmp_path)!r}); (ready / ('ready' + sys.argv[1])).touch()\n"
         "while not ((ready / 'ready0').exists() and (ready / 'ready1').exists()): time.sleep(0.01)\n"
         "print(preparing.load_splits(cfg).fingerprint)\n"

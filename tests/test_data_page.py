@@ -105,6 +105,28 @@ def test_the_whole_of_a_long_caption_stands_beside_its_picture(tmp_path):
     assert "there are pictures 0 to 5" in words(show(picture="6"))
 
 
+@pytest.mark.parametrize("form", ["dataset folder", "prepared"])
+def test_all_captions_of_a_picture_are_shown_searched_and_audited(form, tmp_path):
+    several = [["a red tulip", "The image shows a tulip"], ["a rose"], ["a lily", "a white lily", "a tall lily"]]
+    rows = [{"image": picture(number), "caption": captions} for number, captions in enumerate(several)]
+    save_dataset_folder(tmp_path / "outputs" / "one", {"train": iter(rows)})
+    split = browse.find_splits(tmp_path / "outputs" / "one")["train"]
+    if form == "prepared":
+        config = DataConfig(dataset=str(tmp_path / "outputs" / "one"), resolution=16, cache_dir=str(tmp_path / "cache"))
+        folder = tmp_path / "cache" / "pixels" / load_splits(config, say=lambda text: None).fingerprint
+        found = [browse.read_rows(split) for split in browse.find_splits(folder).values()]
+        assert sorted(captions for rows in found for captions in rows.captions) == sorted(several)
+        assert not any("captions" in rows.columns for rows in found)
+        return
+    assert browse.read_rows(split).captions == several
+    assert [one["caption"] for one in gallery(show())] == ["a red tulip (+1 more)", "a rose", "a lily (+2 more)"]
+    assert [code.value for code in show(picture="2").code] == several[2]
+    assert rows_of(show(search="tall")) == [2]
+    app = show(finding="boilerplate")
+    assert rows_of(app) == [0]
+    assert sorted(browse.words(split)[0].tolist()) == [2, 2, 3, 3, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("query", "rows"),
     [

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_unet
 import train_vae
 from t2i import diffusion
+from t2i.config import TrainUnetConfig
+from t2i.data.caches import TextCache
 
 WHOLE = st.integers(0, 2**40)
 
@@ -38,6 +40,63 @@ def test_copies_within_a_step_draw_their_own_and_the_first_as_ever(seed, step, s
     for sample in set(samples):
         alone = diffusion.draw(seed, step, [sample], (1, 2, 2), 1000)
         assert torch.equal(drawn.noise[samples.index(sample)], alone.noise[0])
+
+
+@given(WHOLE, WHOLE, st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=12))
+def test_the_drawn_caption_is_a_function_of_seed_step_sample_and_copy(seed, step, pairs):
+    samples, counts = [sample for sample, _ in pairs], [count for _, count in pairs]
+    copies = diffusion.occurrences(samples)
+    drawn = diffusion.draw_captions(seed, step, samples, counts)
+    assert all(0 <= caption < count for caption, count in zip(drawn, counts, strict=True))
+    one = diffusion.draw_captions(seed, step, samples, [1] * len(samples))
+    assert one == [0] * len(samples)  # a sample with one caption
+    for row, (sample, count, copy) in enumerate(zip(samples, counts, copies, strict=True)):  # whatever the batch
+        assert diffusion.draw_captions(seed, step, [sample], [count], [copy]) == [drawn[row]]
+    if copies[0] == 0:
+        assert diffusion.draw_captions(seed, step, samples[:1], counts[:1]) == drawn[:1]
+
+
+@settings(max_examples=30)
+@given(WHOLE, WHOLE, st.integers(2, 4))
+def test_each_caption_is_drawn_as_often_as_another(seed, sample, count):
+    """The step, the sample and the copy each choose anew, so 400 draws miss the share of a caption by little."""
+    of_steps = [diffusion.draw_captions(seed, step, [sample], [count])[0] for step in range(400)]
+    of_samples = diffusion.draw_captions(seed, 3, [sample + other for other in range(400)], [count] * 400)
+    of_copies = diffusion.draw_captions(seed, 3, [sample] * 400, [count] * 400)
+    for drawn in (of_steps, of_samples, of_copies):
+        shares = np.bincount(drawn, minlength=count) / 400
+        assert abs(shares - 1 / count).max() < 0.13  # over five deviations of a share of a half
+    assert of_steps != [diffusion.draw_captions(seed + 1, step, [sample], [count])[0] for step in range(400)]
+    neighbours = np.array(of_steps[:-1]) * count + np.array(of_steps[1:])  # each pair is as frequent as another
+    assert len(set(neighbours.tolist())) == count**2
+
+
+def test_a_drawn_caption_does_not_depend_on_the_processes_that_share_an_update():
+    images, batch = 5, 8
+    counts = np.array([1, 3, 2, 4, 1])
+    text = TextCache(np.zeros((12, 1, 1), np.float16), np.arange(1, 12), counts)
+    latents = np.zeros((images, 1, 2, 2, 2), np.float32)
+    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    given = train_unet.Inputs(scheduler, {"train": (latents, text)}, 1.0, None)
+    embeddings = np.arange(12, dtype=np.float16)[:, None, None]
+    text.embeddings = embeddings  # the embedding of a caption is its row
+    found = []
+    for world, parts in ((1, 1), (2, 1), (1, 4), (2, 2)):
+        size = batch // world // parts
+        config = TrainUnetConfig(train_batch_size=size, gradient_accumulation_steps=parts, seed=5)
+        rows = np.empty((20, batch), int)
+        for step in range(20):
+            for part in range(parts):
+                for rank in range(world):
+                    place = SimpleNamespace(num_processes=world, process_index=rank, device=torch.device("cpu"))
+                    context = train_unet.make_batch(given, config, place, step * parts + part)[3]
+                    start = part * batch // parts + rank
+                    rows[step, start : (part + 1) * batch // parts : world] = context.flatten()
+        found.append(rows)
+    assert all((rows == found[0]).all() for rows in found)
+    assert set(found[0].ravel()) == set(range(12))  # each caption, and the empty one where a caption is dropped
+    dropped = (found[0] == 0).mean()
+    assert 0.02 < dropped < 0.25
 
 
 @pytest.mark.parametrize(("images", "batch"), [(3, 16), (16, 16), (10, 8)])

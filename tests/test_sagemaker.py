@@ -813,6 +813,23 @@ def test_a_script_gets_only_options_that_it_has(tmp_path):
     assert "--captioner" not in sagemaker_job.container_arguments(command, {"captioner": "s3://b/c"})
 
 
+def test_one_captioner_s_folder_is_sent_in_place_of_the_one_that_was_typed(tmp_path):
+    (tmp_path / "florence").mkdir()
+    script, folder = str(SCRIPTS / "caption_to_hub.py"), str(tmp_path / "florence")
+    settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}}, "test")
+    words = [script, "--dataset", "a/b", f"--captioner={folder}", "--task", "<CAPTION>", "<OD>"]
+    command = sagemaker_job.read_command(words)
+    inputs = sagemaker_job.local_inputs(command, dataclasses.replace(settings, num_machines=1))
+    assert inputs == {"captioner": folder}
+    sent = sagemaker_job.container_arguments(command, inputs)
+    parsed = config.parse(SECTIONS["caption_to_hub.py"], "", sent).caption
+    assert (parsed.captioner, parsed.task) == (["/opt/ml/input/data/captioner"], ["<CAPTION>", "<OD>"])
+    command = sagemaker_job.read_command([script, "--dataset", "a/b", "--captioner", "label", "x/y"])
+    assert command.folder_options()["captioner"] == "x/y"
+    with pytest.raises(UserError, match="is a folder beside other captioners"):
+        sagemaker_job.read_command([*words, "--captioner", "label"]).folder_options()
+
+
 def test_a_stop_reaches_the_training_whatever_else_is_there(tmp_path):
     """A process that has ended and waits to be taken leave of (a zombie) does not keep SIGTERM from the training."""
     trains = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"

@@ -143,7 +143,8 @@ def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict
         if column
         else []
     )
-    shown = browse.search(rows.captions, query) if query.strip() else list(range(len(rows)))
+    texts = ["\n".join(captions) for captions in rows.captions]
+    shown = browse.search(texts, query) if query.strip() else list(range(len(rows)))
     notes: dict[int, str] = {}
     if finding in FINDINGS and rows.has_captions:
         notes = browse.audit(split)[FINDINGS[finding]] or {}
@@ -196,7 +197,9 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
     """Return the data of a picture in the gallery. `picture` is its data address, or the reason why it cannot be shown."""
     there = picture.startswith("data:")
-    short = shorten(browse.visible(rows.captions[row]), CAPTION_CHARACTERS)
+    first, *others = rows.captions[row]
+    short = shorten(browse.visible(first), CAPTION_CHARACTERS)
+    more = f" (+{len(others)} more)" if others else ""
     label = browse.visible(rows.labels[row] or "") if rows.labels else ""
     empty = "(no caption)" if rows.has_captions else ""
     return {
@@ -204,7 +207,7 @@ def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]
         "source": picture if there else "",
         "note": "" if there else picture,
         "alt": short or f"picture {row}",
-        "caption": short or empty,
+        "caption": f"{short}{more}" or empty,
         "label": label[:100],
         "finding": browse.visible(note),
         "title": f"picture {row}",
@@ -230,7 +233,7 @@ def take_chosen() -> None:
 
 
 def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
-    """Show the chosen picture, its caption, its other columns and its finding."""
+    """Show the chosen picture, all its captions, its other columns and its finding."""
     row = st.session_state.get("picture", st.query_params.get("picture", ""))
     with st.expander("One picture", expanded=bool(row)):
         row = st.text_input("Number of the picture", key="picture", bind="query-params", placeholder="or click one")
@@ -242,11 +245,12 @@ def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -
         left, right = st.columns(2)
         source = thumbnails(split, (number,), LARGE)[0]
         if source.startswith("data:"):
-            alt = browse.visible(rows.captions[number])[:CAPTION_CHARACTERS] or f"picture {number}"
+            alt = browse.visible(rows.captions[number][0])[:CAPTION_CHARACTERS] or f"picture {number}"
             left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
         else:
             left.text(source)
-        right.code(browse.visible(rows.captions[number]) or "(no caption)", language=None, wrap_lines=True)
+        for caption in rows.captions[number]:
+            right.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
         facts = {"label": rows.labels[number]} if rows.labels else {}
         facts |= {name: values[number] for name, values in rows.columns.items()}
         if note := notes.get(number):

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from t2i.command_line import check_options, option, parse_options
 from t2i.config_types import (
+    AS_LIST,
     NUMBER,
     BelowOne,
     Count,
@@ -77,10 +78,14 @@ class SourceConfig:
     dataset_revision: str | None = None  # Branch, tag or commit of a Hub data set.
     dataset_config_name: str | None = None  # Name of the configuration, for a data set with several configurations.
     image_column: str = "image"  # Column that holds the images.
-    # Column that holds the captions. With None, try the columns caption and text, then make captions from labels.
-    caption_column: str | None = None
+    # Columns that hold the captions, each as a text or a list of texts. Without names, try the columns caption and text,
+    # then make captions from labels.
+    caption_column: Annotated[list[str], AS_LIST] = field(default_factory=list)
     label_names: list[str] = field(default_factory=list)  # Names of numeric labels. The first name is that of label 1.
-    caption_template: str = "a photo of a {label}, a type of flower"  # Caption of an image that has only a label.
+    # Captions of an image that has only a label. Evaluation prompts use the first template.
+    caption_template: Annotated[list[str], AS_LIST, Field(min_length=1)] = field(
+        default_factory=lambda: ["a photo of a {label}, a type of flower"]
+    )
     caption_prefix: str = ""  # Words to put before every non-empty caption, such as a trigger word: "sks style,".
     max_bad_share: Share = 0.05  # Share of undecodable images above which the run stops.
 
@@ -106,12 +111,12 @@ class CaptionConfig(HubConfig):
 
     output_dir: LocalPath | None = None  # Dataset folder to write. You may edit captions.jsonl in this folder by hand.
     dry_run: Flag = False  # End after the table that shows how the data set was understood.
-    # Source of captions: florence2, label (by caption_template), existing (those of the data set), or a model's folder
-    # or Hub id.
-    captioner: PathText = "florence2"
+    # Sources of captions: florence2, label (by caption_template), existing (those of the data set), or a model's folder
+    # or Hub id. With several sources, each image gets the captions of all of them.
+    captioner: Annotated[list[PathText], AS_LIST, Field(min_length=1)] = field(default_factory=lambda: ["florence2"])
     captioner_revision: str | None = None  # Branch, tag or commit of a Hub captioner.
-    # Task of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
-    task: str = "<DETAILED_CAPTION>"
+    # Tasks of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, … Each task adds a caption.
+    task: Annotated[list[str], AS_LIST, Field(min_length=1)] = field(default_factory=lambda: ["<DETAILED_CAPTION>"])
     prompt: str = ""  # Prompt for the captioner, if its task takes a prompt.
     caption_batch_size: Count = 8  # Images per batch. The batch is halved if memory runs out.
     # Maximum number of the captioner's tokens per caption. CLIP reads at most 77 of its own tokens.

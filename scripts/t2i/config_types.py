@@ -30,6 +30,19 @@ def _expand_local(text: str) -> str:
     return _expand_home(text)
 
 
+def _as_list(value: Any) -> Any:
+    """Return one text as a list of one, and None as an empty list: recipes may write both."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def unlisted(values: list[str]) -> str | list[str] | None:
+    """Return the only text of a list of one, None for an empty list, and a longer list unchanged.
+
+    Options that once took one text enter hashes so, and hashes of one text stay what they were.
+    """
+    return values if len(values) > 1 else values[0] if values else None
+
+
 def _refuse_flag(value: Any) -> Any:
     if isinstance(value, bool):  # Python takes True and False as 1 and 0
         raise ValueError("give a number")
@@ -49,6 +62,8 @@ def matching(pattern: str, example: str) -> AfterValidator:
 
 LocalPath = Annotated[str, AfterValidator(_expand_local)]  # a folder to write into
 PathText = Annotated[str, AfterValidator(_expand_home)]  # a path, or a Hub id if the option takes one
+
+AS_LIST = BeforeValidator(_as_list)  # of a list that a recipe may write as one text
 
 Flag = Annotated[bool, Strict()]  # Strict: "yes", 1 and "false" in a recipe are errors.
 

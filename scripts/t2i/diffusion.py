@@ -14,6 +14,7 @@ import torch
 
 TIMESTEP_BANDS = 4  # The validation loss is reported for each quarter of the noise levels.
 _MASK = (1 << 64) - 1
+_CAPTION = 0x63617074696F6E  # "caption" in ASCII: it keeps the draw of captions apart from the seeds of `draw`.
 
 
 def mix(*numbers: int) -> int:
@@ -83,6 +84,24 @@ def draw(
         if input_noise is not None:
             input_noise[row] = noise[row, 0] + input_perturbation * torch.randn(shape, generator=generator)
     return Draws(noise[:, 0].contiguous(), noise[:, 1].contiguous(), timesteps, uniform, input_noise)
+
+
+def draw_captions(
+    seed: int, step: int, samples: Sequence[int], counts: Sequence[int], copies: Sequence[int] | None = None
+) -> list[int]:
+    """Draw one of its captions for each sample of a batch: a number in [0, count), each with the same probability.
+
+    The number depends only on (seed, step, sample, copy), and changes no number that `draw` draws. If a sample has one
+    caption, it is 0.
+
+    Args:
+        samples: the samples, as for `draw`.
+        counts: the number of captions of each sample, at least 1.
+        copies: as for `draw`.
+    """
+    copies = occurrences(samples) if copies is None else copies
+    keys = zip(samples, copies, counts, strict=True)
+    return [mix(seed, step, sample, copy, _CAPTION) % count for sample, copy, count in keys]
 
 
 def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:

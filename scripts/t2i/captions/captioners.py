@@ -46,13 +46,17 @@ class Captioner:
     read: Callable[[torch.Tensor, list[Image.Image]], list[str]]  # Converts token ids and images to captions.
 
 
-def resolve(config: CaptionConfig) -> ModelName:
+def resolve(captioner: str, revision: str | None = None) -> ModelName:
     """Return the captioner's model and its exact revision.
+
+    Args:
+        captioner: `florence2`, a folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id; None: the pinned commit of Florence-2, else the main branch.
 
     Raises:
         UserError: The model does not exist, or it needs its own code or pickled weights.
     """
-    source = FLORENCE if config.captioner == "florence2" else config.captioner
+    source = FLORENCE if captioner == "florence2" else captioner
     if legacy := LEGACY.fullmatch(source):
         raise UserError(
             f"{source} needs code of its own, which is never run here; for its weights in transformers' native classes, give "
@@ -64,13 +68,13 @@ def resolve(config: CaptionConfig) -> ModelName:
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
             raise UserError(f"--captioner {source} holds no *.safetensors; give a folder with safetensors weights")
-        revision = "-".join(sha256_file(file)[:16] for file in weights[:1]) + ("+" if weights[1:] else "")
-        return ModelName(folder.resolve().name, revision, str(folder))
+        found = "-".join(sha256_file(file)[:16] for file in weights[:1]) + ("+" if weights[1:] else "")
+        return ModelName(folder.resolve().name, found, str(folder))
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
             f"--captioner {source} is neither florence2, label, existing, a folder here nor a Hub id ORG/NAME; correct it"
         )
-    wanted = config.captioner_revision or (FLORENCE_REVISION if source == FLORENCE else None)
+    wanted = revision or (FLORENCE_REVISION if source == FLORENCE else None)
     if wanted and COMMIT.fullmatch(wanted):
         return ModelName(source, wanted, source)
     try:  # the commit of a branch or tag, from the cache if there is no network
@@ -81,8 +85,29 @@ def resolve(config: CaptionConfig) -> ModelName:
     return ModelName(source, Path(local).name, source)
 
 
-def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: torch.dtype) -> Captioner:
+def takes_tasks(name: ModelName) -> bool:
+    """Return whether a model that `resolve` found is a Florence-2, which makes one caption per task.
+
+    Raises:
+        UserError: The model's config.json cannot be read.
+    """
+    if name.model == FLORENCE:
+        return True
+    try:
+        local = name.path if Path(name.path).is_dir() else snapshot_download(
+            name.path, revision=name.revision, allow_patterns=["config.json"]
+        )  # fmt: skip
+        settings = json.loads((Path(local) / "config.json").read_text(encoding="utf-8"))
+    except Exception as error:  # network, spelling, access: huggingface_hub raises a dozen types
+        raise UserError(_cannot_load(name.path, error, name.revision)) from None
+    return bool(settings.get("model_type") == "florence2")
+
+
+def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Captioner]:
     """Load a captioning model to `device` in `dtype`.
+
+    Returns:
+        A captioner for each task, which share the model. A model without tasks gets only the first task.
 
     Raises:
         UserError: The model cannot be loaded, or it cannot write captions.
@@ -99,12 +124,12 @@ def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: to
         raise UserError(_cannot_load(name.path, error, name.revision if remote else None)) from None
     model = model.to(device).eval()
     if kind == "florence2":
-        return _florence(model, processor, config)
-    return _other(model, processor, name, config)
+        return {task: _florence(model, processor, config, task) for task in config.task}
+    return {config.task[0]: _other(model, processor, name, config)}
 
 
-def _florence(model: Any, processor: Any, config: CaptionConfig) -> Captioner:
-    task, answers_by_task = config.task, processor.tasks_answer_post_processing_type
+def _florence(model: Any, processor: Any, config: CaptionConfig, task: str) -> Captioner:
+    answers_by_task = processor.tasks_answer_post_processing_type
     if task not in answers_by_task:
         raise UserError(f"--task {task} is not a task of Florence-2; choose one of {' '.join(answers_by_task)}")
     if config.prompt and task in processor.task_prompts_without_inputs:

@@ -1,7 +1,8 @@
 """The file `captions.jsonl`: one caption per JSON line. Users may edit it by hand. This module imports no torch.
 
-A caption belongs to (image, model, revision, task, prompt). Lines are only appended: each batch is one write and one fsync,
-so a killed run loses nothing that was on disk. Several processes on one machine or a shared disk write the same file.
+A caption belongs to (image, model, revision, task, prompt), so an image has a caption per model and task. Lines are only
+appended: each batch is one write and one fsync, so a killed run loses nothing that was on disk. Several processes on one
+machine or a shared disk write the same file.
 """
 
 import json

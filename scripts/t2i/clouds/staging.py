@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i.command_line import option
+from t2i.command_line import option, plain_option, typed_options
 from t2i.config import Recipe, parse, read_yaml
 from t2i.errors import UserError
 from t2i.files import sha256_file, write_text
@@ -64,7 +64,25 @@ class Command:
         values = {
             name: getattr(getattr(self.recipe, FOLDERS[name][0]), name) for name in FOLDERS if self.has_option(name)
         }
+        if "captioner" in values:
+            values["captioner"] = _sent_captioner(values["captioner"])
         return {name: value for name, value in values.items() if value}
+
+
+def _sent_captioner(captioners: list[str]) -> str:
+    """Return the captioner that may be a folder to send, or the first model if there are several captioners.
+
+    Raises:
+        UserError: there are several captioners, and one of them is a folder.
+    """
+    if len(captioners) == 1:
+        return captioners[0]
+    for name in captioners:
+        if name.startswith("s3://") or expand_user(name).exists():
+            raise UserError(
+                f"--captioner {name} is a folder beside other captioners, and a job gets one; give its Hub id"
+            )
+    return next((name for name in captioners if name not in ("label", "existing")), captioners[0])
 
 
 def read_command(words: list[str], cloud: str) -> Command:
@@ -118,9 +136,12 @@ def container_arguments(command: Command, inputs: dict[str, str], channels: str,
         cache: path of the folder for caches in the container.
     """
     words = list(command.arguments)
+    sent = [name for name in FOLDERS if name in inputs and command.has_option(name)]
+    if "captioner" in sent:  # this option collects its values, so the path in the container must stand alone
+        typed = typed_options(words)
+        words = [word for name, _, parts in typed if plain_option(name) != "captioner" for word in parts]
     if recipe_file(words):
         words += ["--config", "recipe.yaml"]
-    sent = [name for name in FOLDERS if name in inputs and command.has_option(name)]
     words += [word for name in sent for word in (f"--{name}", f"{channels}/{name}")]
     if command.recipe:
         words += ["--output_dir", run]

@@ -56,14 +56,14 @@ class Rows:
     """The rows of a split without the pictures.
 
     Attributes:
-        captions: the caption of each picture, or "" if the picture has none.
+        captions: all captions of each picture, or one "" if the picture has none.
         labels: the label of each picture as text, or None if the split has no label column.
         columns: the other columns of text, numbers or truth values, by name.
         image: name of the column of pictures.
         has_captions: whether the split has a caption column.
     """
 
-    captions: list[str]
+    captions: list[list[str]]
     labels: list[str | None] | None
     columns: dict[str, list[Any]]
     image: str
@@ -135,10 +135,12 @@ def read_rows(split: Split) -> Rows:
         columns[name] = [_class_name(value, classes) for value in columns.get(name, ())]
     count = table.num_rows
     text = columns.pop("caption", None) or columns.pop("text", None)
+    if "captions" in columns and _holds_texts(table.schema.field("captions").type):  # of prepared images
+        text = columns.pop("captions")
     label = next((name for name in ("label", "labels", *names) if name in columns), None)
     labels = columns.pop(label) if label else None
     return Rows(
-        ["" if value is None else str(value) for value in text] if text else [""] * count,
+        [_texts(value) for value in text] if text else [[""]] * count,
         labels and [None if value is None else str(value) for value in labels],
         columns,
         images[0] if images else "",
@@ -151,7 +153,10 @@ def _parquet_rows(path: Path) -> tuple[pa.Table, str, dict[str, list[str]]]:
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         image = next((name for name in ("image", *schema.names) if _holds_images(schema, name)), "")
-        plain = [field.name for field in schema if _is_plain(field.type) and field.name != image]
+        captions = [
+            name for name in ("caption", "text") if name in schema.names and _holds_texts(schema.field(name).type)
+        ]
+        plain = [field.name for field in schema if _is_plain(field.type) and field.name != image] + captions
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         names = {
             name: list(map(str, known["names"]))
@@ -176,6 +181,18 @@ def _is_plain(kind: pa.DataType) -> bool:
     types = pa.types
     tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
     return any(test(kind) for test in tests)
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    """Return whether a column holds lists of texts."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type))
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the captions of a row that are not empty, or one empty caption."""
+    texts = [str(text) for text in (value if isinstance(value, list) else [value]) if text is not None]
+    return [text for text in texts if text] or [""]
 
 
 def _together(tables: list[pa.Table]) -> pa.Table:
@@ -317,19 +334,21 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     """
     rows = read_rows(split)
     looked = _looked_at(split, len(rows))
-    texts = [auditing.clean_caption(text) for text in rows.captions]
-    numbers = [str(number) for number in range(len(rows))]
+    texts = [auditing.clean_caption(text) for captions in rows.captions for text in captions]
+    row_of = [row for row, captions in enumerate(rows.captions) for _ in captions]  # of each caption
+    numbers = [str(row) for row in row_of]
     found = auditing.audit(
         texts,
-        [photo["id"] for photo in looked] if looked else numbers,
+        [looked[row]["id"] for row in row_of] if looked else numbers,
         files=numbers,
-        labels=rows.labels,
-        colors=[photo["colors"] for photo in looked] if looked else None,
-        examples=len(rows),
+        labels=[rows.labels[row] for row in row_of] if rows.labels else None,
+        colors=[looked[row]["colors"] for row in row_of] if looked else None,
+        examples=len(texts),
         of_labels=_of_labels(split.folder),
     )
     return {
-        name: None if check["count"] is None else {int(row["file"]): row["note"] for row in check["examples"]}
+        # of several captions of a picture, the first one that has the finding
+        name: None if check["count"] is None else {int(row["file"]): row["note"] for row in reversed(check["examples"])}
         for name, check in found["checks"].items()
     }
 
@@ -337,7 +356,7 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
 def _of_labels(folder: Path) -> bool:
     """Return whether caption_to_hub.py made the captions of the data set in `folder` from its labels."""
     with suppress(OSError, UserError, KeyError, TypeError):
-        return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] == "label")
+        return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] in ("label", ["label"]))
     return False
 
 
@@ -366,7 +385,7 @@ def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
         The number of words in each caption, int64 [N]. Then the 50 words that occur in most captions, each with the
         number of captions that contain the word.
     """
-    parts = [text.casefold().split() for text in read_rows(split).captions]
+    parts = [text.casefold().split() for captions in read_rows(split).captions for text in captions]
     counts = Counter(word for part in parts for word in set(part))
     return np.array([len(part) for part in parts], dtype=np.int64), counts.most_common(50)
 

@@ -2,14 +2,14 @@
 
 The folder of a cache is named by a hash. The hash covers the model's weights, transform and precision, and the images or
 captions. A stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow
-with the data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
-caption.
+with the data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per
+distinct caption, and an image may have several captions.
 """
 
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,23 @@ CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 
 
 @dataclass
 class TextCache:
-    """Text embeddings of the distinct captions of a data set."""
+    """Text embeddings of the distinct captions of a data set, and the captions of each sample."""
 
     embeddings: np.ndarray  # Hidden states, float16 [M, L, D], memory-mapped. Row 0 belongs to the empty caption.
-    rows: np.ndarray  # Row in `embeddings` of each sample's caption, int64 [N].
+    rows: np.ndarray  # Rows in `embeddings` of the captions of sample 0, then of sample 1, and so on, int64 [T].
+    counts: np.ndarray  # Number of captions of each sample, at least 1, int64 [N]. The sum of the counts is T.
+
+    def __post_init__(self) -> None:
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])  # First entry of each sample in `rows`.
+
+    def rows_of(self, samples: np.ndarray, chosen: np.ndarray | int = 0) -> np.ndarray:
+        """Return the rows in `embeddings` of one caption per sample, int64 [B].
+
+        Args:
+            samples: indices of the samples, int64 [B].
+            chosen: number of the caption of each sample, from 0, int64 [B]. The default is the first caption.
+        """
+        return self.rows[self.starts[samples] + chosen]
 
 
 def cache_latents(
@@ -79,7 +92,7 @@ def cache_latents(
 
 
 def cache_text(
-    captions: Iterable[str],
+    captions: Iterable[Sequence[str]],
     identity: dict[str, Any],
     text_encoder: Any,
     tokenizer: Any,
@@ -91,7 +104,7 @@ def cache_text(
     """Return the text embeddings of the distinct captions, from the cache or newly computed.
 
     Args:
-        captions: the caption of each sample.
+        captions: the captions of each sample, at least one.
         identity: hashes of the text encoder and of the tokenizer, which name the cache.
         text_encoder: the text encoder in evaluation mode.
         tokenizer: the tokenizer of the text encoder.
@@ -100,10 +113,14 @@ def cache_text(
         say: function that prints a progress message.
 
     Returns:
-        The embeddings, and for each sample the row of its caption. Row 0 belongs to the empty caption.
+        The embeddings, and for each sample the rows of its captions. Row 0 belongs to the empty caption.
     """
     numbers: dict[str, int] = {NULL_CAPTION: 0}
-    rows = np.fromiter((numbers.setdefault(caption, len(numbers)) for caption in captions), dtype=np.int64)
+    rows: list[int] = []
+    counts: list[int] = []
+    for texts in captions:
+        rows += [numbers.setdefault(caption, len(numbers)) for caption in texts]
+        counts.append(len(texts))
     distinct = list(numbers)
     shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
 
@@ -114,7 +131,8 @@ def cache_text(
 
     key = hash_json({"kind": "text", "captions": hash_json(distinct), **identity})
     what = f"embeddings of {len(distinct)} distinct captions"
-    return TextCache(_cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say), rows)
+    embeddings = _cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say)
+    return TextCache(embeddings, np.array(rows, np.int64), np.array(counts, np.int64))
 
 
 def cache_features(

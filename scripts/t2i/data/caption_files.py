@@ -4,6 +4,7 @@ A value that cannot be a caption is refused, and the error names file and line. 
 with a byte order mark. Invalid bytes are refused and never replaced.
 """
 
+import ast
 import codecs
 import csv
 import io
@@ -76,8 +77,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_sidecar(path: Path) -> str:
-    """Return the caption in a file beside an image.
+def read_sidecar(path: Path) -> str | list[str]:
+    """Return the caption in a file beside an image. If several lines are not empty, each line is a caption.
 
     Raises:
         UserError: the file cannot be read, or it holds detection labels (YOLO) instead of a caption.
@@ -90,18 +91,19 @@ def read_sidecar(path: Path) -> str:
             f"{path}, line {line} holds detection labels ({lines[0].strip()[:40]!r}) instead of a caption; move such files "
             "to another folder"
         )
-    return text
+    return [line.strip() for line in lines] if len(lines) > 1 else text
 
 
-def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
+def metadata_rows(path: Path, caption_columns: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """Return the rows of a metadata file, each with its line number.
 
     Args:
         path: path of the metadata file (.jsonl, .csv or .parquet).
-        caption_column: name of the caption column. With None, use `caption`, and `text` for rows whose `caption` is empty.
+        caption_columns: names of the caption columns. Without names, use `caption`, and `text` for rows whose `caption`
+            is empty.
 
     Returns:
-        (line number from 1, row). The caption in a row is a text, a list of texts, or None.
+        (line number from 1, row). The captions in a row are texts, lists of texts, or None.
 
     Raises:
         UserError: the file or a line cannot be read, or a caption is not text. The message names the line.
@@ -117,15 +119,16 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
             ) from None
     else:
         text = read_text(path)
-        names = ("file_name", "caption", "text", "label", caption_column or "caption")
+        names = ("file_name", "caption", "text", "label", *caption_columns)
         rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
     for line, row in rows:
         row.pop("", None)  # pandas writes its index as a column without a name.
-        for column in [caption_column] if caption_column else ["caption", "text"]:
+        for column in caption_columns or ["caption", "text"]:
             if column in row:
-                row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
+                value = _list_in_cell(row[column]) if suffix == ".csv" else row[column]
+                row[column] = _caption(value, f"{path}, line {line}: column {column!r}")
                 texts = row[column] if isinstance(row[column], list) else [row[column]]
-                if any(text and text.strip() for text in texts):
+                if not caption_columns and any(text and text.strip() for text in texts):
                     break  # `text` is read only if `caption` is empty.
     return rows
 
@@ -212,12 +215,37 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parsed
 
 
+def _list_in_cell(cell: Any) -> Any:
+    """Return the list that a cell of a CSV file holds, written as JSON or as pandas writes it; else the cell."""
+    text = cell.strip() if isinstance(cell, str) else ""
+    # numpy writes no commas, and Python would join its texts into one
+    if not (text.startswith("[") and text.endswith("]")) or re.search(r"['\"]\s+['\"]", text):
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list):
+            return found
+    return cell
+
+
+def check_list(captions: list[Any], where: str) -> None:
+    """Raise `UserError` for a list of captions that is empty or holds None. `where` begins the message."""
+    if not captions:
+        raise UserError(f'{where} holds an empty list; write "" for an image without a caption, or add its captions')
+    if any(text is None or text != text for text in captions):  # NaN differs from itself
+        raise UserError(f"{where} holds a list with an empty entry (null); remove the entry, or write its text")
+
+
 def _caption(value: Any, where: str) -> Any:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
+        check_list(value, where)
         return [_caption(item, where) for item in value]
     kinds = {dict: "an object", list: "a list of lists", bool: "a truth value"}
     shown = str(value) if len(str(value)) <= 40 else str(value)[:37] + "..."

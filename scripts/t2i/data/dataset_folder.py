@@ -34,6 +34,7 @@ def save_dataset_folder(
         splits: the rows of each split. Each iterable is consumed once, one split after the other, so generators keep
             memory small. A row has `image`, `caption`, and further columns, the same ones in each row. `image` is
             encoded bytes, the path of a file as `Path`, a PIL image, or uint8 [H, W, 3]. PIL images and arrays become PNG.
+            `caption` is a text, or a list of texts in each row.
         features: types of the columns. With None, the first row decides the types.
         card_text: text of the dataset card, with or without YAML front matter. Splits and columns are added to the card.
 
@@ -100,9 +101,11 @@ def _features(row: dict[str, Any]) -> datasets.Features:
             found[key] = datasets.Image()
         elif type(value) in kinds:
             found[key] = datasets.Value(kinds[type(value)])
+        elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+            found[key] = datasets.List(datasets.Value("string"))
         else:
             raise UserError(
-                f"column {key!r} holds a {type(value).__name__}; write text, numbers or truth values, or give features"
+                f"column {key!r} holds a {type(value).__name__}; write text, lists of texts, numbers or truth values, or give features"
             )
     return datasets.Features(found)
 

@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2i.config import SourceConfig
+from t2i.config_types import unlisted
 from t2i.data.caption_files import METADATA, SIDECARS, TABLES, TEXTS, metadata_rows, read_sidecar, refuse_pointer
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
-from t2i.data.records import LeftOut, Source, check_label_names, clean, label_caption, label_name
+from t2i.data.records import LeftOut, Source, check_label_names, clean, label_captions, label_name
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json
@@ -280,7 +281,7 @@ class _Listing:
     quarantine: list[dict[str, str]] = field(default_factory=list)  # Images that cannot be listed.
     origins: Counter[str] = field(default_factory=Counter)  # Number of captions by where they come from.
     outside: int = 0  # Number of files outside the splits.
-    joined: int = 0  # Number of caption files with several lines, which are joined.
+    of_lines: int = 0  # Number of caption files with several lines, each of which is a caption.
     served: dict[str, list[str]] = field(default_factory=dict)  # Images by the caption file that is read for them.
     used: set[str] = field(default_factory=set)  # Caption files that belong to an image.
     # Split, row and class of each image without a caption file.
@@ -340,7 +341,7 @@ def _folder_columns(
     notes = {
         "form": f"folder of images{', ' if forms else ''}{', '.join(forms)}",
         "captions_from": dict(listing.origins),
-        "joined_lines": listing.joined,
+        "files_of_several_lines": listing.of_lines,
         "shared_caption_files": [files for files in listing.served.values() if len(files) > 1],
         "files_not_in_metadata": len(unlisted),
         "files_outside_splits": listing.outside,
@@ -381,7 +382,7 @@ def _add_described(
                 listing.pass_by(target)
             else:
                 listing.origins[f"from {PurePosixPath(file).name}"] += 1
-                if cfg.caption_column is None and isinstance(row.get("text"), (str, list)):
+                if not cfg.caption_column and isinstance(row.get("text"), (str, list)):
                     listing.by_text.append((split, listing.count(split), row["text"]))
                 _add_row(listing.columns, split, {**row, "image": target})
     return listed
@@ -402,7 +403,7 @@ def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_label
         if beside := _sidecars_of(file, sidecars):
             row["caption"] = read_sidecar(listing.folder / beside[0])
             listing.origins[f"from {PurePosixPath(beside[0]).suffix.lower()} files"] += 1
-            listing.joined += "\n" in row["caption"].strip()
+            listing.of_lines += isinstance(row["caption"], list)
             listing.used.update(beside)
             listing.served.setdefault(beside[0], []).append(file)
             for other in beside[1:]:
@@ -509,16 +510,16 @@ def _fill_from_classes(
     origins: Counter[str], cfg: SourceConfig,
 ) -> None:  # fmt: skip
     """If only some images have captions, caption the others by their class."""
-    keys = (cfg.caption_column, "caption", "text")
+    keys = (*cfg.caption_column, "caption", "text")
     column = {split: next((key for key in keys if key in part), None) for split, part in columns.items()}
     lacking = [(split, row, label_name(label, cfg.label_names)) for split, row, label in by_class if column[split]]
     if any(label for _, _, label in lacking):
         check_label_names((label for _, _, label in lacking), cfg, name)
     for split, row, label in lacking:
         if label:
-            columns[split][str(column[split])][row] = label_caption(label, cfg.caption_template)
+            columns[split][str(column[split])][row] = unlisted(label_captions(label, cfg.caption_template))
     for part in columns.values():  # If a column holds texts and lists of texts, each text becomes a list.
-        for key in filter(None, keys):
+        for key in keys:
             if any(isinstance(value, list) for value in part.get(key, ())):
                 part[key] = [[value] if isinstance(value, str) else value for value in part[key]]
     for _, _, label in by_class:

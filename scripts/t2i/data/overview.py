@@ -51,33 +51,41 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
     """Count the captions and classes of a data set.
 
     Args:
-        splits: columns of each split: `{split: {"file": [...], "caption": [...], "label": [...] or absent}}`.
+        splits: columns of each split: `{split: {"file": [...], "caption": [...], "label": [...] or absent}}`. If images
+            have several captions, `captions` holds a list of all captions per image.
 
     Returns:
         `classes`: figures on the classes, or None if the data set has no labels. `captions`: number of all, empty and
-        distinct captions, words of the longest one, and the odd ones by kind. `examples`: three pairs (file, caption).
+        distinct captions, words of the longest one, the odd ones by kind, and `per_image`, the lowest, mean and highest
+        number of captions per image. `examples`: three pairs (file, first caption).
     """
     classes: Counter[str] = Counter()
     distinct: set[str] = set()
     odd: dict[str, dict[str, Any]] = {}
-    count = empty = longest = 0
+    empty = longest = 0
+    pairs = [
+        (file, caption)
+        for part in splits.values()
+        for file, captions in zip(part["file"], _all_captions(part), strict=True)
+        for caption in captions
+    ]
+    numbers = [len(captions) for part in splits.values() for captions in _all_captions(part)]
     for part in splits.values():
         classes.update(label for label in part.get("label") or () if label is not None)
-        for file, caption in zip(part["file"], part["caption"], strict=True):
-            count += 1
-            empty += not caption
-            longest = max(longest, len(caption.split()))
-            if caption not in distinct:
-                distinct.add(caption)
-                kind = next((kind for kind, test in ODD.items() if test(caption, file)), None) if caption else None
-                if kind:
-                    entry = odd.setdefault(kind, {"count": 0, "first": [], "texts": []})
-                    entry["texts"].append(caption)
-                    if len(entry["first"]) < 2:
-                        entry["first"].append(f"{file}: {_short(caption, 40)!r}")
+    for file, caption in pairs:
+        empty += not caption
+        longest = max(longest, len(caption.split()))
+        if caption not in distinct:
+            distinct.add(caption)
+            kind = next((kind for kind, test in ODD.items() if test(caption, file)), None) if caption else None
+            if kind:
+                entry = odd.setdefault(kind, {"count": 0, "first": [], "texts": []})
+                entry["texts"].append(caption)
+                if len(entry["first"]) < 2:
+                    entry["first"].append(f"{file}: {_short(caption, 40)!r}")
     for entry in odd.values():
         texts = set(entry.pop("texts"))
-        entry["count"] = sum(caption in texts for part in splits.values() for caption in part["caption"])
+        entry["count"] = sum(caption in texts for _, caption in pairs)
     coded = [name for name in classes if re.search(r"\d", name)]
     by_letters: dict[str, list[str]] = {}
     for name in classes:
@@ -95,9 +103,20 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
         }
         if ranked
         else None,
-        "captions": {"count": count, "empty": empty, "distinct": len(distinct - {""}), "longest": longest, "odd": odd},
+        "captions": {
+            "count": len(pairs),
+            "empty": empty,
+            "distinct": len(distinct - {""}),
+            "longest": longest,
+            "odd": odd,
+            "per_image": (min(numbers), len(pairs) / len(numbers), max(numbers)) if numbers else None,
+        },
         "examples": [(first["file"][row], first["caption"][row]) for row in shown],
     }
+
+
+def _all_captions(part: dict[str, list[Any]]) -> list[list[str]]:
+    return part.get("captions") or [[caption] for caption in part["caption"]]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -124,16 +143,17 @@ def table(report: dict[str, Any]) -> str:
     if report.get("captions_missing"):
         rows[-1] = ("captions", "none, and this training needs none")
     elif captions:
-        several = report.get("several_captions")
-        more = f", {several:,} images have several: the first is used" if several else ""
-        rows.append(
-            ("", f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
-                 f"{more}")
-        )  # fmt: skip
+        text = f"{captions['distinct']:,} distinct, {captions['empty']:,} empty, longest {captions['longest']:,} words"
+        rows.append(("", text))
+        fewest, mean, most = captions.get("per_image") or (1, 1, 1)
+        if most > 1:
+            number = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,} ({mean:.1f} on average)"
+            rows.append(("", f"{number} per image: each training step draws one of them"))
     if report.get("caption_prefix"):
         rows.append(("", f"each begins with {_short(report['caption_prefix'], 40)!r} (--caption_prefix)"))
-    if report.get("joined_lines"):
-        rows.append(("", f"{report['joined_lines']:,} caption files have several lines, which are joined"))
+    if lines := report.get("files_of_several_lines"):
+        text = "1 caption file has" if lines == 1 else f"{lines:,} caption files have"
+        rows.append(("", f"{text} several lines: each line is a caption"))
     if shared := report.get("shared_caption_files"):
         text = "1 caption file serves" if len(shared) == 1 else f"{len(shared):,} caption files each serve"
         more = "; …" if len(shared) > 1 else ""
@@ -214,5 +234,7 @@ def describe_folder(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
         with pa.OSFile(str(folder / f"{name}.arrow")) as file:
             rows = pa.ipc.open_stream(file).read_all()
             kept = [key for key in ("file", "caption", "label") if key in rows.column_names]
+            if "captions" in rows.column_names and pa.types.is_list(rows.schema.field("captions").type):
+                kept.append("captions")  # a data set may have a column of this name with other content
             columns[name] = rows.select(kept).to_pydict()
     return describe(columns)

@@ -22,7 +22,8 @@ class Split:
         pixels: the images, uint8 [N, R, R, 3], memory-mapped and read-only. `pixels[i]` belongs to `rows[i]`.
         rows: a row of text per image, memory-mapped. Each row has the strings `id`, `file` and `caption`, `label` if the
             data set has labels, and the data set's other plain columns. `id` is 16 hex digits of the image file's
-            SHA-256, so copies of an image have the same `id`.
+            SHA-256, so copies of an image have the same `id`. `caption` is the first caption of the image. If images may
+            have several captions, the list `captions` holds all of them.
         fingerprint: hash of the pixels, which does not depend on the captions.
     """
 
@@ -32,6 +33,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def captions(self, limit: int | None = None) -> list[list[str]]:
+        """Return all captions of the first `limit` images, or of all images: at least one each, which may be empty."""
+        if isinstance(self.rows.features.get("captions"), datasets.List):
+            return list(self.rows["captions"][:limit])
+        return [[caption] for caption in self.rows["caption"][:limit]]
 
 
 def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:

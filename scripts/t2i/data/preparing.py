@@ -36,6 +36,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from t2i.config import DataConfig
+from t2i.config_types import unlisted
 from t2i.data import overview
 from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit, image_bytes
 from t2i.data.prepared import Split, check_bad_share, open_splits
@@ -54,7 +55,7 @@ from t2i.data.records import (
 from t2i.data.sources import find_source
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
-from t2i.files import hash_json, write_json
+from t2i.files import hash_json, read_json, write_json
 from t2i.runs import prepared_folder
 
 CACHE_VERSION = 1  # Part of every cache key. Change it if the content of a cache folder changes.
@@ -88,10 +89,11 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         UserError: the data set is missing, empty or without captions, the disk is full, or more than
             `cfg.max_bad_share` of the images are bad.
     """
-    if "{label}" not in cfg.caption_template:
-        raise UserError(
-            f"caption_template {cfg.caption_template!r} does not contain {{label}}; write e.g. 'a photo of a {{label}}'"
-        )
+    for template in cfg.caption_template:
+        if "{label}" not in template:
+            raise UserError(
+                f"caption_template {template!r} does not contain {{label}}; write e.g. 'a photo of a {{label}}'"
+            )
     cache = Path(cfg.cache_dir).expanduser() / "pixels"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -105,15 +107,16 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         *("validation_fraction", "split_seed"),
     )
     shaping = [getattr(cfg, name) for name in settings]
+    shaping[2:4] = map(unlisted, shaping[2:4])  # Older caches, made with one column and one template, stay valid.
     shaping += [cfg.caption_prefix] if cfg.caption_prefix else []  # Older caches without a prefix stay valid.
     shaping += [] if HEIF_FIX else ["heif"]  # With pillow-heif, photos are read that were left out without it.
     key = hash_json([CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, shaping])
-    folder = prepared_folder(cfg.cache_dir, key)
     with FileLock(cache / f"{key}.lock"):
-        if folder.is_dir():
+        folder = _find(cfg.cache_dir, key)
+        if folder:
             say(f"reusing the prepared images of {source.name} in {folder}")
         else:
-            _build(source, cfg, folder, say, captions)
+            folder = _build(source, cfg, key, say, captions)
             pa.default_memory_pool().release_unused()  # Otherwise Arrow keeps its buffers during the whole training.
     report = overview.read_report(folder, source) | {"caption_prefix": cfg.caption_prefix}
     if captions and report.get("captions_missing"):  # The images were prepared for a training without captions.
@@ -126,7 +129,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         raise UserError(
             f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} lists the reasons: fix the images"
         )
-    return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
+    return Splits(train, validation, test, quarantine, fingerprint=folder.name, report=report)
 
 
 # Preparing: digests, splits, pixels, rows
@@ -154,15 +157,36 @@ def _choose(order: np.ndarray, cfg: DataConfig, own_validation: bool) -> tuple[n
     return train, np.flatnonzero(to_validation)
 
 
-def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None], need_captions: bool) -> None:
-    """Write the cache folder under another name and rename it at the end, so it appears only when it is complete."""
+def _several_key(key: str) -> str:
+    """Return the key of a cache whose images have several captions. Older versions stored only the first ones, under `key`."""
+    return hash_json([key, "several captions"])
+
+
+def _find(cache_dir: str, key: str) -> Path | None:
+    """Return the cache folder of a data set, or None if no folder holds all of its captions."""
+    several, single = prepared_folder(cache_dir, _several_key(key)), prepared_folder(cache_dir, key)
+    if several.is_dir():
+        return several
+    return single if single.is_dir() and not read_json(single / "report.json").get("several_captions") else None
+
+
+def _build(source: Source, cfg: DataConfig, key: str, say: Callable[[str], None], need_captions: bool) -> Path:
+    """Write the cache folder under another name and rename it at the end, so it appears only when it is complete.
+
+    Returns:
+        The cache folder. Its name depends on whether images have several captions.
+    """
+    folder = prepared_folder(cfg.cache_dir, key)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # A killed process left it. This process holds the lock.
     part.mkdir()
     try:
-        _build_in(part, source, cfg, folder, say, need_captions)
+        if _build_in(part, source, cfg, folder.parent, say, need_captions):
+            folder = prepared_folder(cfg.cache_dir, _several_key(key))
         shutil.rmtree(part / "source", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier version, which took repeated captions for several
         os.replace(part, folder)
+        return folder
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(
@@ -175,14 +199,15 @@ def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], N
 
 def _build_in(
     part: Path, source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None], need_captions: bool
-) -> None:
+) -> int:
+    """Write what a cache folder holds into `part`. Return the number of images with several captions."""
     _check_room(part, source.disk_bytes)
     candidates = open_candidates(source.open(part / "source"), source, cfg)
     missing = find_captions(candidates, source)
     if missing and need_captions:
         raise UserError(missing)
     rows = {split: images.rows for split, images in candidates.items()}
-    columns = {split: (images.caption, images.label) for split, images in candidates.items()}
+    columns = {split: (images.captions, images.label) for split, images in candidates.items()}
     origins = caption_origins(rows, columns, "captions_from" in source.notes, cfg)
     with ThreadPoolExecutor(WORKERS) as pool:
         digests = {split: images.digests(pool) for split, images in candidates.items()}
@@ -240,6 +265,7 @@ def _build_in(
             f"left out {len(quarantine):,} of {found:,} images: {report['quarantined_by_reason']}; "
             "quarantine.jsonl there lists them"
         )
+    return several
 
 
 def _write_split(
@@ -276,6 +302,9 @@ class _SplitWriter:
         self.kept: list[int] = []  # Rows of the added images in the source's split.
         self.empty = self.several = 0  # Numbers of added images without a caption, and with several captions.
         self._path, self._has_labels, self._schema = folder / split, images.label is not None, images.schema
+        self._has_several = isinstance(
+            datasets.Features.from_arrow_schema(images.schema).get("captions"), datasets.List
+        )
         self._rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> _SplitWriter:
@@ -289,10 +318,12 @@ class _SplitWriter:
     def add(self, record: Record, pixels: np.ndarray) -> None:
         self._pixels.write(pixels.tobytes())
         self.kept.append(record.index)
-        self.empty += not record.caption
-        self.several += record.several_captions
-        row = {"id": self.digests[record.index].tobytes().hex()[:16], "file": record.file, "caption": record.caption}
-        self._rows.append({**row, "label": record.label, **record.extras} if self._has_labels else row | record.extras)
+        self.empty += not record.captions[0]
+        self.several += len(record.captions) > 1
+        digest = self.digests[record.index].tobytes().hex()
+        row = {"id": digest[:16], "file": record.file, "caption": record.captions[0], **record.extras}
+        row |= {"captions": record.captions} if self._has_several else {}
+        self._rows.append(row | {"label": record.label} if self._has_labels else row)
         if len(self._rows) == ROWS_PER_BATCH:
             self._flush_rows()
 
@@ -324,7 +355,7 @@ class _SplitWriter:
 
 def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:
     """Return the fix for a data set whose captions are all empty: another column with text, or how to add captions."""
-    for column in {"caption", "text"} & set(rows.column_names) - {cfg.caption_column or "caption"}:
+    for column in {"caption", "text"} & set(rows.column_names) - set(cfg.caption_column or ["caption"]):
         if any(map(clean, rows[column])):
             return f"column {column!r} holds text: give --caption_column {column}"
     return CAPTION_FIX

@@ -21,7 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from t2i.config import SourceConfig
-from t2i.data.caption_files import TABLES, TEXTS
+from t2i.data.caption_files import TABLES, TEXTS, check_list
 from t2i.data.images import image_digest
 from t2i.data.workers import in_order
 from t2i.errors import UserError
@@ -60,10 +60,10 @@ class Record:
     file: str  # File name to show, or a name such as `train[3]` if the image has no path.
     image: dict[str, Any] | None  # The undecoded image: its `bytes` or its `path`.
     roots: tuple[Path, ...]  # The same folders as in `Source.roots`.
-    caption: str  # One line with the prefix. An empty caption makes the image unconditional.
+    # Distinct captions, each on one line with the prefix. A single, empty caption makes the image unconditional.
+    captions: list[str]
     label: str | None
     extras: dict[str, Any]  # Values of the other plain columns.
-    several_captions: bool  # Whether the source has several captions for this image.
 
     @property
     def path(self) -> str | None:
@@ -82,22 +82,27 @@ class Candidates:
     split: str
     roots: tuple[Path, ...]
     cfg: SourceConfig
-    caption: str | None = None  # Name of the caption column.
+    captions: list[str] = field(default_factory=list)  # Names of the caption columns.
     label: str | None = None  # Name of the class column.
     extras: list[str] = field(default_factory=list)  # Names of the other plain columns.
-    # Schema of a prepared row: id, file, caption, label if there are classes, and the extras.
+    # Schema of a prepared row: id, file, caption, captions if images may have several, label if there are classes, and
+    # the extras.
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def set_columns(self, caption: str | None, label: str | None) -> None:
-        """Set the caption column and the class column of the records, and build the Arrow schema of a prepared row."""
-        self.caption, self.label = caption, label
-        taken = {"id", "file", "caption", "label", "labels", self.cfg.image_column, caption, label}
+    def set_columns(self, captions: list[str], label: str | None) -> None:
+        """Set the caption columns and the class column of the records, and build the Arrow schema of a prepared row."""
+        self.captions, self.label = captions, label
+        texts = len(captions) if captions else len(self.cfg.caption_template) if label else 1
+        several = texts > 1 or any(hasattr(self.rows.features[key], "feature") for key in captions)
+        taken = {"id", "file", "caption", "label", "labels", self.cfg.image_column, label, *captions}
+        taken |= {"captions"} if several else set()
         self.extras = [key for key, kind in self.rows.features.items() if key not in taken and is_plain(kind)]
         text = datasets.Value("string")
-        features: dict[str, Any] = {"id": text, "file": text, "caption": text} | ({"label": text} if label else {})
+        features: dict[str, Any] = {"id": text, "file": text, "caption": text}
+        features |= ({"captions": datasets.List(text)} if several else {}) | ({"label": text} if label else {})
         for key in self.extras:
             kind = self.rows.features[key]
             features[key] = text if isinstance(kind, datasets.ClassLabel) else kind
@@ -118,7 +123,7 @@ class Candidates:
         """
         column, extras = self.cfg.image_column, self.extras
         chosen = np.arange(len(self.rows)) if indices is None else indices
-        needed = list(dict.fromkeys(key for key in (self.caption, self.label, *extras) if key))
+        needed = list(dict.fromkeys(key for key in (*self.captions, self.label, *extras) if key))
         images, texts = self.rows.select_columns([column]), self.rows.select_columns(needed)
         for start in range(0, len(chosen), ROWS_PER_BATCH):
             batch_indices = chosen[start : start + ROWS_PER_BATCH]
@@ -126,18 +131,23 @@ class Candidates:
             batch = {key: [plain(self.rows.features[key], value) for value in values] for key, values in batch.items()}
             for position, row in enumerate(images.select(batch_indices)):
                 image, index = row[column], int(batch_indices[position])
+                file = shown_file(image and image["path"], self.split, index)
                 label = label_name(batch[self.label][position], self.cfg.label_names) if self.label else None
-                caption = batch[self.caption][position] if self.caption else None
-                text = clean(caption) if self.caption else label_caption(label, self.cfg.caption_template)
+                texts_of_image = (
+                    clean_all(
+                        {key: batch[key][position] for key in self.captions}, f"{self.split}, row {index} ({file})"
+                    )
+                    if self.captions
+                    else label_captions(label, self.cfg.caption_template)
+                )
                 yield Record(
                     index=index,
-                    file=shown_file(image and image["path"], self.split, index),
+                    file=file,
                     image=image,
                     roots=self.roots,
-                    caption=prefixed(text, self.cfg.caption_prefix),
+                    captions=prefixed_all(texts_of_image, self.cfg.caption_prefix),
                     label=label,
                     extras={key: batch[key][position] for key in extras},
-                    several_captions=has_several(caption),
                 )
 
 
@@ -150,14 +160,14 @@ def open_candidates(rows: Mapping[str, datasets.Dataset], source: Source, cfg: S
 def find_captions(candidates: Mapping[str, Candidates], source: Source) -> str:
     """Choose the caption and label columns of each split. Return the reason if there are no captions, otherwise ""."""
     left_out, missing = source.notes.get("left_out"), ""
-    columns: dict[str, tuple[str | None, str | None]]
+    columns: dict[str, tuple[list[str], str | None]]
     try:
         columns = {
             split: caption_columns(part.rows, part.cfg, source.name, split, left_out)
             for split, part in candidates.items()
         }
     except UserError as error:
-        missing, columns = str(error), dict.fromkeys(candidates, (None, None))
+        missing, columns = str(error), dict.fromkeys(candidates, ([], None))
     for split, part in candidates.items():
         part.set_columns(*columns[split])
     return missing
@@ -193,14 +203,14 @@ def label_column(rows: datasets.Dataset) -> str | None:
 
 def caption_columns(
     rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str, left_out: LeftOut | None = None
-) -> tuple[str | None, str | None]:
-    """Return (caption column, label column) of a split. A missing column is None.
+) -> tuple[list[str], str | None]:
+    """Return (caption columns, label column) of a split. A missing label column is None.
 
-    Only the training split must have at least one of the two columns.
+    Only the training split must have at least one caption column or the label column.
 
     Args:
         rows: rows of the split.
-        cfg: settings that may name the caption column.
+        cfg: settings that may name caption columns.
         name: name of the data set, for messages.
         split: name of the split.
         left_out: files that were left out of the listing. A message names the table among them that may hold captions.
@@ -211,13 +221,11 @@ def caption_columns(
     """
     columns = rows.column_names
     label = label_column(rows)
-    if cfg.caption_column is not None:
-        if split == "train":
-            _require_column(rows, cfg.caption_column, "--caption_column", name, split)
-        caption = cfg.caption_column if cfg.caption_column in columns else None
-    else:
-        caption = next((column for column in ("caption", "text") if column in columns), None)
-    if caption is None and label is None and split == "train":
+    for column in cfg.caption_column if split == "train" else ():
+        _require_column(rows, column, "--caption_column", name, split)
+    captions = [column for column in dict.fromkeys(cfg.caption_column or ("caption", "text")) if column in columns]
+    captions = captions if cfg.caption_column else captions[:1]
+    if not captions and label is None and split == "train":
         passed = {reason: (left_out or {}).get(reason, {"count": 0}) for reason in (TABLES, TEXTS)}
         several = passed[TEXTS]["count"] > 1  # Several text files are not a table, but notes or labels per image.
         meant = [
@@ -225,14 +233,15 @@ def caption_columns(
         ]
         fix = f"if {meant[0]} holds the captions, {_AS_METADATA}" if meant else CAPTION_FIX
         raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {fix}")
-    if caption is not None and not _holds_text(rows.features[caption]):
-        raise UserError(
-            f"{name}: column {caption!r} holds {_kind(rows.features[caption])} instead of captions; write texts or lists "
-            "of texts, or name another --caption_column"
-        )
-    if caption is None and label is not None:
+    for column in captions:
+        if not _holds_text(rows.features[column]):
+            raise UserError(
+                f"{name}: column {column!r} holds {_kind(rows.features[column])} instead of captions; write texts or lists "
+                "of texts, or name another --caption_column"
+            )
+    if not captions and label is not None:
         check_label_names(class_names(rows, label, cfg, name), cfg, name)
-    return caption, label
+    return captions, label
 
 
 def _holds_text(kind: Any) -> bool:
@@ -334,10 +343,33 @@ def prefixed(caption: str, prefix: str) -> str:
     return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
 
 
-def label_caption(label: str | None, template: str) -> str:
-    """Return the caption for a label, made from `template`. No label gives an empty caption."""
+def label_captions(label: str | None, templates: list[str]) -> list[str]:
+    """Return the distinct captions for a label, made from `templates`. No label gives one empty caption."""
     words = clean(re.sub(r"[_-]", " ", label)) if label is not None else ""
-    return template.replace("{label}", words) if words else ""
+    return list(dict.fromkeys(template.replace("{label}", words) for template in templates)) if words else [""]
+
+
+def clean_all(values: Mapping[str, Any], where: str) -> list[str]:
+    """Return the distinct captions of an image, each on one line; an empty one if the image has no caption.
+
+    Args:
+        values: a text, a list of texts or None for each caption column.
+        where: the image, for a message.
+
+    Raises:
+        UserError: a list is empty or holds None.
+    """
+    texts: list[str] = []
+    for column, value in values.items():
+        if isinstance(value, list):
+            check_list(value, f"{where}: column {column!r}")
+        texts += map(clean, value if isinstance(value, list) else [value])
+    return list(dict.fromkeys(filter(None, texts))) or [""]
+
+
+def prefixed_all(captions: Iterable[str], prefix: str) -> list[str]:
+    """Return the distinct captions of an image with `--caption_prefix` before each; see `prefixed`."""
+    return list(dict.fromkeys(prefixed(caption, prefix) for caption in captions))
 
 
 def shown_file(path: str | None, split: str, index: int) -> str:
@@ -346,18 +378,8 @@ def shown_file(path: str | None, split: str, index: int) -> str:
     return Path(path).name if os.path.isabs(path) else path
 
 
-def has_several(caption: Any) -> bool:
-    """Return whether a value of a caption column is a list of several captions."""
-    return isinstance(caption, list) and sum(map(bool, caption)) > 1
-
-
-def count_several(captions: Iterable[Any]) -> int:
-    """Return how many values of a caption column are lists of several captions."""
-    return sum(map(has_several, captions))
-
-
 def caption_origins(
-    rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[str | None, str | None]], counted: bool,
+    rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[list[str], str | None]], counted: bool,
     cfg: SourceConfig,
 ) -> list[str]:  # fmt: skip
     """Return in words where the captions of each split come from.
@@ -365,17 +387,18 @@ def caption_origins(
     With `counted`, the listing of a folder has already counted captions by file, so these are not repeated.
     """
     found: dict[str, list[str]] = {}
-    for split, (caption, label) in captions.items():
-        if not (counted and caption in (None, "caption") and label in (None, "label")):
-            origin = f"column {caption!r}" if caption else f"class, column {label!r}" if label else "none"
+    for split, (columns, label) in captions.items():
+        if not (counted and columns in ([], ["caption"]) and label in (None, "label")):
+            named = f"column{'s' if len(columns) > 1 else ''} {', '.join(map(repr, columns))}"
+            origin = named if columns else f"class, column {label!r}" if label else "none"
             found.setdefault(origin, []).append(split)
     said = [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
-    if cfg.caption_column is None and any(
-        captions[split][0] == "caption" and "text" in rows[split].column_names for split in captions
+    if not cfg.caption_column and any(
+        captions[split][0] == ["caption"] and "text" in rows[split].column_names for split in captions
     ):
         where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
         said.append(f"column 'text' {where}")
-    named = [(rows[split], label) for split, (caption, label) in captions.items() if label and not caption]
-    if cfg.label_names and named and not any(has_numbers(part, str(label), cfg) for part, label in named):
+    by_class = [(rows[split], label) for split, (columns, label) in captions.items() if label and not columns]
+    if cfg.label_names and by_class and not any(has_numbers(part, str(label), cfg) for part, label in by_class):
         said.append("--label_names is not used, as no class is a number")
     return said

@@ -44,6 +44,7 @@ def render_dataset_card(
     language: Sequence[str] = ("en",),
     source_datasets: Sequence[str] = ("original",),
     tags: Sequence[str] = (),
+    several_captions: bool = False,
 ) -> str:
     """Return the text of a dataset card. `save_dataset_folder` adds the YAML keys that describe the files.
 
@@ -63,6 +64,7 @@ def render_dataset_card(
         language: Languages of the captions, as ISO 639-1 codes.
         source_datasets: Origin for the Hub: `original`, or `extended|ORG/NAME`.
         tags: Tags of the card in addition to `text-to-image` and `image-captions`.
+        several_captions: Whether the column `caption` holds lists of captions.
 
     Raises:
         UserError: The template of the dataset card is missing.
@@ -102,6 +104,7 @@ def render_dataset_card(
             for check in CHECKS
             for row in audit["checks"][check]["examples"]
         ],
+        several=several_captions,
         load=repo_id if repo_id and re.fullmatch(r"[\w./-]+", repo_id, re.ASCII) else "path/to/this/folder",
         first_split=re.sub(r"\W", "", next(iter(splits), "train")),
         provenance={_text(label): _text(value) for label, value in (provenance or {}).items()},

@@ -454,10 +454,11 @@ def _vae_origin(recipe: Recipe, vae_run: dict[str, Any]) -> str:
 
 def _captions(recipe: Recipe) -> str:
     begin = f"; each begins with “{_text(recipe.data.caption_prefix)}”" if recipe.data.caption_prefix else ""
-    if recipe.data.caption_column:
-        return f"column {_text(recipe.data.caption_column)} of the data set{begin}"
-    template = _text(recipe.data.caption_template)
-    return f"column caption or text of the data set; if it has only labels, the template “{template}”{begin}"
+    if columns := recipe.data.caption_column:
+        return f"column{'s' if len(columns) > 1 else ''} {', '.join(map(_text, columns))} of the data set{begin}"
+    several = "s" if len(recipe.data.caption_template) > 1 else ""
+    templates = ", ".join(f"“{_text(template)}”" for template in recipe.data.caption_template)
+    return f"column caption or text of the data set; if it has only labels, the template{several} {templates}{begin}"
 
 
 def _distribution(result: dict[str, Any]) -> str:
@@ -504,7 +505,7 @@ def _tracking(view: Any) -> str:
 
 def _example(recipe: Recipe) -> str:
     prompts = recipe.train_unet.validation_prompts
-    words = (recipe.data.caption_prefix, recipe.data.caption_template.replace("{label}", "rose"))
+    words = (recipe.data.caption_prefix, recipe.data.caption_template[0].replace("{label}", "rose"))
     return prompts[0] if prompts else " ".join(filter(None, words))
 
 
