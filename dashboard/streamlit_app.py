@@ -1,9 +1,9 @@
-"""The dashboard: pictures side by side, curves of many runs, and how runs differ.
+"""Show runs in a dashboard: pictures side by side, curves of many runs, and how runs differ.
 
 streamlit run dashboard
 
-Run it from the repository root. It shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
-(mlflow.db if that is unset). It only reads runs: t2i computes everything.
+Run the dashboard from the repository root. It shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
+(mlflow.db if that is unset). The dashboard only reads runs: t2i computes everything.
 
 Behind a reverse proxy or a notebook server, if HOST is the name in the browser's address:
 streamlit run dashboard --server.allowedHosts=HOST --server.allowedHosts=localhost --server.corsAllowedOrigins=https://HOST
@@ -59,7 +59,7 @@ def main() -> None:
 def change_page(page: str) -> None:
     """Take the chosen runs along to another page, unless the URL says which runs (a link, Back). Forget all else.
 
-    A name in the URL belongs to one page: `seed` is a number on one page and a list on another.
+    Each page has its own URL parameters: `seed`, for example, is a number on one page and a list on another.
     """
     state = st.session_state
     before, state["_page"] = state.get("_page"), page

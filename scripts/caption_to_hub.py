@@ -70,11 +70,11 @@ class Photo:
     """An image of the source and the result of its inspection."""
 
     split: str
-    row: int  # Row within its split.
+    row: int  # Row of the image within its split.
     file: str
     id: str  # First 32 hex digits of the SHA-256 of the image file.
-    reason: str | None  # Why the image cannot be used; None if it can.
-    colors: dict[str, float]  # Named colors and their shares; empty if the image cannot be used.
+    reason: str | None  # Reason why the image cannot be used, or None.
+    colors: dict[str, float]  # Share of the image by color name. Empty if the image cannot be used.
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Entry:
     """A photo and its caption, as the data set gets them."""
 
     photo: Photo
-    caption: str  # Cleaned, with the prefix.
+    caption: str  # Caption after cleaning, with the prefix.
     label: str | None
-    line: dict[str, Any]  # The caption's line in captions.jsonl.
+    line: dict[str, Any]  # Line of captions.jsonl that holds the caption.
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def require_own(folder: Path, dataset: Path) -> None:
     """Check that this script may write into `folder`.
 
     Raises:
-        UserError: `folder` holds files of others, or it lies in the folder of the data set.
+        UserError: `folder` holds files that this script did not write, or it lies in the folder of the data set.
     """
     if dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
         raise UserError(
@@ -177,7 +177,7 @@ def model_name(config: CaptionConfig) -> "ModelName":
 
 
 def run_settings(recipe: Recipe, source: records.Source, name: "ModelName") -> dict[str, Any]:
-    """Return what decides whether the folder's captions belong to this command."""
+    """Return the settings that must be unchanged for the captions in the output folder to be reused."""
     settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OPTIONS}
     settings = {key: value for key, value in settings.items() if value is not None or key not in NEWER_OPTIONS}
     data = recipe.data
@@ -196,7 +196,7 @@ def captions_hash(folder: Path) -> str:
 
 
 def print_input(recipe: Recipe) -> None:
-    """Print what a run would read, and write nothing."""
+    """Print the summary of the data set that this command would read, and write nothing."""
     source = sources.find_source(recipe.data)
     with tempfile.TemporaryDirectory(prefix="t2i-") as scratch:
         rows = ordered_rows(source, recipe, Path(scratch))
@@ -206,13 +206,13 @@ def print_input(recipe: Recipe) -> None:
 
 
 def open_rows(source: records.Source, recipe: Recipe, folder: Path, accelerator: Any) -> dict[str, datasets.Dataset]:
-    """Return the source's rows by split, with images not decoded."""
+    """Return the rows of the source by split, with undecoded images."""
     with accelerator.local_main_process_first():  # the other processes reuse its copy of Parquet files
         return ordered_rows(source, recipe, folder / WORK / "source")
 
 
 def ordered_rows(source: records.Source, recipe: Recipe, scratch: Path) -> dict[str, datasets.Dataset]:
-    """Return the source's rows by split, train first. Copies that opening needs go to `scratch`."""
+    """Return the rows of the source by split, train first. Temporary copies of files go to `scratch`."""
     rows = source.open(scratch)
     order = [split for split in ("train", "validation", "test") if split in rows]
     return {split: records.check_image_column(rows[split], recipe.data, source.name, split) for split in order}
@@ -240,7 +240,7 @@ def load_photos(
 
 
 def inspect_photos(source: records.Source, rows: dict[str, Any], recipe: Recipe) -> Iterator[Photo]:
-    """Decode each image once: yield its hash and colors, or why it cannot be used."""
+    """Decode each image once, and yield a `Photo` with hash and colors, or with the reason why it cannot be used."""
 
     def inspect(cell: Any) -> tuple[str | None, str, str | None, dict[str, float]]:
         name, digest = cell and cell["path"], image_digest(cell, source.roots).hex()[:32]
@@ -269,13 +269,13 @@ def bad_photos(source: records.Source, photos: list[Photo]) -> list[dict[str, An
 
 
 def check_bad_share(source: records.Source, photos: list[Photo], recipe: Recipe, listing: Path) -> None:
-    """Raise `UserError` if more images are bad than `--max_bad_share` allows. `listing` is the file that names them."""
+    """Raise `UserError` if more images are bad than `--max_bad_share` allows. `listing` is the file that lists these images."""
     total = len(photos) + len(source.quarantine)
     prepared.check_bad_share(source.name, bad_photos(source, photos), total, recipe.data.max_bad_share, listing)
 
 
 def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Photo], recipe: Recipe) -> None:
-    """Print the table of `t2i.data.overview`: the images, and the captions if the data set brings them."""
+    """Print the summary table of `t2i.data.overview`: the images, and the captions if the data set has any."""
     usable = [photo for photo in photos if not photo.reason]
     texts = source_texts(rows, recipe)
     labels = {split: labels_of(split_rows, recipe) for split, split_rows in rows.items()}
@@ -327,11 +327,13 @@ def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Ph
 def plan_captions(
     photos: list[Photo], rows: dict[str, Any], recipe: Recipe, name: "ModelName", folder: Path, accelerator: Any
 ) -> tuple[dict[Key, tuple[Photo, str]], list[Key | None]]:
-    """Compare the photos with captions.jsonl. Copies of an image share a caption, unless each has a text of its own.
+    """Compare the photos with captions.jsonl, and find the photos that still need a caption.
+
+    Copies of an image share one caption, unless the data set has a caption for each copy.
 
     Returns:
-        The captions to make, `{key: (photo, text)}`; the text is "" if a model makes it.
-        The key of each photo; None for photos that cannot be used.
+        The captions to make, `{key: (photo, text)}`. The text is "" if a model makes the caption.
+        The key of each photo, or None for photos that cannot be used.
     """
     texts = source_texts(rows, recipe)
     done = ledger.read(folder / "captions.jsonl")
@@ -373,12 +375,12 @@ def plan_captions(
 
 
 def is_edited(line: dict[str, Any]) -> bool:
-    """Return whether a person changed the caption of this line of captions.jsonl."""
+    """Return whether a person has edited the caption in this line of captions.jsonl."""
     return bool(line.get("made") != hash_json(line["caption"]))
 
 
 def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] | None:
-    """Return the captions that the data set brings or that its labels give, by split; None if a model makes them."""
+    """Return the captions by split, from the data set itself or from its labels. None if a model makes the captions."""
     kind, data = recipe.caption.captioner, recipe.data
     if kind not in NO_MODEL:
         return None
@@ -402,7 +404,7 @@ def source_texts(rows: dict[str, Any], recipe: Recipe) -> dict[str, list[str]] |
 
 
 def labels_of(split_rows: datasets.Dataset, recipe: Recipe) -> list[str | None] | None:
-    """Return the label name of each row; None if the split has no labels."""
+    """Return the label name of each row, or None if the split has no labels."""
     column = records.label_column(split_rows)
     if column is None:
         return None
@@ -449,7 +451,9 @@ def caption_batches(
     recipe: Recipe,
     accelerator: Any,
 ) -> Iterator[tuple[list[tuple[Key, Photo]], list[str]]]:
-    """Yield batches with their texts. A thread decodes the next batches; the batch is halved if memory runs out."""
+    """Yield batches of photos with their captions. A thread decodes the next batches meanwhile.
+
+    The batch size is halved if memory runs out."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list[Image.Image], Any]:
@@ -489,16 +493,17 @@ def caption_batches(
 
 
 def generation_settings(config: CaptionConfig) -> str:
-    """Return the settings that shape a model's captions and are not in their key."""
+    """Return the settings of text generation that are not part of a caption's key, although they change the captions."""
     openings = "stripped" if config.strip_boilerplate else "kept"
     newer = "".join(f", {key} {value:g}" for key in NEWER_OPTIONS if (value := getattr(config, key)) is not None)
     return f"{config.num_beams} beams, at most {config.max_new_tokens} tokens, openings {openings}{newer}"
 
 
 def ledger_line(key: Key, photo: Photo, text: str, config: CaptionConfig) -> dict[str, Any]:
-    """Return a line of captions.jsonl.
+    """Return the line of captions.jsonl for a caption.
 
-    `made` is a hash of the caption, by which later edits are recognised. `raw` is the text before cleaning, if it differs.
+    In the line, `made` is a hash of the caption, by which later edits are recognised. `raw` is the text before cleaning, if
+    cleaning changed it.
     """
     caption = auditing.clean_caption(text)
     if config.strip_boilerplate and config.captioner not in NO_MODEL:
@@ -522,7 +527,7 @@ def write_dataset(
     run: RunFolder,
     folder: Path,
 ) -> None:
-    """Write Parquet shards, audit and card from the captions that captions.jsonl holds now."""
+    """Write the data set's Parquet shards, audit and card from the present content of captions.jsonl."""
     lines = ledger.read(folder / "captions.jsonl")
     labels = {split: labels_of(split_rows, recipe) for split, split_rows in rows.items()}
     entries = []
@@ -685,7 +690,7 @@ def dataset_rows(
 
 
 def push(folder: Path, config: CaptionConfig) -> None:
-    """Upload Parquet, card and pictures. What people wrote into the card, here or on the Hub, stays."""
+    """Upload the dataset folder to the Hub. Texts that people wrote into the card, here or on the Hub, stay."""
     card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")
     last = pushed.read_text(encoding="utf-8") if pushed.is_file() else None

@@ -2,8 +2,8 @@
 
 python scripts/clean_caches.py
 
-Nothing is removed before you confirm it. Finished models, metrics, evaluations and samples are never removed. Runs at
-work are left alone.
+Every removal needs your confirmation. Finished models, metrics, evaluations and samples are never removed. Runs at
+work are not touched.
 """
 
 import json
@@ -25,7 +25,7 @@ from t2i.files import read_object
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
 
-CACHES = ("pixels", "latents", "text")  # the suite's folders in a cache folder, where others may keep more
+CACHES = ("pixels", "latents", "text", "features")  # the suite's folders in a cache folder, where others may keep more
 Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)
 LOST = {
@@ -44,7 +44,7 @@ class Options:
     cache_dir: PathText = DataConfig().cache_dir  # Folder for prepared images, latents and text embeddings.
     # Kinds to remove without asking.
     remove: Annotated[list[Kind], Field(max_length=4)] = field(default_factory=list)
-    dry_run: Flag = False  # List the files, and remove none.
+    dry_run: Flag = False  # List the files without removing any.
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
-    """Return the idle run folders below `outputs`, and those that must not be touched: at work, or unreadable."""
+    """Return the idle run folders below `outputs`, and the run folders that are at work or unreadable."""
     runs: list[Path] = []
     busy: list[Path] = []
     for file in sorted(outputs.rglob("run.json")):
@@ -96,7 +96,7 @@ def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
 
 
 def is_finished(run: Path) -> bool:
-    """Return whether a run is finished and has a pipeline or VAE, so that its model outlives its checkpoints."""
+    """Return whether a run has finished and saved its model, so that its checkpoints may be removed."""
     has_model = (run / "pipeline" / "model_index.json").is_file() or (run / "vae" / "config.json").is_file()
     return has_model and read_object(run / "run.json").get("status") == "finished"
 
@@ -115,13 +115,13 @@ def is_sent(run: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a file, or of all files below a folder, in bytes. Links count as 0."""
+    """Return the size in bytes of a file, or of all files below a folder. The size of a link is 0."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def said_yes(kind: str) -> bool:
-    """Ask on the terminal whether to remove a kind."""
+    """Ask on the terminal whether to remove the files of one kind."""
     try:
         return input(f"remove {kind}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D

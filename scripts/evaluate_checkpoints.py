@@ -1,4 +1,4 @@
-"""Evaluate checkpoints over guidance scales: prompt following, diversity, copies of training images.
+"""Evaluate checkpoints over guidance scales: distance to real images, prompt following, copies of training images.
 
 python scripts/evaluate_checkpoints.py --model outputs/demo/unet
 
@@ -25,30 +25,32 @@ from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoin
 if TYPE_CHECKING:
     import numpy as np
 
+CONTROLS = 256  # Training images whose reconstructions must count as copies.
 NEAR_COPY = 0.1  # An image with a smaller relative distance to a training image is the same photo.
 REPORT_SEED = 1_000_000  # This is added to the seeds of the reported pictures, so that they differ from the sweep's.
 
 
 @dataclass
 class Prompts:
-    """What to draw, and what the pictures should show."""
+    """Prompts to draw, and the attributes that their pictures should show."""
 
     texts: list[str]
-    wanted: list[dict[str, Any]]  # attribute -> value, per prompt; empty if the data set has no labels
-    held_out: list[bool]  # whether the combination of attributes never occurred in training
+    wanted: list[dict[str, Any]]  # Wanted value of each attribute, per prompt. Empty if the data set has no labels.
+    held_out: list[bool]  # Whether the combination of attributes never occurred in training, per prompt.
 
 
 @dataclass
 class Study:
-    """What every drawing and measurement of an evaluation shares."""
+    """The models, images and settings that all drawings and measurements of an evaluation share."""
 
     run: Path
-    kind: str  # of the data set, from `kind_of`
+    kind: str  # Kind of the data set, from `kind_of`.
     splits: Any
-    unseen: Any  # images that training never saw, uint8 [N, R, R, 3]
+    unseen: Any  # Images that training never saw, uint8 [N, R, R, 3].
     recipe: Recipe
     preset: Preset
-    classifier: Any  # None: it is not measured whether pictures follow prompts
+    classifier: Any  # The classifier that reads the attributes of drawn flowers. Other data sets have None.
+    judge: Any  # An `evaluation.judge.Judge`. With None, pictures are not compared with real images.
 
 
 def main() -> None:
@@ -94,12 +96,20 @@ def main() -> None:
 
     # classifier
     kind = kind_of(splits)
-    unseen, leaked = unseen_images(splits)
+    fresh = unseen_rows(splits)
+    held_out: Any = splits.test or splits.validation
+    unseen = held_out.pixels[fresh]
     with state.timed("classifier"):
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
 
+    # judge
+    with state.timed("judge"):
+        judge, features = prepare_judge(kind, splits, fresh, recipe)
+    if judge and judge.probe:
+        accuracy = {"label": judge.probe.accuracy(features, labels_of(held_out, fresh))}
+
     # sweep
-    study = Study(run, kind, splits, unseen, recipe, preset, classifier)
+    study = Study(run, kind, splits, unseen, recipe, preset, classifier, judge)
     with state.timed("sweep"):
         sweep, sweep_results = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale)
@@ -107,6 +117,8 @@ def main() -> None:
     # report
     with state.timed("report"):
         prompts, pictures, figures = draw_report(study, best)
+        if judge:
+            figures["judge"] = compare(study, figures, pictures, prompts, features, labels_of(held_out, fresh))
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
         "guidance_scale": best["guidance_scale"],
@@ -115,7 +127,7 @@ def main() -> None:
         **preset._asdict(),
         "probe_accuracy": accuracy,
         "unseen_images": len(unseen),
-        "near_copies_left_out": leaked,
+        "near_copies_left_out": len(held_out) - len(fresh),
         **figures,
         "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
@@ -132,7 +144,7 @@ def main() -> None:
 
 
 def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
-    """Return the settings that decide an evaluation's result; a finished one is reused only if they are the same."""
+    """Return the settings that decide the result. A finished evaluation is reused only if its settings are the same."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
@@ -140,7 +152,7 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
 
 
 def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw and measure each checkpoint at each guidance scale. Return what was drawn, and a result per pair."""
+    """Draw and measure each checkpoint at each guidance scale. Return the pictures, and a result per pair."""
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
     sweep = {
@@ -154,7 +166,7 @@ def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict
     for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
         pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
         keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
-        figures = measure(pictures, prompts, study.classifier, study.splits, study.unseen, config)
+        figures = measure(study, pictures, prompts)
         grid = f"grid-{checkpoint}-{scale:g}.png"
         save_grid(pictures, folder / grid)
         val_loss = logged_loss(study.run, checkpoint)
@@ -165,13 +177,13 @@ def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict
 
 
 def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarray, dict[str, Any]]":
-    """Draw and measure the best pair on prompts and seeds that the sweep did not use."""
+    """Draw and measure the best pair of checkpoint and guidance scale, on prompts and seeds that the sweep did not use."""
     config = study.recipe.evaluate
     count, seed = config.report_prompts, config.eval_seed + 1
     prompts = make_prompts(study.kind, study.splits, study.recipe, count, seed, config.sweep_prompts)
     checkpoint, scale = study.run / best["checkpoint"], best["guidance_scale"]
     pictures = draw(checkpoint, prompts, scale, study.preset, config, config.eval_seed + REPORT_SEED)
-    return prompts, pictures, measure(pictures, prompts, study.classifier, study.splits, study.unseen, config)
+    return prompts, pictures, measure(study, pictures, prompts)
 
 
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
@@ -206,44 +218,35 @@ def kind_of(splits: Any) -> str:
 
 
 def known_labels(split: Any) -> list[str]:
-    """Return the labels of a split in order. Images may have none."""
+    """Return the different labels of a split, in sorted order. Images without a label are skipped."""
     return sorted({label for label in split.rows["label"] if label is not None})
 
 
 def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
-    """Train the classifier that reads the pictures. Return it with its accuracy on images that it never saw.
+    """Train the classifier that reads the attributes of drawn flowers, on new drawings.
 
-    drawn: it learns from new drawings and is tested on the data set's held-out combinations.
-    labelled: it learns the labels of the training images and is tested on the test split, else the validation split.
+    Return it with its accuracy on the data set's held-out combinations. Other data sets have no classifier.
     """
     import numpy as np
 
     from t2i.data import flowers
     from t2i.evaluation.attributes import accuracy, train_classifier
 
-    if kind == "captioned" or not config.classifier_steps:
+    if kind != "drawn" or not config.classifier_steps:
         return None, {}
     unseen = splits.test or splits.validation
-    if kind == "drawn":
-        heads = {name: list(flowers.ATTRIBUTES[name]) for name in flowers.COMBINED}
-        size, count = splits.train.pixels.shape[1], config.classifier_drawings
-        pixels = np.empty((count, size, size, 3), np.uint8)
-        attributes = []
-        for held_out, start, end in ((False, 0, count // 2), (True, count // 2, count)):
-            drawn = flowers.draw_many(config.eval_seed, start, end - start, size, held_out, workers=2)
-            for number, (known, image, _) in enumerate(drawn, start):
-                pixels[number] = image
-                attributes.append(known)
-    else:
-        heads = {"label": known_labels(splits.train)}
-        labels = splits.train.rows["label"]
-        rows = np.array([row for row, label in enumerate(labels) if label is not None])
-        pixels = splits.train.pixels if len(rows) == len(splits.train) else splits.train.pixels[rows]
-        attributes = [{"label": label} for label in labels if label is not None]
+    heads = {name: list(flowers.ATTRIBUTES[name]) for name in flowers.COMBINED}
+    size, count = splits.train.pixels.shape[1], config.classifier_drawings
+    pixels = np.empty((count, size, size, 3), np.uint8)
+    attributes = []
+    for held_out, start, end in ((False, 0, count // 2), (True, count // 2, count)):
+        drawn = flowers.draw_many(config.eval_seed, start, end - start, size, held_out, workers=2)
+        for number, (known, image, _) in enumerate(drawn, start):
+            pixels[number] = image
+            attributes.append(known)
     classifier = train_classifier(
-        pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=32, seed=config.eval_seed,
-        augment=kind == "labelled",
-    )  # fmt: skip
+        pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=32, seed=config.eval_seed
+    )
     classifier.save(folder / "classifier")
     truth = [
         dict(zip(heads, values, strict=True)) for values in zip(*(unseen.rows[name] for name in heads), strict=True)
@@ -251,16 +254,113 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     return classifier, accuracy(classifier, unseen.pixels, encode(heads, truth))
 
 
-def unseen_images(splits: Any) -> "tuple[np.ndarray, int]":
-    """Return images that training never saw, uint8 [N, R, R, 3], and how many near-copies of training images are left out."""
+def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -> tuple[Any, Any]:
+    """Load the judge's network and show it the real images. Return the judge and the features of the unseen images.
+
+    Distances are measured to the training images, and for drawn flowers to drawings that training never saw. The probe
+    learns the labels of the training images. Both are None without a network, or with too few images.
+
+    Args:
+        fresh: `unseen_rows` of the data set.
+    """
+    import torch
+
+    from t2i.data.caches import cache_features
+    from t2i.evaluation import judge
+    from t2i.evaluation.networks import FeatureNetwork
+
+    train, held_out, config = splits.train, splits.test or splits.validation, recipe.data
+    if not recipe.evaluate.judge_network or min(len(train), len(fresh)) < 3:
+        return None, None
+    network = FeatureNetwork(recipe.evaluate.judge_network)
+    seen = held_out.pixels
+    unseen = torch.from_numpy(cache_features(seen, held_out.fingerprint, network, config.cache_dir)[fresh])
+    if kind == "drawn":
+        return judge.Judge(network, unseen, seen[fresh]), unseen
+    limit = judge.MAX_REFERENCE
+    pixels, labels = judge.spread(train.pixels, limit), judge.spread(labels_of(train), limit)
+    fingerprint = train.fingerprint if len(pixels) == len(train) else f"{limit} of {train.fingerprint}"
+    reference = torch.from_numpy(cache_features(pixels, fingerprint, network, config.cache_dir)[:])
+    rows = [row for row, label in enumerate(labels) if label is not None]
+    probe = judge.Probe(reference[rows], [labels[row] for row in rows]) if kind == "labelled" else None
+    return judge.Judge(network, reference, pixels, probe), unseen
+
+
+def labels_of(split: Any, rows: "np.ndarray | None" = None) -> "np.ndarray":
+    """Return the label of each image of a split, or of some rows of it: object [N]. An image without a label has None."""
+    import numpy as np
+
+    known = "label" in split.rows.column_names
+    labels = np.array(split.rows["label"] if known else [None] * len(split), dtype=object)
+    return labels if rows is None else labels[rows]
+
+
+def unseen_rows(splits: Any) -> "np.ndarray":
+    """Return the rows of the test split (else the validation split) that are no near copies of training images."""
+    import numpy as np
+
     from t2i.evaluation import memorisation
 
     pixels = (splits.test or splits.validation).pixels
     if len(splits.train) < 2:
-        return pixels, 0
-    distance = memorisation.memorisation(pixels, splits.train.pixels, pixels)["relative_distance"]
-    fresh = distance > NEAR_COPY
-    return pixels[fresh], int((~fresh).sum())
+        return np.arange(len(pixels))
+    distances = memorisation.relative_distances(pixels, memorisation.pixel_embedding(splits.train.pixels))
+    return np.flatnonzero(distances > NEAR_COPY)
+
+
+def compare(
+    study: Study,
+    figures: dict[str, Any],
+    pictures: "np.ndarray",
+    prompts: Prompts,
+    features: Any,
+    labels: "np.ndarray",
+) -> dict[str, Any]:
+    """Return the judge's figures of the pictures, of real images (floor) and of the VAE's reconstructions (ceiling).
+
+    Args:
+        figures: what was measured on the pictures.
+        features: the judge's features of the unseen real images.
+        labels: labels of these images.
+    """
+    import numpy as np
+
+    from t2i import models
+    from t2i.evaluation import judge as judges
+    from t2i.evaluation import memorisation
+    from t2i.pictures.reconstructions import reconstruct
+
+    judge = study.judge
+    vae = models.load_vae(str(study.run / "pipeline"))
+    reconstructions = np.concatenate(
+        [reconstruct(vae, study.unseen[start : start + 32])[0] for start in range(0, len(study.unseen), 32)]
+    )
+    train = judges.spread(study.splits.train.pixels, CONTROLS)
+    control = np.concatenate([reconstruct(vae, train[start : start + 32])[0] for start in range(0, len(train), 32)])
+    count = min(len(pictures), len(study.unseen), len(judge.reference))
+    thumbnails = memorisation.pixel_embedding(study.splits.train.pixels)
+    sets = {
+        "pictures": (pictures, judge.network.features(pictures), labels_wanted(prompts)),
+        "reconstructions": (reconstructions, judge.network.features(reconstructions), labels),
+        "real": (study.unseen, features, labels),
+    }
+    rows = {
+        name: judge.describe(images, of_images, None if wanted is None else list(wanted), count)
+        | {"copies": float(memorisation.copied(images, thumbnails).mean())}
+        for name, (images, of_images, wanted) in sets.items()
+    }
+    return {
+        "network": judge.network.name,
+        **rows,
+        "control_copies": float(memorisation.copied(control, thumbnails).mean()),
+        **figures["judge"],
+    }
+
+
+def labels_wanted(prompts: Prompts) -> list[Any] | None:
+    """Return the label that each prompt asks for, or None if they ask for no label."""
+    labels = [wanted.get("label") for wanted in prompts.wanted]
+    return labels if any(label is not None for label in labels) else None
 
 
 def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "dict[str, np.ndarray]":
@@ -274,10 +374,11 @@ def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "di
 def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, offset: int) -> Prompts:
     """Return `count` prompts.
 
-    drawn: half of them name held-out combinations. labelled: the labels in turn. captioned: captions of unseen images.
+    Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: the prompts name the labels in turn.
+    Kind `captioned`: the prompts are captions of unseen images.
 
     Args:
-        offset: number of captions that other prompts have used before.
+        offset: number of captions to skip, because other prompts use them.
     """
     from t2i.data import flowers
     from t2i.data.records import label_caption, prefixed
@@ -302,7 +403,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:
-    """Return the settings to draw with. The scheduler has its name in diffusers."""
+    """Return the sampling settings of the evaluation. The scheduler is given by its class name in diffusers."""
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
     schedule = read_object(file)
     saved = schedule.get("_class_name")
@@ -338,7 +439,7 @@ _kept: dict[Path, Any] = {}  # the pipeline that drew last
 
 
 def load(checkpoint: Path, engine: str) -> Any:
-    """Return the checkpoint's pipeline, kept for its next guidance scale."""
+    """Return the pipeline of a checkpoint, which stays loaded for the checkpoint's next guidance scale."""
     from t2i.pictures import sampling
 
     if checkpoint not in _kept:
@@ -349,7 +450,7 @@ def load(checkpoint: Path, engine: str) -> Any:
 
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
-    """Store a sweep's pictures as cells of the dashboard's grids, which then need no model."""
+    """Store the pictures of a sweep as cells of the dashboard's grids, so that the dashboard need not draw them."""
     from t2i.pictures import cells
 
     made = [
@@ -362,27 +463,33 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
     cells.save_cells(run, checkpoint, cells.weights_hash(run / checkpoint), made, pictures)
 
 
-def measure(
-    pictures: "np.ndarray", prompts: Prompts, classifier: Any, splits: Any, unseen: "np.ndarray", config: EvaluateConfig
-) -> dict[str, Any]:
+def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str, Any]:
     """Return the figures of one set of pictures. What is not measured is None."""
     from t2i.evaluation import attributes, memorisation, metrics
 
-    enough = len(unseen) > 1 and len(splits.train) > 1 and len(pictures) > 1
-    copies = memorisation.memorisation(pictures, splits.train.pixels, unseen) if enough else {}
+    train, unseen, judge = study.splits.train, study.unseen, study.judge
+    enough = len(unseen) > 1 and len(train) > 1 and len(pictures) > 1
+    copies = memorisation.memorisation(pictures, train.pixels, unseen) if enough else {}
+    judged, following = None, None
+    if judge and len(pictures) > 2:
+        judged = judge.measure(judge.network.features(pictures), labels_wanted(prompts))
+    if study.classifier:
+        following = attributes.prompt_following(study.classifier, pictures, prompts.wanted)
+    elif judged and judged["named"] is not None:
+        following = {"label": judged["named"], "all": judged["named"]}
     return {
-        "prompt_following": attributes.prompt_following(classifier, pictures, prompts.wanted) if classifier else None,
+        "prompt_following": following,
         "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
         "diversity": metrics.diversity(memorisation.pixel_embedding(pictures), memorisation.pixel_embedding(unseen))
         if enough
         else None,
-        "kid": metrics.kid(unseen[:1000], pictures, config.kid_network or classifier) if enough else None,
-        "clip_score": metrics.clip_score(pictures, prompts.texts, config.clip),
+        "judge": judged,
+        "clip_score": metrics.clip_score(pictures, prompts.texts, study.recipe.evaluate.clip),
     }
 
 
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
-    """Return prompt following on the prompts of held-out (or seen) attribute combinations only."""
+    """Return prompt following, only on prompts whose attribute combinations are held out (or seen in training)."""
     from t2i.evaluation import attributes
 
     rows = [number for number, held in enumerate(prompts.held_out) if held == held_out]
@@ -392,16 +499,24 @@ def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held
 
 
 def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
-    """Return the result of the best checkpoint and scale: by mean prompt following, else by CLIP score.
+    """Return the result of the best checkpoint and scale.
 
-    The later checkpoint wins a tie. If neither is measured, the scale nearest to the recipe's is taken, and among its
-    checkpoints the one with the lowest validation loss.
+    The judge's kernel distance chooses. Among the pairs within a standard error of the lowest, prompt following decides
+    (else the CLIP score), and then the later checkpoint. Without a judge, prompt following or the CLIP score decides alone.
+    If nothing is measured, the scale nearest to the recipe's is taken, and among its checkpoints the one with the lowest
+    validation loss.
     """
-    is_scored = bool(sweep_results[0]["prompt_following"] or sweep_results[0]["clip_score"])
-    if is_scored:
-        return max(sweep_results, key=lambda result: (sweep_score(result), result["checkpoint"]))
+    close = sweep_results
+    if sweep_results[0]["judge"]:
+        lowest = min(sweep_results, key=lambda result: float(result["judge"]["kernel_distance"]))
+        limit = lowest["judge"]["kernel_distance"] + lowest["judge"]["standard_error"]
+        close = [result for result in sweep_results if result["judge"]["kernel_distance"] <= limit]
+        if not (lowest["prompt_following"] or lowest["clip_score"]):
+            return lowest
+    if close[0]["prompt_following"] or close[0]["clip_score"]:
+        return max(close, key=lambda result: (sweep_score(result), result["checkpoint"]))
     return max(
-        sweep_results,
+        close,
         key=lambda result: (
             -abs(result["guidance_scale"] - guidance_scale),
             float("-inf") if result["val_loss"] is None else -result["val_loss"],
@@ -426,7 +541,9 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 
 
 def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
-    """Time a single picture by torch, the second of two, on the CPU and on a GPU if there is one. Return seconds."""
+    """Return the seconds that torch needs for a single picture, on the CPU and on a GPU if there is one.
+
+    Two pictures are drawn, and the second one is timed."""
     from t2i.pictures import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
@@ -468,7 +585,9 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
         name = f"guidance_{result['guidance_scale']:g}"
         figures = dict(result["prompt_following"] or {})
         figures |= {"memorisation": result["memorisation"]["share_closer"]} if result["memorisation"] else {}
-        figures |= {"kid": result["kid"]["mean"]} if result["kid"] else {}
+        copies = (result["memorisation"] or {}).get("copies")
+        figures |= {"copies": copies} if copies is not None else {}
+        figures |= {"kernel_distance": result["judge"]["kernel_distance"]} if result["judge"] else {}
         tracker.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step)
         tracker.log_image(Image.open(run / "evaluation" / result["grid"]), name, step)
     final = results["report"]["prompt_following"] or {}
@@ -484,14 +603,15 @@ def print_sweep(sweep_results: list[dict[str, Any]]) -> None:
     print(
         f"\n{'checkpoint':<20}{'guidance':>9}{'val loss':>10}"
         + "".join(f"{head:>15}" for head in heads)
-        + f"{'KID':>9}{'closer':>8}"
+        + f"{'distance':>16}{'copies':>8}"
     )
     for result in sweep_results:
         shares = "".join(f"{result['prompt_following'][head]:>15.1%}" for head in heads)
         loss = f"{result['val_loss']:.4f}" if result["val_loss"] is not None else "-"
-        kid = f"{result['kid']['mean']:.4f}" if result["kid"] else "-"
-        closer = f"{result['memorisation']['share_closer']:.1%}" if result["memorisation"] else "-"
-        print(f"{result['checkpoint']:<20}{result['guidance_scale']:>9g}{loss:>10}{shares}{kid:>9}{closer:>8}")
+        judged = result["judge"]
+        distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}" if judged else "-"
+        copies = f"{result['memorisation']['copies']:.1%}" if result["memorisation"] else "-"
+        print(f"{result['checkpoint']:<20}{result['guidance_scale']:>9g}{loss:>10}{shares}{distance:>16}{copies:>8}")
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
@@ -501,14 +621,32 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
     )
     for head, share in (report["prompt_following"] or {}).items():
         known = report["probe_accuracy"].get(head)
-        print(
-            f"  {head:<16}{share:>8.1%}"
-            + (f"   (classifier alone, on unseen images: {known:.1%})" if known is not None else "")
-        )
+        print(f"  {head:<16}{share:>8.1%}" + (f"   (on unseen real images: {known:.1%})" if known is not None else ""))
+    if report["judge"]:
+        print_judge(report["judge"])
     if report["memorisation"]:
         share = report["memorisation"]["share_closer"]
         print(f"  memorisation: {share:.1%} closer to a training image than 99 % of unseen images are")
     print(f"pictures: {folder}/*.png")
+
+
+def print_judge(judged: dict[str, Any]) -> None:
+    """Print the judge's table: the pictures between the VAE's reconstructions (ceiling) and real images (floor)."""
+    print(f"\njudged by {judged['network']} (kernel distance x 1000; lower is better):")
+    columns = ("named", "distance", "Fréchet", "precision", "recall", "pixels", "copies")
+    print(f"  {'':<18}" + "".join(f"{column:>{16 if column == 'distance' else 10}}" for column in columns))
+    titles = {
+        "real": "real images",
+        "reconstructions": "reconstructions",
+        "pictures": "pictures",
+    }
+    for name, title in titles.items():
+        row = judged[name]
+        named = f"{row['named']:.1%}" if row["named"] is not None else "-"
+        distance = f"{row['kernel_distance']:.1f} ± {row['standard_error']:.1f}"
+        shares = f"{row['precision']:>10.1%}{row['recall']:>10.1%}{row['pixel_distance']:>10.1f}{row['copies']:>10.1%}"
+        print(f"  {title:<18}{named:>10}{distance:>16}{row['frechet_distance']:>10.1f}{shares}")
+    print(f"  copies, control: {judged['control_copies']:.1%} of reconstructed training images count as copies\n")
 
 
 if __name__ == "__main__":

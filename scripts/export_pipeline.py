@@ -19,7 +19,7 @@ from t2i.files import read_json
 
 @dataclass
 class Options:
-    """Options of the command line."""
+    """Options of the export."""
 
     model: PathText | None = None  # Run folder of train_unet.py, or a pipeline folder. Required.
 

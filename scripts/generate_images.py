@@ -2,7 +2,7 @@
 
 python scripts/generate_images.py --model outputs/demo/unet --prompt "a red flower with five petals" "a blue flower at night"
 
-The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. The same command
+The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. Repeating the command
 writes the same files again. Pictures with other settings get the next free numbers, so that no file is overwritten.
 """
 
@@ -28,33 +28,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Options of the command line."""
+    """Options of drawing pictures."""
 
     model: str = "outputs/demo/unet"  # Run folder, checkpoint, pipeline folder or Hub id of the model.
     revision: str | None = None  # Branch, tag or commit of a Hub model.
-    # Weights of a checkpoint. ema: the moving average. raw: the weights as trained.
+    # Weights of a checkpoint. ema: the moving average. raw: the weights of the last update.
     weights: Literal["ema", "raw"] = "ema"
     prompt: list[str] = field(default_factory=list)  # One or more prompts. Repeated --prompt options add up.
     prompt_file: str | None = None  # UTF-8 text file with one prompt per line.
-    negative_prompt: str = ""  # What the pictures should not show.
-    guidance_scale: Guidance = 7.5  # Strength with which pictures follow the prompt. 1: no guidance.
-    # Scheduler, steps and guidance, unless the next three options set them. exact: ddim, 30 steps, all guided. fast: unipc,
+    negative_prompt: str = ""  # Negative prompt: what the pictures should not show.
+    guidance_scale: Guidance = 7.5  # Strength with which pictures follow the prompt. 1 disables guidance.
+    # Scheduler, steps and guidance, unless the next three options set them. exact: ddim, 30 steps, all guided. fast:
+    # unipc,
     # 8 steps, 4 of them guided. draft: unipc, 3 steps, 1 of them guided.
     preset: Literal["exact", "fast", "draft"] = "exact"
-    # Number of denoising steps. None: the preset's.
+    # Number of denoising steps. With None, use the value of the preset.
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    # Share of the steps, from the first on, that are guided. At least one step is. None: the preset's.
+    # Share of the steps, from the first step on, that are guided. At least one step is guided. With None, use the value
+    # of the preset.
     guidance_end: Share | None = None
-    # Scheduler that suits the model: ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name of
-    # diffusers. None: the preset's.
+    # Scheduler that suits the model: ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name
+    # of
+    # diffusers. With None, use the value of the preset.
     scheduler: str | None = None
-    seed: Seed = 0  # Seed of each prompt's first picture. Its further pictures take the seeds that follow.
+    seed: Seed = 0  # Seed of each prompt's first picture. Further pictures of the prompt take the following seeds.
     num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # Number of pictures per prompt.
     batch_size: Count = 8  # Number of pictures drawn at once.
     output_dir: LocalPath = "outputs/pictures"  # Folder for the PNG files.
     grid: Flag = False  # Write all pictures into grid.png as well, one row per prompt.
-    device: str | None = None  # Device that draws, such as cpu or cuda. None: a GPU if there is one.
-    # Engine that draws. torch: PyTorch, on any device. openvino: compiled models on a CPU, compiled now if there are none.
+    device: str | None = None  # Device that draws, such as cpu or cuda. With None, use a GPU if there is one.
+    # Engine that draws. torch: PyTorch, on any device. openvino: compiled models on a CPU, which are compiled first if
+    # they are missing.
     # auto: compiled models if the device is a CPU and `make export` wrote them, else torch.
     engine: Literal["auto", "torch", "openvino"] = "auto"
 
@@ -118,7 +122,7 @@ def writable_folder(name: str) -> Path:
     """Return the folder of `--output_dir`, and make it if it is missing.
 
     Raises:
-        UserError: the folder cannot be written. This is found before anything is drawn.
+        UserError: the folder cannot be written. The check runs before anything is drawn.
     """
     try:
         folder = Path(name).expanduser()
@@ -132,7 +136,7 @@ def writable_folder(name: str) -> Path:
 
 
 def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
-    """Return a file for each picture: one that holds the same parameters, else one with the next free number."""
+    """Return a file path for each picture: of a file with the same parameters, otherwise with the next free number."""
     from t2i.pictures.png import read_parameters
 
     known: dict[str, list[Path]] = {}

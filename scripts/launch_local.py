@@ -2,7 +2,7 @@
 
 python scripts/launch_local.py --config_file accelerate_configs/cpu.yaml scripts/train_unet.py …
 
-On Ctrl-C it waits until the training has saved a checkpoint. `accelerate launch` itself would end at once.
+On Ctrl-C this launcher waits until the training has saved a checkpoint. `accelerate launch` itself would end at once.
 """
 
 import signal
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def pass_on(number: int, frame: Any) -> None:
-    """Send a signal on to the training, unless the terminal has sent it to all processes."""
+    """Forward a signal to the training, unless the terminal has already sent it to all processes."""
     if not sys.stdin.isatty():
         for process in psutil.Process().children():
             process.send_signal(number)

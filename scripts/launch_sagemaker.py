@@ -6,7 +6,7 @@ python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.ya
 The arguments after the script's name are the script's own, and are sent as typed. In each container, `accelerate launch`
 runs the script with the YAML that --inside names. The launcher checks, shows and confirms everything before it sends anything.
 
-AWS's packages are imported in functions: they take seconds, and --help and refused commands need none of them.
+AWS's packages are imported in functions, because importing them takes seconds. --help and refused commands need none of them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
-    """Plan, confirm and submit the job, or fetch one."""
+    """Plan, confirm and submit a job, or fetch the result of an earlier job."""
     if options.fetch:
         fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
         return
@@ -135,7 +135,7 @@ def notes(
     estimate: costs.Estimate,
     secrets: dict[str, str],
 ) -> list[str]:
-    """Return what a user should know before paying."""
+    """Return sentences that a user should read before paying for the job."""
     spot = "spot " if config.additional_args.use_spot_instances else ""
     texts = [
         f"accounts start with a quota of 0 for {config.ec2_instance_type}; request {config.num_machines} or more in Service Quotas, "
@@ -293,7 +293,7 @@ def trainer(
 
 
 def environment(config: sagemaker_job.SageMakerConfig, secret: str | None) -> dict[str, str]:
-    """Return the container's variables. secret: name of the job's secret in Secrets Manager."""
+    """Return the environment variables of the container. `secret` names the job's secret in Secrets Manager."""
     server, _ = sagemaker_job.tracking_server(config)
     variables = forwarded_variables(server, config.additional_args.environment)
     return variables | {sagemaker_job.SECRETS: secret} if secret else variables
@@ -357,7 +357,7 @@ def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) 
 
 
 def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
-    """Return the log lines of all machines since the last call. seen: `{stream: token}`, updated by each call."""
+    """Return the log lines of all machines since the last call. Each call updates `seen`, `{stream: token}`."""
     from botocore.exceptions import ClientError
 
     lines = []
@@ -379,7 +379,7 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
 
 
 def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None:
-    """Bring an ended job's result home as a run folder: model, settings, curves and samples, but no checkpoints."""
+    """Download the result of an ended job as a run folder: model, settings, curves and samples, but no checkpoints."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     if folder.exists():
@@ -436,7 +436,7 @@ def fetch_run(s3: Any, uri: str, folder: Path) -> None:
 
 
 def fetch_model(s3: Any, uri: str | None, folder: Path) -> None:
-    """Download the job's model, if it has left one."""
+    """Download the model of a job, if the job has saved one."""
     from botocore.exceptions import ClientError
 
     if not uri:

@@ -1,10 +1,9 @@
-"""Draw a captioned flower data set: a dataset folder that every script here, and `datasets.load_dataset`, reads.
+"""Draw flowers with captions into a dataset folder that the training scripts and `datasets.load_dataset` read.
 
 python scripts/make_flowers.py --output_dir outputs/demo/dataset --count 4000 --size 64
 
-The flowers are drawn by this suite, not photographed. Their attributes are known, so that what a model learns from them
-can be measured. A fifth of the attribute combinations never occurs in the training and validation splits; the test split
-has nothing else.
+The flowers are drawn by this program, not photographed. The attributes of each flower are known, so it can be measured what
+a model learns. A fifth of the attribute combinations is held out: these occur only in the test split.
 """
 
 from collections.abc import Iterator
@@ -22,15 +21,15 @@ from t2i.runs import RunFolder
 
 @dataclass
 class Options:
-    """The drawings."""
+    """Options of the drawn data set."""
 
-    output_dir: LocalPath = "outputs/flowers"  # dataset folder to write
-    count: Annotated[int, Field(ge=2, lt=2**31)] = 4000  # drawings in the training split
-    validation_count: Count = 256  # drawings in the validation split
-    test_count: Count = 256  # drawings of held-out combinations, in the test split
-    size: Annotated[int, Field(ge=32, le=512)] = 64  # px, both sides
-    seed: Natural = 0  # the same seed draws the same flowers
-    workers: Annotated[int, Field(ge=1, le=256)] = 2  # processes; the drawings do not depend on them
+    output_dir: LocalPath = "outputs/flowers"  # Dataset folder to write.
+    count: Annotated[int, Field(ge=2, lt=2**31)] = 4000  # Number of drawings in the training split.
+    validation_count: Count = 256  # Number of drawings in the validation split.
+    test_count: Count = 256  # Number of drawings in the test split, all of held-out attribute combinations.
+    size: Annotated[int, Field(ge=32, le=512)] = 64  # Width and height of each drawing in pixels.
+    seed: Natural = 0  # Seed of the random numbers. The same seed draws the same flowers.
+    workers: Annotated[int, Field(ge=1, le=256)] = 2  # Number of processes that draw. The drawings do not depend on it.
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     folder = Path(options.output_dir)
     wanted = {"count": options.count, "validation_count": options.validation_count, "test_count": options.test_count,
               "size": options.size, "seed": options.seed, "version": flowers.VERSION}  # fmt: skip
-    marker = folder.with_name(f".{folder.name}")  # the dataset folder itself holds nothing but the data set
+    marker = folder.with_name(f".{folder.name}")  # The run's record stands beside the dataset folder, not in it.
     try:
         run = RunFolder(marker, wanted)
     except UserError as error:
@@ -77,7 +76,7 @@ def main() -> None:
 
 
 def card(options: Options, held_out_share: float) -> str:
-    """The dataset card: what the pictures are, and how to draw the same ones."""
+    """Return the dataset card: what the pictures are, and the command that draws them again."""
     return f"""---
 license: cc0-1.0
 language: [en]
@@ -88,11 +87,11 @@ annotations_creators: [machine-generated]
 # Drawn flowers
 
 Flowers drawn by a program, {options.size} x {options.size} px, with captions that state their attributes (petal color, count
-and shape, center color, background, arrangement). They are no photographs: they exist so that training and measuring a
-text-to-image model can be tried anywhere, with the truth known.
+and shape, center color, background, arrangement). The flowers are no photographs. They exist so that training and measuring a
+text-to-image model can be tried anywhere, with known attributes.
 
-{held_out_share:.0%} of the combinations of petal color, center color, background and petal count are held out: they occur in the
-test split alone.
+{held_out_share:.0%} of the combinations of petal color, center color, background and petal count are held out. They occur only
+in the test split.
 
 `python scripts/make_flowers.py --count {options.count} --validation_count {options.validation_count} \
 --test_count {options.test_count} --size {options.size} --seed {options.seed}` draws the same pictures again.

@@ -17,16 +17,17 @@ from t2i.training.distributed import quiet_libraries
 
 @dataclass
 class Options:
-    """The model and its repository."""
+    """Options of publishing a model."""
 
     model: PathText | None = None  # Finished run folder of train_unet.py.
     # Repository ORG/NAME on the Hub. Log in by `hf auth login`, or set HF_TOKEN.
     hub_model_id: str | None = None
-    hub_private_repo: Flag = True  # Make a new repository private. An existing one keeps its visibility.
-    hub_deadline: Positive = 900.0  # Seconds for which a push that fails is retried.
-    hub_revision: str | None = None  # Branch to push to, created from main if it is missing; None: main.
-    create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new one.
-    # The Hub's identifier of the licence, e.g. apache-2.0. None: the run's licence, or else the one on the Hub.
+    hub_private_repo: Flag = True  # Make a new repository private. An existing repository keeps its visibility.
+    hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
+    hub_revision: str | None = None  # Branch to push to, created from main if it is missing; With None, push to main.
+    create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new pull request.
+    # The Hub's identifier of the licence, e.g. apache-2.0. With None, use the licence of the run, otherwise the licence
+    # on the Hub.
     license: str | None = None
     gallery_pictures: Natural = 8  # Pictures on the card, drawn for prompts of the validation and the evaluation.
 

@@ -19,13 +19,13 @@ from t2i.hub import space, upload
 
 @dataclass
 class Options:
-    """The model and its Space."""
+    """Options of publishing a Space."""
 
     model: PathText | None = None  # Run folder of train_unet.py, pipeline folder, or Hub id ORG/MODEL.
     space: str | None = None  # Space ORG/NAME on the Hub. Log in by `hf auth login`, or set HF_TOKEN.
     dry_run: Flag = False  # Stage the folder, print how to start it here, and push nothing.
-    hub_private_repo: Flag = True  # Make a new Space private. An existing one keeps its visibility.
-    hub_deadline: Positive = 900.0  # Seconds for which a push that fails is retried.
+    hub_private_repo: Flag = True  # Make a new Space private. An existing Space keeps its visibility.
+    hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-Each stage is a command that you can run yourself. It is printed before it runs. Finished stages are reused. Settings
+Each stage is a command that you can run yourself. The command is printed before it runs. Finished stages are reused. Settings
 that cannot work together are refused before the first stage.
 
 Any key of the recipe can be set by --SECTION.KEY, such as --train_unet.max_train_steps 20. The sections are data, vae,
@@ -24,7 +24,7 @@ import psutil
 import tyro
 
 from t2i.command_line import check_options, parse_options, plain_option, typed_options
-from t2i.config import Recipe, check_dataset, check_unet, check_vae, load_recipe, override
+from t2i.config import PACKAGED_NETWORKS, Recipe, check_dataset, check_unet, check_vae, load_recipe, override
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
@@ -47,13 +47,14 @@ RESUMABLE = (130, 75)  # exit codes of a stage after Ctrl-C: before its first st
 
 @dataclass
 class Options:
-    """The recipe, and where it runs."""
+    """Options of running a recipe."""
 
     config: str = "demo"  # Recipe: a YAML file, or the name of one in scripts/recipes.
     output_dir: LocalPath = "outputs/demo"  # Folder for the results of all stages.
-    # Data set: a Hub id, a dataset folder or an imagefolder. None: flowers are drawn.
+    # Data set: a Hub id, a dataset folder or an imagefolder. With None, flowers are drawn.
     dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
-    # accelerate's YAML for the trainings. None: this CPU, and bf16 for the denoiser if the CPU computes in it.
+    # accelerate's YAML for the trainings. With None, train on this CPU, and the denoiser in bf16 if the CPU computes in
+    # bf16.
     accelerate_config: PathText | None = None
 
 
@@ -100,7 +101,7 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]
     """Separate the options `--section.key` from a command line.
 
     Returns:
-        The other words; and the options of each section, as the section's script takes them.
+        The words of the command line that are not overrides. Then the overrides of each section, as options of its script.
 
     Raises:
         UserError: no stage has the section, or run_recipe.py sets the option itself.
@@ -120,13 +121,13 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]
 
 
 def options_of(overrides: dict[str, list[list[str]]], *sections: str, without: tuple[str, ...] = ()) -> list[str]:
-    """Return the words of the overrides of some sections, for the script that reads these sections."""
+    """Return the command-line words that override some sections, for the script that reads these sections."""
     options = (words for section in sections for words in overrides.get(section, []))
     return [word for words in options if plain_option(words[0]) not in without for word in words]
 
 
 def check_stages(recipe: Recipe, options: Options) -> None:
-    """Refuse settings now that a later stage would refuse hours later."""
+    """Refuse settings before the first stage if a later stage would refuse them, perhaps after hours."""
     check_vae(recipe)
     check_unet(recipe)
     if options.dataset or recipe.data.dataset:
@@ -142,9 +143,9 @@ def check_stages(recipe: Recipe, options: Options) -> None:
         raise UserError(
             f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of it, or latest"
         )
-    for key in ("kid_network", "clip"):
+    for key in ("judge_network", "clip"):
         source = getattr(recipe.evaluate, key)
-        if source:
+        if source and source not in PACKAGED_NETWORKS:
             from transformers import AutoConfig
 
             try:
@@ -174,23 +175,23 @@ def launch(config: list[str], script: str, *arguments: str) -> list[str]:
     """Return the command that launches a training by an accelerate config.
 
     Args:
-        config: the config's path, and further options of the launcher.
-        script: the training script's name.
-        arguments: the script's arguments.
+        config: path of the accelerate config, and further options of the launcher.
+        script: file name of the training script.
+        arguments: arguments of the training script.
     """
     accelerate = [sys.executable, str(SCRIPTS / "launch_local.py"), "--config_file", *config]
     return [*accelerate, str(SCRIPTS / script), *arguments]
 
 
 def computes_in_bf16() -> bool:
-    """Return whether the CPU has instructions for bf16, which is slower than fp32 without them. Only Linux tells."""
+    """Return whether the CPU has instructions for bf16. Without them bf16 is slower than fp32. Only Linux tells."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def quiet_launcher(config: str) -> None:
-    """Set the variables on a CPU that accelerate's launcher would otherwise warn about at each stage."""
+    """On a CPU, set the environment variables that accelerate's launcher would otherwise warn about at each stage."""
     path = Path(config)
     if path.is_file() and "use_cpu: true" in path.read_text(encoding="utf-8"):
         os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))  # the launcher's own choice
@@ -201,14 +202,14 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
     """Run a stage, with its output on this terminal.
 
     Args:
-        name: the stage's name in stages.json, which gets its seconds if the stage did any work.
-        title: what the stage does, for the user.
-        command: the command of the stage.
-        folder: the folder of stages.json.
-        marker: a file that the stage writes if it does any work.
+        name: name of the stage in stages.json, where its seconds are stored if the stage did any work.
+        title: description of the stage, which is printed.
+        command: command line of the stage.
+        folder: folder that holds stages.json.
+        marker: file that the stage writes only if it does any work.
 
     Raises:
-        SystemExit: the stage was interrupted, and has saved its state.
+        SystemExit: the stage was interrupted and has saved its state.
         UserError: the stage has failed.
     """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
@@ -229,9 +230,9 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
 
 
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for a stage and return its exit code.
+    """Wait for the process of a stage and return its exit code.
 
-    Ctrl-C does not end this process first. The stage gets the signal too, and saves its state.
+    On Ctrl-C, this process waits until the stage, which gets the signal too, has saved its state.
     """
 
     def pass_on(number: int, frame: Any) -> None:
@@ -267,12 +268,16 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
     print(f"  {'peak memory':<28}{report['peak_rss_bytes'] / 1e9:8.2f} GB")
     print(f"  {'VAE on validation':<28}{report['vae']['psnr_db']:8.2f} dB")
     print(f"  {'chosen guidance scale':<28}{report['guidance_scale']:8.1f}")
-    print(f"  {'attributes as prompted':<28}{'share':>8}   accuracy of the classifier that reads them")
+    print(f"  {'as prompted':<28}{'share':>8}   accuracy on photos or drawings")
     for name, share in (report["prompt_following"] or {}).items():
         probe = report["probe_accuracy"].get(name)
         print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{probe:.1%}' if probe is not None else ''}")
     if report["memorisation"]:
         print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
+    if report["judge"]:
+        distances = {name: report["judge"][name]["kernel_distance"] for name in ("pictures", "reconstructions", "real")}
+        print(f"  {'kernel distance (judge)':<28}{distances['pictures']:8.1f}", end="")
+        print(f"   reconstructions: {distances['reconstructions']:.1f}, real images: {distances['real']:.1f}")
     print(f"\npictures: {folder / 'unet' / 'evaluation'}/*.png   report: {folder / 'report.json'}")
     print(f"pipeline for diffusers: {report['pipeline']}")
     print("compare checkpoints and guidance scales: .venv/bin/streamlit run dashboard   (or: make dashboard)")

@@ -2,7 +2,7 @@
 
 exec python3 scripts/run_sagemaker_job.py        (the command of launch_sagemaker.py's jobs; users never type it)
 
-It reads job.json beside scripts/ and SageMaker's resourceconfig.json, and runs `accelerate launch` with the staged YAML.
+This script reads job.json beside scripts/ and SageMaker's resourceconfig.json, and runs `accelerate launch` with the staged YAML.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def launch_words(job: dict[str, Any], hosts: list[str], rank: int, processes: in
 
 
 def make_environment(interface: str, processes: int) -> dict[str, str]:
-    """Return the training's variables: SageMaker's network, the world size to check, and the secret's credentials."""
+    """Return the environment variables of the training: SageMaker's network, the world size, and the secret's credentials."""
     variables = os.environ | {
         "NCCL_SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
@@ -91,7 +91,7 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
 
 
 def wait_for_name(host: str) -> bool:
-    """Wait until a machine's name has an address, since containers start at different moments. Return whether it has."""
+    """Wait until a machine's name has an address, since containers start at different moments. Return whether it now has one."""
     end = time.monotonic() + HOSTS_WAIT_S
     while time.monotonic() < end:
         try:
@@ -140,7 +140,9 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
 
 
 def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
-    """Send SIGTERM to the training's own processes: the launcher would kill them after 30 s, and a save may take longer."""
+    """Send SIGTERM directly to the training's processes.
+
+    The launcher would kill them after 30 s, but saving a checkpoint may take longer."""
     with suppress(psutil.Error):  # a process may end meanwhile, which must not end this one
         for worker in psutil.Process(launcher.pid).children(recursive=True) if launcher else ():
             with suppress(psutil.Error):
@@ -149,7 +151,7 @@ def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
 
 
 def leave_model() -> None:
-    """Copy only the final pipeline or VAE to the folder that becomes model.tar.gz."""
+    """Copy the final pipeline or VAE, and nothing else, to the folder that becomes model.tar.gz."""
     for name in ("pipeline", "vae"):
         if (RUN / name).is_dir():
             shutil.copytree(RUN / name, MODEL / name, dirs_exist_ok=True)
@@ -157,7 +159,7 @@ def leave_model() -> None:
 
 
 def fail(reason: str) -> int:
-    """Write the reason where SageMaker reads FailureReason for its console, and return exit code 1."""
+    """Write the reason of a failure to the file that SageMaker's console shows, and return exit code 1."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
     FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FAILURE.write_text(reason[:1024], encoding="utf-8")

@@ -3,7 +3,8 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_unet.py --config scripts/recipes/demo.yaml \
     --dataset outputs/demo/dataset --vae outputs/demo/vae --output_dir outputs/demo/unet
 
-VAE and text encoder are not in memory during training, because their outputs for the data set are computed once and cached.
+VAE and text encoder are not in memory during training, because their outputs for the data set are computed once and
+cached.
 """
 
 import math
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """Inputs of a training step."""
+    """Data that all training steps read."""
 
     scheduler: Any  # The noise schedule.
-    caches: dict[str, Any]  # `{split: (latents, text)}`.
+    caches: dict[str, Any]  # Latents and text embeddings by split, `{split: (latents, text)}`.
     scaling_factor: float
     ids: Any  # Ids of the training samples: 16 hex digits of each image file's SHA-256.
 
@@ -212,7 +213,7 @@ def finish(
     tracker: Any,
     accelerator: Any,
 ) -> None:
-    """Save the pipeline and the results. Every process must call it.
+    """Save the pipeline and the results. Every process must call this function.
 
     The pipeline gets the averaged weights, unless there is no average or `save_raw_weights` is set.
     """
@@ -269,7 +270,7 @@ def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
 def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Load VAE, text encoder and tokenizer. Return them with the hashes of each and of the data set.
 
-    If no option names a text encoder, it is built from the recipe.
+    If no option names a text encoder, a small one is built by the recipe.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -314,7 +315,7 @@ def known_tokenizer(recipe: Recipe) -> Any:
 
 
 def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: Any) -> None:
-    """Say how many captions of the training images and of the measured validation images the tokenizer cuts."""
+    """Print how many captions of the training images and of the measured validation images the tokenizer cuts off."""
     from t2i.data.preparing import count_long_captions
 
     if tokenizer is None or not accelerator.is_main_process:
@@ -327,7 +328,7 @@ def say_long_captions(recipe: Recipe, splits: Any, tokenizer: Any, accelerator: 
 
 
 def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
-    """Return the UNet to train: a new one of the recipe's size, or that of `pretrained_model_name_or_path`."""
+    """Return the UNet to train: a new UNet of the recipe's size, or the UNet of `pretrained_model_name_or_path`."""
     from diffusers import UNet2DConditionModel
 
     from t2i import models
@@ -357,11 +358,11 @@ def cache_inputs(
 ) -> dict[str, Any]:
     """Return the latents and text embeddings of the training split and of the measured validation images.
 
-    A training in bf16 also computes them in bf16, in half the time. Pictures decoded from such latents are the same to 60 dB.
-    A training in fp16 computes them in float32, because fp16 has a smaller range.
+    A training in bf16 also computes latents and embeddings in bf16, in half the time. Pictures decoded from such
+    latents are the same to 60 dB. A training in fp16 computes both in float32, because fp16 has a smaller range.
 
     Returns:
-        `{split: (latents, text)}`.
+        Latents and text embeddings by split, `{split: (latents, text)}`.
     """
     import torch
 
@@ -433,7 +434,7 @@ def sample_ids(inputs: Inputs, config: TrainUnetConfig, step: int, accelerator: 
 def sample_indices(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> "np.ndarray":
     """Return this process's samples of a micro-batch of a weight update.
 
-    They are indices of the training split, int64 [B].
+    The samples are given by their indices in the training split, int64 [B].
     """
     from t2i.data.preparing import batch_indices
 
@@ -447,7 +448,7 @@ def sample_indices(inputs: Inputs, config: TrainUnetConfig, step: int, micro: in
 def sample_copies(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int, accelerator: Any) -> list[int]:
     """Return the `occurrences` [B] of `sample_indices` within the whole weight update.
 
-    They are counted over all its micro-batches and processes.
+    Occurrences are counted over all micro-batches and processes of the update.
     """
     from t2i.data.preparing import batch_indices
     from t2i.diffusion import occurrences
@@ -462,9 +463,9 @@ def sample_copies(inputs: Inputs, config: TrainUnetConfig, step: int, micro: int
 def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number: int) -> "Batch":
     """Return this process's share of micro-batch `number`, on the device.
 
-    Its tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation`, the noise of the
-    UNet's input follows. Captions are dropped independently. The empty caption's embedding, which sampling also uses,
-    replaces them.
+    The batch's tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation`, the
+    noise of the UNet's input follows. Captions are dropped independently. The empty caption's embedding, which sampling
+    also uses, replaces them.
     """
     from t2i.diffusion import draw
     from t2i.training.prefetch import to_device_soon
@@ -494,7 +495,8 @@ def to_device(
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":  # fmt: skip
     """Return a batch's tensors on the device.
 
-    They are scaled latents [B, C, h, w] from cached moments, noise, timesteps [B] and encoder hidden states [B, L, D].
+    The tensors are scaled latents [B, C, h, w] from cached moments, noise, timesteps [B] and encoder hidden states [B,
+    L, D].
     """
     import torch
 
@@ -517,7 +519,7 @@ def validate(
     step: int,
     accelerator: Any,
 ) -> dict[str, float]:
-    """Measure the averaged weights on the validation split, and record losses and pictures. Every process must call it.
+    """Measure the averaged weights on the validation split, and record losses and pictures. Every process must call this function.
 
     Raises:
         UserError: the loss is non-finite. No checkpoint is then saved with these weights.
@@ -535,7 +537,7 @@ def validate(
 
 
 def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> dict[str, float]:
-    """Return the unweighted loss on validation images with fixed noise: its mean, and per quarter of the noise levels.
+    """Return the unweighted loss on validation images with fixed noise: the mean, and the loss per quarter of the noise levels.
 
     Every run on the same data gets the same noise at the same timesteps, so that runs can be compared.
     """

@@ -161,7 +161,7 @@ def finish(
     tracker: Any,
     accelerator: Any,
 ) -> None:
-    """Save the autoencoder, with averaged weights if there is an average, and the results. Every process must call it."""
+    """Save the autoencoder, with averaged weights if there is an average, and the results. Every process must call this function."""
     from t2i import models
     from t2i.training import loop
 

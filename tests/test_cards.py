@@ -27,7 +27,22 @@ REFERENCE_TEXTS = [
     *("- Not intended for production use", "- Dataset:", "- Harmful or biased content:"),
 ]
 SHARES = {"petal_color": 0.984, "center_color": 0.9, "background": 0.99, "petal_count": 0.53, "all": 0.44}
-MEMORISATION = {"share_closer": 0.012, "median_ratio": 1.013, "probability_closer": 0.5, "near_copies": 0.0}
+MEMORISATION = {
+    "share_closer": 0.012,
+    "copies": 0.012,
+    "median_ratio": 1.013,
+    "probability_closer": 0.5,
+    "near_copies": 0.0,
+}
+JUDGED = {
+    "kernel_distance": 31.2,
+    "standard_error": 0.8,
+    "named": None,
+    "frechet_distance": 120.4,
+    "precision": 0.61,
+    "recall": 0.302,
+    "copies": 0.004,
+}
 EVALUATION = {
     "report": {
         "guidance_scale": 3.0,
@@ -37,7 +52,7 @@ EVALUATION = {
         "probe_accuracy": {"petal_color": 0.9987},
         "memorisation": MEMORISATION,
         "diversity": {"ratio": 0.95},
-        "kid": {"mean": 0.0312, "std": 0.002, "features": "features of the suite's own classifier"},
+        "judge": {"network": "efficientnet-lite0", "kernel_distance": 31.2, "pictures": JUDGED, "real": JUDGED},
         "clip_score": None,
         "prompts": 256,
         "num_inference_steps": 20,
@@ -45,7 +60,13 @@ EVALUATION = {
         "seconds_per_picture_gpu": None,
     },
     "cells": [
-        {"checkpoint": "checkpoint-000750", "guidance_scale": 3.0, "val_loss": 0.2114, "grid": "grid.png", "kid": None}
+        {
+            "checkpoint": "checkpoint-000750",
+            "guidance_scale": 3.0,
+            "val_loss": 0.2114,
+            "grid": "grid.png",
+            "judge": None,
+        }
         | {"prompt_following": SHARES, "memorisation": MEMORISATION}
     ],
 }
@@ -165,7 +186,7 @@ def test_front_matter_is_valid_and_model_index_round_trips(tmp_path: Path) -> No
     values = {result.metric_name: result.metric_value for result in again.eval_results}
     assert values["Prompt following: petal color"] == 0.984
     assert values["Validation diffuser loss"] == 0.2114
-    assert values["kid"] == 0.0312
+    assert values["judge"] == 31.2
     assert "clip score" not in values
 
 

@@ -275,9 +275,9 @@ def test_mistakes_are_one_sentence_with_the_mend(tmp_path, monkeypatch):
         (tmp_path / "bad_parquet", {}, "Parquet files cannot be read"),
         (tmp_path / "good", {"image_column": "imag"}, "no column 'imag'; it has image, caption; did you mean .* image"),
         (tmp_path / "good", {"caption_column": "captoin"}, "did you mean --caption_column caption"),
-        (tmp_path / "good", {"image_column": "caption"}, "column 'caption' holds no text"),
-        (tmp_path / "good", {"caption_template": "a flower"}, "lacks {label}"),
-        (tmp_path / "wordless", {}, "'label' is a number without a name"),
+        (tmp_path / "good", {"image_column": "caption"}, "column 'caption' holds .* instead of captions"),
+        (tmp_path / "good", {"caption_template": "a flower"}, "does not contain {label}"),
+        (tmp_path / "wordless", {}, "column 'label' holds numbers without names"),
         (tmp_path / "blank", {}, "all captions of .* are empty"),
     ]
     for dataset, changes, message in mistakes:
@@ -314,7 +314,7 @@ def test_an_image_path_outside_the_folder_is_never_read(tmp_path):
 BAD_CAPTIONS = {
     "a comma that is not quoted": (
         {"metadata.csv": "file_name,text\n0.png,red\n1.png,a rose, wet with dew\n"},
-        r"metadata.csv, line 3 has 3 fields, the header 2; put quotation marks around a text with a comma",
+        r"metadata.csv, line 3 has 3 fields, but the header has 2; put quotation marks around a text with a comma",
     ),
     "a comma after a text of two lines": (
         {"metadata.csv": 'file_name,text\n0.png,"red\nand wet"\n1.png,a rose, wet\n'},
@@ -330,20 +330,20 @@ BAD_CAPTIONS = {
     ),
     "a header without file_name": (
         {"metadata.csv": "filename,text\n0.png,red\n"},
-        r"metadata.csv, line 1 names no column file_name \(it has filename, text\); rename 'filename' to file_name",
+        r"metadata.csv, line 1 has no column file_name \(it has filename, text\); rename 'filename' to file_name",
     ),
     "an end inside quotation marks": (
         {"metadata.csv": 'sep=,\nfile_name,text\n0.png,"red\nand wet"\n1.png,"a tulip, half of '},
-        "metadata.csv, line 5: a quotation mark is not closed; close it, or double it",
+        "metadata.csv, line 5: a quotation mark is not closed; close it, or write",
     ),
     "an end after a doubled mark": ({"metadata.csv": 'file_name,text\n0.png,"a ""rose""'}, "line 2: a quotation mark"),
     "a comma under a column without a name": (
         {"metadata.csv": "file_name,text,\n0.png,a rose, wet\n"},
-        "line 2 has 3 fields, the header 2; .*, or name the last",
+        "line 2 has 3 fields, but the header has 2; .*, or name the last",
     ),
     "a pointer in place of a table": (
         {"METADATA.CSV": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"},
-        "METADATA.CSV is a Git LFS pointer, not the file itself; run git lfs pull",
+        "METADATA.CSV is a Git LFS pointer without the file's content; run git lfs pull",
     ),
     "a pointer in place of a caption": (
         {"0.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
@@ -352,7 +352,7 @@ BAD_CAPTIONS = {
     "a column twice": ({"metadata.csv": "file_name,text,text\n0.png,a,b\n"}, "names the column 'text' twice"),
     "an object": (
         {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": {"en": "x"}}\n'},
-        r"metadata.jsonl, line 2: column 'text' holds an object \({'en': 'x'}\); write text",
+        r"metadata.jsonl, line 2: column 'text' holds an object \({'en': 'x'}\) instead of a caption; write a text",
     ),
     "objects in a list": (
         {"metadata.jsonl": '{"file_name": "0.png", "caption": [{"raw": "x"}]}\n'},
@@ -364,7 +364,7 @@ BAD_CAPTIONS = {
     ),
     "a comma after an object": (
         {"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "b"},\n'},
-        "metadata.jsonl, line 2 cannot be read .Extra data, column 36.; write one whole JSON object per line",
+        "metadata.jsonl, line 2 cannot be read .Extra data, column 36.; write one complete JSON object per line",
     ),
     "another encoding in a table": (
         {"metadata.csv": "file_name,text\n0.png,a\n1.png,caf\u00e9\n".encode("cp1252")},
@@ -520,11 +520,9 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
     save_dataset_folder(tmp_path / "names", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]}, classes)
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
-        with pytest.raises(UserError, match=r"numbers|is a number without a name"):
+        with pytest.raises(UserError, match=r"its classes are numbers|holds numbers without names"):
             load(tmp_path / form, tmp_path)
-    message = (
-        "--label_names has no name for the classes 0; its names stand for 1 to 2; numbers start at 1: put the names in "
-    )
+    message = "--label_names has no name for the classes 0; its names are those of the classes 1 to 2; the names count from 1, so "
     with pytest.raises(UserError, match=message):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
     said = load(class_folders(tmp_path / "words"), tmp_path, label_names=["rose"]).report["caption_columns"]
@@ -538,7 +536,7 @@ def test_columns_that_hold_no_text_are_no_captions(tmp_path):
         table = pa.table({"image": pa.array([{"bytes": png(i), "path": None} for i in range(3)]), "text": [value] * 3})
         (tmp_path / column).mkdir()
         pq.write_table(table, tmp_path / column / "train.parquet")
-        with pytest.raises(UserError, match=r"column 'text' holds no text \((int64|objects with en|lists of objects)"):
+        with pytest.raises(UserError, match=r"column 'text' holds (int64|objects with en|lists of objects)"):
             load(tmp_path / column, tmp_path)
 
 
@@ -602,7 +600,7 @@ def test_a_missing_file_with_a_near_name_is_named(name, tmp_path):
     with pytest.raises(UserError, match=rf"{name} \(missing file: did you mean {NEAR[name]}\?\)"):
         load(tmp_path / "a", tmp_path)
     write(tmp_path / "a/metadata.csv", f"file_name,text\n{name},a rose\n")
-    with pytest.raises(UserError, match=rf"no image to train on that can be used: {name} \(missing file: did you mean"):
+    with pytest.raises(UserError, match=rf"no usable image to train on: {name} \(missing file: did you mean"):
         load(tmp_path / "a", tmp_path)
 
 
@@ -807,7 +805,7 @@ def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
     assert splits.report["left_out"] == {}
     assert "extra, 4 rows" in str(load(tmp_path / "dict", tmp_path).report["left_out"])
     write(tmp_path / "zip/photos.zip", b"PK")
-    with pytest.raises(UserError, match=r"holds archives \(.zip\) and no images; unpack them"):
+    with pytest.raises(UserError, match=r"holds archives \(.zip\) and no images; unpack the archives"):
         load(tmp_path / "zip", tmp_path)
 
 
@@ -817,7 +815,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["data/train-00000-of-00001.parquet"], r"00001.parquet is a Git LFS pointer, .*; run git lfs pull"),
+        (["data/train-00000-of-00001.parquet"], r"00001.parquet is a Git LFS pointer without .*; run git lfs pull"),
         (["metadata.parquet", "0.png"], "metadata.parquet is a Git LFS pointer"),
         (["00000.tar"], "00000.tar is a Git LFS pointer"),
         (["state.json", "dataset_info.json", "data-00000-of-00001.arrow"], "is a Git LFS pointer"),
@@ -844,7 +842,9 @@ def test_shards_that_are_missing_and_files_beside_are_named(tmp_path):
     }
     shard = folder / "data/train-00000-of-00001.parquet"
     shard.rename(folder / "data/train-00003-of-00005-0123456789abcdef.parquet")
-    message = "lacks 4 of 5 files: data/train-00000-of-00005.parquet, .*, …; download them, or rename those here"
+    message = (
+        "lacks 4 of 5 files: data/train-00000-of-00005.parquet, .*, …; download the missing files, or rename the others"
+    )
     with pytest.raises(UserError, match=message):
         load(folder, tmp_path)
 
@@ -990,10 +990,13 @@ def test_a_column_that_names_splits_is_used(form, column, tmp_path):
 
 SPLIT_COLUMN_MISTAKES = {
     "empty": ("0.png,train\n1.png,test\n2.png,\n", "metadata.csv, line 4: column 'split' is empty; write train"),
-    "no train": ("0.png,val\n1.png,test\n", "column 'split' names test and validation but no train; add it"),
+    "no train": (
+        "0.png,val\n1.png,test\n",
+        "column 'split' names test and validation but no train; write train into the rows",
+    ),
     "another folder": (
         "test/0.png,train\n1.png,test\n",
-        "line 2: column 'split' says train, but test/0.png lies in test",
+        "line 2: column 'split' says train, but test/0.png lies in the folder of test",
     ),
 }
 
@@ -1009,15 +1012,17 @@ def test_split_columns_that_cannot_be_followed_are_refused(kind, tmp_path):
 
 
 LOOK_ALIKES = {
-    "training_set test_set": "test_set, training_set look like splits; rename them test, train, or give --dataset .*/a/training_set",
-    "train_images test_images": "rename them test, train",
+    "training_set test_set": (
+        "test_set, training_set look like splits; rename these folders to test, train, or give --dataset .*/a/training_set"
+    ),
+    "train_images test_images": "rename these folders to test, train",
     "seg_train seg_test seg_pred": "seg_test, seg_train look like splits",
-    "train2017 val2017": "rename them train, validation",
-    "trainA trainB testA testB": "testA, testB, trainA, trainB look like splits; rename them test, train$",
+    "train2017 val2017": "rename these folders to train, validation",
+    "trainA trainB testA testB": "testA, testB, trainA, trainB look like splits; rename these folders to test, train$",
     "data/TrainSet data/valset": "give --dataset .*/a/data/TrainSet",
     "data/train data/test extra": "data/test, data/train look like splits; make folders test, train at the top",
     "rose/train rose/test tulip/train": "rose/test, rose/train look like splits; make folders",
-    "a/val a/test": "name the folder to train on train",
+    "a/val a/test": "rename the folder with the training images to train",
 }
 
 

@@ -205,7 +205,7 @@ def test_files_that_go_between_listing_and_reading(tmp_path):
     split = browse.find_splits(make_set(tmp_path / "one"))["train"]
     browse.read_rows(split)
     shutil.rmtree(tmp_path / "one")
-    with pytest.raises(browse.UserError, match="is gone"):
+    with pytest.raises(browse.UserError, match="no longer exists"):
         browse.read_pictures(split, [0])
 
 

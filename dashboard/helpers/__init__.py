@@ -1,1 +1,1 @@
-"""What the dashboard's pages share. Each module holds one task; none imports torch before a picture is drawn."""
+"""Hold the code that the dashboard's pages share, one task per module. No module imports torch before a picture is drawn."""

@@ -21,8 +21,8 @@ def curves_chart(
     """Return a chart of (run, metric, curve), smoothed and then thinned; None if there is nothing to draw.
 
     Args:
-        weight: of the smoothing, 0 (none) to below 1.
-        log: whether the scale is logarithmic. Values of 0 and below are then left out.
+        weight: strength of the smoothing, at least 0 and below 1. 0 disables smoothing.
+        log: whether the scale of the values is logarithmic. A logarithmic scale leaves out values of 0 and below.
         wall_time: whether x is the hours since a curve's first record, instead of the step.
     """
     points = min(POINTS, max(50, CHART_POINTS // max(1, len(rows))))
@@ -48,16 +48,16 @@ def curves_chart(
 
 
 def repeat_names(names: list[str], counts: list[int]) -> pd.Categorical:
-    """Return each of `names` as often as `counts` says.
+    """Return a category column in which each name of `names` is repeated as often as `counts` says.
 
-    Categories send and compare a name once, and not once per point.
+    A category column sends and compares each name once instead of once per point.
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return pd.Categorical.from_codes(np.repeat([numbers[name] for name in names], counts), list(numbers))
 
 
 def line_chart(frame: pd.DataFrame, x: str, log: bool = False, marks: bool = False) -> alt.Chart:
-    """Return a chart of `frame`'s columns x, value, run and metric. Names are data, so they are shown as they are."""
+    """Return a chart of `frame`'s columns x, value, run and metric. Names of runs are shown literally."""
     runs, metrics = frame["run"].nunique(), frame["metric"].nunique()
     color = "run" if runs > 1 else "metric"
     legend = None  # the title already names a single line, and too many lines have no room

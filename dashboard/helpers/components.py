@@ -1,6 +1,6 @@
 """Widgets that Streamlit does not have: a grid of pictures with linked zoom, two pictures compared, and a gallery.
 
-Their JavaScript and CSS stand in assets/. Content of files reaches them as data, which they show as text and attributes.
+The widgets' JavaScript and CSS are in assets/. Content of files reaches a widget as data, and is shown only as text.
 """
 
 import base64
@@ -18,9 +18,10 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
     """Show a table of pictures.
 
     Args:
-        data: `columns` and `rows` (labels), `corner` (what they are) and `cells` (row by row). `left` and `right` are row
-            and column of the two that are compared. A cell has source (a data address or ""), alt, row and column. It has note,
-            shown if there is no picture, and may have under, words below the picture.
+        data: the table. `columns` and `rows` are labels, `corner` says what the labels mean, and `cells` are the pictures
+            row by row. `left` and `right` are row and column of the two pictures that are compared. A cell has `source` (a
+            data address or ""), `alt`, `row`, `column`, and `note` (text shown if there is no picture). A cell may have
+            `under` (text below the picture).
         on_chosen: called when a picture is clicked. `st.session_state[key].chosen` is then {row, column, left}.
     """
     mount = st.components.v2.component("picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("grid"))
@@ -28,10 +29,11 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
 
 
 def picture_pair(data: dict[str, Any], key: str) -> None:
-    """Show two pictures compared.
+    """Show a comparison of two pictures.
 
     Args:
-        data: `mode` ("side by side", "slider" or "difference"), and `left`, `right` and `difference` (source, alt, label).
+        data: the comparison. `mode` is "side by side", "slider" or "difference". The pictures `left`, `right` and
+            `difference` have `source`, `alt` and `label`.
     """
     mount = st.components.v2.component("picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("pair"))
     mount(key=key, data=data)
@@ -41,8 +43,8 @@ def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> No
     """Show pictures with words under them, in as many columns as there is room for.
 
     Args:
-        data: `pictures`. Each has source (a data address or ""), alt, caption, label, finding, title and row. It has note,
-            shown if there is no picture.
+        data: the gallery. Each of its `pictures` has `source` (a data address or ""), `alt`, `caption`, `label`, `finding`,
+            `title`, `row`, and `note` (text shown if there is no picture).
         on_chosen: called when a picture is clicked. `st.session_state[key].chosen` is then {row}.
     """
     mount = st.components.v2.component("gallery", html='<div class="gallery"></div>', css=_css(), js=_js("gallery"))

@@ -1,4 +1,4 @@
-"""Drawing in a thread of its own: the missing pictures of a grid, or one picture that a page watches."""
+"""Draw in a separate thread: the missing pictures of a grid, or one picture that a page watches."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ UNSEEN_S = 150  # a job that no page looked at for so long ends: its browser was
 
 @dataclass(kw_only=True)
 class Job:
-    """A thread that draws while pages look at it. It ends when it is stopped, or when no page looks any more."""
+    """A thread that draws while pages look at it. The thread ends when it is stopped, or when no page looks at it any more."""
 
     error: str = ""
     seen: float = field(default_factory=time.monotonic)
@@ -66,7 +66,7 @@ class GridJob(Job):
         return len(self.missing)
 
     def seconds_left(self) -> float | None:
-        """Estimate from the pictures so far, the loading of models included; None before the first picture."""
+        """Estimate the remaining seconds from the pictures drawn so far, with model loading. None before the first picture."""
         elapsed = time.monotonic() - self.started
         return elapsed / self.done * (self.total - self.done) if self.done else None
 
@@ -88,10 +88,10 @@ class GridJob(Job):
 
 @dataclass(kw_only=True)
 class PictureJob(Job):
-    """One picture that a page watches: `step` of `steps` are done, and `preview` is what it may become.
+    """A thread that draws one picture: `step` of `steps` are done, and `preview` is the model's guess of the result.
 
-    stage: "waiting" for another's turn, "loading" the model, or "drawing". result: None until the picture is finished, and
-    None if it was stopped.
+    `stage` is "waiting" for another job, "loading" the model, or "drawing". `result` is None until the picture is finished,
+    and stays None if the job was stopped.
     """
 
     planned: cells.PlannedCell
@@ -103,7 +103,7 @@ class PictureJob(Job):
 
     @classmethod
     def start(cls, planned: cells.PlannedCell) -> "PictureJob":
-        """Draw a picture as soon as it is its turn."""
+        """Start the thread, which draws the picture as soon as no other thread of this server draws."""
         job = cls(planned=planned)
         job._start("picture", job._draw)
         return job
@@ -123,7 +123,7 @@ class PictureJob(Job):
 
 
 def error_sentence(error: Exception) -> str:
-    """Return what a page says of an error in a thread (out of memory, a broken disk), so that it does not wait forever."""
+    """Return the sentence that a page shows for an error in a drawing thread, such as out of memory or a broken disk."""
     if isinstance(error, UserError):
         return str(error)
     return f"drawing ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})"

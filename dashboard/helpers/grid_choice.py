@@ -32,14 +32,14 @@ GUIDANCE = "1.5,3,7.5"  # guidance scales of a run that was not evaluated
 CHECKPOINTS = 4  # checkpoints of such a run, the newest
 AXIS_PX = 170  # width of a widget that chooses an axis
 POSITION = re.compile(r"row (?P<row>\d{1,5}), column (?P<column>\d{1,5})")
-HELP = "One value or several: 1.5,3 or a range 1-10, by steps 1-10(+3), or five values evenly spaced 1-10[5]."
+HELP = "Type one or more values: a list 1.5,3, a range 1-10, a range in steps 1-10(+3), or five evenly spaced values 1-10[5]."
 
 
 @dataclass(frozen=True)
 class Grid:
     """A chosen grid: the `axes` of columns, rows and (third, if any) tabs, with the labels of their values.
 
-    run, checkpoint and cell say what no axis says.
+    The fields run, checkpoint and cell hold the settings that all pictures share because no axis varies them.
     """
 
     run: Path
@@ -49,7 +49,7 @@ class Grid:
     labels: tuple[tuple[str, ...], ...]
 
     def plan(self, tab: int | None = None, rows: slice = slice(None)) -> list[cells.PlannedCell]:
-        """Plan all tabs, or `rows` of one tab; `at` counts from the first of these."""
+        """Plan the cells of all tabs, or of `rows` in one tab. Positions (`at`) count from the first planned tab and row."""
         chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
         for axis in self.axes[2:]:
             chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
@@ -66,12 +66,12 @@ def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, be
     """Show the widgets of a grid over the chosen runs, and return the grid.
 
     Args:
-        runs: one or more. The grid shows the first alone unless `run` is an axis.
-        evaluated: the evaluation's grid of the first run. It sets the widgets' defaults.
-        best_scale: the default guidance scale.
+        runs: the chosen runs, at least one. Unless `run` is an axis, the grid shows only the first run.
+        evaluated: the grid that the evaluation of the first run left, which gives the defaults of the widgets.
+        best_scale: default of the guidance scale.
 
     Raises:
-        UserError: the axes or values make no grid.
+        UserError: the chosen axes or values cannot form a grid.
     """
     chosen = choose_axes(bool(evaluated and evaluated.samples.values), len(runs) > 1)
     with st.expander("Values: checkpoints, prompts, guidance scales, seeds …"):
@@ -96,7 +96,7 @@ def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, be
 def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
     """Show the widgets for columns, rows and (third, if any) tabs, and return their axes.
 
-    Several runs stand beside each other.
+    Several chosen runs are shown side by side.
     """
     offered = [name for name in AXES if has_samples or name != "sample"]
     row = st.container(horizontal=True, vertical_alignment="bottom")  # two in a row on a phone
@@ -108,14 +108,14 @@ def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
     tabs = row.selectbox(
         "Tabs", ["none", *offered], index=third, format_func=lambda name: AXES.get(name, name), key="tabs", **shared
     )
-    row.button("Swap", on_click=swap_axes, help="exchange columns and rows")
+    row.button("Swap", on_click=swap_axes, help="Exchange columns and rows.")
     chosen = [str(columns), str(rows), *([str(tabs)] if tabs != "none" else [])]
     st.session_state["_axes"] = chosen
     return chosen
 
 
 def swap_axes() -> None:
-    """Exchange columns and rows. Streamlit calls it before the page runs, when the widgets' values can be set."""
+    """Exchange columns and rows. Streamlit calls this function before the page runs, while widgets can still be set."""
     state = st.session_state
     state["columns"], state["rows"] = state["rows"], state["columns"]
     for side in ("left", "right"):  # the same two pictures stay chosen
@@ -133,7 +133,7 @@ def check_axes(chosen: Sequence[str]) -> None:
 
 
 def reset_axes() -> None:
-    """Give a setting that left its axis a single value again, and one that came to an axis several."""
+    """Give each setting that is no longer an axis a single value, and each setting that became an axis several values."""
     state = st.session_state
     for name in ("tab", "page"):
         state.pop(name, None)
@@ -143,7 +143,7 @@ def reset_axes() -> None:
 
 
 def make_room_for_axis() -> None:
-    """Exchange the axis just chosen with the one whose place it takes; evaluated prompts leave the tabs to prompt or seed."""
+    """Exchange the newly chosen axis with the axis that it replaces. Evaluated prompts leave the tabs to prompt or seed."""
     state = st.session_state
     now = [state.get(key) for key in AXIS_KEYS]
     before = [*state.get("_axes", now), "none"][:3]
@@ -156,9 +156,9 @@ def make_room_for_axis() -> None:
 
 
 def reset_values() -> None:
-    """Show the values of another run, which has other checkpoints and another evaluation.
+    """Reset the widgets to the values of a newly chosen run, which has other checkpoints and another evaluation.
 
-    Several runs stand beside each other.
+    Several chosen runs are shown side by side.
     """
     state = st.session_state
     for name in ("tab", "page", "left", "right"):
@@ -179,7 +179,7 @@ def reset_values() -> None:
 def choose_values(
     runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """Show the widgets for the values of each setting, and return what is typed: several values for each axis."""
+    """Show a widget for each setting, and return the typed texts. The text of an axis holds several values."""
     names = list(dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run)))
     cell = evaluated.cell if evaluated else cells.Cell(first_prompt(next(iter(runs.values()))))
     samples = list(evaluated.samples.values) if evaluated else []
@@ -217,7 +217,7 @@ def choose_values(
 def default_texts(
     cell: cells.Cell, evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
 ) -> dict[str, str]:
-    """Return the typed settings' default texts: several values for an axis, else a single one."""
+    """Return the default text of each typed setting: several values if the setting is an axis, otherwise one value."""
     scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values) if evaluated else GUIDANCE
     seed, steps = cell.seed, cell.num_inference_steps
     texts = {
@@ -244,7 +244,7 @@ def choose_schedulers(runs: dict[str, Path], cell: cells.Cell, several: bool) ->
 def default_checkpoints(
     names: Sequence[str], evaluated: cells.EvaluatedGrid | None, chosen: Sequence[str]
 ) -> list[str]:
-    """Return the evaluated checkpoints, or else the newest; the last of them if no axis takes several."""
+    """Return the evaluated checkpoints, or the newest ones if none was evaluated. If no axis takes several, return the last."""
     if "run" in chosen and "checkpoint" not in chosen:
         return list(names[-1:])  # the finished pipeline of all runs, rather than a step that only one has
     swept = [name for name in evaluated.checkpoints.values if name in names] if evaluated else []
@@ -253,9 +253,9 @@ def default_checkpoints(
 
 
 def default_value(name: str, default: Any) -> Any:
-    """Return a widget's default. The widget is set to it if axes or runs were chosen since.
+    """Return the default of a widget. If other axes or runs were chosen meanwhile, set the widget to this default.
 
-    It is set and not forgotten, because the browser would keep what it shows.
+    The widget's value is set instead of deleted, because the browser would keep showing the old value.
     """
     if name in st.session_state.get("_reset", ()):
         st.session_state[name] = default
@@ -263,13 +263,13 @@ def default_value(name: str, default: Any) -> Any:
 
 
 def pick(title: str, name: str, offered: Sequence[str], defaults: Sequence[str]) -> list[str]:
-    """Show a list of names, and return the chosen ones in the list's order."""
+    """Show a widget for a list of names, and return the chosen names in the order of the list."""
     chosen = st.multiselect(title, offered, default=default_value(name, list(defaults)), key=name, bind="query-params")
     return [value for value in offered if value in chosen]
 
 
 def read_values(typed: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the values that were typed or chosen. Raises `UserError` for a bad one."""
+    """Return the typed or chosen values of each setting. Raises `UserError` for an invalid value."""
     samples = typed.pop("samples", {})
     values: dict[str, list[Any]] = {"negative_prompt": [typed["negative_prompt"]]}
     for name, value in typed.items():

@@ -1,4 +1,4 @@
-"""A chosen grid on the page: what is missing and what it costs, its pictures as they are drawn, and downloads."""
+"""Show a chosen grid of pictures on a page: the missing pictures and their cost, the finished pictures, and downloads."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they bec
 
 
 def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell]) -> None:
-    """Say what is missing of a planned grid and what it costs, and show the pictures."""
+    """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures."""
     missing = cells.missing(planned)
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
@@ -41,7 +41,7 @@ def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell]) -> None:
 
 
 def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
-    """Say how many pictures are missing and how long they take. A large grid asks first."""
+    """Say how many pictures of a grid are missing and how long they take. A large grid starts only after a click."""
     seconds = expected_seconds(planned, evaluated_pace(grid.run))
     takes = "the time is known after the first" if seconds is None else f"about {duration_text(seconds)}"
     row = st.container(horizontal=True, vertical_alignment="center")
@@ -77,7 +77,7 @@ def duration_text(seconds: float) -> str:
 def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob | None) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
-    The page's own plan is shown first. Streamlit then runs this part alone, without the page, and each such run plans
+    The plan of the page is shown first. Streamlit then runs this function without the page, and each such run plans
     the rows that it shows.
     """
     fresh = [planned]
@@ -101,7 +101,7 @@ def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob
 
 
 def part_of_plan(planned: Sequence[cells.PlannedCell], tab: int, rows: slice) -> list[cells.PlannedCell]:
-    """Return what `Grid.plan(tab, rows)` plans, from a plan of the entire grid."""
+    """Return the part of an entire grid's plan that `Grid.plan(tab, rows)` would return."""
     shown = [one for one in planned if one.at[0] == tab and rows.start <= one.at[1] < rows.stop]
     return [replace(one, at=(0, one.at[1] - rows.start, one.at[2])) for one in shown]
 
@@ -134,7 +134,7 @@ def choose_tab(grid: Grid) -> int:
 
 
 def choose_rows(grid: Grid) -> slice:
-    """Return the rows that are shown: all, or the page of them that a widget chooses."""
+    """Return the rows of the grid to show: all rows, or the page of rows that a widget chooses."""
     count, each = len(grid.labels[1]), max(1, SHOWN // len(grid.labels[0]))
     if count <= each:
         return slice(0, count)

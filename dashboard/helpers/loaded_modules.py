@@ -8,7 +8,7 @@ from functools import cache
 def freeze_loaded(libraries: str) -> None:
     """Exempt all live objects from garbage collection, once per name in `libraries`.
 
-    Streamlit collects after each run of a script, and the server answers nobody meanwhile. Collecting a page's libraries
+    Streamlit collects garbage after each run of a page, and the server answers nobody meanwhile. Collecting a page's libraries
     takes 0.1 s, and several times that with torch and diffusers. Loaded libraries stay, so they need no collection.
     """
     gc.collect()

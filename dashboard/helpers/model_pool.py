@@ -1,4 +1,4 @@
-"""Models in memory, and the one turn to load or draw in this server. Imports no torch before a model is loaded."""
+"""Keep models in memory, and let one thread of this server load or draw at a time. torch is imported with the first model."""
 
 import threading
 from collections import OrderedDict
@@ -18,10 +18,10 @@ _pipelines: OrderedDict[tuple[Path, str], Any] = OrderedDict()
 
 @contextmanager
 def drawing_turn(cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-    """Wait until nobody else in this server loads a model or draws; yield False if `cancelled` came first.
+    """Wait until no other thread of this server loads a model or draws. Yield False if `cancelled` becomes true first.
 
-    Two that draw at once each take more than twice as long, and need a model each. A waiting session stands at a gate
-    that the last one must pass again. So a long grid, with a turn per batch, does not starve a single picture.
+    Two threads that draw at once each take more than twice as long, and each needs a model. A waiting session stands at a gate
+    that the last drawing session must pass again. So a long grid, with a turn per batch, does not keep a single picture waiting.
     """
     has_turn = _acquire(_gate, cancelled)
     if has_turn:
@@ -46,7 +46,7 @@ def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> bool:
 def load_pipeline(model: Path) -> Any:
     """Return the pipeline of a checkpoint or pipeline folder, and keep it in memory. The caller has the turn.
 
-    A folder whose weights changed is loaded anew.
+    If the weights in the folder have changed, the model is loaded again.
 
     Raises:
         UserError: the folder holds no complete model.

@@ -1,4 +1,4 @@
-"""Words on a page: its title, empty states, warnings, and texts from outside that must not be read as Markdown."""
+"""Show texts on a page: its title, empty states, warnings, and users' texts that must not be read as Markdown."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from t2i.hub.model_card import escape_markdown
 
 
 def title_row(title: str) -> Any:
-    """Show the page's title, and return the container beside it for what is chosen first.
+    """Show the page's title, and return the container beside the title, which holds the page's first widgets.
 
-    One row for both brings the rest of the page further up.
+    Title and first widgets share a row, so the rest of the page starts higher.
     """
     left, right = st.columns([1, 5], vertical_alignment="bottom")
     left.title(title)
@@ -18,18 +18,18 @@ def title_row(title: str) -> Any:
 
 
 def show_empty_state(sentence: str, command: str) -> None:
-    """Show what is missing, and the command that makes it."""
+    """Show on an empty page what is missing, and the command that makes it."""
     st.info(escape(sentence))
     st.code(command, language="sh", wrap_lines=True)
 
 
 def warn(error: Exception) -> None:
-    """Show the sentence of an error. It may hold words from outside."""
+    """Show the sentence of an error as a warning. The sentence may contain users' texts, so it is escaped."""
     st.warning(escape(error))
 
 
 def escape(text: Any) -> str:
-    """Return words from outside (captions, prompts, names) for a widget that reads Markdown."""
+    """Escape users' texts (captions, prompts, names) for a widget that reads Markdown."""
     return escape_markdown(text)
 
 

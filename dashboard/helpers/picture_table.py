@@ -1,4 +1,4 @@
-"""A table of pictures, and two of them compared: what Compare and VAE show."""
+"""Show a table of pictures and a comparison of two of them, for the pages Compare and VAE."""
 
 import io
 from functools import lru_cache
@@ -19,10 +19,11 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     """Show a table of pictures, and two of them compared; return False if there is no picture.
 
     Args:
-        shown: by `position_name`, row by row. Each has row, column, source (an address, or ""), label, alt and note. It
-            also has open, which returns the picture or None, and may have under (words below the picture).
-        columns, rows: the labels of the table.
-        corner: what these labels are.
+        shown: the pictures by `position_name`, row by row. Each picture has `row`, `column`, `source` (a data address or
+            ""), `label`, `alt`, `note`, and `open`, a function that returns the picture or None. A picture may have `under`
+            (text below it).
+        columns, rows: labels of the columns and rows of the table.
+        corner: text in the table's corner, which says what the labels of columns and rows mean.
     """
     drawn = [name for name, picture in shown.items() if picture["source"]]
     # Before their widgets stand, the URL alone says what they are.
@@ -52,7 +53,7 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
 
 
 def position_name(row: int, column: int) -> str:
-    """Return a picture's name in the URL. It depends on the position alone, whatever the labels are."""
+    """Return the name of a picture in the URL. The name depends only on the picture's position in the table."""
     return f"row {row + 1}, column {column + 1}"
 
 
@@ -61,7 +62,7 @@ def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
 
 
 def take_clicked_picture() -> None:
-    """Remember the position of the clicked picture. The page looks it up among those shown."""
+    """Remember the position of the clicked picture. The page then looks up the picture at that position."""
     position = getattr(st.session_state.get("_grid"), "chosen", None)
     if isinstance(position, dict) and isinstance(position.get("row"), int) and isinstance(position.get("column"), int):
         side = "left" if position.get("left") else "right"
@@ -69,7 +70,7 @@ def take_clicked_picture() -> None:
 
 
 def show_pair(shown: dict[str, Any], drawn: list[str], left: str, right: str) -> None:
-    """Show widgets for two pictures and for the way they are compared, and the comparison."""
+    """Show the comparison of two pictures, with widgets that choose the pictures and the way to compare."""
     for side, name in (("left", left), ("right", right)):
         if st.session_state.get(side) != name:
             st.session_state[side] = name
@@ -106,7 +107,7 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 
 def stored_address(path: Path) -> str:
-    """Return a picture's file as an address; "" if the file was deleted meanwhile."""
+    """Return the file of a picture as a data address, or "" if the file was deleted meanwhile."""
     try:
         state = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Files of a run, read with care: a missing one is empty, and a damaged one warns on the page."""
+"""Read the files of a run without failing: a missing file gives {}, and a damaged file also shows a warning on the page."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -57,7 +57,7 @@ def sweep_results(run: Path) -> list[dict[str, Any]]:
 
 
 def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
-    """Return the guidance scale that the evaluation chose; else the first evaluated one; else 3."""
+    """Return the guidance scale that the evaluation chose, otherwise the first evaluated one, otherwise 3."""
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     scale = report.get("guidance_scale") if isinstance(report, dict) else None
     if is_finite(scale):
@@ -66,14 +66,14 @@ def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
 
 
 def first_prompt(run: Path) -> str:
-    """Return the first prompt of a run's samples, for a picture that nobody has chosen a prompt for."""
+    """Return the first prompt of a run's samples, which is the default prompt of a picture."""
     section = read_settings(run).get("train_unet")
     prompts = section.get("validation_prompts") if isinstance(section, dict) else None
     return str(prompts[0]) if isinstance(prompts, list) and prompts else "a flower"
 
 
 def warn_of_cut_prompts(run: Path, prompts: Sequence[str]) -> None:
-    """Warn of prompts that the run's model reads only in part, and quote what it does not read."""
+    """Warn of prompts that are too long for the run's model, and quote the words that the model does not read."""
     folder = run / "pipeline" / "tokenizer"
     limit = read_or_warn(folder / "tokenizer_config.json").get("model_max_length")
     long = [prompt for prompt in dict.fromkeys(prompts) if is_finite(limit) and len(prompt.encode()) + 2 > limit]
@@ -97,7 +97,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether a value of a file is a number that tables and charts accept."""
+    """Return whether a value read from a file is a finite number, which tables and charts accept."""
     most = 2**63 if isinstance(value, int) else 1e300
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < most
 

@@ -1,4 +1,4 @@
-"""The runs below outputs/, their checkpoints, and the widgets that choose among runs."""
+"""Find the runs below outputs/ and their checkpoints, and show the widgets that choose among runs."""
 
 import math
 import os
@@ -20,13 +20,13 @@ INSIDE_RUNS = {"pipeline", "evaluation", "samples", "cells", "reconstructions"} 
 
 
 def find_runs(kind: str = "unet") -> dict[str, Path]:
-    """Return the run folders below outputs/ by name, the newest first.
+    """Return the run folders below outputs/ by name, the newest run first.
 
-    Pages open nothing else, whatever a URL says. Linked folders are found as well. Each folder is listed once, by its
+    Pages open only these folders, whatever a URL says. Linked folders are found as well. Each folder is listed once, by its
     own name rather than by a link's.
 
     Args:
-        kind: "unet" (denoisers with something to show) or "any" (every run with metrics: also VAEs, and runs just begun).
+        kind: "unet" for runs of denoisers that have pictures or models, or "any" for every run with metrics, such as VAEs.
             A folder with a pipeline alone is a run, so a model of the Hub can be put into outputs/NAME/pipeline.
     """
     changed = {folder: time for folder in _candidates() if (time := _changed(folder)) is not None}
@@ -35,7 +35,7 @@ def find_runs(kind: str = "unet") -> dict[str, Path]:
 
 
 def _candidates() -> Iterator[Path]:
-    """Yield the folders below outputs/ that may be runs: each once, linked ones last, bounded in depth and number."""
+    """Yield the folders below outputs/ that may be runs, each once and linked folders last. Depth and number are limited."""
     waiting, links = deque([(OUTPUTS, 0)]), deque[tuple[Path, int]]()
     seen: set[tuple[int, int]] = set()
     while (waiting or links) and len(seen) < MOST_FOLDERS:
@@ -58,7 +58,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _changed(folder: Path) -> float | None:
-    """Return when a run last wrote its state; None for a folder that is no run."""
+    """Return the time at which a run last wrote its state, or None for a folder that is not a run."""
     for name in ("run.json", "pipeline/model_index.json"):
         with suppress(OSError):
             state = os.stat(folder / name)
@@ -76,7 +76,7 @@ def _is_kind(folder: Path, kind: str) -> bool:
 
 
 def checkpoints_of(run: Path) -> list[str]:
-    """Return the names of a run's models, the oldest first and the finished pipeline last."""
+    """Return the names of a run's checkpoints, the oldest first, and then of its finished pipeline."""
     names = [folder.name for folder in checkpoint_folders(run)]
     return names + (["pipeline"] if (run / "pipeline" / "unet").is_dir() else [])
 
@@ -88,12 +88,12 @@ def step_of(checkpoint: str) -> float:
 
 
 def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
-    """Show widgets that choose among `runs`, by part of the name and by name, and return the choice.
+    """Show widgets that choose among `runs`, by a part of the name and by the full name, and return the chosen runs.
 
-    If no name is chosen, all runs that match the part are returned.
+    If no full name is chosen, all runs whose name contains the part are returned.
 
     Args:
-        key: the parameter of the names in the URL. Different kinds of names need different keys.
+        key: name of the URL parameter that holds the chosen names. Different kinds of names need different keys.
     """
     left, right = st.columns([1, 3])
     name_part = left.text_input("Name contains", key="name", bind="query-params")

@@ -1,4 +1,4 @@
-"""The training images nearest to a picture, which show whether a model made something or remembers it."""
+"""Show the training images nearest to a picture, so that a user sees whether the model copied one of them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ SETS = 2  # training sets in memory: 3 KB per image
 MAX_IMAGES = 50_000  # images of a training set: 150 MB in memory, half a minute on two cores
 WIDTH = 128  # pixels per side on the page
 HELP = (
-    "The distance of thumbnails of 16 x 16, mirrored or not, to the nearest training image, over the mean to the 50 nearest. "
-    "The evaluation's memorisation figures use the same. A picture that is as near to its neighbour as to all others has 1."
+    "Relative distance: that of 16 x 16 thumbnails to the nearest training image, divided by the mean to the 50 nearest. "
+    "The evaluation's memorisation figures use it too. With 1, the nearest image is as far away as the 50 nearest."
 )
 
 
@@ -33,10 +33,11 @@ class TrainingSet:
 
 
 def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
-    """Show a switch, and under it the nearest training images; one sentence if they are not on this machine.
+    """Show a switch, and with it the training images nearest to a picture. If the images are elsewhere, say so.
 
     Args:
-        picture: uint8 [R, R, 3]; None while it is drawn. The switch is shown then too, so that it keeps its state.
+        picture: the picture, uint8 [R, R, 3], or None while the picture is being drawn. The switch is shown in both cases,
+            so that its state is kept.
     """
     folder = find_images(run)
     if folder is None:
@@ -63,7 +64,7 @@ def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
 
 
 def find_images(run: Path) -> Path | None:
-    """Return the folder of a run's prepared images, by the hash in its run.json; None if it is not on this machine."""
+    """Return the folder of a run's prepared images, by the hash in run.json, or None if the folder is not on this machine."""
     identity = read_or_warn(run / "run.json").get("identity")
     section = read_settings(run).get("data")
     cache_dir = section.get("cache_dir") if isinstance(section, dict) else None
@@ -98,7 +99,10 @@ def training_set(folder: Path) -> TrainingSet:
 
 
 def compare(training: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
-    """Return the nearest training images, and the share of unseen images with a nearer one; None without unseen images."""
+    """Find the training images nearest to a picture, and the share of unseen images that have a nearer training image.
+
+    The share is None without unseen images.
+    """
     from t2i.evaluation import memorisation
 
     nearest = memorisation.nearest_images(picture, training.embedding, NEIGHBOURS)
@@ -107,7 +111,7 @@ def compare(training: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int,
 
 
 def judgement(distance: float, nearer_share: float | None) -> str:
-    """Return a sentence on a relative distance, and on the share of unseen images with a nearer neighbour."""
+    """Return a sentence that judges a picture's relative distance to the training images, for the page."""
     if distance < 0.5:
         return "Relative distance under 0.5: as near as a copy. Look whether the model remembers this image."
     if nearer_share is None:

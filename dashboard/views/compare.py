@@ -77,7 +77,10 @@ def main() -> None:
 
 
 def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
-    """Show the runs' curves with their checkpoints as points, full ones for those in the grid. A click chooses one."""
+    """Show the runs' curves, with a point per checkpoint. Points of checkpoints in the grid are filled.
+
+    A click on a point chooses the checkpoint.
+    """
     curves = {name: read_folder(run) for name, run in runs.items()}
     names = sorted({metric for metrics in curves.values() for metric in metrics})
     if not names:

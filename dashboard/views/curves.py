@@ -125,13 +125,13 @@ def show_stored() -> None:
 
 
 def ended_here() -> set[str]:
-    """Return MLflow's ids of ended runs in outputs/. MLflow calls a killed run RUNNING until it is resumed."""
+    """Return MLflow's ids of the runs in outputs/ that have ended. MLflow calls a killed run RUNNING until it is resumed."""
     ended = [run for run in find_runs("any").values() if run_status(run, read_or_warn(run / "run.json")) != "running"]
     return {str(read_or_warn(run / SPOOL_FOLDER / "state.json").get("run_id")) for run in ended}
 
 
 def stored_runs(uri: str) -> list[StoredRun] | None:
-    """Return the store's runs; None while a server has not answered, and the page then looks again by itself."""
+    """Return the runs in the MLflow store, or None while a server has not answered. The page then asks again by itself."""
     if is_file_store():
         return _file_runs(uri, store_stamp())
     kept = st.session_state.get("_listing")
@@ -166,7 +166,7 @@ def _file_runs(uri: str, stamp: Any) -> list[StoredRun]:
 
 
 def file_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> dict[Key, Curve]:
-    """Return curves of a SQLite store. Those of ended runs stay for a minute, those of running ones until it changes."""
+    """Return curves of a SQLite store. Curves of ended runs are cached for a minute, others until the store changes."""
     curves: dict[Key, Curve] = {}
     for metric in metrics:
         for is_running, stamp in ((False, None), (True, store_stamp())):
@@ -187,7 +187,7 @@ def _file_curves(uri: str, run_ids: tuple[str, ...], metric: str, stamp: Any) ->
 
 
 def server_curves(uri: str, chosen: dict[str, StoredRun], metrics: list[str], is_live: bool) -> Loading:
-    """Return what a thread of this session has received from a server so far. It asks again while a run is running."""
+    """Return the curves that a thread of this session has received from a server. The thread asks again while a run trains."""
     wanted = (uri, tuple(sorted(run.run_id for run in chosen.values())), tuple(sorted(metrics)))
     kept = st.session_state.get("_loading")
     age = LIVE_SERVER_S if is_live else KEPT_S
@@ -213,14 +213,19 @@ def _server_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> Iterator
 
 
 def choose_view(names: list[str]) -> dict[str, Any]:
-    """Show widgets for which of the metrics `names` are drawn, and how; return the choice."""
+    """Show widgets that choose which metrics of `names` are drawn and how, and return the choice."""
     defaults = [metric for metric in FIRST_METRICS if metric in names] or names[:1]
     metrics = st.multiselect("Metrics", names, default=defaults, key="metric", bind="query-params")
     row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
     scale = row.radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
     x = row.radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
     weight = row.slider("Smoothing", 0.0, 0.99, 0.0, 0.01, key="smoothing", bind="query-params", width=220)
-    bands = row.toggle("Per timestep band", key="bands", bind="query-params", help="adds val_loss of each band")
+    bands = row.toggle(
+        "Per timestep band",
+        key="bands",
+        bind="query-params",
+        help="Also draw the validation loss of each band of timesteps.",
+    )
     chosen = [metric for metric in metrics if metric in names]
     chosen += [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
     weight = weight if is_finite(weight) and 0 <= weight < 1 else 0.0
@@ -234,12 +239,12 @@ def follow(
     every_s: float,
     again: bool = False,
 ) -> None:
-    """Draw what `read_now` returns, again while `is_running`, without running the rest of the page.
+    """Draw the curves that `read_now` returns. While `is_running`, repeat this without running the rest of the page.
 
     Args:
-        read_now: returns the curves and a note.
-        every_s: seconds between two looks.
-        again: whether each look runs the entire page, which asks a server anew.
+        read_now: function that returns the curves and a note.
+        every_s: seconds between two calls of `read_now`.
+        again: whether each repetition runs the entire page, which asks the server again.
     """
     live = is_running()
     first = True
@@ -300,7 +305,9 @@ def show_sweep(runs: dict[str, Path]) -> None:
         return
     frame = pd.DataFrame(rows, columns=["run", "metric", "x", "value"])
     names = sorted(frame["metric"].unique())
-    defaults = [name for name in ("prompt_following.all", "kid.mean", "memorisation.near_copies") if name in names]
+    defaults = [
+        name for name in ("prompt_following.all", "judge.kernel_distance", "memorisation.copies") if name in names
+    ]
     chosen = st.multiselect("Figures", names, default=defaults or names[:1], key="figure", bind="query-params")
     for figure in chosen:
         st.text(figure)

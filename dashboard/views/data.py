@@ -57,10 +57,10 @@ def main() -> None:
 
 
 def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
-    """Return the folders of data sets by name, each with the runs that read it. Pages open nothing else, whatever a URL says.
+    """Return the folders of data sets by name, each with the runs that read it.
 
-    These are the dataset folders below outputs/, those elsewhere that a run names, and for other sources the images that
-    were prepared for a run.
+    These folders are the dataset folders below outputs/ and the dataset folders that a run names. For a run on another
+    source, the folder holds its prepared images. The page opens only these folders, whatever a URL says.
     """
     inside = OUTPUTS.resolve()
     shards = [file for level in ("*", "*/data", "*/*", "*/*/data") for file in OUTPUTS.glob(f"{level}/*.parquet")]
@@ -84,7 +84,7 @@ def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
 
 
 def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None:
-    """Return the folder of a run's data set: its dataset folder, or else the images that were prepared from it."""
+    """Return the folder of a run's data set: the dataset folder, or otherwise the folder of the prepared images."""
     try:
         if browse.find_splits(Path(source)):
             return Path(source)
@@ -101,13 +101,13 @@ def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None
 
 
 def first_page() -> None:
-    """Go to the first page of another choice, and forget the picture that was chosen before."""
+    """Reset the gallery after a new choice: go to its first page, and forget the chosen picture."""
     st.session_state["page"] = 1
     st.session_state["picture"] = ""
 
 
 def show_split(split: browse.Split, rows: browse.Rows) -> None:
-    """Show widgets for what is shown, the gallery, and beside it figures of the captions."""
+    """Show the filters and the gallery of a split, and beside the gallery figures on the captions."""
     left, right = st.columns([3, 2], gap="large")
     with left:
         shown, notes = choose_rows(split, rows)
@@ -121,7 +121,7 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
 
 
 def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
-    """Show the filters; return the rows that match, and what the chosen finding of the audit says of each."""
+    """Show the filters of the gallery. Return the matching rows, and the audit's remark on each of them."""
     query = st.text_input(
         "Search in captions",
         key="search",
@@ -159,7 +159,7 @@ def no_values() -> None:
 
 
 def kinds_of(rows: browse.Rows) -> dict[str, list[str]]:
-    """Return the columns that can be a filter, as text, the label first: those with few different values."""
+    """Return the columns that can serve as a filter, as text: those with few different values, the label first."""
     columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
     columns |= rows.columns
     texts = {}
@@ -194,7 +194,7 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
 
 
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
-    """Return a picture of the gallery. `picture` is its address, or why there is none."""
+    """Return the data of a picture in the gallery. `picture` is its data address, or the reason why it cannot be shown."""
     there = picture.startswith("data:")
     short = shorten(browse.visible(rows.captions[row]), CAPTION_CHARACTERS)
     label = browse.visible(rows.labels[row] or "") if rows.labels else ""
@@ -213,7 +213,7 @@ def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]
 
 @lru_cache(maxsize=32)
 def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> list[str]:
-    """Return the pictures of some rows as addresses, or why they cannot be shown. A changed split has another key."""
+    """Return the picture of each row as a data address, or the reason why it cannot be shown. A changed split is read again."""
     return [
         f"cannot be shown: {picture.reason}"
         if isinstance(picture, BadImage)
@@ -223,7 +223,7 @@ def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> 
 
 
 def take_chosen() -> None:
-    """Remember the clicked picture. The page looks its row up among those there are."""
+    """Remember the clicked picture. The page then looks up its row among the rows that exist."""
     clicked = getattr(st.session_state.get("_gallery"), "chosen", None)
     if isinstance(clicked, dict) and isinstance(clicked.get("row"), int):
         st.session_state["picture"] = str(clicked["row"])
@@ -260,7 +260,7 @@ def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -
 
 
 def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
-    """Show the findings as a table. A chosen row shows its pictures."""
+    """Show the findings of the caption audit as a table. A click on a row shows the pictures of that finding."""
     st.subheader("Caption audit")
     rows = []
     for title, name in FINDINGS.items():
@@ -280,7 +280,7 @@ def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
 
 
 def measured_elsewhere(folder: Path) -> str:
-    """Return what the full audit of caption_to_hub.py says of tokens, or that there is none."""
+    """Return a sentence on the token counts that the full audit of caption_to_hub.py measured, or that it was not run."""
     try:
         full_audit = read_json(folder / "audit.json")
         tokens, over = full_audit["tokens"], full_audit["checks"]["over_limit"]["count"]
@@ -322,7 +322,7 @@ def show_lengths(split: browse.Split) -> None:
 
 
 def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
-    """Show the images that captioning or training left out, and why. None is deleted, so that they can be fixed."""
+    """Show the images that captioning or training left out, and the reasons. No image is deleted, so it can be fixed."""
     st.subheader("Quarantine")
     lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
     rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]

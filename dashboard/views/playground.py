@@ -71,13 +71,13 @@ def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
 
 
 def forget_checkpoint() -> None:
-    """Forget what another run does not share: its checkpoints, and the guidance scale that suits it."""
+    """Reset the widgets that depend on the run: the checkpoint and the guidance scale."""
     for name in ("checkpoint", "guidance_scale"):
         st.session_state.pop(name, None)
 
 
 def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
-    """Show the form, and return the settings of a picture for `cells.Cell`, and whether the form was sent."""
+    """Show the form of a picture's settings. Return the settings as a `cells.Cell`, and whether the form was sent."""
     evaluated = cells.evaluated_grid(run)
     first = first_prompt(run)[:MAX_PROMPT]
     default = evaluated.cell if evaluated else cells.Cell(first)
@@ -92,14 +92,14 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             bind="query-params",
             max_chars=MAX_PROMPT,
             height=80,
-            help="Ctrl+Enter draws it",
+            help="Press Ctrl+Enter to draw the picture.",
         )
         negative = st.text_input(
             "Negative prompt",
             key="negative_prompt",
             bind="query-params",
             max_chars=MAX_PROMPT,
-            help="what to stay away from",
+            help="Negative prompt: what the picture should not show.",
         )
         one, two = st.columns(2)
         seed = one.number_input(
@@ -109,7 +109,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             min(default.seed, MAX_SEED),
             key="seed",
             bind="query-params",
-            help="the noise that the picture begins as; the same seed gives the same picture",
+            help="Seed of the noise from which the picture is made. The same seed gives the same picture.",
         )
         scale = two.number_input(
             "Guidance scale",
@@ -120,7 +120,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "%g",
             key="guidance_scale",
             bind="query-params",
-            help="how strongly to follow the prompt; 1: without guidance",
+            help="Strength with which the picture follows the prompt. 1 disables guidance.",
         )
         steps = one.number_input(
             "Steps",
@@ -129,7 +129,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             min(default.num_inference_steps, MAX_STEPS),
             key="num_inference_steps",
             bind="query-params",
-            help="denoising steps; the time to draw grows with them",
+            help="Number of denoising steps. The time to draw grows with the number.",
         )
         scheduler = two.selectbox(
             "Scheduler",
@@ -147,7 +147,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "%g",
             key="guidance_end",
             bind="query-params",
-            help="share of the steps, from the first on, that are guided; the others take half the time",
+            help="Share of the steps, from the first step on, that are guided. Unguided steps take half the time.",
         )
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
@@ -167,12 +167,12 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
 
 
 def clean(text: str | None) -> str:
-    """Return a prompt of a URL without what a field or a file refuses: too many characters, and lone surrogates."""
+    """Clean a prompt from a URL: shorten it to the field's limit, and remove lone surrogates, which no file can hold."""
     return (text or "")[:MAX_PROMPT].encode("utf-8", "replace").decode("utf-8")
 
 
 def show_preset(settings: dict[str, Any]) -> None:
-    """Show the presets, and mark the one that equals the form's settings."""
+    """Show the presets of the form, and mark the preset that equals the settings in the form."""
     alike = (name for name, preset in PRESETS.items() if preset._asdict().items() <= settings.items())
     st.session_state["_preset"] = next(alike, None)
     st.segmented_control(
@@ -180,7 +180,7 @@ def show_preset(settings: dict[str, Any]) -> None:
         list(PRESETS),
         key="_preset",
         on_change=take_preset,
-        help="scheduler, steps, and the share of them that is guided: "
+        help="Scheduler, number of steps, and share of guided steps: "
         + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
     )
 
@@ -200,7 +200,7 @@ def take_random_seed() -> None:
 
 
 def show_result(planned: cells.PlannedCell, asked: bool) -> None:
-    """Show the picture if it is stored; else the job that draws it, or how to start one."""
+    """Show the picture if it is stored, otherwise the job that draws it, otherwise how to start drawing."""
     if planned.problem is not None:
         warn(UserError(planned.problem))
         return
@@ -226,7 +226,7 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> None:
 
 
 def take_result(planned: cells.PlannedCell, job: PictureJob) -> None:
-    """Take a finished job's picture, or warn why there is none."""
+    """Take the picture of a finished drawing job, or show a warning why the job has no picture."""
     if job.error:
         warn(UserError(job.error))
     if job.result is not None and job.result.note:  # the store did not take it: the session keeps the last such picture
@@ -239,7 +239,7 @@ def look_up(planned: cells.PlannedCell) -> cells.Watched | None:
 
 
 def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
-    """Show how far a job is, and its newest step, twice per second."""
+    """Show the progress of a drawing job and the picture at its newest step, twice per second."""
 
     @st.fragment(run_every=0.5)
     def watch() -> None:
@@ -281,20 +281,20 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
         f"seed{cell.seed}.png",
         "image/png",
         on_click="ignore",
-        help=f"with its parameters in it, as generate_images.py writes them; {escape(model)}",
+        help=f"PNG file with the picture's parameters, as generate_images.py writes them; {escape(model)}",
     )
     show_steps(watched, planned)
     show_neighbours(planned.run, watched.picture)
 
 
 def picture_file(watched: cells.Watched, planned: cells.PlannedCell) -> bytes:
-    """Return the PNG with its parameters, also of a picture that the store does not have."""
+    """Return a picture's PNG file with its parameters, even if the store does not have the picture."""
     model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     return png_bytes(watched.picture, {**asdict(planned.cell), "model_hash": planned.model_hash, "model": model})
 
 
 def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
-    """Show some of the steps from left to right: what the model takes the finished picture to be."""
+    """Show the model's guess of the finished picture at some of the denoising steps, from left to right."""
     if not watched.steps:
         if planned.cell.num_inference_steps > 1:
             st.caption("This picture was made without being watched; Draw shows its steps.")
@@ -324,7 +324,7 @@ def remember(watched: cells.Watched, planned: cells.PlannedCell) -> None:
 
 
 def show_history() -> None:
-    """Show this session's pictures, each with a button that brings its settings back."""
+    """Show the pictures of this session, each with a button that restores its settings."""
     history: Sequence[dict[str, Any]] = st.session_state.get("_history", [])
     if len(history) < 2:
         return
@@ -340,12 +340,12 @@ def show_history() -> None:
                     on_click=bring_back,
                     args=(planned,),
                     type="tertiary",
-                    help="bring its settings back",
+                    help="Restore the settings of this picture.",
                 )
 
 
 def bring_back(planned: cells.PlannedCell) -> None:
-    """Set the widgets to a picture's settings, unless its run is gone."""
+    """Set the widgets to the settings of an earlier picture, unless the picture's run no longer exists."""
     names = {folder: name for name, folder in find_runs().items()}
     if planned.run in names:
         settings = asdict(planned.cell) | {"scheduler": SHORT_NAMES[planned.cell.scheduler]}

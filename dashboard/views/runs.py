@@ -17,7 +17,11 @@ from t2i.tracking.curves import read_folder
 
 MISSING = "–"  # shown for a missing value of a table
 CARD_CHARACTERS = 20_000  # characters of a model card that are shown
-HIGHER_IS_BETTER = ("prompt_following", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim")
+HIGHER_IS_BETTER = (
+    *("prompt_following", "judge.named", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim"),
+    *("memorisation.median_ratio",),
+)
+NO_GOAL = ("standard_error", "held_out", "real", "pictures")  # Figures that end so describe others, and choose nothing.
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
 
 
 def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's row: its status now, and what run.json says. A table shows text as it is."""
+    """Return the row of a run in the table: its present status, and facts from run.json."""
     seconds = state.get("seconds")
     row: dict[str, Any] = {"run": name, "status": status}
     for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
@@ -93,10 +97,14 @@ def show_best(runs: dict[str, Path]) -> None:
 
 
 def candidates(run: Path) -> list[dict[str, Any]]:
-    """Return what was measured of a run's checkpoints: by the evaluation, and in training at a checkpoint's step."""
+    """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step."""
     rows = []
     for result in sweep_results(run):
-        values = {key: value for key, value in flatten(result).items() if is_finite(value) and key != "guidance_scale"}
+        values = {
+            key: value
+            for key, value in flatten(result).items()
+            if is_finite(value) and key != "guidance_scale" and not key.endswith(NO_GOAL)
+        }
         rows.append({"checkpoint": str(result.get("checkpoint")), "scale": result["guidance_scale"], "values": values})
     curves = {key: curve for key, curve in read_folder(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):
@@ -110,7 +118,7 @@ def candidates(run: Path) -> list[dict[str, Any]]:
 
 
 def show_settings(runs: dict[str, Path]) -> None:
-    """Show the settings of the chosen runs side by side: those that differ, or all."""
+    """Show the settings of the chosen runs side by side, either all settings or only those that differ."""
     st.subheader("Settings")
     columns = {name: flatten(read_settings(run)) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
@@ -147,7 +155,7 @@ def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) ->
 
 
 def show_cards(runs: dict[str, Path]) -> None:
-    """Show a model card as plain text: text of other people is never rendered."""
+    """Show the model card of a run as plain text. Users' Markdown is never rendered."""
     st.subheader("Model card")
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:

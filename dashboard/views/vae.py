@@ -1,4 +1,4 @@
-"""What a VAE keeps of an image: validation images beside their reconstructions, with PSNR, for VAEs and checkpoints."""
+"""Show what a VAE keeps of an image: validation images beside their reconstructions by VAEs and checkpoints, with PSNR."""
 
 import math
 from collections.abc import Sequence
@@ -70,12 +70,12 @@ def main() -> None:
 
 
 def first_page() -> None:
-    """Go to the first page of other images, which may have fewer pages."""
+    """Go to the first page after other images were chosen, since they may have fewer pages."""
     st.session_state["page"] = 1
 
 
 def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
-    """Show widgets for which images, what is missing, and the table."""
+    """Show a widget that chooses the images, the number of missing reconstructions, and the table."""
     left, right = st.columns(2)
     count = left.selectbox("Images", COUNTS, index=1, key="count", bind="query-params", on_change=first_page)
     pages = max(1, -(-len(images) // count))
@@ -106,7 +106,10 @@ def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
 
 
 def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray], place: Any) -> None:
-    """Make what is missing while nobody else in this server draws. What was made stays, even if the page is left."""
+    """Make the missing reconstructions while no other thread of this server draws.
+
+    Finished reconstructions stay stored, even if the user leaves the page.
+    """
     total = len(vaes) * len(originals)
     bar = place.progress(0.0, text="loading the model, or waiting for another's turn")
     for number, vae in enumerate(vaes):
@@ -126,7 +129,7 @@ def show_table(
     stored: dict[str, list[Any]],
     problems: dict[str, str],
 ) -> None:
-    """Show originals and reconstructions: a row per image, a column per VAE, PSNR and SSIM under each."""
+    """Show originals and reconstructions: a row per image, a column per VAE, and PSNR and SSIM under each reconstruction."""
     columns = ["original", *(header(name, stored[name]) for name in vaes)]
     rows = [
         f"{number}: {shorten(images.captions[number] or images.files[number], CAPTION_CHARACTERS)}" for number in here
@@ -215,7 +218,11 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
 
 
 def index_on_curve(vae: Vae, steps: np.ndarray) -> int | None:
-    """Return the index of a VAE on a curve: of the newest validation up to its step, or of the last for the finished one."""
+    """Return the point of a validation curve that belongs to a VAE.
+
+    For a checkpoint, the point is the newest validation up to the checkpoint's step. For the finished VAE, it is the last
+    validation.
+    """
     if not len(steps) or vae.name == "start":
         return None
     step = steps[-1] if vae.name == "vae" else step_of(vae.name)

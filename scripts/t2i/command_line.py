@@ -1,4 +1,4 @@
-"""Command lines: parsed into dataclasses, or taken apart into words. Imports no torch."""
+"""Parse command lines into dataclasses, or split them into options. This module imports no torch."""
 
 import dataclasses
 import os
@@ -21,9 +21,9 @@ def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
     printed. Exits with code 2 on an unknown option, and names the nearest one. `check_options` checks the ranges.
 
     Args:
-        cls: a dataclass; the comment of each field is its help text.
-        doc: the description above the help texts.
-        argv: the words of the command line; by default those of this process.
+        cls: dataclass of the options. The comment of each field is the help text of its option.
+        doc: description of the script, which `--help` prints above the help texts.
+        argv: words of the command line. With None, use the command line of this process.
 
     Raises:
         UserError: the command line has bytes that are not UTF-8.
@@ -33,12 +33,12 @@ def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
 
 
 def check_options(options: T) -> T:
-    """Check the ranges of a parsed dataclass; raise `UserError` naming the option."""
+    """Check the ranges of parsed options. A value out of range raises `UserError` with the name of the option."""
     return checked(type(options), dataclasses.asdict(options), "the command line")  # type: ignore[call-overload]
 
 
 def collect_lists(cls: type, argv: list[str]) -> list[str]:
-    """Return the command line with repeated list options merged into one, as tyro keeps only the last of them."""
+    """Merge repeated list options of a command line into one, because tyro keeps only the last of them."""
     options = _options(cls)
     collected: list[str] = []
     ends: dict[str, int] = {}  # list option -> where in `collected` its values end
@@ -66,9 +66,9 @@ def collect_lists(cls: type, argv: list[str]) -> list[str]:
 
 
 def typed_options(argv: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield each option of a command line: its name as typed (`--name`), its values, and its words as typed.
+    """Yield the options of a command line, each with its typed name (`--name`), its values, and its typed words.
 
-    `--name=value` is taken apart into name and value.
+    An option `--name=value` is split into name and value.
     """
     position = 0
     while position < len(argv):
@@ -88,7 +88,7 @@ def plain_option(word: str) -> str:
 
 
 def option(argv: list[str], name: str) -> str | None:
-    """Return the last value of an option on a command line that is not parsed yet, or None."""
+    """Return the last value of an option in a command line that is not parsed yet, or None if the option is missing."""
     value = None
     for index, word in enumerate(argv):
         if word.startswith(f"--{name}="):
@@ -105,7 +105,7 @@ def note(text: str) -> None:
 
 
 def _options(cls: Any) -> dict[str, tuple[str, bool]]:
-    """Return the options of a dataclass and of those nested in it: each name -> (its field, whether it is a list)."""
+    """Return the options of a dataclass and of its nested dataclasses: name -> (field, whether the field is a list)."""
     options: dict[str, tuple[str, bool]] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         kind, notes = (hint.__origin__, hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())

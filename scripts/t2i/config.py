@@ -1,8 +1,8 @@
-"""Settings of all scripts: defaults <- recipe <- command line. Imports no torch, so that `--help` answers at once.
+"""Settings of all scripts: defaults <- recipe <- command line. This module imports no torch, so that `--help` answers at once.
 
 A recipe is a YAML file with the sections of `Recipe`. The comment behind or above a field is the help text of its
-option. Names are those of diffusers' training scripts. Where ours differ, theirs are accepted or answered
-(`t2i.from_diffusers`).
+option. Option names are those of diffusers' training scripts. If a name differs here, `t2i.from_diffusers` translates the name of
+diffusers or says what to use instead.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ from t2i.from_diffusers import translate_options
 
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
+PACKAGED_NETWORKS = ("efficientnet-lite0", "efficientnet-lite2")  # Their weights come from the package index.
 RECIPES = Path(__file__).parent.parent / "recipes"
 JUDGE = "efficientnet-lite0"  # Network that judges pictures by default.
 PATCH = 8  # Pixels between two patches of the discriminator. Smaller images have none.
@@ -54,10 +55,10 @@ class HubConfig:
     """Settings of a push to the Hub."""
 
     push_to_hub: Flag = False  # Upload the result to the Hub. Log in by `hf auth login`, or set HF_TOKEN.
-    hub_private_repo: Flag = True  # Make a new repository private. An existing one keeps its visibility.
+    hub_private_repo: Flag = True  # Make a new repository private. An existing repository keeps its visibility.
     hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
-    hub_revision: str | None = None  # Branch to push to, made from main if it is missing. None: main.
-    create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new one.
+    hub_revision: str | None = None  # Branch to push to, made from main if it is missing. With None, push to main.
+    create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new pull request.
 
 
 @dataclass
@@ -65,61 +66,65 @@ class ModelHubConfig(HubConfig):
     """Settings of a push of a model to the Hub."""
 
     hub_model_id: str | None = None  # Repository of the model on the Hub, as ORG/NAME.
-    license: str = "unknown"  # Licence of the model, by the Hub's name for it, e.g. apache-2.0. unknown: not chosen.
+    # Licence of the model, by the Hub's name for it, e.g. apache-2.0. "unknown" means not chosen.
+    license: str = "unknown"
 
 
 @dataclass
 class SourceConfig:
-    """The images, and their captions or labels."""
+    """Settings of the source of images and captions."""
 
     # Data set: a Hub id, a dataset folder or an imagefolder.
     dataset: Annotated[PathText | None, _alias("dataset_name", "train_data_dir")] = None
     dataset_revision: str | None = None  # Branch, tag or commit of a Hub data set.
-    dataset_config_name: str | None = None  # Configuration of a data set that has several.
+    dataset_config_name: str | None = None  # Name of the configuration, for a data set with several configurations.
     image_column: str = "image"  # Column that holds the images.
-    # Column that holds the captions. None: caption, else text, else a caption made from the label.
+    # Column that holds the captions. With None, try the columns caption and text, then make captions from labels.
     caption_column: str | None = None
-    label_names: list[str] = field(default_factory=list)  # Names of numeric labels. The first one names label 1.
+    label_names: list[str] = field(default_factory=list)  # Names of numeric labels. The first name is that of label 1.
     caption_template: str = "a photo of a {label}, a type of flower"  # Caption of an image that has only a label.
-    caption_prefix: str = ""  # Words put before every non-empty caption, such as a trigger word: "sks style,".
+    caption_prefix: str = ""  # Words to put before every non-empty caption, such as a trigger word: "sks style,".
     max_bad_share: Share = 0.05  # Share of undecodable images above which the run stops.
 
 
 @dataclass
 class DataConfig(SourceConfig):
-    """The captioned images."""
+    """Settings of the data set and its preparation."""
 
-    # Side of the images in pixels. The shorter side is resized to it, then the centre is cropped.
+    # Width and height of the training images in pixels. Each image is resized, and its center square is cropped.
     resolution: Annotated[int, NUMBER, Field(ge=8, le=2048)] = 128
-    random_flip: Flag = True  # Train on mirrored images as well. Latents are cached for both.
-    # Share of images that become the validation split if the data set has none. A hash of their content chooses them.
+    random_flip: Flag = True  # Train on mirrored images as well. Latents of the mirrored images are cached too.
+    # Share of images that become the validation split if the data set has none. A hash of the content chooses the
+    # images.
     validation_fraction: Annotated[float, NUMBER, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
-    split_seed: int = 0  # Seed of the validation split. Another seed chooses other images.
-    max_train_samples: Count | None = None  # Maximum number of training images. None: all.
+    split_seed: int = 0  # Seed of the validation split. Another seed chooses other validation images.
+    max_train_samples: Count | None = None  # Maximum number of training images. With None, use all images.
     cache_dir: LocalPath = ".cache/t2i"  # Folder for prepared images, latents and text embeddings, named by content.
 
 
 @dataclass
 class CaptionConfig(HubConfig):
-    """Captioning."""
+    """Settings of captioning."""
 
-    output_dir: LocalPath | None = None  # Dataset folder to write. Its captions.jsonl may be edited by hand.
+    output_dir: LocalPath | None = None  # Dataset folder to write. You may edit captions.jsonl in this folder by hand.
     dry_run: Flag = False  # End after the table that shows how the data set was understood.
-    # Source of captions: florence2, label (by caption_template), existing (keep the data set's), or a folder or Hub id.
+    # Source of captions: florence2, label (by caption_template), existing (those of the data set), or a model's folder
+    # or Hub id.
     captioner: PathText = "florence2"
     captioner_revision: str | None = None  # Branch, tag or commit of a Hub captioner.
     # Task of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, …
     task: str = "<DETAILED_CAPTION>"
-    prompt: str = ""  # Text for the captioner, if its task takes some.
+    prompt: str = ""  # Prompt for the captioner, if its task takes a prompt.
     caption_batch_size: Count = 8  # Images per batch. The batch is halved if memory runs out.
-    # Maximum number of tokens per caption. CLIP reads 77 of its own tokens.
+    # Maximum number of the captioner's tokens per caption. CLIP reads at most 77 of its own tokens.
     max_new_tokens: Annotated[int, NUMBER, Field(ge=1, le=4096)] = 128
-    num_beams: Count = 3  # Beams of the search (Florence-2's card uses 3). One beam is about twice as fast.
-    # Length of token sequences that may not repeat within a caption. None: the model's own setting.
+    # Number of beams of the beam search. Florence-2's card uses 3 beams. One beam is about twice as fast.
+    num_beams: Count = 3
+    # Length of token sequences that may not repeat within a caption. With None, keep the model's own setting.
     no_repeat_ngram_size: Count | None = None
-    # Penalty on tokens that a caption already has. Above 1 they become less likely. None: the model's own setting.
+    # Penalty on repeated tokens. Values above 1 make repetition less likely. With None, keep the model's own setting.
     repetition_penalty: Positive | None = None
-    strip_boilerplate: Flag = True  # Drop openings about the image itself: "The image shows a rose" -> "A rose".
+    strip_boilerplate: Flag = True  # Remove openings about the image itself: "The image shows a rose" becomes "A rose".
     fail_on: list[str] = field(default_factory=list)  # Limits of the caption audit, e.g. empty=0 over_limit=0.05.
     audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens.
     license: str = "unknown"  # Licence of the data set, by the Hub's name for it, e.g. cc-by-4.0.
@@ -128,12 +133,12 @@ class CaptionConfig(HubConfig):
 
 @dataclass
 class VaeConfig:
-    """The autoencoder."""
+    """Settings of the autoencoder."""
 
-    # Autoencoder: a run folder, path or Hub id. None: a new one is built by the options below.
+    # Autoencoder: a run folder, path or Hub id. With None, build a new autoencoder by the other vae options.
     vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = None
     vae_revision: str | None = None  # Branch, tag or commit of a Hub VAE.
-    # Channels per level of a new VAE. Each further level halves the side.
+    # Channels per level of a new VAE. Each level after the first halves width and height.
     vae_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 96])
     vae_layers: Count = 1  # Residual layers per level of a new VAE.
     latent_channels: Count = 4  # Channels of the latents of a new VAE.
@@ -141,32 +146,34 @@ class VaeConfig:
 
 @dataclass
 class UnetConfig:
-    """The denoiser, what it is conditioned on, and the noise."""
+    """Settings of the denoiser, its text encoder and its noise schedule."""
 
-    # Pipeline (path or Hub id) whose UNet is trained further. Its VAE and text encoder are used if no others are named.
+    # Pipeline (path or Hub id) whose UNet is trained further. The pipeline's VAE and text encoder are the defaults.
     pretrained_model_name_or_path: PathText | None = None
-    # CLIP text encoder with tokenizer: a run folder, path or Hub id. None: a small frozen one is built.
+    # CLIP text encoder with tokenizer: a run folder, path or Hub id. With None, build a small frozen text encoder.
     text_encoder: PathText | None = None
     text_encoder_revision: str | None = None  # Branch, tag or commit of a Hub text encoder.
     revision: str | None = None  # Branch, tag or commit of the Hub pipeline that is trained further.
-    # Variant of the weight files of pretrained_model_name_or_path, e.g. fp16. None: files without a suffix.
+    # Variant of the weight files of pretrained_model_name_or_path, e.g. fp16. With None, load files without a suffix.
     variant: str | None = None
-    text_hidden_size: Count = 128  # Width of a new text encoder.
-    text_layers: Count = 2  # Layers of a new text encoder.
+    text_hidden_size: Count = 128  # Hidden size of a new text encoder.
+    text_layers: Count = 2  # Number of layers of a new text encoder.
     # Maximum number of tokens per caption of a new text encoder.
     text_max_length: Annotated[int, NUMBER, Field(ge=4, le=512)] = 32
     # Channels per level of a new UNet.
     unet_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [192, 384, 576])
-    unet_layers: Count = 2  # Residual and attention layers per level of a new UNet.
-    # Block types of a new UNet, one per level on the way down. The way up mirrors them.
+    unet_layers: Count = 2  # Number of residual and attention layers per level of a new UNet.
+    # Types of the down blocks of a new UNet, one per level. The up blocks mirror the down blocks.
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
         default_factory=lambda: ["CrossAttnDownBlock2D"] * 3
     )
-    attention_head_dim: Count = 8  # Number of attention heads per level. The misleading name is diffusers'.
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # Target of the UNet: the noise or the velocity.
+    # Number of attention heads per level of a new UNet. diffusers gave this option its misleading name.
+    attention_head_dim: Count = 8
+    # Target of the UNet's prediction: epsilon (the noise) or v_prediction (the velocity).
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     # Schedule of the 1,000 noise levels.
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    # Make the last noise level pure noise (arXiv:2305.08891). This needs v_prediction.
+    # Make the last noise level pure noise (arXiv:2305.08891). The option needs prediction_type v_prediction.
     rescale_betas_zero_snr: Flag = False
 
 
@@ -178,15 +185,15 @@ class TrainConfig:
     dry_run: Flag = False  # End after the table that shows how the data set was understood.
     seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
     train_batch_size: Count = 16  # Images per process and step.
-    gradient_accumulation_steps: Count = 1  # Steps per weight update.
-    max_train_steps: Count | None = None  # Number of weight updates. None: num_train_epochs decides.
-    num_train_epochs: Positive = 100.0  # Passes over the training images, if max_train_steps is None.
-    # Precision of the training, if the launch sets none. A value that differs from the launch's is refused.
+    gradient_accumulation_steps: Count = 1  # Micro-batches per weight update.
+    max_train_steps: Count | None = None  # Number of weight updates. With None, num_train_epochs decides.
+    num_train_epochs: Positive = 100.0  # Number of passes over the training images, if max_train_steps is None.
+    # Precision of the training, if the launch sets none. A value that contradicts the launch is refused.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     learning_rate: Positive = 1e-4  # Peak learning rate.
     scale_lr: Flag = False  # Multiply learning_rate by the images per update, counted over all processes.
     lr_scheduler: LrScheduler = "cosine"  # Learning rate schedule, by diffusers' names.
-    lr_warmup_steps: Natural = 500  # Updates of linear learning rate warm-up.
+    lr_warmup_steps: Natural = 500  # Number of updates in which the learning rate rises linearly to its peak.
     adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW.
     adam_beta2: BelowOne = 0.999  # Decay rate of the squared gradient's moving average in AdamW.
     adam_weight_decay: NonNegative = 1e-2  # Weight decay of AdamW.
@@ -194,24 +201,29 @@ class TrainConfig:
     max_grad_norm: Positive = 0.5  # Norm to which larger gradients are clipped.
     use_ema: Flag = True  # Keep and save an exponential moving average (EMA) of the weights, in fp32.
     ema_decay: Share = 0.9999  # Highest decay of the EMA. At update n it is min(ema_decay, (1 + n) / (10 + n)).
-    gradient_checkpointing: Flag = False  # Recompute activations: less memory, about a third more time.
-    channels_last: Flag = False  # Use the NHWC memory layout.
+    # Recompute activations in the backward pass. Training needs less memory and about a third more time.
+    gradient_checkpointing: Flag = False
+    channels_last: Flag = False  # Use the memory layout channels_last (NHWC).
     compile: Flag = False  # Compile the trained model by torch.compile.
-    cuda_graphs: Flag = True  # On a single GPU, launch a step's kernels as one CUDA graph, which holds their memory.
+    # On a single GPU, run each training step as one CUDA graph. The graph keeps the memory of a step in use.
+    cuda_graphs: Flag = True
     allow_tf32: Flag = False  # Allow TF32 matrix products on Ampere GPUs and later.
-    validation_steps: Count = 500  # Updates between validations.
-    checkpointing_steps: Count = 500  # Updates between checkpoints.
-    checkpoints_total_limit: Count | None = None  # Number of newest checkpoints to keep. None: all.
-    # latest, or the checkpoint to resume from. None: a new run, which is refused if the run folder holds checkpoints.
+    validation_steps: Count = 500  # Number of updates between validations.
+    checkpointing_steps: Count = 500  # Number of updates between checkpoints.
+    # Number of newest checkpoints to keep. With None, keep all checkpoints.
+    checkpoints_total_limit: Count | None = None
+    # Checkpoint to resume from, or latest. With None, start a new run, which is refused if the run folder holds
+    # checkpoints.
     resume_from_checkpoint: str | None = "latest"
-    max_nonfinite_steps: Natural = 0  # Updates with a non-finite loss or gradient to skip before the run ends.
-    logging_steps: Count = 10  # Updates between logged losses.
+    # Number of updates with a non-finite loss or gradient that are skipped before the run ends.
+    max_nonfinite_steps: Natural = 0
+    logging_steps: Count = 10  # Number of updates between logged losses.
     # Tracker of curves and pictures. tensorboard and wandb are used in addition to MLflow.
     report_to: Literal["mlflow", "tensorboard", "wandb", "none"] = "mlflow"
     logging_dir: str = "logs"  # Folder for TensorBoard's files, below output_dir.
-    # MLflow experiment, and project of W&B. The default gives way to MLFLOW_EXPERIMENT_NAME.
+    # MLflow experiment, and project of W&B. MLFLOW_EXPERIMENT_NAME overrides the default.
     experiment: Annotated[str, _alias("tracker_project_name")] = "t2i"
-    run_name: str | None = None  # Name of the MLflow run. None: the name of output_dir.
+    run_name: str | None = None  # Name of the MLflow run. With None, use the name of output_dir.
 
 
 @dataclass
@@ -219,15 +231,16 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     """Training of the autoencoder."""
 
     train_batch_size: Count = 8  # Images per process and step.
-    # Number of newest checkpoints to keep. None: all. 1: one, until the run has finished.
+    # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep one until the run has
+    # finished.
     checkpoints_total_limit: Count | None = 1
     # Part to train. With decoder, latents stay as they are, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"
     # Last updates that train only the decoder. The encoder then keeps its averaged weights, so latents stay as they are.
     decoder_only_steps: Natural = 0
-    # Side of random training crops in pixels. Validation uses whole images. None: train on whole images.
+    # Side of random training crops in pixels. Validation uses whole images. With None, train on whole images.
     crop_size: Count | None = None
-    # Updates on crops, before training continues on whole images in batches of the same number. None: crops to the end.
+    # Updates on crops, before training continues on whole images in batches of the same number. With None, train on crops to the end.
     crop_steps: Count | None = None
     # Weight of KL(posterior || N(0, 1)). The divergence is in nats per color value, like the reconstruction term.
     kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
@@ -251,20 +264,25 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
 class TrainUnetConfig(ModelHubConfig, TrainConfig):
     """Training of the denoiser."""
 
-    snr_gamma: Positive | None = None  # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. None: no weights.
+    # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. With None, use no such weights.
+    snr_gamma: Positive | None = None
     # Share of samples whose caption is dropped at random, for classifier-free guidance.
     proportion_empty_prompts: Share = 0.1
-    noise_offset: NonNegative = 0.0  # Standard deviation of a random shift of each channel's noise, about 0.1. 0: none.
-    # Strength of further noise on the UNet's input that its target lacks, about 0.1. 0: none.
+    # Standard deviation of a random shift of each channel's noise, usually about 0.1. 0 disables the shift.
+    noise_offset: NonNegative = 0.0
+    # Strength of additional noise on the UNet's input, which is not in the target, usually about 0.1. 0 disables this
+    # noise.
     input_perturbation: NonNegative = 0.0
-    # Prompts to draw at each validation.
+    # Prompts for which pictures are drawn at each validation.
     validation_prompts: Annotated[list[str], _alias("validation_prompt")] = field(default_factory=list)
-    validation_epochs: Positive | None = None  # Passes over the images between validations. None: validation_steps.
-    validation_images: Count = 256  # Maximum number of validation images that the loss is measured on.
+    # Number of passes over the images between validations. With None, use validation_steps.
+    validation_epochs: Positive | None = None
+    validation_images: Count = 256  # Maximum number of validation images on which the loss is measured.
     guidance_scale: Guidance = 7.5  # Guidance scale of the validation pictures.
-    num_inference_steps: Count = 30  # Denoising steps of the validation pictures.
-    save_raw_weights: Flag = False  # Save the raw weights in the pipeline, instead of their moving average.
-    gallery_pictures: Natural = 8  # Pictures on the published card, drawn for the prompts of validation and evaluation.
+    num_inference_steps: Count = 30  # Number of denoising steps of the validation pictures.
+    save_raw_weights: Flag = False  # Save the raw weights in the pipeline instead of the moving average.
+    # Number of pictures on the published card, drawn for the prompts of validation and evaluation.
+    gallery_pictures: Natural = 8
 
 
 @dataclass
@@ -272,24 +290,31 @@ class EvaluateConfig:
     """Evaluation of checkpoints over guidance scales."""
 
     model: PathText | None = None  # Run folder of train_unet.py.
-    checkpoints: list[str] = field(default_factory=list)  # Names of checkpoint folders to evaluate. No name: all.
-    # Guidance scales to choose from.
+    # Names of the checkpoint folders to evaluate. Without a name, all checkpoints are evaluated.
+    checkpoints: list[str] = field(default_factory=list)
+    # Guidance scales to evaluate.
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
     )
-    # Preset of generate_images.py. None: the model's scheduler, num_inference_steps, guidance at every step.
+    # Preset of generate_images.py. With None, use the model's scheduler, num_inference_steps and guidance at every
+    # step.
     preset: Literal["exact", "fast", "draft"] | None = None
-    num_inference_steps: Count = 30  # Denoising steps, if no preset sets them.
-    sweep_prompts: Count = 24  # Prompts per checkpoint and guidance scale. They decide on the best pair.
-    report_prompts: Count = 256  # Number of other prompts, on which the best pair is reported.
-    eval_batch_size: Count = 32  # Pictures per batch.
-    # Engine on a CPU. auto: torch. openvino compiles each checkpoint, which pays off with large UNets.
+    num_inference_steps: Count = 30  # Number of denoising steps per picture, if no preset sets it.
+    # Number of prompts drawn per checkpoint and guidance scale, by which the best pair is chosen.
+    sweep_prompts: Count = 24
+    # Number of further prompts, on which the best checkpoint and guidance scale are reported.
+    report_prompts: Count = 256
+    eval_batch_size: Count = 32  # Number of pictures drawn at once.
+    # Engine that draws on a CPU. auto means torch. openvino compiles each checkpoint, which pays off with large UNets.
     engine: Literal["auto", "torch", "openvino"] = "auto"
     eval_seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 1000  # Seed of prompts, noise and classifier.
-    classifier_steps: Natural = 1200  # Training steps of the classifier that reads the pictures. 0: no classifier.
-    classifier_drawings: Count = 5000  # Drawings that the classifier of drawn flowers is trained on.
-    kid_network: PathText | None = None  # Vision model (path or Hub id) for KID. None: the classifier's features.
-    clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. None: the score is not measured.
+    # Training steps of the classifier that reads the attributes of drawn flowers. 0 disables the classifier.
+    classifier_steps: Natural = 1200
+    classifier_drawings: Count = 5000  # Number of drawings on which the classifier of drawn flowers is trained.
+    # Network that judges the pictures. Besides efficientnet-lite0 it may be a path or Hub id of a vision model, such as
+    # facebook/dinov2-small. With None, no network judges.
+    judge_network: Annotated[PathText | None, _alias("kid_network")] = JUDGE
+    clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. With None, leave the CLIP score out.
 
 
 @dataclass
@@ -303,6 +328,10 @@ class Recipe:
     train_vae: TrainVaeConfig = field(default_factory=TrainVaeConfig)
     train_unet: TrainUnetConfig = field(default_factory=TrainUnetConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+# Keys of earlier versions: section -> old key -> new key. An old key without a value is dropped.
+RENAMED = {"evaluate": {"kid_network": "judge_network"}}
 
 
 # --- Reading a recipe and the command line ----------------------------------------------------------------------------
@@ -366,10 +395,16 @@ def load_recipe(name: str) -> Recipe:
         cls = _fields(Recipe).get(known_key(section, _fields(Recipe), f"section in {path}"))
         if not isinstance(keys or {}, dict):
             raise UserError(f"{path}: section {section} must hold keys and values, not {keys!r}")
-        for key in keys or {}:
+        keys = _rename(keys or {}, RENAMED.get(section, {}))
+        for key in keys:
             known_key(key, _fields(cls), f"key in section {section} of {path}")
-        values[section] = checked(cls, keys or {}, f"{path}, section {section}")
+        values[section] = checked(cls, keys, f"{path}, section {section}")
     return Recipe(**values)
+
+
+def _rename(keys: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
+    """Return a section with the keys of earlier versions renamed."""
+    return {renamed.get(key, key): value for key, value in keys.items() if key not in renamed or value is not None}
 
 
 def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:
@@ -378,10 +413,10 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     Exits with code 2 on an unknown option, and names the nearest one.
 
     Args:
-        sections: the sections of `Recipe` that the script has options for. `source` means the options of section data
+        sections: sections of `Recipe` whose settings are options of the script. `source` means the options of section data
             about the origin of the images.
-        doc: the description above the help texts.
-        argv: the words of the command line; by default those of this process.
+        doc: description of the script, which `--help` prints above the help texts.
+        argv: words of the command line. With None, use the command line of this process.
 
     Raises:
         UserError: a value is wrong, or settings do not fit each other.
@@ -418,7 +453,7 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
 
 
 def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
-    """Put a parsed section into the recipe; `before` is the recipe's own."""
+    """Put a section, parsed from the command line, into the recipe. `before` is the section as the recipe had it."""
     section = check_options(chosen)
     _clear_dependent(section, before, "dataset", "dataset_revision")
     _clear_dependent(section, before, "dataset", "dataset_config_name")
@@ -436,7 +471,7 @@ def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
 
 
 def _clear_dependent(section: Any, before: Any, key: str, dependent: str) -> None:
-    """Drop the recipe's `dependent` (a revision, for example) if the command line changes `key` and not `dependent`."""
+    """Reset the setting `dependent`, such as a revision, if the command line changes `key` but not `dependent`."""
     if (
         hasattr(section, key)
         and hasattr(section, dependent)
@@ -471,7 +506,7 @@ def check_dataset(name: str | None) -> Path | None:
     """Return the folder that `--dataset` names, or None for a possible Hub id. The check imports nothing slow.
 
     Raises:
-        UserError: no data set is named, or the name is neither a folder here nor a Hub id.
+        UserError: no data set is named, or its name is neither an existing folder nor a Hub id.
     """
     if not name:
         raise UserError("no data set: give --dataset with a Hub id, a dataset folder or an imagefolder")
@@ -509,8 +544,8 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
 
     Args:
         recipe: the settings.
-        factor: image pixels per latent pixel along a side; None: the factor of the recipe's VAE, if it is known here.
-        crop: check `crop_size` too.
+        factor: image pixels per latent pixel along a side. With None, use the factor of the recipe's VAE, if it is known.
+        crop: whether `crop_size` is checked too.
 
     Raises:
         UserError: a setting does not fit; the message names a value that does.
@@ -541,10 +576,11 @@ def check_vae_terms(recipe: Recipe) -> None:
     """
     config, resolution = recipe.train_vae, recipe.data.resolution
     decoder_alone = config.vae_train_part == "decoder"
-    if config.perceptual_network == JUDGE:
+    judge = recipe.evaluate.judge_network if config.perceptual_weight else None
+    if config.perceptual_network in (JUDGE, judge):
         raise UserError(
-            f"perceptual_network {JUDGE} is the network that judges pictures, which nothing may be trained on; "
-            "set perceptual_network: efficientnet-lite2"
+            f"perceptual_network {config.perceptual_network} is the network that judges pictures, which nothing may be trained on; "
+            "give two different networks, such as perceptual_network: efficientnet-lite2"
         )
     if config.crop_steps and not config.crop_size:
         raise UserError(f"crop_steps {config.crop_steps} needs crop_size, the side of the crops; set both, or neither")
@@ -574,7 +610,7 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
 
     Args:
         recipe: the settings.
-        factor: as in `check_vae`.
+        factor: image pixels per latent pixel along a side, as in `check_vae`.
 
     Raises:
         UserError: a setting does not fit; the message names a value that does.
@@ -603,7 +639,7 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
 
 
 def _vae_factor(config: VaeConfig) -> int | None:
-    """Return the image pixels per latent pixel of a VAE that is new or in a folder here; None for one of the Hub."""
+    """Return the image pixels per latent pixel of a new VAE or of a VAE in a folder. None for a VAE on the Hub."""
     if config.vae is None:
         return 2 ** (len(config.vae_channels) - 1)
     for file in (Path(config.vae) / part / "config.json" for part in ("", "vae", "pipeline/vae")):

@@ -1,4 +1,4 @@
-"""Types of settings, such as `Count` and `LocalPath`, and the check of values against them. Imports no torch."""
+"""Define the types of settings, such as `Count` and `LocalPath`, and check values against the types. This module imports no torch."""
 
 import difflib
 import os
@@ -14,7 +14,7 @@ MAX_GUIDANCE = 1000.0  # Pictures need a hundredth of it. Numbers overflow far b
 
 
 def _expand_home(text: str) -> str:
-    """Expand `~`, as shells do not in `--output_dir=~/run`, and no shell reads a recipe."""
+    """Expand `~` in a path. Shells do not expand it in `--output_dir=~/run`, and no shell reads a recipe."""
     if not text.strip():
         raise ValueError("it is empty; give a path, or leave the option out")
     path = os.path.expanduser(text)
@@ -24,7 +24,7 @@ def _expand_home(text: str) -> str:
 
 
 def _expand_local(text: str) -> str:
-    """Expand `~` and refuse an address: libraries would read it as a bucket, or write into a folder `s3:`."""
+    """Expand `~` in a local path, and refuse an address. Libraries would read an address as a bucket, or make a folder `s3:`."""
     if re.match(r"\w+://", text):
         raise ValueError("it is an address; give a folder on this machine")
     return _expand_home(text)
@@ -37,7 +37,7 @@ def _refuse_flag(value: Any) -> Any:
 
 
 def matching(pattern: str, example: str) -> AfterValidator:
-    """Return a check that a text matches a regular expression in full. Its error gives the example."""
+    """Return a check that a text fully matches a regular expression. The error of the check shows the example."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -67,9 +67,9 @@ def known_key(key: Any, known_keys: dict[str, Any], what: str) -> Any:
     """Return `key` if it is valid.
 
     Args:
-        key: the key as the user wrote it.
-        known_keys: the valid keys; their values are not used.
-        what: what the key is called in a message, such as "key in x.yaml".
+        key: the key to check, as the user wrote it.
+        known_keys: mapping whose keys are the valid keys. The values are not used.
+        what: words for the key in a message, such as "key in x.yaml".
 
     Raises:
         UserError: the key is unknown; the message names the nearest valid key, or all of them.
@@ -82,12 +82,12 @@ def known_key(key: Any, known_keys: dict[str, Any], what: str) -> Any:
 
 
 def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
-    """Return the dataclass `cls` of `values`, checked against the types of its fields.
+    """Return a dataclass made of `values`, which are checked against the types of the fields.
 
     Args:
-        cls: a dataclass.
-        values: its fields by name.
-        where: where the values stand, for a message.
+        cls: class of the result, a dataclass.
+        values: values of the fields by name.
+        where: words for the place of the values in a message, such as a file name.
 
     Raises:
         UserError: a value cannot be used; the message names the first one.
@@ -127,7 +127,7 @@ _REASONS = {
 
 
 def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
-    """Return what to do about a value that pydantic refused, in terms of YAML; empty for errors not in the table."""
+    """Return the fix for a value that pydantic refused, in terms of YAML, or "" if the kind of error is not in the table."""
     wants_text = kind in ("string_type", "literal_error")
     if value is None and wants_text:
         return "it is empty; give a value, or delete the key"
@@ -142,7 +142,7 @@ def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a string can be written to a file. Bytes of another encoding arrive as lone surrogates."""
+    """Return whether a string can be written as UTF-8. Bytes of another encoding appear as lone surrogates in it."""
     try:
         return b"\0" not in text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""Mathematics of diffusion training on pure tensors. Schedulers and models are arguments, and nothing here reads files.
+"""Compute the mathematics of diffusion training on tensors. Schedulers and models are arguments. No file is read.
 
-Randomness is stateless: a sample's draws at a step are a function of (seed, step, sample). They do not depend on the order
+Randomness is stateless: a sample's draws at a step are a function of (seed, step, sample). The draws do not depend on the order
 of the batch, on the number of processes, or on earlier computations. A data set smaller than the batch repeats samples
 within a step. Each repetition then gets different draws.
 """
@@ -32,7 +32,8 @@ class Draws:
     """Random draws for a batch of B samples."""
 
     noise: torch.Tensor  # [B, C, H, W] float32, standard normal.
-    posterior_noise: torch.Tensor  # [B, C, H, W] float32, standard normal. It selects latents from the VAE's posterior.
+    # [B, C, H, W] float32, standard normal. This noise samples latents from the VAE's posterior.
+    posterior_noise: torch.Tensor
     timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps).
     uniform: torch.Tensor  # [B, 4] float32 in [0, 1) for the flip, the dropped caption, the crop's y and x.
     # [B, C, H, W] float32. Noise of the UNet's input if it differs from `noise`.
@@ -61,7 +62,7 @@ def draw(
     Args:
         shape: shape of a sample's latents, (C, H, W).
         copies: `occurrences` of the samples within the whole step. A process that holds a part of the step passes the
-            entries of that part. None counts occurrences within `samples`.
+            entries of that part. With None, count occurrences within `samples`.
         noise_offset: deviation of a shift of each channel's noise
             (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
         input_perturbation: deviation of the noise that `input_noise` adds to `noise` (Ning et al., arXiv:2301.11706).
@@ -103,7 +104,7 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
 def min_snr_weights(scheduler: Any, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return loss weights [B] of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
 
-    They equal min(SNR, gamma) in x0 space.
+    In x0 space the weights equal min(SNR, gamma).
     """
     alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alphas / (1 - alphas)
@@ -130,7 +131,7 @@ def denoising_loss(
         noise: noise that defines the target, [B, C, H, W].
         timesteps: noise levels, [B] int64.
         encoder_hidden_states: text embeddings, [B, L, D].
-        input_noise: noise added to the latents, [B, C, H, W]. None adds `noise`.
+        input_noise: noise added to the latents, [B, C, H, W]. With None, add `noise`.
     """
     noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
     is_velocity = scheduler.config.prediction_type == "v_prediction"

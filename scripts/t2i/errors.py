@@ -1,4 +1,4 @@
-"""How a script ends: a mistake or a limit of the machine becomes one sentence and exit code 2. Imports no torch."""
+"""Define how a script ends: a mistake or a limit of the machine gives one sentence and exit code 2. This module imports no torch."""
 
 import errno
 import io
@@ -16,7 +16,7 @@ class UserError(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`. Print a user's mistake or a limit of the machine as one sentence, and exit with code 2.
 
-    Exit codes are those of shells for two other ends: 130 after Ctrl-C, 141 if the reader of the output went away. Any
+    The exit code is 130 after Ctrl-C, and 141 if the program that reads the output has ended, as in shells. Any
     other exception is a fault of the suite and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal in ASCII shows other letters escaped, instead of failing
@@ -43,7 +43,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _sentence_of(error: Exception) -> str | None:
-    """Return the message for a user's mistake or a limit of the machine; None for any other exception."""
+    """Return the message for a user's mistake or a limit of the machine, or None for any other exception."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return str(error)

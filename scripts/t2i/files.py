@@ -1,4 +1,4 @@
-"""Hashes, and JSON files: written atomically, and refused with a sentence if they are damaged. Imports no torch."""
+"""Hash files, and write and read JSON files: atomically, and with a clear error if a file is damaged. This module imports no torch."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The options of diffusers' training scripts, translated into ours or answered. Imports no torch."""
+"""Translate options of diffusers' training scripts into options of this suite, or name a replacement. This module imports no torch."""
 
 from typing import Literal
 
@@ -58,16 +58,16 @@ _VAE_OPTIONS = {
 
 
 def translate_options(argv: list[str], model: Literal["vae", "unet"]) -> list[str]:
-    """Translate a command line of diffusers' training scripts into our options.
+    """Translate a command line of diffusers' training scripts into the options of this suite.
 
-    Messages show no values, as one may be a token.
+    Messages never show the values of options, because a value may be a secret token.
 
     Args:
-        argv: the words of the command line.
-        model: the model that the script trains.
+        argv: words of the command line.
+        model: kind of model that the script trains.
 
     Raises:
-        UserError: the result would differ without an option that we lack; the message says what to do here.
+        UserError: this suite lacks an option that would change the result. The message says what to do instead.
     """
     words: list[str] = []
     for word, values, typed in typed_options(argv):

@@ -1,4 +1,4 @@
-"""Explain in one sentence, with the fix, why something cannot be loaded from the Hugging Face Hub. Imports no torch."""
+"""Explain in one sentence, with the fix, why something cannot be loaded from the Hugging Face Hub. This module imports no torch."""
 
 import os
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ NO_XET = "this Hub has no Xet storage, which huggingface_hub uses by default; se
 def explain_loading(
     error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
 ) -> str | None:
-    """Return one sentence on why `repo_id` cannot be loaded from the Hub, with the fix; None if the Hub is not the reason.
+    """Return one sentence on why `repo_id` cannot be loaded from the Hub, with the fix. None if the cause is not the Hub.
 
     Args:
-        error: Exception of transformers, diffusers, datasets or huggingface_hub. Its causes are searched as well.
-        repo_id: The repository.
-        revision: The revision that was asked for; None for main.
-        repo_type: Kind of the repository.
+        error: Exception of transformers, diffusers, datasets or huggingface_hub. The causes of the exception are searched as well.
+        repo_id: Name of the repository, `owner/name`.
+        revision: Branch, tag or commit that should be loaded. With None, the branch main.
+        repo_type: Kind of the repository: model, dataset or space.
     """
     page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     chain = list(_causes(error))
@@ -84,10 +84,10 @@ def explain_loading(
 
 
 def find_dataset(config: SourceConfig) -> None:
-    """Check that `--dataset` exists, before seconds of imports. Other faults of the Hub are left to the loading itself.
+    """Check that `--dataset` exists, before slow imports. Loading the data set later reports other faults of the Hub.
 
     Raises:
-        UserError: It is neither a folder, nor in the cache, nor on the Hub.
+        UserError: The data set is neither a folder, nor in the cache, nor on the Hub.
     """
     name = str(config.dataset)
     if check_dataset(config.dataset) or _is_cached(name):
@@ -106,7 +106,7 @@ def find_dataset(config: SourceConfig) -> None:
 
 
 def _is_cached(name: str) -> bool:
-    """Return whether the cache of the Hub or of `datasets` holds something of a data set."""
+    """Return whether the cache of the Hub or of `datasets` holds any file of a data set."""
     home = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
     downloads = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     return downloads.is_dir() or any(home.glob(f"{name.split('/')[0]}___*")) or (home / name).is_dir()
@@ -123,5 +123,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_transport(error: BaseException) -> bool:
-    """Return whether this is a transport error of huggingface_hub's HTTP client."""
+    """Return whether an exception is a transport error of huggingface_hub's HTTP client."""
     return any(cls.__name__ == "TransportError" and cls.__module__.startswith("httpx") for cls in type(error).__mro__)

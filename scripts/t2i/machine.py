@@ -1,4 +1,4 @@
-"""This machine's cores and memory, and the launcher that started this process. Imports no torch."""
+"""Return the cores and memory of this machine, and the launcher of this process. This module imports no torch."""
 
 import ctypes
 import os
@@ -17,8 +17,8 @@ _LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  
 def end_with_launcher() -> None:
     """Ask Linux to send SIGTERM to this process when the launcher that started it ends.
 
-    Before its first step a training then ends at once; later it saves a checkpoint first. accelerate's launcher dies of
-    SIGTERM without passing it on, and no launcher can pass SIGKILL on. Other systems have no such request.
+    On this signal, a training saves a checkpoint and ends. Before its first step it ends at once. The request is needed
+    because accelerate's launcher does not pass SIGTERM on, and no launcher can pass SIGKILL on. Only Linux has such a request.
 
     Raises:
         SystemExit: the launcher has already ended.
@@ -31,9 +31,9 @@ def end_with_launcher() -> None:
 
 
 def find_launcher() -> Any:
-    """Return the launcher that started this process, as `psutil.Process`; None if there is none, or it has ended.
+    """Return the launcher that started this process, as `psutil.Process`, or None without a running launcher.
 
-    A launcher has this script in its own command line. A shell that exported a launcher's variables does not.
+    A launcher has the name of this script in its command line. A shell that only exported a launcher's variables does not.
     """
     if not _LAUNCHED & set(os.environ):
         return None
@@ -45,7 +45,7 @@ def find_launcher() -> Any:
 
 
 def _lost_launcher() -> bool:
-    """Return whether a launcher started this process and has ended, so that the system's first process adopted it."""
+    """Return whether the launcher that started this process has ended. The system's first process then is the parent."""
     if os.getppid() != 1 or not _LAUNCHED & set(os.environ):
         return False
     with suppress(psutil.Error):

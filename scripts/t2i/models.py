@@ -1,4 +1,4 @@
-"""Building and loading of the models: VAE, text encoder with tokenizer, UNet, noise schedule and pipeline.
+"""Build and load the models: VAE, text encoder with tokenizer, UNet, noise schedule and pipeline.
 
 Weights are safetensors only, and no code from outside is run.
 """
@@ -41,7 +41,7 @@ def locate(source: str, part: str) -> tuple[str, str]:
         (path or Hub id, subfolder or "").
 
     Raises:
-        UserError: the local folder holds no such part, or `source` is neither a folder nor a Hub id.
+        UserError: the local folder does not hold the part, or `source` is neither a folder nor a Hub id.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -66,7 +66,7 @@ def load_part(
     """Load a model or tokenizer from the place that `locate` finds.
 
     Args:
-        variant: variant of the weight files, such as fp16. None loads the files without a suffix.
+        variant: variant of the weight files, such as fp16. With None, load the files without a suffix.
         options: further arguments of `cls.from_pretrained`.
 
     Raises:
@@ -163,11 +163,11 @@ def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor
     """Change the 1x1 convolutions so that raw latents have exactly mean 0 and deviation 1 per channel.
 
     Encoding then gives (z - mean) / std, and decoding undoes it. Reconstructions do not change. Stock pipelines read no
-    shift, so the weights have to hold it.
+    shift from the config, so the weights must contain the shift.
 
     Args:
-        mean: means of the raw latents, [C].
-        std: deviations of the raw latents, [C].
+        mean: mean of the raw latents per channel, [C].
+        std: standard deviation of the raw latents per channel, [C].
     """
     quant, post = vae.quant_conv, vae.post_quant_conv
     channels = mean.numel()
@@ -180,10 +180,10 @@ def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor
 
 
 def build_text_encoder(config: UnetConfig, captions: list[str], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Return a small frozen random CLIP text encoder, and a tokenizer learnt from the captions.
+    """Return a small, frozen CLIP text encoder with random weights, and a tokenizer learnt from the captions.
 
     Random features of the words suffice if the captions come from one domain. The last LayerNorm standardises the output
-    over the captions. Otherwise their common part would drown their differences.
+    over the captions. Otherwise the common part of all captions would hide their differences.
     """
     vocab, merges = learn_bpe(captions)
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text_max_length)
@@ -305,7 +305,7 @@ def build_unet(
 def use_plain_attention(unet: UNet2DConditionModel) -> None:
     """Compute attention by matrix products, for training in bf16 on a CPU.
 
-    There the gradient of PyTorch's fused attention takes three times as long. Plain attention keeps all attention weights in
+    On a CPU, the bf16 gradient of PyTorch's fused attention takes three times as long. Plain attention keeps all attention weights in
     memory, so latents above 32 x 32 continue to use fused attention.
     """
     if unet.config.sample_size <= 32:
@@ -315,10 +315,10 @@ def use_plain_attention(unet: UNet2DConditionModel) -> None:
 def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
     """Return the DDPM noise schedule of training, with 1,000 levels.
 
-    Its range of betas is the base pipeline's, or Stable Diffusion's without a base pipeline.
+    The range of betas is that of the base pipeline, or without a base pipeline that of Stable Diffusion.
 
     Raises:
-        UserError: the base pipeline was trained with other settings than the recipe's.
+        UserError: the base pipeline was trained with another noise schedule or prediction type than the recipe's.
     """
     betas = _base_betas(config) if config.pretrained_model_name_or_path else {}
     return DDPMScheduler(
@@ -362,7 +362,7 @@ def build_pipeline(
     unet: UNet2DConditionModel,
     scheduler: Any,
 ) -> StableDiffusionPipeline:
-    """Return the stock pipeline of these parts."""
+    """Return the stock pipeline made of the given models, tokenizer and scheduler."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -380,7 +380,7 @@ def build_pipeline(
 def hash_model(model: Any) -> str:
     """Return a model's identity: a hash (16 hex digits) of its architecture and of its weights' names, types and bytes.
 
-    A library's notes in the config, such as its version or the model's origin, are ignored.
+    Notes that libraries write into the config, such as a version or the model's origin, are ignored.
     """
     digest = hashlib.sha256()
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)

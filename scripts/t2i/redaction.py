@@ -1,4 +1,4 @@
-"""Secrets in texts and settings, replaced by "[redacted]". Imports no torch."""
+"""Replace secrets in texts and settings by "[redacted]". This module imports no torch."""
 
 import json
 import os
@@ -36,7 +36,7 @@ _url_passwords: set[str] = set()  # from the tracking URLs of this process
 
 
 def remember_secret(password: str) -> None:
-    """Redact a URL's password from now on, as written and decoded."""
+    """Remember a URL's password, so that `redact` replaces it from now on, as written and decoded."""
     _url_passwords.update({password, unquote(password)})
 
 
@@ -50,9 +50,9 @@ def _is_secret_name(name: str) -> bool:
 
 
 def _secret_values() -> list[str]:
-    """Return the values that are secret anywhere, the longest first.
+    """Return the values that are secret in every text, the longest first.
 
-    They are the values of environment variables with a secret name, and passwords in URLs of any variable.
+    Secret are the values of environment variables with a secret name, and passwords in URLs of any variable.
     """
     values = set(_url_passwords)
     for name, value in os.environ.items():
@@ -78,7 +78,7 @@ def _redact_assignment(match: re.Match[str]) -> str:
 def redact(text: str) -> str:
     """Replace every secret in a text by "[redacted]".
 
-    These are secrets:
+    Secrets are:
     - values of environment variables with a secret name (token, password, api_key, …), from 8 characters on;
     - users and passwords in URLs, and tokens in their queries;
     - values assigned to secret names (`hub_token: x`, `--hub_token x`);

@@ -1,4 +1,4 @@
-"""The lock of a run folder, which lets in one training at a time, and a run's present status. Imports no torch."""
+"""Lock a run folder, so that one training at a time uses it, and tell a run's present status. This module imports no torch."""
 
 import json
 import os
@@ -30,16 +30,16 @@ SAME_START_S = 2.0  # largest difference between two readings of a process's sta
 
 @contextmanager
 def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
-    """Hold `folder` for this run's processes.
+    """Lock a run folder for the processes of this run.
 
     Each process holds a lock of its own, which the system frees when the process ends or is killed. So a process that
     outlives its launcher still keeps a new run out. The first process waits for processes that are about to end: those
-    whose launcher has ended, and those that were told to stop. It starts once all locks are free.
+    whose launcher has ended, and those that were told to stop. The run starts once all locks are free.
 
     Args:
-        folder: the run folder, which is made if it is missing.
-        rank: the number of this process in the run.
-        meet: a barrier, at which all processes of the run wait for each other.
+        folder: path of the run folder. A missing folder is made.
+        rank: number of this process in the run, from 0.
+        meet: function at which all processes of the run wait for each other (a barrier).
 
     Raises:
         UserError: another run is at work in `folder`, or the folder cannot be written.
@@ -66,7 +66,7 @@ def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]
 
 
 def mark_ending(folder: Path) -> None:
-    """Note in the lock file of `folder` that this process was told to stop. Signal handlers call it."""
+    """Note in the lock file of a run folder that this process was told to stop. Signal handlers call this function."""
     with suppress(OSError):
         handle = os.open(folder / LOCK, os.O_WRONLY | os.O_APPEND)
         try:
@@ -78,13 +78,13 @@ def mark_ending(folder: Path) -> None:
 def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
     """Return a run's present status: "finished", "stopped", "running", "interrupted" or "unfinished".
 
-    run.json cannot tell a run at work from a killed one. The lock can, as the system frees it. "interrupted" means
-    killed or failed. "unfinished" means that the lock tells nothing: the folder is a copy, or its file system has no
-    locks. Any other status of run.json is returned as it is.
+    run.json cannot tell a run at work from a killed run. The lock can, because the system frees the lock when a process
+    ends. "interrupted" means killed or failed. "unfinished" means that the lock tells nothing: the folder is a copy, or
+    its file system has no locks. Any other status of run.json is returned as it is.
 
     Args:
-        folder: the run folder.
-        state: the content of its run.json, if it was read already.
+        folder: path of the run folder.
+        state: content of run.json in the folder, if it was read already.
     """
     state = read_object(folder / "run.json") if state is None else state
     status = str(state.get("status", "unknown"))
@@ -97,7 +97,7 @@ def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
 
 
 def _is_held(folder: Path) -> bool | None:
-    """Return whether a process holds a lock of `folder`; None if that cannot be told."""
+    """Return whether a process holds a lock of a run folder, or None if that cannot be told."""
     answers: list[bool | None] = []
     for path in (folder / LOCK, *_locks_of_others(folder)):
         try:
@@ -109,12 +109,12 @@ def _is_held(folder: Path) -> bool | None:
 
 
 def _locks_of_others(folder: Path) -> list[Path]:
-    """Return the lock files of all processes but the first."""
+    """Return the lock files of all processes of a run but the first process."""
     return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
 
 
 def _wait_for_ending(file: Any, folder: Path) -> None:
-    """Take the lock, after waiting for holders that are about to end. Raise `UserError` for holders at work."""
+    """Wait for processes that hold the lock and are about to end, then take the lock. Other holders raise `UserError`."""
     began, waited_for = time.monotonic(), ""
     while not _lock_if_nobody_works(file, folder):
         holders = _live_holders(file)
@@ -139,7 +139,7 @@ def _wait_for_ending(file: Any, folder: Path) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return this process and its launcher as a row of the lock file, by which others can find them."""
+    """Return a row of the lock file, by which other processes can find this process and its launcher."""
     row: dict[str, Any] = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     launcher = find_launcher()
     return row | ({"launcher": launcher.pid, "launcher_started": launcher.create_time()} if launcher else {})
@@ -152,10 +152,10 @@ def _write_holder(handle: int, holder: dict[str, Any]) -> None:
 
 
 def _live_holders(file: Any) -> list[dict[str, Any]]:
-    """Return the live processes that the lock file names, one row each. "ends" tells whether a process is about to end.
+    """Return the running processes that the lock file names, one row each. "ends" tells whether a process is about to end.
 
-    A process is about to end if it was told to stop, or if its launcher has ended. Processes of other hosts cannot be
-    looked at, so they are taken as live.
+    A process is about to end if it was told to stop, or if its launcher has ended. Processes on other hosts cannot be
+    checked, so they count as running.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for line in _text_of_locked(file).splitlines():
@@ -174,7 +174,7 @@ def _live_holders(file: Any) -> list[dict[str, Any]]:
 
 
 def _lives(pid: int, started: Any) -> bool:
-    """Return whether the process with this number still runs that started at that time (Unix seconds)."""
+    """Return whether a process with this number and this start time (Unix seconds) is still running."""
     with suppress(psutil.Error, TypeError, ValueError, OverflowError):
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(started)) < SAME_START_S
@@ -182,7 +182,7 @@ def _lives(pid: int, started: Any) -> bool:
 
 
 def _names(holders: list[dict[str, Any]]) -> str:
-    """Return the processes in words, by host."""
+    """Return words for a list of processes, by host."""
     hosts: dict[str, list[str]] = {}
     for holder in holders:
         hosts.setdefault(holder["host"], []).append(str(holder["pid"]))
@@ -199,7 +199,7 @@ def _text_of_locked(file: Any) -> str:
 
 
 def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
-    """Lock the first process's file. Return False if any process of an earlier run holds its own."""
+    """Lock the lock file of the first process. Return False if any process of an earlier run still holds a lock."""
     if not _lock(file):
         return False
     for path in _locks_of_others(folder):
@@ -211,7 +211,7 @@ def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
 
 
 def _lock(file: Any, wait: bool = False) -> bool:
-    """Lock a file. Return whether that worked; True also on file systems without locks."""
+    """Lock a file, and return whether that worked. On file systems without locks, return True."""
     try:
         return lock_descriptor(file.fileno(), blocking=wait, poll_interval=0.01)
     except OSError:

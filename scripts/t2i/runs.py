@@ -1,4 +1,4 @@
-"""Run folders: run.json, reuse of a run, and the folders of checkpoints. Imports no torch, so listing runs is fast."""
+"""Manage run folders: run.json, reuse of finished runs, and folders of checkpoints. This module imports no torch."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from t2i.run_lock import UNFINISHED
 def code_revision() -> str:
     """Return the git commit of this code, with "+changes" if files differ from it; "unknown" outside a checkout.
 
-    The container of a SageMaker job has no checkout. It has a file REVISION that was staged with the code.
+    The container of a SageMaker job has no checkout, but a file REVISION that was staged with the code.
     """
     scripts = Path(__file__).parents[1]
     staged = scripts.parent / "REVISION"
@@ -44,9 +44,9 @@ class RunFolder:
     refused.
 
     Args:
-        folder: the run folder.
-        identity: the identity of this run.
-        replace: replace the results of another identity, instead of refusing them.
+        folder: path of the run folder.
+        identity: everything that decides the result of this run.
+        replace: whether results of another identity are replaced instead of refused.
 
     Raises:
         UserError: the folder holds a run of another identity.
@@ -87,7 +87,7 @@ class RunFolder:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the duration of the block to the stage's seconds."""
+        """Measure the duration of the `with` block, and add it to the seconds of a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -114,10 +114,10 @@ def _short(value: Any) -> str:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """Return the step of a checkpoint that the run itself wrote (`checkpoint-000500`: 500); None for any other folder.
+    """Return the step of a checkpoint that the run itself wrote (`checkpoint-000500`: 500), or None for any other folder.
 
-    Users may keep copies beside it, such as `checkpoint-000500-backup`, or another step's checkpoint under this name.
-    Copies are neither listed nor removed.
+    Users may keep copies beside a checkpoint, such as `checkpoint-000500-backup`. Copies, also those under the name of
+    another step, are neither listed nor removed.
     """
     name = re.fullmatch(r"checkpoint-([0-9]{6,15})", folder.name)
     if not name or folder.name != f"checkpoint-{int(name[1]):06d}":
@@ -127,11 +127,11 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def own_checkpoint(run: Path, name: str) -> Path:
-    """Return the folder of a run's checkpoint. `checkpoint-4`, as other programs write it, is `checkpoint-000004` here.
+    """Return the folder of a run's checkpoint. The name `checkpoint-4`, as other programs write it, also finds step 4.
 
     Args:
-        run: the run folder.
-        name: the checkpoint's name, or its path.
+        run: path of the run folder.
+        name: name or path of the checkpoint.
     """
     folder = run / name if Path(name).name == name else Path(name)
     step = re.fullmatch(r"checkpoint-0*([0-9]{1,15})", folder.name)
@@ -177,12 +177,12 @@ def _is_complete(folder: Path) -> bool:
 
 
 def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
-    """Return the folder for the prepared images of a data set; `fingerprint` is a run's `dataset_hash`."""
+    """Return the folder for the prepared images of a data set. `fingerprint` is the `dataset_hash` of a run."""
     return Path(cache_dir).expanduser() / "pixels" / fingerprint
 
 
 def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
-    """Return the `prepared_folder` of an untrusted run, or None if it is incomplete or the fingerprint is not valid."""
+    """Return the folder of a run's prepared images, or None if it is incomplete. The run's fingerprint is not trusted."""
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):  # it must not be a path
         return None
     try:

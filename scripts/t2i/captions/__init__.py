@@ -1,1 +1,1 @@
-"""Captions: made, kept, audited."""
+"""Make, store and audit captions."""

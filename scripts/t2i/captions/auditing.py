@@ -1,7 +1,7 @@
-"""Cleaning of captions, and an audit that finds what would harm a training. Imports no torch.
+"""Clean captions, and audit them for faults that would harm a training. This module imports no torch.
 
 The audit runs a set of checks (`CHECKS`) that need no second model. A *finding* is a caption that fails a check. The checks
-for contradictions with the image's label or colors are conservative: they miss many, so their findings deserve a look.
+for contradictions with the image's label or colors are conservative. They miss many contradictions, but few findings are wrong.
 """
 
 import difflib
@@ -42,7 +42,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def clean_caption(text: str | None) -> str:
-    """Return the text on one line that every file format can hold; "" for None.
+    """Return a caption as one line of text that every file format can hold, or "" for None.
 
     Control characters and lone surrogates are removed, and runs of whitespace become one blank. All other characters stay,
     also those that join or direct letters. A second call changes nothing.
@@ -95,8 +95,9 @@ def boilerplate_opening(text: str) -> str | None:
 def strip_boilerplate(text: str) -> tuple[str, bool]:
     """Return `text` without openings that talk about the image, and whether it had one.
 
-    "The image shows a rose" becomes "A rose": the rest inherits a capital. A caption that is only an opening stays
-    unchanged. A second call changes nothing. The rules are `OPENINGS`.
+       "The image shows a rose" becomes "A rose". If the opening begins with a capital, so does the rest.
+    A caption that is only an opening stays
+       unchanged. A second call changes nothing. The rules are `OPENINGS`.
     """
     rest, stripped = text, False
     while True:
@@ -108,7 +109,7 @@ def strip_boilerplate(text: str) -> tuple[str, bool]:
 
 
 def _after(pattern: re.Pattern[str], text: str) -> str:
-    """Return the text after an opening; "" if the opening does not match or no word follows."""
+    """Return the text after an opening, or "" if the opening does not match or no word follows the opening."""
     match = pattern.match(text)
     rest = text[match.end() :].strip() if match else ""
     return rest if _has_words(rest) else ""
@@ -284,7 +285,7 @@ def dominant_colors(pixels: np.ndarray) -> dict[str, float]:
     to 1.
 
     Args:
-        pixels: uint8 [H, W, 3], sRGB.
+        pixels: the image, uint8 [H, W, 3], sRGB.
 
     Returns:
         Share of the weighted pixels by name, 0..1.
@@ -315,7 +316,7 @@ def dominant_colors(pixels: np.ndarray) -> dict[str, float]:
 
 
 def flower_colors(caption: str) -> list[str]:
-    """Return the words of `COLOR_WORDS` that `caption` says of flowers, each once. Colors of centers or leaves are ignored."""
+    """Return the color words by which `caption` describes flowers, each once. Colors of centers or leaves are ignored."""
     words = re.findall(r"[^\W\d_]+|[.,;:!?()]", caption.casefold())
     colors: list[str] = []
     for position, word in enumerate(words):
@@ -337,13 +338,13 @@ def _not_of_petals(words: list[str], position: int) -> bool:
 
 
 def contradicted_colors(caption: str, shares: Mapping[str, float]) -> list[str]:
-    """Return the flower colors of `caption` if the image shows none of them, else [].
+    """Return the flower colors that `caption` names, if the image shows none of them. Otherwise return [].
 
-    At 64 px, no true caption of 400 drawings was doubted, and 55% of captions with another petal color were. On 640 photos
-    of species with one color, these were 0.8% and 75%. tests/test_captions.py checks these figures.
+    On 400 drawings of 64 px, no true caption was reported, and 55% of captions with a wrong petal color were. On 640 photos
+    of species with one color, 0.8% of true captions were reported, and 75% of wrong ones. tests/test_captions.py checks this.
 
     Args:
-        caption: A caption.
+        caption: The caption to check.
         shares: Result of `dominant_colors` for its image.
     """
     words = flower_colors(caption)
@@ -375,26 +376,26 @@ def audit(
     Item i of every sequence belongs to the same image.
 
     Args:
-        captions: Captions as a training will read them.
+        captions: The captions, as a training will read them.
         image_ids: Hashes of the images. Copies of an image may share a caption.
-        files: Names of the images for the examples; the ids if None.
-        labels: Class name of each image, or None for an image without one; None: not measured.
-        colors: Result of `dominant_colors` for each image; None: not measured.
-        raw: Text before cleaning, or None if it is the caption; counts the openings that were removed.
-        tokenizer: The text encoder's tokenizer from transformers; None: lengths are not measured.
-        examples: Examples per check at most.
+        files: File names of the images, to show in the examples. With None, the examples show the image ids.
+        labels: Class name of each image, or None for an image without a class. With None for all, skip the checks of labels.
+        colors: Result of `dominant_colors` for each image. With None, skip the check of colors.
+        raw: Text of each caption before cleaning, or None if cleaning changed nothing. Removed openings are counted by it.
+        tokenizer: Tokenizer of the text encoder, from transformers. With None, skip the check of lengths.
+        examples: Maximum number of examples per check.
         of_labels: Whether the captions come from the labels, so that images of one label share a caption on purpose.
 
     Returns:
-        captions: Their number.
-        tokens: `limit`, `min`, `median`, `mean`, `max` and `histogram` (captions by tokens up to); None if not measured.
-        stripped: Captions by the opening that was removed.
-        checks: For each check its `count` of findings, their `share` of all captions, `kinds` and `examples`. `kinds`
+        captions: Number of captions.
+        tokens: `limit`, `min`, `median`, `mean`, `max` and `histogram` of tokens per caption, or None if not measured.
+        stripped: Number of captions by the opening that was removed.
+        checks: For each check the `count` of findings, the `share` of captions with findings, `kinds` and `examples`. `kinds`
             counts each token, opening, etc. An example has `file`, `caption` and `note`. Count and share are None if the
             check was not measured.
 
     Raises:
-        ValueError: The sequences differ in length.
+        ValueError: The sequences of the arguments differ in length.
     """
     files = image_ids if files is None else files
     for column in (image_ids, files, labels, colors, raw):
@@ -562,7 +563,7 @@ def check_thresholds(audit: Mapping[str, Any], limits: Mapping[str, float]) -> N
     """Check the audit against the limits of `parse_thresholds`. A share that equals its limit passes.
 
     Raises:
-        UserError: Checks are over their limits or were not measured; the message names them all.
+        UserError: Some checks exceed their limits or were not measured. The message names these checks.
     """
     failed = []
     for name, limit in limits.items():
@@ -580,7 +581,7 @@ def check_thresholds(audit: Mapping[str, Any], limits: Mapping[str, float]) -> N
 
 
 def audit_lines(audit: Mapping[str, Any]) -> list[str]:
-    """Return the audit as a short table for the terminal: a line per check with count, share, meaning and one example."""
+    """Return the lines of a short table of the audit: per check the count, share, meaning and one example."""
     lines = [f"audit of {audit['captions']:,} captions"]
     tokens = audit["tokens"]
     if tokens is None:

@@ -1,6 +1,6 @@
-"""Image-to-text models that caption photos: Florence-2 by its native classes, others by transformers' Auto classes.
+"""Load and run image-to-text models that caption photos: Florence-2 by its own classes, others by transformers' Auto classes.
 
-No code of a model is run and nothing is unpickled. A model that needs either is refused with a sentence.
+Code that comes with a model is never run, and nothing is unpickled. A model that needs either is refused with a sentence.
 """
 
 import json
@@ -30,27 +30,27 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class ModelName:
-    """The model that makes the captions. Name and revision are a part of each caption's key."""
+    """The model that makes the captions, whose name and revision are part of each caption's key."""
 
-    model: str  # Hub id, or the last part of a folder.
-    revision: str  # Commit on the Hub, or hash of the folder's weights.
-    path: str  # Hub id or folder to load.
+    model: str  # Name of the model: its Hub id, or the last part of its folder.
+    revision: str  # Revision of the model: its commit on the Hub, or the hash of the weights in its folder.
+    path: str  # Hub id or folder from which the model is loaded.
 
 
 @dataclass
 class Captioner:
     """A loaded model in three steps. A thread can run `prepare` for the next batch during `generate`."""
 
-    prepare: Callable[[list[Image.Image]], Any]  # Upright RGB images to the model's inputs, on the CPU.
-    generate: Callable[[Any], torch.Tensor]  # Inputs to token ids.
-    read: Callable[[torch.Tensor, list[Image.Image]], list[str]]  # Token ids and images to captions.
+    prepare: Callable[[list[Image.Image]], Any]  # Converts upright RGB images to the model's inputs, on the CPU.
+    generate: Callable[[Any], torch.Tensor]  # Converts the model's inputs to token ids.
+    read: Callable[[torch.Tensor, list[Image.Image]], list[str]]  # Converts token ids and images to captions.
 
 
 def resolve(config: CaptionConfig) -> ModelName:
     """Return the captioner's model and its exact revision.
 
     Raises:
-        UserError: Neither a folder nor the Hub has the model, or it needs code of its own or pickled weights.
+        UserError: The model does not exist, or it needs its own code or pickled weights.
     """
     source = FLORENCE if config.captioner == "florence2" else config.captioner
     if legacy := LEGACY.fullmatch(source):
@@ -82,7 +82,7 @@ def resolve(config: CaptionConfig) -> ModelName:
 
 
 def load(name: ModelName, config: CaptionConfig, device: torch.device, dtype: torch.dtype) -> Captioner:
-    """Load the model to `device` in `dtype`.
+    """Load a captioning model to `device` in `dtype`.
 
     Raises:
         UserError: The model cannot be loaded, or it cannot write captions.

@@ -1,4 +1,4 @@
-"""The file `captions.jsonl`: one caption per JSON line. Users may edit it by hand. Imports no torch.
+"""The file `captions.jsonl`: one caption per JSON line. Users may edit it by hand. This module imports no torch.
 
 A caption belongs to (image, model, revision, task, prompt). Lines are only appended: each batch is one write and one fsync,
 so a killed run loses nothing that was on disk. Several processes on one machine or a shared disk write the same file.
@@ -17,7 +17,7 @@ from t2i.errors import UserError
 
 
 class Key(NamedTuple):
-    """The key of a caption: what it belongs to."""
+    """The key of a caption: image, model, revision, task and prompt."""
 
     image: str  # First 32 hex digits of the SHA-256 of the image file.
     model: str
@@ -27,16 +27,17 @@ class Key(NamedTuple):
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows and wait until they are on disk.
+    """Append captions to the file and wait until they are on disk.
 
-    If a power cut left a torn last line, it moves to `captions.jsonl.torn`: its caption was never reported as done.
+    If a power cut left an incomplete last line, this line moves to `captions.jsonl.torn`. No caption is lost, because the
+    caption of such a line was never reported as done.
 
     Args:
-        path: The file; a missing one is created.
-        rows: The fields of `Key`, `caption`, and any other fields.
+        path: Path of captions.jsonl. A missing file is created.
+        rows: The lines to append, each with the fields of `Key`, `caption`, and any other fields.
 
     Raises:
-        UserError: The last line is neither a caption nor torn.
+        UserError: The last line of the file is complete, but not a caption.
     """
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
     # Writers take turns. The system frees the lock of a killed writer.
@@ -55,10 +56,12 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
-    """Return all captions by key. If a key occurs twice, the later line is used. A torn last line is skipped.
+    """Return all captions of the file by key. If a key occurs twice, the later line is used.
+
+    An incomplete last line is skipped.
 
     Raises:
-        UserError: Another line is not a caption. The message names the line, so an editing mistake costs no caption.
+        UserError: Any other line is not a caption. The message names the line, so an editing mistake costs no caption.
     """
     rows: dict[Key, dict[str, Any]] = {}
     try:
@@ -75,7 +78,7 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Return whether a last line was cut while we wrote it: it begins like our lines and has no end."""
+    """Return whether the last line is incomplete: it begins like a line of this module and has no end."""
     start = b'{"image": "'
     return (line.startswith(start) or start.startswith(line)) and not line.rstrip().endswith(b"}")
 
@@ -106,7 +109,7 @@ def _write_all(file: RawIOBase, data: bytes) -> None:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """Return the caption on a line; None if the line holds none."""
+    """Return the caption on a line of the file, or None if the line holds no caption."""
     try:
         row = json.loads(line)
         return row if all(isinstance(row[field], str) for field in (*Key._fields, "caption")) else None
@@ -115,7 +118,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _tail(file: RawIOBase) -> bytes:
-    """Return the bytes after the last newline."""
+    """Return the bytes of the file after the last newline."""
     start, tail = os.fstat(file.fileno()).st_size, b""
     while start and b"\n" not in tail:
         end, start = start, max(0, start - 65536)

@@ -1,1 +1,1 @@
-"""Trainings on rented machines."""
+"""Run trainings on rented machines in clouds."""

@@ -1,6 +1,6 @@
-"""The AWS account that a job goes to: checks of it, and uploads to it before the job.
+"""Check the AWS account of a job, and upload the job's data and credentials.
 
-Data goes to SageMaker's bucket, named by its content. Credentials go to Secrets Manager. Imports no torch.
+Data goes to SageMaker's bucket, in folders named by a hash of the content. Credentials go to Secrets Manager. No torch is imported.
 AWS's packages are imported in functions: they take seconds, and `--help` and refused commands need none of them.
 """
 
@@ -28,24 +28,24 @@ ROLE_NAME = re.compile(r"/?(?:[\w+=,.@-]+/)*([\w+=,.@-]{1,64})", re.ASCII)
 
 @dataclass
 class Account:
-    """The account that the job goes to, and what is missing in it."""
+    """The AWS account of a job, with sentences on what the account lacks."""
 
-    session: Any  # boto3's; None without credentials
+    session: Any  # Session of boto3, or None without credentials.
     number: str = PLACEHOLDER
-    partition: str = "aws"  # AWS's group of regions: aws, aws-cn or aws-us-gov
-    bucket: str = ""  # for uploads: the bucket of output_path, else SageMaker's own of the account
-    prefix: str = ""  # folder in that bucket, without outer slashes
-    own_bucket: bool = False  # whether the YAML names the bucket
-    kms_key: str | None = None  # encrypts the uploads
-    role: str = ""  # ARN
+    partition: str = "aws"  # AWS's group of regions: aws, aws-cn or aws-us-gov.
+    bucket: str = ""  # Bucket for uploads: the bucket of output_path, otherwise the account's SageMaker bucket.
+    prefix: str = ""  # Folder in the bucket, without outer slashes.
+    own_bucket: bool = False  # Whether the YAML names the bucket.
+    kms_key: str | None = None  # Key that encrypts the uploads.
+    role: str = ""  # ARN of the role that the job runs as.
     image: str = ""
-    missing: list[str] = field(default_factory=list)  # sentences for the user
+    missing: list[str] = field(default_factory=list)  # Sentences for the user on what the account lacks.
 
 
 def look(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str]) -> Account:
-    """Check with AWS what the job needs.
+    """Ask AWS whether the account has what the job needs.
 
-    Raises `UserError` for mistakes that no account can fix. All others are listed in the account's `missing`.
+    Mistakes that no account can fix raise `UserError`. All other faults are listed in the account's `missing`.
     """
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -89,7 +89,7 @@ def look(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str]) -> Accou
 
 
 def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
-    """Return AWS's image for the YAML's versions. Raises `UserError` with the changes that lead to one."""
+    """Return AWS's image for the YAML's versions. If there is none, raise `UserError` with the changes that the YAML needs."""
 
     def retrieve(config: sagemaker_job.SageMakerConfig) -> str:
         wanted: dict[str, Any] = {"framework": "pytorch", "version": config.pytorch_version}
@@ -118,9 +118,9 @@ def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
 
 
 def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:
-    """Return the role's ARN. Its faults are added to the account's `missing`.
+    """Return the ARN of the job's role. Faults of the role are added to the account's `missing`.
 
-    An ARN is sent as it is written, or not at all. For a bare name, only AWS knows the ARN: a role's path is part of it.
+    An ARN in the YAML is used unchanged. For the name of a role, only AWS knows the ARN, because the ARN contains a path.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -278,10 +278,10 @@ def upload(
     """Upload the local folders, each content once, and return each channel's S3 address.
 
     Args:
-        inputs: local folders and s3:// folders, by channel.
-        files: the files of each local folder, by channel.
-        hashes: `staging.hash_folder` of each local folder, by channel.
-        account: what `look` returned.
+        inputs: local folder or s3:// folder of each channel.
+        files: files in the local folder of each channel.
+        hashes: `staging.hash_folder` of the local folder of each channel.
+        account: the account that `look` returned.
     """
     begin = f"the bucket {account.bucket} cannot be used for uploads: "
     own = (
@@ -297,7 +297,7 @@ def upload(
 
 
 def sdk_session(account: Account, kind: Any = None, **options: Any) -> Any:
-    """Return the SageMaker SDK's session that uploads to the account's bucket. kind: a subclass of the SDK's Session."""
+    """Return the SageMaker SDK's session that uploads to the account's bucket. `kind` is a subclass of the SDK's Session."""
     from sagemaker.core.helper.session_helper import Session
 
     if account.own_bucket:
@@ -312,7 +312,7 @@ def _prefix(account: Account, digest: str) -> str:
 def send_folders(
     inputs: dict[str, str], files: dict[str, list[Path]], hashes: dict[str, str], account: Account
 ) -> None:
-    """Upload those files of the folders that S3 does not have yet."""
+    """Upload the files of local folders, except files that S3 already has."""
     s3 = account.session.client("s3")
     more = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": account.kms_key} if account.kms_key else None
     for channel, digest in hashes.items():
@@ -331,9 +331,11 @@ def send_folders(
 
 
 def secret_name(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str]) -> str:
-    """Return a secret's name that only these credentials have, so that an earlier job that restarts finds its own.
+    """Return the name of the secret for these credentials. Other credentials get another name.
 
-    The hash in it is slow on purpose: nobody can guess credentials by it.
+    An earlier job that restarts therefore still finds its own credentials.
+
+    The name contains a slow hash of the credentials, so that nobody can guess them from the name.
     """
     text = json.dumps(secrets, sort_keys=True).encode()
     digest = hashlib.scrypt(text, salt=config.base_job_name.encode(), n=2**14, r=8, p=1, dklen=6).hex()
@@ -341,7 +343,7 @@ def secret_name(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str]) 
 
 
 def store_secret(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str], account: Account) -> str | None:
-    """Store credentials in Secrets Manager and return the secret's name; None without credentials."""
+    """Store credentials in Secrets Manager and return the name of the secret, or None without credentials."""
     if not secrets:
         return None
     name, client = secret_name(config, secrets), account.session.client("secretsmanager")
@@ -355,7 +357,7 @@ def store_secret(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str],
 
 
 def secrets_here(config: sagemaker_job.SageMakerConfig) -> dict[str, str]:
-    """Return the credentials of this shell that the job needs; none if the YAML names a secret of the user's own."""
+    """Return the credentials of this shell that the job needs. Return none if the YAML names a secret of the user."""
     if sagemaker_job.SECRETS in config.additional_args.environment:
         return {}
     return launch.secrets_here(sagemaker_job.tracking_server(config)[0])

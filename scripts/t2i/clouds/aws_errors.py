@@ -1,6 +1,6 @@
-"""AWS's errors as one sentence with the fix.
+"""Explain errors of AWS, each in one sentence with the fix.
 
-Imports no torch. AWS's packages are imported in functions: they take seconds, and refused commands need none of them.
+This module imports no torch. AWS's packages are imported in functions, because importing them takes seconds.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Estimate a cloud job's updates, hours and dollars from a price file that users edit.
 
-torch is imported in the one function that counts a model's operations: it takes seconds, and the launcher's --help needs none.
+torch is imported in the function that counts a model's operations. Importing it takes seconds, and --help needs no torch.
 """
 
 import math
@@ -21,7 +21,7 @@ SPOT_SHARE = 0.3  # usual spot price as a share of the price on demand (AWS: "up
 
 
 class Rental(Protocol):
-    """The machines of a job, as each cloud's own settings describe them."""
+    """The rented machines of a job, as the settings of each cloud describe them."""
 
     num_machines: int
     mixed_precision: Any  # None: as --inside says
@@ -29,43 +29,43 @@ class Rental(Protocol):
 
     @property
     def machine(self) -> str:
-        """Name of the machine in the price file."""
+        """Return the name of the machine in the price file."""
 
     @property
     def is_spot(self) -> bool:
-        """Whether the machines are spare capacity at a discount."""
+        """Return whether the machines are spare capacity at a discount."""
 
     @property
     def max_hours(self) -> float:
-        """Hours after which the cloud ends the job."""
+        """Return the hours after which the cloud ends the job."""
 
     @property
     def max_hours_option(self) -> str:
-        """Key of the cloud's YAML that sets `max_hours`."""
+        """Return the key of the cloud's YAML that sets `max_hours`."""
 
 
 @dataclass
 class Instance:
-    """A machine of the price file."""
+    """A kind of machine in the price file."""
 
     usd_per_hour: Positive
-    gpus: Natural  # 0: the processor computes, and the peaks below are the processor's
-    fp16_tflops: Positive  # peak of one GPU in fp16 and bf16
+    gpus: Natural  # Number of GPUs. With 0, the processor computes and the peaks are its own.
+    fp16_tflops: Positive  # Peak of one GPU in fp16 and bf16.
     fp32_tflops: Positive
-    network_gbps: Positive  # sustained, between machines
+    network_gbps: Positive  # Sustained bandwidth between machines.
 
 
 @dataclass
 class Prices:
-    """The price file."""
+    """The content of the price file."""
 
-    as_of: Any  # a date
+    as_of: Any  # Date of the prices.
     source: str
     utilisation: Annotated[float, Field(gt=0, le=1)]
     overhead_minutes: NonNegative
     instances: dict[str, Instance]
-    region: str = "us-east-1"  # where these prices hold
-    file: str = field(default="", init=False)  # name of the price file
+    region: str = "us-east-1"  # Region in which the prices are valid.
+    file: str = field(default="", init=False)  # Name of the price file.
 
 
 def read_prices(path: Path = PRICES) -> Prices:
@@ -77,18 +77,18 @@ def read_prices(path: Path = PRICES) -> Prices:
 
 @dataclass
 class Estimate:
-    """Lengths and costs of a job; None if unknown."""
+    """The estimated lengths and costs of a job. A figure that is unknown is None."""
 
     updates: int | None = None
     epochs: float | None = None
     images: int | None = None
     global_batch: int | None = None
     samples_per_second: float | None = None
-    assumed: str = ""  # how samples_per_second was estimated; empty: the user measured it
+    assumed: str = ""  # How samples_per_second was estimated. Empty if the user measured it.
     hours: float | None = None
     usd_per_hour: float | None = None
-    usd: float | None = None  # on demand
-    usd_at_most: float | None = None  # if the job takes all its `max_hours`
+    usd: float | None = None  # Cost without the discount of spare capacity.
+    usd_at_most: float | None = None  # Cost if the job takes all its `max_hours`.
 
 
 def estimate(
@@ -102,12 +102,12 @@ def estimate(
     """Estimate the job's lengths and costs.
 
     Args:
-        command: the training script with its arguments.
-        config: the job's machines.
-        inner: what `staging.read_inside` returned.
-        prices: the price file.
-        images: number of images trained on; None if unknown.
-        samples_per_second: of all machines together, as measured; None if unknown.
+        command: training script with its arguments.
+        config: machines of the job.
+        inner: content of the YAML for the containers, from `staging.read_inside`.
+        prices: content of the price file.
+        images: number of training images, or None if unknown.
+        samples_per_second: measured speed of all machines together, or None if unknown.
     """
     result = Estimate(images=images)
     machine = prices.instances.get(config.machine)
@@ -149,14 +149,14 @@ def _assume(
 ) -> tuple[float, str]:
     """Estimate the job's samples per second from the GPU's peak and the network.
 
-    A sample costs three forward passes, since the backward pass counts as two; gradient checkpointing adds a fourth.
+    A sample costs as much as three forward passes, since a backward pass costs two. Gradient checkpointing adds a fourth.
     ZeRO-2 sends each gradient once per backward pass and each weight once per update (Rajbhandari et al.,
     arXiv:1910.02054, section 7). A share of both stays on the machine. Data parallel training sends each float32 gradient twice per
     update. The estimate adds the times of computing and sending.
 
     Args:
         half: whether the training computes in fp16 or bf16.
-        zero: whether it runs under ZeRO-2.
+        zero: whether the training runs under ZeRO-2.
 
     Returns:
         Samples per second of all machines together, and a sentence on how they were estimated.
@@ -193,7 +193,7 @@ def unet_size(recipe: Recipe) -> tuple[float, int]:
 
 
 def _vae_size(recipe: Recipe) -> tuple[int, int]:
-    """Return levels and latent channels of the recipe's VAE. A VAE that is not here counts as Stable Diffusion's: 4 and 4."""
+    """Return levels and latent channels of the recipe's VAE. For a VAE on the Hub, assume those of Stable Diffusion: 4 and 4."""
     if not recipe.vae.vae:
         return len(recipe.vae.vae_channels), recipe.vae.latent_channels
     folder = Path(recipe.vae.vae).expanduser()
@@ -205,7 +205,7 @@ def _vae_size(recipe: Recipe) -> tuple[int, int]:
 
 
 def count_images(data: DataConfig) -> int | None:
-    """Count a training's images per epoch, from the local folder or the Hub's card; None if neither tells."""
+    """Return the number of training images, from the local folder or the Hub's dataset card. None if neither tells."""
     from t2i.data.sources import find_source  # imports datasets, which takes seconds
 
     name = str(data.dataset)
@@ -281,7 +281,7 @@ def report(estimate: Estimate, command: Command, config: Rental, prices: Prices)
 
 
 def too_long(estimate: Estimate, config: Rental) -> str | None:
-    """Return a sentence if the cloud would end the job before the training is done; else None."""
+    """Return a warning if the cloud would end the job before the training is done, otherwise None."""
     limit, option = config.max_hours, config.max_hours_option
     if estimate.hours and estimate.hours > limit:
         return f"the training takes about {estimate.hours:.1f} h, {option} ends it after {limit:g} h; raise {option} in the YAML"

@@ -1,6 +1,6 @@
-"""Steps of every cloud's launcher: checks before the job, its credentials and tracking, and the user's consent.
+"""Share the steps of all cloud launchers: checks before the job, credentials, tracking, and the user's consent.
 
-Imports no torch.
+This module imports no torch.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def check_push(command: Command) -> None:
 
 
 def confirm(yes: bool) -> None:
-    """Ask on the terminal whether to submit, unless `yes`. Raises `UserError` for any answer but yes."""
+    """Ask on the terminal whether to submit the job, unless `yes` is set. Any answer but yes raises `UserError`."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -73,14 +73,14 @@ def tracking_server(named: str | None) -> tuple[Address, str]:
     """Return the MLflow server that the job records to, and what a user should know of it.
 
     Args:
-        named: `MLFLOW_TRACKING_URI` of the cloud's YAML; None if it names none, and this shell's holds.
+        named: `MLFLOW_TRACKING_URI` in the cloud's YAML. With None, use the variable of this shell.
 
     Returns:
-        The address, with user and password of this shell alone, and without a `uri` if the job gets no server. A note
-        for the user, or "".
+        The address, with user and password only from this shell. The address's `uri` is empty if the job gets no server. Then a
+        note for the user, or "".
 
     Raises:
-        UserError: the address of this shell is to be sent and cannot be used.
+        UserError: the job cannot use the address that this shell names.
     """
     exported = os.environ.get(SERVER, "").strip()
     try:
@@ -109,7 +109,7 @@ def tracking_server(named: str | None) -> tuple[Address, str]:
 
 
 def forwarded_variables(server: Address, environment: dict[str, str]) -> dict[str, str]:
-    """Return the container's variables: those of the cloud's YAML, the server's address, and MLflow's of this shell."""
+    """Return the container's environment variables: from the cloud's YAML, the MLflow server, and this shell's for MLflow."""
     variables = dict(environment)
     names: tuple[str, ...] = FORWARDED
     if server.uri:
@@ -122,7 +122,7 @@ def forwarded_variables(server: Address, environment: dict[str, str]) -> dict[st
 
 
 def secrets_here(server: Address) -> dict[str, str]:
-    """Return the credentials of this shell that the job needs: of the Hub, and of its MLflow server."""
+    """Return the credentials of this shell that the job needs, for the Hub and for the MLflow server."""
     secrets = {name: os.environ[name] for name in SECRET_NAMES if os.environ.get(name)}
     if server.user:
         secrets["MLFLOW_TRACKING_USERNAME"] = server.user

@@ -1,6 +1,6 @@
-"""A SageMaker job: its accelerate YAML, and what it adds to the staging and launch that clouds share.
+"""Describe a SageMaker job: its accelerate YAML, and the steps that the shared staging and launch do not have.
 
-Knows nothing of AWS's interfaces (`aws_account.py` and scripts/launch_sagemaker.py do). Imports no torch.
+This module calls no interface of AWS (`aws_account.py` and scripts/launch_sagemaker.py do), and imports no torch.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ KmsKey = Annotated[
 
 
 def _tags(value: Any) -> Any:
-    """Turn SageMaker's own list of tags, `[{Key: a, Value: b}]`, into a mapping. The check sees anything else unchanged."""
+    """Turn SageMaker's list of tags, `[{Key: a, Value: b}]`, into a mapping. Return anything else unchanged for the check."""
     if isinstance(value, list) and all(isinstance(tag, dict) and set(tag) == {"Key", "Value"} for tag in value):
         return {tag["Key"]: tag["Value"] for tag in value}
     return value
@@ -45,61 +45,68 @@ def _tags(value: Any) -> Any:
 class Additional:
     """`additional_args` of the YAML: arguments of SageMaker's estimator, by accelerate's names."""
 
-    use_spot_instances: Flag = (
-        False  # spare capacity at a discount; SageMaker may interrupt the job and resume it later
-    )
-    max_run: Count = 86400  # most seconds of training
-    max_wait: Count | None = None  # most seconds of training and waiting for spot capacity; None: max_run
-    volume_size: Count = 30  # GB of disk per machine
-    checkpoint_s3_uri: S3Uri | None = None  # s3://… of checkpoints to resume from; None: a new folder
-    output_path: S3Uri | None = None  # s3://… for models and uploads; None: the account's SageMaker bucket
-    output_kms_key: KmsKey | None = None  # encrypts models and uploads in S3; None: as the bucket does
-    volume_kms_key: KmsKey | None = None  # encrypts the machines' disks; None: AWS's own key
-    # FastFile streams data from S3; File copies it before the training.
+    # Use spare capacity at a discount. SageMaker may interrupt the job and resume it later.
+    use_spot_instances: Flag = False
+    max_run: Count = 86400  # Maximum seconds of training.
+    # Maximum seconds of training and of waiting for spot capacity. With None, max_wait equals max_run.
+    max_wait: Count | None = None
+    volume_size: Count = 30  # Disk space per machine in GB.
+    checkpoint_s3_uri: S3Uri | None = None  # S3 address of checkpoints to resume from. With None, make a new folder.
+    # S3 address for models and uploads. With None, use the account's SageMaker bucket.
+    output_path: S3Uri | None = None
+    # Key that encrypts models and uploads in S3. With None, encrypt as the bucket does.
+    output_kms_key: KmsKey | None = None
+    volume_kms_key: KmsKey | None = None  # Key that encrypts the machines' disks. With None, use AWS's own key.
+    # Input mode. FastFile streams data from S3. File copies the data before the training.
     input_mode: Literal["File", "FastFile"] = "File"
-    # Seconds for which machines wait for a next job.
+    # Seconds for which the machines stay ready for a next job.
     keep_alive_period_in_seconds: Annotated[int, Field(ge=0, le=3600)] | None = None
-    enable_network_isolation: Flag = False  # no network in containers: data comes by channels, packages in image_uri
-    environment: dict[str, str] = field(default_factory=dict)  # variables of the container; no secrets
-    tags: Annotated[dict[str, str], BeforeValidator(_tags)] = field(
-        default_factory=dict
-    )  # of the job, shown on the bill
-    subnets: list[str] = field(default_factory=list)  # of your VPC
-    security_group_ids: list[str] = field(default_factory=list)  # of the same VPC
-    encrypt_inter_container_traffic: Flag = False  # encrypts traffic between machines, which is slower
+    # Whether containers have no network. Data then comes by channels, and packages are in image_uri.
+    enable_network_isolation: Flag = False
+    # Environment variables of the container. The variables must not hold secrets.
+    environment: dict[str, str] = field(default_factory=dict)
+    # Tags of the job, shown on the bill.
+    tags: Annotated[dict[str, str], BeforeValidator(_tags)] = field(default_factory=dict)
+    subnets: list[str] = field(default_factory=list)  # Subnets of your VPC.
+    security_group_ids: list[str] = field(default_factory=list)  # Security groups of the same VPC.
+    encrypt_inter_container_traffic: Flag = False  # Encrypt the traffic between machines, which is slower.
 
 
 @dataclass
 class SageMakerConfig:
-    """The YAML that `accelerate config` writes for Amazon SageMaker, key by key."""
+    """The keys of the YAML that `accelerate config` writes for Amazon SageMaker."""
 
     compute_environment: Literal["AMAZON_SAGEMAKER"]
     ec2_instance_type: Annotated[str, matching(r"ml\.[a-z0-9-]+\.[a-z0-9]+", "ml.g4dn.xlarge")]
-    iam_role_name: str = ""  # name or ARN of the role that the job runs as
+    iam_role_name: str = ""  # Name or ARN of the role that the job runs as.
     num_machines: Count = 1
-    distributed_type: Literal["NO"] = "NO"  # no library of SageMaker's own; --inside names the YAML of the training
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # None: as --inside says
-    # Empty: AWS_REGION, the profile's region, or us-east-1.
+    # SageMaker's own distribution library is not used. --inside names the YAML of the training.
+    distributed_type: Literal["NO"] = "NO"
+    # Precision of the training. With None, use that of the YAML that --inside names.
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    # Region of the job. Empty takes AWS_REGION, the profile's region, or us-east-1.
     region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = ""
-    profile: str | None = None  # in ~/.aws/config
+    profile: str | None = None  # Name of a profile in ~/.aws/config.
     base_job_name: Annotated[
         str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
     ] = "t2i"
-    image_uri: str | None = None  # None: AWS's image of the versions below
+    image_uri: str | None = None  # Container image. With None, use AWS's image of the versions below.
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
-    transformers_version: str | None = None  # None: AWS's PyTorch image; a version: its Hugging Face image
-    sagemaker_inputs_file: str | None = None  # TSV with a header: channel, s3://… or folder
-    sagemaker_metrics_file: str | None = None  # TSV with a header: metric, regular expression
+    # With None, use AWS's PyTorch image. A version takes AWS's Hugging Face image of that version.
+    transformers_version: str | None = None
+    # TSV file with a header and the columns channel and source (s3://… or a folder).
+    sagemaker_inputs_file: str | None = None
+    sagemaker_metrics_file: str | None = None  # TSV file with a header and the columns metric and regular expression.
     additional_args: Additional = field(default_factory=Additional)
-    # `accelerate config` writes these keys; they mean nothing here.
+    # `accelerate config` writes these keys, but they have no effect here.
     use_cpu: Flag = False
     debug: Flag = False
     gpu_ids: str | None = None
     num_processes: int | None = None
     dynamo_config: dict[str, Any] | None = None
     enable_cpu_affinity: Flag = False
-    region_from: str = field(default="", init=False)  # origin of `region` in words; not a key of the YAML
+    region_from: str = field(default="", init=False)  # Origin of `region` in words. This is not a key of the YAML.
 
     # The protocol `costs.Rental`.
     @property
@@ -124,7 +131,7 @@ VERSIONS: dict[str, Any] = {"pytorch_version": "2.9.0", "py_version": "py312", "
 
 
 def version_changes(config: Any) -> list[str]:
-    """Return the changes, such as "set py_version: py312", that turn the versions of `config` into `VERSIONS`."""
+    """Return the changes of the YAML, such as "set py_version: py312", that lead to the supported versions, `VERSIONS`."""
     changes = []
     for key, value in VERSIONS.items():
         if getattr(config, key) != value:
@@ -138,7 +145,7 @@ def has_gpu(instance_type: str) -> bool:
 
 
 def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]) -> None:
-    """Raise `UserError` if the machine cannot compute in the YAML's precision, or else in that of `inner`, the YAML `inside`."""
+    """Raise `UserError` if the machine cannot compute in the precision of the YAML, or of `inner` if the YAML names none."""
     own = config.mixed_precision
     if (own or inner.get("mixed_precision")) == "fp16" and not has_gpu(config.ec2_instance_type):
         where = "the SageMaker YAML" if own else f"--inside {inside.name}"
@@ -149,7 +156,7 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
 
 
 def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
-    """Return a note on a precision that is slow on the machine, or "". inner: what `read_inside` returned."""
+    """Return a note if the job's precision is slow on the machine, otherwise "". `inner` is the result of `read_inside`."""
     own = config.mixed_precision
     has_bf16 = not re.match(r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type)
     if (own or inner.get("mixed_precision")) != "bf16" or has_bf16:
@@ -161,7 +168,7 @@ def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
 
 
 def read_config(path: Path) -> SageMakerConfig:
-    """Read accelerate's YAML for SageMaker. Raises `UserError` that names the file and the key that is wrong."""
+    """Read accelerate's YAML for SageMaker. An error raises `UserError` with the names of the file and the wrong key."""
     values = read_mapping(path)
     kind = str(values.get("compute_environment"))
     meant = re.sub(r"[\W_]+", "_", kind).upper() in ("AMAZON_SAGEMAKER", "SAGEMAKER", "AWS_SAGEMAKER")
@@ -232,7 +239,7 @@ def read_config(path: Path) -> SageMakerConfig:
 
 
 def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return `additional_args` with tags and environment as the file spells them: there, 0042 is a text."""
+    """Return `additional_args` with tags and environment as texts, exactly as the file spells them, such as 0042."""
     written = (yaml.load(path.read_bytes(), yaml.BaseLoader).get("additional_args") or {}) if extra else {}
 
     def text(value: Any, source: Any) -> Any:
@@ -246,7 +253,7 @@ def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str, str]) -> None:
-    """Raise `UserError` if a container without a network needs one: for packages, the Hub's models and data, or a push."""
+    """Raise `UserError` if the job has no network, but needs one for packages, models or data of the Hub, or a push."""
     if not config.additional_args.enable_network_isolation:
         return
     without = "enable_network_isolation: true leaves the job without a network"
@@ -262,7 +269,7 @@ def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str,
 
 
 def estimator_notes(config: SageMakerConfig) -> list[str]:
-    """Return notes on the arguments in `additional_args` that a user should read before paying."""
+    """Return notes on `additional_args` that a user should read before paying."""
     extra, kind, notes = config.additional_args, config.ec2_instance_type, []
     if extra.keep_alive_period_in_seconds:
         notes.append(
@@ -280,7 +287,7 @@ def estimator_notes(config: SageMakerConfig) -> list[str]:
 
 
 def tracking_server(config: SageMakerConfig) -> tuple[Address, str]:
-    """Return the MLflow server that the job records to, and what a user should know of it, as `launch.tracking_server` does."""
+    """Return the MLflow server that the job records to, and a note for the user, as `launch.tracking_server` does."""
     named = config.additional_args.environment.get(SERVER)
     server, note = launch.tracking_server(named)
     if named is None and config.additional_args.enable_network_isolation:
@@ -296,7 +303,7 @@ def _is_old(py_version: str) -> bool:
 
 
 def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, Any]) -> str:
-    """Return a sentence with all changes that the YAML needs, so that one round of them is enough."""
+    """Return one sentence with all changes that the YAML needs, so that a user edits the file only once."""
     versions = SimpleNamespace(**{key: values.get(key, default) for key, default in VERSIONS.items()})
     if not values.get("image_uri") and _is_old(str(versions.py_version)):
         changes = [*changes, *version_changes(versions)]
@@ -306,7 +313,7 @@ def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, A
 def read_table(path: str, name: str) -> dict[str, str]:
     """Read a TSV file of two columns under a header: inputs by channel, or metrics by name.
 
-    path: relative to the working directory, or else to the repository's root.
+    A relative `path` starts at the working directory, otherwise at the repository's root.
     """
     file = next((place for place in (Path(path), ROOT / path) if place.is_file()), Path(path))
     try:
@@ -336,7 +343,7 @@ def read_command(words: list[str]) -> Command:
 
 
 def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
-    """Return the job's inputs beside the Hub, of options, recipe and inputs file: local folder or s3://…, by channel."""
+    """Return the job's inputs from options, recipe and inputs file, without those on the Hub: folder or s3://… by channel."""
     inputs = {}
     if config.sagemaker_inputs_file:
         inputs = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")
@@ -360,12 +367,12 @@ def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
 
 
 def container_arguments(command: Command, inputs: dict[str, str]) -> list[str]:
-    """Return the arguments as typed, followed by the paths in SageMaker's container, which override them."""
+    """Return the typed arguments, followed by options with the paths in SageMaker's container, which override typed paths."""
     return staging.container_arguments(command, inputs, CHANNELS, RUN, CACHE)
 
 
 def stage(folder: Path, command: Command, config: SageMakerConfig, inside: Path, inputs: dict[str, str]) -> None:
-    """Lay out the files of every cloud's containers, and job.json for run_sagemaker_job.py."""
+    """Write the files that the job's containers need, with job.json for run_sagemaker_job.py."""
     staging.stage(folder, command, inside)
     if is_managed(tracking_server(config)[0].uri):  # only such a job needs the package
         with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as file:

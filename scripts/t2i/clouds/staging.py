@@ -1,6 +1,6 @@
-"""What every cloud job is made of: the checked training command, its input folders, and the staged code.
+"""Prepare the parts of every cloud job: the checked training command, the input folders, and the staged code.
 
-Imports no torch.
+This module imports no torch.
 """
 
 import hashlib
@@ -45,22 +45,22 @@ AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "
 class Command:
     """A training script with its arguments as typed, and their meaning."""
 
-    script: str  # file name in scripts/
+    script: str  # File name of the training script in scripts/.
     arguments: list[str]
-    recipe: Recipe | None  # as the script will parse it; None for a script of the user's own
+    recipe: Recipe | None  # The recipe as the training script will read it. None for a user's own script.
 
     @property
     def settings(self) -> Any:
-        """The recipe's section of this very script; None for a script of the user's own."""
+        """Return the recipe's section of the training script, or None for a user's own script."""
         return getattr(self.recipe, SECTIONS[self.script][-1]) if self.recipe else None
 
     def has_option(self, name: str) -> bool:
-        """Return whether the script has this option of `FOLDERS`."""
+        """Return whether the training script has this option, which is one of `FOLDERS`."""
         section, sections = FOLDERS[name][0], SECTIONS.get(self.script, ())
         return section in sections or (section == "data" and "source" in sections)
 
     def folder_options(self) -> dict[str, str]:
-        """Return the values of those options of `FOLDERS` that are set."""
+        """Return the values of the options in `FOLDERS` that are set."""
         values = {
             name: getattr(getattr(self.recipe, FOLDERS[name][0]), name) for name in FOLDERS if self.has_option(name)
         }
@@ -68,15 +68,15 @@ class Command:
 
 
 def read_command(words: list[str], cloud: str) -> Command:
-    """Check the script and its arguments as the script itself will.
+    """Check the training script and its arguments, as the script itself will check them.
 
     Args:
-        words: what follows the launcher's options on the command line.
-        cloud: the cloud's name in messages.
+        words: words of the command line after the options of the launcher: the script and its arguments.
+        cloud: name of the cloud in messages.
 
     Raises:
-        UserError: the script is not sent to clouds, or a value is wrong.
-        SystemExit: an option is unknown (exit code 2, as of the script).
+        UserError: the script cannot run in clouds, or the value of an option is wrong.
+        SystemExit: an option is unknown. The exit code is 2, as that of the script would be.
     """
     if not words:
         raise UserError(
@@ -103,19 +103,19 @@ def read_command(words: list[str], cloud: str) -> Command:
 
 
 def recipe_file(arguments: list[str]) -> str | None:
-    """Return the recipe that `--config` names, if it is a file of the user's own; else None."""
+    """Return the recipe file that `--config` names if it is a user's own file, otherwise None."""
     config = option(arguments, "config")
     return config if config and Path(config).suffix else None
 
 
 def container_arguments(command: Command, inputs: dict[str, str], channels: str, run: str, cache: str) -> list[str]:
-    """Return the arguments as typed, followed by the paths in the container, which override them.
+    """Return the typed arguments, followed by options with the paths in the container, which override typed paths.
 
     Args:
-        inputs: inputs by their option's name.
-        channels: the container's folder that holds one folder per input.
-        run: the run folder in the container.
-        cache: the folder for caches in the container.
+        inputs: input folders by the name of their option.
+        channels: folder in the container that holds one folder per input.
+        run: path of the run folder in the container.
+        cache: path of the folder for caches in the container.
     """
     words = list(command.arguments)
     if recipe_file(words):
@@ -151,7 +151,7 @@ def find_inputs(command: Command) -> dict[str, str]:
 
 
 def expand_user(value: str) -> Path:
-    """Return the path with `~` expanded, or unchanged if that user does not exist."""
+    """Return a path with `~` expanded, or unchanged if the user after `~` does not exist."""
     try:
         return Path(value).expanduser()
     except RuntimeError:
@@ -159,7 +159,7 @@ def expand_user(value: str) -> Path:
 
 
 def hash_folder(folder: Path) -> tuple[str, list[Path]]:
-    """Hash a folder's content: an upload is named by it, so that equal folders are sent once.
+    """Hash the content of a folder. Uploads are named by this hash, so that equal folders are sent once.
 
     Returns:
         The first 16 hex digits of the hash over paths and contents, and the files. Hidden files are skipped.
@@ -181,7 +181,7 @@ def hash_folder(folder: Path) -> tuple[str, list[Path]]:
 
 
 def read_inside(path: Path) -> dict[str, Any]:
-    """Read the accelerate YAML of the containers. Raises `UserError` if it is for a cloud, or for a kind of ZeRO not run here."""
+    """Read the accelerate YAML for the containers. A YAML for a cloud or for an unsupported kind of ZeRO raises `UserError`."""
     values = read_mapping(path)
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise UserError(
@@ -196,7 +196,7 @@ def read_inside(path: Path) -> dict[str, Any]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file of keys and values. Raises `UserError` if it holds anything else."""
+    """Read a YAML file of keys and values. A file with other content raises `UserError`."""
     try:
         values = read_yaml(path)
     except OSError as error:
@@ -215,7 +215,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def stage(folder: Path, command: Command, inside: Path) -> None:
-    """Lay out what every container gets: scripts/, the cards' templates, the inner YAML, the recipe and the revision."""
+    """Write the files that every container gets: scripts/, templates of cards, the inner YAML, the recipe and the revision."""
     ignore = shutil.ignore_patterns("__pycache__", ".*")
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=ignore)
     shutil.copytree(ROOT / "datasets_card", folder / "datasets_card", ignore=ignore)

@@ -1,1 +1,1 @@
-"""Images and captions: read, prepared, cached, browsed."""
+"""Read, prepare, cache and browse images and their captions."""

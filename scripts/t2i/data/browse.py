@@ -1,7 +1,8 @@
-"""Looking into data sets without loading them: columns and single pictures, read where they lie.
+"""Browse a data set without loading all of it: columns, and single pictures read from its files.
 
-Reads two forms: a dataset folder, whose Parquet shards `t2i.data.dataset_folder` or the Hub wrote, and the pixels and
-rows that `t2i.data.preparing` prepared for a training. Imports neither torch nor `datasets`, which take seconds.
+This module reads two forms of data set. One is a dataset folder with Parquet shards, as `t2i.data.dataset_folder` or the
+Hub writes them. The other is the pixels and rows that `t2i.data.preparing` prepares for a training. This module imports
+neither torch nor `datasets`, because importing them takes seconds.
 """
 
 import io
@@ -27,16 +28,22 @@ from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
 from t2i.errors import UserError
 
-BATCH = 100  # rows of images in memory at a time; also what `t2i.data.dataset_folder` puts into a row group
+BATCH = 100  # Rows of images in memory at a time. `t2i.data.dataset_folder` writes row groups of this size.
 SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")
-DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # of files that are damaged, or gone meanwhile
+DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # Errors of reading a damaged or a deleted file.
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split as it lies on disk at one moment: `files` with their sizes and times, so that one written anew is another.
+    """The files of one split of a data set, as they are on disk at one moment.
 
-    files: Parquet shards in order, or `<split>.arrow` and `<split>.npy` of prepared images.
+    A rewritten file makes another `Split`, because sizes and times are part of it.
+
+    Attributes:
+        folder: folder of the data set.
+        name: name of the split, such as `train`.
+        files: path, size (bytes) and modification time (ns) of each file of the split. The files are the Parquet shards
+            in order, or `<split>.arrow` and `<split>.npy` of prepared images.
     """
 
     folder: Path
@@ -46,10 +53,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a split says of its pictures, without the pictures.
+    """The rows of a split without the pictures.
 
-    captions: of each, "" where it has none. labels: the label's text, or None where there is no such column.
-    columns: the other columns of text, numbers or truth values, by name. image: the column of pictures.
+    Attributes:
+        captions: the caption of each picture, or "" if the picture has none.
+        labels: the label of each picture as text, or None if the split has no label column.
+        columns: the other columns of text, numbers or truth values, by name.
+        image: name of the column of pictures.
+        has_captions: whether the split has a caption column.
     """
 
     captions: list[str]
@@ -62,11 +73,11 @@ class Rows:
         return len(self.captions)
 
 
-# --- Which there are -------------------------------------------------------------------------------------------------
+# --- Splits ----------------------------------------------------------------------------------------------------------
 
 
 def find_splits(folder: Path) -> dict[str, Split]:
-    """The splits of a dataset folder or of prepared images, train first; {} where there are none."""
+    """Return the splits of a dataset folder or of prepared images by name, train first; {} if there are none."""
     found: dict[str, list[Path]] = {}
     for pattern in ("*.parquet", "*/*.parquet"):
         for path in sorted(folder.glob(pattern)):
@@ -80,7 +91,7 @@ def find_splits(folder: Path) -> dict[str, Split]:
     names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
     try:
         return {name: Split(folder, name, tuple(map(_state, found[name]))) for name in names}
-    except OSError:  # deleted while it was listed
+    except OSError:  # A file was deleted while the folder was listed.
         return {}
 
 
@@ -94,7 +105,13 @@ def _state(path: Path) -> tuple[Path, int, int]:
 
 @lru_cache(maxsize=4)
 def read_rows(split: Split) -> Rows:
-    """All of a split but its pictures; kept while its files stay as they are. Raises `UserError`."""
+    """Return the rows of a split without its pictures.
+
+    The result is cached per `Split`, so it is reused until a file of the split changes.
+
+    Raises:
+        UserError: a file of the split is damaged or was deleted.
+    """
     try:
         tables: list[pa.Table] = []
         images: list[str] = []
@@ -109,7 +126,7 @@ def read_rows(split: Split) -> Rows:
             else:
                 continue
             tables.append(table)
-        # of a column that one shard lacks, its rows are empty; of another type there, all become text
+        # If one shard lacks a column, its rows get empty values. If the column's types differ, all values become text.
         table = _together(tables)
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
     except DAMAGE as error:
@@ -130,7 +147,7 @@ def read_rows(split: Split) -> Rows:
 
 
 def _parquet_rows(path: Path) -> tuple[pa.Table, str, dict[str, list[str]]]:
-    """The plain columns of a shard, its column of pictures, and the names of labels that are kept as numbers."""
+    """Return a shard's plain columns, the name of its picture column, and the class names of its numeric labels."""
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         image = next((name for name in ("image", *schema.names) if _holds_images(schema, name)), "")
@@ -179,19 +196,30 @@ def _class_name(value: Any, names: list[str]) -> str | None:
 def _unreadable(split: Split, error: Exception) -> str:
     gone = [path for path, *_ in split.files if not path.exists()]
     if gone:
-        return f"{gone[0]} is gone; choose the data set anew"
+        return f"{gone[0]} no longer exists; choose the data set again"
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return f"the split {split.name} of {split.folder} cannot be read ({reason}); write it anew"
+    return f"the split {split.name} of {split.folder} cannot be read ({reason}); make the data set again"
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def read_pictures(split: Split, rows: Sequence[int], side: int | None = None) -> list[Image.Image | BadImage]:
-    """The pictures of some rows, upright RGB, in their order; `BadImage` in the place of one that cannot be shown.
+    """Return the pictures of some rows as upright RGB images, in the order of `rows`.
 
-    side (px): they will be shrunk to it, so large photos may be decoded smaller, which is several times faster.
-    Of Parquet only the row groups that hold them are read, `BATCH` rows in memory at a time. Raises `UserError`.
+    Parquet files are read by row group, only where a wanted row lies, with `BATCH` rows in memory at a time.
+
+    Args:
+        split: the split that holds the rows.
+        rows: the numbers of the wanted rows, from 0.
+        side: size (px) to which the caller will shrink the pictures. Large JPEG files are then decoded at a smaller
+            size, which is several times faster.
+
+    Returns:
+        One entry per row. The entry of a picture that cannot be decoded is a `BadImage`.
+
+    Raises:
+        UserError: a file of the split is damaged or was deleted.
     """
     try:
         if split.files[0][0].suffix == ".parquet":
@@ -212,10 +240,10 @@ def _decoded(found: bytes | None, side: int | None) -> Image.Image | BadImage:
 
 
 def _encoded(split: Split, rows: Sequence[int]) -> list[bytes | None]:
-    """The pictures' bytes; None where a row has none of its own."""
+    """Return the encoded bytes of each row's picture, or None for a row without bytes."""
     found: dict[int, bytes | None] = {}
     wanted = sorted(set(rows))
-    first = 0  # row of the shard's first one
+    first = 0  # Number of the row that comes first in the current row group.
     image = read_rows(split).image
     for path, *_ in split.files:
         with pq.ParquetFile(path, memory_map=True) as file:
@@ -245,7 +273,10 @@ def _of_group(file: pq.ParquetFile, group: int, image: str, rows: list[int]) -> 
 
 
 def as_file(picture: Image.Image, side: int) -> bytes:
-    """A picture for a page: a JPEG of at most `side` px, small ones as PNG, pixel for pixel."""
+    """Encode a picture for a web page, shrunk to at most `side` px per side.
+
+    Pictures up to 128 px become lossless PNG, larger ones JPEG.
+    """
     small = picture.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
@@ -260,22 +291,29 @@ def as_file(picture: Image.Image, side: int) -> bytes:
 
 
 def search(texts: Sequence[str], query: str) -> list[int]:
-    """The numbers of the texts that hold every word of `query`, in any case, and every "phrase in quotes" as it stands."""
+    """Return the indices of the texts that contain every word and every "quoted phrase" of `query`.
+
+    Upper and lower case count as equal.
+    """
     parts = [phrase or word for phrase, word in re.findall(r'"([^"]*)"|(\S+)', query.casefold())]
     parts = [part.strip('"') for part in parts if part.strip('"')]
     return [number for number, text in enumerate(texts) if all(part in text.casefold() for part in parts)]
 
 
 def visible(text: str) -> str:
-    """`text` with control characters as their pictures (NUL becomes ␀), so that a page shows what is there."""
+    """Replace each control character in `text` by a visible symbol (NUL becomes ␀), for a web page."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: chr(0x2400 + min(ord(match[0]), 0x21)), text)
 
 
 @lru_cache(maxsize=8)
 def audit(split: Split) -> dict[str, dict[int, str] | None]:
-    """The findings of `auditing.audit` on a split: for each check the rows and what is said of each; None: not measured.
+    """Return what `auditing.audit` finds in the captions of a split.
 
-    Images count as copies of each other, and are held to their colors, where caption_to_hub.py's notes on them are there.
+    The checks for copied images and for colors need the notes on the photos that caption_to_hub.py writes. A data set
+    without these notes is checked without them.
+
+    Returns:
+        For each check, the numbers of the rows found and a remark on each row, or None if the check was not possible.
     """
     rows = read_rows(split)
     looked = _looked_at(split, len(rows))
@@ -297,14 +335,18 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
 
 
 def _of_labels(folder: Path) -> bool:
-    """Whether caption_to_hub.py made a folder's captions from its labels."""
+    """Return whether caption_to_hub.py made the captions of the data set in `folder` from its labels."""
     with suppress(OSError, UserError, KeyError, TypeError):
         return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] == "label")
     return False
 
 
 def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:
-    """What caption_to_hub.py noted of a split's pictures, in their order; None where it noted nothing, or of others."""
+    """Return the notes that caption_to_hub.py wrote on the pictures of a split, in the order of the rows.
+
+    Returns:
+        None if there are no notes, or if the notes describe another number of pictures than `count`.
+    """
     notes = sorted(split.folder.glob(".captioning/photos-*.jsonl"), key=os.path.getmtime)
     try:
         lines = notes[-1].read_text(encoding="utf-8").splitlines() if notes else []
@@ -318,14 +360,22 @@ def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:
 
 @lru_cache(maxsize=8)
 def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """How many words each caption of a split has, int64 [N], and the 50 words that most captions hold, with their number."""
+    """Count the words in the captions of a split.
+
+    Returns:
+        The number of words in each caption, int64 [N]. Then the 50 words that occur in most captions, each with the
+        number of captions that contain the word.
+    """
     parts = [text.casefold().split() for text in read_rows(split).captions]
     counts = Counter(word for part in parts for word in set(part))
     return np.array([len(part) for part in parts], dtype=np.int64), counts.most_common(50)
 
 
 def read_quarantine(file: Path) -> list[dict[str, str]]:
-    """The images that were left out: file, split and reason of each. [] where there is no list; torn lines are skipped."""
+    """Return file, split and reason of each image that was left out of a data set, from `quarantine.jsonl`.
+
+    Incomplete lines of the file are skipped. A missing file gives [].
+    """
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:

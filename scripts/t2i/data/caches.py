@@ -1,8 +1,8 @@
 """Caches of latents and text embeddings, computed once and addressed by content.
 
-A cache's folder is named by a hash. It covers the model's weights, transform and precision, and the images or captions. A
-stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow with the
-data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
+The folder of a cache is named by a hash. The hash covers the model's weights, transform and precision, and the images or
+captions. A stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow
+with the data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct
 caption.
 """
 
@@ -23,16 +23,16 @@ from t2i.errors import UserError
 from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
 
-NULL_CAPTION = ""  # It replaces a dropped caption. The stock pipeline guides away from it.
-CPU_BATCH_PIXELS = 1 << 16  # This equals 4 images of 128 px, or 16 of 64 px.
+NULL_CAPTION = ""  # The empty caption replaces a dropped one. Guidance in the stock pipeline moves away from it.
+CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 16 images of 64 px.
 
 
 @dataclass
 class TextCache:
-    """Embeddings of distinct captions."""
+    """Text embeddings of the distinct captions of a data set."""
 
-    embeddings: np.ndarray  # [M, L, D] float16, memory-mapped. Row 0 is the empty caption.
-    rows: np.ndarray  # [N] int64. The row of each sample's caption.
+    embeddings: np.ndarray  # Hidden states, float16 [M, L, D], memory-mapped. Row 0 belongs to the empty caption.
+    rows: np.ndarray  # Row in `embeddings` of each sample's caption, int64 [N].
 
 
 def cache_latents(
@@ -45,16 +45,19 @@ def cache_latents(
     batch_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """Return the posterior moments of images, from the cache if they are there.
+    """Return the means and log-variances of the latents of images, from the cache or newly computed.
 
     Args:
-        pixels: images, uint8 [N, R, R, 3].
-        identity: hashes of the images and of the VAE.
+        pixels: the images, uint8 [N, R, R, 3].
+        identity: hashes of the images and of the VAE, which name the cache.
         vae: the VAE in evaluation mode.
-        flip: whether mirrored images are cached too.
+        cache_dir: folder that holds all caches.
+        flip: whether the mirrored images are encoded and cached too.
+        batch_size: images per call of the VAE. With None, use 32 on a GPU, and fewer large images on a CPU.
+        say: function that prints a progress message.
 
     Returns:
-        float32 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
+        Means and log-variances, float32 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
     """
     count, resolution = pixels.shape[0], pixels.shape[1]
     if batch_size is None:  # On a CPU, small batches are faster and need less memory.
@@ -85,10 +88,19 @@ def cache_text(
     batch_size: int = 32,
     say: Callable[[str], None] = print,
 ) -> TextCache:
-    """Return the hidden states of distinct captions, and the row of each sample. Row 0 is the empty caption.
+    """Return the text embeddings of the distinct captions, from the cache or newly computed.
 
     Args:
-        identity: hashes of the text encoder and of the tokenizer.
+        captions: the caption of each sample.
+        identity: hashes of the text encoder and of the tokenizer, which name the cache.
+        text_encoder: the text encoder in evaluation mode.
+        tokenizer: the tokenizer of the text encoder.
+        cache_dir: folder that holds all caches.
+        batch_size: captions per call of the text encoder.
+        say: function that prints a progress message.
+
+    Returns:
+        The embeddings, and for each sample the row of its caption. Row 0 belongs to the empty caption.
     """
     numbers: dict[str, int] = {NULL_CAPTION: 0}
     rows = np.fromiter((numbers.setdefault(caption, len(numbers)) for caption in captions), dtype=np.int64)
@@ -105,13 +117,34 @@ def cache_text(
     return TextCache(_cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say), rows)
 
 
+def cache_features(
+    pixels: np.ndarray, fingerprint: str, network: Any, cache_dir: str, *, say: Callable[[str], None] = print
+) -> np.ndarray:
+    """Return the judge's features of images, float32 [N, F], from the cache if they are there.
+
+    Args:
+        pixels: images, uint8 [N, R, R, 3].
+        fingerprint: hash of the images.
+        network: an `evaluation.networks.FeatureNetwork`.
+    """
+    width = network.features(pixels[:1]).shape[1]
+    shape = (len(pixels), width)
+
+    def fill(features: np.ndarray) -> None:
+        for start in tqdm(range(0, len(pixels), 32), desc="features", unit="batch"):
+            features[start : start + 32] = network.features(pixels[start : start + 32]).numpy()
+
+    key = hash_json({"kind": "features", "shape": shape, "images": fingerprint, "network": network.identity()})
+    return _cached(Path(cache_dir) / "features" / key, shape, "float32", f"features of {len(pixels)} images", fill, say)
+
+
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """Convert uint8 [B, R, R, 3] to float32 [B, 3, R, R] in [-1, 1]."""
+    """Convert images, uint8 [B, R, R, 3], to pixels, float32 [B, 3, R, R] in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_images(pixels: torch.Tensor) -> np.ndarray:
-    """Convert float [B, 3, R, R] in [-1, 1] to uint8 [B, R, R, 3]."""
+    """Convert pixels, float [B, 3, R, R] in [-1, 1], to images, uint8 [B, R, R, 3]."""
     return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -123,9 +156,9 @@ def _cached(
     fill: Callable[[np.ndarray], None],
     say: Callable[[str], None],
 ) -> np.ndarray:
-    """Return the array in `folder`, and let `fill` compute it if it is missing.
+    """Return the array that is cached in `folder`. If it is missing, `fill` computes it first.
 
-    One process of a host computes it, and the others wait for the lock.
+    One process per machine computes the array, and the other processes wait for the lock.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -136,7 +169,8 @@ def _cached(
             free = shutil.disk_usage(folder.parent).free
             if size > free:
                 raise UserError(
-                    f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f}; give another --cache_dir"
+                    f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f} MB free; "
+                    "give another --cache_dir"
                 )
             say(f"computing {what}: {size / 1e6:.1f} MB in {folder}")
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")

@@ -1,7 +1,7 @@
-"""Captions in files beside images, read strictly: metadata.jsonl, metadata.csv, metadata.parquet, x.txt and x.caption.
+"""Read captions strictly from files beside images: metadata.jsonl, .csv or .parquet, and x.txt or x.caption for x.jpg.
 
-What is surely no caption is refused with its file and line. No byte is ever replaced: a file is UTF-8, or UTF-16 or
-UTF-32 with a byte order mark.
+A value that cannot be a caption is refused, and the error names file and line. A file must be UTF-8, or UTF-16 or UTF-32
+with a byte order mark. Invalid bytes are refused and never replaced.
 """
 
 import codecs
@@ -22,39 +22,45 @@ from t2i.data.images import LFS_POINTER
 from t2i.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SIDECARS = (".txt", ".caption")  # in this order: where both are there, the first is read
-TABLES = "tables that are not named metadata.csv or metadata.jsonl"  # reasons to leave files out
+SIDECARS = (".txt", ".caption")  # If an image has both files, the first one is read.
+# TABLES and TEXTS are reasons for which files are left out.
+TABLES = "tables that are not named metadata.csv or metadata.jsonl"
 TEXTS = "text files without an image"
-BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
+BYTE_ORDER_MARKS = (  # The mark of UTF-32 begins with the mark of UTF-16, so it stands first.
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 DELIMITERS = ",;\t|"
 DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
-DETECTION_LABELS = re.compile(rf"\s*\d+(\s+{_NUMBER}){{4,}}\s*", re.IGNORECASE)  # YOLO: class, then box or polygon
-_OPEN_QUOTE = "{}, line {}: a quotation mark is not closed; close it, or double it"
+DETECTION_LABELS = re.compile(rf"\s*\d+(\s+{_NUMBER}){{4,}}\s*", re.IGNORECASE)  # YOLO: class, then box or polygon.
+_OPEN_QUOTE = '{}, line {}: a quotation mark is not closed; close it, or write "" for a quotation mark inside a text'
 _NEXT_ROW = r'\n"?[^{0}\n"]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?)"?{0}'
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise `UserError` for what Git LFS leaves in a file's place until it is pulled."""
+    """Raise `UserError` if the file is a Git LFS pointer, whose content has not been downloaded."""
     try:
         with open(path, "rb") as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:  # said when it is read
+    except OSError:  # The reader of the file reports this error.
         return
     if pointer:
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
+        raise UserError(f"{path} is a Git LFS pointer without the file's content; run git lfs pull in its repository")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, its line ends as they are. Raises `UserError` with the line that is in no known encoding."""
+    """Return the text of a file with its line ends unchanged.
+
+    Raises:
+        UserError: the file cannot be read, is a Git LFS pointer, or is not in UTF-8, UTF-16 or UTF-32. The message names
+            the first line with invalid bytes.
+    """
     refuse_pointer(path)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or remove it") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); make the file readable, or remove it") from None
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
@@ -62,31 +68,43 @@ def read_text(path: Path) -> str:
         line = data[: error.start].count(b"\n") + 1
         name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
         raise UserError(
-            f"{path}, line {line} is not {name} (byte 0x{data[error.start]:02x}, as older Windows programs write); "
+            f"{path}, line {line} is not {name} (byte 0x{data[error.start]:02x}, as older Windows programs write it); "
             "save the file as UTF-8"
         ) from None
     if text.count("\0") > len(text) / 4:
-        raise UserError(f"{path} is UTF-16 without a byte order mark; save it as UTF-8")
+        raise UserError(f"{path} is UTF-16 without a byte order mark; save the file as UTF-8")
     return text
 
 
 def read_sidecar(path: Path) -> str:
-    """The caption in a file beside an image. Raises `UserError` for detection labels in its place."""
+    """Return the caption in a file beside an image.
+
+    Raises:
+        UserError: the file cannot be read, or it holds detection labels (YOLO) instead of a caption.
+    """
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     lines = [line for line in text.split("\n") if line.strip()]
     if lines and all(map(DETECTION_LABELS.fullmatch, lines)):
         line = text.split("\n").index(lines[0]) + 1
         raise UserError(
-            f"{path}, line {line} holds detection labels ({lines[0].strip()[:40]!r}), no caption; move such files into a "
-            "folder of their own"
+            f"{path}, line {line} holds detection labels ({lines[0].strip()[:40]!r}) instead of a caption; move such files "
+            "to another folder"
         )
     return text
 
 
 def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a metadata file; its captions are text, lists of texts, or None.
+    """Return the rows of a metadata file, each with its line number.
 
-    caption_column: None: `caption`, else `text`, in each row. Raises `UserError` with the line of what cannot be meant.
+    Args:
+        path: path of the metadata file (.jsonl, .csv or .parquet).
+        caption_column: name of the caption column. With None, use `caption`, and `text` for rows whose `caption` is empty.
+
+    Returns:
+        (line number from 1, row). The caption in a row is a text, a list of texts, or None.
+
+    Raises:
+        UserError: the file or a line cannot be read, or a caption is not text. The message names the line.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -94,25 +112,27 @@ def metadata_rows(path: Path, caption_column: str | None) -> list[tuple[int, dic
         try:
             rows = list(enumerate(pq.read_table(path).to_pylist(), 1))
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); write it anew") from None
+            raise UserError(
+                f"{path} cannot be read ({' '.join(str(error).split())[:200]}); write the file again"
+            ) from None
     else:
         text = read_text(path)
         names = ("file_name", "caption", "text", "label", caption_column or "caption")
         rows = list(_csv_rows(path, text, names) if suffix == ".csv" else _json_rows(path, text))
     for line, row in rows:
-        row.pop("", None)  # pandas writes its index so
+        row.pop("", None)  # pandas writes its index as a column without a name.
         for column in [caption_column] if caption_column else ["caption", "text"]:
             if column in row:
                 row[column] = _caption(row[column], f"{path}, line {line}: column {column!r}")
                 texts = row[column] if isinstance(row[column], list) else [row[column]]
                 if any(text and text.strip() for text in texts):
-                    break  # `text` is read where there is no caption
+                    break  # `text` is read only if `caption` is empty.
     return rows
 
 
 def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     first, rest = [*re.split(r"\r\n|\r|\n", text, maxsplit=1), ""][:2]
-    told = re.fullmatch(r"sep=(.)", first, re.IGNORECASE)  # Excel's own first line
+    told = re.fullmatch(r"sep=(.)", first, re.IGNORECASE)  # Excel writes such a first line.
     skipped = 0
     if told:
         text, skipped = rest, 1
@@ -123,7 +143,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         if told
         else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), max(DELIMITERS, key=first.count))
     )
-    # spaces are part of a field, except where the header, or a quotation mark, shows that they are not meant
+    # Spaces are part of a field, unless the header or a quotation mark shows that they only separate fields.
     raw = [cell.strip('"') for cell in first.split(delimiter)]
     spaced = any(name not in raw and name in cells.get(delimiter, ()) for name in names)
     reader: Any = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -132,7 +152,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
         columns = [name.strip() if spaced or not name.strip() else name for name in reader.fieldnames or ()]
         named = len(columns)
-        while columns and not columns[-1]:  # commas at the end: a text there is one of a caption that is not quoted
+        while columns and not columns[-1]:  # The header ends with commas. Text there comes from an unquoted caption.
             columns.pop()
         reader.fieldnames = columns
         twice = next((name for name in columns if name and columns.count(name) > 1), None)
@@ -140,19 +160,19 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
             raise UserError(f"{path}, line 1 names the column {twice!r} twice; rename one of them")
         if columns and "file_name" not in columns:
             near = next((name for name in columns if re.search("file|image|path", name, re.IGNORECASE)), None)
-            fix = f"rename {near!r} to file_name" if near else "name the column of the files so"
+            fix = f"rename {near!r} to file_name" if near else "name the column with the image files file_name"
             raise UserError(
-                f"{path}, line {1 + skipped} names no column file_name (it has {', '.join(filter(None, columns))}); {fix}"
+                f"{path}, line {1 + skipped} has no column file_name (it has {', '.join(filter(None, columns))}); {fix}"
             )
         line = reader.line_num
         start = 1 + skipped
         for row in reader:
             start, line = line + 1 + skipped, reader.line_num
-            more = row.pop(None, None)  # fields that no column is for
+            more = row.pop(None, None)  # Fields beyond the columns of the header.
             if more and any(cell.strip() for cell in more):
                 raise UserError(
-                    f"{path}, line {start} has {len(columns) + len(more)} fields, the header {len(columns)}; put quotation "
-                    f"marks around a text with a {DELIMITER_NAMES.get(delimiter, delimiter)}"
+                    f"{path}, line {start} has {len(columns) + len(more)} fields, but the header has {len(columns)}; "
+                    f"put quotation marks around a text with a {DELIMITER_NAMES.get(delimiter, delimiter)}"
                     f"{', or name the last column' if named > len(columns) else ''}"
                 )
             swallowed = _NEXT_ROW.format(re.escape(delimiter))
@@ -165,7 +185,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
 
 
 def _refuse_open_quote(path: Path, text: str, start: int, skipped: int, delimiter: str, spaced: bool) -> None:
-    """Raise `UserError` where the last row, from line `start` of `text` on, ends inside quotation marks."""
+    """Raise `UserError` if the last row ends inside quotation marks. The last row begins at line `start` of `text`."""
     last = islice(io.StringIO(text, newline=""), start - 1, None)
     try:
         list(csv.reader(last, delimiter=delimiter, skipinitialspace=spaced, strict=True))
@@ -183,7 +203,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise UserError(
-                f"{path}, line {number} cannot be read ({what}); write one whole JSON object per line"
+                f"{path}, line {number} cannot be read ({what}); write one complete JSON object per line"
             ) from None
         if not isinstance(parsed, dict):
             raise UserError(
@@ -201,4 +221,6 @@ def _caption(value: Any, where: str) -> Any:
         return [_caption(item, where) for item in value]
     kinds = {dict: "an object", list: "a list of lists", bool: "a truth value"}
     shown = str(value) if len(str(value)) <= 40 else str(value)[:37] + "..."
-    raise UserError(f"{where} holds {kinds.get(type(value), 'a number')} ({shown}); write text, or a list of texts")
+    raise UserError(
+        f"{where} holds {kinds.get(type(value), 'a number')} ({shown}) instead of a caption; write a text, or a list of texts"
+    )

@@ -1,4 +1,4 @@
-"""Writing a dataset folder: Parquet shards and a card, the same on disk as on the Hub."""
+"""Write a dataset folder: Parquet shards and a dataset card, laid out on disk as on the Hub."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from PIL import Image
 from t2i.data.images import read_image_file
 from t2i.errors import UserError
 
-ROWS_PER_SHARD = 1000  # of a dataset folder; about 100 MB of photos at most
+ROWS_PER_SHARD = 1000  # Rows per Parquet file of a dataset folder: at most about 100 MB of photos.
 
 
 def save_dataset_folder(
@@ -25,18 +25,27 @@ def save_dataset_folder(
     features: datasets.Features | None = None,
     card_text: str = "",
 ) -> dict[str, int]:
-    """Write `data/<split>-00000-of-0000N.parquet` and README.md, as plain `datasets.load_dataset(folder)` reads them.
+    """Write a dataset folder that `datasets.load_dataset(folder)` reads without further options.
 
-    `splits`: rows by split, consumed once and one after the other, so generators keep memory small. A row has `image`
-    (encoded bytes, a file's path as Path, a PIL image, or uint8 [H, W, 3]; the latter two become PNG), `caption`, and
-    further columns, the same in each row. `features` is found from the first row where None. `card_text`: the card,
-    with or without YAML front matter; splits and columns are added to it. The folder appears complete, by one rename.
+    The folder holds `data/<split>-00000-of-0000N.parquet` and README.md. The folder appears only when complete.
 
-    Returns the rows written a split. Raises UserError where `folder` exists and is not empty.
+    Args:
+        folder: the dataset folder, which must not exist or must be empty.
+        splits: the rows of each split. Each iterable is consumed once, one split after the other, so generators keep
+            memory small. A row has `image`, `caption`, and further columns, the same ones in each row. `image` is
+            encoded bytes, the path of a file as `Path`, a PIL image, or uint8 [H, W, 3]. PIL images and arrays become PNG.
+        features: types of the columns. With None, the first row decides the types.
+        card_text: text of the dataset card, with or without YAML front matter. Splits and columns are added to the card.
+
+    Returns:
+        The number of rows written per split.
+
+    Raises:
+        UserError: `folder` exists and is not empty, there are no rows, or the columns of the rows differ.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; give another folder, or delete it")
+        raise UserError(f"{folder} exists and is not empty; give another folder, or delete this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -47,7 +56,7 @@ def save_dataset_folder(
         for split, rows in splits.items():
             features, counts[split], sizes[split] = _write_shards(part / "data", split, iter(rows), features)
         if features is None:
-            raise UserError(f"there are no images to write to {folder}")
+            raise UserError(f"there are no images to write to {folder}; give at least one row")
         infos = {split: {"name": split, "num_bytes": sizes[split], "num_examples": counts[split]} for split in counts}
         (part / "README.md").write_text(_card(card_text, features, infos), encoding="utf-8")
         if folder.exists():
@@ -101,7 +110,8 @@ def _features(row: dict[str, Any]) -> datasets.Features:
 def _encode(row: dict[str, Any], features: datasets.Features) -> dict[str, Any]:
     if row.keys() != features.keys():
         raise UserError(
-            f"a row has the columns {', '.join(row)}, the first had {', '.join(features)}; give each row the same"
+            f"a row has the columns {', '.join(row)}, but the first row has {', '.join(features)}; "
+            "give each row the same columns"
         )
     image = row["image"]
     if isinstance(image, Path):

@@ -1,8 +1,8 @@
-"""Drawn flowers with captions: a data set that needs no download and whose every attribute is known.
+"""Draw flowers with captions: a data set without a download, in which all attributes of each picture are known.
 
-The scene lives in unit coordinates (x to the right, y down, both 0..1), so one seed shows one scene at every size.
-It is painted from back to front at twice the size asked for, then averaged down: an out-of-focus background, stems,
-leaves, bud, petals one over another, and the center. Needs NumPy and Pillow only.
+A scene is described in unit coordinates (x to the right, y down, both 0..1). The same seed therefore gives the same scene
+at every size. The scene is painted from back to front at twice the wanted size, then averaged down. The order is:
+out-of-focus background, stems, leaves, bud, overlapping petals, center. The module needs only NumPy and Pillow.
 """
 
 import hashlib
@@ -24,21 +24,23 @@ ATTRIBUTES: dict[str, tuple] = {
     "petal_color": ("white", "yellow", "orange", "red", "pink", "purple", "blue", "burgundy"),
     "center_color": ("golden", "brown", "green"),
     "background": ("meadow", "sky", "sunset", "night"),
-    "petal_count": (3, 5, 8, 13),  # Fibonacci numbers, as in nature
+    "petal_count": (3, 5, 8, 13),  # Fibonacci numbers, as in nature.
     "petal_shape": ("round", "pointed", "notched"),
     "arrangement": ("single", "bud", "pair"),
 }
-COMBINED = ("petal_color", "center_color", "background", "petal_count")  # what the held-out combinations are made of
-VERSION = 3  # of the drawing: another one draws other pictures from the same seed
-HELD_OUT_SHARE = 0.2  # share of those combinations that training never sees
-MIN_SIZE, MAX_SIZE = 32, 512  # px; below, thirteen petals cannot be told apart; above, painting takes too long
-SUPERSAMPLING = 2  # painted pixels a side for each pixel of the picture
-BACKDROP_SIZE = 64  # px; the background is painted this coarse, blurred and enlarged: out of focus, alike at every size
-SHADOW = 0.022  # reach of the soft shadow around a petal, in picture sides
-BLUR = 0.022  # standard deviation of that blur, in picture sides
+COMBINED = ("petal_color", "center_color", "background", "petal_count")  # Attributes that make up a combination.
+VERSION = 3  # Version of the drawing program. Another version draws other pictures from the same seed.
+HELD_OUT_SHARE = 0.2  # Share of the combinations that never occur in the training split.
+# px. In smaller pictures, thirteen petals cannot be told apart. Larger ones take too long to paint.
+MIN_SIZE, MAX_SIZE = 32, 512
+SUPERSAMPLING = 2  # Painted pixels per pixel of the picture, along each axis.
+# px. The background is painted at this size, then blurred and enlarged, so it looks alike at every picture size.
+BACKDROP_SIZE = 64
+SHADOW = 0.022  # Reach of the soft shadow around a petal, as a share of the picture's side.
+BLUR = 0.022  # Standard deviation of the background's blur, as a share of the picture's side.
 COUNT_WORDS = {3: "three", 5: "five", 8: "eight", 13: "thirteen"}
 
-# Colors of a petal from its base over its middle to its tip, sRGB 0..255.
+# Colors of a petal at its base, middle and tip, sRGB 0..255.
 PETALS = {
     "white": ((196, 205, 190), (240, 241, 244), (255, 255, 255)),
     "yellow": ((218, 160, 4), (253, 222, 36), (255, 243, 120)),
@@ -49,14 +51,14 @@ PETALS = {
     "blue": ((12, 22, 120), (36, 70, 214), (96, 136, 250)),
     "burgundy": ((40, 2, 12), (100, 10, 32), (142, 36, 58)),
 }
-# Gaps between the dots and the dots of the center, sRGB 0..255.
+# Colors of a flower's center: of the gaps between its dots, then of the dots, sRGB 0..255.
 CENTERS = {
     "golden": ((190, 116, 0), (255, 214, 58)),
     "brown": ((40, 20, 8), (122, 72, 36)),
     "green": ((66, 116, 16), (186, 226, 80)),
 }
 LEAF = ((30, 70, 24), (62, 124, 44), (122, 176, 80))
-# Sky-to-ground gradients: (height 0..1, sRGB 0..255).
+# Color gradients of the backgrounds from top to bottom: (y in 0..1, sRGB 0..255).
 GRADIENTS = {
     "meadow": ((0.0, (176, 214, 120)), (0.45, (118, 178, 78)), (1.0, (58, 122, 48))),
     "sky": ((0.0, (86, 156, 226)), (0.6, (142, 198, 242)), (1.0, (190, 224, 248))),
@@ -71,9 +73,15 @@ GRADIENTS = {
     "night": ((0.0, (8, 10, 34)), (0.5, (18, 26, 66)), (1.0, (10, 16, 40))),
 }
 TINTS = {"meadow": (1.0, 1.0, 0.98), "sky": (1.0, 1.0, 1.0), "sunset": (1.02, 0.97, 0.93), "night": (0.9, 0.93, 1.0)}
-HALF_WIDTHS = {3: 0.50, 5: 0.40, 8: 0.262, 13: 0.168}  # of a petal, in petal lengths: neighbours just touch midway
+# Half width of a petal by petal count, in petal lengths. Neighbours just touch at half length.
+HALF_WIDTHS = {
+    3: 0.50,
+    5: 0.40,
+    8: 0.262,
+    13: 0.168,
+}
 
-# No color words here: a small text encoder would mix them up with the colors of petals and center.
+# The phrases contain no color words. A small text encoder would confuse them with the colors of petals and center.
 PLACES = {
     "meadow": ("in a meadow", "in a sunny meadow"),
     "sky": ("under a clear sky", "against the sky"),
@@ -93,7 +101,7 @@ TEMPLATES = (
 
 
 def is_held_out(attributes: dict) -> bool:
-    """Whether this combination of petal color, center color, background and petal count is kept from training."""
+    """Return whether this combination of petal color, center color, background and petal count is held out of training."""
     key = "|".join(str(attributes[name]) for name in COMBINED)
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
@@ -112,13 +120,13 @@ def _complete(combination: dict, rng: np.random.Generator) -> dict:
 
 
 def sample_attributes(rng: np.random.Generator, held_out: bool = False) -> dict:
-    """Attributes drawn evenly from the combinations of training or, with `held_out`, from those it never sees."""
+    """Draw attributes uniformly from the training combinations or, with `held_out`, from the held-out combinations."""
     combinations = _combinations(held_out)
     return _complete(combinations[rng.integers(len(combinations))], rng)
 
 
 def caption(attributes: dict, rng: np.random.Generator) -> str:
-    """One of several phrasings, each naming every attribute in at most 22 words."""
+    """Return a caption in a random phrasing. Every phrasing names all attributes, in at most 22 words."""
     parts = [
         f"{COUNT_WORDS[attributes['petal_count']]} {attributes['petal_shape']} petals",
         f"a {attributes['center_color']} center",
@@ -136,22 +144,28 @@ def caption(attributes: dict, rng: np.random.Generator) -> str:
 
 
 def drawing(seed: int, index: int, size: int, held_out: bool = False) -> tuple[dict, np.ndarray, str]:
-    """Drawing number `index` of the endless series `seed`: attributes, image uint8 [size, size, 3] and caption.
+    """Return the flower number `index` of the endless series `seed`.
 
-    A pure function of its arguments. Raises UserError for a size outside 32..512 px and a negative seed or index.
+    The result is a pure function of the arguments.
+
+    Returns:
+        The attributes, the image as uint8 [size, size, 3], and the caption.
+
+    Raises:
+        UserError: `size` is outside 32..512 px, or `seed` or `index` is negative.
     """
     if seed < 0 or index < 0:
-        raise UserError(f"seed {seed} and index {index} of a drawing must not be negative")
+        raise UserError(f"seed {seed} and index {index} of a drawing must not be negative; give 0 or more")
     rng = np.random.default_rng([seed, index, int(held_out)])
     attributes = sample_attributes(rng, held_out)
-    words = caption(attributes, rng)  # before the image: what it draws from rng is then the same at every size
+    words = caption(attributes, rng)  # The caption uses rng before the image, so it is the same at every size.
     return attributes, draw(attributes, size, rng), words
 
 
 def prompts(n: int, seed: int, held_out: bool = False) -> list[tuple[dict, str]]:
-    """`n` pairs of attributes and caption; no combination comes back before all have been used."""
+    """Return `n` pairs of attributes and caption. No combination occurs again before all others have been used."""
     if n < 0 or seed < 0:
-        raise UserError(f"number {n} and seed {seed} of prompts must not be negative")
+        raise UserError(f"number {n} and seed {seed} of prompts must not be negative; give 0 or more")
     rng = np.random.default_rng([seed, int(held_out)])
     combinations = _combinations(held_out)
     order = rng.permutation(len(combinations))
@@ -162,24 +176,35 @@ def prompts(n: int, seed: int, held_out: bool = False) -> list[tuple[dict, str]]
 def draw_many(
     seed: int, start: int, count: int, size: int, held_out: bool = False, workers: int = 1
 ) -> Iterator[tuple[dict, np.ndarray, str]]:
-    """Yields `drawing(seed, i, size, held_out)` for i in start..start+count-1, in order, the same with any workers."""
+    """Yield `drawing(seed, i, size, held_out)` for i in start..start+count-1, in this order.
+
+    The drawings do not depend on the number of `workers` (processes).
+
+    Raises:
+        UserError: a process that draws ended early.
+    """
     one = partial(drawing, seed, size=size, held_out=held_out)
     if workers <= 1:
         yield from map(one, range(start, start + count))
         return
-    block = 64 * workers  # drawings held in memory at a time: the reader may be slower than the painters
+    block = 64 * workers  # Drawings in memory at a time. Without a limit, a slow reader would let them pile up.
     context = multiprocessing.get_context("spawn")
     with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
         try:
             for first in range(start, start + count, block):
                 yield from pool.map(one, range(first, min(first + block, start + count)), chunksize=16)
-        except BrokenProcessPool:  # a Pool would start such processes for ever
-            raise UserError("a process that draws has ended, for want of memory perhaps; give --workers 1") from None
+        except BrokenProcessPool:  # multiprocessing.Pool would restart such processes for ever.
+            raise UserError(
+                "a process that draws flowers ended early, perhaps for lack of memory; give --workers 1"
+            ) from None
 
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Processes started within have one BLAS thread each: two a core would wait for each other at every small product."""
+    """Give each process that is started inside this context a single BLAS thread.
+
+    With more threads than cores, threads would wait for each other at every small matrix product.
+    """
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -194,18 +219,22 @@ def _single_threaded() -> Iterator[None]:
 
 
 def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Paints one scene: uint8 [size, size, 3], sRGB. Raises UserError for a size not in 32..512 px or a wrong value."""
+    """Paint one scene, and return it as uint8 [size, size, 3], sRGB.
+
+    Raises:
+        UserError: `size` is outside 32..512 px, or an attribute has an unknown value.
+    """
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UserError(f"size {size} of a drawing must lie between {MIN_SIZE} and {MAX_SIZE} px")
     for name, values in ATTRIBUTES.items():
         if attributes.get(name) not in values:
             raise UserError(f"{name} {attributes.get(name)!r} of a drawing is not one of {', '.join(map(str, values))}")
     alone = attributes["arrangement"] == "single"
-    side = 1.0 if rng.random() < 0.5 else -1.0  # where the bud or the second flower stands
+    side = 1.0 if rng.random() < 0.5 else -1.0  # Side of the bud or of the second flower.
     radius = rng.uniform(0.37, 0.42) if alone else rng.uniform(0.34, 0.37)
     x = 0.5 + (rng.uniform(-0.03, 0.03) if alone else side * rng.uniform(-0.10, -0.07))
     y = (0.455 if alone else 0.5) + rng.uniform(-0.02, 0.02)
-    foot = 0.5 + rng.uniform(-0.12, 0.12)  # where the stem leaves the picture
+    foot = 0.5 + rng.uniform(-0.12, 0.12)  # x at which the stem meets the lower edge of the picture.
     other_x, other_y = 0.5 + side * rng.uniform(0.33, 0.36), rng.uniform(0.15, 0.2)
 
     backdrop = _backdrop(attributes["background"], rng)
@@ -214,7 +243,7 @@ def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
         _flower(backdrop, other_x, other_y, rng.uniform(0.19, 0.21), attributes, rng, detail=0.0)
     canvas = _enlarge(backdrop, size * SUPERSAMPLING)
 
-    detail = min(1.0, size / 256)  # fine veins and dots would be mere noise in a small picture
+    detail = min(1.0, size / 256)  # In a small picture, fine veins and dots would only be noise.
     if attributes["arrangement"] == "bud":
         _stem(canvas, other_x, other_y + 0.08, foot + side * 0.14, 0.011)
         _bud(canvas, other_x, other_y + 0.1, rng.uniform(-0.25, 0.25), attributes["petal_color"], detail)
@@ -234,7 +263,10 @@ def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
-    """The softness of a lens, about half a pixel: uint8 [S, S, 3] convolved with (0.12, 0.76, 0.12) both ways."""
+    """Soften an image, uint8 [S, S, 3], by about half a pixel, as a lens does.
+
+    The image is convolved with (0.12, 0.76, 0.12) along both axes.
+    """
     soft = np.pad(image.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     soft = 0.12 * (soft[:-2] + soft[2:]) + 0.76 * soft[1:-1]
     soft = 0.12 * (soft[:, :-2] + soft[:, 2:]) + 0.76 * soft[:, 1:-1]
@@ -243,33 +275,36 @@ def _soften(image: np.ndarray) -> np.ndarray:
 
 @cache
 def _grid(size: int) -> np.ndarray:
-    """Centers of the pixels in unit coordinates, float32 [size]."""
+    """Return the centers of the pixels of one axis in unit coordinates, float32 [size]."""
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 
 @cache
 def _ramp(colors: tuple) -> np.ndarray:
-    """Colors from base to tip, float32 [256, 3], 0..1."""
+    """Return the colors of a petal or leaf from base to tip, float32 [256, 3], 0..1."""
     stops = (0.1, 0.62, 1.0)
     at = np.linspace(0, 1, 256)
     return np.stack([np.interp(at, stops, np.array(colors)[:, i] / 255) for i in range(3)], 1).astype(np.float32)
 
 
 def _frame(angle: float, length: float) -> np.ndarray:
-    """Matrix from petal coordinates (along, across) to picture coordinates (x, y)."""
+    """Return the matrix from petal coordinates (along, across) to picture coordinates (x, y)."""
     c, s = np.cos(angle), np.sin(angle)
     return length * np.array([[c, -s], [s, c]])
 
 
 def _inverse(frame: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Inverse of a frame, row by row, and the length of its unit in the picture (np.linalg is slow on 2 x 2)."""
+    """Return the inverse of a 2 x 2 frame, row by row, and the length of its unit in the picture.
+
+    np.linalg would be slow on matrices this small.
+    """
     (a, b), (c, d) = frame.tolist()
     determinant = a * d - b * c
     return d / determinant, -b / determinant, -c / determinant, a / determinant, abs(determinant) ** 0.5
 
 
 def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
-    """Background, float32 [64, 64, 3]: a gradient with soft clouds, sun, or lights."""
+    """Paint a background, float32 [64, 64, 3], 0..1: a gradient with soft clouds, a sun, or lights."""
     at = _grid(BACKDROP_SIZE)
     stops, colors = zip(*GRADIENTS[background], strict=True)
     shift = rng.uniform(-0.04, 0.04)
@@ -279,7 +314,7 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
     def blob(
         x: float, y: float, width: float, height: float, color: tuple, strength: float, disc: bool = False
     ) -> None:
-        """Blends in one ellipse, a Gaussian or a disc with a soft rim."""
+        """Blend one ellipse into the background: a Gaussian, or with `disc` a disc with a soft rim."""
         squared = np.square((at - x) / width)[None] + np.square((at - y) / height)[:, None]
         weight = (strength * np.exp(-(squared * squared * squared) if disc else -squared))[..., None]
         canvas[...] += weight * (np.array(color, np.float32) / 255 - canvas)
@@ -319,20 +354,20 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def _lens(size: int) -> np.ndarray:
-    """Weights that blur (Gaussian) and enlarge one axis of the backdrop at once, float32 [size, 64]."""
+    """Return weights, float32 [size, 64], that blur (Gaussian) and enlarge one axis of the background in one step."""
     distance = _grid(size)[:, None] - _grid(BACKDROP_SIZE)[None]
     weights = np.exp(-0.5 * np.square(distance / np.float32(BLUR)))
     return weights / weights.sum(1, keepdims=True)
 
 
 def _enlarge(backdrop: np.ndarray, size: int) -> np.ndarray:
-    """Backdrop out of focus, float32 [size, size, 3]."""
+    """Blur a background and enlarge it to float32 [size, size, 3]."""
     planes = _lens(size) @ np.moveaxis(backdrop, 2, 0) @ _lens(size).T
     return np.ascontiguousarray(np.moveaxis(planes, 0, 2))
 
 
 def _window(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple:
-    """Part of the canvas inside a box of unit coordinates, and its pixels' x [1, w] and y [h, 1]."""
+    """Return the part of the canvas inside a box of unit coordinates, and the x [1, w] and y [h, 1] of its pixels."""
     size = canvas.shape[0]
     x0, y0 = max(0, int(left * size)), max(0, int(top * size))
     x1, y1 = max(x0, min(size, int(right * size) + 2)), max(y0, min(size, int(bottom * size) + 2))
@@ -341,7 +376,7 @@ def _window(canvas: np.ndarray, left: float, top: float, right: float, bottom: f
 
 
 def _stem(canvas: np.ndarray, x: float, y: float, foot: float, half_width: float) -> None:
-    """Paints a stem from (x, y) down to (foot, 1)."""
+    """Paint a stem from (x, y) down to (foot, 1)."""
     pad = half_width * 2
     part, px, py = _window(canvas, min(x, foot) - pad, y, max(x, foot) + pad, 1.0)
     along = np.clip((py - y) / (1.0 - y), 0, 1) ** 1.5
@@ -364,11 +399,20 @@ def _petal(
     detail: float,
     below: np.ndarray | None = None,
 ) -> None:
-    """Paints one petal (or leaf) that starts at (x, y), with its soft shadow on the petals `below`.
+    """Paint one petal or leaf that starts at (x, y), with its soft shadow on the petals painted before.
 
-    canvas: float32 [S, S, 3], 0..1, changed in place. frame: [2, 2], petal (along, across) to picture coordinates.
-    half_width and bend: in petal lengths. light: brightness of the whole petal. below: float32 [S, S, 1], 1 where a
-    petal of this flower has been painted; changed in place.
+    Args:
+        canvas: the picture, float32 [S, S, 3], 0..1, changed in place.
+        x: x of the petal's base in unit coordinates.
+        y: y of the petal's base in unit coordinates.
+        frame: matrix [2, 2] from petal coordinates (along, across) to picture coordinates.
+        half_width: half width of the petal, in petal lengths.
+        shape: shape of the petal: round, pointed or notched.
+        ramp: colors from base to tip, float32 [256, 3], 0..1.
+        light: brightness of the whole petal, about 1.
+        bend: sideways bend. The point at u (0..1) along the petal moves by bend * u * (1 - u) petal lengths.
+        detail: strength of the fine veins, 0..1.
+        below: mask of the flower's petals painted so far, float32 [S, S, 1], 1 inside a petal, changed in place.
     """
     size = canvas.shape[0]
     w = half_width
@@ -378,27 +422,27 @@ def _petal(
     part, px, py = _window(canvas, x + left, y + top, x + right, y + bottom)
     a, b, c, d, unit = _inverse(frame)
     px, py = px - np.float32(x), py - np.float32(y)
-    u = a * px + b * py  # 0 at the base, 1 at the tip
-    q = (c * px + d * py + np.float32(bend) * u * (1 - u)) * np.float32(1 / w)  # -1..1 across
+    u = a * px + b * py  # Position along the petal: 0 at the base, 1 at the tip.
+    q = (c * px + d * py + np.float32(bend) * u * (1 - u)) * np.float32(1 / w)  # Position across it: -1..1.
     q_abs, q_squared = np.abs(q), q * q
 
     widest = {"round": 0.64, "pointed": 0.48, "notched": 0.72}[shape]
     beyond = np.maximum(u - widest, 0) * np.float32(1 / (1 - widest))
     lower = np.minimum(u * np.float32(1 / widest), 1) - 1
-    base = 1 - np.float32(0.75) * lower * lower  # half-width below the widest place
+    base = 1 - np.float32(0.75) * lower * lower  # Half width between the base and the widest place.
     if shape == "round":
         inside = base - np.sqrt(q_squared + beyond * beyond)
     elif shape == "pointed":
-        near = np.minimum(beyond, 1)  # the cubic holds up to the tip; past it the width must go on falling
+        near = np.minimum(beyond, 1)  # The cubic is valid up to the tip. Beyond the tip the width falls linearly.
         taper = near * near * (np.float32(2.1) - np.float32(1.1) * near) + (beyond - near)
         inside = base - taper - q_abs
     else:
         inside = base - np.sqrt(np.sqrt(q_squared * q_squared + np.square(beyond * beyond)))
-        # Shallow in narrow petals: otherwise each would count as two.
+        # The notch of a narrow petal is shallow. Otherwise the petal would look like two.
         depth, reach = np.float32(min(0.24, 0.6 * w)), np.float32(0.7)
         slope = float(np.hypot(1, depth / (reach * w)))
         inside = np.minimum(inside, (1 - depth - u + q_abs * (depth / reach)) * np.float32(1 / (w * slope)))
-    scale = unit * w  # picture units in one unit of `inside`
+    scale = unit * w  # Length in the picture of one unit of `inside`.
 
     cover = np.clip(inside * np.float32(scale * size) + 0.5, 0, 1)
     shadow = np.exp(-np.square(np.minimum(inside, 0) * np.float32(scale / SHADOW)))
@@ -408,7 +452,7 @@ def _petal(
         fan = q / (np.float32(0.3) + np.float32(0.7) * base)
         shade += np.float32(0.05 * (detail - 0.25)) * np.cos(fan * np.float32(21)) * np.clip(u * (1.1 - u) * 4, 0, 1)
     rim = np.float32(0.17) * np.exp(-np.square((inside - np.float32(0.1)) * np.float32(1 / 0.09)))
-    shade *= np.float32(0.72) + np.float32(0.28) * np.clip(inside * np.float32(scale / 0.008), 0, 1)  # dark edge
+    shade *= np.float32(0.72) + np.float32(0.28) * np.clip(inside * np.float32(scale / 0.008), 0, 1)  # Dark edge.
 
     color = ramp[np.clip(u * 255, 0, 255).astype(np.uint8)] * shade[..., None]
     color += (1 - color) * rim[..., None]
@@ -423,9 +467,9 @@ def _petal(
 def _flower(
     canvas: np.ndarray, x: float, y: float, radius: float, attributes: dict, rng: np.random.Generator, detail: float
 ) -> None:
-    """Paints petals and center around (x, y), tilted a little."""
+    """Paint the petals and the center of a slightly tilted flower around (x, y)."""
     count, shape = attributes["petal_count"], attributes["petal_shape"]
-    turn, lean = rng.uniform(-0.15, 0.15) - np.pi / 2, rng.uniform(0, np.pi)  # one petal points up, about
+    turn, lean = rng.uniform(-0.15, 0.15) - np.pi / 2, rng.uniform(0, np.pi)  # One petal points roughly up.
     axes = _frame(lean, 1.0)
     tilt = axes @ np.diag([1.0, rng.uniform(0.86, 1.0)]) @ axes.T
     below = np.zeros((*canvas.shape[:2], 1), np.float32)
@@ -433,7 +477,7 @@ def _flower(
     for i in range(count):
         angle = turn + 2 * np.pi * (i + rng.uniform(-0.05, 0.05)) / count
         frame = radius * tilt @ _frame(angle, rng.uniform(0.95, 1.0))
-        light = 0.97 + 0.07 * np.cos(angle + 2.2)  # from above, left
+        light = 0.97 + 0.07 * np.cos(angle + 2.2)  # The light comes from the upper left.
         bend = rng.uniform(-0.08, 0.08)
         _petal(canvas, x, y, frame, HALF_WIDTHS[count], shape, ramp, light, bend, detail, below)
     _center(canvas, x, y, radius * rng.uniform(0.34, 0.38) * tilt, turn, attributes["center_color"], detail)
@@ -441,9 +485,9 @@ def _flower(
 
 @cache
 def _florets(size: int) -> np.ndarray:
-    """Heights 0..1 of the florets of a center seen from above, float32 [size, size]: Vogel's phyllotaxis.
+    """Return the heights 0..1 of the florets in a flower's center, seen from above, float32 [size, size].
 
-    Floret k stands at radius sqrt(k / n) and angle k times the golden angle
+    Floret k of n has the radius sqrt(k / n) and the angle k times the golden angle, as in Vogel's phyllotaxis
     (H. Vogel, Mathematical Biosciences 44, 1979).
     """
     n = 55
@@ -457,7 +501,7 @@ def _florets(size: int) -> np.ndarray:
 
 
 def _center(canvas: np.ndarray, x: float, y: float, frame: np.ndarray, turn: float, color: str, detail: float) -> None:
-    """Paints the center: a dark soft rim on the petals, then a dome of florets."""
+    """Paint the center of a flower: a dark soft rim on the petals, then a dome of florets."""
     size = canvas.shape[0]
     reach = 1.6 * float(np.abs(frame).sum(1).max())
     part, px, py = _window(canvas, x - reach, y - reach, x + reach, y + reach)
@@ -482,7 +526,7 @@ def _center(canvas: np.ndarray, x: float, y: float, frame: np.ndarray, turn: flo
 
 
 def _bud(canvas: np.ndarray, x: float, y: float, lean: float, color: str, detail: float) -> None:
-    """Paints a closed bud that stands on (x, y)."""
+    """Paint a closed bud with its base at (x, y)."""
     up = -np.pi / 2 + lean
     below = np.zeros((*canvas.shape[:2], 1), np.float32)
     for turn, length, width in ((-0.3, 0.19, 0.3), (0.3, 0.19, 0.3), (0.0, 0.2, 0.3)):

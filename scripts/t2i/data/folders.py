@@ -1,7 +1,7 @@
-"""What lies in a folder of images: which files are images, and what is left out, with the reason.
+"""List a folder of images: which files are images with captions, and which files are left out for what reason.
 
-Files of cameras, editors, annotators and storage systems are no images: only what has an image's extension, none at
-all, or an image's first bytes is tried as one.
+Cameras, editors, annotation tools and storage systems leave other files beside images. A file is therefore tried as an
+image only if it has the extension of an image, no extension, or the first bytes of an image.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
-# Pictures that are not read here: alone they are bad images, beside a readable one its companions.
+# Pictures in formats that are not decoded. Without a readable image of the same name they are listed as bad images, and
+# beside one as its companion files.
 RAW = {".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"}
 UNREADABLE = RAW | {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".psd", ".psb", ".eps", ".tga"}
-if not HEIF_FIX:  # pillow-heif is installed
+if not HEIF_FIX:  # pillow-heif is installed.
     READABLE |= {".heic", ".heif"}
     UNREADABLE -= READABLE
 UNREADABLE |= {".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".dds", ".qoi", ".icns"}
@@ -49,14 +50,15 @@ NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
 NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
-FOREIGN_FOLDERS = re.compile(  # of storage systems, unpackers and photo programs: copies, thumbnails, what was deleted
+# Folders in which storage systems, unpackers and photo programs keep copies, thumbnails and deleted files.
+FOREIGN_FOLDERS = re.compile(
     r"\..*|__macosx.*|@eadir|@tmp|[@#$]recycle(\.bin)?|#snapshot|@recently.*|@transcode|system volume information"
     r"|lost\+found|found\.\d+|.*\.lrdata|.*\.lrcat-data|captureone|ipod photo cache|_?thumb(s|nails?)|__pycache__",
     re.IGNORECASE,
 )
-SILENT_FOLDERS = {".git", ".cache", ".locks"}  # never images
+SILENT_FOLDERS = {".git", ".cache", ".locks"}  # These folders never hold images, so nothing is said about them.
 
-_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # "trainA" and "TestSet" are two words each
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # "trainA" and "TestSet" have two words each.
 _SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
 
 
@@ -65,12 +67,12 @@ SPLIT_COLUMNS = {"split", "set", "subset"}
 
 
 def split_name(folder: str) -> str | None:
-    """The split that a folder of this name holds, or None."""
+    """Return the split that a folder of this name holds, or None if the name is not the name of a split."""
     return SPLIT_NAMES.get(folder.strip().lower())
 
 
 def split_depth(files: Iterable[str], images: Iterable[str]) -> int:
-    """How many folders lead to an image's split: 0 without splits, 1 for `train/x.jpg`, 2 for `data/train/x.jpg`."""
+    """Return the depth of the split folders: 1 for `train/x.jpg`, 2 for `data/train/x.jpg`, 0 without split folders."""
     if any(split_name(file.split("/")[0]) == "train" for file in files if "/" in file):
         return 1
     homes = _homes(images)
@@ -84,9 +86,10 @@ def split_depth(files: Iterable[str], images: Iterable[str]) -> int:
 
 
 def split_look_alikes(images: Iterable[str]) -> dict[str, str]:
-    """`{folder: split}` of folders side by side whose names hold words such as train and test, as `train_images` does.
+    """Return `{folder: split}` of sibling folders whose names contain words such as train and test (`train_images`).
 
-    At least half of the folders there must have such names: among many classes, `steam_train` and `test_tube` are two.
+    At least half of the sibling folders must have such names. Otherwise the names are probably classes, such as
+    `steam_train` and `test_tube` among many others.
     """
     beside: dict[tuple[str, ...], set[str]] = {}
     for home in _homes(images):
@@ -110,7 +113,7 @@ def _split_in(name: str) -> str | None:
 
 
 def leave_out(left_out: LeftOut, reason: str, name: str) -> None:
-    """Count a file or folder that is left out for `reason`."""
+    """Count a file or folder that is left out for `reason`, and keep the first three names per reason."""
     entry = left_out.setdefault(reason, {"count": 0, "first": []})
     entry["count"] += 1
     if len(entry["first"]) < 3:
@@ -118,9 +121,10 @@ def leave_out(left_out: LeftOut, reason: str, name: str) -> None:
 
 
 def list_files(folder: Path) -> tuple[list[str], LeftOut]:
-    """Relative paths (with /) of all files below `folder`, a folder's own before those below it, and what is left out.
+    """Return the relative paths (with /) of all files below `folder`, and the files and folders that are left out.
 
-    A folder that is reached by several paths is read once: by its path in a split, else its own, else a link's.
+    The files of a folder come before the files of its subfolders. A folder with several paths (links) is read only once.
+    A path in a split is preferred, then a path without links.
     """
     found: list[str] = []
     left_out: LeftOut = {}
@@ -162,7 +166,7 @@ def list_files(folder: Path) -> tuple[list[str], LeftOut]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads in a circle
+    except OSError:  # A link that leads in a circle.
         return False
 
 
@@ -172,7 +176,7 @@ def _reading_order(path: str) -> list[tuple[bool, str]]:
 
 
 def plain_name(path: str) -> str:
-    """A path as it compares: Macs write é as two characters (NFD), others as one (NFC)."""
+    """Return a path in a form that can be compared. Macs write é as two characters (NFD), other systems as one (NFC)."""
     return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
@@ -181,7 +185,10 @@ def without_suffix(path: str) -> str:
 
 
 def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[str]:
-    """Those of `files` that are tried as images; the others go to `left_out`, unless they are ours."""
+    """Return the files that are tried as images, and count the others in `left_out`.
+
+    Caption files, metadata and files such as README are not counted.
+    """
     files = list(files)
     readable = {file for file in files if PurePosixPath(file).suffix.lower() in READABLE}
     beside = readable | {without_suffix(file) for file in readable}
@@ -207,7 +214,7 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
 
 
 def holds_images(shard: Path, cfg: SourceConfig) -> bool:
-    """Whether a Parquet file has a column that could hold images, or cannot be read."""
+    """Return whether a Parquet file may hold images: it has a suitable column, or it cannot be read."""
     try:
         schema = pq.read_schema(shard)
     except (OSError, pa.ArrowException):
@@ -235,19 +242,20 @@ def folder_source(
     depth = split_depth(files, images)
     if tops and not depth and all(map(split_name, tops)):
         raise UserError(
-            f"{name} has the splits {', '.join(sorted(tops))} but no train; name the folder to train on train"
+            f"{name} has the splits {', '.join(sorted(tops))} but no train; rename the folder with the training images to "
+            "train"
         )
     columns, notes, quarantine = _folder_columns(name, folder, files, images, depth, cfg, left_out)
     if not columns and quarantine:
         shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
-        raise UserError(f"{name} has no image to train on that can be used: {shown}; fix or replace them")
+        raise UserError(f"{name} has no usable image to train on: {shown}; fix or replace these files")
     if not columns:
         endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files).most_common(4)
         found = f" (it holds {', '.join(f'{count:,} of {ending}' for ending, count in endings)})" if endings else ""
         skipped = [first for entry in left_out.values() for first in entry["first"]][:3]
         found += f"; left out: {', '.join(skipped)}" if skipped else ""
         raise UserError(
-            f"{name} holds no images to train on{found}; give a folder with photos, Parquet shards, or a Hub id"
+            f"{name} holds no images to train on{found}; give a folder with photos or Parquet shards, or a Hub id"
         )
     rows = {split: _folder_rows(part) for split, part in columns.items()}
     digest = hashlib.sha256()
@@ -263,20 +271,22 @@ def folder_source(
 
 @dataclass
 class _Listing:
-    """What is collected while a folder of images is listed."""
+    """The results that are collected while a folder of images is listed."""
 
     folder: Path
-    depth: int  # folders that lead to an image's split; see split_depth
+    depth: int  # Depth of the split folders, as `split_depth` returns it.
     left_out: LeftOut
-    columns: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # by split
-    quarantine: list[dict[str, str]] = field(default_factory=list)  # images that cannot be listed
-    origins: Counter[str] = field(default_factory=Counter)  # where captions come from
-    outside: int = 0  # files outside the splits
-    joined: int = 0  # captions whose lines were joined
-    served: dict[str, list[str]] = field(default_factory=dict)  # images by the caption file that is read for them
-    used: set[str] = field(default_factory=set)  # caption files with an image
-    by_class: list[tuple[str, int, str | None]] = field(default_factory=list)  # rows without a caption file: its class
-    by_text: list[tuple[str, int, Any]] = field(default_factory=list)  # `text` of rows: read if the caption is empty
+    columns: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # Columns by split and name.
+    quarantine: list[dict[str, str]] = field(default_factory=list)  # Images that cannot be listed.
+    origins: Counter[str] = field(default_factory=Counter)  # Number of captions by where they come from.
+    outside: int = 0  # Number of files outside the splits.
+    joined: int = 0  # Number of caption files with several lines, which are joined.
+    served: dict[str, list[str]] = field(default_factory=dict)  # Images by the caption file that is read for them.
+    used: set[str] = field(default_factory=set)  # Caption files that belong to an image.
+    # Split, row and class of each image without a caption file.
+    by_class: list[tuple[str, int, str | None]] = field(default_factory=list)
+    # Split, row and value of the column `text`, which is read if the caption is empty.
+    by_text: list[tuple[str, int, Any]] = field(default_factory=list)
 
     def split_of(self, file: str) -> str | None:
         return split_name(file.split("/")[self.depth - 1]) if self.depth else "train"
@@ -295,15 +305,15 @@ class _Listing:
 def _folder_columns(
     name: str, folder: Path, files: list[str], images: list[str], depth: int, cfg: SourceConfig, left_out: LeftOut
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, Any], list[dict[str, str]]]:
-    """Return columns by split, notes for the report, and the images that cannot be listed.
+    """Return the columns of each split, notes for the report, and the images that cannot be listed.
 
-    The columns are image, the metadata's, and if an image has them caption and label.
+    The columns are `image`, the columns of the metadata files, and `caption` and `label` if an image has them.
     """
     listing = _Listing(folder, depth, left_out)
     metadata = [file for file in files if PurePosixPath(file).name.lower() in METADATA]
     described = tuple(str(PurePosixPath(file).parent) for file in metadata)
     if len(set(described)) < len(described):
-        raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep one of them")
+        raise UserError(f"{name} has two of {', '.join(METADATA)} in one folder; keep only one of these files")
     listed = _add_described(listing, name, files, images, metadata, cfg)
     sidecars, hidden = _sidecars(files)
     for file in hidden:
@@ -345,10 +355,10 @@ def _folder_columns(
 def _add_described(
     listing: _Listing, name: str, files: list[str], images: list[str], metadata: list[str], cfg: SourceConfig
 ) -> set[str]:
-    """Add the images that metadata files name, and return the names."""
+    """Add the images that the metadata files name, and return their names."""
     listed = set()
     exact, there = set(files), {plain_name(file): file for file in files}
-    near_files: _NearFiles | None = None  # made once a file is missing
+    near_files: _NearFiles | None = None  # Made only when a file is missing.
     tables = {file: metadata_rows(listing.folder / file, cfg.caption_column) for file in metadata}
     rows = [row for table in tables.values() for _, row in table]
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -378,12 +388,12 @@ def _add_described(
 
 
 def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_labels: bool) -> None:
-    """Add an image that no metadata describes, with the caption file beside it or its class."""
+    """Add an image that no metadata file describes, with a caption from the file beside the image or from the class."""
     split = listing.split_of(file)
-    if not _is_utf8(file):  # neither Arrow nor JSON can hold such a name
+    if not _is_utf8(file):  # Neither Arrow nor JSON can hold such a name.
         shown = file.encode("utf-8", "backslashreplace").decode()
         listing.refuse(shown, "unreadable: the file's name is not UTF-8", split)
-    elif PurePosixPath(file).suffix.lower() in RAW:  # some hold a thumbnail that Pillow would take for the photo
+    elif PurePosixPath(file).suffix.lower() in RAW:  # Pillow would take the thumbnail inside for the photo.
         listing.refuse(file, "format not allowed: camera raw", split)
     elif split is None:
         listing.pass_by(file)
@@ -405,19 +415,37 @@ def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_label
 
 
 def told_split(where: str, column: str, value: Any, split: str | None, target: str) -> str:
-    """The split that a metadata row names; refused where it would train on a validation or test folder."""
+    """Return the split that a metadata row names.
+
+    Args:
+        where: file and line of the row, for the message.
+        column: name of the split column.
+        value: value of the split column in this row.
+        split: split of the folder that holds the image, or None.
+        target: file name of the image.
+
+    Raises:
+        UserError: the value is empty, or it contradicts the validation or test folder that holds the image.
+    """
     told = split_name(str(value or ""))
     if told is None:
         raise UserError(f"{where}: column {column!r} is empty; write train, validation or test")
     if split not in (None, "train", told):
         raise UserError(
-            f"{where}: column {column!r} says {told}, but {target} lies in {split}; make them agree, or rename the column"
+            f"{where}: column {column!r} says {told}, but {target} lies in the folder of {split}; "
+            "correct the value, move the file, or rename the column"
         )
     return told
 
 
 def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
-    """Whether a column says which row is in which split: it is called so, and holds several splits' names alone."""
+    """Return whether a column names the split of each row.
+
+    Such a column is called split, set or subset, and holds only names of splits, at least two of them.
+
+    Raises:
+        UserError: the column names several splits, but not train.
+    """
     if column.strip().lower() not in SPLIT_COLUMNS:
         return False
     splits = {split_name(str(value)) for value in values if value}
@@ -425,33 +453,36 @@ def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
         return False
     if "train" not in splits:
         raise UserError(
-            f"{name}: column {column!r} names {' and '.join(sorted(map(str, splits)))} but no train; add it"
+            f"{name}: column {column!r} names {' and '.join(sorted(map(str, splits)))} but no train; write train into the "
+            "rows to train on"
         )
     return True
 
 
 def _refuse_look_alikes(name: str, images: list[str]) -> None:
-    """Raise `UserError` where folders that are all trained on look like splits: a test set would be among them."""
+    """Raise `UserError` if folders that would all be trained on look like splits, since one may be a test set."""
     alike = split_look_alikes(images)
     if not alike:
         return
     parent = str(PurePosixPath(next(iter(alike))).parent)
     splits = ", ".join(dict.fromkeys(alike.values()))
     if "train" not in alike.values():
-        fix = "name the folder to train on train"
+        fix = "rename the folder with the training images to train"
     elif all(parent == "." or _is_below(image, (parent,)) for image in images):
-        fix = f"rename them {splits}"
+        fix = f"rename these folders to {splits}"
     else:
-        fix = f"make folders {splits} at the top of the data set, with the others below these"
+        fix = f"make folders {splits} at the top of the data set, with the other folders inside"
     train = [folder for folder, split in alike.items() if split == "train"]
-    only = f", or give --dataset {Path(name) / train[0]} to use that alone" if len(train) == 1 else ""
+    only = f", or give --dataset {Path(name) / train[0]} to use only that folder" if len(train) == 1 else ""
     raise UserError(f"{name}: {', '.join(alike)} look like splits; {fix}{only}")
 
 
 def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Caption files by the name of what they stand beside, with their ending in lower case: `rose/0.jpg.txt`.
+    """Return the caption files, and the caption files that are hidden by another one.
 
-    Then those that another hides, whose ending differs in capitals alone.
+    Returns:
+        Caption files by their own path with the extension in lower case, such as `rose/0.jpg.txt`. Then the hidden files:
+        a hidden file's path differs from another caption file's path only in the case of the extension.
     """
     found: dict[str, str] = {}
     hidden: list[str] = []
@@ -467,8 +498,8 @@ def _sidecars(files: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _sidecars_of(file: str, sidecars: dict[str, str]) -> list[str]:
-    """The caption files of an image, the one to read first."""
-    names = dict.fromkeys((without_suffix(file), file))  # the same where there is no ending
+    """Return the caption files of an image, of which only the first is read."""
+    names = dict.fromkeys((without_suffix(file), file))  # Both are equal if the file has no extension.
     keys = (plain_name(name) + suffix for name in names for suffix in SIDECARS)
     return [sidecars[key] for key in keys if key in sidecars]
 
@@ -477,7 +508,7 @@ def _fill_from_classes(
     name: str, columns: dict[str, dict[str, list[Any]]], by_class: list[tuple[str, int, str | None]],
     origins: Counter[str], cfg: SourceConfig,
 ) -> None:  # fmt: skip
-    """Where some images have captions of their own, give the others that of their class."""
+    """If only some images have captions, caption the others by their class."""
     keys = (cfg.caption_column, "caption", "text")
     column = {split: next((key for key in keys if key in part), None) for split, part in columns.items()}
     lacking = [(split, row, label_name(label, cfg.label_names)) for split, row, label in by_class if column[split]]
@@ -486,7 +517,7 @@ def _fill_from_classes(
     for split, row, label in lacking:
         if label:
             columns[split][str(column[split])][row] = label_caption(label, cfg.caption_template)
-    for part in columns.values():  # text beside lists of texts becomes a list
+    for part in columns.values():  # If a column holds texts and lists of texts, each text becomes a list.
         for key in filter(None, keys):
             if any(isinstance(value, list) for value in part.get(key, ())):
                 part[key] = [[value] if isinstance(value, str) else value for value in part[key]]
@@ -495,19 +526,28 @@ def _fill_from_classes(
 
 
 def _inside(base: str, target: Any, where: str, row: dict[str, Any]) -> str:
-    """A metadata row's file name as a path in the dataset folder; refused when it leads outside."""
+    """Return the file name in a metadata row as a path in the dataset folder.
+
+    Raises:
+        UserError: the row has no file name, or a file name that is invalid or leads outside the folder.
+    """
     if not isinstance(target, str) or not target:
-        raise UserError(f"{where} has no file_name (it has {', '.join(map(str, row)) or 'nothing'}); add it")
+        raise UserError(f"{where} has no file_name (it has {', '.join(map(str, row)) or 'nothing'}); add a file_name")
     path = PurePosixPath(target.replace("\\", "/"))
     if "\0" in target or not _is_utf8(target):
-        raise UserError(f"{where} has the file_name {target!r}, which no file can have; fix it")
+        raise UserError(f"{where} has the file_name {target!r}, which no file can have; correct the name")
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", target):
-        raise UserError(f"{where} names {target!r}, which is outside its folder; name files below it only")
+        raise UserError(
+            f"{where} names {target!r}, which is outside the folder of the metadata file; name only files inside that folder"
+        )
     return str(PurePosixPath(base) / path)
 
 
 class _NearFiles:
-    """Finds the one image that a name in metadata is likely to mean: other capitals, spaces, ending or folder."""
+    """Find the image that a misspelled file name in metadata probably means.
+
+    The names may differ in case, spaces, extension or folder.
+    """
 
     def __init__(self, images: list[str]):
         self.by_name: list[dict[str, list[str]]] = []
@@ -561,7 +601,7 @@ def _folder_rows(columns: dict[str, list[Any]]) -> datasets.Dataset:
         try:
             pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-            # 5 and "five" in one column; whole numbers beyond 64 bits; half an emoji
+            # Examples: 5 and "five" in one column, integers beyond 64 bits, half an emoji.
             lists = all(value is None or isinstance(value, list) for value in values)
             columns[key] = [_as_text(value, lists) for value in values]
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))

@@ -1,6 +1,6 @@
-"""Decode any photo into upright 8-bit RGB by fixed rules, and say why not where that cannot be done.
+"""Decode any photo into upright 8-bit RGB by fixed rules, or give the reason why it cannot be decoded.
 
-One rule for each kind of image (`decode_image`):
+`decode_image` follows one rule per kind of image:
 
 | kind | rule |
 |---|---|
@@ -8,7 +8,7 @@ One rule for each kind of image (`decode_image`):
 | grey, black and white | the value is repeated in R, G and B |
 | 16-bit grey | divided by 257 and rounded, so that 65535 becomes 255 (a plain `convert` would clip at 255) |
 | 16-bit RGB(A) PNG | Pillow keeps the high byte |
-| palette | its colors |
+| palette | each pixel gets its color from the palette |
 | transparency (RGBA, LA, palette or key color) | composited over white |
 | CMYK, YCbCr | Pillow's conversion, which also undoes Adobe's inverted CMYK; color profiles are not applied |
 | animated, several pages | the first frame |
@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-# The formats that cameras, browsers and data sets use. Each further decoder is code that reads untrusted bytes
-# (PSD, ICO, EPS, FITS …), and some of them start other programs: what is not here is quarantined by name.
+# The formats that cameras, browsers and data sets use. Each further decoder (PSD, ICO, EPS, FITS …) is code that reads
+# untrusted bytes, and some decoders start other programs. Images in other formats are quarantined by the format's name.
 ALLOWED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-try:  # the format of phones; its decoder is a package of its own
+try:  # HEIF is the format of phones. Its decoder is a separate package.
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -39,17 +39,19 @@ try:  # the format of phones; its decoder is a package of its own
     HEIF_FIX = ""
 except ImportError:
     HEIF_FIX = "run pip install pillow-heif, or export the photos as JPEG"
-MAX_PIXELS = 2**26  # px, read from the header before decoding; a 64-megapixel phone photo (9248 x 6936) is still in
-MAX_BYTES = 2**28  # bytes of one file; keeps a mistaken archive or video out of memory
-MIN_SIDE = 8  # px; below that it is a tracking pixel or an icon, and upscaling it teaches blur
-TRANSFORM_VERSION = "1: rgb over white, center square, lanczos"  # in every cache's hash: change it with any rule here
+# Pixels per image, read from the header before decoding. A 64-megapixel phone photo (9248 x 6936) is still allowed.
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**28  # Bytes per file. The limit keeps a misnamed archive or video out of memory.
+MIN_SIDE = 8  # px. A smaller image is a tracking pixel or an icon, and upscaling it teaches blur.
+# The hash of every cache contains this version. Change it with any rule of this module.
+TRANSFORM_VERSION = "1: rgb over white, center square, lanczos"
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # a half-grey photo must be quarantined, not trained on
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # A truncated photo, grey in part, must be quarantined instead of trained on.
 # MAX_PIXELS is checked below, and is lower than the size at which Pillow would start to warn.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 LFS_POINTER = b"version https://git-lfs"
-_SIGNATURES = (  # (offset, bytes, name), to name what a file is without running its decoder
+_SIGNATURES = (  # (offset, bytes, name): names the format of a file without running its decoder.
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD"), (0, b"\0\0\1\0", "ICO"),
     (0, b"%PDF", "PDF"), (0, b"%!PS", "EPS"), (4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIC"),
@@ -62,7 +64,7 @@ _SIGNATURES = (  # (offset, bytes, name), to name what a file is without running
 
 
 class BadImage(Exception):
-    """An image that cannot be used. `reason` is `kind` or `kind: detail`, in words for a person."""
+    """Exception for an image that cannot be used. `reason` is a readable text: `kind` or `kind: detail`."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -70,15 +72,19 @@ class BadImage(Exception):
 
     @property
     def kind(self) -> str:
-        """The part of the reason that many images share, for counting."""
+        """Return the part of the reason before the colon, by which images are counted."""
         return self.reason.split(":")[0]
 
 
 def read_image_file(path: str | Path) -> bytes:
-    """The bytes of a file. Raises BadImage where it is missing, unreadable, no regular file, or over MAX_BYTES."""
+    """Return the bytes of an image file.
+
+    Raises:
+        BadImage: the file is missing, unreadable, not a regular file, or larger than MAX_BYTES.
+    """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe would wait for ever.
             raise BadImage("unreadable: not a regular file")
         if status.st_size > MAX_BYTES:
             raise BadImage(f"too large: {status.st_size / 2**20:.0f} MiB, the limit is {MAX_BYTES / 2**20:.0f} MiB")
@@ -87,18 +93,21 @@ def read_image_file(path: str | Path) -> bytes:
     except FileNotFoundError:
         dangling = os.path.islink(path)
         raise BadImage("missing file: the link points to nothing" if dangling else "missing file") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+    except (OSError, ValueError) as error:  # A zero byte in the path raises ValueError.
         raise BadImage(f"unreadable: {getattr(error, 'strerror', None) or error}") from None
 
 
 def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> Image.Image:
-    """Decode to an upright 8-bit RGB image, by the rules of this module's docstring.
+    """Decode an image file to an upright 8-bit RGB image, by the rules in this module's docstring.
 
-    `source`: the file's bytes, or its path. `draft_side` (px): the caller will shrink the shorter side to this; a JPEG
-    may then be decoded at 1/2, 1/4 or 1/8 of its size, never below twice `draft_side`, which is several times faster.
+    Args:
+        source: the bytes of the image file, or its path.
+        draft_side: size (px) to which the caller will shrink the shorter side. A JPEG may then be decoded at 1/2, 1/4 or
+            1/8 of its size, which is several times faster. The sides of the decoded image stay at least twice `draft_side`.
 
-    Raises BadImage with the reason: empty, truncated or damaged, not an image, a format outside ALLOWED_FORMATS,
-    more than MAX_PIXELS, a side below MIN_SIDE, or unreadable.
+    Raises:
+        BadImage: the file is empty, unreadable, truncated, damaged, or not an image. Or its format is not in
+            ALLOWED_FORMATS, it has more than MAX_PIXELS, or a side is below MIN_SIDE.
     """
     data = source if isinstance(source, bytes) else read_image_file(source)
     if not data:
@@ -111,7 +120,7 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
             if min(width, height) < MIN_SIDE:
                 raise BadImage(f"too small: {width} x {height} px, the limit is {MIN_SIDE} px a side")
             if draft_side is not None:
-                image.draft(None, (2 * draft_side, 2 * draft_side))  # does nothing but for JPEG
+                image.draft(None, (2 * draft_side, 2 * draft_side))  # Only the JPEG decoder obeys this.
             image.load()
             return _to_rgb(_upright(image))
     except BadImage:
@@ -120,16 +129,16 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
         raise BadImage(_describe(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"too many pixels: the limit is {MAX_PIXELS / 1e6:.0f} megapixels") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError …
+    except Exception as error:  # Decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError …
         detail = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(f"{'truncated' if 'truncated' in detail.lower() else 'damaged'}: {detail}") from None
 
 
 def fit(image: Image.Image, resolution: int) -> np.ndarray:
-    """Return the centre square of an RGB image, as uint8 [resolution, resolution, 3], 0 to 255.
+    """Return the center square of an RGB image, scaled to uint8 [resolution, resolution, 3], 0 to 255.
 
-    The result is that of scaling the shorter side to `resolution` (antialiased Lanczos) and cropping the centre.
-    The crop comes first, so that an image of 8 x 8,000,000 px never becomes one of 128 x 128,000,000.
+    The result equals scaling the shorter side to `resolution` (antialiased Lanczos) and cropping the center.
+    The crop comes first. Otherwise an image of 8 x 8,000,000 px would become one of 128 x 128,000,000 px.
     """
     width, height = image.size
     side = min(width, height)
@@ -142,7 +151,7 @@ def fit(image: Image.Image, resolution: int) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # A broken EXIF block does not make the pixels bad.
         return image
 
 
@@ -163,9 +172,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def starts_like_an_image(path: str | Path) -> bool:
-    """Whether a file's first bytes are those of a format that is decoded here; False if it cannot be read."""
+    """Return whether the first bytes of a file are those of an allowed image format. Unreadable files give False."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait for ever.
             return False
         with open(path, "rb") as file:
             name = _format_of(file.read(64))
@@ -179,7 +188,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 def _describe(data: bytes) -> str:
-    """Why Pillow did not know these bytes, without running any further decoder."""
+    """Return the reason why Pillow does not recognize these bytes, without running another decoder."""
     if data.startswith(LFS_POINTER):
         return "Git LFS pointer: run git lfs pull"
     name = _format_of(data[:64])
@@ -198,23 +207,33 @@ def _describe(data: bytes) -> str:
     return f"not an image: starts with '{shown}'"
 
 
-# Image cells of a data set: the file's bytes, or its path
+# Image cells of a data set: each holds the bytes of the image file, or its path
 
 
 def image_bytes(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
-    """The file's bytes of an undecoded image cell; raises BadImage."""
+    """Return the bytes of the image file in an undecoded image cell.
+
+    Args:
+        image: the cell, with the keys `bytes` and `path`, or None.
+        roots: folders below which the path must lie. A relative path starts at the first one.
+
+    Raises:
+        BadImage: the cell is empty, or its file is outside the folders or cannot be read.
+    """
     if image is None or (image["bytes"] is None and not image["path"]):
         raise BadImage("missing image")
     if image["bytes"] is not None:
         return image["bytes"]
-    path = Path(os.path.abspath(roots[0] / image["path"]))  # folds "..", keeps links: the Hub's cache is made of them
+    path = Path(
+        os.path.abspath(roots[0] / image["path"])
+    )  # Removes "..", but keeps links, of which the Hub's cache consists.
     if not any(path.is_relative_to(os.path.abspath(root)) for root in roots):
         raise BadImage("outside the dataset folder")
     return read_image_file(path)
 
 
 def image_digest(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
-    """SHA-256 of the image file; of its path where it cannot be read."""
+    """Return the SHA-256 of the image file, or of its path if the file cannot be read."""
     try:
         return hashlib.sha256(image_bytes(image, roots)).digest()
     except BadImage as error:

@@ -1,4 +1,4 @@
-"""What was understood of a data set: counted once, and told in one short table before any work begins."""
+"""Summarize a data set as it was understood, in one short table that is printed before any work begins."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pyarrow as pa
 from t2i.data.records import OTHER_SPLITS, Source
 from t2i.files import read_json
 
-_MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252
-_INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")  # not the joiners of emoji and of Persian
+_MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252.
+_INVISIBLE = re.compile(
+    "[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]"
+)  # Emoji and Persian need their joiners, so these are allowed.
 _NO_VALUE = re.compile(
     r"[<(\[]?(nan|none|null|nil|n/?a|undefined|unknown|todo|tbd|true|false)[>)\]]?[.:!]?"
     r"|#(n/a|(name|value|ref|null|num|div/0|error)[?!]?)",
@@ -26,7 +28,8 @@ _MESSAGE = re.compile(
     r"|i (cannot|can't|can not)\b|as an ai\b",
     re.IGNORECASE,
 )
-# What may be meant as a caption, and rarely is: name -> test of (caption, file). The first that holds is counted.
+# Kinds of odd captions, which are rarely meant as captions: name -> test of (caption, file). A caption counts for the
+# first kind whose test is true.
 ODD: dict[str, Callable[[str, str], Any]] = {
     "with replacement characters (U+FFFD)": lambda text, file: "\ufffd" in text,
     "with misread characters (such as Ã©)": lambda text, file: _MISREAD.search(text),
@@ -45,10 +48,14 @@ ODD: dict[str, Callable[[str, str], Any]] = {
 
 
 def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Count the captions and classes of `{split: {"file": [...], "caption": [...], "label": [...] or absent}}`.
+    """Count the captions and classes of a data set.
 
-    Returns plain data: `classes` (None without labels), `captions` (count, empty, distinct, longest in words, odd by
-    kind with the first ones), and three `examples` of (file, caption).
+    Args:
+        splits: columns of each split: `{split: {"file": [...], "caption": [...], "label": [...] or absent}}`.
+
+    Returns:
+        `classes`: figures on the classes, or None if the data set has no labels. `captions`: number of all, empty and
+        distinct captions, words of the longest one, and the odd ones by kind. `examples`: three pairs (file, caption).
     """
     classes: Counter[str] = Counter()
     distinct: set[str] = set()
@@ -94,7 +101,7 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The lines that say what was understood, from a data set's report (`t2i.data.preparing`) with what `describe` counted."""
+    """Return the lines of the summary table, from the report of a prepared data set (`t2i.data.preparing`)."""
     found = report["understood"]
     captions, classes = found["captions"], found["classes"]
     rows = [("data set", f"{report['dataset']} ({report.get('form', 'form unknown')})")]
@@ -109,7 +116,7 @@ def table(report: dict[str, Any]) -> str:
         coded, *such = classes["with_digits"]
         digits = f"; numbers in the names of {coded:,}, such as {such[0]}" if coded else ""
         rows.append(("classes", text + digits))
-        if alike := classes.get("alike"):  # not in reports of before
+        if alike := classes.get("alike"):  # Older reports do not have this figure.
             shown = [", ".join(map(_visible, names)) for names in alike[:3]]
             rows.append(("", _counted(len(alike), "names that differ only by capitals, spaces or accents", shown)))
     parts = [f"{count:,} {origin}" for origin, count in (report.get("captions_from") or {}).items() if count]
@@ -174,7 +181,7 @@ def _counted(count: int, what: str, first: Iterable[str]) -> str:
 
 
 def _visible(name: str) -> str:
-    """A name with its combining accents written out: é as one character and as two look the same."""
+    """Write out the combining accents of a name. Otherwise é as one character and é as two would look the same."""
     return "".join(f"\\u{ord(mark):04x}" if unicodedata.combining(mark) else mark for mark in name)
 
 
@@ -187,9 +194,12 @@ def _one_line(text: str) -> str:
 
 
 def read_report(folder: Path, source: Source) -> dict[str, Any]:
-    """A cache folder's report, with what the data set's listing says now: what is left out belongs to no cache key."""
+    """Return the report of a cache folder, with the files that the current listing of the data set leaves out.
+
+    These files are not part of the cache's key, so they may have changed since the cache was made.
+    """
     report = read_json(folder / "report.json")
-    if "understood" not in report:  # prepared before captions were counted
+    if "understood" not in report:  # An older version prepared the images, and did not count captions.
         report["understood"] = describe_folder(
             folder, [name for name, part in report["splits"].items() if part["images"]]
         )

@@ -1,4 +1,4 @@
-"""The prepared images as a training reads them: memory-mapped pixels, and a row of text per image."""
+"""Open prepared images for a training: memory-mapped pixels, and a row of text per image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from t2i.files import read_json
 
 @dataclass
 class Split:
-    """`pixels[i]` (uint8 [N, R, R, 3], memory mapped, read-only) belongs to `rows[i]`.
+    """The prepared images of one split.
 
-    `rows` (memory mapped) has the strings `id` (16 hex digits of the image file's SHA-256; copies share it), `file`,
-    `caption`, where known `label`, and the data set's other plain columns. `fingerprint` names the pixels, not the
-    captions.
+    Attributes:
+        pixels: the images, uint8 [N, R, R, 3], memory-mapped and read-only. `pixels[i]` belongs to `rows[i]`.
+        rows: a row of text per image, memory-mapped. Each row has the strings `id`, `file` and `caption`, `label` if the
+            data set has labels, and the data set's other plain columns. `id` is 16 hex digits of the image file's
+            SHA-256, so copies of an image have the same `id`.
+        fingerprint: hash of the pixels, which does not depend on the captions.
     """
 
     pixels: np.ndarray
@@ -32,15 +35,18 @@ class Split:
 
 
 def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
-    """Train, validation and test split of a finished cache folder (`runs.prepared_folder`), without its data set.
+    """Return the train, validation and test split of a finished cache folder (`runs.prepared_folder`).
 
-    Raises `UserError` for a folder that is missing or damaged.
+    The original data set is not read. A split without images is None.
+
+    Raises:
+        UserError: the cache folder is missing or damaged.
     """
     try:
         return open_splits(folder, read_json(folder / "report.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(
-            f"the cache folder {folder} is damaged ({type(error).__name__}); delete it and run again"
+            f"the cache folder {folder} is damaged ({type(error).__name__}); delete the folder and run again"
         ) from None
 
 
@@ -57,7 +63,7 @@ def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split
     pixels = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     rows = datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
     if len(pixels) != len(rows):
-        raise UserError(f"the cache folder {folder} is damaged; delete it and run again")
+        raise UserError(f"the cache folder {folder} is damaged; delete the folder and run again")
     return Split(pixels, rows, counts["fingerprint"])
 
 
@@ -67,6 +73,6 @@ def check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, lim
         shown = ", ".join(f"{row['file']} ({row['reason']})" for row in quarantine[:3])
         raise UserError(
             f"{len(quarantine):,} of {found:,} images of {name} ({share:.1%}) cannot be used, more than the "
-            f"{limit:.1%} allowed: {shown}{', …' if len(quarantine) > 3 else ''}; all are listed in {listing}; "
-            "fix or remove them, or raise --max_bad_share"
+            f"{limit:.1%} allowed: {shown}{', …' if len(quarantine) > 3 else ''}; {listing} lists all of them; "
+            "fix or remove these images, or raise --max_bad_share"
         )

@@ -1,13 +1,16 @@
-"""Captioned images from any source, prepared once as pixels on disk; stable splits; the stateless sampler.
+"""Prepare captioned images from any source once, as pixels on disk, with stable splits and a stateless sampler.
 
 `load_splits` takes the records of a source (`t2i.data.records`), decodes their images and writes a cache folder.
-`t2i.data.prepared` opens it.
+`t2i.data.prepared` opens the cache folder.
 
-Splits: the data set's own train, validation and test are used. Without a validation split, an image goes there when the
-SHA-256 of (split_seed, its file's bytes) falls below `validation_fraction`. Images that are added, removed or renamed
-move no other image, and identical images land on the same side. If that takes none (a tiny data set), the image with
-the lowest hash goes, and the one with the highest always stays to train; a single image has no validation split.
-`max_train_samples` takes the first by the same hash, before decoding, so undecodable ones among them are not replaced.
+The data set's own train, validation and test splits are used. If there is no validation split, images are taken from the
+train split: those whose SHA-256 of (split_seed, bytes of the image file) falls below `validation_fraction`. Adding,
+removing or renaming an image therefore moves no other image, and identical images land in the same split. In a tiny data
+set, no hash may be low enough. Then the image with the lowest hash becomes the validation split. The image with the
+highest hash always stays in the train split, so a data set of one image has no validation split.
+
+`max_train_samples` takes the images with the lowest hashes before any image is decoded. Undecodable images among them are
+not replaced by others.
 """
 
 from __future__ import annotations
@@ -54,19 +57,19 @@ from t2i.errors import UserError
 from t2i.files import hash_json, write_json
 from t2i.runs import prepared_folder
 
-CACHE_VERSION = 1  # part of every cache key: change it with what a cache folder holds
+CACHE_VERSION = 1  # Part of every cache key. Change it if the content of a cache folder changes.
 
 
 @dataclass
 class Splits:
-    """What `load_splits` found. `validation` and `test` are None where there are no such images."""
+    """The prepared splits of a data set, as `load_splits` returns them."""
 
     train: Split
-    validation: Split | None
-    test: Split | None
-    quarantine: list[dict[str, str]]  # file, split, reason of each image that was left out
-    fingerprint: str  # of everything: images, captions, settings
-    report: dict[str, Any]
+    validation: Split | None  # The validation split, or None if there are no validation images.
+    test: Split | None  # The test split, or None if there are no test images.
+    quarantine: list[dict[str, str]]  # File, split and reason of each image that was left out.
+    fingerprint: str  # Hash of everything: images, captions and settings.
+    report: dict[str, Any]  # The report of the cache folder, as `report.json` holds it.
 
 
 def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: bool = True) -> Splits:
@@ -77,9 +80,9 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     If several processes want the same folder, one builds it and the others wait.
 
     Args:
-        cfg: the settings of the data.
-        say: gets the progress messages and the overview table (`t2i.data.overview`).
-        captions: whether each image needs a caption. The autoencoder's training reads none.
+        cfg: the data set and its settings.
+        say: function that prints the progress messages and the summary table (`t2i.data.overview`).
+        captions: whether the training needs captions. The training of the autoencoder needs none.
 
     Raises:
         UserError: the data set is missing, empty or without captions, the disk is full, or more than
@@ -87,7 +90,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     """
     if "{label}" not in cfg.caption_template:
         raise UserError(
-            f"caption_template {cfg.caption_template!r} lacks {{label}}; write e.g. 'a photo of a {{label}}'"
+            f"caption_template {cfg.caption_template!r} does not contain {{label}}; write e.g. 'a photo of a {{label}}'"
         )
     cache = Path(cfg.cache_dir).expanduser() / "pixels"
     try:
@@ -102,8 +105,8 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         *("validation_fraction", "split_seed"),
     )
     shaping = [getattr(cfg, name) for name in settings]
-    shaping += [cfg.caption_prefix] if cfg.caption_prefix else []  # without one, caches of before stay
-    shaping += [] if HEIF_FIX else ["heif"]  # photos that were left out before are read now
+    shaping += [cfg.caption_prefix] if cfg.caption_prefix else []  # Older caches without a prefix stay valid.
+    shaping += [] if HEIF_FIX else ["heif"]  # With pillow-heif, photos are read that were left out without it.
     key = hash_json([CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, shaping])
     folder = prepared_folder(cfg.cache_dir, key)
     with FileLock(cache / f"{key}.lock"):
@@ -111,16 +114,18 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
             say(f"reusing the prepared images of {source.name} in {folder}")
         else:
             _build(source, cfg, folder, say, captions)
-            pa.default_memory_pool().release_unused()  # else Arrow keeps its buffers through the whole training
+            pa.default_memory_pool().release_unused()  # Otherwise Arrow keeps its buffers during the whole training.
     report = overview.read_report(folder, source) | {"caption_prefix": cfg.caption_prefix}
-    if captions and report.get("captions_missing"):  # prepared for a training that needs none
+    if captions and report.get("captions_missing"):  # The images were prepared for a training without captions.
         raise UserError(report["captions_missing"])
     say(overview.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
     train, validation, test = open_splits(folder, report)
     if train is None:
-        raise UserError(f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} says why")
+        raise UserError(
+            f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} lists the reasons: fix the images"
+        )
     return Splits(train, validation, test, quarantine, fingerprint=key, report=report)
 
 
@@ -128,14 +133,17 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
 
 
 def _hash_order(digests: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each digest (uint8 [N, 32]), the same for the same content and seed: float64 [N]."""
+    """Map each digest (uint8 [N, 32]) to a number in [0, 1), float64 [N].
+
+    The number is a function of the digest and the seed only.
+    """
     salt = f"{seed}:".encode()
     words = (hashlib.sha256(salt + digest.tobytes()).digest()[:8] for digest in digests)
     return np.fromiter((int.from_bytes(word) >> 11 for word in words), np.float64, len(digests)) / 2**53
 
 
 def _choose(order: np.ndarray, cfg: DataConfig, own_validation: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(train indices, validation indices) within the data set's train split; see the module's docstring."""
+    """Return (train indices, validation indices) within the data set's train split, by the rules in the module docstring."""
     to_validation = np.zeros(len(order), bool)
     if not own_validation and len(order) and cfg.validation_fraction > 0:
         to_validation = (order < cfg.validation_fraction) | (order == order.min())
@@ -147,9 +155,9 @@ def _choose(order: np.ndarray, cfg: DataConfig, own_validation: bool) -> tuple[n
 
 
 def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], None], need_captions: bool) -> None:
-    """Write a cache folder in a sibling and rename it: whoever sees the folder sees it complete."""
+    """Write the cache folder under another name and rename it at the end, so it appears only when it is complete."""
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed: the lock is ours
+    shutil.rmtree(part, ignore_errors=True)  # A killed process left it. This process holds the lock.
     part.mkdir()
     try:
         _build_in(part, source, cfg, folder, say, need_captions)
@@ -157,7 +165,9 @@ def _build(source: Source, cfg: DataConfig, folder: Path, say: Callable[[str], N
         os.replace(part, folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"the disk of {folder.parent} is full; make room, or give another --cache_dir") from error
+            raise UserError(
+                f"the disk of {folder.parent} is full; free some space, or give another --cache_dir"
+            ) from error
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -235,7 +245,7 @@ def _build_in(
 def _write_split(
     writer: _SplitWriter, pool: Executor, records: Iterable[Record], quarantine: list[dict[str, str]], bar: tqdm
 ) -> None:
-    """Decode and write the records; list in `quarantine` those that cannot be decoded."""
+    """Decode and write the images of the records, and add undecodable images to `quarantine`."""
     for record, pixels in in_order(pool, lambda record: (record, _decode(record, writer.resolution)), records):
         if isinstance(pixels, BadImage):
             shown = shown_file(record.path, writer.split, record.index)
@@ -253,18 +263,18 @@ def _decode(record: Record, resolution: int) -> np.ndarray | BadImage:
 
 
 class _SplitWriter:
-    """Writes the pixels (.npy) and the rows (.arrow) of a split, in the order in which images are added.
+    """Write the pixels (.npy) and the rows (.arrow) of a split, in the order in which images are added.
 
-    Pixels are appended, not written to a memory map: dirty pages of a map would count as this process's memory.
+    Pixels are appended to the file. Written through a memory map, they would count as memory of this process.
     """
 
     def __init__(
         self, folder: Path, split: str, most: int, resolution: int, images: Candidates, digests: np.ndarray
     ) -> None:
         self.split, self.most, self.resolution = split, most, resolution
-        self.digests = digests  # of all images of the source's split
-        self.kept: list[int] = []  # the added images, as rows of the source's split
-        self.empty = self.several = 0  # added images without a caption, and with several
+        self.digests = digests  # Digests of all images in the source's split.
+        self.kept: list[int] = []  # Rows of the added images in the source's split.
+        self.empty = self.several = 0  # Numbers of added images without a caption, and with several captions.
         self._path, self._has_labels, self._schema = folder / split, images.label is not None, images.schema
         self._rows: list[dict[str, Any]] = []
 
@@ -290,7 +300,7 @@ class _SplitWriter:
         try:
             if kind is None:
                 self._flush_rows()
-                self._pixels.seek(0)  # numpy pads the header so that the first axis may be rewritten
+                self._pixels.seek(0)  # numpy pads the header, so the first axis can be rewritten.
                 self._write_header(len(self.kept))
                 if self._pixels.tell() != self._data_start:
                     raise RuntimeError("numpy's header changed its length")
@@ -313,7 +323,7 @@ class _SplitWriter:
 
 
 def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:
-    """What fixes captions that are all empty: the other column that holds text, else the sentence for none."""
+    """Return the fix for a data set whose captions are all empty: another column with text, or how to add captions."""
     for column in {"caption", "text"} & set(rows.column_names) - {cfg.caption_column or "caption"}:
         if any(map(clean, rows[column])):
             return f"column {column!r} holds text: give --caption_column {column}"
@@ -324,13 +334,13 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > 0.98 * free:
         raise UserError(
-            f"the disk of {folder.parent} has {free / 1e6:,.0f} MB free and {size / 1e6:,.0f} MB are needed; "
-            "make room, give another --cache_dir, or a smaller --resolution or --max_train_samples"
+            f"the disk of {folder.parent} has {free / 1e6:,.0f} MB free, but {size / 1e6:,.0f} MB are needed; free some "
+            "space, give another --cache_dir, or give a smaller --resolution or --max_train_samples"
         )
 
 
 def _count_duplicates(digests: dict[str, np.ndarray]) -> dict[str, int]:
-    """Copies within a split, and images of validation and test that are in train as well."""
+    """Count the copies within each split, and the validation and test images that are also in the train split."""
     unique = {name: set(map(bytes, digests.get(f"kept {name}", ()))) for name in ("train", "validation", "test")}
     counts = {name: len(digests.get(f"kept {name}", ())) - len(unique[name]) for name in unique}
     counts |= {f"{name}_also_in_train": len(unique[name] & unique["train"]) for name in ("validation", "test")}
@@ -338,7 +348,12 @@ def _count_duplicates(digests: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def count_long_captions(captions: Iterable[str], tokenizer: Any) -> dict[str, int]:
-    """How many captions the tokenizer cuts: `limit` and `longest` (tokens, with start and end), `over` (captions)."""
+    """Count the captions that the tokenizer cuts off.
+
+    Returns:
+        `limit`: tokens that the tokenizer keeps, start and end tokens included. `longest`: tokens of the longest caption.
+        `over`: number of captions longer than the limit.
+    """
     limit, over, longest = int(tokenizer.model_max_length), 0, 0
     batch: list[str] = []
     for caption in chain(captions, [None]):
@@ -351,22 +366,25 @@ def count_long_captions(captions: Iterable[str], tokenizer: Any) -> dict[str, in
     return {"limit": limit, "over": over, "longest": longest}
 
 
-# The sampler: which image comes when is a function of (n, seed, step) alone, so that resuming needs no saved position
+# The sampler: the order of the images is a function of (n, seed, step) only, so resuming needs no saved position
 
 
 @lru_cache(2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `n` samples in an epoch: a permutation, int64 [n], read-only, a pure function of its arguments."""
+    """Return the order of `n` samples in an epoch: a permutation, int64 [n], read-only.
+
+    The order is a pure function of the arguments.
+    """
     order = np.random.default_rng([seed, epoch]).permutation(n)
-    order.flags.writeable = False  # it is cached
+    order.flags.writeable = False  # The array is cached, so no caller may change it.
     return order
 
 
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The samples of global step `step` (from 0), over all processes: int64 [batch_size].
+    """Return the indices of the samples in the global batch of step `step` (from 0): int64 [batch_size].
 
-    Steps run through the epochs without a seam: every sample comes once an epoch, and a batch may span an epoch's end.
-    A process takes `[rank::world]` of it.
+    Every sample occurs once per epoch. A batch may contain the end of one epoch and the beginning of the next.
+    Process `rank` of `world` processes takes the part `[rank::world]` of the global batch.
     """
     if n < 1:
         raise ValueError("no samples")

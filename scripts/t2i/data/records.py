@@ -1,6 +1,6 @@
-"""Finished records: a source's images with their captions, labels, file names and other columns.
+"""Turn the rows of a source into records: images with captions, labels, file names and other columns.
 
-`Source` is what `t2i.data.sources` finds. `open_candidates` checks its columns. `Candidates.records` yields one
+`t2i.data.sources` returns a `Source`. `open_candidates` checks the columns of the source. `Candidates.records` yields one
 `Record` per image, ready to be decoded and written.
 """
 
@@ -26,12 +26,12 @@ from t2i.data.images import image_digest
 from t2i.data.workers import in_order
 from t2i.errors import UserError
 
-LeftOut = dict[str, dict[str, Any]]  # reason -> count, and the first names
+LeftOut = dict[str, dict[str, Any]]  # Reason -> number of files left out for it, and the first file names.
 OTHER_SPLITS = "splits that are not read"
-ROWS_PER_BATCH = 1000  # rows in memory at a time while captions are read and written
+ROWS_PER_BATCH = 1000  # Rows in memory at a time while captions are read and written.
 CAPTION_FIX = (
-    "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder a class; --caption_column "
-    "names another column"
+    "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder per class; or name another "
+    "column by --caption_column"
 )
 _AS_METADATA = (
     "save it as metadata.csv with the columns file_name and caption, or as metadata.jsonl with one such object per line"
@@ -40,27 +40,30 @@ _AS_METADATA = (
 
 @dataclass
 class Source:
-    name: str
-    identity: str  # hash of the content: another one, another cache
-    open: Callable[[Path], dict[str, datasets.Dataset]]  # scratch folder -> candidates by split, images not decoded
-    roots: tuple[Path, ...]  # images given by path must lie below one of these; relative ones start at the first
-    disk_bytes: int = 0  # what `open` writes to its scratch folder
-    quarantine: list[dict[str, str]] = field(default_factory=list)  # found while listing
-    notes: dict[str, Any] = field(default_factory=dict)  # for the report
+    """A data set that was found, but not yet read."""
+
+    name: str  # Path or Hub id of the data set.
+    identity: str  # Hash of the content. Other content gets another cache.
+    open: Callable[[Path], dict[str, datasets.Dataset]]  # Scratch folder -> rows by split, with undecoded images.
+    # Images given by path must lie below one of these folders. Relative paths start at the first folder.
+    roots: tuple[Path, ...]
+    disk_bytes: int = 0  # Bytes that `open` writes to its scratch folder.
+    quarantine: list[dict[str, str]] = field(default_factory=list)  # Bad images that were found while listing.
+    notes: dict[str, Any] = field(default_factory=dict)  # Facts for the report.
 
 
 @dataclass(frozen=True)
 class Record:
     """One image of a source, ready to be decoded and written."""
 
-    index: int  # row in the source's split
-    file: str  # file name to show; `train[3]` if the image has no path
-    image: dict[str, Any] | None  # undecoded: `bytes` or `path`
-    roots: tuple[Path, ...]  # see Source.roots
-    caption: str  # one line, with the prefix; empty: the image is unconditional
+    index: int  # Row in the source's split.
+    file: str  # File name to show, or a name such as `train[3]` if the image has no path.
+    image: dict[str, Any] | None  # The undecoded image: its `bytes` or its `path`.
+    roots: tuple[Path, ...]  # The same folders as in `Source.roots`.
+    caption: str  # One line with the prefix. An empty caption makes the image unconditional.
     label: str | None
-    extras: dict[str, Any]  # the other plain columns
-    several_captions: bool
+    extras: dict[str, Any]  # Values of the other plain columns.
+    several_captions: bool  # Whether the source has several captions for this image.
 
     @property
     def path(self) -> str | None:
@@ -75,21 +78,21 @@ class Record:
 class Candidates:
     """The images of one split of a source: rows that become records."""
 
-    rows: datasets.Dataset  # images not decoded
+    rows: datasets.Dataset  # Rows with undecoded images.
     split: str
     roots: tuple[Path, ...]
     cfg: SourceConfig
-    caption: str | None = None  # caption column
-    label: str | None = None  # class column
-    extras: list[str] = field(default_factory=list)  # the other plain columns
-    # of a prepared row: id, file, caption, label if there are classes, extras
+    caption: str | None = None  # Name of the caption column.
+    label: str | None = None  # Name of the class column.
+    extras: list[str] = field(default_factory=list)  # Names of the other plain columns.
+    # Schema of a prepared row: id, file, caption, label if there are classes, and the extras.
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def set_columns(self, caption: str | None, label: str | None) -> None:
-        """Choose the columns of the records, and with them the Arrow schema of a prepared row."""
+        """Set the caption column and the class column of the records, and build the Arrow schema of a prepared row."""
         self.caption, self.label = caption, label
         taken = {"id", "file", "caption", "label", "labels", self.cfg.image_column, caption, label}
         self.extras = [key for key, kind in self.rows.features.items() if key not in taken and is_plain(kind)]
@@ -111,7 +114,7 @@ class Candidates:
     def records(self, indices: np.ndarray | None = None) -> Iterator[Record]:
         """Yield the records of `rows[indices]`, or of all rows, in that order.
 
-        Texts are read in batches, images one by one: the bytes of a batch would fill the memory.
+        Texts are read in batches. Images are read one by one, because a batch of them would fill the memory.
         """
         column, extras = self.cfg.image_column, self.extras
         chosen = np.arange(len(self.rows)) if indices is None else indices
@@ -139,13 +142,13 @@ class Candidates:
 
 
 def open_candidates(rows: Mapping[str, datasets.Dataset], source: Source, cfg: SourceConfig) -> dict[str, Candidates]:
-    """Check the image columns of an opened source; `find_captions` chooses the others."""
+    """Check the image columns of an opened source. `find_captions` chooses the other columns later."""
     checked = {split: check_image_column(part, cfg, source.name, split) for split, part in rows.items()}
     return {split: Candidates(part, split, source.roots, cfg) for split, part in checked.items()}
 
 
 def find_captions(candidates: Mapping[str, Candidates], source: Source) -> str:
-    """Choose the columns of each split, and return why there are no captions, or an empty string."""
+    """Choose the caption and label columns of each split. Return the reason if there are no captions, otherwise ""."""
     left_out, missing = source.notes.get("left_out"), ""
     columns: dict[str, tuple[str | None, str | None]]
     try:
@@ -170,19 +173,19 @@ def check_image_column(rows: datasets.Dataset, cfg: SourceConfig, name: str, spl
     except Exception as error:
         raise UserError(
             f"column {cfg.image_column!r} of {name} holds no images ({rows.features[cfg.image_column]}); "
-            f"--image_column names another of: {', '.join(rows.column_names)}"
+            f"give --image_column one of: {', '.join(rows.column_names)}"
         ) from error
 
 
 def _require_column(rows: datasets.Dataset, column: str, option: str, name: str, split: str) -> None:
     if column not in rows.column_names:
         near = difflib.get_close_matches(column, rows.column_names, 1, 0.4)
-        hint = f"; did you mean {option} {near[0]}?" if near else f"; {option} names another"
+        hint = f"; did you mean {option} {near[0]}?" if near else f"; name another column by {option}"
         raise UserError(f"{name} ({split}) has no column {column!r}; it has {', '.join(rows.column_names)}{hint}")
 
 
 def label_column(rows: datasets.Dataset) -> str | None:
-    """The column of the class: `label`, `labels`, or the first of class labels; None where there is none."""
+    """Return the name of the class column: `label`, `labels`, or the first `ClassLabel` column. None without such a column."""
     named = (column for column in ("label", "labels") if column in rows.column_names)
     classes = (key for key, value in rows.features.items() if isinstance(value, datasets.ClassLabel))
     return next(named, None) or next(classes, None)
@@ -191,10 +194,20 @@ def label_column(rows: datasets.Dataset) -> str | None:
 def caption_columns(
     rows: datasets.Dataset, cfg: SourceConfig, name: str, split: str, left_out: LeftOut | None = None
 ) -> tuple[str | None, str | None]:
-    """(caption column, label column), each None where there is none. Only the training split must have one of them.
+    """Return (caption column, label column) of a split. A missing column is None.
 
-    left_out: what the listing left out, to name the table that may hold the captions.
-    Raises `UserError` for captions that are no text, and for labels that are to become captions and have no names.
+    Only the training split must have at least one of the two columns.
+
+    Args:
+        rows: rows of the split.
+        cfg: settings that may name the caption column.
+        name: name of the data set, for messages.
+        split: name of the split.
+        left_out: files that were left out of the listing. A message names the table among them that may hold captions.
+
+    Raises:
+        UserError: the captions are not text, the training split has neither captions nor labels, or labels that must
+            serve as captions are numbers without names.
     """
     columns = rows.column_names
     label = label_column(rows)
@@ -206,7 +219,7 @@ def caption_columns(
         caption = next((column for column in ("caption", "text") if column in columns), None)
     if caption is None and label is None and split == "train":
         passed = {reason: (left_out or {}).get(reason, {"count": 0}) for reason in (TABLES, TEXTS)}
-        several = passed[TEXTS]["count"] > 1  # not a table, but notes or labels of each image
+        several = passed[TEXTS]["count"] > 1  # Several text files are not a table, but notes or labels per image.
         meant = [
             entry["first"][0] for key, entry in passed.items() if entry["count"] and not (key == TEXTS and several)
         ]
@@ -214,8 +227,8 @@ def caption_columns(
         raise UserError(f"{name} has neither captions nor labels (columns: {', '.join(columns)}); {fix}")
     if caption is not None and not _holds_text(rows.features[caption]):
         raise UserError(
-            f"{name}: column {caption!r} holds no text ({_kind(rows.features[caption])}), so no captions; write text, or a "
-            "list of texts, or name another --caption_column"
+            f"{name}: column {caption!r} holds {_kind(rows.features[caption])} instead of captions; write texts or lists "
+            "of texts, or name another --caption_column"
         )
     if caption is None and label is not None:
         check_label_names(class_names(rows, label, cfg, name), cfg, name)
@@ -223,7 +236,7 @@ def caption_columns(
 
 
 def _holds_text(kind: Any) -> bool:
-    """Whether a column is text, a list of texts, a class label, or empty."""
+    """Return whether a column type is text, a list of texts, a class label, or null."""
     inner = getattr(kind, "feature", kind)
     return isinstance(kind, datasets.ClassLabel) or (
         isinstance(inner, datasets.Value) and ("string" in inner.dtype or inner.dtype == "null")
@@ -238,44 +251,49 @@ def _kind(kind: Any) -> str:
 
 
 def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str) -> list[str]:
-    """The distinct classes of a label column, as captions name them. Raises `UserError` for numbers without names."""
+    """Return the distinct classes of a label column, as captions name them.
+
+    Raises:
+        UserError: the column does not hold labels, or its labels are numbers without names.
+    """
     kind = rows.features[label]
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
-        raise UserError(f"{name} has no captions, and its {label!r} holds {_kind(kind)}; {CAPTION_FIX}")
+        raise UserError(f"{name} has no captions, and its column {label!r} holds {_kind(kind)}; {CAPTION_FIX}")
     numeric = isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string", "null")
     if numeric and not cfg.label_names:
         raise UserError(
-            f"{name} has no captions, and its {label!r} is a number without a name; give --label_names, or {CAPTION_FIX}"
+            f"{name} has no captions, and its column {label!r} holds numbers without names; give --label_names, or "
+            f"{CAPTION_FIX}"
         )
     found = (label_name(plain(kind, value), cfg.label_names) for value in rows.unique(label))
     return [text for text in found if text]
 
 
 def has_numbers(rows: datasets.Dataset, label: str, cfg: SourceConfig) -> bool:
-    """Whether a label column has numbers that `label_names` names."""
+    """Return whether a label column has numbers for which `label_names` gives names."""
     values = (plain(rows.features[label], value) for value in rows.unique(label))
     return any(label_name(value, cfg.label_names) != label_name(value, []) for value in values)
 
 
 def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
-    """Raise `UserError` where classes that are to become captions are numbers, which say nothing of an image."""
+    """Raise `UserError` if classes that must serve as captions are numbers without names."""
     known = {label for label in labels if label}
     numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
     shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
     if numbers and cfg.label_names:
         fix = (
-            "add the others"
+            "add the missing names"
             if _by_number(numbers[0]) > 0
-            else "numbers start at 1: put the names in place of the numbers"
+            else "the names count from 1, so replace the numbers by names in the data set"
         )
         raise UserError(
-            f"{name}: --label_names has no name for the classes {shown}; its names stand for 1 to {len(cfg.label_names)}; "
-            f"{fix}"
+            f"{name}: --label_names has no name for the classes {shown}; its names are those of the classes 1 to "
+            f"{len(cfg.label_names)}; {fix}"
         )
     if numbers and len(numbers) == len(known):
         raise UserError(
-            f"{name} has no captions, and its classes are numbers ({shown}); give their names by --label_names, or in "
-            "place of the numbers"
+            f"{name} has no captions, and its classes are numbers ({shown}); give the names of the classes by --label_names, "
+            "or replace the numbers by names"
         )
 
 
@@ -289,37 +307,35 @@ def is_plain(kind: Any) -> bool:
 
 def plain(kind: Any, value: Any) -> Any:
     if isinstance(kind, datasets.ClassLabel) and value is not None:
-        return kind.int2str(value) if value >= 0 else None  # -1 stands for "no label"
+        return kind.int2str(value) if value >= 0 else None  # -1 means "no label".
     return value
 
 
 def clean(value: Any) -> str:
-    """One line of text; of a list of captions the first that is not empty."""
+    """Return a caption as one line of text. A list of captions gives its first non-empty one."""
     if isinstance(value, (list, tuple)):
         return next((text for text in map(clean, value) if text), "")
     return "" if value is None else " ".join(str(value).split())
 
 
 def label_name(value: Any, names: list[str]) -> str | None:
-    """A label as text; a number from 1 on by its name in `names`, where there are names."""
-    if (
-        names and isinstance(value, float) and value.is_integer()
-    ):  # pandas writes whole numbers so, where some are missing
+    """Return a label as text. If there are `names`, the number i (from 1) becomes the i-th name."""
+    if names and isinstance(value, float) and value.is_integer():  # pandas writes integers so if some are missing.
         value = int(value)
-    text = None if value is None or value != value else str(value)  # NaN differs from itself
+    text = None if value is None or value != value else str(value)  # NaN differs from itself.
     if names and text is not None and text.isdecimal() and 1 <= int(text) <= len(names):
         return names[int(text) - 1]
     return text
 
 
 def prefixed(caption: str, prefix: str) -> str:
-    """A caption with `--caption_prefix` before it, once: not where it is there already, nor before an empty caption."""
+    """Put `--caption_prefix` before a caption, unless the caption is empty or already begins with the prefix."""
     words = clean(prefix)
     return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
 
 
 def label_caption(label: str | None, template: str) -> str:
-    """The caption that a label gets by `template`; empty for no label."""
+    """Return the caption for a label, made from `template`. No label gives an empty caption."""
     words = clean(re.sub(r"[_-]", " ", label)) if label is not None else ""
     return template.replace("{label}", words) if words else ""
 
@@ -336,7 +352,7 @@ def has_several(caption: Any) -> bool:
 
 
 def count_several(captions: Iterable[Any]) -> int:
-    """How many of these are lists of several captions."""
+    """Return how many values of a caption column are lists of several captions."""
     return sum(map(has_several, captions))
 
 
@@ -344,7 +360,10 @@ def caption_origins(
     rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[str | None, str | None]], counted: bool,
     cfg: SourceConfig,
 ) -> list[str]:  # fmt: skip
-    """Where the captions of each split come from, in words; a folder's files are `counted` instead."""
+    """Return in words where the captions of each split come from.
+
+    With `counted`, the listing of a folder has already counted captions by file, so these are not repeated.
+    """
     found: dict[str, list[str]] = {}
     for split, (caption, label) in captions.items():
         if not (counted and caption in (None, "caption") and label in (None, "label")):

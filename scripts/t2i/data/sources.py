@@ -1,8 +1,8 @@
-"""Where captioned images come from: folders, Parquet, the Hub; candidates by split, not yet decoded.
+"""Find the captioned images of a data set: in a folder, in Parquet files, or on the Hub. Nothing is decoded yet.
 
-`find_source` accepts by one option (`SourceConfig.dataset`):
+`find_source` accepts these inputs by one option (`SourceConfig.dataset`):
 
-| input | captions |
+| input | source of the captions |
 |---|---|
 | Hub id, folder with Parquet shards (`save_dataset_folder`) | column `caption`, else `text`, else from the label |
 | folder of `Dataset.save_to_disk`, of webdataset's .tar shards | the same |
@@ -10,7 +10,8 @@
 | images with `metadata.jsonl`, `.csv` or `.parquet` (`file_name`, …) | column `caption`, else `text`, else from `label` |
 | images with `x.txt`, `x.caption` or `x.jpg.txt` beside `x.jpg` | that file; an image without one keeps its class name |
 
-Where captions exist at all, an empty one stays empty: such an image is kept, and trained as unconditional.
+If a data set has captions, an empty caption stays empty. An image with an empty caption is kept, and trained as
+unconditional.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ARCHIVES = {".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
 
 
 def find_source(cfg: SourceConfig) -> Source:
-    """Return the source that `cfg.dataset` names: a folder, or else a data set of the Hub."""
+    """Return the source that `cfg.dataset` names: a folder if it exists, otherwise a data set on the Hub."""
     name, folder = str(cfg.dataset), check_dataset(cfg.dataset)
     return _local_source(name, folder, cfg) if folder else hub_source(name, cfg)
 
@@ -58,7 +59,7 @@ def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
         return shard_source(name, folder, files, tars, cfg, "webdataset", left_out)
     if not images and (archives := sorted(ARCHIVES & endings.keys())):
         raise UserError(
-            f"{name} holds archives ({', '.join(archives)}) and no images; unpack them, and give that folder"
+            f"{name} holds archives ({', '.join(archives)}) and no images; unpack the archives, and give the unpacked folder"
         )
     for file in parquet:
         leave_out(left_out, "Parquet files without an image column", file)

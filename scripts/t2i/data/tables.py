@@ -1,4 +1,4 @@
-"""Data sets that the library `datasets` reads: the Hub, Parquet and .tar shards, folders of `Dataset.save_to_disk`."""
+"""Read data sets by the library `datasets`: from the Hub, Parquet or .tar shards, or `Dataset.save_to_disk`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def hub_source(name: str, cfg: SourceConfig) -> Source:
     left_out: LeftOut = {}
     try:
         loaded = datasets.load_dataset(name, *_config_name(cfg), revision=cfg.dataset_revision)
-    except Exception as error:  # network, spelling, access, format: datasets raises a dozen types
+    except Exception as error:  # For network, spelling, access and format, datasets raises a dozen types.
         raise _load_error(
             f"--dataset {name!r}: there is no such folder here, and the Hub data set could not be loaded",
             error,
             "check the spelling and the network, or give the path of a folder",
         ) from error
     read = _commit(loaded)
-    if cfg.dataset_revision and read:  # a Hub that is not reached is answered from the cache, by any commit there
+    if cfg.dataset_revision and read:  # Without a network, `datasets` silently loads any cached commit.
         wanted = _cached_commit(name, cfg.dataset_revision)
         if not read.startswith(wanted):
             loaded, read = _load_cached(name, cfg, wanted)
@@ -56,7 +56,7 @@ def _config_name(cfg: SourceConfig) -> list[str]:
 
 
 def _load_error(what: str, error: Exception, fix: str) -> UserError:
-    """The sentence for what `datasets` raised: its own words, and the fix that belongs to them."""
+    """Return a `UserError` for an error of `datasets`: its own words, and a fix that suits them."""
     own = " ".join(str(error).split())
     if isinstance(error, datasets.exceptions.DatasetGenerationError) or not own:
         own = _cause(error)
@@ -64,9 +64,9 @@ def _load_error(what: str, error: Exception, fix: str) -> UserError:
     if "onfig name is missing" in own or own.startswith("BuilderConfig"):
         fix = "choose a configuration by --dataset_config_name"
     elif "evision" in own and "exist" in own:
-        fix = "give a branch, tag or commit that is there as --dataset_revision"
+        fix = "give an existing branch, tag or commit as --dataset_revision"
     elif "gated" in own or "cannot be accessed" in own:
-        fix = "check the spelling; if it is private or gated, ask for access and log in by `hf auth login`"
+        fix = "check the spelling; if the data set is private or gated, ask for access and log in by `hf auth login`"
     return UserError(f"{what} ({own}); {fix}")
 
 
@@ -77,14 +77,14 @@ def _cause(error: BaseException) -> str:
 
 
 def _commit(loaded: datasets.DatasetDict) -> str | None:
-    """The commit of a loaded Hub data set: `datasets` names the folder of its cache by it."""
+    """Return the commit of a loaded Hub data set, which is the name of its folder in the cache of `datasets`."""
     files = [file["filename"] for part in loaded.values() for file in part.cache_files]
     folder = Path(files[0]).parent.name if files else ""
     return folder if re.fullmatch(r"[0-9a-f]{40}", folder) else None
 
 
 def _cached_commit(name: str, revision: str) -> str:
-    """The commit (or its beginning) that `revision` stands for, by the local cache, else by the Hub."""
+    """Return the commit (or its beginning) that `revision` names, from the local cache, otherwise from the Hub."""
     if re.fullmatch(r"[0-9a-f]{7,40}", revision):
         return revision
     reference = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / revision
@@ -92,19 +92,19 @@ def _cached_commit(name: str, revision: str) -> str:
         return reference.read_text(encoding="utf-8").strip()
     try:
         return str(HfApi().dataset_info(name, revision=revision, timeout=10).sha)
-    except Exception as error:  # network, access: a dozen types
+    except Exception as error:  # For network and access, the Hub's client raises a dozen types.
         raise _not_cached(name, revision) from error
 
 
 def _not_cached(name: str, revision: str) -> UserError:
     return UserError(
-        f"--dataset_revision {revision} of {name} is not in the local cache, and the Hub is not reached; run once with "
-        "a network, or give a revision that was read before"
+        f"--dataset_revision {revision} of {name} is not in the local cache, and the Hub cannot be reached; run once with "
+        "a network, or give a revision that is in the cache"
     )
 
 
 def _load_cached(name: str, cfg: SourceConfig, commit: str) -> tuple[datasets.DatasetDict, str]:
-    """What `datasets` keeps of a commit in its cache, and the whole commit."""
+    """Return the data set that `datasets` keeps in its cache for a commit, and the full commit hash."""
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -125,10 +125,13 @@ def _load_cached(name: str, cfg: SourceConfig, commit: str) -> tuple[datasets.Da
 def shard_source(
     name: str, folder: Path, files: list[str], shards: list[str], cfg: SourceConfig, form: str, left_out: LeftOut
 ) -> Source:
-    """Parquet or .tar shards, which `datasets` converts, and sorts into splits by the card or by their names."""
+    """Return a source of Parquet or .tar shards. `datasets` converts the shards later.
+
+    `datasets` assigns each shard to a split, by the dataset card or by the shard's name.
+    """
     _check_shards(name, shards)
     card = folder / "README.md"
-    front = _front_matter(card) if card.is_file() else []  # which shard is which split
+    front = _front_matter(card) if card.is_file() else []  # The front matter may assign shards to splits.
     content = [front, [[shard, sha256_file(folder / shard)] for shard in shards]]
     roots, named, pictures = _pictures_beside(folder, shards, cfg)
     for file in pick_images(folder, sorted(set(files) - set(shards) - named), left_out):
@@ -140,8 +143,8 @@ def shard_source(
     content += [_config_name(cfg)] if cfg.dataset_config_name else []
 
     def load(scratch: Path) -> dict[str, datasets.Dataset]:
-        # `datasets` reads brackets and :: in a path as patterns, and takes pictures beside the shards for the data
-        # set: it is shown links to the shards alone, in a folder whose name is plain
+        # `datasets` reads brackets and :: in a path as patterns, and takes pictures beside the shards for the data set.
+        # It therefore gets a folder with a plain name, which holds only links to the shards.
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="t2i-") as plain:
             for file in [*shards, *(["README.md"] if card.is_file() else [])]:
@@ -162,7 +165,7 @@ def shard_source(
         rows = _name_splits(name, loaded, left_out)
         if form == "Parquet":
             unread = sum(pq.read_metadata(folder / shard).num_rows for shard in shards) - sum(map(len, loaded.values()))
-            if unread > 0:  # beside files named train and test, `datasets` reads no others
+            if unread > 0:  # If there are files named train and test, `datasets` reads no other files.
                 leave_out(left_out, OTHER_SPLITS, f"{unread:,} rows in files that no split names")
         return {split: _name_columns(part, cfg, form) for split, part in rows.items()}
 
@@ -172,11 +175,11 @@ def shard_source(
 
 
 def _front_matter(card: Path) -> list[str]:
-    """What stands between the lines `---` of a data set's card."""
+    """Return the front matter of a dataset card: the text between the lines `---`."""
     try:
         return card.read_text(encoding="utf-8").split("---")[1:2]
     except UnicodeDecodeError:
-        raise UserError(f"{card} is not UTF-8, and says which file is which split; save it as UTF-8") from None
+        raise UserError(f"{card}, which assigns files to splits, is not UTF-8; save the file as UTF-8") from None
 
 
 def _link(file: Path, link: Path) -> None:
@@ -199,14 +202,18 @@ def _check_shards(name: str, shards: list[str]) -> None:
         if missing:
             raise UserError(
                 f"{name} lacks {len(missing):,} of {count:,} files: {', '.join(missing[:3])}"
-                f"{', …' if len(missing) > 3 else ''}; download them, or rename those here to use them alone"
+                f"{', …' if len(missing) > 3 else ''}; download the missing files, or rename the others to use only these"
             )
 
 
 def _pictures_beside(
     folder: Path, shards: list[str], cfg: SourceConfig
 ) -> tuple[tuple[Path, ...], set[str], list[str]]:
-    """Roots, paths from `folder` and hashes of the pictures that Parquet files name by path, in a column of text."""
+    """Find the pictures that Parquet files name by path, in a column of text.
+
+    Returns:
+        Root folders of the paths, the paths relative to `folder`, and the SHA-256 of each picture file.
+    """
     paths: list[str] = []
     for shard in shards if all(shard.lower().endswith(".parquet") for shard in shards) else ():
         try:
@@ -216,11 +223,11 @@ def _pictures_beside(
                 found = pq.read_table(folder / shard, columns=[column]).column(column).to_pylist()
                 paths += [path for path in found if path]
         except (OSError, pa.ArrowException):
-            return (folder,), set(), []  # loading it raises the error
+            return (folder,), set(), []  # Loading the file will raise the error.
     roots: tuple[Path, ...] = (folder,)
     homes = {(folder / shard).parent for shard in shards}
     if paths and len(homes) == 1 and not (folder / paths[0]).is_file():
-        roots = (homes.pop(), folder)  # paths start at the Parquet file, or at the folder
+        roots = (homes.pop(), folder)  # Paths start at the Parquet file, or at the data set's folder.
     with ThreadPoolExecutor(WORKERS) as pool:
         cells = ({"bytes": None, "path": path} for path in paths)
         named = {os.path.relpath(roots[0] / path, folder).replace(os.sep, "/") for path in paths}
@@ -232,7 +239,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _name_columns(rows: datasets.Dataset, cfg: SourceConfig, form: str) -> datasets.Dataset:
-    """Columns of other forms by our names: `file_name` of a Parquet file, and webdataset's endings."""
+    """Rename the columns of other forms: `file_name` of Parquet files, and the extensions that webdataset uses."""
     names = {} if cfg.image_column in rows.column_names else {"file_name": cfg.image_column}
     if form == "webdataset":
         images = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
@@ -244,7 +251,7 @@ def _name_columns(rows: datasets.Dataset, cfg: SourceConfig, form: str) -> datas
 
 
 def disk_source(name: str, folder: Path, files: list[str], left_out: LeftOut) -> Source:
-    """A folder of `Dataset.save_to_disk`."""
+    """Return a source for a folder that `Dataset.save_to_disk` wrote."""
     _check_shards(name, files)
     identity = hash_json([[file, sha256_file(folder / file)] for file in files])
 
@@ -252,7 +259,7 @@ def disk_source(name: str, folder: Path, files: list[str], left_out: LeftOut) ->
         try:
             loaded = datasets.load_from_disk(str(folder))
         except Exception as error:
-            fix = "save it anew by Dataset.save_to_disk"
+            fix = "save the data set again by Dataset.save_to_disk"
             raise _load_error(f"--dataset {name}: its Arrow files cannot be read", error, fix) from error
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
@@ -264,7 +271,7 @@ def disk_source(name: str, folder: Path, files: list[str], left_out: LeftOut) ->
 
 def _name_splits(name: str, loaded: datasets.DatasetDict, left_out: LeftOut) -> dict[str, datasets.Dataset]:
     rows: dict[str, datasets.Dataset] = {}
-    left_out.pop(OTHER_SPLITS, None)  # of an earlier look
+    left_out.pop(OTHER_SPLITS, None)  # An earlier call may have counted other splits.
     for split, part in loaded.items():
         known = SPLIT_NAMES.get(str(split).lower())
         if known and known not in rows and len(part):
@@ -275,13 +282,13 @@ def _name_splits(name: str, loaded: datasets.DatasetDict, left_out: LeftOut) -> 
         rows["train"] = next(iter(loaded.values()))
     if not len(rows.get("train", ())):
         raise UserError(
-            f"{name} has no images to train on (splits: {', '.join(map(str, loaded))}); name one of them train"
+            f"{name} has no images to train on (splits: {', '.join(map(str, loaded))}); rename one of the splits to train"
         )
     return rows if len(rows) > 1 else _split_by_column(name, rows["train"])
 
 
 def _split_by_column(name: str, rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """The splits that a column of `rows` names, where there is one."""
+    """Sort `rows` into the splits that a column names. Without such a column, all rows are the train split."""
     for column in rows.column_names:
         text = isinstance(kind := rows.features[column], datasets.Value) and "string" in kind.dtype
         if text and column.lower() in SPLIT_COLUMNS and names_splits(name, column, rows.unique(column)):

@@ -1,4 +1,4 @@
-"""Threads that hash and decode images, in the images' order."""
+"""Hash and decode images in several threads, and return the results in the order of the images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 from t2i.machine import usable_cores
 
-WORKERS = min(8, usable_cores())  # Pillow and hashlib release the GIL, so threads serve
+WORKERS = min(8, usable_cores())  # Threads are enough, because Pillow and hashlib release the GIL.
 
 
 def in_order(pool: Executor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`pool.map` that never holds more than a few items, so that memory does not grow with their number."""
+    """Yield `function(item)` for each item, in order, as `pool.map` does.
+
+    Only a few items are held at a time, so memory does not grow with the number of items.
+    """
     waiting: deque[Future[Any]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))

@@ -1,1 +1,1 @@
-"""Measures of pictures and models."""
+"""Measure pictures and models."""

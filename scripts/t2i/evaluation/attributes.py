@@ -1,4 +1,4 @@
-"""The classifier that recognises attributes of drawn flowers, or labels, in pictures.
+"""Train and use the classifier that recognises attributes of drawn flowers, or labels, in pictures.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise.
 """
@@ -22,7 +22,7 @@ Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it dist
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions (He et al., 2016). It halves the size if `stride` is 2."""
+    """Residual block of two 3x3 convolutions (He et al., 2016), which halves the picture's size if `stride` is 2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -106,31 +106,25 @@ def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu")
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _augment(x: Tensor, strong: bool) -> Tensor:
-    """Augment pictures by random shifts, brightness, blur and noise.
-
-    Args:
-        x: floats [B, 3, R, R] in [-1, 1].
-        strong: also use flips, crops, colours and erased rectangles. This suits a few photos.
-    """
+def _augment(x: Tensor) -> Tensor:
+    """Augment pictures, floats [B, 3, R, R] in [-1, 1], by random zooms, shifts, turns, flips, brightness, blur and noise."""
     count, _, size, _ = x.shape
     device = x.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(count, *shape, device=device) * (high - low) + low
 
-    # Each picture gets one affine map: zoom (if strong, to an area of 0.4 to 1 of the picture), shift, turn and flip.
-    area = uniform(0.4, 1) if strong else uniform(0.85, 1.1)
-    stretch = uniform(-0.2, 0.2).exp() if strong else torch.ones(count, device=device)
+    # Each picture gets one affine map.
+    area = uniform(0.85, 1.1)
     turn = uniform(-0.3, 0.3)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    wide, high = area.sqrt() * stretch, area.sqrt() / stretch
-    reach = (1 - area.sqrt()).clamp(min=0) + 0.06
+    side = area.sqrt()
+    reach = (1 - side).clamp(min=0) + 0.06
     cos, sin = turn.cos(), turn.sin()
     theta = torch.stack(
         [
-            torch.stack([flip * wide * cos, -high * sin, uniform(-1, 1) * reach], 1),
-            torch.stack([flip * wide * sin, high * cos, uniform(-1, 1) * reach], 1),
+            torch.stack([flip * side * cos, -side * sin, uniform(-1, 1) * reach], 1),
+            torch.stack([flip * side * sin, side * cos, uniform(-1, 1) * reach], 1),
         ],
         1,
     )
@@ -142,20 +136,8 @@ def _augment(x: Tensor, strong: bool) -> Tensor:
     small = int(torch.randint(round(size * 0.45), size, ()))
     half = F.interpolate(x[: count // 2], (small, small), mode="bilinear", antialias=True, align_corners=False)
     x = torch.cat([F.interpolate(half, (size, size), mode="bicubic", align_corners=False), x[count // 2 :]])
-
-    amount = 0.3 if strong else 0.1
-    x = x * uniform(1 - amount, 1 + amount, 1, 1, 1) + uniform(-amount, amount, 1, 1, 1) / 2
-    if strong:
-        grey = x.mean(1, keepdim=True)
-        x = grey + (x - grey) * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
-    x = x + torch.randn_like(x) * uniform(0, 0.06, 1, 1, 1)
-    if strong:  # random erasing (Zhong et al., 2020) in half of the pictures
-        line = torch.linspace(-1, 1, size, device=device)
-        rows = (line - uniform(-1, 1, 1)).abs() < uniform(0.1, 0.45, 1)
-        columns = (line - uniform(-1, 1, 1)).abs() < uniform(0.1, 0.45, 1)
-        hole = (rows[:, None, :, None] & columns[:, None, None, :]) & (uniform(0, 1, 1, 1, 1) < 0.5)
-        x = torch.where(hole, x.mean((2, 3), keepdim=True), x)
-    return x
+    x = x * uniform(0.9, 1.1, 1, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1) / 2
+    return x + torch.randn_like(x) * uniform(0, 0.06, 1, 1, 1)
 
 
 def train_classifier(
@@ -166,7 +148,6 @@ def train_classifier(
     steps: int,
     batch_size: int,
     seed: int,
-    augment: bool,
     learning_rate: float = 4e-3,
     width: int = 32,
     device: torch.device | str = "cpu",
@@ -178,10 +159,8 @@ def train_classifier(
     same machine.
 
     Args:
-        pixels: uint8 [N, R, R, 3].
-        labels: name -> int64 [N], indices into `heads[name]`.
-        augment: strength of the augmentation. False suits thousands of drawings: small shifts, brightness, blur and noise.
-            True suits hundreds of photos, and adds flips, crops, colours, erasing and mixup.
+        pixels: training pictures, uint8 [N, R, R, 3].
+        labels: value of each picture per attribute: name -> int64 [N], indices into `heads[name]`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -198,18 +177,10 @@ def train_classifier(
         for rows in tqdm(
             _batches(len(pixels), batch_size, steps), total=steps, desc="classifier", disable=not progress
         ):
-            x = _augment(to_tensor(pixels[rows.numpy()], pixels.shape[1], device), augment)
+            x = _augment(to_tensor(pixels[rows.numpy()], pixels.shape[1], device))
             wanted = {name: target[rows].to(device) for name, target in targets.items()}
-            share, other = 1.0, torch.arange(len(rows))
-            if augment:  # mixup (Zhang et al., 2018)
-                share, other = float(torch.distributions.Beta(0.3, 0.3).sample()), torch.randperm(len(rows))
-                x = share * x + (1 - share) * x[other]
             logits = model(x)
-            losses = [
-                share * F.cross_entropy(logits[name], y, label_smoothing=0.05)
-                + (1 - share) * F.cross_entropy(logits[name], y[other], label_smoothing=0.05)
-                for name, y in wanted.items()
-            ]
+            losses = [F.cross_entropy(logits[name], y, label_smoothing=0.05) for name, y in wanted.items()]
             loss = torch.stack(losses).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -231,39 +202,31 @@ def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _read(
-    classifier: Classifier, pixels: np.ndarray, batch_size: int = 256
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    device = next(classifier.parameters()).device
-    classifier.eval()
-    for start in range(0, len(pixels), batch_size):
-        embedding = classifier.features(to_tensor(pixels[start : start + batch_size], classifier.resolution, device))
-        yield embedding.cpu(), {name: head(embedding).argmax(1).cpu() for name, head in classifier.logits.items()}
-
-
-def predict(classifier: Classifier, pixels: np.ndarray) -> dict[str, np.ndarray]:
+def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int = 256) -> dict[str, np.ndarray]:
     """Return the most likely value of every head.
 
     Args:
         pixels: pictures of any size.
+        batch_size: pictures per batch.
 
     Returns:
-        name -> int64 [N], indices into `classifier.heads[name]`.
+        The values by attribute: name -> int64 [N], indices into `classifier.heads[name]`.
     """
-    parts = [values for _, values in _read(classifier, pixels)]
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in classifier.heads}
-
-
-def classifier_features(classifier: Classifier, pixels: np.ndarray) -> Tensor:
-    """Return embeddings [N, F] (float32, on the CPU) of pictures of any size."""
-    return torch.cat([embedding for embedding, _ in _read(classifier, pixels)])
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in classifier.heads}
+    for start in range(0, len(pixels), batch_size):
+        logits = classifier(to_tensor(pixels[start : start + batch_size], classifier.resolution, device))
+        for name, values in logits.items():
+            parts[name].append(values.argmax(1).cpu().numpy())
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return the share (0 to 1) of pictures whose value is recognised correctly, per head of `labels`.
 
     Args:
-        labels: name -> int [N], indices into `classifier.heads[name]`.
+        labels: true values by attribute: name -> int [N], indices into `classifier.heads[name]`.
     """
     found = predict(classifier, pixels)
     return {name: float((found[name] == np.asarray(values)).mean()) for name, values in labels.items()}

@@ -1,25 +1,22 @@
-"""Metrics of pictures: diversity, PSNR, SSIM, KID and CLIP score.
+"""Metrics of pictures: diversity, PSNR, SSIM and CLIP score.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise. No torchvision is needed.
 """
 
-import contextlib
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from t2i.errors import UserError
-from t2i.evaluation.attributes import Classifier, classifier_features
+from t2i.evaluation.networks import loading
 
 
 def _spread(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
@@ -44,8 +41,8 @@ def diversity(
     Args:
         generated: embeddings of generated pictures, [M, F].
         real: embeddings of real images, [N, F].
-        groups: group of each generated picture. None: all are one group.
-        real_groups: group of each real image. None: all are one group.
+        groups: group of each generated picture. With None, put all pictures into one group.
+        real_groups: group of each real image. With None, put all images into one group.
 
     Returns:
         "generated" and "real": pairwise L2 distances within a group, averaged over the groups.
@@ -71,7 +68,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
-        b: the same.
+        b: floats [B, 3, H, W] in [-1, 1], paired with `a`.
     """
     return peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
 
@@ -81,7 +78,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
-        b: the same.
+        b: floats [B, 3, H, W] in [-1, 1], paired with `a`.
     """
     similarity = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
     return torch.as_tensor(similarity).reshape(len(a))
@@ -94,8 +91,8 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
     graph cannot record.
 
     Args:
-        a: floats [B, C, H, W] in [-1, 1], so the data range is 2.
-        b: the same.
+        a: first pictures, floats [B, C, H, W] in [-1, 1], so the data range is 2.
+        b: floats [B, C, H, W] in [-1, 1], paired with `a`.
         side: side of the window in pixels.
     """
     a, b = (F.pad(images, [side // 2] * 4, mode="reflect") for images in (a, b))
@@ -109,94 +106,6 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
     return similarity.mean()
 
 
-@contextlib.contextmanager
-def _loading(name: str, use: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # transformers raises many kinds of errors; the user's answer to all is the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name} cannot be loaded {use} ({reason}); "
-            "give a folder or Hub id with safetensors weights, or leave it out"
-        ) from error
-
-
-class _VisionFeatures(nn.Module):
-    """A vision model of transformers that maps uint8 pictures [B, 3, H, W] to features [B, F]."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
-
-        with _loading(name, "as the feature network of KID"):
-            self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-            self.model = AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
-
-    @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
-        images = [Image.fromarray(p) for p in pictures.permute(0, 2, 3, 1).cpu().numpy()]
-        inputs = self.processor(images=images, return_tensors="pt").to(next(self.model.parameters()).device)
-        vision = getattr(self.model, "vision_model", self.model)  # models like CLIP have a text half too
-        output = vision(**inputs)
-        pooled = getattr(output, "pooler_output", None)
-        return (pooled if pooled is not None else output.last_hidden_state.mean(1)).flatten(1).float().cpu()
-
-
-class _ClassifierFeatures(nn.Module):
-    """A `Classifier` that maps uint8 pictures [B, 3, H, W] to features [B, F]."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return classifier_features(self.classifier, pictures.permute(0, 2, 3, 1).numpy())
-
-
-def kid(
-    real: np.ndarray, generated: np.ndarray, network: str | os.PathLike | Classifier | None, *, seed: int = 0
-) -> dict[str, Any] | None:
-    """Measure the Kernel Inception Distance: squared MMD of features under a cubic kernel (0: same distribution).
-
-    Source: Binkowski et al., 2018. Only values with the same "features" can be compared. None can be compared with a KID
-    on Inception-v3.
-
-    Args:
-        network: a `Classifier`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors). None: the
-            distance is not measured.
-        seed: seed of the random subsets.
-
-    Returns:
-        None without a network. Else "mean" and "std" over 50 random subsets, "subset_size", and "features", the name of the
-        network.
-
-    Raises:
-        UserError: the network cannot be loaded, or there are fewer than 2 pictures on one side.
-    """
-    if network is None:
-        return None
-    if min(len(real), len(generated)) < 2:
-        raise UserError("KID needs at least 2 real and 2 generated pictures")
-    features: nn.Module
-    if isinstance(network, Classifier):
-        features, name = _ClassifierFeatures(network), "features of the suite's own classifier"
-    else:
-        features, name = _VisionFeatures(str(network)), str(network)
-    size = min(len(real), len(generated), 1000)
-    if min(len(real), len(generated)) > 100:
-        size = min(size, min(len(real), len(generated)) // 2)  # half-size subsets differ, so that std has a meaning
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore", UserWarning)  # the warning "will save all extracted features" is expected
-        metric = KernelInceptionDistance(feature=features, subsets=50, subset_size=size)
-        torch.manual_seed(seed)
-        for pictures, is_real in ((real, True), (generated, False)):
-            for start in range(0, len(pictures), 64):
-                batch = torch.from_numpy(np.array(pictures[start : start + 64])).permute(0, 3, 1, 2)
-                metric.update(batch, real=is_real)
-        mean, std = metric.compute()
-    return {"mean": float(mean), "std": float(std), "subset_size": size, "features": name}
-
-
 @torch.no_grad()
 def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.PathLike | None) -> dict[str, Any] | None:
     """Measure the CLIP score: mean of 100 * max(cosine(picture, prompt), 0) over pairs.
@@ -204,11 +113,11 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.Path
     Source: Hessel et al., 2021, with torchmetrics' factor. Prompts beyond the tokenizer's limit are cut.
 
     Args:
-        clip: Hub id or folder of a CLIP model with tokenizer and image processor (safetensors). None: the score is not
-            measured.
+        clip: Hub id or folder of a CLIP model with tokenizer and image processor (safetensors). With None, the
+            score is not measured.
 
     Returns:
-        None without a model. Else "mean", the number of "pictures", and the name of the "model".
+        None without a model, otherwise "mean", the number of "pictures", and the name of the "model".
 
     Raises:
         UserError: the model cannot be loaded.
@@ -218,7 +127,7 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.Path
     from transformers import CLIPModel, CLIPProcessor
 
     name = str(clip)
-    with _loading(name, "as the CLIP model"):
+    with loading(name, "as the CLIP model"):
         processor = CLIPProcessor.from_pretrained(name)
         model = CLIPModel.from_pretrained(name, use_safetensors=True).eval()
     scores = []

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: push, publish, cards, Spaces."""
+"""Publish models, data sets and Spaces on the Hugging Face Hub."""

@@ -1,7 +1,7 @@
-"""The dataset card: datasets_card/dataset_card.md, filled in and merged with a person's edits. Imports no torch.
+"""Write dataset cards: fill in datasets_card/dataset_card.md, and merge it with people's edits. This module imports no torch.
 
 Generated text stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews these
-blocks and the YAML keys that describe the files. It keeps everything else as a person wrote it.
+blocks and the YAML keys that describe the files. Everything else stays as a person wrote it.
 """
 
 import math
@@ -50,22 +50,22 @@ def render_dataset_card(
     Every text may come from users: it is redacted, cut to 200 characters and escaped.
 
     Args:
-        name: Name of the data set, for title and `pretty_name`.
-        source: Where the images come from, in words or as a Hub id.
+        name: Name of the data set, used as title and `pretty_name`.
+        source: Origin of the images, in words or as a Hub id.
         splits: Number of images by split, in order, without empty splits.
-        making: Rows of the table that says how the captions were made: captioner, model, revision, task, counts.
+        making: Rows of the table on the making of the captions: captioner, model, revision, task, counts.
         audit: Result of `t2i.captions.auditing.audit`.
         quarantine: Rows with the `reason` of each image that was left out.
-        provenance: Rows of hashes and revisions.
+        provenance: Rows of the table of hashes and revisions.
         grid: Path of a picture within the data set's folder, e.g. `images/grid.png`.
-        repo_id: Repository on the Hub; if None, the loading example names the folder.
+        repo_id: Repository on the Hub. With None, the loading example names the folder.
         license: The Hub's identifier of the licence.
-        language: ISO 639-1 codes.
-        source_datasets: `original`, or `extended|ORG/NAME`.
-        tags: Tags in addition to `text-to-image` and `image-captions`.
+        language: Languages of the captions, as ISO 639-1 codes.
+        source_datasets: Origin for the Hub: `original`, or `extended|ORG/NAME`.
+        tags: Tags of the card in addition to `text-to-image` and `image-captions`.
 
     Raises:
-        UserError: The template is missing.
+        UserError: The template of the dataset card is missing.
     """
     if not TEMPLATE.is_file():
         raise UserError(
@@ -119,9 +119,9 @@ def size_category(count: int) -> str:
 
 
 def caption_text(caption: str) -> str:
-    """Return a caption for Markdown and its table cells: cut and escaped.
+    """Return a caption for Markdown and its tables, shortened and escaped.
 
-    Text that runs from right to left is isolated, so it does not reorder the text around it.
+    Text that runs from right to left is isolated, so that the text around it keeps its order.
     """
     shown = escape_markdown(caption) or "(empty)"
     if any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in shown):
@@ -132,19 +132,19 @@ def caption_text(caption: str) -> str:
 def caption_grid(
     pixels: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, side: int = 128, lines: int = 4
 ) -> Image.Image:
-    """Draw pictures in rows, each with its caption below.
+    """Return one image with pictures in rows, each with its caption below.
 
-    A caption in a script that no font here covers is replaced by its number in brackets.
+    If no installed font has the letters of a caption, its number in brackets replaces it.
 
     Args:
-        pixels: uint8 [H, W, 3] each; the middle square is shown.
-        captions: One caption per picture.
-        columns: Pictures per row.
-        side: Side of a picture in px.
-        lines: Lines of caption at most.
+        pixels: The pictures, uint8 [H, W, 3] each. The middle square of each is shown.
+        captions: The captions, one per picture.
+        columns: Number of pictures per row.
+        side: Width and height of a picture in px.
+        lines: Maximum number of lines per caption.
 
     Raises:
-        ValueError: There is no picture.
+        ValueError: `pixels` is empty.
     """
     if not len(pixels):
         raise ValueError("no pictures")
@@ -165,9 +165,9 @@ def caption_grid(
 
 
 def merge_cards(new: str, existing: str | None, renewed: Collection[str] = ("size_categories",)) -> str:
-    """Return `existing`, a card that a person may have edited, with everything generated renewed from `new`.
+    """Return the card `existing`, which a person may have edited, with all generated parts renewed from the card `new`.
 
-    Merging a second time changes nothing.
+    Merging the result with `new` again changes nothing.
 
     From `new` come:
     - the blocks between markers
@@ -176,8 +176,8 @@ def merge_cards(new: str, existing: str | None, renewed: Collection[str] = ("siz
     - the licence, if `existing` says `license: unknown`
 
     From `existing` come its prose and its other YAML, with comments and other configurations. A block that a person deleted
-    is not written again. If `existing` has no block, its body does not change. If it has no body, as a stub that the Hub
-    made, it gets the body of `new`.
+    is not written again. If `existing` has no block, its body does not change. If `existing` has no body, as a stub that
+    the Hub made, it gets the body of `new`.
 
     Raises:
         UserError: The YAML of `existing` is broken.
@@ -240,7 +240,7 @@ def _wrap(text: str, font: Any, width: int, lines: int) -> str:
 
 
 def _split(card: str) -> tuple[str, str]:
-    """Return front matter, without its lines of dashes, and body."""
+    """Return the front matter of a card, without its lines of dashes, and the body."""
     match = REGEX_YAML_BLOCK.search(card)
     if match:
         return match[2] + "\n", card[match.end() :]
@@ -268,7 +268,7 @@ def _merge_front(new: str, existing: str, renewed: Collection[str]) -> str:
 
 
 def _entries(keys: Mapping[str, str], key: str) -> list[dict[str, Any]]:
-    """Return the configurations under `configs` or `dataset_info`, which is a list of mappings or one mapping."""
+    """Return the configurations in a card's `configs` or `dataset_info`, which is a list of mappings or one mapping."""
     value = _value(keys, key)
     return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, dict)]
 
@@ -278,7 +278,7 @@ def _value(keys: Mapping[str, str], key: str) -> Any:
 
 
 def _keys(front: str) -> dict[str, str]:
-    """Return the text of each top-level key, in order: its lines and the comments above it."""
+    """Return the text of each top-level key of YAML, in order: the lines of the key and the comments above it."""
     try:
         node = yaml.compose(front, Loader=yaml.SafeLoader)
         value = yaml.safe_load(front)

@@ -1,4 +1,4 @@
-"""The model card: datasets_card/model_card.md, filled in from the files of a run. Imports no torch.
+"""Write model cards: fill in datasets_card/model_card.md from the files of a run. This module imports no torch.
 
 A figure that the run did not record reads "not measured". Text from users (names of data sets, columns, prompts, links) is
 redacted and escaped, so it can neither leak a secret nor break the card.
@@ -55,7 +55,7 @@ PRECISIONS = {
 
 @dataclass
 class Publication:
-    """What the card of a published model says in addition to its run."""
+    """Facts on a published model that its run does not have."""
 
     repo_id: str
     license: str  # The Hub's identifier of the licence; "unknown" if none was chosen.
@@ -66,12 +66,12 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     """Write the model card of a training run to `run/pipeline/README.md` atomically, and return its text.
 
     Args:
-        run: Run folder of train_unet.py. It must hold `config.yaml` and `run.json`; other files may be missing.
-        evaluation: `{"report": {...}, "cells": [...]}` as evaluate_checkpoints.py writes it; None if not evaluated.
-        publication: What the card on the Hub says in addition; None for the card of a local folder.
+        run: Run folder of train_unet.py, which must hold `config.yaml` and `run.json`. Other files may be missing.
+        evaluation: Result of evaluate_checkpoints.py, `{"report": {...}, "cells": [...]}`. None if not evaluated.
+        publication: Facts for the card on the Hub. With None, write the card of a local folder.
 
     Raises:
-        UserError: A required file is missing or damaged.
+        UserError: A required file of the run is missing or damaged.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -129,6 +129,8 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         figures=_figures(result, report, vae_run),
         protocol=_protocol(result, report),
         following=_following(report),
+        judge=_text(_last_part((report.get("judge") or {}).get("network"))),
+        judged=_judge_rows(report),
         sweep=[_sweep_row(result) for result in sweep_results],
         tracking=_tracking(result.get("tracking")),
         limitations=_limitations(recipe, result, domain, drawn),
@@ -148,29 +150,29 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
 
 
 def one_line(value: Any, limit: int = 200) -> str:
-    """Return a user's text on one line, without secrets and control characters, cut to `limit` characters; "" for None."""
+    """Return a user's text on one line of at most `limit` characters, without secrets and control characters. "" for None."""
     text = "" if value is None else redact(str(value))
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return `name` if it is a Hub id `owner/name`, else None. A name whose first part exists as a local path is no Hub id."""
+    """Return `name` if it is a Hub id `owner/name`, otherwise None. If the part before / is a local path, it is no Hub id."""
     if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
         return None
     return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
 
 
 def dataset_id(recipe: Recipe, provenance: dict[str, Any]) -> str | None:
-    """Return the Hub id of the data set that a run was trained on; None if it was a folder."""
+    """Return the Hub id of a run's training data set, or None if the data set was a folder."""
     # Only the training could check whether a folder of that name existed.
     return provenance.get("dataset_id", hub_id(recipe.data.dataset))
 
 
 def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of the VAE's training and, under "from", the VAE it started from.
+    """Return the figures of the VAE's training. The key "from" holds the VAE from which that training started.
 
-    Returns {} if the run folder of the recipe's VAE did not make the VAE whose hash is in `hashes`.
+    The result is {} if the run folder of the recipe's VAE holds another VAE than the one whose hash is in `hashes`.
     """
     folder = Path(recipe.vae.vae) if recipe.vae.vae else None
     if folder is None or not (folder / "config.yaml").is_file():
@@ -183,14 +185,14 @@ def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """Return the figures that were measured, by kind and name, from a run's result and its evaluation's report."""
+    """Return the measured figures by kind and name, from the results of a run and the report of its evaluation."""
     figures: dict[tuple[str, str], Any] = {("loss", "Validation diffuser loss"): result.get("val_loss")}
     for head, share in (report.get("prompt_following") or {}).items():
         figures["prompt_following", f"Prompt following: {one_line(head).replace('_', ' ')}"] = share
     for key, label in {
         "memorisation": "share_closer",
         "diversity": "ratio",
-        "kid": "mean",
+        "judge": "kernel_distance",
         "clip_score": "mean",
     }.items():
         figures[key, key.replace("_", " ")] = (report.get(key) or {}).get(label)
@@ -270,7 +272,7 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
 
 
 def scheduler_of(report: dict[str, Any]) -> str:
-    """Return diffusers' name of the evaluation's scheduler, which the card's example uses too."""
+    """Return the class name in diffusers of the evaluation's scheduler, which the example on the card uses too."""
     name = str(report.get("scheduler") or "DDIMScheduler")
     return name if re.fullmatch(r"\w+Scheduler", name, re.ASCII) else "DDIMScheduler"
 
@@ -295,7 +297,7 @@ def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
 def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
     """Return the table of metrics: losses from the end of training, other figures from the evaluated checkpoint."""
     bands = {key: value for key, value in result.items() if re.fullmatch(r"val_loss_\d+_\d+", key)}
-    copies, kid, clip = (report.get(name) or {} for name in ("memorisation", "kid", "clip_score"))
+    copies, clip = (report.get(name) or {} for name in ("memorisation", "clip_score"))
     rows = {
         "Train diffuser loss": _figure(result.get("train_loss")),
         "Val diffuser loss": _figure(result.get("val_loss")),
@@ -315,15 +317,14 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
         copies.get("median_ratio"), 3
     )
     rows["Memorisation: near copies"] = _percent(copies.get("near_copies"))
+    rows["Memorisation: copies of a training image"] = _percent(copies.get("copies"))
     rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
-    spread = f" ± {_figure(kid.get('std'))}, {_text(_last_part(kid.get('features')))}" if kid else ""
-    rows["KID (lower is better; comparable only within one feature network)"] = _figure(kid.get("mean")) + spread
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
 
 
 def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
-    """Return the sentences that say how the figures were measured."""
+    """Return sentences on how the figures on the card were measured."""
     if not report:
         return "The pictures have not been evaluated."
     checkpoint, scale = report.get("checkpoint"), _figure(report.get("guidance_scale"), 2)
@@ -343,11 +344,30 @@ def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def _following(report: dict[str, Any]) -> list[list[str]]:
-    """Return a row per head: name, share on all prompts, share on held-out combinations, the classifier's accuracy."""
+    """Return a row per attribute: name, share on all prompts, share on held-out combinations, accuracy of the classifier."""
     held_out, probe = report.get("prompt_following_held_out") or {}, report.get("probe_accuracy") or {}
     return [
         [_text(head.replace("_", " ")), _percent(share), _percent(held_out.get(head)), _percent(probe.get(head))]
         for head, share in (report.get("prompt_following") or {}).items()
+    ]
+
+
+def _judge_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Return the judge's table: a row for real images, for reconstructions and for the model's pictures."""
+    judged = report.get("judge") or {}
+    titles = {"real": "Unseen real images", "reconstructions": "Their reconstructions", "pictures": "Pictures"}
+    return [
+        [
+            title,
+            _percent(row.get("named")),
+            f"{_figure(row.get('kernel_distance'), 1)} ± {_figure(row.get('standard_error'), 1)}",
+            _figure(row.get("frechet_distance"), 1),
+            _percent(row.get("precision")),
+            _percent(row.get("recall")),
+            _percent(row.get("copies")),
+        ]
+        for name, title in titles.items()
+        if (row := judged.get(name))
     ]
 
 
@@ -358,8 +378,8 @@ def _sweep_row(result: dict[str, Any]) -> list[str]:
         _figure(result.get("guidance_scale"), 2),
         _figure(result.get("val_loss")),
         _percent(sum(shares) / len(shares)) if shares else NOT_MEASURED,
-        _percent((result.get("memorisation") or {}).get("share_closer")),
-        _figure((result.get("kid") or {}).get("mean")),
+        _percent((result.get("memorisation") or {}).get("copies")),
+        _figure((result.get("judge") or {}).get("kernel_distance"), 1),
     ]
 
 
@@ -400,7 +420,7 @@ def _provenance(provenance: dict[str, Any], vae_run: dict[str, Any]) -> dict[str
 
 
 def _eval_results(dataset_type: str, dataset: str, result: dict[str, Any], report: dict[str, Any]) -> list[Any]:
-    """Return the measured figures for `model-index`."""
+    """Return the measured figures in the form of the card's key `model-index`."""
     from huggingface_hub import EvalResult
 
     return [
@@ -470,7 +490,7 @@ def _minutes(result: dict[str, Any]) -> str:
 
 
 def _tracking(view: Any) -> str:
-    """Return a link for a server's address. Of a local database, show only the file name: folders are private."""
+    """Return a link to an MLflow server, or the file name of a local database without its folders, which are private."""
     shown = one_line(view)
     if not shown:
         return "none"
@@ -489,12 +509,12 @@ def _example(recipe: Recipe) -> str:
 
 
 def _prompt(prompt: str) -> str:
-    """Return a prompt as a Python literal for a line of a code block. It cannot forge a marker."""
+    """Return a prompt as a Python literal for a code block. The literal cannot contain a marker of the card."""
     return json.dumps(one_line(prompt, PROMPT_CHARACTERS), ensure_ascii=False).replace("<!--", "\\u003c!--")
 
 
 def _source(name: str | None) -> str:
-    """Return a Hub id as code. Of a path, return only the last part: the folders above it are private."""
+    """Return a Hub id as code, or the last part of a path. The other folders of a path are private."""
     hub = hub_id(name)
     return f"`{hub}`" if hub else _text(_last_part(name))
 

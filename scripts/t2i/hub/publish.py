@@ -1,7 +1,7 @@
 """Publish a finished run on the Hub: draw pictures, write card and evaluation results, push, and load the model back.
 
-The Hub gets the run's `pipeline/`. If a push fails, nothing of the run is lost, and the same call repeats the push. Pictures
-are drawn again, and files uploaded again, only if something changed.
+The Hub gets the run's `pipeline/`. If a push fails, nothing of the run is lost, and the same call repeats the push. A
+picture is drawn again, and a file uploaded again, only if it would change.
 """
 
 # Functions import torch and diffusers themselves: `--help` and the checks of a push must not wait for them.
@@ -56,7 +56,7 @@ def find_run(model: str | None) -> Path:
 
 
 def choose_license(run: Path, license: str | None) -> str:
-    """Return the licence for a run's card: `license`, or the one in its settings if that is None or "unknown".
+    """Return the licence for a run's card: `license`, or if that is None or "unknown", the licence in the run's settings.
 
     Raises:
         UserError: The Hub does not accept the licence.
@@ -84,12 +84,12 @@ def publish_run(
     Args:
         run: Finished run folder, from `find_run`.
         repo_id: `owner/name` on the Hub.
-        license: The Hub's identifier. None or "unknown" means the licence in the run's settings. If that is unknown too,
-            the one on the Hub stays.
-        pictures: Pictures on the card at most. There is one per prompt.
-        private: See `upload.push_folder`.
-        deadline: See `upload.push_folder`.
-        target: See `upload.push_folder`.
+        license: Licence, by its identifier on the Hub. None or "unknown" means the licence in the run's settings. If that
+            licence is unknown too, the licence on the Hub stays.
+        pictures: Maximum number of pictures on the card, one per prompt.
+        private: Whether a new repository is private.
+        deadline: Seconds during which a failing push is retried.
+        target: Branch or pull request that receives the push.
 
     Raises:
         UserError: The push failed for good, or the Hub returned another model. The files in `run` stay.
@@ -158,7 +158,7 @@ vae = AutoencoderKL.from_pretrained("{repo_id}")
 
 
 def publish_vae(run: Path, config: TrainVaeConfig) -> None:
-    """Publish the autoencoder of a finished run as the model `hub_model_id`. The same call repeats a push that failed.
+    """Publish the autoencoder of a finished run as the model `hub_model_id`. Call it again to repeat a failed push.
 
     Raises:
         UserError: The push failed for good. The files in `run` stay.
@@ -182,7 +182,7 @@ def publish_vae(run: Path, config: TrainVaeConfig) -> None:
 
 
 def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[str]:
-    """Return at most `count` different prompts: the validation prompts, then some from all over the evaluation's."""
+    """Return at most `count` different prompts: the validation prompts, then prompts spread over those of the evaluation."""
     validation, others = (
         [line for text in texts if (line := model_card.one_line(text, model_card.PROMPT_CHARACTERS))]
         for texts in (recipe.train_unet.validation_prompts, evaluated)
@@ -194,16 +194,16 @@ def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[st
 
 
 def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Draw a picture per prompt into `folder`/images, with seeds 0, 1, … An equal picture there is reused.
+    """Draw a picture per prompt into `folder`/images, with the seeds 0, 1, and so on. An existing equal picture is reused.
 
     Args:
         pipeline: The pipeline in `folder`.
-        folder: Pipeline folder.
+        folder: Pipeline folder that gets the pictures.
         prompts: Prompts of the pictures.
-        settings: The UNet's hash, guidance scale, steps, scheduler and guidance end.
+        settings: Hash of the UNet, guidance scale, steps, scheduler and guidance end.
 
     Returns:
-        Prompts, and paths relative to `folder`.
+        Prompts, and the paths of their pictures relative to `folder`.
     """
     from t2i.pictures import sampling
 
@@ -242,7 +242,7 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
     An entry names the Hub's data set on which a figure was measured. Without one, nothing is written.
 
     Returns:
-        Paths of the files, relative to the pipeline.
+        Paths of the written files, relative to the pipeline folder.
     """
     provenance = run / "provenance.json"
     dataset = model_card.dataset_id(recipe, read_json(provenance) if provenance.is_file() else {})
@@ -268,7 +268,7 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
 
 
 def pipeline_files(folder: Path) -> list[str]:
-    """Return patterns of a pipeline's files: model_index.json, the folders that it names, and compiled models.
+    """Return patterns for the files of a pipeline: model_index.json, the folders that it names, and compiled models.
 
     `make export` makes the compiled models.
     """
@@ -282,10 +282,10 @@ def pipeline_files(folder: Path) -> list[str]:
 
 
 def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
-    """Return `existing`, the README.md on the Hub, with everything generated renewed from `card`.
+    """Return the README.md on the Hub, `existing`, with all generated parts renewed from `card`.
 
-    Figures, the gallery's pictures and the blocks between markers are renewed, and the licence if `licensed`. All else in
-    `existing` stays, also pictures that a person added to `widget`.
+    Renewed are figures, the gallery's pictures, the blocks between markers, and the licence if `licensed` is set. The rest
+    of `existing` stays, with pictures that a person added to `widget`.
     """
     renewed = ["model-index", *(["license"] if licensed else [])]
     ours, theirs = _widget(card), _widget(existing or "")
@@ -298,7 +298,7 @@ def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
 
 
 def _widget(card: str) -> list[Any]:
-    """Return the entries under `widget` in a card's front matter; [] if it is broken, which merge_cards reports."""
+    """Return the entries of `widget` in a card's front matter. A broken front matter gives [], and merge_cards reports it."""
     match = REGEX_YAML_BLOCK.search(card)
     try:
         data = yaml.safe_load(match[2]) if match else None
@@ -314,7 +314,7 @@ def _is_ours(entry: Any) -> bool:
 
 
 def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scale: float) -> None:
-    """Load the model from the Hub by stock diffusers. Raise `UserError` unless its weights and pictures are `pipeline`'s."""
+    """Load the model from the Hub by stock diffusers. Raise `UserError` if its weights or pictures differ from `pipeline`."""
     from diffusers import DiffusionPipeline
 
     from t2i import models

@@ -1,7 +1,7 @@
-"""A Space of the Hub for a model: the dashboard's playground page, its few requirements, and the model. Imports no torch.
+"""Build and push a Space for a model: the dashboard's playground page, its requirements, and the model. This module imports no torch.
 
-The files to stage are found by following the imports of the page, so nobody keeps a list of files. The folder is a complete
-Docker Space. It starts by its Dockerfile's command on any machine.
+The files of the Space are found by following the imports of the page. The staged folder is a complete Docker Space. The
+command in its Dockerfile starts the Space on any machine.
 """
 
 import ast
@@ -80,12 +80,12 @@ ENTRYPOINT ["streamlit", "run", "dashboard", "--server.port=8501", "--server.hea
 
 @dataclass
 class Model:
-    """A pipeline folder, its name and its files."""
+    """The model of a Space: pipeline folder, name and files."""
 
     folder: Path
-    name: str  # As the user gave it. Of an absolute path or one with "..", only the last part.
+    name: str  # Name of the model, as the user gave it. Of an absolute path or a path with "..", only the last part.
     hub_id: str | None
-    files: list[str]  # Relative to `folder`, with the card.
+    files: list[str]  # Paths of the model's files and its card, relative to `folder`.
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def find_model(model: str | None) -> Model:
     """Return the pipeline that `model` names: a run folder, a pipeline folder, or a Hub id, which is downloaded.
 
     Raises:
-        UserError: There is no such pipeline, or it lacks safetensors weights.
+        UserError: The pipeline does not exist, or it has no safetensors weights.
     """
     if not model:
         raise UserError("no model: give --model with a run folder of train_unet.py or a Hub id ORG/NAME")
@@ -142,7 +142,7 @@ def _download(repo_id: str) -> Path:
 
 
 def _components(folder: Path, model: str) -> set[str]:
-    """Return the components that model_index.json names."""
+    """Return the components of a pipeline that model_index.json names."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{model} holds no pipeline (no model_index.json); give a model that diffusers loads")
     index = read_json(folder / "model_index.json")
@@ -152,7 +152,7 @@ def _components(folder: Path, model: str) -> set[str]:
 
 
 def _model_files(folder: Path) -> list[str]:
-    """Return the files of the model, and its card."""
+    """Return the paths of the model's files, with its card."""
     paths = (path for pattern in pipeline_files(folder) for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths if path.suffix in MODEL_SUFFIXES]
     names = [
@@ -176,9 +176,9 @@ def _check_weights(file: Path) -> None:
 
 @cache
 def code() -> tuple[list[Path], list[str]]:
-    """Return the files of a Space's code, relative to the repository's root, and the packages that they import.
+    """Return the code files of a Space, relative to the repository's root, and the packages that these files import.
 
-    Imports inside functions count too, unless the module needs a package that is `LEFT_OUT`.
+    Imports inside functions are followed too, unless the imported module needs a package in `LEFT_OUT`.
     """
     files: dict[Path, None] = {}
     packages: set[str] = set()
@@ -202,7 +202,7 @@ def code() -> tuple[list[Path], list[str]]:
 
 
 def _imports(file: Path) -> Iterator[tuple[str, bool]]:
-    """(module, whether it is imported within a function) for all imports of a file."""
+    """Return (module, whether the import is inside a function) for all imports of a file."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     late = {
         inner
@@ -222,14 +222,14 @@ def _imports(file: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _module(name: str) -> Path | None:
-    """The file of a module or package of the suite; None for a module from elsewhere."""
+    """Return the file of a module or package of this suite, or None for any other module."""
     path = (ROOT / "scripts" if name.split(".")[0] == "t2i" else ROOT / "dashboard") / Path(*name.split("."))
     files = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in files if file.is_file()), None)
 
 
 def _is_left_out(file: Path) -> bool:
-    """Return whether a module cannot be imported without a package that is `LEFT_OUT`."""
+    """Return whether importing a module needs a package in `LEFT_OUT`."""
     modules = [name for name, late in _imports(file) if not late]
     return any(name.split(".")[0] in LEFT_OUT for name in modules) or any(
         _is_left_out(inner) for name in modules if (inner := _module(name))
@@ -242,7 +242,7 @@ def requirements(compiled: bool) -> tuple[str, str]:
     A package without a pin is a dependency of another one.
 
     Args:
-        compiled: Whether compiled models come along, which OpenVINO runs.
+        compiled: Whether the Space has compiled models, which OpenVINO runs.
     """
     pins: dict[str, str] = {}
     for name in ("requirements.txt", "requirements-train.txt", "scripts/requirements.txt"):
@@ -265,7 +265,7 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
     If the Space would exceed the Hub's limit, its weights are stored as float16. Drawing still computes in float32.
 
     Raises:
-        UserError: The Space exceeds the limit even so.
+        UserError: The Space exceeds the Hub's limit even with float16 weights.
     """
     folder = STAGED / repo_id
     sources = {folder / file: ROOT / file for file in code()[0]}
@@ -301,7 +301,7 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
 
 
 def _write_half(source: Path, target: Path) -> None:
-    """Copy weights, and convert float32 to float16 in tensors that float16 can hold."""
+    """Copy a file of weights, and convert float32 tensors to float16 if float16 can hold their values."""
     with safe_open(source, framework="numpy") as weights, np.errstate(over="ignore"):
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - no dictionary
         for name, tensor in tensors.items():
@@ -311,7 +311,7 @@ def _write_half(source: Path, target: Path) -> None:
 
 
 def write_page_defaults(run: Path, model: Model) -> None:
-    """Write prompt and settings of the example in the model's card as a run's files. The page begins with them."""
+    """Write the prompt and settings of the model card's example as files of a run. The Space's page starts with them."""
     text = _read_card(model)
     prompt = re.search(r"""(?m)^\s*("(?:[^"\\\n]|\\.)+"),$""", text)
     steps, scale = (re.search(rf"\b{name}=(\d+(?:\.\d+)?)", text) for name in ("num_inference_steps", "guidance_scale"))
@@ -338,14 +338,14 @@ def write_page_defaults(run: Path, model: Model) -> None:
 
 
 def start_command(folder: Path) -> list[str]:
-    """Return the command by which the Dockerfile in `folder` starts the Space. It must run in `folder`."""
+    """Return the command by which the Dockerfile in `folder` starts the Space. The command must run in `folder`."""
     match = re.search(r"(?m)^ENTRYPOINT (\[.*\])$", (folder / "Dockerfile").read_text(encoding="utf-8"))
     assert match is not None, f"{folder}/Dockerfile has no ENTRYPOINT"
     return list(json.loads(match[1]))
 
 
 def folder_size(folder: Path) -> int:
-    """Return the size of the files to push, in bytes."""
+    """Return the size in bytes of the files to push in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -353,7 +353,7 @@ def folder_size(folder: Path) -> int:
 
 
 def card(model: Model, repo_id: str) -> str:
-    """Return README.md of a Space: its settings for the Hub, and what its model can and cannot do."""
+    """Return the README.md of a Space: its settings for the Hub, and the abilities and limits of its model."""
     front, body = _split(_read_card(model))
     title = " ".join(re.split(r"[-_.]+", repo_id.split("/")[1]))
     license = front.get("license")
@@ -397,18 +397,18 @@ and then `{shlex.join(json.loads(DOCKERFILE.split("ENTRYPOINT ")[1]))}`.
 
 
 def merge_card(new: str, existing: str | None) -> str:
-    """Return `new` with what a person wrote into the Space's README.md. SDK, port and model are renewed."""
+    """Merge the README.md `new` with a person's edits of the Space's README.md. SDK, port and model come from `new`."""
     return merge_cards(new, existing, ("sdk", "app_port", "models"))
 
 
 def _read_card(model: Model) -> str:
-    """Return the model's card; "" if it has none."""
+    """Return the text of a model's card, or "" if the model has no card."""
     readme = model.folder / "README.md"
     return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Return front matter and body of a model's card; {} if the front matter is broken."""
+    """Return the front matter and the body of a model's card. A broken front matter gives {}."""
     match = REGEX_YAML_BLOCK.search(text)
     try:
         front = yaml.safe_load(match[2]) if match else None
@@ -418,7 +418,7 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _plain(text: str) -> str:
-    """Return Markdown of a model's card without comments: they could look like markers of this card."""
+    """Remove the comments from the Markdown of a model's card, since they could look like markers of the Space's card."""
     return re.sub(r"<!--.*?(-->|\Z)", "", text, flags=re.DOTALL).strip()
 
 

@@ -1,4 +1,4 @@
-"""Push a folder to the Hugging Face Hub as one commit, and retry until a deadline. Imports no torch.
+"""Push a folder to the Hugging Face Hub as one commit, and retry until a deadline. This module imports no torch.
 
 A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent. If
 somebody commits in between, the Hub refuses the push, and the next attempt starts from the new head: no edit is lost.
@@ -58,16 +58,16 @@ LICENSES = """
 
 
 class HubError(UserError):
-    """The Hub, the network or the token prevents a push. The message is one sentence."""
+    """Error if the Hub, the network or the token prevents a push. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The branch or pull request that a push goes to. Making one raises `HubError` if its options contradict each other."""
+    """The branch or pull request that receives a push. Contradictory options raise `HubError`."""
 
-    # Branch, created from main if it is missing, or refs/pr/N of a pull request; None: main.
+    # Branch, created from main if it is missing, or refs/pr/N of a pull request. With None, push to main.
     revision: str | None = None
-    create_pr: bool = False  # Open a pull request to main.
+    create_pr: bool = False  # Whether a pull request to main is opened.
 
     def __post_init__(self) -> None:
         if self.create_pr and self.revision not in (None, "main"):
@@ -84,8 +84,8 @@ class Pushed:
     """The result of a push."""
 
     url: str
-    commit: str  # 40 hex digits.
-    changed: bool  # False if the Hub had all files already.
+    commit: str  # Hash of the commit, 40 hex digits.
+    changed: bool  # Whether files were uploaded. False if the Hub already had all files.
 
     def __str__(self) -> str:
         return f"{self.url} {'has it now' if self.changed else 'is up to date'} (commit {self.commit[:7]})"
@@ -112,7 +112,10 @@ def _is_repo_id(text: str) -> bool:
 
 
 def check_license(license: str | None, option: str = "license") -> None:
-    """Raise `HubError` naming `option` and the nearest identifier, unless the Hub accepts `license` in a card. None passes."""
+    """Raise `HubError` if the Hub does not accept `license` in a card. The message names `option` and the nearest licence.
+
+    None is accepted.
+    """
     if license is None or license in LICENSES:
         return
     near = _near_licenses(license)
@@ -138,7 +141,7 @@ def _near_licenses(text: str) -> list[str]:
 
 
 def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print, target: Target = MAIN) -> None:
-    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`. This comes before hours of work.
+    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`. Scripts ask before hours of work.
 
     A pull request needs read access only. If the Hub cannot be asked now, a warning is printed, since the push comes later.
 
@@ -176,7 +179,7 @@ def _no_repository(repo_id: str) -> str:
 
 
 def _token_of(user: dict[str, Any]) -> dict[str, Any]:
-    """Return what whoami says about the token; {} if it says nothing."""
+    """Return the facts on the token that the Hub's `whoami` answers, or {} if it names none."""
     token = (user.get("auth") or {}).get("accessToken")
     return token if isinstance(token, dict) else {}
 
@@ -193,7 +196,7 @@ def _check_scope(user: dict[str, Any], repo_id: str, repo_type: RepoType) -> Non
 
 
 def _writable(user: dict[str, Any]) -> set[str] | None:
-    """Return the owners and repositories, in lower case, that a fine-grained token may write to; None for other tokens."""
+    """Return the owners and repositories (lower case) to which a fine-grained token may write, or None for other tokens."""
     token = _token_of(user)
     limits = token.get("fineGrained")
     if token.get("role") != "fineGrained" or not isinstance(limits, dict) or not isinstance(limits.get("scoped"), list):
@@ -252,27 +255,27 @@ def push_folder(
     Failures that may pass are retried: 408, 409, 412, 429, 5xx, a broken connection, silence. Retries end `deadline`
     seconds after the first failure began. A transfer that makes progress is never cut.
 
-    huggingface_hub's own retries within a request are off. Its requests, some of which would wait for ever, fail after
+    huggingface_hub's own retries within a request are off. The requests, some of which would wait for ever, fail after
     `SILENCE_S` without a byte. A silent Hub therefore ends the push at most `SHORTEST_SILENCE_S` after the deadline.
     Most repositories upload through hf_xet, which has its own limits: a silent storage fails after up to 6 times 300 s
     (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
 
     Args:
-        folder: The files; the push does not change them.
-        repo_id: `owner/name`; a missing repository is created.
-        repo_type: Kind of the repository.
+        folder: Folder of the files to push. The push does not change the folder.
+        repo_id: Name of the repository, `owner/name`. A missing repository is created.
+        repo_type: Kind of the repository: model, dataset or space.
         files: Patterns of the files to push, relative to `folder`. As in huggingface_hub, `*` also matches `/`. Files on
-            the Hub that match and are not in `folder` are deleted; others stay. A hidden file needs its full name here.
+            the Hub that match and are not in `folder` are deleted. Other files stay. A hidden file needs its full name.
         message: Message of the commit.
-        private: Whether a new repository is private. An existing one keeps its visibility.
-        deadline: Seconds for which a failing push is retried.
-        merge_card: Makes the README.md to push from the one at the Hub's head, None if there is none. It is called in
-            each attempt. Without it, README.md is an ordinary file.
-        say: Receives one line on why and when an attempt is repeated.
-        target: Branch or pull request.
+        private: Whether a new repository is private. An existing repository keeps its visibility.
+        deadline: Seconds during which a failing push is retried.
+        merge_card: Function that makes the README.md to push from the README.md on the Hub, which is None if missing.
+            Each attempt calls the function. Without the function, README.md is an ordinary file.
+        say: Function that prints one line on the reason and the time of the next attempt.
+        target: Branch or pull request that receives the push.
 
     Raises:
-        HubError: The push failed for good. The message has no secrets.
+        HubError: The push has finally failed. The message contains no secrets.
     """
     check_repo_id(repo_id, "repo_id")
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -348,7 +351,7 @@ def _open_head(
     merge_card: Callable[[str | None], str] | None,
     target: Target,
 ) -> str:
-    """Return the commit that the push builds on. A missing repository or branch is created."""
+    """Return the commit on which the push builds. A missing repository or branch is created."""
     head = _head(api, repo_id, repo_type)
     if head is None and target.create_pr:
         raise HubError(_no_repository(repo_id))
@@ -359,7 +362,7 @@ def _open_head(
 
 
 def _head(api: HfApi, repo_id: str, repo_type: RepoType) -> str | None:
-    """Return the newest commit; None if the repository does not exist."""
+    """Return the newest commit of a repository, or None if the repository does not exist."""
     try:
         return str(api.repo_info(repo_id, repo_type=repo_type).sha)
     except HfHubHTTPError as error:
@@ -405,7 +408,7 @@ def _differences(
     files: list[str],
     merge_card: Callable[[str | None], str] | None,
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return the operations of a commit on top of `head`."""
+    """Return the operations of the commit that makes the repository at `head` equal to the folder."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=repo_type)
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     contents: dict[str, Path | bytes] = dict(local)
@@ -430,7 +433,7 @@ def _read_card(api: HfApi, address: str) -> str:
 
 
 def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
-    """Return whether the Hub has this content. LFS files are compared by SHA-256, others by git's SHA-1."""
+    """Return whether the Hub's file equals the local file. LFS files are compared by SHA-256, others by git's SHA-1."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     if entry is None or size != entry.size:
         return False
@@ -446,14 +449,14 @@ def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
 
 @dataclass
 class _Failure:
-    """Why a request failed, and whether a retry may help."""
+    """The reason why a request failed, and whether a retry may help."""
 
-    reason: str  # For a person, without secrets.
-    status: int | None = None  # HTTP status.
-    denied: bool = False  # The token is wrong, or may not do this.
-    passing: bool = False  # A retry may help.
-    silence: bool = False  # The Hub stopped answering; the failure began before it was noticed.
-    retry_after: float = 0.0  # Seconds that the Hub asks to wait.
+    reason: str  # Message for a person, without secrets.
+    status: int | None = None  # HTTP status of the answer.
+    denied: bool = False  # Whether the token is wrong or lacks a permission.
+    passing: bool = False  # Whether a retry may help.
+    silence: bool = False  # Whether the Hub stopped answering, so that the failure began earlier.
+    retry_after: float = 0.0  # Seconds that the Hub asks the client to wait.
 
 
 def _connect(repo_id: str) -> HfApi:
@@ -471,7 +474,7 @@ def _login(repo_id: str) -> str:
 
 @contextmanager
 def limited(silence_s: float) -> Iterator[None]:
-    """Let huggingface_hub send each request once, failing after `silence_s` without a byte."""
+    """Let huggingface_hub send each request only once, and let a request fail after `silence_s` seconds without a byte."""
 
     def factory() -> httpx2.Client:
         client = default_client_factory()
@@ -504,7 +507,7 @@ def _send(
 
 
 def _read_failure(error: BaseException, api: HfApi) -> _Failure:
-    """Return what an exception of huggingface_hub means. Uploads raise RuntimeError from the one that matters."""
+    """Return the failure that an exception of huggingface_hub means. Uploads wrap the real exception in a RuntimeError."""
     cause: BaseException = error
     while isinstance(cause, RuntimeError) and cause.__cause__:
         cause = cause.__cause__

@@ -1,1 +1,1 @@
-"""Pictures: drawn, compiled, stored, laid out as grids."""
+"""Draw, store and arrange pictures, and compile models for fast drawing."""

@@ -1,8 +1,8 @@
-"""The values of a grid's axis as people type them, in AUTOMATIC1111's X/Y/Z notation, and back. Imports no torch.
+"""Read and write the values of a grid's axis as users type them, in AUTOMATIC1111's X/Y/Z notation. This module imports no torch.
 
 `1-10` counts by one, `1-10(+2)` and `10-1(-3)` count by a step, and `1-10[5]` gives five values evenly spaced from end to end.
 Commas join such parts. Unlike AUTOMATIC1111, a step that meets the end includes it: `10-1(-3)` is 10, 7, 4, 1. Repeated values
-are kept once. Everything is checked before anything is expanded.
+are kept once. The whole text is checked before any range is expanded.
 """
 
 import csv
@@ -33,15 +33,15 @@ _PART = re.compile(
 
 
 def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MAX_VALUES) -> list[Any]:
-    """Return the values typed for an axis, in order and without repeats: 1 to `limit` of them.
+    """Return the 1 to `limit` values that a user typed for an axis, in order and without repeats.
 
     Args:
-        axis: one of `NUMBERS` (int or float within its bounds), `WORDS` (names divided by commas) or `TEXTS` (one prompt
-            per line). Names with a comma are quoted as in CSV.
-        known_names: the names that `WORDS` may hold.
+        axis: name of the axis, which is in `NUMBERS` (int or float within bounds), `WORDS` (names separated by commas) or
+            `TEXTS` (one prompt per line). Names with a comma are quoted as in CSV.
+        known_names: the valid names for an axis in `WORDS`.
 
     Raises:
-        UserError: names the axis, the value and the fix.
+        UserError: a value is invalid. The message names the axis, the value and the fix.
     """
     if axis in NUMBERS:
         return _parse_numbers(axis, text, limit)
@@ -79,7 +79,7 @@ def _parse_numbers(axis: str, text: str, limit: int) -> list[Any]:
 
 
 def _expand(axis: str, part: str, limit: int) -> list[Any]:
-    """Return the values of one part between commas."""
+    """Return the values of one part of the typed text, between commas."""
     if not part:
         raise UserError(f"{axis} has no value; give some, such as {_example(axis)}")
     match = _PART.fullmatch(part)
@@ -113,7 +113,7 @@ def _expand(axis: str, part: str, limit: int) -> list[Any]:
 
 
 def _number(axis: str, text: str, bounded: bool = True) -> Decimal:
-    """Return a number within the axis's bounds; if not `bounded`, a step within their distance."""
+    """Read a number within the axis's bounds. If `bounded` is False, read a step, which may be as large as their distance."""
     kind, low, high = NUMBERS[axis]
     value = Decimal(text)
     if not bounded:
@@ -142,7 +142,7 @@ def _format_numbers(axis: str, values: Sequence[Any]) -> str:
 
 
 def _ranges(axis: str, values: Sequence[Any], texts: Sequence[str]) -> Iterable[str]:
-    """Yield the ranges, if any, that stand for three or more values."""
+    """Yield ranges such as 1-10 that replace three or more of the values."""
     first, second, last = (Decimal(texts[number]) for number in (0, 1, -1))
     step, ends = second - first, f"{texts[0]}-{texts[-1]}"
     candidates = []
@@ -190,7 +190,7 @@ def _parse_words(axis: str, text: str, known_names: Sequence[str], limit: int) -
 
 
 def _find_name(axis: str, word: str, known_names: Sequence[str]) -> str:
-    """Return the known name that `word` is, or the only one that it is but for spaces and case."""
+    """Return the known name that equals `word`, or the only known name that equals it without regard to spaces and case."""
     if word in known_names:
         return word
     alike = [name for name in known_names if name.strip().casefold() == word.strip().casefold()]
@@ -231,6 +231,6 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _short(text: str) -> str:
-    """Return a value for a sentence: on one line, short, and without unprintable letters."""
+    """Return a value for use in a message: on one line, short, and without unprintable letters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     return shown if len(shown) <= 40 else shown[:37] + "..."

@@ -1,4 +1,4 @@
-"""Cells, the pictures of grids: each is drawn once and kept in a content-addressed store in the run folder.
+"""Draw the cells (pictures) of grids once each, and keep them in a content-addressed store in the run folder.
 
 A cell's file is `<run>/cells/<key>.png`. The key is the hash of all that decides the picture: the model's weights, prompt, seed
 and settings. So a picture is the same cell whichever grid or command asks for it. Each file is written atomically as soon as
@@ -60,14 +60,14 @@ AXES = (
 
 @dataclass(frozen=True)
 class Cell:
-    """The prompt and settings of a cell's picture, without the model.
+    """The prompt and settings of a picture, without the model.
 
     Attributes:
-        seed: 0 to 2**63 - 1.
-        guidance_scale: 0 to 1000.
-        num_inference_steps: 1 to 1000.
-        scheduler: a key of `png.SCHEDULERS` or a class name of diffusers; kept as the class name.
-        guidance_end: share of the steps, from the first on, that are guided; 0 to 1.
+        seed: seed of the noise, 0 to 2**63 - 1.
+        guidance_scale: scale of classifier-free guidance, 0 to 1000.
+        num_inference_steps: number of denoising steps, 1 to 1000.
+        scheduler: a key of `png.SCHEDULERS` or a class name of diffusers. The class name is stored as the scheduler.
+        guidance_end: share of the steps, from the first step on, that are guided, 0 to 1.
 
     Raises:
         UserError: a value is out of its bounds.
@@ -115,12 +115,12 @@ class Cell:
 
     @property
     def samples(self) -> int:
-        """Samples that the UNet computes, which set the time: two per guided step, one per other step."""
+        """Return the number of UNet samples, which determines the time: two per guided step, one per unguided step."""
         guided = guided_steps(self.num_inference_steps, self.guidance_end) if self.guidance_scale > 1 else 0
         return self.num_inference_steps + guided
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields that identify the picture.
+        """Return the fields of the cell that identify the picture.
 
         A `guidance_end` of 1 is left out, so that pictures keep their keys from before that setting existed.
         """
@@ -130,11 +130,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension of a grid: one of `AXES` and its values.
+    """An axis of a grid: its name, which is one of `AXES`, and its values.
 
-    Values of checkpoint are folder names within the run ("checkpoint-000500", "pipeline"), those of run are run folders
-    (`Path`). Values of sample are pairs of a prompt and its seed, as evaluate_checkpoints.py draws them. The other axes hold
-    values of `Cell`'s field of that name.
+    Values of the axis checkpoint are folder names within the run ("checkpoint-000500", "pipeline"). Values of the axis run
+    are run folders (`Path`). Values of the axis sample are pairs of a prompt and its seed, as evaluate_checkpoints.py draws
+    them. Values of any other axis are those of the field of `Cell` with the same name.
     """
 
     name: str
@@ -146,11 +146,11 @@ class PlannedCell:
     """A cell of a planned grid, with the model that draws it.
 
     Attributes:
-        at: (tab, row, column).
-        model_hash: "" if there is a problem.
-        path: the picture's file, which may not be there yet.
-        made: whether the store has the picture.
-        problem: one sentence why there can be no picture (its model is not there).
+        at: position in the grid, (tab, row, column).
+        model_hash: hash of the model's weights, or "" if there is a problem.
+        path: file of the picture, which may not exist yet.
+        made: whether the store already has the picture.
+        problem: one sentence on why the picture cannot be drawn (its model is missing), or "".
     """
 
     at: tuple[int, int, int]
@@ -167,17 +167,17 @@ class PlannedCell:
 
 
 def weights_hash(folder: Path, weights: str = "ema") -> str:
-    """Return 16 hex digits for all that decides a model's pictures: UNet, VAE, text encoder, tokenizer and noise schedule.
+    """Return a hash (16 hex digits) of a model: UNet, VAE, text encoder, tokenizer and noise schedule.
 
-    A checkpoint's manifest holds its UNet's hashes, and run.json holds that of a finished run's pipeline. Other files are
-    read once, and not again while their size and time stay.
+    A checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other files are
+    read once, and again only if their size or time changes.
 
     Args:
         folder: a checkpoint of a run, its `pipeline/`, or any pipeline folder.
-        weights: "ema" or "raw", of a checkpoint.
+        weights: weights of a checkpoint to use, "ema" or "raw".
 
     Raises:
-        UserError: the folder is neither, or is incomplete.
+        UserError: the folder is neither a checkpoint nor a pipeline, or it is incomplete.
     """
     if (folder / "model_index.json").is_file():
         run = _run_json(folder.parent) if folder.name == "pipeline" else {}
@@ -205,7 +205,7 @@ def _run_json(run: Path) -> dict[str, Any]:
 
 
 def _frozen_part_hashes(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return the hashes of what all checkpoints of a run draw with. A run's identity holds them and never changes."""
+    """Return the hashes of the frozen models that all checkpoints of a run share. The identity of the run holds them."""
     names = {"vae": "vae_hash", "text_encoder": "text_encoder_hash", "tokenizer": "tokenizer_hash"}
     identity = run.get("identity")
     identity = identity if isinstance(identity, dict) else {}
@@ -217,12 +217,12 @@ def _frozen_part_hashes(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell_path(run: Path, model_hash: str, cell: Cell) -> Path:
-    """Return `<run>/cells/<key>.png`."""
+    """Return the path of a cell's picture, `<run>/cells/<key>.png`."""
     return run / STORE / f"{hash_json({'model_hash': model_hash, **cell.settings()})}.png"
 
 
 def read_cell(run: Path, model_hash: str, cell: Cell) -> Image.Image | None:
-    """Return the RGB picture of a cell; None if it is missing, damaged, changed or foreign."""
+    """Return the RGB picture of a cell, or None if its file is missing, damaged, changed or of another cell."""
     stored = _read(cell_path(run, model_hash, cell), model_hash, cell)
     return stored[0] if stored else None
 
@@ -230,7 +230,7 @@ def read_cell(run: Path, model_hash: str, cell: Cell) -> Image.Image | None:
 def _read(
     path: Path, model_hash: str, cell: Cell, longest: int = MAX_SIDE
 ) -> tuple[Image.Image, dict[str, Any]] | None:
-    """Return a picture of the store and its parameters; None unless they are complete and belong to the cell."""
+    """Return a stored picture and its parameters, or None if they are incomplete or belong to another cell."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.mode != "RGB" or max(image.size) > longest or image.height > MAX_SIDE:
@@ -246,7 +246,7 @@ def _read(
 
 
 def is_made(run: Path, model_hash: str, cell: Cell) -> bool:
-    """Return whether `read_cell` gives a picture. A file that stays as it is gets decoded once."""
+    """Return whether `read_cell` gives a picture. An unchanged file is decoded only once."""
     try:
         stat = cell_path(run, model_hash, cell).stat()
     except OSError:
@@ -260,7 +260,7 @@ def _is_readable(run: Path, model_hash: str, cell: Cell, *state: int) -> bool:
 
 
 def save_cells(run: Path, checkpoint: str, model_hash: str, cells: Sequence[Cell], pictures: np.ndarray) -> None:
-    """Store pictures uint8 [N, R, R, 3] that were drawn elsewhere. Stored pictures stay as they are."""
+    """Store pictures, uint8 [N, R, R, 3], that were drawn elsewhere. Pictures already in the store do not change."""
     with _lock_store(run, lambda: False):
         for cell, picture in zip(cells, pictures, strict=True):
             if not is_made(run, model_hash, cell):
@@ -276,11 +276,11 @@ def _save(
     path: Path | None = None,
     **more: Any,
 ) -> None:
-    """Write a picture atomically. The caller holds the lock of the store.
+    """Write a picture into the store atomically. The caller holds the lock of the store.
 
     Args:
-        path: another file than the cell's own, for its steps.
-        more: further parameters of the file.
+        path: file to write, if it is not the cell's own file but the file of its steps.
+        more: further parameters to write into the file.
     """
     path = path or cell_path(run, model_hash, cell)
     part = path.with_name(f".{path.stem}.part.png")
@@ -297,9 +297,9 @@ def _save(
 
 @contextmanager
 def _lock_store(run: Path, cancelled: Callable[[], bool]) -> Iterator[bool]:
-    """Wait until no other thread or process draws for a run; yield False if `cancelled` came first.
+    """Wait until no other thread or process draws for a run. Yield False if `cancelled` becomes true first.
 
-    Those who wait stand at a gate that the last one must pass again. So a long grid does not starve a single picture.
+    Waiting sessions stand at a gate that the last drawing session must pass again. So a long grid does not starve a picture.
     """
     store = run / STORE
     try:
@@ -335,14 +335,14 @@ def _acquire(lock: FileLock, cancelled: Callable[[], bool]) -> bool:
 def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: int = MAX_CELLS) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
-    A model that is not there does not raise: it is the `problem` of its cells.
+    A missing model raises no error. The cells of the model then have a `problem`.
 
     Args:
-        run, checkpoint, cell: what no axis says. `checkpoint` may be "pipeline", the finished model.
-        axes: of columns, rows and tabs: up to three, of different names.
+        run, checkpoint, cell: settings that no axis varies. `checkpoint` may be "pipeline", the finished model.
+        axes: axes of the columns, rows and tabs, up to three with different names.
 
     Raises:
-        UserError: there are more than `limit` cells, or an axis is unknown or given twice.
+        UserError: the grid has more than `limit` cells, or an axis is unknown or given twice.
     """
     names = [axis.name for axis in axes]
     fields = [field for name in names for field in (("prompt", "seed") if name == "sample" else (name,))]
@@ -374,9 +374,9 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
 
 
 def schedule_of(run: Path) -> dict[str, Any]:
-    """Return the config of the scheduler that a run's model was saved with; {} if it is unreadable.
+    """Return the config of the scheduler with which a run's model was saved, or {} if it is unreadable.
 
-    It decides which other schedulers fit the model.
+    The config decides which other schedulers fit the model.
     """
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
     try:
@@ -392,7 +392,7 @@ def _schedule(file: Path, *state: int) -> dict[str, Any]:
 
 
 def _find_model(run: Path, checkpoint: str) -> tuple[str, str | None]:
-    """Return the hash of a run's checkpoint and None, or "" and what is wrong."""
+    """Return the hash of a run's checkpoint and None, or if the checkpoint cannot be used, "" and the reason."""
     names = [path.name for path in checkpoint_folders(run)]
     if (run / "pipeline" / "unet").is_dir():
         names.append("pipeline")
@@ -405,7 +405,7 @@ def _find_model(run: Path, checkpoint: str) -> tuple[str, str | None]:
 
 
 def missing(planned: Sequence[PlannedCell]) -> list[PlannedCell]:
-    """Return the cells that can be drawn and are not yet."""
+    """Return the cells of a plan that can be drawn and have no picture yet."""
     return [one for one in planned if one.problem is None and not one.made]
 
 
@@ -420,16 +420,16 @@ def make(
     """Draw the missing pictures of a plan, in order and one model at a time; return how many this call drew.
 
     Args:
-        planned: what `plan` returned. Cells that are made, or have a problem, are skipped.
-        load: returns the pipeline of a checkpoint or pipeline folder, from a caller's cache; None:
-            `sampling.load_pipeline`. One pipeline is used at a time, and its scheduler is put back.
-        batch_size: pictures drawn at once, if they differ in prompt and seed alone.
-        progress: called with each cell when its picture is there, how many are there, and how many were missing.
-        cancelled: asked before each batch, and while another session draws.
+        planned: cells that `plan` returned. Cells with a picture or a problem are skipped.
+        load: function that returns the pipeline of a checkpoint or pipeline folder, for example from a cache. None takes
+            `sampling.load_pipeline`. One pipeline is used at a time, and its scheduler is restored afterwards.
+        batch_size: number of pictures drawn at once, if they differ only in prompt and seed.
+        progress: function that is called after each picture with its cell, the number drawn, and the number to draw.
+        cancelled: function that returns whether to stop, called before each batch and while another session draws.
 
     Raises:
-        UserError: a model cannot be loaded or changed since the plan, or the disk does not take a picture. What was drawn
-            stays, and the same call resumes from there.
+        UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished pictures
+            stay, and the same call draws the others.
     """
     wanted = missing(planned)
     done, drawn, current, pipeline = 0, 0, None, None
@@ -453,7 +453,7 @@ def make(
 
 
 def batches(planned: Sequence[PlannedCell], size: int) -> Iterator[list[PlannedCell]]:
-    """Yield what `make` draws at once: up to `size` cells of one model and the same settings, one model after another."""
+    """Yield the batches that `make` draws: up to `size` cells of one model with the same settings, one model after another."""
     models: dict[Any, dict[Any, list[PlannedCell]]] = {}
     for one in planned:
         model = (one.run, one.checkpoint, one.model_hash)
@@ -478,7 +478,7 @@ def _load_pipeline(model: Path) -> Any:
 
 
 def _draw(pipeline: Any, batch: Sequence[PlannedCell], watch: Callable[..., None] | None = None) -> np.ndarray:
-    """Return pictures uint8 [N, R, R, 3] of cells that differ in prompt and seed alone; `watch` as in `sampling.generate`."""
+    """Draw cells that differ only in prompt and seed: uint8 [N, R, R, 3]. `watch` is the argument of `sampling.generate`."""
     from t2i.pictures import sampling  # imports torch
 
     cell, saved = batch[0].cell, pipeline.scheduler
@@ -505,11 +505,11 @@ def _draw(pipeline: Any, batch: Sequence[PlannedCell], watch: Callable[..., None
 
 @dataclass(frozen=True)
 class Watched:
-    """A picture and some of its steps, uint8 [R, R, 3] each.
+    """A picture and its states at some denoising steps, uint8 [R, R, 3] each.
 
     Attributes:
-        steps: pairs of a step's number, from 1, and its picture; without the finished one.
-        note: why the picture is not in the store; "" if it is.
+        steps: pairs of a step's number, from 1, and the picture at that step, without the finished picture.
+        note: reason why the picture is not in the store, or "".
     """
 
     picture: np.ndarray
@@ -518,16 +518,16 @@ class Watched:
 
 
 class _Stopped(Exception):
-    """Raised between two steps of a picture that was cancelled."""
+    """Exception that ends the drawing of a cancelled picture, between two steps."""
 
 
 def shown_steps(count: int) -> list[int]:
-    """Return the steps of `count` that are shown: the first, the last, and some evenly between; at most `STEPS`."""
+    """Return which of `count` steps are shown: the first, the last, and some evenly between, at most `STEPS`."""
     return sorted({1 + round((count - 1) * number / (STEPS - 1)) for number in range(STEPS)})
 
 
 def read_watched(planned: PlannedCell) -> Watched | None:
-    """Return a stored picture with its stored steps, none if it was not watched; None if there is no complete picture."""
+    """Return a stored picture with its stored steps, if it has any. None if there is no complete picture."""
     image = read_cell(planned.run, planned.model_hash, planned.cell)
     if image is None:
         return None
@@ -556,10 +556,10 @@ def make_watched(
     the store cannot be written, the picture only has a note: a model may lie on a read-only disk.
 
     Args:
-        load: as in `make`.
-        progress: called after each denoising step with its number, how many there are, and the step's picture. The picture
-            is what the model takes the finished one to be, uint8 [R, R, 3], and None at steps that are not shown.
-        cancelled: asked before each step, and while others draw.
+        load: function that returns the pipeline of a checkpoint or pipeline folder, as in `make`.
+        progress: function that is called after each denoising step with the step's number, the number of steps, and a
+            picture. The picture is the model's guess of the result, uint8 [R, R, 3], or None at steps that are not shown.
+        cancelled: function that returns whether to stop, called before each step and while others draw.
 
     Raises:
         UserError: the model cannot be loaded or has changed since the plan.
@@ -611,7 +611,7 @@ def _save_watched(
     """Store a picture and its steps, and remove the oldest watched pictures beyond `MAX_WATCHED`.
 
     Args:
-        own: whether this call adds the picture. A grid's picture is stored already, and stays when its steps go.
+        own: whether this call adds the picture. A grid's picture is stored already, and stays when its steps are removed.
     """
     cell = (planned.run, planned.checkpoint, planned.model_hash, planned.cell)
     if own:
@@ -630,7 +630,7 @@ def _save_watched(
 
 
 def zip_pictures(planned: Sequence[PlannedCell]) -> bytes:
-    """Return a ZIP of the stored pictures, each with its parameters in it, and of all parameters together as cells.json."""
+    """Return a ZIP file of the stored pictures, which contain their parameters, and of cells.json with all parameters."""
     file, rows = io.BytesIO(), []
     with zipfile.ZipFile(file, "w") as archive:
         for one in planned:
@@ -646,7 +646,7 @@ def zip_pictures(planned: Sequence[PlannedCell]) -> bytes:
 
 @dataclass(frozen=True)
 class EvaluatedGrid:
-    """The grid that evaluate_checkpoints.py left in the store: a cell and the axes over it."""
+    """The grid that evaluate_checkpoints.py left in the store: a cell with the shared settings, and the axes."""
 
     cell: Cell
     checkpoints: Axis
@@ -659,7 +659,7 @@ class EvaluatedGrid:
 
 
 def evaluated_grid(run: Path) -> EvaluatedGrid | None:
-    """Return the grid of a run's evaluation; None if there is none."""
+    """Return the grid of a run's evaluation, or None if the run was not evaluated."""
     try:
         sweep = json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["sweep"]
         samples = tuple((str(prompt), int(seed)) for prompt, seed in zip(sweep["prompts"], sweep["seeds"], strict=True))

@@ -1,8 +1,8 @@
 """Compiled engines for pictures on a CPU. OpenVINO compiles text encoder, UNet and VAE decoder for static shapes.
 
-They replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
-`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). They are valid as long as the
-weights beside them are the ones that they were made from.
+The compiled models replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
+`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). The compiled models are valid as long as
+the weights beside them do not change.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ SAMPLE = 1 << 20  # bytes read at each end of a weights file, to tell it from ot
 
 
 class Network:
-    """A compiled model. It takes arrays and returns its only output as a tensor."""
+    """A compiled model, called with arrays. The call returns the model's only output as a tensor."""
 
     def __init__(self, compiled: Any):
         self.request = compiled.create_infer_request()
@@ -54,7 +54,7 @@ class Sizes(dict[int, Network]):
     The network for two samples (one guided picture) is compiled at once. Others are compiled at their first use.
 
     Args:
-        model: an OpenVINO model, or its file. The file is read at once, because it may have changed by the first use.
+        model: an OpenVINO model, or its file. The file is read at once, because it may change before the first use.
     """
 
     def __init__(self, model: Any):
@@ -71,7 +71,7 @@ class Sizes(dict[int, Network]):
 class CompiledText(torch.nn.Module):
     """The compiled text encoder, called as the stock one: token ids [B, L] -> (hidden states [B, L, D],).
 
-    Encoded prompts are kept. Every picture needs the empty prompt, and many repeat the last prompt.
+    Encoded prompts are cached. Every picture needs the empty prompt, and many pictures repeat the last prompt.
     """
 
     def __init__(self, network: Network, config: Any):
@@ -94,8 +94,8 @@ class CompiledText(torch.nn.Module):
 class CompiledUnet(torch.nn.Module):
     """The compiled UNet, called as the stock one.
 
-    It maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
-    separately, so that it does not depend on its batch. A guided picture has two samples, an unguided one has one.
+    The UNet maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
+    separately, so that it does not depend on its batch. A guided picture needs two samples, an unguided picture one.
 
     Args:
         networks: networks by number of samples, as in `Sizes`.
@@ -122,7 +122,7 @@ class CompiledUnet(torch.nn.Module):
     def _split(self, sample: torch.Tensor, hidden: torch.Tensor) -> list[tuple[list[int], np.ndarray]]:
         """Split a batch into pictures: the rows and the hidden states of each.
 
-        This is done once per batch, not in each step. PyTorch's threads spin after work on large tensors, and then compete
+        The batch is split once, not in each step. PyTorch's threads spin after work on large tensors, and then compete
         with OpenVINO's.
         """
         half = len(sample) // 2
@@ -200,7 +200,7 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """Return the same pipeline with modules compiled in memory. This takes some seconds."""
+    """Return a pipeline whose modules are compiled in memory. Compiling takes some seconds."""
     return wrap_networks(pipeline, compile_models(convert(pipeline)))
 
 
@@ -270,7 +270,7 @@ def _upsample(
 
 
 def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the three weights along `dim` as two pairs: for even pixels (before, here) and for odd ones (here, after)."""
+    """Add the three weights along `dim` to two pairs: (before, here) for even pixels, and (here, after) for odd pixels."""
     first, middle, last = weight.unbind(dim)
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
@@ -285,7 +285,7 @@ def compile_model(model: Any, kept: bool = False) -> Network:
 
     Args:
         model: an OpenVINO model, or its file.
-        kept: cache the compiled model on disk for the next time. A model from a file is always cached.
+        kept: whether the compiled model is cached on disk. A model from a file is always cached.
     """
     core = openvino_core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -293,6 +293,20 @@ def compile_model(model: Any, kept: bool = False) -> Network:
     if kept or isinstance(model, Path):
         options["CACHE_DIR"] = str(BLOBS)
     return Network(core.compile_model(model, "CPU", options))
+
+
+def compile_module(module: torch.nn.Module, example: torch.Tensor) -> Any:
+    """Compile a torch module of one input in float32. The result takes arrays with any number of samples.
+
+    Args:
+        module: the module in eval mode.
+        example: an input, [1, ...].
+    """
+    openvino = import_openvino()
+    model = openvino.convert_model(module, example_input=example)
+    model.reshape([-1, *example.shape[1:]])
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino_core().compile_model(model, "CPU", options)
 
 
 def with_samples(model: Any, samples: int) -> Any:
@@ -339,7 +353,7 @@ def openvino_core() -> Any:
     """Return OpenVINO's one `Core` of this process.
 
     Each core gives the thread that makes it a stack for signals. If another thread drops the core's last model, OpenVINO frees
-    that stack while it is in use. The next signal, such as Ctrl-C, then kills the process. So the core is never dropped.
+    that stack while it is in use. The next signal, such as Ctrl-C, then kills the process. So OpenVINO's core is never dropped.
     """
     return import_openvino().Core()
 

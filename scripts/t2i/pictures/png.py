@@ -1,4 +1,4 @@
-"""Pictures as files: schedulers' names, PNG parameters, grids. Imports no torch, so that showing pictures stays quick."""
+"""Write and read pictures as PNG files with parameters, arrange them in grids, and name schedulers. This module imports no torch."""
 
 import io
 import json
@@ -78,12 +78,12 @@ def last_signal(config: Mapping[str, Any]) -> float:
 
 
 def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = None) -> str | None:
-    """Return a sentence on why a scheduler does not suit a model; None if it does.
+    """Return a sentence on why a scheduler does not suit a model, or None if it suits the model.
 
     Args:
         name: a key of `SCHEDULERS` or a class name of diffusers.
-        config: scheduler_config.json of the scheduler that the model was saved with.
-        steps: number of denoising steps; None if not yet chosen.
+        config: content of scheduler_config.json, which was saved with the model.
+        steps: number of denoising steps, or None if not yet chosen.
     """
     reason = _misfit(SCHEDULERS.get(name.lower(), name), config, steps)
     if reason is None:
@@ -96,7 +96,7 @@ def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = 
 
 
 def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> list[str]:
-    """Return the keys of `SCHEDULERS` that suit a model. Arguments are those of `scheduler_problem`."""
+    """Return the keys of `SCHEDULERS` that suit a model. The arguments are the same as of `scheduler_problem`."""
     return [name for name, cls in SCHEDULERS.items() if _misfit(cls, config, steps) is None]
 
 
@@ -135,7 +135,7 @@ PRESETS = {
 
 
 def guided_steps(steps: int, guidance_end: float) -> int:
-    """Return how many of `steps` are guided, 1 to all, for the share `guidance_end` (0 to 1)."""
+    """Return how many of `steps` denoising steps are guided, at least 1, if their share is `guidance_end` (0 to 1)."""
     return max(1, math.ceil(round(steps * guidance_end, 6)))
 
 
@@ -153,21 +153,21 @@ DAMAGE = (
 
 
 def save_picture(path: Path | BinaryIO, picture: np.ndarray, parameters: dict[str, Any]) -> None:
-    """Save uint8 [R, R, 3] as PNG with its parameters as JSON in the text field `parameters`."""
+    """Save a picture, uint8 [R, R, 3], as PNG with its parameters as JSON in the text field `parameters`."""
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
     Image.fromarray(picture).save(path, "PNG", pnginfo=info)
 
 
 def png_bytes(picture: np.ndarray, parameters: dict[str, Any]) -> bytes:
-    """Return the file that `save_picture` writes."""
+    """Return the bytes of the PNG file that `save_picture` writes."""
     file = io.BytesIO()
     save_picture(file, picture, parameters)
     return file.getvalue()
 
 
 def cut_prompt(tokenizer: Any, prompt: str) -> str | None:
-    """Return a sentence on what a model does not read of a prompt; None if it reads all.
+    """Return a sentence that quotes the part of a prompt that a model does not read, or None if the model reads all of it.
 
     A prompt is cut at the length of the model's tokenizer.
     """
@@ -184,7 +184,7 @@ def cut_prompt(tokenizer: Any, prompt: str) -> str | None:
 
 
 def read_parameters(path: Path) -> dict[str, Any] | None:
-    """Return the parameters in a picture's file; None if it is not a complete picture with parameters."""
+    """Return the parameters in a picture's file, or None if the file is no complete picture with parameters."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # checks all pixels: a truncated file still has its text
@@ -221,7 +221,7 @@ _STYLED = re.compile(r"bold|italic|oblique|mono|light|thin|black|condensed|serif
 
 
 def lettered(text: str, number: int = 1) -> tuple[str, Any]:
-    """Return a text as it can be drawn, and its font: Pillow's own, or else an installed one that has all its letters.
+    """Return a text that can be drawn, and its font: Pillow's own font, or an installed font that has all letters.
 
     If no font has them, the text is `_latin`'s, with `number` for what cannot be drawn.
     """
@@ -248,7 +248,7 @@ def _latin(text: str, number: int = 1) -> str:
 
 @lru_cache(maxsize=256)
 def _font_for(letters: frozenset[str]) -> Any:
-    """Return an installed font with all of `letters`; None if there is none, or if nothing here can join and order them."""
+    """Return an installed font with all of `letters`. None if there is none, or if Pillow cannot join or order the letters."""
     joined = any(
         unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) == "Mc" for letter in letters
     )
@@ -283,7 +283,7 @@ def _open_font(file: str) -> Any:
 
 
 def _has(font: Any, text: str) -> bool:
-    """Return whether a font has every letter of a text. A missing letter looks like a code point that is no letter."""
+    """Return whether a font has every letter of a text. A font draws a missing letter like an unused code point."""
     missing = bytes(font.getmask("\U0010ffff"))
     shown = (letter for letter in set(text) if not letter.isspace() and unicodedata.category(letter) != "Cf")
     return all(bytes(font.getmask(letter)) != missing for letter in shown)
@@ -295,7 +295,7 @@ def labelled_grid(
     column_labels: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Return pictures in a table, under the labels of its columns and beside those of its rows; None leaves it gray.
+    """Return an image of pictures in a table, with labels of columns and rows. A picture that is None becomes a gray field.
 
     A label in a script that no font here has becomes a number in brackets, and a line below says so. `info["legend"]` of the
     grid spells the label, and `grid_png` keeps it in the file.
@@ -353,7 +353,7 @@ def grid_png(grid: Image.Image) -> bytes:
 def picture_grid(
     pictures: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:
-    """Return pictures uint8 [N, R, R, 3] in rows of `columns`, left to right, with a line of text under each from `labels`."""
+    """Return an image of pictures, uint8 [N, R, R, 3], in rows of `columns`, with a line of `labels` under each picture."""
     side, gap = pictures.shape[1] * scale, 2
     line = 12 if labels else 0
     rows = -(-len(pictures) // columns)
@@ -372,5 +372,5 @@ def picture_grid(
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """Return 16 hex digits for a picture's size and pixels."""
+    """Return a hash (16 hex digits) of a picture's size and pixels."""
     return hash_json([image.size, image.tobytes().hex()])

@@ -1,7 +1,7 @@
 """Export a pipeline's networks for OpenVINO, with 8-bit convolutions if measured pictures stay nearly the same.
 
-NNCF, OpenVINO's own quantiser, rounds the inputs of the convolutions of UNet and decoder. It measures their ranges on a few
-pictures. Sums, normalisation and attention keep their precision. With the timestep or the residual stream in 8 bits too, the
+NNCF, OpenVINO's own quantiser, rounds the inputs of the convolutions of UNet and decoder. NNCF measures the ranges of these inputs on a
+few pictures. Sums, normalisation and attention keep their precision. With the timestep or the residual stream in 8 bits too, the
 demo's pictures fell to 12 dB PSNR against the stock ones. With only the convolutions in 8 bits they stay above 35 dB.
 """
 
@@ -49,7 +49,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
     Old compiled models are replaced at the end.
 
     Args:
-        folder: pipeline folder that `pipeline` was loaded from.
+        folder: pipeline folder from which `pipeline` was loaded.
         guidance_scale: guidance scale of the pictures that decide which parts compute in 8 bits.
 
     Returns:
@@ -91,11 +91,11 @@ def quantise(
 
     Args:
         models: OpenVINO models by name, as `engines.convert` returns them.
-        build: a function that returns a pipeline of networks, given by name.
+        build: function that makes a pipeline from networks, given by name.
         guidance_scale: guidance scale of the compared pictures.
 
     Returns:
-        The models by name, the names of the quantised ones, and the PSNR of the worst picture in dB. The PSNR is None if
+        The models by name, the names of the quantised models, and the PSNR of the worst picture in dB. The PSNR is None if
         no model was quantised.
 
     Raises:
@@ -133,7 +133,7 @@ def quantise(
 
 
 class _Watched:
-    """A network that records its inputs at one of every `every` calls."""
+    """A network that records the inputs of every `every`-th call."""
 
     def __init__(self, network: Any, every: int):
         self.network, self.every, self.calls = network, every, 0

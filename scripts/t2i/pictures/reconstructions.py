@@ -1,7 +1,7 @@
-"""Reconstructions of a run's validation images by any VAE, each made once.
+"""Reconstruct a run's validation images by any VAE, and store each reconstruction.
 
 A reconstruction's file is `<run>/reconstructions/<key>.png` in the VAE's run. The key is the hash of the VAE's weights and of
-the image, and the PNG holds the figures.
+the image. The PNG file also holds PSNR and SSIM.
 
 This module imports no torch before a reconstruction is made, because the page must start quickly.
 """
@@ -48,7 +48,7 @@ class Reconstruction:
 
 
 def find_vaes(run: Path) -> list[Vae]:
-    """Return the VAEs of a run in the order of training: "start", checkpoints, the finished one.
+    """Return the VAEs of a run in the order of training: "start", the checkpoints, the finished VAE.
 
     "start" is the VAE that was fine-tuned, if the recipe names one on this disk.
     """
@@ -109,7 +109,7 @@ class Images:
 
 
 def validation_images(run: Path) -> Images:
-    """Return a run's validation split, by the hash in its run.json. Raises `UserError` if it is gone or damaged."""
+    """Return a run's validation images, by the hash in its run.json. Raises `UserError` if they are missing or damaged."""
     state, settings = read_json(run / "run.json"), _settings(run).data
     identity = state.get("identity") if isinstance(state, dict) else None
     folder = find_prepared(settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None)
@@ -132,12 +132,12 @@ def validation_images(run: Path) -> Images:
 
 
 def vae_hash(vae: Vae) -> str:
-    """Return the hash of a VAE's files, which are read once. Raises `UserError` if one is missing."""
+    """Return the hash of a VAE's files, which are read only once. Raises `UserError` if a file is missing."""
     return hash_json(hash_files(vae.folder))
 
 
 def read(vae: Vae, image: np.ndarray) -> Reconstruction | None:
-    """Return the reconstruction of `image` (uint8 [R, R, 3]) by `vae`; None if it is missing, damaged, changed or foreign."""
+    """Return the stored reconstruction of `image` (uint8 [R, R, 3]) by `vae`. None if it is missing, damaged or changed."""
     path, hashes = _file(vae, image)
     parameters = read_parameters(path)
     try:
@@ -156,7 +156,7 @@ def read(vae: Vae, image: np.ndarray) -> Reconstruction | None:
 
 
 def _file(vae: Vae, image: np.ndarray) -> tuple[Path, dict[str, str]]:
-    """Return the file of a reconstruction, which may not be there yet, and the hashes that it must hold."""
+    """Return the path of a reconstruction's file, which may not exist yet, and the hashes that the file must hold."""
     hashes = {"vae_hash": vae_hash(vae), "image_hash": pixel_hash(Image.fromarray(np.asarray(image)))}
     return vae.run / STORE / f"{hash_json(hashes)}.png", hashes
 
@@ -168,15 +168,15 @@ def make(
     batch_size: int = 4,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> int:
-    """Make and store the missing reconstructions of `images` (uint8 [R, R, 3], of one size); return how many.
+    """Make and store the missing reconstructions of `images` (uint8 [R, R, 3], of one size). Return their number.
 
-    What was made stays, and the same call resumes from there.
+    Finished reconstructions stay, and the same call makes the others.
 
     Args:
-        progress: called with how many are stored.
+        progress: function that is called with the number of stored reconstructions.
 
     Raises:
-        UserError: the VAE cannot be loaded, does not fit the images or changed meanwhile, or the disk does not take a picture.
+        UserError: the VAE cannot be loaded, does not fit the images or changed meanwhile, or a picture cannot be written.
     """
     missing = [image for image in images if read(vae, image) is None]
     if not missing:

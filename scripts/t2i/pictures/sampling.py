@@ -47,9 +47,9 @@ def load_pipeline(
     """Load the stock pipeline of a run folder, one of its checkpoints, a pipeline folder or a Hub id.
 
     Args:
-        scheduler: a key of `SCHEDULERS` or a class name of diffusers. None keeps the saved scheduler (DDIM).
+        scheduler: a key of `SCHEDULERS` or a class name of diffusers. With None, keep the saved scheduler (DDIM).
         num_inference_steps: number of steps that the scheduler must be able to work with.
-        weights: "ema" or "raw", for checkpoints.
+        weights: weights of a checkpoint to use, "ema" or "raw".
         revision: branch, tag or commit of a Hub model.
         engine: one of `engines.ENGINES`. "auto" uses compiled models if the folder has them and the device is the CPU.
             "openvino" uses them too, and compiles them if the folder has none.
@@ -104,7 +104,7 @@ def load_pipeline(
 
 
 def _check_device(device: str | torch.device) -> None:
-    """Raise `UserError` if a device is missing or unknown. This runs before anything is loaded."""
+    """Raise `UserError` if a device is missing or unknown. The check runs before anything is loaded."""
     try:
         torch.zeros(1, device=device).add(1).cpu()
     except Exception as error:  # each backend raises its own kinds of errors
@@ -118,7 +118,7 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
     """Return the pipeline folder with valid compiled models for `folder` and `weights`.
 
     Returns:
-        None if there is none, or if the device is not the CPU.
+        The folder, or None without compiled models or on another device than the CPU.
 
     Raises:
         UserError: the engine is unknown.
@@ -186,7 +186,7 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
     """Return the stock pipeline of `unet` and of the VAE, text encoder, tokenizer and scheduler in `parts`.
 
     Args:
-        parts: a run's `pipeline/`, which holds these from the start of the training.
+        parts: `pipeline/` of a run, which holds the frozen models from the start of the training.
     """
     text_encoder = models.load_part(CLIPTextModel, str(parts), "text_encoder").float()
     tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
@@ -195,7 +195,7 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
 
 
 def unet_hash(pipeline: StableDiffusionPipeline) -> str:
-    """Return `models.hash_model` of a pipeline's UNet. It is the same for every engine."""
+    """Return `models.hash_model` of a pipeline's UNet, which is the same for every engine."""
     return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
 
 
@@ -204,7 +204,7 @@ def make_scheduler(name: str, config: Any, num_inference_steps: int | None = Non
 
     Args:
         name: a key of `SCHEDULERS` or a class name of diffusers.
-        num_inference_steps: number of denoising steps. None: not chosen yet.
+        num_inference_steps: number of denoising steps, or None if it is not chosen yet.
 
     Raises:
         UserError: the scheduler is unknown, or does not suit the model or the number of steps.
@@ -241,10 +241,10 @@ def generate(
     Noise is drawn on the CPU from each picture's own seed. So the picture is the same in any batch, to within 1/255.
 
     Args:
-        seeds: one per prompt, 0 to 2**63 - 1.
+        seeds: seeds of the noise, one per prompt, 0 to 2**63 - 1.
         guidance_end: share of the steps, from the first on, that are guided (at least one). Unguided steps cost half.
-        watch: called after each denoising step of a batch. Its arguments are the step's number (from 1), the number of
-            steps and a function. The function returns the finished pictures as now predicted (x0), uint8 [B, R, R, 3].
+        watch: function that is called after each denoising step with the step's number (from 1), the number of
+            steps and a second function. The second function returns the finished pictures as now predicted (x0), uint8 [B, R, R, 3].
             Watching does not change the pictures. An exception that `watch` raises ends the drawing.
 
     Returns:
@@ -342,7 +342,7 @@ def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, tim
     Args:
         sample: input of the model, [B, C, h, w].
         output: output of the model, [B, C, h, w].
-        timestep: any number. Some schedulers step between two timesteps of the training. Then the nearest one is used.
+        timestep: timestep, any number. Some schedulers step between two timesteps of the training. Then the nearest one is used.
     """
     steps = scheduler.alphas_cumprod
     alpha = steps[min(len(steps) - 1, max(0, round(float(timestep))))].to(sample).clamp(min=1e-8)

@@ -1,1 +1,1 @@
-"""Metrics of runs: recorded in MLflow, and read back as curves."""
+"""Record metrics of runs in MLflow, and read them as curves."""

@@ -1,7 +1,7 @@
-"""Tracking addresses: which MLflow server or database a setting means, and why it is refused. Imports no MLflow.
+"""Read tracking addresses: find the MLflow server or database that a setting means, or refuse it. This module imports no MLflow.
 
 The default is `sqlite:///mlflow.db` in the working directory. `MLFLOW_TRACKING_URI` names another server or database.
-A user and password in its URL serve the connection and are recorded nowhere.
+A user and password in the URL are used only for the connection, and are recorded nowhere.
 """
 
 import os
@@ -33,12 +33,12 @@ class Address:
 
     @property
     def is_server(self) -> bool:
-        """Whether the address is of a server that is reached over HTTP."""
+        """Return whether the address is that of a server that is reached over HTTP."""
         return self.uri.startswith(("http://", "https://"))
 
     @property
     def is_local(self) -> bool:
-        """Whether the address means this machine, so that other machines cannot use it."""
+        """Return whether the address means this machine, so that other machines cannot use the address."""
         host = (urlsplit(self.uri).hostname or "").rstrip(".")
         number = re.fullmatch(r"127(\.\d+){1,3}|0|0\.0\.0\.0|::1?|::ffff:127.*", host)
         return bool(number) or host == "localhost" or host.endswith(".localhost")
@@ -48,11 +48,11 @@ def split_uri(uri: str, name: str = "MLFLOW_TRACKING_URI") -> Address:
     """Take a tracking URI apart, without side effects.
 
     Args:
-        uri: the URI as the user wrote it.
-        name: what the URI is called in a message.
+        uri: tracking URI, as the user wrote it.
+        name: words for the URI in a message.
 
     Raises:
-        UserError: MLflow cannot use the URI; the message gives the fix, and shows no part of a password.
+        UserError: MLflow cannot use the URI. The message gives the fix, and shows no part of a password.
     """
     uri = uri.strip()
     after_host = re.match(r"(?i)https?:/*[^/?#]*(.*)", uri, re.DOTALL)
@@ -81,10 +81,10 @@ def resolve_uri(tracking_uri: str | None) -> str:
     The user and password of an http(s) server move to MLflow's own environment variables.
 
     Args:
-        tracking_uri: the URI of the settings; None: `MLFLOW_TRACKING_URI`, else the default.
+        tracking_uri: tracking URI in the settings. With None, use `MLFLOW_TRACKING_URI`, otherwise the default.
 
     Raises:
-        UserError: as `split_uri`.
+        UserError: MLflow cannot use the URI, as in `split_uri`.
     """
     chosen = (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip() or DEFAULT_TRACKING_URI
     address = split_uri(chosen)
@@ -174,12 +174,12 @@ def is_managed(uri: str) -> bool:
 
 
 def uses_proxy(uri: str) -> str | None:
-    """Return the proxy, without its password, that the environment sets for an http(s) server; None: no proxy."""
+    """Return the proxy, without password, that the environment sets for an http(s) server, or None without a proxy."""
     parts = urlsplit(uri)
     proxy = getproxies().get(parts.scheme) or getproxies().get("all")
     return redact(proxy) if proxy and parts.hostname and not proxy_bypass(parts.hostname) else None
 
 
 def database_file(uri: str) -> Path | None:
-    """Return the absolute path of a SQLite tracking URI's file; None for other servers."""
+    """Return the absolute path of the file that a SQLite tracking URI names, or None for other URIs."""
     return Path(unquote(uri.removeprefix("sqlite:///"))).absolute() if uri.startswith("sqlite:///") else None

@@ -1,6 +1,6 @@
-"""Curves of many runs, read from run folders and from MLflow, and thinned to what a chart can show.
+"""Read curves of many runs from run folders and from MLflow, and thin them to what a chart can show.
 
-Imports no torch, and MLflow only to query a server. Nothing is written.
+This module imports no torch, imports MLflow only to query a server, and writes nothing.
 """
 
 import json
@@ -37,7 +37,7 @@ MLFLOW_INFINITY = 1.79e308  # MLflow's databases keep infinity as the largest fl
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one run: steps [n] (rising, each once), times [n] (Unix seconds, NaN if unknown), values [n]."""
+    """The curve of one metric of one run: steps [n] (rising), times [n] (Unix seconds, NaN if unknown) and values [n]."""
 
     steps: np.ndarray
     times: np.ndarray
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run in an MLflow store. Its status is MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED"."""
+    """A run in an MLflow store. The status is one of MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED"."""
 
     run_id: str
     name: str
@@ -60,11 +60,11 @@ class StoredRun:
 def make_curve(steps: ArrayLike, times: ArrayLike, values: ArrayLike) -> Curve:
     """Return a curve of raw points, sorted by step, without NaN and infinity.
 
-    Of a repeated step the later record is kept: a training that resumes from a checkpoint repeats the steps after it.
+    A training that resumes from a checkpoint repeats the steps after it. The later record of a repeated step is kept.
 
     Args:
-        steps: step of each point [n].
-        times: time of each point [n] in Unix seconds; NaN if unknown.
+        steps: training step of each point [n].
+        times: time of each point [n] in Unix seconds, or NaN if unknown.
         values: value of each point [n].
     """
     step, time, value = (np.asarray(column, dtype=np.float64) for column in (steps, times, values))
@@ -81,10 +81,10 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
     """Thin a curve: keep its first and last point, and the lowest and highest point of each bucket of neighbours.
 
     LTTB, the usual choice, may drop a single spike beside a larger one, and spikes of a loss are what users look for.
-    Both ways take one pass over the arrays.
+    LTTB and this method both take one pass over the arrays.
 
     Args:
-        curve: the curve.
+        curve: the curve to thin.
         points: maximum number of points to keep, at least 4.
     """
     count = len(curve)
@@ -106,8 +106,8 @@ def smooth(curve: Curve, weight: float) -> Curve:
     (Kingma & Ba 2015, section 3). Without it a curve would start at zero.
 
     Args:
-        curve: the curve.
-        weight: w in [0, 1); 0 returns the curve unchanged.
+        curve: the curve to smooth.
+        weight: strength w of the smoothing, in [0, 1). 0 returns the curve unchanged.
     """
     if not 0 <= weight < 1:
         raise ValueError(f"a smoothing weight is at least 0 and below 1, not {weight}")
@@ -123,9 +123,9 @@ def smooth(curve: Curve, weight: float) -> Curve:
 
 
 def read_folder(run: Path) -> dict[str, Curve]:
-    """Return the curves of a run folder: metric -> curve. Torn lines are skipped.
+    """Return the curves of a run folder by metric, from metrics.jsonl. Incomplete lines are skipped.
 
-    metrics.jsonl has no times. If the run was tracked, they come from the same records in the spool for MLflow.
+    metrics.jsonl has no times. If the run was tracked, the times come from the same records in the spool for MLflow.
     """
     times = {
         (key, record.get("step")): record["time"] / 1000
@@ -170,17 +170,17 @@ def _is_number(value: Any) -> bool:
 
 
 def shown_uri(uri: str | None = None) -> str:
-    """Return the URI of the store without its password. None means MLFLOW_TRACKING_URI, else the default."""
+    """Return the URI of an MLflow store without its password. None means MLFLOW_TRACKING_URI, otherwise the default."""
     return redact(resolve_uri(uri))
 
 
 def is_file_store(uri: str | None = None) -> bool:
-    """Return whether the store is a SQLite file, which is read at once. A page should query a server in a thread."""
+    """Return whether an MLflow store is a SQLite file, which is read at once. Pages should query a server in a thread."""
     return database_file(resolve_uri(uri)) is not None
 
 
 def store_stamp(uri: str | None = None) -> tuple[tuple[int, int], ...]:
-    """Return a value that changes when a SQLite store is written to; () for a server."""
+    """Return a value that changes when a SQLite store is written, or () for a server."""
     file = database_file(resolve_uri(uri))
     stamps = []
     for part in (file, file.with_name(f"{file.name}-wal")) if file else ():
@@ -246,7 +246,7 @@ def read_stored(run_ids: Sequence[str], metric: str, uri: str | None = None) -> 
 
 @contextmanager
 def _server(uri: str) -> Iterator[Any]:
-    """Yield a client of an MLflow server. Any error of it becomes a `UserError`."""
+    """Yield a client of an MLflow server. Any error of the client becomes a `UserError`."""
     parts = urlsplit(uri)
     name = redact(uri)
     if parts.scheme in ("http", "https") and not uses_proxy(uri):
@@ -268,7 +268,7 @@ def _server(uri: str) -> Iterator[Any]:
 
 @contextmanager
 def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
-    """Yield MLflow's database, opened read-only. Any error of it becomes a `UserError`."""
+    """Yield MLflow's database, opened read-only. Any error of the database becomes a `UserError`."""
     if not file.is_file():
         raise UserError(
             f"{file} is missing; train a run with MLflow, or set MLFLOW_TRACKING_URI to where your runs are"
@@ -300,7 +300,7 @@ def _sqlite_runs(file: Path) -> list[StoredRun]:
 
 
 def _read_ahead(file: Path) -> None:
-    """Read a store once from start to end into the system's cache, as SQLite's reads of scattered pages are slow."""
+    """Read a SQLite file once into the system's cache, because SQLite's reads of scattered pages are slow."""
     block = bytearray(1 << 22)
     with suppress(OSError), open(file, "rb", buffering=0) as store:
         for _ in range(READ_AHEAD_BYTES // len(block)):
@@ -309,7 +309,7 @@ def _read_ahead(file: Path) -> None:
 
 
 def _sqlite_curves(file: Path, run_ids: Sequence[str], metric: str) -> Iterator[tuple[str, Curve]]:
-    """Yield curves by SQL. MLflow's client makes an object per point: about 10 s instead of 1 for a million points."""
+    """Yield curves, read by SQL. MLflow's client makes an object per point: 10 s instead of 1 s for a million points."""
     point = [("step", "f8"), ("time", "f8"), ("value", "f8")]
     if len(run_ids) >= READ_AHEAD_RUNS:
         threading.Thread(target=_read_ahead, args=(file,), daemon=True).start()

@@ -1,6 +1,6 @@
-"""MLflow's client: a quiet import, and what its exceptions mean to the user. Imports no torch.
+"""Import MLflow's client quietly, and explain its exceptions to users. This module imports no torch.
 
-MLflow is imported in functions, as it takes seconds.
+MLflow is imported in functions, because importing it takes seconds.
 """
 
 import os
@@ -36,7 +36,7 @@ _SQLITE_FAULTS = {
 
 
 class Unusable(RuntimeError):
-    """A store that refuses records until the user changes something there. Its text is one sentence with the fix."""
+    """Error of an MLflow store that refuses records until the user changes something there. The text gives the fix."""
 
 
 def say(text: str) -> None:
@@ -47,7 +47,7 @@ def say(text: str) -> None:
 def import_mlflow() -> Any:
     """Import MLflow so that it prints little and gives up on a dead server at once. The user's own settings stay.
 
-    The spool retries in place of MLflow.
+    The sender of the spool retries instead of MLflow.
     """
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -66,11 +66,11 @@ def explain(error: BaseException, uri: str) -> tuple[str, bool]:
     """Explain an exception of MLflow's client.
 
     Args:
-        error: the exception.
-        uri: the tracking URI, without user and password.
+        error: exception of MLflow's client.
+        uri: tracking URI, without user and password.
 
     Returns:
-        What the exception means, with the fix if it is known; and whether waiting may help.
+        The meaning of the exception, with the fix if it is known. Then whether waiting may help.
     """
     text = str(error)
     if isinstance(error, Unusable):
@@ -91,7 +91,7 @@ def explain(error: BaseException, uri: str) -> tuple[str, bool]:
 
 
 def missing_driver(uri: str) -> ImportError | None:
-    """Return the error of a database's URI whose driver is not installed; None if it is installed, and for servers."""
+    """Return an error if the driver for a database's URI is not installed, otherwise None."""
     if urlsplit(uri).scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
         return None
     from sqlalchemy.engine import make_url
@@ -148,7 +148,7 @@ def _explain_answer(error: BaseException, text: str, uri: str) -> tuple[str, boo
 
 
 def _credentials() -> str:
-    """Return the names of the variables that hold the credentials, or that could hold them."""
+    """Return the names of the environment variables that hold, or could hold, the credentials for an MLflow server."""
     if os.environ.get("MLFLOW_TRACKING_USERNAME"):
         return "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if os.environ.get("MLFLOW_TRACKING_TOKEN"):
@@ -157,7 +157,7 @@ def _credentials() -> str:
 
 
 def _explain_schema(version: str, uri: str) -> str:
-    """Return what to do with a database whose tables are of another MLflow; `version` is that of its tables."""
+    """Return the fix for a database whose tables belong to another MLflow. `version` is the version of the tables."""
     import mlflow
 
     file = database_file(uri)

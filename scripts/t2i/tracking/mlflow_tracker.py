@@ -1,13 +1,13 @@
-"""MLflow tracking that never stops or slows a training run. Imports no torch.
+"""Track a training run in MLflow without ever stopping or slowing the run. This module imports no torch.
 
 The tracker appends every record to `<run_dir>/mlflow_spool.jsonl`, and pictures and files to
 `<run_dir>/mlflow_spool/`. A daemon thread sends them (`t2i.tracking.sender`). The training loop pays for one short
 write per record.
 
-A server that is down costs seconds at the start. Its records stay in the spool. They arrive once, in order, when it is
-back: in this process, or at the next start on the same folder.
+A server that is down costs seconds at the start. The records then stay in the spool. When the server is back, each record
+arrives once, in order: in this process, or at the next start on the same folder.
 
-MLflow's own variables hold here too. `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_NAME` apply if the settings name none.
+MLflow's own environment variables are respected. `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_NAME` apply if the settings name none.
 `MLFLOW_RUN_ID` applies to a folder that has no run yet. `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` records the machine's
 use.
 """
@@ -48,12 +48,12 @@ def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, l
     """Choose the names of experiment and run from the settings and MLflow's variables.
 
     Args:
-        experiment: the setting; it wins unless it is the default, `DEFAULT_EXPERIMENT`.
-        run_name: the setting; it wins unless it is the default, the folder's name.
-        folder: the name of the run folder.
+        experiment: experiment in the settings, which is used unless it is the default, `DEFAULT_EXPERIMENT`.
+        run_name: name of the run in the settings, which is used unless it is the default, the folder's name.
+        folder: name of the run folder.
 
     Returns:
-        The experiment, the run's name, and a sentence about each variable that changes a name or is not used.
+        The experiment, the run's name, and a sentence on each environment variable that changes a name or is not used.
     """
     names, sentences = [], []
     for variable, option, setting, default in (
@@ -80,12 +80,12 @@ class Tracker:
     there.
 
     Args:
-        run_dir: the run folder, which holds the spool.
-        experiment: the name of the experiment.
-        run_name: the name of the run.
-        config: the resolved config, nested; it is logged as parameters `section.key`, without secrets.
+        run_dir: run folder, which holds the spool.
+        experiment: name of the experiment.
+        run_name: name of the run.
+        config: resolved settings by section, which are logged as parameters `section.key` without secrets.
         tags: further tags of the run.
-        tracking_uri: the server; None: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the working directory.
+        tracking_uri: tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
 
     Raises:
         UserError: MLflow cannot use the URI.
@@ -154,17 +154,17 @@ class Tracker:
 
     @property
     def uri(self) -> str:
-        """The tracking URI, without user and password."""
+        """Return the tracking URI, without user and password."""
         return redact(self._sender.uri)
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until the server has answered."""
+        """Return MLflow's id of the run, or None until the server has answered."""
         return self._sender.run_id
 
     @property
     def view(self) -> str:
-        """Where to look at the run: its address on a server, or the command that opens a local database."""
+        """Return the run's web address on a server, or the command that opens a local database."""
         if managed := MANAGED_ARN.fullmatch(self.uri):
             if managed[1] == "app":
                 command = f"create-presigned-mlflow-app-url --arn {self.uri}"
@@ -188,9 +188,9 @@ class Tracker:
         """Record a picture for MLflow's grid of pictures by step.
 
         Args:
-            image: a PIL image, or uint8 [H, W, 3] or [H, W].
-            name: the picture's name, the same at all steps.
-            step: the step that the picture belongs to.
+            image: picture as a PIL image, or as uint8 [H, W, 3] or [H, W].
+            name: name of the picture, the same at all steps.
+            step: training step of the picture.
         """
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         if picture.mode not in ("RGB", "RGBA", "L"):
@@ -210,7 +210,7 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Record a file, or every file of a folder, under `folder` of the run's artifacts.
 
-        Files are copied, so they may change or vanish afterwards. Copies of text files lack their secrets.
+        Files are copied, so they may change or vanish afterwards. Secrets are removed from copies of text files.
         """
         for source in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
             inner = source.relative_to(path.parent).parent.as_posix() if path.is_dir() else ""
@@ -225,7 +225,7 @@ class Tracker:
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as "FINISHED", "FAILED" or "KILLED", and wait at most 10 s until everything is sent.
 
-        This is the last call.
+        No other method may be called afterwards.
         """
         if self._finished:
             return
@@ -260,7 +260,7 @@ class Tracker:
             step += 1
 
     def _open_spool(self) -> str:
-        """Open the spool for appending. Return its id, which is new if the spool is new."""
+        """Open the spool for appending, and return the id of the spool. A new spool gets a new id."""
         spool = self._sender.spool
         spool_id = ""
         for record, _ in read_spool(spool, 0) if spool.is_file() else ():

@@ -1,4 +1,4 @@
-"""Artifacts that follow an MLflow database to another folder. Imports no MLflow."""
+"""Let artifacts follow an MLflow database that was moved to another folder. This module imports no MLflow."""
 
 import sqlite3
 from contextlib import closing
@@ -9,12 +9,12 @@ from urllib.parse import unquote
 def follow_move(database: Path) -> list[str]:
     """Correct the artifact locations in a SQLite database whose folder was moved, renamed or copied.
 
-    MLflow keeps them as absolute paths `…/mlruns/NAME`. A location is corrected if it was beside this database once.
-    That is so if `…` is gone, if `…` has a database of this name itself (a copy), or if `mlruns/NAME` is here as well.
-    Artifacts of a run that exist only at the old place stay there.
+    MLflow stores artifact locations as absolute paths `…/mlruns/NAME`. A location is corrected if it was beside this
+    database once. It was if `…` no longer exists, if `…` has a database of this name itself (a copy), or if
+    `mlruns/NAME` is here as well. Artifacts of a run that exist only at the old place stay there.
 
     Args:
-        database: the SQLite file.
+        database: path of the SQLite file.
 
     Returns:
         A sentence for each experiment with runs whose location was corrected.
@@ -49,7 +49,7 @@ def follow_move(database: Path) -> list[str]:
 
 
 def _absolute_path(location: str | None) -> Path | None:
-    """Return the absolute path that an artifact location names; None for a server's location and for a relative one."""
+    """Return the absolute path that an artifact location names, or None for a server's or a relative location."""
     text = location or ""
     path = Path(unquote(text.removeprefix("file://")) if text.startswith("file:///") else text)
     return path if path.is_absolute() else None

@@ -1,7 +1,7 @@
-"""Sending a run's spool to MLflow: each record arrives once, in order. Imports no torch.
+"""Send a run's spool to MLflow, so that each record arrives once and in order. This module imports no torch.
 
-A record whose answer was lost is sent twice. It is the same row or file there, as its time and name are fixed when it
-is recorded. MLflow is imported in functions, as it takes seconds.
+A record whose answer was lost is sent twice. MLflow then stores it only once, because time and name of a record are fixed
+when it is recorded. MLflow is imported in functions, because importing it takes seconds.
 """
 
 import json
@@ -30,7 +30,7 @@ TAG_CHARACTERS = 5000
 
 
 class Sender:
-    """Sends a run folder's spool to one server. `mlflow_spool/state.json` keeps how far it has come."""
+    """Sender of a run folder's spool to one server. `mlflow_spool/state.json` stores how much was sent."""
 
     def __init__(self, run_dir: Path, uri: str):
         self.spool = run_dir / SPOOL_FILE
@@ -50,7 +50,7 @@ class Sender:
         return self._state.get("experiment_id")
 
     def recorded_run(self) -> str | None:
-        """Return the id of the run that this folder recorded to before, or None."""
+        """Return the id of the MLflow run to which this run folder was recorded before, or None."""
         if not self.spool.is_file() or not self.spool.stat().st_size:
             return None
         with suppress(RuntimeError):  # a spool without a start record
@@ -58,7 +58,7 @@ class Sender:
         return None
 
     def pending(self) -> int:
-        """Count the records that are not sent yet."""
+        """Return the number of records that are not sent yet."""
         state = self._load_state()
         return sum(1 for _ in read_spool(self.spool, state["offset"])) + len(state["set_aside"])
 
@@ -130,7 +130,7 @@ class Sender:
         self._client = client
 
     def _find_run(self) -> None:
-        """Find the run on the server: the one in the state, or the one with this spool's tag. Otherwise make it."""
+        """Find the MLflow run on the server, by the id in state.json or by the spool's tag. If it is missing, make it."""
         if self._client is None:
             self._connect()
         if self.found_run.is_set():
@@ -203,7 +203,7 @@ class Sender:
         return experiment.experiment_id
 
     def _restore(self, what: str, group: str, option: str, name: str) -> str:
-        """Return the message about something deleted that the run needs."""
+        """Return the message about a deleted run or experiment that is needed."""
         database = database_file(self.uri)
         store = f"sqlite:///{database}" if database else redact(self.uri)
         other = ", or give another --experiment" if group == "experiments" else ""
@@ -211,7 +211,7 @@ class Sender:
         return f"{what} is deleted there; restore it: {command}{other}"
 
     def _check_run(self, error: Exception) -> None:
-        """Raise if the run is gone or deleted. Its records then wait in the spool."""
+        """Raise an error if the run does not exist or is deleted. The records of the run then wait in the spool."""
         self.found_run.clear()  # the next attempt looks for the run again, if this method raises
         if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             experiment = self._client.get_experiment(self.experiment_id)
@@ -260,7 +260,7 @@ class Sender:
         self._client.update_run(self.run_id, status="RUNNING")
 
     def _log_batch(self, **entities: list[Any]) -> None:
-        """Log a batch. If the server refuses it for one bad row, log the other rows without it."""
+        """Log a batch of rows. If the server refuses the batch because of one bad row, log the other rows."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -287,7 +287,7 @@ class Sender:
         self._advance(self._state["offset"])
 
     def _send_file(self, record: dict[str, Any]) -> None:
-        """Upload a picture or a file.
+        """Upload a picture or a file to the artifact store.
 
         A file that the artifact store does not take is set aside for the next start. So an artifact store that is set
         up wrongly does not hold back the curves.
@@ -316,14 +316,14 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
     """Send the pending records of a run folder.
 
     Args:
-        run_dir: the run folder.
-        tracking_uri: the server; None: `MLFLOW_TRACKING_URI`, else the default.
+        run_dir: path of the run folder.
+        tracking_uri: tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise the default.
 
     Returns:
-        The number of records that are still pending; 0: everything is sent.
+        The number of records that are still pending. 0 means that everything was sent.
 
     Raises:
-        UserError: the folder has no spool.
+        UserError: the run folder has no spool.
     """
     if not (run_dir / SPOOL_FILE).is_file():
         raise UserError(f"{run_dir / SPOOL_FILE} is missing; give the folder of a run that was tracked")
@@ -338,9 +338,9 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 
 @contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold a lock file between processes. Yield False if another process holds it and `wait` is False.
+    """Lock a file between processes. Yield False if another process holds the lock and `wait` is False.
 
-    Forked workers do not inherit the lock, as filelock releases it in them. The system frees it when the process is
+    Forked workers do not inherit the lock, as filelock releases it in them. The system frees the lock when the process is
     killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

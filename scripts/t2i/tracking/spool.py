@@ -1,4 +1,4 @@
-"""The spool: a run's records for MLflow on disk. The tracker writes it, the sender reads it. Imports no MLflow.
+"""Write and read the spool: a run's records for MLflow on disk. The tracker writes it, the sender reads it.
 
 Records are lines of `<run_dir>/mlflow_spool.jsonl`. Pictures and files are in `<run_dir>/mlflow_spool/`.
 """
@@ -26,7 +26,7 @@ TEXT_SUFFIXES = {".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".csv", ".lo
 def read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the records of a spool from a byte offset on, each with the offset after it.
 
-    A torn last line is left for later. A torn line before it is skipped.
+    An incomplete last line is left for later. Any other incomplete line is skipped.
     """
     with open(spool, "rb") as file:
         file.seek(offset)
@@ -43,7 +43,7 @@ def read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]
 
 
 def ends_torn(path: Path) -> bool:
-    """Return whether the last line of a file lacks its end."""
+    """Return whether the last line of a file is incomplete."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
@@ -51,7 +51,7 @@ def ends_torn(path: Path) -> bool:
 
 
 def copy_redacted(source: Path, target: Path) -> None:
-    """Copy a file. The copy of a text file lacks its secrets."""
+    """Copy a file. Secrets are removed from the copy of a text file."""
     if source.suffix.lower() in TEXT_SUFFIXES:
         try:
             target.write_text(redact(source.read_text(encoding="utf-8")), encoding="utf-8")

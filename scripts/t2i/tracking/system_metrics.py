@@ -1,6 +1,6 @@
-"""The machine's use during a run, as MLflow's system metrics. Imports no torch.
+"""Measure the machine's use during a run, as MLflow's system metrics. This module imports no torch.
 
-MLflow is imported in functions, as it takes seconds.
+MLflow is imported in functions, because importing it takes seconds.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""What both training scripts share."""
+"""Share code between the two training scripts."""

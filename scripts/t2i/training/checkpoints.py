@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or absent, and verified before use. Their files are safetensors and JSON only.
+"""Save and load checkpoints, which are complete or absent and are verified before use. Files are safetensors and JSON.
 
-The first node writes `checkpoint-000500/`, and another node writes `node-1/checkpoint-000500/`. Each folder holds the files
-of its node's processes, and `manifest.json` with the size and SHA-256 of each file. A checkpoint is written to a temporary
-folder, the manifest last, and then renamed. No shared disk is assumed. A copy made file by file, such as an S3 sync, is
-valid only once every file is present.
+The first node writes `checkpoint-000500/`, and another node writes `node-1/checkpoint-000500/`. Each folder holds the
+files of its node's processes, and `manifest.json` with the size and SHA-256 of each file. A checkpoint is written to a
+temporary folder, the manifest last, and then renamed. No shared disk is assumed. A copy made file by file, such as an
+S3 sync, is valid only once every file is present.
 """
 
 import json
@@ -51,14 +51,14 @@ def node_folder(run: Path, node: Node) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: Node, limit: int | None) -> Path:
-    """Save and verify `checkpoint-<step>`, then remove the oldest checkpoints beyond `limit`. Every process must call it.
+    """Save and verify `checkpoint-<step>`, then remove the oldest checkpoints beyond `limit`. Every process must call this function.
 
     Args:
-        write: writes this process's files into the folder that it is given.
-        limit: number of checkpoints to keep. None or 0 keeps all.
+        write: function that writes this process's files into a given folder.
+        limit: maximum number of checkpoints to keep. With None or 0, keep all checkpoints.
 
     Raises:
-        UserError: the disk does not take the files. Earlier checkpoints of other steps are untouched.
+        UserError: the files cannot be written. Earlier checkpoints of other steps are untouched.
     """
     home = node_folder(run, node)
     folder = home / f"checkpoint-{step:06d}"
@@ -94,8 +94,8 @@ def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: i
     """Save a checkpoint before training and remove it. A full or read-only disk is found in the first minute.
 
     Args:
-        more_bytes: number of bytes that later checkpoints hold beyond this one. The optimiser's moments come with the first
-            update.
+        more_bytes: number of bytes by which later checkpoints are larger. The first checkpoint has no moments of the
+            optimiser yet.
     """
     home = node_folder(run, node)
     part = home / ".rehearsal.part"
@@ -122,7 +122,7 @@ def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: i
 
 
 def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node) -> None:
-    """Write every process's files, then the manifest. All of them are on disk when the first process of the node returns."""
+    """Write every process's files, then the manifest. All files are on disk when the first process of the node returns."""
     if node.first:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -144,9 +144,9 @@ def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk.
+    """Wait until the content of a file or folder is on disk.
 
-    Windows cannot open folders, and flushes only files that are open for writing.
+    On Windows, folders cannot be opened, and only files that are open for writing can be flushed.
     """
     if sys.platform == "win32":
         if path.is_dir():
@@ -193,19 +193,19 @@ def find_damage(folder: Path, part: str = "") -> str | None:
 
 
 def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str], Any] = print) -> Path | None:
-    """Return the checkpoint to resume from, of the same step on every node. Every process must call it.
+    """Return the checkpoint to resume from, of the same step on every node. Every process must call this function.
 
     Damaged checkpoints are reported through `say` and skipped.
 
     Args:
-        name: name of a checkpoint, "latest" for the newest complete one, or None for a new start.
+        name: name of a checkpoint, "latest" for the newest complete checkpoint, or None for a new start.
 
     Returns:
         The checkpoint's folder, or None if there is no checkpoint.
 
     Raises:
-        UserError: the named checkpoint is damaged or missing, or none is complete on every node. A new start beside
-            checkpoints, which it would replace, is also refused. So is a folder that holds only copies of checkpoints.
+        UserError: the named checkpoint is damaged or missing, or no checkpoint is complete on every node. A new start
+            in a folder with checkpoints, or only with copies of checkpoints, is also refused.
     """
     home = node_folder(run, node)
     there = _own_checkpoints(home)
@@ -254,13 +254,13 @@ def find_checkpoint(run: Path, name: str | None, node: Node, say: Callable[[str]
 
 
 def _own_checkpoints(home: Path) -> list[Path]:
-    """Return the checkpoints of a node, complete or not, oldest first. Copies under other names are not included."""
+    """Return the checkpoints of a node, also incomplete ones, oldest first. Copies under other names are not included."""
     found = {path: checkpoint_step(path) for path in home.glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path, step in found.items() if step is not None), key=lambda path: found[path] or 0)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint. If it is a link, remove only the link."""
+    """Remove a checkpoint. If the checkpoint is a link, remove only the link."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
     else:
@@ -268,7 +268,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) -> float:
-    """Return the newest step up to `limit` whose folder is complete, or -1 if there is none."""
+    """Return the newest step up to `limit` with a complete checkpoint, or -1 if there is none."""
     for folder in reversed(folders):
         step = checkpoint_step(folder)
         if step is None or step > limit:
@@ -326,7 +326,7 @@ def load_weights(folder: Path, module: Any) -> None:
 
 @torch.no_grad()
 def copy_weights(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
-    """Copy `values` into `parameters`, one by one."""
+    """Copy each tensor of `values` into the tensor at the same position of `parameters`."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
@@ -375,7 +375,8 @@ def restore_optimizer(tensors: dict[str, torch.Tensor], data: dict[str, Any]) ->
 def save_rng(path: Path) -> None:
     """Save this process's random states of torch (CPU and GPU), NumPy and Python.
 
-    Layers such as dropout need them. A sample's draws do not, because they are a function of (seed, step, sample).
+    Layers such as dropout need these states. A sample's draws do not, because the draws are a function of (seed, step,
+    sample).
     """
     _, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()

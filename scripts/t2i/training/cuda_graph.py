@@ -1,8 +1,8 @@
-"""Forward and backward pass of a training step as one CUDA graph.
+"""Record the forward and backward pass of a training step as one CUDA graph.
 
-A step of these models consists of thousands of small kernels. If Python starts them one by one, a step takes about 100 ms at
-any batch up to 256. An H200 computes in only a fifth of that time. A graph starts all kernels at once and computes the same
-result.
+A step of these models consists of thousands of small kernels. If Python starts them one by one, a step takes about 100
+ms at any batch up to 256. An H200 computes in only a fifth of that time. A graph starts all kernels at once and
+computes the same result.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,17 @@ def capture(
 ) -> Callable[..., Result]:
     """Return `compute` recorded as a CUDA graph, or `compute` itself if it cannot be recorded.
 
-    It is recorded only on one GPU, if `cuda_graphs` is set, without gradient accumulation and gradient checkpointing. Weights
-    may change only in place. The memory of a pass stays in use as long as the returned function exists. No other thread may
-    use the GPU during the recording.
+    A graph is recorded only on one GPU, if `cuda_graphs` is set, without gradient accumulation and gradient
+    checkpointing. Weights may change only in place. The memory of a pass stays in use as long as the returned function
+    exists. No other thread may use the GPU during the recording.
 
     Args:
-        compute: forward and backward pass without the optimiser's step. It maps tensors on the device to tensors on the
-            device, and its shapes must not change.
-        example: returns tensors like the inputs of `compute`.
+        compute: function of the forward and backward pass, without the optimiser's step. It maps tensors on the device
+            to tensors on the device, whose shapes must not change.
+        example: function that returns tensors like the inputs of `compute`.
 
     Returns:
-        A function like `compute`. Each call overwrites the tensors that the call before returned.
+        A function like `compute`. Each call overwrites the tensors that the previous call returned.
 
     Raises:
         UserError: the pass cannot be recorded, or the GPU's memory is too small for it.

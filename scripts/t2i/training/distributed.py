@@ -1,4 +1,4 @@
-"""Set-up of a launch: the environment for `Accelerator`, and DeepSpeed's settings for `prepare`."""
+"""Set up a launch: the environment for `Accelerator`, and DeepSpeed's settings for `prepare`."""
 
 import ctypes
 import importlib
@@ -44,8 +44,8 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     """Return the script's `Accelerator`. Processes and precision come from the launcher, the rest from the recipe.
 
     Args:
-        config: settings of a training. None is for scripts whose processes work on separate shares, and may wait a week for
-            each other.
+        config: settings of a training. With None, the script's processes do not train but work on separate shares, and
+            may wait a week for each other.
 
     Raises:
         UserError: the launch does not fit the machine, the precision or the number of processes.
@@ -129,8 +129,8 @@ def choose_precision(config: TrainConfig | None) -> None:
 def keep_freed_memory(accelerator: Any) -> None:
     """Let glibc reuse the memory that a training step frees for the next step, if training runs on a CPU.
 
-    By default glibc returns large blocks to the system and receives them again page by page, each zeroed. That takes a
-    twentieth of a step's time.
+    By default glibc returns large blocks to the system and receives them again page by page, each zeroed. Returning and
+    receiving takes a twentieth of a step's time.
     """
     if sys.platform == "linux" and accelerator.device.type == "cpu":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Other C libraries lack this function.
@@ -140,7 +140,7 @@ def keep_freed_memory(accelerator: Any) -> None:
 
 
 def give_back_memory() -> None:
-    """Return free memory to the system at once. This complements `keep_freed_memory`."""
+    """Return free memory to the system at once, which `keep_freed_memory` otherwise prevents."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim:
@@ -148,7 +148,7 @@ def give_back_memory() -> None:
 
 
 def broadcast_from_main(value: Any, accelerator: Any) -> Any:
-    """Return the first process's `value` on every process. Another node may lack the file that it was read from."""
+    """Return the first process's `value` on every process. Other nodes may lack the file from which it was read."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
@@ -158,9 +158,10 @@ def prepare_launch(config: TrainConfig | None) -> None:
     """Adapt the launch to the script and the machine.
 
     Without a GPU, the processes of a launcher are CPU processes. accelerate 1.15 takes each of them for a separate run
-    unless the environment sets `ACCELERATE_USE_CPU`. Its launcher for several processes does not set that variable.
+    unless the environment sets `ACCELERATE_USE_CPU`. accelerate's launcher for several processes does not set that variable.
 
-    Only train_unet.py runs under DeepSpeed. Other scripts have small models and run data parallel on the same processes.
+    Only train_unet.py runs under DeepSpeed. Other scripts have small models and run data parallel on the same
+    processes.
 
     Raises:
         UserError: DeepSpeed is needed and not installed, the precision is unknown, or the machine lacks it.
@@ -211,7 +212,7 @@ def _processor_has_fp16() -> bool:
 def _run_deepspeed_on_cpu() -> None:
     """Let accelerate 1.15 start DeepSpeed on CPU processes.
 
-    Without a GPU it recognises CPU processes only if `use_cpu` is set, and then it silently leaves DeepSpeed out.
+    Without a GPU, accelerate recognises CPU processes only if `use_cpu` is set. It then silently leaves DeepSpeed out.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -224,7 +225,7 @@ def _run_deepspeed_on_cpu() -> None:
 
 
 def write_deepspeed_config(settings: dict[str, Any], config: TrainConfig, processes: int) -> None:
-    """Write the recipe's clipping, batch and accumulation into DeepSpeed's settings. They override the launch's values.
+    """Write the recipe's clipping, batch and accumulation into DeepSpeed's settings, over the values of the launch.
 
     Raises:
         UserError: the settings ask for a ZeRO stage other than 2, offloading, or an optimiser or schedule of DeepSpeed.
@@ -250,7 +251,7 @@ def check_effective(model: Any, schedule: Any, config: TrainConfig, accelerator:
 
     Args:
         model: the model as `accelerator.prepare` returned it.
-        schedule: schedule of the optimiser that was prepared.
+        schedule: learning-rate schedule of the prepared optimiser.
 
     Returns:
         Clipping, batch, accumulation, peak learning rate and ZeRO stage (0 without ZeRO).

@@ -48,8 +48,8 @@ class TrainState:
 class Average(EMAModel):
     """diffusers' moving average, updated in one pass over memory. All its weights must be trained.
 
-    The step of diffusers copies all weights first. For 148 M weights on two CPU cores this takes a quarter of a second,
-    ten times as long as this step.
+    The update of diffusers copies all weights first. For 148 M weights on two CPU cores, the copy takes a quarter of a
+    second, ten times as long as the update here.
     """
 
     @torch.no_grad()
@@ -128,8 +128,8 @@ def global_batch(config: TrainConfig, world: int) -> int:
 def total_steps(config: TrainConfig, samples: int, world: int) -> int:
     """Return the number of weight updates of the run.
 
-    It is `max_train_steps` if set, otherwise `num_train_epochs` over `samples` images. If `validation_epochs` is set, it is
-    converted to updates and stored in `validation_steps`.
+    The number is `max_train_steps` if set, otherwise that of `num_train_epochs` over `samples` images. If
+    `validation_epochs` is set, this function converts it to updates and stores them in `validation_steps`.
     """
     per_epoch = samples / global_batch(config, world)
     if isinstance(config, TrainUnetConfig) and config.validation_epochs:
@@ -139,7 +139,7 @@ def total_steps(config: TrainConfig, samples: int, world: int) -> int:
 
 
 def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
-    """Warn if the training of `steps` updates ends while its learning rate still warms up."""
+    """Warn if a training of `steps` updates ends before the warm-up of the learning rate."""
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
         say(
             f"WARNING: lr_warmup_steps {config.lr_warmup_steps} is not shorter than the training of {steps} updates: the learning "
@@ -192,8 +192,8 @@ def save_state(
 ) -> None:
     """Write this process's files of a checkpoint.
 
-    Every process writes its random states and, under ZeRO, its share of the training state. The first process of each node
-    also writes the weights and their average (portable, float32), the optimiser and the state.
+    Every process writes its random states and, under ZeRO, its share of the training state. The first process of each
+    node also writes the weights and their average (portable, float32), the optimiser and the state.
     """
     checkpoints.save_rng(part / f"rng-{accelerator.process_index}.safetensors")
     sharded, average = zero.is_sharded(train_state.model), part / f"{train_state.name}_ema"
@@ -224,15 +224,15 @@ def save_state(
 
 
 def shard_file(folder: Path, accelerator: Any) -> Path:
-    """Return the path of this process's share of a checkpoint under ZeRO."""
+    """Return the path of the file that holds this process's share of a checkpoint under ZeRO."""
     return folder / f"zero-rank{accelerator.process_index}.safetensors"
 
 
 def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> dict[str, Any]:
-    """Restore the training state of `checkpoint` and return its `state.json`. Every process must call it.
+    """Restore the training state of `checkpoint` and return its `state.json`. Every process must call this function.
 
-    If the number of processes changes, or ZeRO is switched on or off, weights and average are read from the portable files.
-    A message then says which state is reset.
+    If the number of processes changes, or ZeRO is switched on or off, weights and average are read from the portable
+    files. A printed message then names the state that is reset.
     """
     state = read_json(checkpoint / "state.json")
     sharded, processes = zero.is_sharded(train_state.model), accelerator.num_processes
@@ -268,7 +268,7 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
 
 
 def load_portable(checkpoint: Path, train_state: TrainState) -> None:
-    """Load weights and average from the files that any launch can read. Every process must call it."""
+    """Load weights and average from the portable files, which any launch can read. Every process must call this function."""
     weights = zero.fp32_weights(train_state.model, train_state.parameters)
     for name in ([f"{train_state.name}_ema"] if train_state.ema else []) + [train_state.name]:
         if zero.is_sharded(train_state.model):
@@ -283,7 +283,7 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
     """Return whether the run has finished. Every process gets the same answer.
 
     Raises:
-        UserError: the run has finished, and `resume_from_checkpoint` names an earlier checkpoint.
+        UserError: the run has finished, but `resume_from_checkpoint` names an earlier checkpoint.
     """
     if not broadcast_from_main(run.finished, accelerator):
         return False
@@ -302,7 +302,7 @@ def resume(
 ) -> tuple[dict[str, Any], checkpoints.Node]:
     """Resume from the requested checkpoint, if there is one, and save once as a rehearsal.
 
-    The rehearsal finds a full or read-only disk before training starts. Every process must call it.
+    The rehearsal finds a full or read-only disk before training starts. Every process must call this function.
 
     Returns:
         The checkpoint's state and this process's node. A new training has `step` 0.
@@ -330,7 +330,7 @@ def save(
     node: checkpoints.Node,
     accelerator: Any,
 ) -> None:
-    """Save a checkpoint of `state["step"]`. Every process must call it."""
+    """Save a checkpoint of `state["step"]`. Every process must call this function."""
     gathered = gather(train_state)
 
     def write(part: Path) -> None:
@@ -360,7 +360,7 @@ def add_terms(
 
 
 def mean_terms(terms: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
-    """Return the mean of each loss term over the processes. Every process must call it."""
+    """Return the mean of each loss term over the processes. Every process must call this function."""
     return {name: accelerator.reduce(value.detach(), reduction="mean").item() for name, value in terms.items()}
 
 
@@ -378,18 +378,19 @@ def step_optimizer(
     sample_ids: Callable[[], list[str]],
     accelerator: Any,
 ) -> None:
-    """Update weights, schedule and moving average from the clipped gradients. Every process must call it.
+    """Update weights, schedule and moving average from the clipped gradients. Every process must call this function.
 
     The update is skipped if the loss or its gradient is non-finite. Schedule and average then stay unchanged.
     An overflow of fp16's scaled gradients under a finite loss is counted, but raises no error.
 
     Args:
-        norm: the gradients' norm from `clip_gradients`.
-        loss: this process's loss, a scalar.
-        sample_ids: returns the ids of this process's samples.
+        norm: norm of the gradients, from `clip_gradients`.
+        loss: loss of this process, a scalar.
+        sample_ids: function that returns the ids of this process's samples.
 
     Raises:
-        UserError: more than `max_nonfinite_steps` updates were non-finite. The message names the samples.
+        UserError: more than `max_nonfinite_steps` updates had a non-finite loss or gradient. The message names the
+            samples.
     """
     finite, scaled = math.isfinite(norm), accelerator.mixed_precision == "fp16"
     if finite or scaled:  # The loss scale of fp16 must see an overflow.
@@ -418,8 +419,8 @@ def step_optimizer(
 def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
     """Append a row of metrics to metrics.jsonl and send it to the tracker.
 
-    If standard error is no terminal, the row is also printed. accelerate_configs/sagemaker_metrics.tsv reads these lines, so
-    their form must not change.
+    If standard error is no terminal, the row is also printed. accelerate_configs/sagemaker_metrics.tsv reads these
+    lines, so their form must not change.
     """
     if is_main:
         append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
@@ -444,7 +445,7 @@ def progress_bar(name: str, start: int, steps: int, accelerator: Any) -> Any:
 
 
 def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str], None] = print) -> None:
-    """Say where caches and curves are stored, and check the tracker before the data set is prepared.
+    """Print where caches and curves are stored, and check the tracker before the data set is prepared.
 
     Caches and curves are stored below the working directory unless an option or variable says otherwise.
 
@@ -553,8 +554,8 @@ def require_finite(loss: float, step: int, learning_rate: float) -> None:
 def averaged(train_state: TrainState) -> Iterator[Any]:
     """Yield the module with the moving average as its weights, if there is an average. Restore the weights afterwards.
 
-    Under ZeRO every process must enter the block. Each then gets a separate float32 model, and the engine's weights do not
-    change.
+    Under ZeRO every process must enter the block. Each then gets a separate float32 model, and the engine's weights do
+    not change.
     """
     if zero.is_sharded(train_state.model):
         weights, average = gather(train_state)

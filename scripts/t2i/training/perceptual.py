@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from t2i import models
-from t2i.config import JUDGE
+from t2i.config import JUDGE, PACKAGED_NETWORKS
 from t2i.errors import UserError
-from t2i.evaluation.networks import PACKAGED, load_efficientnet_lite, loading
+from t2i.evaluation.networks import load_efficientnet_lite, loading
 
 ZOOM, LARGEST = 2, 128  # Images below 128 px are enlarged by 2: the networks know objects of 200 px and more.
 DEPTHS = 4  # Number of hidden states of a transformers model that are compared.
@@ -42,7 +42,7 @@ class PerceptualNetwork(nn.Module):
         super().__init__()
         if source == JUDGE:
             raise UserError(f"{JUDGE} judges pictures, so nothing may be trained on it; take efficientnet-lite2")
-        self.is_packaged = source in PACKAGED
+        self.is_packaged = source in PACKAGED_NETWORKS
         mean = std = [0.5, 0.5, 0.5]
         self.patch, self.options = 1, {}
         if self.is_packaged:

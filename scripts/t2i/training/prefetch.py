@@ -1,4 +1,4 @@
-"""Prefetching of batches: a thread makes the next batch while the device trains on the current one."""
+"""Prefetch batches: a thread makes the next batch while the device trains on the current batch."""
 
 import time
 from collections.abc import Callable
@@ -14,13 +14,13 @@ Batch = TypeVar("Batch")
 class Prefetcher(Generic[Batch]):
     """Source of batches. `take(n)` returns batch n and, if `in_thread`, starts making batch n + 1.
 
-    An error in making a batch is raised by `take`.
+    If making a batch fails, `take` raises the error.
 
     Args:
-        make: returns the batch of a number. It must be a pure function, so that a batch does not depend on when it is made.
-        end: upper limit of the numbers, not included.
-        in_thread: make batches ahead in a thread. Use it only if training runs on a GPU. On a CPU the thread would compete
-            with the training's threads.
+        make: pure function that returns the batch of a number, so that a batch does not depend on when it is made.
+        end: number after the last batch.
+        in_thread: whether a thread makes batches ahead. Set it only if training runs on a GPU. On a CPU the thread
+            would compete with the training's threads.
     """
 
     def __init__(self, make: Callable[[int], Batch], end: int, in_thread: bool):
@@ -40,5 +40,5 @@ class Prefetcher(Generic[Batch]):
 
 
 def to_device_soon(tensor: "torch.Tensor", device: Any) -> "torch.Tensor":
-    """Return a copy of `tensor` on the device. A GPU copies from pinned memory while this thread continues."""
+    """Return a copy of a tensor on the device. A GPU copies from pinned memory while this thread continues."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

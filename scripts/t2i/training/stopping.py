@@ -1,4 +1,4 @@
-"""Stopping on a signal without losing a step, and ending together with the launcher."""
+"""Stop on a signal without losing a step, and end together with the launcher."""
 
 import os
 import signal
@@ -51,12 +51,12 @@ def end_in_words() -> None:
 
 @contextmanager
 def on_signals(folder: Path) -> Iterator[Stop]:
-    """Make SIGTERM and SIGINT only set `asked` within the block.
+    """Let SIGTERM and SIGINT only set `asked` inside the `with` block.
 
     The end of the launcher that started this process also sets `asked`.
 
     Args:
-        folder: the run's folder. A command that starts meanwhile reads there that this run is about to end.
+        folder: path of the run folder, whose lock file tells a new command that this run is about to end.
     """
     stop = Stop(folder)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

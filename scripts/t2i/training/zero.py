@@ -1,10 +1,10 @@
-"""Access to weights, their average and the optimiser's state if DeepSpeed's ZeRO splits them over the processes.
+"""Access weights, their average and the optimiser's state if DeepSpeed's ZeRO splits them over the processes.
 
 Under ZeRO-2 each process keeps the float32 weights and Adam's moments of its share, as flat tensors. The module itself
-holds all weights in the precision of the launch. Without DeepSpeed the same functions work on plain parameters, so that the
-training loop has one form.
+holds all weights in the precision of the launch. Without DeepSpeed the same functions work on plain parameters, so that
+the training loop has one form.
 
-"Collective" means that every process must call the function. Otherwise all of them wait forever.
+"Collective" means that every process must call the function. Otherwise all processes wait forever.
 """
 
 import sys
@@ -52,8 +52,8 @@ def _cast_inputs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 def fp32_weights(model: Any, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Return the float32 weights that this process's optimiser updates.
 
-    They are `parameters` themselves, or this process's flat shares under ZeRO. A moving average of them needs no
-    communication. The tensors stay the same objects throughout training.
+    These weights are `parameters` themselves, or this process's flat shares under ZeRO. A moving average of them needs
+    no communication. The tensors stay the same objects throughout training.
     """
     return list(model.optimizer.single_partition_of_fp32_groups) if is_sharded(model) else list(parameters)
 
@@ -84,7 +84,7 @@ def full_average(model: Any, parameters: list[torch.nn.Parameter], ema: Any) -> 
     DeepSpeed can gather only its float32 weights, so the average replaces them for the duration of the call.
 
     Args:
-        ema: diffusers' `EMAModel` over `fp32_weights`.
+        ema: moving average of `fp32_weights`, diffusers' `EMAModel`.
     """
     if not is_sharded(model):
         return [tensor.detach() for tensor in ema.shadow_params]
@@ -109,8 +109,8 @@ def with_weights(unet: Any, tensors: list[torch.Tensor]) -> Any:
 def shard_state(model: Any, ema: Any) -> dict[str, torch.Tensor]:
     """Return this process's state of a training under ZeRO, as tensors for safetensors. Not collective.
 
-    The state holds this process's shares of float32 weights, moments and average, the loss scale and the counters. There
-    are no moments before the first update.
+    The state holds this process's shares of float32 weights, moments and average, the loss scale and the counters.
+    There are no moments before the first update.
     """
     tensors = {}
     for index, (master, moments) in enumerate(_shares(model)):

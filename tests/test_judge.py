@@ -1,0 +1,166 @@
+"""The judge's distances, its probe and its networks."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.image.kid import poly_mmd
+
+from t2i.data.caches import cache_features
+from t2i.errors import UserError
+from t2i.evaluation import judge, memorisation
+from t2i.evaluation.networks import FeatureNetwork, load_efficientnet_lite
+
+
+def normal(count: int, width: int = 16, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(3, 40), m=st.integers(3, 40), shift=st.floats(0, 2), seed=st.integers(0, 1000))
+def test_the_kernel_distance_is_the_unbiased_squared_mmd(n: int, m: int, shift: float, seed: int) -> None:
+    real, generated = normal(n, seed=seed), normal(m, seed=seed + 1, shift=shift)
+    kernel = [(a.double() @ b.double().T / 16 + 1) ** 3 for a, b in ((real, real), (real, generated), (generated,) * 2)]
+    expected = (kernel[0].sum() - kernel[0].diag().sum()) / (n * (n - 1)) - 2 * kernel[1].mean()
+    expected += (kernel[2].sum() - kernel[2].diag().sum()) / (m * (m - 1))
+    found = judge.kernel_distance(real, generated)
+    assert found["mean"] == pytest.approx(1000 * float(expected), rel=1e-3, abs=1e-1)
+    assert found == judge.kernel_distance(real, generated, judge.within(real))
+    if n == m:
+        assert found["mean"] == pytest.approx(1000 * float(poly_mmd(real, generated)), rel=1e-2, abs=1.0)
+
+
+def test_the_standard_error_is_the_spread_over_new_pictures() -> None:
+    photos = normal(400, seed=1)
+    found = [
+        judge.kernel_distance(normal(400, seed=2 * s), normal(60, seed=2 * s + 1, shift=0.3)) for s in range(5, 65)
+    ]
+    spread = float(np.std([one["mean"] for one in found]))
+    told = float(np.mean([one["standard_error"] for one in found]))
+    assert 0.75 < told / spread < 1.35
+    far = judge.kernel_distance(photos, normal(60, seed=3, shift=1.0))
+    assert far["mean"] > 4 * far["standard_error"]
+
+
+def test_blocks_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = normal(50), normal(37, seed=1)
+    whole = judge.kernel_sums(a, b)
+    monkeypatch.setattr(judge, "BLOCK", 8)
+    for one, other in zip(judge.kernel_sums(a, b), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
+
+
+def test_two_pictures_are_too_few_for_a_distance() -> None:
+    with pytest.raises(UserError, match="at least 3 pictures on both sides, not 2; raise --sweep_prompts"):
+        judge.kernel_distance(normal(10), normal(2))
+
+
+@pytest.mark.parametrize("count", [12, 400])  # fewer and more pictures than features
+def test_the_frechet_distance_of_gaussians_is_that_of_the_formula(count: int) -> None:
+    a, b = normal(count, 20), normal(count, 20, seed=1) * 2 + 1
+    covariances = [torch.cov(x.double().T) for x in (a, b)]
+    values = torch.linalg.eigvals(covariances[0] @ covariances[1])
+    expected = (
+        (a.double().mean(0) - b.double().mean(0)).square().sum() + covariances[0].trace() + covariances[1].trace()
+    )
+    expected -= 2 * values.real.clamp(min=0).sqrt().sum()
+    assert judge.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-4)
+    assert judge.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_precision_falls_with_implausible_pictures_and_recall_with_missing_ones() -> None:
+    photos = torch.cat([normal(100, 4), normal(100, 4, seed=1, shift=30)])
+    half = normal(200, 4, seed=2)  # one of the two kinds of photos
+    astray = torch.cat([normal(100, 4, seed=3), normal(100, 4, seed=4, shift=-30)])
+    assert judge.precision_recall(photos, half)["precision"] > 0.8
+    assert judge.precision_recall(photos, half)["recall"] < 0.55
+    assert judge.precision_recall(photos, astray)["precision"] < 0.55
+
+
+def test_the_probe_reads_labels_of_unseen_rows_and_always_alike() -> None:
+    centers = 2 * normal(3, seed=5)
+    labels = ["rose", "tulip", "daisy"] * 40
+    train, fresh = (centers.repeat(40, 1) + normal(120, seed=seed) for seed in (6, 7))
+    probe = judge.Probe(train, labels)
+    assert probe.accuracy(fresh, labels) > 0.95
+    assert probe.accuracy(fresh, labels[1:] + labels[:1]) < 0.05
+    assert torch.equal(judge.Probe(train, labels).weights, probe.weights)
+
+
+def test_the_penalty_of_the_probe_is_the_best_when_each_row_is_left_out() -> None:
+    features, labels = normal(40, 60), ["a", "b"] * 20  # noise with more features than rows, so that penalties matter
+    features[::2, 0] += 2
+    probe = judge.Probe(features, labels)
+    x = (features - probe.mean) / probe.std
+    right = {}
+    for penalty in judge.PENALTIES:
+        hits = 0
+        for row in range(40):
+            rest = [other for other in range(40) if other != row]
+            ones = torch.cat([x[rest].double(), torch.ones(39, 1, dtype=torch.float64)], 1)  # with an intercept
+            wanted = torch.tensor([[1.0, 0.0] if labels[other] == "a" else [0.0, 1.0] for other in rest]).double()
+            ridge = penalty * torch.eye(61, dtype=torch.float64)
+            ridge[-1, -1] = 0
+            weights = torch.linalg.solve(ones.T @ ones + ridge, ones.T @ wanted)
+            scores = torch.cat([x[row].double(), torch.ones(1)]) @ weights
+            hits += "ab"[int(scores.argmax())] == labels[row]
+        right[penalty] = hits
+    assert right[probe.penalty] == max(right.values())
+
+
+def test_statistics_of_pixels_tell_soft_pictures_from_sharp_ones() -> None:
+    rng = np.random.default_rng(0)
+    sharp, other = (rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8) for _ in range(2))
+    soft = sharp.reshape(40, 16, 2, 16, 2, 3).mean((2, 4)).repeat(2, 1).repeat(2, 2).astype(np.uint8)
+    statistics = judge.pixel_statistics(sharp)
+    assert statistics.shape == (40, 45)
+    same = judge.kernel_distance(statistics, judge.pixel_statistics(other))["mean"]
+    assert judge.kernel_distance(statistics, judge.pixel_statistics(soft))["mean"] > 10 * abs(same)
+
+
+def test_spread_takes_rows_from_first_to_last() -> None:
+    assert judge.spread(np.arange(10), 4).tolist() == [0, 3, 6, 9]
+    assert judge.spread(np.arange(3), 4).tolist() == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def network() -> FeatureNetwork:
+    return FeatureNetwork("efficientnet-lite0")
+
+
+def test_compiled_features_are_those_of_torch(network: FeatureNetwork) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), dtype=np.uint8)
+    found = network.features(pictures, batch_size=2)
+    assert found.shape == (3, 1280)
+    assert network.compiled is not None
+    plain = FeatureNetwork("efficientnet-lite0")
+    plain.compiled = None
+    torch.testing.assert_close(found, plain.features(pictures), rtol=1e-3, atol=1e-3)
+
+
+def test_the_second_network_teaches_the_autoencoder_and_differs() -> None:
+    model = load_efficientnet_lite("efficientnet-lite2")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.extract_features(torch.zeros(1, 3, 64, 64)).shape[:2] == (1, 1280)
+
+
+def test_features_of_real_images_are_cached_by_content(network: FeatureNetwork, tmp_path, capsys) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    first = cache_features(pixels, "a", network, str(tmp_path))
+    np.testing.assert_allclose(first, network.features(pixels).numpy(), atol=1e-4)
+    capsys.readouterr()
+    np.testing.assert_array_equal(cache_features(pixels, "a", network, str(tmp_path)), first)
+    assert "reusing features of 5 images" in capsys.readouterr().out
+    cache_features(pixels, "b", network, str(tmp_path))
+    assert "computing features" in capsys.readouterr().out
+
+
+def test_copies_are_told_from_new_pictures_also_if_soft_or_mirrored() -> None:
+    rng = np.random.default_rng(2)
+    train, fresh = (rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2) for _ in range(2))
+    soft = ((train.astype(int) * 9 + 128) // 10).astype(np.uint8)
+    thumbnails = memorisation.pixel_embedding(train)
+    assert memorisation.copied(soft, thumbnails).all()
+    assert memorisation.copied(soft[:, :, ::-1], thumbnails).all()
+    assert not memorisation.copied(fresh, thumbnails).any()
