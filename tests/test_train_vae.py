@@ -271,8 +271,8 @@ def test_a_training_with_all_terms_resumes_bit_for_bit(train, pretrained, narrow
     assert not torch.equal(first["0.weight"], last["0.weight"])
 
 
-def in_two_processes(train, *arguments, output):
-    """Run a training in two forked processes that average their gradients."""
+def in_two_processes(train, *arguments, output, **variables):
+    """Run a training in two forked processes that average their gradients, with further environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -284,7 +284,7 @@ def in_two_processes(train, *arguments, output):
             try:
                 AcceleratorState._reset_state(True)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
                 train(*arguments, output=output)
                 code = 0
             finally:
@@ -304,6 +304,16 @@ def test_two_processes_train_what_one_does(train, pretrained, narrow, tmp_path):
         alone, shared = (load_file(run / "checkpoint-000004" / file) for run in (one, tmp_path / "two"))
         for name in alone:
             torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_launch_for_deepspeed_trains_what_data_parallelism_trains(train, pretrained, tmp_path):
+    """The autoencoder is small, so a launch under ZeRO-2 trains it data parallel, bit for bit."""
+    options = ("--vae", pretrained, "--max_train_steps", 3, "--gradient_accumulation_steps", 2, "--train_batch_size", 2)
+    in_two_processes(train, *options, output=tmp_path / "plain")
+    launch = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    in_two_processes(train, *options, output=tmp_path / "zero", **launch)
+    plain, zero = (load_file(tmp_path / name / "vae" / WEIGHTS) for name in ("plain", "zero"))
+    assert all(torch.equal(plain[name], zero[name]) for name in plain)
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------
