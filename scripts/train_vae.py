@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from t2i.data.prepared import Split
+    from t2i.training.autoencoder_losses import Transform
     from t2i.training.loop import TrainState
 
 
@@ -54,7 +55,7 @@ def main() -> None:
 
     from t2i import models
     from t2i.training import loop, stopping
-    from t2i.training.cuda_graph import capture
+    from t2i.training.discriminator import Discriminator
 
     stopping.end_in_words()
     loop.check_tracker(config, recipe.data.cache_dir, accelerator.print)
@@ -68,6 +69,8 @@ def main() -> None:
     vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
     check_vae(recipe, models.vae_factor(vae))
     input_hashes = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
+    if perceptual := load_perceptual(config, accelerator):
+        input_hashes["perceptual_hash"] = perceptual.identity
     batch = loop.global_batch(config, accelerator.num_processes)
     identity = loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **input_hashes)
     run = RunFolder(folder, identity)
@@ -84,13 +87,15 @@ def main() -> None:
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     loop.warn_of_warmup(config, steps, accelerator.print)
+    warn_of_steps(config, steps, accelerator.print)
     optimizer, schedule = loop.build_optimizer(parameters, config, steps)
 
     # prepare
     module = models.Autoencoder(vae)
     model, optimizer = accelerator.prepare(torch.compile(module) if config.compile else module, optimizer)
     ema = loop.Average(parameters, decay=config.ema_decay) if config.use_ema else None
-    train_state = loop.TrainState("vae", vae, model, parameters, optimizer, schedule, ema)
+    discriminator = Discriminator(config, accelerator.device) if config.adversarial_weight else None
+    train_state = loop.TrainState("vae", vae, model, parameters, optimizer, schedule, ema, discriminator)
     tracker = loop.make_tracker(config, folder, to_dict(recipe), input_hashes, accelerator)
 
     # resume
@@ -105,19 +110,24 @@ def main() -> None:
     stopped, micro_batches = False, config.gradient_accumulation_steps
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
-    compute = partial(loss_and_gradients, train_state, config, accelerator)
-    # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
-    forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
+    compute = partial(loss_and_gradients, train_state, perceptual, config, accelerator)
+    # On one GPU this is `compute` recorded as a CUDA graph, unless steps differ. Otherwise it is `compute` itself.
+    forward_backward = record_pass(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
         progress = loop.progress_bar("VAE", start, steps, accelerator)
         for step in progress:
+            if step == steps - config.decoder_only_steps:
+                hold_encoder(train_state)
             terms: dict[str, torch.Tensor] = {}  # These are means over the micro-batches, whose gradients add up.
             for number in range(step * micro_batches, (step + 1) * micro_batches):
+                options = step_options(vae, config, recipe.data.resolution, number, steps)
                 with accelerator.accumulate(model):
-                    terms = loop.add_terms(terms, forward_backward(*batches.take(number)), micro_batches)
+                    terms = loop.add_terms(terms, forward_backward(*batches.take(number), **options), micro_batches)
             norm = loop.clip_gradients(train_state, config, accelerator)
             ids = partial(sample_ids, splits.train, config, step, accelerator)
             loop.step_optimizer(train_state, config, step, norm, terms["train_loss"], ids, accelerator)
+            if discriminator and step >= config.adversarial_start:
+                discriminator.step(config, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 row = {**loop.mean_terms(terms, accelerator), "lr": schedule.get_last_lr()[0]}
@@ -194,6 +204,26 @@ def freeze(vae: Any, config: TrainVaeConfig) -> None:
         vae.post_quant_conv.requires_grad_(True)
 
 
+def load_perceptual(config: TrainVaeConfig, accelerator: Any) -> Any:
+    """Load the network of the perceptual term onto the device. Return None if the term is off."""
+    from t2i.training.perceptual import PerceptualNetwork
+
+    return PerceptualNetwork(config.perceptual_network).to(accelerator.device) if config.perceptual_weight else None
+
+
+def warn_of_steps(config: TrainVaeConfig, steps: int, say: Any) -> None:
+    """Warn if a part of the training begins after its last update, or takes all of it."""
+    if config.adversarial_weight and config.adversarial_start >= steps:
+        say(
+            f"WARNING: adversarial_start {config.adversarial_start} is not below the training's {steps} updates, so the "
+            "discriminator is never used"
+        )
+    if config.decoder_only_steps >= steps:
+        say(
+            f"WARNING: decoder_only_steps {config.decoder_only_steps} takes all {steps} updates, so the encoder is never trained"
+        )
+
+
 def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
     """Publish the autoencoder of the finished run if `push_to_hub` is set."""
     if config.push_to_hub and accelerator.is_main_process:
@@ -201,16 +231,133 @@ def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:
 
 
 def loss_and_gradients(
-    train_state: "TrainState", config: TrainVaeConfig, accelerator: Any, pixels: "torch.Tensor", noise: "torch.Tensor"
+    train_state: "TrainState",
+    perceptual: Any,
+    config: TrainVaeConfig,
+    accelerator: Any,
+    pixels: "torch.Tensor",
+    noise: "torch.Tensor",
+    *,
+    transform: "Transform | None" = None,
+    adversarial: bool = False,
+    decoder_only: bool = False,
 ) -> "dict[str, torch.Tensor]":
     """Compute the forward and backward pass of a batch from `make_batch`.
 
-    Return `train_loss` and its terms, and leave the gradients in the parameters.
+    Args:
+        perceptual: the network of the perceptual term, or None.
+        transform: turns and shrinks latents and target alike.
+        adversarial: train against the discriminator, and leave its gradients in its parameters too.
+        decoder_only: leave no gradients in the encoder's parameters.
+
+    Returns:
+        `train_loss` and its terms. The gradients are in the parameters.
     """
-    reconstruction, mean, log_variance = train_state.model(pixels, noise)
-    terms = loss_terms(reconstruction.float(), pixels, mean.float(), log_variance.float(), config)
-    accelerator.backward(terms["train_loss"])
+    from t2i.models import encoder_parameters
+    from t2i.training.autoencoder_losses import loss_terms
+
+    reconstruction, mean, log_variance = train_state.model(pixels, noise, transform, decoder_only)
+    reconstruction, target = reconstruction.float(), transform(pixels) if transform else pixels
+    terms = loss_terms(reconstruction, target, mean.float(), log_variance.float(), pixels.numel(), config, perceptual)
+    if adversarial:
+        terms |= adversarial_gradients(train_state, config, accelerator, reconstruction, target, terms)
+    else:
+        accelerator.backward(terms["train_loss"])
+    if decoder_only:
+        for parameter in encoder_parameters(train_state.module):
+            parameter.grad = None  # Zeros would still let AdamW move the weights.
     return {name: value.detach() for name, value in terms.items()}
+
+
+def adversarial_gradients(
+    train_state: "TrainState",
+    config: TrainVaeConfig,
+    accelerator: Any,
+    reconstruction: "torch.Tensor",
+    target: "torch.Tensor",
+    terms: "dict[str, torch.Tensor]",
+) -> "dict[str, torch.Tensor]":
+    """Compute the backward passes of autoencoder and discriminator.
+
+    The terms are differentiated once, up to the reconstruction. The weight of the discriminator follows from both gradients
+    there, and their sum goes on to the autoencoder.
+
+    Returns:
+        `train_loss` with the adversarial term, that term, its factor, and the discriminator's loss.
+    """
+    import torch
+
+    from t2i.training import autoencoder_losses as losses
+
+    discriminator, scaler = train_state.discriminator, accelerator.scaler
+    adversarial = losses.adversarial_loss(discriminator(reconstruction))
+    (of_terms,) = torch.autograd.grad(terms["train_loss"], reconstruction)
+    (of_adversary,) = torch.autograd.grad(adversarial, reconstruction)
+    last_layer, scale = train_state.module.decoder.conv_out.weight, scaler.get_scale() if scaler else 1.0
+    average = partial(accelerator.reduce, reduction="mean")
+    balance = losses.balance(reconstruction, of_terms, of_adversary, last_layer, average, scale)
+    weight = config.adversarial_weight * balance
+    # The gradient of this sum at the reconstruction is that of all terms, and only KL has another way to the weights.
+    accelerator.backward((reconstruction * (of_terms + weight * of_adversary)).sum() + config.kl_weight * terms["kl"])
+    real, made = discriminator(torch.cat([target, reconstruction.detach()])).chunk(2)
+    loss = losses.discriminator_loss(real, made)
+    (loss / config.gradient_accumulation_steps).backward()
+    total = terms["train_loss"].detach() + weight * adversarial.detach()
+    return {"train_loss": total, "adversarial": adversarial, "balance": balance, "discriminator": loss}
+
+
+def step_options(vae: Any, config: TrainVaeConfig, resolution: int, number: int, steps: int) -> dict[str, Any]:
+    """Return the options of `loss_and_gradients` for batch `number`, without those that are off."""
+    from t2i.models import vae_factor
+    from t2i.training.autoencoder_losses import draw_transform
+
+    step, options = number // config.gradient_accumulation_steps, dict[str, Any]()
+    if step >= steps - config.decoder_only_steps:
+        options["decoder_only"] = True
+    elif config.equivariance_share:
+        factor = vae_factor(vae)
+        latents = image_side(config, resolution, number) // factor
+        transform = draw_transform(config.seed, number, config.equivariance_share, latents, factor)
+        options |= {"transform": transform} if transform else {}
+    if config.adversarial_weight and step >= config.adversarial_start:
+        options["adversarial"] = True
+    return options
+
+
+def image_side(config: TrainVaeConfig, resolution: int, number: int) -> int:
+    """Return the side in pixels of the images of batch `number`, which are crops or whole."""
+    step = number // config.gradient_accumulation_steps
+    cropped = config.crop_size and (config.crop_steps is None or step < config.crop_steps)
+    return int(config.crop_size) if config.crop_size and cropped else resolution
+
+
+def record_pass(compute: Any, example: Any, train_state: "TrainState", config: TrainVaeConfig, accelerator: Any) -> Any:
+    """Return `compute` recorded as a CUDA graph. If the steps of this training differ, return it as it is, and say so."""
+    from t2i.training.cuda_graph import capture
+
+    options = {"adversarial_weight": config.adversarial_weight, "equivariance_share": config.equivariance_share,
+               "crop_steps": config.crop_steps, "decoder_only_steps": config.decoder_only_steps}  # fmt: skip
+    reasons = [name for name, value in options.items() if value]
+    if not reasons:
+        return capture(compute, example, train_state, config, accelerator)
+    if config.cuda_graphs and accelerator.device.type == "cuda":
+        accelerator.print(f"steps are not recorded as a CUDA graph, because {' and '.join(reasons)} make them differ")
+    return compute
+
+
+def hold_encoder(train_state: "TrainState") -> None:
+    """Give the encoder its averaged weights, which it keeps from here on. The decoder learns to read exactly its latents."""
+    import torch
+
+    from t2i.models import encoder_parameters
+
+    if train_state.ema is None:
+        return
+    held = {id(parameter) for parameter in encoder_parameters(train_state.module)}
+    with torch.no_grad():
+        for parameter, average in zip(train_state.parameters, train_state.ema.shadow_params, strict=True):
+            if id(parameter) in held:
+                parameter.copy_(average)
 
 
 def sample_ids(train: "Split", config: TrainVaeConfig, step: int, accelerator: Any) -> list[str]:
@@ -249,7 +396,7 @@ def make_batch(
 
     indices = sample_indices(train, config, number, accelerator)
     images = train.pixels[indices]
-    side, size = images.shape[1], config.crop_size or images.shape[1]
+    side, size = images.shape[1], image_side(config, images.shape[1], number)
     latent = size // vae_factor(vae)
     copies = occurrences(batch_of_all(train, config, number, accelerator).tolist())
     copies = copies[accelerator.process_index :: accelerator.num_processes]
@@ -264,31 +411,6 @@ def make_batch(
     if config.channels_last:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     return to_device_soon(pixels, accelerator.device), to_device_soon(draws.posterior_noise, accelerator.device)
-
-
-def loss_terms(
-    reconstruction: "torch.Tensor",
-    pixels: "torch.Tensor",
-    mean: "torch.Tensor",
-    log_variance: "torch.Tensor",
-    config: TrainVaeConfig,
-) -> dict[str, "torch.Tensor"]:
-    """Return the reconstruction, structure and KL terms, and `train_loss`, which is their weighted sum.
-
-    Each term is a scalar, averaged over pixel values. The KL term is the closed form of KL(N(mean, variance) || N(0, 1))
-    (Kingma and Welling, arXiv:1312.6114, appendix B).
-    """
-    from t2i.evaluation.metrics import uniform_ssim
-
-    error = reconstruction - pixels
-    terms = {"mse": error.square().mean(), "l1": error.abs().mean()}
-    log_variance = log_variance.clamp(-30.0, 20.0)
-    terms["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum() / pixels.numel()
-    loss = config.mse_weight * terms["mse"] + config.l1_weight * terms["l1"] + config.kl_weight * terms["kl"]
-    if config.ssim_weight:
-        terms["dssim"] = 1.0 - uniform_ssim(reconstruction, pixels)
-        loss = loss + config.ssim_weight * terms["dssim"]
-    return {"train_loss": loss, **terms}
 
 
 def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:

@@ -43,6 +43,8 @@ LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", 
 
 PACKAGED_NETWORKS = ("efficientnet-lite0", "efficientnet-lite2")  # Their weights come from the package index.
 RECIPES = Path(__file__).parent.parent / "recipes"
+JUDGE = "efficientnet-lite0"  # Network that judges pictures by default.
+PATCH = 8  # Pixels between two patches of the discriminator. Smaller images have none.
 
 
 def _alias(*names: str) -> Any:
@@ -239,13 +241,28 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     checkpoints_total_limit: Count | None = 1
     # Part to train. With decoder, latents stay as they are, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"
+    # Last updates that train only the decoder. The encoder then keeps its averaged weights, so latents stay as they are.
+    decoder_only_steps: Natural = 0
     # Side of random training crops in pixels. Validation uses whole images. With None, train on whole images.
     crop_size: Count | None = None
-    # Weight of KL(posterior || N(0, 1)). The KL term is a mean over pixels, like the reconstruction term.
+    # Updates on crops, before training continues on whole images in batches of the same number. With None, train on crops to the end.
+    crop_steps: Count | None = None
+    # Weight of KL(posterior || N(0, 1)). The divergence is in nats per color value, like the reconstruction term.
     kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
     l1_weight: NonNegative = 0.0  # Weight of the absolute error.
     mse_weight: NonNegative = 1.0  # Weight of the squared error.
     ssim_weight: NonNegative = 0.1  # Weight of the structural term, 1 - SSIM.
+    perceptual_weight: NonNegative = (
+        0.0  # Weight of the distance in the features of perceptual_network. 0: no distance.
+    )
+    # Network of the perceptual distance: efficientnet-lite2 (offline), or a folder or Hub id of a vision model.
+    perceptual_network: PathText = "efficientnet-lite2"
+    # Strength of the patch discriminator, relative to the other terms: 0.5 gives half of their gradient. 0: none.
+    adversarial_weight: NonNegative = 0.0
+    adversarial_start: Natural = 0  # Number of updates before the discriminator is trained and heard.
+    discriminator_learning_rate: Positive = 2e-4  # Learning rate of the discriminator, which is constant.
+    # Share of batches that decode rotated and shrunk latents (EQ-VAE, arXiv:2502.09509). The paper has 0.5. 0: none.
+    equivariance_share: Share = 0.0
 
 
 @dataclass
@@ -301,7 +318,7 @@ class EvaluateConfig:
     classifier_drawings: Count = 5000  # Number of drawings on which the classifier of drawn flowers is trained.
     # Network that judges the pictures. Besides efficientnet-lite0 it may be a path or Hub id of a vision model, such as
     # facebook/dinov2-small. With None, no network judges.
-    judge_network: Annotated[PathText | None, _alias("kid_network")] = "efficientnet-lite0"
+    judge_network: Annotated[PathText | None, _alias("kid_network")] = JUDGE
     clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. With None, leave the CLIP score out.
 
 
@@ -544,6 +561,7 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
             "mse_weight, l1_weight and ssim_weight are all 0, so nothing asks the autoencoder to look like the image; "
             "set mse_weight: 1"
         )
+    check_vae_terms(recipe)
     if factor is None:
         return
     sides = {"resolution": resolution, "crop_size": recipe.train_vae.crop_size if crop else None}
@@ -553,6 +571,43 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
                 f"{name} {side} does not fit: it must be a multiple of {factor}, the VAE's factor, and at most the "
                 f"resolution; set {name} to {max(factor, min(side, resolution) // factor * factor)}"
             )
+
+
+def check_vae_terms(recipe: Recipe) -> None:
+    """Refuse terms of the autoencoder's training that cannot work together.
+
+    Raises:
+        UserError: a setting does not fit; the message names the key and the fix.
+    """
+    config, resolution = recipe.train_vae, recipe.data.resolution
+    decoder_alone = config.vae_train_part == "decoder"
+    judge = recipe.evaluate.judge_network if config.perceptual_weight else None
+    if config.perceptual_network in (JUDGE, judge):
+        raise UserError(
+            f"perceptual_network {config.perceptual_network} is the network that judges pictures, which nothing may be trained on; "
+            "give two different networks, such as perceptual_network: efficientnet-lite2"
+        )
+    if config.crop_steps and not config.crop_size:
+        raise UserError(f"crop_steps {config.crop_steps} needs crop_size, the side of the crops; set both, or neither")
+    if decoder_alone and config.decoder_only_steps:
+        raise UserError(
+            f"vae_train_part decoder trains the decoder alone from the start; leave out decoder_only_steps {config.decoder_only_steps}"
+        )
+    if decoder_alone and config.equivariance_share:
+        raise UserError(
+            f"equivariance_share {config.equivariance_share} changes latents, which vae_train_part decoder keeps; leave one of them out"
+        )
+    side = min(config.crop_size or resolution, resolution)
+    if config.adversarial_weight and side < PATCH:
+        raise UserError(
+            f"adversarial_weight {config.adversarial_weight} needs images or crops of at least {PATCH} px, not {side}; "
+            f"set {'crop_size' if config.crop_size else 'resolution'} to {PATCH}, or adversarial_weight: 0"
+        )
+    if config.adversarial_weight and config.compile:
+        raise UserError(
+            "adversarial_weight needs the gradient of the decoder's last layer alone, which torch.compile does not give; "
+            "leave out --compile, or set adversarial_weight: 0"
+        )
 
 
 def check_unet(recipe: Recipe, factor: int | None = None) -> None:

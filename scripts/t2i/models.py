@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -399,19 +399,43 @@ def hash_tokenizer(tokenizer: CLIPTokenizer) -> str:
 
 
 class Autoencoder(torch.nn.Module):
-    """The VAE as one module, for training.
-
-    The module maps pixels [B, 3, R, R] and noise [B, C, h, w] to (reconstruction, mean, log-variance).
-    """
+    """The VAE as one module for training."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        posterior = self.vae.encode(pixels).latent_dist
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        noise: torch.Tensor,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        decoder_only: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (reconstruction, mean, log-variance).
+
+        Args:
+            pixels: images, [B, 3, S, S].
+            noise: posterior noise, [B, C, h, w].
+            transform: changes the latents before they are decoded.
+            decoder_only: keep no graph of the encoder, so that it gets no gradient.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not decoder_only):
+            posterior = self.vae.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * noise
-        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
+        if transform is not None:
+            latents = transform(latents)
+        reconstruction = self.vae.decode(latents).sample
+        if decoder_only:  # Data parallelism waits for a gradient of each trained weight, if only for zeros.
+            trained = [weight for weight in encoder_parameters(self.vae) if weight.requires_grad]
+            reconstruction = reconstruction + 0.0 * sum(weight.sum() for weight in trained)
+        return reconstruction, posterior.mean, posterior.logvar
+
+
+def encoder_parameters(vae: AutoencoderKL) -> list[torch.nn.Parameter]:
+    """Return the weights that latents depend on."""
+    parts = [vae.encoder, *([vae.quant_conv] if vae.quant_conv is not None else [])]
+    return [weight for part in parts for weight in part.parameters()]
 
 
 def vae_factor(vae: AutoencoderKL) -> int:

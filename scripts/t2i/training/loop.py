@@ -40,6 +40,7 @@ class TrainState:
     optimizer: Any
     schedule: Any
     ema: Any  # The moving average of the weights, or None.
+    discriminator: Any = None  # The `Discriminator` that the autoencoder is trained against, or None.
     # Number of skipped updates by reason.
     skipped: dict[str, int] = dataclasses.field(default_factory=lambda: {"overflow": 0, "nonfinite": 0})
 
@@ -69,6 +70,7 @@ _PASSING = {
     *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
     *("compile", "channels_last", "cuda_graphs"),
+    "perceptual_network",  # Its hash is compared if the network is used.
     *("train_batch_size", "gradient_accumulation_steps"),  # The global batch is compared instead.
     *(
         "push_to_hub",
@@ -82,7 +84,17 @@ _PASSING = {
     ),
 }
 # Settings added later. Runs made before them behaved as these values say.
-_LATER = {"noise_offset": 0.0, "input_perturbation": 0.0}
+_LATER = {
+    "noise_offset": 0.0,
+    "input_perturbation": 0.0,
+    "decoder_only_steps": 0,
+    "crop_steps": None,
+    "perceptual_weight": 0.0,
+    "adversarial_weight": 0.0,
+    "adversarial_start": 0,
+    "discriminator_learning_rate": 2e-4,
+    "equivariance_share": 0.0,
+}
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
@@ -206,6 +218,8 @@ def save_state(
         if train_state.ema:
             checkpoints.save_weights(average, train_state.module, train_state.parameters, train_state.ema.shadow_params)
         counters["optimizer"] = checkpoints.save_optimizer(part, train_state.optimizer)
+    if train_state.discriminator:
+        counters["discriminator"] = train_state.discriminator.save(part / "discriminator")
     write_json(part / "state.json", {**state, **counters})
 
 
@@ -232,6 +246,8 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
     keeps_moments = (sharded and alike) or not (sharded or state["sharded"])
     if keeps_moments and not sharded:
         checkpoints.load_optimizer(checkpoint, train_state.optimizer, state["optimizer"])
+    if train_state.discriminator:
+        train_state.discriminator.load(checkpoint / "discriminator", state["discriminator"])
     train_state.schedule.last_epoch = state["schedule"] - 1
     train_state.schedule.step()
     if accelerator.scaler and state["scaler"]:
@@ -297,7 +313,8 @@ def resume(
     accelerator.wait_for_everyone()
     if node.first:
         checkpoints.forget_after(run, state["step"], node)
-    moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in train_state.parameters)
+    others = train_state.discriminator.parameters if train_state.discriminator else []
+    moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in [*train_state.parameters, *others])
     gathered = gather(train_state)
     checkpoints.rehearse(
         run, lambda part: save_state(part, train_state, gathered, {"step": 0}, accelerator), node, moments
