@@ -252,16 +252,15 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     l1_weight: NonNegative = 0.0  # Weight of the absolute error.
     mse_weight: NonNegative = 1.0  # Weight of the squared error.
     ssim_weight: NonNegative = 0.1  # Weight of the structural term, 1 - SSIM.
-    perceptual_weight: NonNegative = (
-        0.0  # Weight of the distance in the features of perceptual_network. 0: no distance.
-    )
+    # Weight of the distance in the features of perceptual_network. 0 disables it.
+    perceptual_weight: NonNegative = 0.0
     # Network of the perceptual distance: efficientnet-lite2 (offline), or a folder or Hub id of a vision model.
     perceptual_network: PathText = "efficientnet-lite2"
-    # Strength of the patch discriminator, relative to the other terms: 0.5 gives half of their gradient. 0: none.
+    # Strength of the patch discriminator, relative to the other terms: 0.5 gives half of their gradient. 0 disables the discriminator.
     adversarial_weight: NonNegative = 0.0
     adversarial_start: Natural = 0  # Number of updates before the discriminator is trained and heard.
     discriminator_learning_rate: Positive = 2e-4  # Learning rate of the discriminator, which is constant.
-    # Share of batches that decode rotated and shrunk latents (EQ-VAE, arXiv:2502.09509). The paper has 0.5. 0: none.
+    # Share of batches that decode rotated and shrunk latents (EQ-VAE, arXiv:2502.09509). The paper has 0.5. 0 disables it.
     equivariance_share: Share = 0.0
 
 
