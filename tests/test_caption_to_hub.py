@@ -4,7 +4,6 @@ import fcntl
 import importlib
 import json
 import os
-import subprocess
 import sys
 
 import datasets
@@ -410,7 +409,7 @@ print(type(pipeline).__name__, picture.size)
 """
 
 
-def test_from_photos_to_the_hub_and_back(workspace, command, run_main, model, environment, tmp_path):
+def test_from_photos_to_the_hub_and_back(workspace, command, run_main, model, tmp_path):
     chosen = sorted(photos().rglob("*.jpg"))[::4]  # 180 and 60 of 720 and 240, of every class
     source = tmp_path / "source"
     for file in chosen:
@@ -436,10 +435,8 @@ def test_from_photos_to_the_hub_and_back(workspace, command, run_main, model, en
         command("train_unet.py", "--config", workspace / "tiny.yaml", "--dataset", "me/flowers-12", "--vae", workspace / "vae",
                 "--output_dir", "model", "--max_train_steps", 2, "--report_to", "none", "--validation_prompts", "a photo of a daisy",
                 "--push_to_hub", "--hub_model_id", "me/flowers-model", cwd=tmp_path, env=online)  # fmt: skip
-        back = subprocess.run(
-            [sys.executable, "-c", LOAD_BACK], env=environment | online, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert back.returncode == 0, back.stderr[-3000:]
+        (tmp_path / "load_back.py").write_text(LOAD_BACK)
+        back = command(tmp_path / "load_back.py", cwd=tmp_path, env=online, fork=True)
         assert "{'train': 180, 'test': 60} a photo of a" in back.stdout
         assert "StableDiffusionPipeline (32, 32)" in back.stdout
 

@@ -507,10 +507,14 @@ def test_a_status_is_what_holds_now(tmp_path):
     assert runs.RunFolder(tmp_path / "new", {}).state["status"] == "unfinished"  # also where it is killed at once
 
 
-def test_killed_in_mid_epoch_and_mid_accumulation_goes_on_bit_for_bit(workspace):
+def test_killed_in_mid_epoch_and_mid_accumulation_goes_on_bit_for_bit(workspace, ranks):
     """A sample of `make prove-resume` on two processes: epochs end within the run, accumulation 2, SIGKILL to all at once."""
     (workspace / "recipe.yaml").write_text(prove_resume.SETTINGS)
-    print(prove_resume.prove(workspace, "two", kills=1, seed=os.getpid()))
+
+    def run_whole(folder, arguments):  # what is not disturbed needs no launcher
+        ranks("train_unet.py", *arguments, cwd=workspace, env={"ACCELERATE_USE_CPU": "true"})
+
+    print(prove_resume.prove(workspace, "two", kills=1, seed=os.getpid(), run_whole=run_whole))
 
 
 # --- Signals and numbers ---------------------------------------------------------------------------------------------
