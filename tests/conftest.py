@@ -60,6 +60,21 @@ evaluate:
 """
 
 
+# Files whose tests take longest, the longest first: with the short ones at the end, no worker waits for the other one for long.
+# The second needs no workspace, which the first one's worker makes meanwhile.
+LONGEST = (
+    "test_commands", "test_zero", "test_rehearsal", "test_resume", "test_caption_to_hub", "test_browser", "test_engines",
+    "test_sagemaker", "test_publish", "test_gpu_session", "test_random_inputs", "test_cells", "test_curves_server", "test_portable",
+    "test_tracking", "test_playground", "test_load", "test_space", "test_data", "test_hub",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Run the longest files first; the order within a file stays."""
+    rank = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def _own_main():
     """Streamlit's AppTest leaves the dashboard in place of `__main__`, which every process of a pool would then run first."""

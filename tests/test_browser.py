@@ -9,8 +9,8 @@ from urllib.parse import urlencode
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle
-from conftest import ROOT, TINY
+from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
+from conftest import ROOT, TINY, WARM, warm_start
 
 expect.set_options(timeout=30_000)
 pytestmark = pytest.mark.skipif(
@@ -43,7 +43,15 @@ def gate(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder, environment, gate):
-    with serve(folder, environment, (str(ROOT / "tests" / "gated_streamlit.py"), str(gate), "run")) as address:
+    """Its server draws, so it is forked from a process that has imported torch."""
+
+    def begin(*words):
+        script, *words = str(ROOT / "tests" / "gated_streamlit.py"), str(gate), "run", *words
+        if WARM not in os.environ:
+            return start(script, *words, cwd=folder, env=environment)
+        return warm_start(script, words, folder, environment)
+
+    with serve(folder, begin=begin) as address:
         yield address
 
 

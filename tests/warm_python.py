@@ -68,6 +68,13 @@ class Running:
     answers: TextIO
     output: tempfile.TemporaryDirectory
 
+    def poll(self) -> int | None:
+        """Return None while it runs, as `subprocess.Popen.poll` does."""
+        return 0 if select.select([self.connection], [], [], 0)[0] else None
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
     def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Wait for the end, as `subprocess.run(..., capture_output=True, text=True)` does."""
         out, err = (Path(self.output.name, name) for name in ("out", "err"))
