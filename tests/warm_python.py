@@ -3,6 +3,8 @@
     python = WarmPython(folder, environment)   # once for all workers of a test run
     done = start(folder, script, arguments, cwd, variables, reads_hub=False).wait(280)
 
+Where a command line is wanted in place of `python script arguments`, it is `python tests/warm_python.py FOLDER script arguments`.
+
 Two processes fork. Both have imported only libraries, nothing of the suite, and have computed nothing. The first has no library
 that reads the Hub's variables (HF_…) at its import. The second one, forked from the first, has them all. A child runs the script
 as `python script` does, and ends as an interpreter ends. Only a real start shows the faults of a start. For that reason,
@@ -165,12 +167,20 @@ def become(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = request["words"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.path[0] = str(Path(sys.argv[0]).absolute().parent)
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     random.seed()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        done = start(
+            Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:], Path.cwd(), dict(os.environ), reads_hub=False
+        ).wait(600)
+        sys.stderr.write(done.stderr)  # before the results, which a terminal shows below progress bars
+        sys.stderr.flush()
+        sys.stdout.write(done.stdout)
+        sys.exit(done.returncode)
     with contextlib.suppress(KeyboardInterrupt):
         main()
