@@ -122,10 +122,13 @@ def test_steps_by_name_and_what_is_not_there(tmp_path):
 
 
 def test_a_flagship_training_on_the_cpu(tmp_path, environment):
-    """The real commands, by the recipe of a rehearsal. `python`'s imports are done: it asks the processes that fork."""
+    """The real commands, by the recipe of a rehearsal. Both trainings are forked, after their imports."""
     python = tmp_path / "python"
-    words = [sys.executable, *((str(ROOT / "tests/warm_python.py"), os.environ[WARM]) if WARM in os.environ else ())]
-    python.write_text(f'#!/usr/bin/env bash\nexec {shlex.join(words)} "$@"\n')
+    real = shlex.quote(sys.executable)
+    warm = f"{real} {ROOT}/tests/warm_python.py {os.environ[WARM]}" if WARM in os.environ else real
+    python.write_text(
+        f'#!/usr/bin/env bash\ncase "$1" in scripts/train_*) exec {warm} "$@" ;; *) exec {real} "$@" ;; esac\n'
+    )
     python.chmod(0o755)
     given = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "GPU_SESSION_FOLDER": str(tmp_path)}
     done = run(environment | given, "--tiny", "--limit", "vae=300", "--limit", "unet=300", "vae", "unet")
