@@ -116,8 +116,6 @@ def test_eight_bits_are_kept_only_where_pictures_stay(exported, monkeypatch):
         assert known["int8"]
         assert known["psnr_db"] >= quantization.LEAST_DB
     monkeypatch.setattr(quantization, "LEAST_DB", 1000.0)
-    for name, value in {"STEPS": 2, "MORE_STEPS": 2, "COMPARED": 2, "PROMPTS": quantization.PROMPTS[:2]}.items():
-        monkeypatch.setattr(quantization, name, value)  # no number of pictures reaches this limit
     pipeline = sampling.load_pipeline(exported)
     models = engines.convert(pipeline)
     made, int8, worst = quantization.quantise(models, lambda networks: engines.wrap_networks(pipeline, networks), 3.0)
