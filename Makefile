@@ -38,7 +38,7 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-# Test files run in their order. By default xdist starts with files of many tests, and ends with one worker on the longest.
+# Test files run in the order of tests/conftest.py, the longest first. By default xdist would start with those of most tests.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

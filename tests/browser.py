@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")  # the system's: it gets security updates, and nothing has to be downloaded for it
@@ -30,15 +32,17 @@ def dashboard_pages() -> dict[str, str]:
 
 
 @contextmanager
-def serve(folder: Path, env: dict[str, str] | None = None, command: tuple[str, ...] = RUN) -> Iterator[str]:
-    """Run the dashboard in `folder`, which holds outputs/, and give its address. command: the words before `dashboard`."""
+def serve(folder: Path, env: dict[str, str] | None = None, begin: Callable[..., Any] | None = None) -> Iterator[str]:
+    """Run the dashboard in `folder`, which holds outputs/, and give its address.
+
+    begin: starts the server by the words after `streamlit run` and gives its process. None: `streamlit run` does.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, *command, str(ROOT / "dashboard"), "--server.headless=true"]
-    server = subprocess.Popen(
-        [*words, f"--server.port={port}"], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    words = [str(ROOT / "dashboard"), "--server.headless=true", f"--server.port={port}"]
+    begin = begin or partial(start, *RUN, cwd=folder, env=env)
+    server = begin(*words)
     address = f"http://localhost:{port}"
     try:
         wait_for_health(address, server)
@@ -48,7 +52,14 @@ def serve(folder: Path, env: dict[str, str] | None = None, command: tuple[str, .
         server.wait(timeout=10)
 
 
-def wait_for_health(address: str, server: subprocess.Popen) -> None:
+def start(*words: str, cwd: Path, env: dict[str, str] | None) -> subprocess.Popen:
+    """Start Python with these words."""
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_health(address: str, server: Any) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -56,9 +67,8 @@ def wait_for_health(address: str, server: subprocess.Popen) -> None:
                 return
         except OSError:
             if server.poll() is not None:
-                raise RuntimeError(
-                    f"streamlit ended with {server.returncode}: {server.stderr.read()[-2000:]}"
-                ) from None
+                said = server.stderr.read() if isinstance(server, subprocess.Popen) else server.wait(1).stderr
+                raise RuntimeError(f"streamlit has ended: {said[-2000:]}") from None
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)

@@ -5,16 +5,19 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import ExitStack, closing
+import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from warm_python import WarmPython
+from streamlit_client import free_port
+from warm_python import WarmPython, start
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+WARM = "T2I_WARM_PYTHON"  # the folder that all workers share
 
 # small enough that every command takes seconds
 TINY = """
@@ -57,6 +60,21 @@ evaluate:
 """
 
 
+# Files whose tests take longest, the longest first: with the short ones at the end, no worker waits for the other one for long.
+# The second needs no workspace, which the first one's worker makes meanwhile.
+LONGEST = (
+    "test_commands", "test_zero", "test_rehearsal", "test_resume", "test_caption_to_hub", "test_browser", "test_engines",
+    "test_sagemaker", "test_publish", "test_gpu_session", "test_random_inputs", "test_cells", "test_curves_server", "test_portable",
+    "test_tracking", "test_playground", "test_load", "test_space", "test_data", "test_hub",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Run the longest files first; the order within a file stays."""
+    rank = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def _own_main():
     """Streamlit's AppTest leaves the dashboard in place of `__main__`, which every process of a pool would then run first."""
@@ -65,12 +83,27 @@ def _own_main():
     sys.modules["__main__"] = own
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
+def plain_environment(home):
     """Environment of a subprocess: an empty home, no network for the Hub, one thread, tracking beside the test's files."""
-    home = tmp_path_factory.mktemp("home")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HF_", "ACCELERATE"))}
     return kept | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def pytest_configure(config):
+    """Give all workers one folder: with the processes that fork commands, and with the names of the scripts that have started."""
+    if hasattr(config, "workerinput") or not hasattr(os, "fork"):
+        return
+    folder = Path(tempfile.mkdtemp(prefix="t2i-", dir="/tmp"))  # an address has 107 characters at most
+    (folder / "home").mkdir()
+    warm = WarmPython(folder, plain_environment(folder / "home"))
+    os.environ[WARM] = str(folder)
+    config.add_cleanup(lambda: (warm.close(), shutil.rmtree(folder), os.environ.pop(WARM)))
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """`plain_environment` with a home of this worker."""
+    return plain_environment(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")
@@ -78,34 +111,55 @@ def command(environment):
     """Return a function that runs a script as users type it, and returns the finished process with its output as text.
 
     A script's runs start Python anew until one has finished. Later runs are forked from a process that has imported the
-    libraries. Runs with a launcher or variables of their own always start anew: libraries may read variables at import.
+    libraries. If `env` has variables of the Hub, which libraries read at import, that process has imported the others alone.
+    Runs with a launcher always start anew. `fork=True` is for a test's own code: its start is nothing to test.
     """
-    started = set()
-    with ExitStack() as stack:
-        warm = None
 
-        def run(script, *arguments, cwd, launcher=(), code=0, env=None):
-            nonlocal warm
-            words = [sys.executable, *launcher, str(SCRIPTS / script), *map(str, arguments)]
-            if launcher or env or script not in started or not hasattr(os, "fork"):
-                done = subprocess.run(
-                    words,
-                    cwd=cwd,
-                    env=environment | (env or {}),
-                    capture_output=True,
-                    text=True,
-                    timeout=280,
-                    check=False,
-                )
-            else:
-                warm = warm or stack.enter_context(WarmPython(environment))
-                done = warm.run(SCRIPTS / script, list(map(str, arguments)), cwd=cwd, timeout=280)
-            assert done.returncode == code, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-            if code == 0:
-                started.add(script)
-            return done
+    def run(script, *arguments, cwd, launcher=(), code=0, env=None, fork=False):
+        words = [sys.executable, *launcher, str(SCRIPTS / script), *map(str, arguments)]
+        variables = environment | (env or {})
+        started = (
+            Path(os.environ[WARM], f"{script}.started")
+            if WARM in os.environ and not Path(script).is_absolute()
+            else None
+        )
+        if WARM in os.environ and not launcher and (fork or (started and started.exists())):
+            done = warm_start(script, arguments, cwd, variables).wait(280)
+        else:
+            done = subprocess.run(
+                words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=280, check=False
+            )
+        assert done.returncode == code, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        if code == 0 and started:
+            started.touch()
+        return done
 
-        yield run
+    return run
+
+
+def warm_start(script, arguments, cwd, variables):
+    """Fork a script with these variables."""
+    reads_hub = any(key.startswith("HF_") and key != "HF_HUB_OFFLINE" for key in variables)
+    return start(Path(os.environ[WARM]), SCRIPTS / script, list(map(str, arguments)), cwd, variables, reads_hub)
+
+
+@pytest.fixture(scope="session")
+def ranks(command, environment):
+    """Return a function that trains on two processes as torchrun starts them, but forked. It returns their output."""
+
+    def run(script, *arguments, cwd, env=None):
+        port = str(free_port())
+        if WARM not in os.environ:
+            torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+            return command(script, *arguments, cwd=cwd, launcher=torchrun, env=env).stdout
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables = environment | common | (env or {})
+        both = [warm_start(script, arguments, cwd, variables | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        done = [process.wait(280) for process in both]
+        assert not any(process.returncode for process in done), "\n".join(process.stderr[-5000:] for process in done)
+        return "".join(process.stdout for process in done)
+
+    return run
 
 
 @pytest.fixture(scope="session")

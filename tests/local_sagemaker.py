@@ -180,6 +180,7 @@ class LocalJob:
         self._grace: float | None = None
         self._closing = False
         self._error: BaseException | None = None
+        self._containers: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -216,6 +217,17 @@ class LocalJob:
         """Interrupt as a spot instance is: SIGTERM for every host's PID 1, then SIGKILL after `grace` seconds."""
         self._grace = grace
         return self.wait(grace + 60)
+
+    def trainings(self) -> list[psutil.Process]:
+        """Return the processes that train: of each host's `accelerate launch`, those that run the script."""
+        found = []
+        for container in self._containers.values():
+            for process in psutil.Process(container.pid).children(recursive=True):
+                words = process.cmdline()
+                script = any(Path(word).name.startswith("train_") for word in words)
+                if script and "accelerate.commands.launch" not in words:
+                    found.append(process)
+        return found
 
     def logs(self) -> dict[str, str]:
         """Return standard output and error of each host in this run."""
@@ -286,7 +298,7 @@ class LocalJob:
         return files
 
     def _run(self) -> None:
-        containers: dict[str, subprocess.Popen[bytes]] = {}
+        containers = self._containers = {}
         try:
             for number, host in enumerate(self.hosts, 1):
                 containers[host] = self._container(number, host)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -62,15 +63,26 @@ def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
-    """Run the proof of one mode in `folder` and return a summary. Raises AssertionError for any difference."""
+def prove(
+    folder: Path, mode: str, kills: int, seed: int, run_whole: Callable[[Path, list[str]], None] | None = None
+) -> str:
+    """Run the proof of one mode in `folder` and return a summary. Raises AssertionError for any difference.
+
+    Args:
+        run_whole: runs the undisturbed training, by its output folder and the arguments of train_unet.py. None: the launcher
+            does.
+    """
     chance, workers = random.Random(f"{mode} {seed}"), 1 if mode in ALONE else 2
     whole, disturbed = folder / f"{mode}-undisturbed", folder / f"{mode}-disturbed"
-    began = time.monotonic()
-    end, _ = start(folder, whole, mode)
-    assert wait_for_step(whole, end, 0), log_of(whole)
-    starting_s = time.monotonic() - began
-    assert end.wait(timeout=600) == 0, log_of(whole)
+    starting_s = 0.0
+    if run_whole:
+        run_whole(whole, arguments(whole, mode))
+    else:
+        began = time.monotonic()
+        end, _ = start(folder, whole, mode)
+        assert wait_for_step(whole, end, 0), log_of(whole)
+        starting_s = time.monotonic() - began
+        assert end.wait(timeout=600) == 0, log_of(whole)
     assert json.loads((whole / "run.json").read_text())["processes"] == workers
     done, in_saves, starting, runs = 0, 0, 0, 0
     while done < kills:
@@ -110,6 +122,12 @@ def prove(folder: Path, mode: str, kills: int, seed: int) -> str:
     )
 
 
+def arguments(output: Path, mode: str) -> list[str]:
+    """Return the arguments of train_unet.py."""
+    return ["--config", "recipe.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", str(output),
+            "--train_batch_size", "4" if mode in ALONE else "2"]  # fmt: skip
+
+
 def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
     """Start the training as users do. Return its process and the mark of all its processes."""
     output.mkdir(exist_ok=True)
@@ -118,11 +136,9 @@ def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes
     if mode == "two":
         text = text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU")
     config.write_text(text)
-    per_process = 4 if mode in ALONE else 2
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config),
              *(["--mixed_precision", PRECISION[mode]] if mode in PRECISION else []), str(ROOT / "scripts" / "train_unet.py"),
-             "--config", "recipe.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", str(output),
-             "--train_batch_size", str(per_process)]  # fmt: skip
+             *arguments(output, mode)]  # fmt: skip
     settings = environment()
     if mode == "zero2":
         settings.pop("ACCELERATE_USE_CPU")

@@ -15,12 +15,18 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
@@ -46,7 +52,14 @@ additional_args: {{use_spot_instances: true, max_run: 3600, max_wait: 7200}}
 SECRET = "canary-of-the-rehearsal"
 
 
-def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh: bool = False) -> list[str]:
+def rehearse(
+    folder: Path,
+    arguments: list[str],
+    stop_at: int,
+    steps: int,
+    fresh: bool = False,
+    run_script: Callable[..., Any] | None = None,
+) -> list[str]:
     """Rehearse everything in `folder` and return the transcript.
 
     Args:
@@ -54,6 +67,7 @@ def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh
         stop_at: the step whose checkpoint the interruption waits for.
         steps: length of the training.
         fresh: whether the containers' Python has only torch at first.
+        run_script: runs a script of this suite on this machine, by its name, arguments and `cwd`. None: Python does.
     """
     lines: list[str] = []
 
@@ -82,9 +96,11 @@ def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh
         request = request | {"Environment": environment}  # Secrets Manager is not reachable from these hosts
         with LocalJob(request, s3, folder / "hosts", network, python_bin=python_bin, extra_env=extra) as job:
             job.start()
-            wait_for_checkpoint(job, s3, request, stop_at, timeout=900 if fresh else 240)
-            say(f"step {stop_at}: the checkpoints of both hosts are in S3")
-            assert job.interrupt(grace=120.0) == "Interrupted", told_by(job)
+            timeout = 900 if fresh else 240
+            with halted_at_checkpoint(job, stop_at, timeout):
+                wait_for_checkpoint(job, s3, request, stop_at, timeout)
+                say(f"step {stop_at}: the checkpoints of both hosts are in S3")
+                assert job.interrupt(grace=120.0) == "Interrupted", told_by(job)
             say(f"interrupted as a spot job is: SIGTERM, {job.exit_codes}")
             assert set(job.exit_codes.values()) == {75}, told_by(job)
             first = job.logs()
@@ -103,12 +119,9 @@ def rehearse(folder: Path, arguments: list[str], stop_at: int, steps: int, fresh
     assert (state["processes"], state["zero_stage"], state["steps"]) == (2, 2, steps), state
     assert load_recipe(str(home / "config.yaml")).train_unet.run_name == ODD
     say(f"one training of {state['processes']} processes, ZeRO stage {state['zero_stage']}, {state['steps']} steps")
-    draw = [sys.executable, str(ROOT / "scripts/generate_images.py"), "--model", str(home), "--prompt", "a red flower",
-            "--num_inference_steps", "4", "--output_dir", str(folder / "pictures")]  # fmt: skip
-    done = subprocess.run(
-        draw, cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    draw = ("generate_images.py", "--model", str(home), "--prompt", "a red flower", "--num_inference_steps", "4",
+            "--output_dir", str(folder / "pictures"))  # fmt: skip
+    done = (run_script or run_python)(*draw, cwd=folder)
     pictures = sorted((folder / "pictures").glob("*.png"))
     assert pictures, done.stdout
     say(f"a picture of the fetched model: {pictures[0].name}")
@@ -121,6 +134,60 @@ def launch(words: list[str]) -> str:
     with mock.patch.object(sys, "argv", ["launch_sagemaker.py", *words]), contextlib.redirect_stdout(out):
         launch_sagemaker.main()
     return out.getvalue()
+
+
+@contextlib.contextmanager
+def halted_at_checkpoint(job: LocalJob, step: int, timeout: float) -> Iterator[None]:
+    """Halt the training of every host once all have written a checkpoint, until each is told to stop.
+
+    So the training cannot come to its end before it is interrupted, however slow or fast the machine is.
+    """
+    wanted = [
+        job.folder
+        / host
+        / "ml/checkpoints/run"
+        / (f"node-{number}" if number else "")
+        / f"checkpoint-{step:06d}/manifest.json"
+        for number, host in enumerate(job.hosts)
+    ]
+    end = time.monotonic() + timeout
+    while not all(file.is_file() for file in wanted):
+        assert time.monotonic() < end, f"no checkpoint of step {step} ({job.status})\n{told_by(job)}"
+        assert job.status == "InProgress", told_by(job)
+        time.sleep(0.002)
+    trainings = job.trainings()
+    for training in trainings:
+        training.suspend()
+    assert len(trainings) == len(job.hosts), trainings
+
+    def go_on() -> None:
+        for training in trainings:
+            while not is_pending(training, signal.SIGTERM) and time.monotonic() < end + timeout:
+                time.sleep(0.01)
+        for training in trainings:
+            training.resume()
+
+    waiting = threading.Thread(target=go_on, daemon=True)
+    waiting.start()
+    yield
+    waiting.join()
+
+
+def is_pending(process: psutil.Process, number: int) -> bool:
+    """Return whether a halted process has been sent a signal, or has ended."""
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        return bool((int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)) >> (number - 1) & 1)
+    return True
+
+
+def run_python(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of this suite as users do."""
+    words = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def wait_for_checkpoint(job: LocalJob, s3, request: dict, step: int, timeout: float) -> None:

@@ -1,6 +1,7 @@
 """Imports go one way, and settings import nothing heavy."""
 
 import ast
+import json
 import subprocess
 import sys
 
@@ -105,37 +106,47 @@ def test_only_scripts_make_an_accelerator(path):
         assert "Accelerator(" not in path.read_text()
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "config",
-        "config_types",
-        "command_line",
-        "from_diffusers",
-        "errors",
-        "files",
-        "machine",
-        "redaction",
-        "run_lock",
-        "runs",
-        "hub.model_card",
-        "pictures.axes",
-        "pictures.png",
-        "pictures.cells",
-        "tracking.curves",
-        "tracking.mlflow_tracker",
-        "tracking.addresses",
-        "data.browse",
-        "pictures.reconstructions",
-        "hub.space",
-    ],
+LIGHT = (
+    "config",
+    "config_types",
+    "command_line",
+    "from_diffusers",
+    "errors",
+    "files",
+    "machine",
+    "redaction",
+    "run_lock",
+    "runs",
+    "hub.model_card",
+    "pictures.axes",
+    "pictures.png",
+    "pictures.cells",
+    "tracking.curves",
+    "tracking.mlflow_tracker",
+    "tracking.addresses",
+    "data.browse",
+    "pictures.reconstructions",
+    "hub.space",
+    "hub.upload",
 )
-def test_light_modules_import_no_torch(module):
-    code = f"import sys; sys.path.append({str(SCRIPTS)!r}); import t2i.{module}; print({{'torch', 'diffusers'}} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "set()"
+
+
+@pytest.fixture(scope="module")
+def heavy_after():
+    """{light module: heavy libraries that are there once it is imported}, the modules one after another in one process."""
+    code = (
+        f"import importlib, json, sys; sys.path.append({str(SCRIPTS)!r}); found = {{}}\n"
+        f"for name in {LIGHT}:\n"
+        "    importlib.import_module(f't2i.{name}')\n"
+        "    found[name] = sorted({'torch', 'diffusers'} & set(sys.modules))\n"
+        "print(json.dumps(found))"
     )
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_no_torch(module, heavy_after):
+    assert heavy_after[module] == []
 
 
 def test_every_requirement_is_pinned_and_explained():

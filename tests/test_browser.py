@@ -4,13 +4,14 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from urllib.parse import urlencode
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import TimeoutError, expect, sync_playwright
 
-from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle
-from conftest import ROOT, TINY
+from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
+from conftest import ROOT, TINY, WARM, warm_start
 
 expect.set_options(timeout=30_000)
 pytestmark = pytest.mark.skipif(
@@ -43,7 +44,15 @@ def gate(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder, environment, gate):
-    with serve(folder, environment, (str(ROOT / "tests" / "gated_streamlit.py"), str(gate), "run")) as address:
+    """Its server draws, so it is forked from a process that has imported torch."""
+
+    def begin(*words):
+        script, *words = str(ROOT / "tests" / "gated_streamlit.py"), str(gate), "run", *words
+        if WARM not in os.environ:
+            return start(script, *words, cwd=folder, env=environment)
+        return warm_start(script, words, folder, environment)
+
+    with serve(folder, begin=begin) as address:
         yield address
 
 
@@ -240,8 +249,8 @@ def test_chosen_runs_go_along_and_back_reload_and_the_theme_work(visit):
     expect(page.locator("[data-testid=stMultiSelect]", has_text="Runs")).to_contain_text("two")
     for _ in range(4):  # Streamlit makes up to three steps of one: without choices, the page, with choices
         page.go_back()
-        page.wait_for_timeout(1000)
-        if "rows=seed" in page.url:
+        with suppress(TimeoutError):
+            page.wait_for_url(re.compile("rows=seed"), timeout=1000)
             break
     expect(page.get_by_role("heading", level=1)).to_have_text("Compare")
     expect(page.locator(".grid thead th")).to_have_text(["seed \\ run", "one", "two"])

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, WARM
 
 SESSION = ROOT / "benchmarks" / "gpu_session.sh"
 # Stands for the machine's Python: notes what is run, and hangs, fails or prints figures where a step would.
@@ -121,8 +122,15 @@ def test_steps_by_name_and_what_is_not_there(tmp_path):
 
 
 def test_a_flagship_training_on_the_cpu(tmp_path, environment):
-    """The real commands, by the recipe of a rehearsal."""
-    given = {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "GPU_SESSION_FOLDER": str(tmp_path)}
+    """The real commands, by the recipe of a rehearsal. Both trainings are forked, after their imports."""
+    python = tmp_path / "python"
+    real = shlex.quote(sys.executable)
+    warm = f"{real} {ROOT}/tests/warm_python.py {os.environ[WARM]}" if WARM in os.environ else real
+    python.write_text(
+        f'#!/usr/bin/env bash\ncase "$1" in scripts/train_*) exec {warm} "$@" ;; *) exec {real} "$@" ;; esac\n'
+    )
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "GPU_SESSION_FOLDER": str(tmp_path)}
     done = run(environment | given, "--tiny", "--limit", "vae=300", "--limit", "unet=300", "vae", "unet")
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, log[-3000:]

@@ -1,8 +1,5 @@
 """Models built from a recipe: latents, tokenizer, refusals."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -36,11 +33,12 @@ def test_folding_normalises_latents_and_leaves_reconstructions():
         torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-4, atol=1e-4)
 
 
-def test_the_tokenizer_is_the_same_in_every_process():
+def test_the_tokenizer_is_the_same_in_every_process(command, tmp_path):
     code = f"import sys; sys.path.append({str(SCRIPTS)!r}); from t2i import models, config\n"
     code += f"e, t = models.build_text_encoder(config.UnetConfig(text_hidden_size=32), {CAPTIONS!r}, 0)\n"
     code += "print(models.hash_tokenizer(t), models.hash_model(e))"
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "build.py").write_text(code)
+    there = command(tmp_path / "build.py", cwd=tmp_path, fork=True).stdout
     encoder, tokenizer = models.build_text_encoder(UnetConfig(text_hidden_size=32), CAPTIONS, 0)
     assert there.split() == [models.hash_tokenizer(tokenizer), models.hash_model(encoder)]
 

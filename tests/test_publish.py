@@ -52,7 +52,7 @@ def failed(hub, run, command):
     hub.fault("500", times=float("inf"), path="/commit/", seconds=0)
     failed = command(
         "publish_model.py", "--model", run, *OPTIONS, "--license", "mit", "--hub_deadline", 1,
-        cwd=run.parent, env=hub.environment(), code=2,
+        cwd=run.parent, env=hub.environment(), code=2, fork=True,
     )  # fmt: skip
     hub.mend()
     changed = {path for path, content in contents(run).items() if content != before.get(path)}

@@ -14,4 +14,4 @@ def test_a_job_played_through_on_two_hosts(tmp_path, command):
     models.build_vae(config.load_recipe(str(tmp_path / "tiny.yaml")).vae).save_pretrained(tmp_path / "vae")
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--dataset", str(tmp_path / "dataset"), "--vae", str(tmp_path / "vae"),
                  "--checkpointing_steps", "20", "--validation_steps", "20"]  # fmt: skip
-    rehearse(tmp_path, arguments, stop_at=20, steps=60)
+    rehearse(tmp_path, arguments, stop_at=20, steps=60, run_script=command)

@@ -6,17 +6,20 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands import launch
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
 
 import train_unet
 from conftest import ROOT, TINY
+from streamlit_client import free_port
 from t2i import config, models
 from t2i.errors import UserError
 from t2i.training import distributed, loop, zero
@@ -26,22 +29,26 @@ ZERO2 = ("accelerate.commands.launch", "--quiet", "--config_file",
 STEPS, CLIP, EPSILON = 6, 0.01, 1e-3  # so that every update is clipped, and Adam does not divide the clipping out again
 
 
-def train(command, folder, name, *launcher, env=None):
-    """Two processes; `launcher`: the module that starts them and its options, but for the port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    option = "--main_process_port" if "accelerate" in launcher[0] else "--master_port"
-    words = ("-m", launcher[0], option, port, *launcher[1:])
+def train(run, folder, name, **options):
+    """Train on two processes by `run`: `ranks`, or `command` with a launcher."""
     settings = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none", "--output_dir", name,
                 "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", STEPS, "--logging_steps", 1,
                 "--checkpointing_steps", 3, "--validation_steps", STEPS, "--learning_rate", 0.01, "--max_grad_norm", CLIP,
                 "--adam_epsilon", EPSILON)  # fmt: skip
-    return command("train_unet.py", *settings, cwd=folder, launcher=words, env=env)
+    return run("train_unet.py", *settings, cwd=folder, **options)
+
+
+def launcher_variables():
+    """The variables that accelerate's launcher gives to a training by the command line of ZERO2."""
+    taken = []
+    with mock.patch.object(launch, "deepspeed_launcher", taken.append):
+        launch.launch_command(launch.launch_command_parser().parse_args([*ZERO2[1:], "train_unet.py"]))
+    variables = prepare_deepspeed_cmd_env(*taken)[1]
+    return {name: value for name, value in variables.items() if name.startswith("ACCELERATE_")}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, command):
+def runs(tmp_path_factory, command, ranks):
     """A folder with the same training by data parallelism (`plain`) and under ZeRO-2 (`zero`), each on two processes."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed (requirements.txt has it for Linux alone)")
@@ -50,9 +57,9 @@ def runs(tmp_path_factory, command):
     command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 12, "--test_count", 4,
             "--size", 32, "--workers", 1, cwd=folder)  # fmt: skip
     models.build_vae(config.load_recipe(str(folder / "tiny.yaml")).vae).save_pretrained(folder / "vae")
-    torchrun = ("torch.distributed.run", "--nproc_per_node", "2")
-    train(command, folder, "plain", *torchrun, env={"ACCELERATE_USE_CPU": "true"})
-    done = train(command, folder, "zero", *ZERO2)
+    train(ranks, folder, "plain", env={"ACCELERATE_USE_CPU": "true"})
+    words = (*ZERO2[:1], "--main_process_port", str(free_port()), *ZERO2[1:])
+    done = train(command, folder, "zero", launcher=("-m", *words))
     (folder / "zero.log").write_text(done.stdout + done.stderr)
     return folder
 
@@ -113,13 +120,12 @@ def test_the_terminal_shows_no_noise(runs):
         assert not [line for line in lines if noise in line]
 
 
-def test_zero_goes_on_as_if_it_had_not_stopped(runs, command):
+def test_zero_goes_on_as_if_it_had_not_stopped(runs, ranks):
     shutil.copytree(runs / "zero", runs / "again")
     shutil.rmtree(runs / "again/checkpoint-000006")
     state = json.loads((runs / "again/run.json").read_text())
     (runs / "again/run.json").write_text(json.dumps(state | {"status": "running"}))
-    done = train(command, runs, "again", *ZERO2)
-    assert "going on from" in done.stdout
+    assert "going on from" in train(ranks, runs, "again", env=launcher_variables())
     files = [path.relative_to(runs / "zero") for path in (runs / "zero/checkpoint-000006").rglob("*.safetensors")]
     assert {path.name for path in files} > {"zero-rank0.safetensors", "zero-rank1.safetensors"}
     for file in files:
