@@ -217,9 +217,13 @@ def test_lists_of_captions_may_be_written_as_one_text_or_none(tmp_path):
     found = load_recipe(str(recipe))
     assert (found.data.caption_column, found.data.caption_template) == ([], ["a {label}"])
     assert (found.caption.captioner, found.caption.task) == (["label"], ["<OD>"])
+    written = to_dict(found)  # as older versions wrote these settings, and read them
+    assert (written["data"]["caption_column"], written["data"]["caption_template"]) == (None, "a {label}")
+    assert (written["caption"]["captioner"], written["caption"]["task"]) == ("label", "<OD>")
     chosen = parse(
         ("source", "caption"), "", ["--config", str(recipe), "--caption_column", "a", "b", "--task", "<CAPTION>"]
     )
+    assert to_dict(chosen)["data"]["caption_column"] == ["a", "b"]
     assert (chosen.data.caption_column, chosen.caption.task) == (["a", "b"], ["<CAPTION>"])
     for empty in ("data: {caption_template: []}", "caption: {task: []}", "caption: {captioner: null}"):
         recipe.write_text(empty)

@@ -35,6 +35,7 @@ from t2i.config_types import (
     Share,
     checked,
     known_key,
+    unlisted,
 )
 from t2i.errors import UserError
 from t2i.from_diffusers import translate_options
@@ -42,6 +43,9 @@ from t2i.from_diffusers import translate_options
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 PACKAGED_NETWORKS = ("efficientnet-lite0", "efficientnet-lite2")  # Their weights come from the package index.
+# Lists that were single texts in older versions: section and key.
+_ONCE_TEXT = (("data", "caption_column"), ("data", "caption_template"), ("caption", "captioner"), ("caption", "task"))
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 JUDGE = "efficientnet-lite0"  # Network that judges pictures by default.
 PATCH = 8  # Pixels between two patches of the discriminator. Smaller images have none.
@@ -486,8 +490,15 @@ def _clear_dependent(section: Any, before: Any, key: str, dependent: str) -> Non
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return the resolved settings as plain data: one dictionary per section."""
-    return dataclasses.asdict(recipe)
+    """Return the resolved settings as plain data: one dictionary per section.
+
+    If an option took one text in older versions, a list of one text is returned as that text. Older versions can then
+    read the settings of a run that uses nothing newer.
+    """
+    settings = dataclasses.asdict(recipe)
+    for section, key in _ONCE_TEXT:
+        settings[section][key] = unlisted(settings[section][key])
+    return settings
 
 
 def dataset_name(config: DataConfig) -> str:
