@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import train_unet
 import train_vae
 from t2i import diffusion
+from t2i.config import TrainUnetConfig
+from t2i.data import caches
 
 WHOLE = st.integers(0, 2**40)
 
@@ -71,6 +73,21 @@ def test_the_vae_counts_copies_over_its_processes():
         place = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
         noise += train_vae.make_batch(train, config, True, vae, place, 0)[1]
     assert len({one.numpy().tobytes() for one in noise}) == 8
+
+
+def test_captions_are_dropped_alike_from_plain_and_mirrored_images():
+    count, share = 2000, 0.3
+    latents = np.full((count, 2, 2, 1, 1), -30.0, np.float32)  # no spread around the means below
+    latents[:, :, 0, 0, 0] = [0.0, 1.0]  # of the image and of its mirror image
+    text = caches.TextCache(np.array([0.0, 1.0], np.float16).reshape(2, 1, 1), np.ones(count, np.int64))
+    inputs = train_unet.Inputs(DDPMScheduler(), {"train": (latents, text)}, 1.0, None)
+    config = TrainUnetConfig(train_batch_size=count, proportion_empty_prompts=share, seed=0)
+    place = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
+    drawn, _, _, context = train_unet.make_batch(inputs, config, place, 0)
+    mirrored, dropped = drawn.flatten().round() == 1, context.flatten() == 0
+    assert abs(mirrored.float().mean() - 0.5) < 0.05
+    for kind in (mirrored, ~mirrored):
+        assert abs(dropped[kind].float().mean() - share) < 0.05
 
 
 def test_draws_have_the_right_distribution():
