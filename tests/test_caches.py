@@ -75,7 +75,7 @@ def test_text_is_computed_once_a_caption_with_the_empty_one_first(tmp_path):
     np.testing.assert_allclose(text.embeddings[:2], expected, atol=5e-3)  # stored as float16
 
 
-def cached_for(folder, precision):
+def cached_for(folder, precision, **other):
     """What train_unet.py caches of four noisy images in a training of this precision, and what it says."""
     recipe = config.Recipe(data=config.DataConfig(cache_dir=str(folder), random_flip=False))
     recipe.train_unet.validation_images = 3
@@ -92,7 +92,7 @@ def cached_for(folder, precision):
     cached = train_unet.cache_inputs(
         recipe, types.SimpleNamespace(train=split, validation=split),
         {"vae": make_vae(0), "text_encoder": encoder, "tokenizer": tokenizer},
-        {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"}, accelerator,
+        {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"} | other, accelerator,
     )  # fmt: skip
     latents, text = cached["validation"]  # what the loss is measured on, and no more
     assert (len(latents), len(text.rows)) == (3, 3)
@@ -109,3 +109,15 @@ def test_a_training_in_bf16_caches_in_bf16_near_float32_and_apart_from_it(tmp_pa
     np.testing.assert_allclose(halved_text.embeddings, text.embeddings, atol=0.1)
     _, said = cached_for(tmp_path, "fp16")  # whose range is too small: in float32, as before
     assert all(line.startswith("reusing") for line in said if "latents" in line or "embeddings" in line)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"), [("vae_hash", "latents"), ("text_encoder_hash", "embeddings"), ("tokenizer_hash", "embeddings")]
+)
+def test_a_training_with_another_model_reads_no_cache_that_the_model_would_change(name, made, tmp_path):
+    cached_for(tmp_path, "no")
+    _, said = cached_for(tmp_path, "no", **{name: "another"})
+    told = {word: [line.split()[0] for line in said if word in line] for word in ("latents", "embeddings")}
+    other = ({"latents", "embeddings"} - {made}).pop()
+    assert told[made][0] == "computing"  # the validation split may have the captions of the training split
+    assert set(told[other]) == {"reusing"}
