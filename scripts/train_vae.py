@@ -326,9 +326,10 @@ def step_options(vae: Any, config: TrainVaeConfig, resolution: int, number: int,
 
 def image_side(config: TrainVaeConfig, resolution: int, number: int) -> int:
     """Return the side in pixels of the images of batch `number`, which are crops or whole."""
-    step = number // config.gradient_accumulation_steps
-    cropped = config.crop_size and (config.crop_steps is None or step < config.crop_steps)
-    return int(config.crop_size) if config.crop_size and cropped else resolution
+    if not config.crop_size:
+        return resolution
+    is_cropped = config.crop_steps is None or number // config.gradient_accumulation_steps < config.crop_steps
+    return config.crop_size if is_cropped else resolution
 
 
 def record_pass(compute: Any, example: Any, train_state: "TrainState", config: TrainVaeConfig, accelerator: Any) -> Any:

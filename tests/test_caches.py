@@ -99,7 +99,7 @@ def test_several_captions_are_each_embedded_once_and_known_by_their_rows(tmp_pat
     assert single.embeddings.filename == text.embeddings.filename  # the same captions, so the same cache
 
 
-def cached_for(folder, precision):
+def cached_for(folder, precision, **other):
     """What train_unet.py caches of four noisy images in a training of this precision, and what it says."""
     recipe = config.Recipe(data=config.DataConfig(cache_dir=str(folder), random_flip=False))
     recipe.train_unet.validation_images = 3
@@ -112,7 +112,7 @@ def cached_for(folder, precision):
     cached = train_unet.cache_inputs(
         recipe, types.SimpleNamespace(train=split, validation=split),
         {"vae": make_vae(0), "text_encoder": encoder, "tokenizer": tokenizer},
-        {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"}, accelerator,
+        {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"} | other, accelerator,
     )  # fmt: skip
     latents, text = cached["validation"]  # what the loss is measured on, and no more
     assert (len(latents), len(text.rows)) == (3, 3)
@@ -129,3 +129,15 @@ def test_a_training_in_bf16_caches_in_bf16_near_float32_and_apart_from_it(tmp_pa
     np.testing.assert_allclose(halved_text.embeddings, text.embeddings, atol=0.1)
     _, said = cached_for(tmp_path, "fp16")  # whose range is too small: in float32, as before
     assert all(line.startswith("reusing") for line in said if "latents" in line or "embeddings" in line)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"), [("vae_hash", "latents"), ("text_encoder_hash", "embeddings"), ("tokenizer_hash", "embeddings")]
+)
+def test_a_training_with_another_model_reads_no_cache_that_the_model_would_change(name, made, tmp_path):
+    cached_for(tmp_path, "no")
+    _, said = cached_for(tmp_path, "no", **{name: "another"})
+    told = {word: [line.split()[0] for line in said if word in line] for word in ("latents", "embeddings")}
+    other = ({"latents", "embeddings"} - {made}).pop()
+    assert told[made][0] == "computing"  # the validation split may have the captions of the training split
+    assert set(told[other]) == {"reusing"}

@@ -449,6 +449,13 @@ def test_a_slip_of_the_hand_names_the_line(tmp_path):
     assert [key.image for key in ledger.read(path)] == ["a", "b", "c", "d"]
 
 
+def test_of_two_lines_for_a_caption_the_later_one_is_used(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    ledger.append(path, [line("a", "a rose"), line("b", "a tulip")])
+    ledger.append(path, [line("a", "a red rose")])
+    assert {key.image: row["caption"] for key, row in ledger.read(path).items()} == {"a": "a red rose", "b": "a tulip"}
+
+
 def test_another_run_in_the_same_folder_is_refused(drawn, run_main, tmp_path, monkeypatch):
     monkeypatch.setattr("t2i.run_lock.WAIT_FOR_UNKNOWN_S", 0.0)
     (tmp_path / "out").mkdir()

@@ -113,6 +113,10 @@ def test_axes_are_swapped_with_the_compared_pictures(tmp_path):
     app = show(left="row 2, column 1", right="row 1, column 2")
     before = component(app, "picture_pair")
     assert before["left"]["label"] == "1.5, checkpoint-000020"
+    assert (grid_of(app)["left"], grid_of(app)["right"]) == (
+        [1, 0],
+        [0, 1],
+    )  # marked in the grid from the first look on
     next(button for button in app.button if button.label == "Swap").click().run()
     assert grid_of(app)["columns"] == ["checkpoint-000010", "checkpoint-000020"]
     after = component(app, "picture_pair")
@@ -206,6 +210,14 @@ def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):
     )
     page = show(**wide, seed="1-100", page="3–3")
     assert grid_of(page)["rows"] == ["3"]
+
+
+def test_a_later_page_names_the_rows_of_the_whole_grid(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    axes = {"columns": "guidance scale", "rows": "seed", "tabs": "none", "prompt": "a flower"}
+    shown = grid_of(show(**axes, guidance_scale="1-100", seed="1-2", page="2–2"))
+    assert shown["rows"] == ["2"]
+    assert [(cell["row"], cell["column"]) for cell in shown["cells"]] == [(1, column) for column in range(100)]
 
 
 def test_half_written_checkpoints_are_not_offered(tmp_path):

@@ -1301,5 +1301,6 @@ def test_number_labels_get_their_names(tmp_path: Path) -> None:
         label_names=["pink primrose", "sweet pea"],
     )
     rows = preparing.load_splits(config).train.rows
-    assert set(rows["label"]) == {"pink primrose", "sweet pea"}
+    named = {(Path(file).parent.name, label) for file, label in zip(rows["file"], rows["label"], strict=True)}
+    assert named == {("1", "pink primrose"), ("2", "sweet pea")}
     assert "a photo of a sweet pea, a type of flower" in rows["caption"]

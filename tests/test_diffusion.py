@@ -132,6 +132,22 @@ def test_the_vae_counts_copies_over_its_processes():
     assert len({one.numpy().tobytes() for one in noise}) == 8
 
 
+def test_captions_are_dropped_alike_from_plain_and_mirrored_images():
+    count, share = 2000, 0.3
+    latents = np.full((count, 2, 2, 1, 1), -30.0, np.float32)  # no spread around the means below
+    latents[:, :, 0, 0, 0] = [0.0, 1.0]  # of the image and of its mirror image
+    ones = np.ones(count, np.int64)
+    text = TextCache(np.array([0.0, 1.0], np.float16).reshape(2, 1, 1), ones, ones)
+    inputs = train_unet.Inputs(DDPMScheduler(), {"train": (latents, text)}, 1.0, None)
+    config = TrainUnetConfig(train_batch_size=count, proportion_empty_prompts=share, seed=0)
+    place = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
+    drawn, _, _, context = train_unet.make_batch(inputs, config, place, 0)
+    mirrored, dropped = drawn.flatten().round() == 1, context.flatten() == 0
+    assert abs(mirrored.float().mean() - 0.5) < 0.05
+    for kind in (mirrored, ~mirrored):
+        assert abs(dropped[kind].float().mean() - share) < 0.05
+
+
 def test_draws_have_the_right_distribution():
     drawn = diffusion.draw(0, 0, list(range(4000)), (1, 4, 4), 1000)
     assert abs(drawn.noise.mean()) < 0.02

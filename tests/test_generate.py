@@ -137,6 +137,18 @@ def test_numbers_that_overflow_and_memory_that_ends_get_a_sentence(draw, workspa
         sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
 
 
+def test_when_guidance_ends_the_prompt_stays(workspace):
+    pipeline, contexts = sampling.load_pipeline(workspace / "unet"), []
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, inputs, options: contexts.append(options["encoder_hidden_states"]), with_kwargs=True
+    )
+    sampling.generate(pipeline, ["a red flower"], [0], num_inference_steps=4, guidance_end=0.5, progress=False)
+    assert [len(context) for context in contexts] == [2, 2, 1, 1]
+    empty, prompt = contexts[0]
+    assert not torch.equal(empty, prompt)
+    assert all(torch.equal(context[0], prompt) for context in contexts[2:])
+
+
 def test_copies_of_checkpoints(draw, workspace, tmp_path):
     run = workspace / "unet"
     (tmp_path / "run").mkdir()

@@ -282,6 +282,8 @@ def mistakes():
     yield "a file", {}, ["--vae", str(ROOT / "README.md")], "is a file; give the folder"
     yield "nobody's home", {}, ["--dataset", "~nobody-here/x"], "there is no user 'nobody-here' here"
     yield "credential typed", {}, ["--run_name", "hf_abcdefghijklmnopqrstuv"], "an argument looks like a credential"
+    two = ["--validation_prompts", "password:", "of-no-known-shape"]  # neither word alone looks like one
+    yield "credential in two words", {}, two, "an argument looks like a credential"
     yield "bucket elsewhere", {}, ["--dataset", "s3://far/photos"], "s3://far is in eu-west-1, the job in us-east-1"
     yield "no such bucket", {}, ["--dataset", "s3://none/photos"], "s3://none does not exist"
     yield "no such folder", {}, ["--dataset", "./nowhere"], "--dataset ./nowhere does not exist"
