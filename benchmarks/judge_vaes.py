@@ -1,0 +1,67 @@
+"""Judge autoencoders: how much of a photo is left after encoding and decoding it, as a network sees it.
+
+python benchmarks/judge_vaes.py PHOTOS outputs/photos/vae outputs/other/vae
+
+The first row is the floor: photos that no autoencoder has touched. PHOTOS is anything that `--dataset` takes. A probe needs labels.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from common import describe_machine
+
+from t2i import models
+from t2i.config import JUDGE, DataConfig
+from t2i.data.caches import cache_features
+from t2i.data.preparing import load_splits
+from t2i.evaluation.judge import MAX_REFERENCE, Judge, Probe, spread
+from t2i.evaluation.networks import FeatureNetwork
+from t2i.pictures.reconstructions import reconstruct
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="PHOTOS", help="data set with photos that the autoencoders never saw")
+    parser.add_argument("vaes", metavar="VAE", nargs="+", help="run folders of train_vae.py, paths or Hub ids")
+    parser.add_argument("--resolution", type=int, default=64, help="side of the photos in pixels (default: 64)")
+    parser.add_argument("--judge_network", default=JUDGE, help="network that judges (default: %(default)s)")
+    options = parser.parse_args()
+    data = DataConfig(dataset=options.dataset, resolution=options.resolution, validation_fraction=0.05)
+    splits = load_splits(data, say=lambda _: None)
+    photos = splits.test or splits.validation
+    network = FeatureNetwork(options.judge_network)
+    pixels = spread(splits.train.pixels, MAX_REFERENCE)
+    reference, unseen = (
+        torch.from_numpy(np.array(cache_features(images, split.fingerprint, network, data.cache_dir)))
+        for images, split in ((pixels, splits.train), (photos.pixels, photos))
+    )
+    labelled = "label" in photos.rows.column_names
+    probe = Probe(reference, spread(np.array(splits.train.rows["label"]), MAX_REFERENCE)) if labelled else None
+    labels = photos.rows["label"] if labelled else None
+    judge = Judge(network, reference, pixels, probe)
+    print(f"Machine: {describe_machine()['cpu']}.")
+    print(f"{len(photos)} photos judged by {network.name}, against {len(reference)} training photos")
+    print(
+        "\n| | PSNR, dB | SSIM | named | distance | Fréchet | precision | recall |\n|---|---|---|---|---|---|---|---|"
+    )
+    print_row("the photos", None, judge.describe(photos.pixels, unseen, labels, len(photos)))
+    for source in options.vaes:
+        vae = models.load_vae(source)
+        parts = [reconstruct(vae, photos.pixels[start : start + 32]) for start in range(0, len(photos), 32)]
+        images, psnr, ssim = (np.concatenate(figures) for figures in zip(*parts, strict=True))
+        row = judge.describe(images, network.features(images), labels, len(photos))
+        print_row(source, (float(psnr.mean()), float(ssim.mean())), row)
+
+
+def print_row(name: str, reconstruction: tuple[float, float] | None, row: dict) -> None:
+    """Print a row of the table."""
+    psnr, ssim = (f"{reconstruction[0]:.2f}", f"{reconstruction[1]:.3f}") if reconstruction else ("", "")
+    named = f"{row['named']:.1%}" if row["named"] is not None else ""
+    distance = f"{row['kernel_distance']:.1f} ± {row['standard_error']:.1f}"
+    shares = f"{row['frechet_distance']:.1f} | {row['precision']:.1%} | {row['recall']:.1%}"
+    print(f"| {name} | {psnr} | {ssim} | {named} | {distance} | {shares} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
