@@ -137,6 +137,20 @@ def test_a_picture_elsewhere_or_damaged_is_not_shown(tmp_path: Path) -> None:
     assert any("cannot be read" in text for text in texts(app))
 
 
+def test_compare_names_the_best_checkpoint_and_what_the_judge_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    results = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert any("Best: checkpoint-000020 at guidance scale 3.0" in text for text in texts(show()))
+    row = {"network": "lite0", "kernel_distance": 12.5, "standard_error": 0.5}
+    results["report"]["judge"] = {"network": "lite0", "real": row, "pictures": {**row, "kernel_distance": 80.0}}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(results))
+    app = show()
+    assert any("Judged by lite0" in text for text in texts(app))
+    table = next(frame.value for frame in app.dataframe if "kernel_distance" in frame.value)
+    assert table["kernel_distance"].tolist() == [12.5, 80.0]
+    assert table.iloc[:, 0].tolist() == ["unseen real images", "pictures"]
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "outputs" / "one")
     (run / "evaluation" / "evaluation.json").write_text('{"cells": [')

@@ -176,8 +176,10 @@ def show_evaluation(name: str, run: Path) -> None:
         st.text("Not evaluated yet. This does it:")
         st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
         return
-    st.dataframe(pd.DataFrame([flatten(result) for result in results]), hide_index=True, placeholder="–")
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+    if isinstance(report, dict):
+        show_judge(report)
+    st.dataframe(pd.DataFrame([flatten(result) for result in results]), hide_index=True, placeholder="–")
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         rows = [
@@ -185,6 +187,18 @@ def show_evaluation(name: str, run: Path) -> None:
         ]
         st.dataframe(pd.DataFrame(rows, columns=["figure", "value"]), hide_index=True, placeholder="–")
         show_file(run / "evaluation", "report.png")
+
+
+def show_judge(report: dict[str, Any]) -> None:
+    """Show which checkpoint and guidance scale the evaluation chose, and the judge's figures of their pictures."""
+    st.text(f"Best: {report.get('checkpoint')} at guidance scale {report.get('guidance_scale')}")
+    judged = report.get("judge")
+    if not isinstance(judged, dict):
+        return
+    titles = {"real": "unseen real images", "reconstructions": "their reconstructions", "pictures": "pictures"}
+    rows = [{"": title, **judged[name]} for name, title in titles.items() if isinstance(judged.get(name), dict)]
+    st.text(f"Judged by {judged.get('network')}: pictures between real images and what the autoencoder keeps of these")
+    st.dataframe(pd.DataFrame(rows).drop(columns="network", errors="ignore"), hide_index=True, placeholder="–")
 
 
 def show_file(folder: Path, name: Any) -> None:
