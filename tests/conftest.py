@@ -111,7 +111,8 @@ def command(environment):
     """Return a function that runs a script as users type it, and returns the finished process with its output as text.
 
     A script's runs start Python anew until one has finished. Later runs are forked from a process that has imported the
-    libraries. If `env` has variables of the Hub, which libraries read at import, that process has imported the others alone.
+    libraries, unless `env` has variables that Python reads as it starts. If `env` has variables of the Hub, which libraries
+    read at import, that process has imported the others alone.
     Runs with a launcher always start anew. `fork=True` is for a test's own code: its start is nothing to test.
     """
 
@@ -123,7 +124,9 @@ def command(environment):
             if WARM in os.environ and not Path(script).is_absolute()
             else None
         )
-        if WARM in os.environ and not launcher and (fork or (started and started.exists())):
+        is_read_at_start = any(key.startswith(("OMP_", "MKL_", "PYTHON", "TRANSFORMERS_")) for key in env or {})
+        may_fork = WARM in os.environ and not launcher and not is_read_at_start
+        if may_fork and (fork or (started and started.exists())):
             done = warm_start(script, arguments, cwd, variables).wait(280)
         else:
             done = subprocess.run(
@@ -139,7 +142,9 @@ def command(environment):
 
 def warm_start(script, arguments, cwd, variables):
     """Fork a script with these variables."""
-    reads_hub = any(key.startswith("HF_") and key != "HF_HUB_OFFLINE" for key in variables)
+    reads_hub = any(
+        key.startswith("HF_") and (key, value) != ("HF_HUB_OFFLINE", "1") for key, value in variables.items()
+    )
     return start(Path(os.environ[WARM]), SCRIPTS / script, list(map(str, arguments)), cwd, variables, reads_hub)
 
 
