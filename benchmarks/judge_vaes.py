@@ -8,7 +8,6 @@ The first row is the floor: photos that no autoencoder has touched. PHOTOS is an
 import argparse
 
 import numpy as np
-import torch
 from common import describe_machine
 
 from t2i import models
@@ -31,15 +30,16 @@ def main() -> None:
     splits = load_splits(data, say=lambda _: None)
     photos = splits.test or splits.validation
     network = FeatureNetwork(options.judge_network)
-    pixels = spread(splits.train.pixels, MAX_REFERENCE)
-    reference, unseen = (
-        torch.from_numpy(np.array(cache_features(images, split.fingerprint, network, data.cache_dir)))
-        for images, split in ((pixels, splits.train), (photos.pixels, photos))
-    )
-    labelled = "label" in photos.rows.column_names
-    probe = Probe(reference, spread(np.array(splits.train.rows["label"]), MAX_REFERENCE)) if labelled else None
-    labels = photos.rows["label"] if labelled else None
-    judge = Judge(network, reference, pixels, probe)
+    rows = spread(np.arange(len(splits.train)), MAX_REFERENCE)
+    reference = cache_features(splits.train.pixels, rows, splits.train.fingerprint, network, data.cache_dir)
+    unseen = cache_features(photos.pixels, np.arange(len(photos)), photos.fingerprint, network, data.cache_dir)
+    labels = photos.rows["label"] if "label" in photos.rows.column_names else None
+    probe = None
+    if labels is not None:
+        known = [(row, splits.train.rows[int(image)]["label"]) for row, image in enumerate(rows)]
+        known = [(row, label) for row, label in known if label is not None]
+        probe = Probe(reference[[row for row, _ in known]], [label for _, label in known])
+    judge = Judge(network, reference, splits.train.pixels, probe)
     print(f"Machine: {describe_machine()['cpu']}.")
     print(f"{len(photos)} photos judged by {network.name}, against {len(reference)} training photos")
     print(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 CONTROLS = 256  # Training images whose reconstructions must count as copies.
+REFERENCE_DRAWINGS = 512  # New drawings that pictures of drawn flowers are compared with.
 NEAR_COPY = 0.1  # An image with a smaller relative distance to a training image is the same photo.
 REPORT_SEED = 1_000_000  # This is added to the seeds of the reported pictures, so that they differ from the sweep's.
 
@@ -51,6 +52,7 @@ class Study:
     preset: Preset
     classifier: Any  # The classifier that reads the attributes of drawn flowers. Other data sets have None.
     judge: Any  # An `evaluation.judge.Judge`. With None, pictures are not compared with real images.
+    memory: Any  # An `evaluation.memorisation.Memory`. With None, there are too few images to look for copies.
 
 
 def main() -> None:
@@ -68,11 +70,14 @@ def main() -> None:
     if not recipe.data.dataset:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
     checkpoints = choose_checkpoints(run, config)
+    check_judge(run, config)
 
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
     from t2i.data import preparing
+    from t2i.evaluation.judge import MAX_UNSEEN, spread
+    from t2i.evaluation.memorisation import Memory
     from t2i.hub import model_card
 
     if config.engine == "openvino":
@@ -96,8 +101,10 @@ def main() -> None:
 
     # classifier
     kind = kind_of(splits)
-    fresh = unseen_rows(splits)
     held_out: Any = splits.test or splits.validation
+    fresh = unseen_rows(splits)
+    left_out = len(held_out) - len(fresh)
+    fresh = spread(fresh, MAX_UNSEEN)
     unseen = held_out.pixels[fresh]
     with state.timed("classifier"):
         classifier, accuracy = prepare_classifier(kind, splits, config, folder)
@@ -106,10 +113,11 @@ def main() -> None:
     with state.timed("judge"):
         judge, features = prepare_judge(kind, splits, fresh, recipe)
     if judge and judge.probe:
-        accuracy = {"label": judge.probe.accuracy(features, labels_of(held_out, fresh))}
+        accuracy = {"label": judge.measure(features, labels_of(held_out, fresh))["named"]}
 
     # sweep
-    study = Study(run, kind, splits, unseen, recipe, preset, classifier, judge)
+    memory = Memory(splits.train.pixels, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
+    study = Study(run, kind, splits, unseen, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
         sweep, sweep_results = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale)
@@ -117,7 +125,7 @@ def main() -> None:
     # report
     with state.timed("report"):
         prompts, pictures, figures = draw_report(study, best)
-        if judge:
+        if figures["judge"]:
             figures["judge"] = compare(study, figures, pictures, prompts, features, labels_of(held_out, fresh))
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
@@ -127,7 +135,7 @@ def main() -> None:
         **preset._asdict(),
         "probe_accuracy": accuracy,
         "unseen_images": len(unseen),
-        "near_copies_left_out": len(held_out) - len(fresh),
+        "near_copies_left_out": left_out,
         **figures,
         "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
@@ -141,6 +149,20 @@ def main() -> None:
     state.finish(**results)
     print_sweep(sweep_results)
     print_report(report, folder)
+
+
+def check_judge(run: Path, config: EvaluateConfig) -> None:
+    """Refuse a judge that the autoencoder of the run was trained on."""
+    settings = load_recipe(str(run / "config.yaml"))
+    folders = [
+        settings,
+        *(load_recipe(str(path)) for path in [Path(settings.vae.vae or "", "config.yaml")] if path.is_file()),
+    ]
+    for recipe in folders:
+        if recipe.train_vae.perceptual_weight and recipe.train_vae.perceptual_network == config.judge_network:
+            raise UserError(
+                f"judge_network {config.judge_network}: the autoencoder was trained on this network; take another judge"
+            )
 
 
 def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
@@ -227,7 +249,6 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
     Return it with its accuracy on the data set's held-out combinations. Other data sets have no classifier.
     """
-    import numpy as np
 
     from t2i.data import flowers
     from t2i.evaluation.attributes import accuracy, train_classifier
@@ -236,14 +257,7 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
         return None, {}
     unseen = splits.test or splits.validation
     heads = {name: list(values) for name, values in flowers.ATTRIBUTES.items()}
-    size, count = splits.train.pixels.shape[1], config.classifier_drawings
-    pixels = np.empty((count, size, size, 3), np.uint8)
-    attributes = []
-    for held_out, start, end in ((False, 0, count // 2), (True, count // 2, count)):
-        drawn = flowers.draw_many(config.eval_seed, start, end - start, size, held_out, workers=2)
-        for number, (known, image, _) in enumerate(drawn, start):
-            pixels[number] = image
-            attributes.append(known)
+    pixels, attributes = draw_flowers(config.eval_seed, config.classifier_drawings, splits.train.pixels.shape[1])
     classifier = train_classifier(
         pixels, encode(heads, attributes), heads, steps=config.classifier_steps, batch_size=32, seed=config.eval_seed
     )
@@ -254,17 +268,38 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     return classifier, accuracy(classifier, unseen.pixels, encode(heads, truth))
 
 
+def draw_flowers(seed: int, count: int, size: int) -> "tuple[np.ndarray, list[dict[str, Any]]]":
+    """Draw new flowers. Half of them have combinations of attributes that the training split never has.
+
+    Returns:
+        Drawings, uint8 [count, size, size, 3], and the attributes of each.
+    """
+    import numpy as np
+
+    from t2i.data import flowers
+
+    pixels = np.empty((count, size, size, 3), np.uint8)
+    attributes = []
+    for held_out, start, end in ((False, 0, count // 2), (True, count // 2, count)):
+        drawn = flowers.draw_many(seed, start, end - start, size, held_out, workers=2)
+        for number, (known, image, _) in enumerate(drawn, start):
+            pixels[number] = image
+            attributes.append(known)
+    return pixels, attributes
+
+
 def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -> tuple[Any, Any]:
     """Load the judge's network and show it the real images. Return the judge and the features of the unseen images.
 
-    Distances are measured to the training images, and for drawn flowers to drawings that training never saw. The probe
+    Distances are measured to the training images, and for drawn flowers to new drawings. The probe
     learns the labels of the training images. Both are None without a network, or with too few images.
 
     Args:
         fresh: `unseen_rows` of the data set.
     """
-    import torch
+    import numpy as np
 
+    from t2i.data import flowers
     from t2i.data.caches import cache_features
     from t2i.evaluation import judge
     from t2i.evaluation.networks import FeatureNetwork
@@ -273,17 +308,18 @@ def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -
     if not recipe.evaluate.judge_network or min(len(train), len(fresh)) < 3:
         return None, None
     network = FeatureNetwork(recipe.evaluate.judge_network)
-    seen = held_out.pixels
-    unseen = torch.from_numpy(cache_features(seen, held_out.fingerprint, network, config.cache_dir)[fresh])
+    unseen = cache_features(held_out.pixels, fresh, held_out.fingerprint, network, config.cache_dir)
     if kind == "drawn":
-        return judge.Judge(network, unseen, seen[fresh]), unseen
-    limit = judge.MAX_REFERENCE
-    pixels, labels = judge.spread(train.pixels, limit), judge.spread(labels_of(train), limit)
-    fingerprint = train.fingerprint if len(pixels) == len(train) else f"{limit} of {train.fingerprint}"
-    reference = torch.from_numpy(cache_features(pixels, fingerprint, network, config.cache_dir)[:])
-    rows = [row for row, label in enumerate(labels) if label is not None]
-    probe = judge.Probe(reference[rows], [labels[row] for row in rows]) if kind == "labelled" else None
-    return judge.Judge(network, reference, pixels, probe), unseen
+        seed, size = recipe.evaluate.eval_seed + 1, train.pixels.shape[1]
+        drawings, _ = draw_flowers(seed, REFERENCE_DRAWINGS, size)
+        name, every = f"drawings {flowers.VERSION} {seed}", np.arange(REFERENCE_DRAWINGS)
+        return judge.Judge(network, cache_features(drawings, every, name, network, config.cache_dir), drawings), unseen
+    rows = judge.spread(np.arange(len(train)), judge.MAX_REFERENCE)
+    reference = cache_features(train.pixels, rows, train.fingerprint, network, config.cache_dir)
+    labels = labels_of(train, rows)
+    known = [row for row, label in enumerate(labels) if label is not None]
+    probe = judge.Probe(reference[known], labels[known].tolist()) if kind == "labelled" else None
+    return judge.Judge(network, reference, judge.spread(train.pixels, judge.MAX_STATISTICS), probe), unseen
 
 
 def labels_of(split: Any, rows: "np.ndarray | None" = None) -> "np.ndarray":
@@ -323,38 +359,41 @@ def compare(
         features: the judge's features of the unseen real images.
         labels: labels of these images.
     """
-    import numpy as np
-
     from t2i import models
     from t2i.evaluation import judge as judges
     from t2i.evaluation import memorisation
-    from t2i.pictures.reconstructions import reconstruct
+    from t2i.pictures import sampling
 
-    judge = study.judge
-    vae = models.load_vae(str(study.run / "pipeline"))
-    reconstructions = np.concatenate(
-        [reconstruct(vae, study.unseen[start : start + 32])[0] for start in range(0, len(study.unseen), 32)]
-    )
-    train = judges.spread(study.splits.train.pixels, CONTROLS)
-    control = np.concatenate([reconstruct(vae, train[start : start + 32])[0] for start in range(0, len(train), 32)])
+    judge, memory = study.judge, study.memory
+    vae = models.load_vae(str(study.run / "pipeline")).to(sampling.best_device())
+    reconstructions = reconstruct_all(vae, study.unseen)
+    control = reconstruct_all(vae, judges.spread(study.splits.train.pixels, CONTROLS))
     count = min(len(pictures), len(study.unseen), len(judge.reference))
-    thumbnails = memorisation.pixel_embedding(study.splits.train.pixels)
     sets = {
         "pictures": (pictures, judge.network.features(pictures), labels_wanted(prompts)),
         "reconstructions": (reconstructions, judge.network.features(reconstructions), labels),
         "real": (study.unseen, features, labels),
     }
     rows = {
-        name: judge.describe(images, of_images, None if wanted is None else list(wanted), count)
-        | {"copies": float(memorisation.copied(images, thumbnails).mean())}
+        name: judge.describe(images, of_images, wanted, count)
+        | {"copies": float(memorisation.copied(images, memory.thumbnails).mean())}
         for name, (images, of_images, wanted) in sets.items()
     }
     return {
         "network": judge.network.name,
         **rows,
-        "control_copies": float(memorisation.copied(control, thumbnails).mean()),
+        "control_copies": float(memorisation.copied(control, memory.thumbnails).mean()),
         **figures["judge"],
     }
+
+
+def reconstruct_all(vae: Any, images: "np.ndarray") -> "np.ndarray":
+    """Return the reconstructions of images, uint8 [N, R, R, 3]."""
+    import numpy as np
+
+    from t2i.pictures.reconstructions import reconstruct
+
+    return np.concatenate([reconstruct(vae, images[start : start + 32])[0] for start in range(0, len(images), 32)])
 
 
 def labels_wanted(prompts: Prompts) -> list[Any] | None:
@@ -374,12 +413,14 @@ def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "di
 def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, offset: int) -> Prompts:
     """Return `count` prompts.
 
-    Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: the prompts name the labels in turn.
+    Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: labels of random training images.
     Kind `captioned`: the prompts are captions of unseen images.
 
     Args:
         offset: number of captions to skip, because other prompts use them.
     """
+    import numpy as np
+
     from t2i.data import flowers
     from t2i.data.records import label_captions, prefixed
 
@@ -389,17 +430,16 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
         texts, wanted = [text for _, text in seen + held_out], [known for known, _ in seen + held_out]
         return Prompts(texts, wanted, [False] * len(seen) + [True] * len(held_out))
     if kind == "labelled":
-        labels = known_labels(splits.train)
-        chosen = [labels[number % len(labels)] for number in range(count)]
+        # Prompts have the mix of the training labels, as the real images have that pictures are compared with.
+        labels = [label for label in splits.train.rows["label"] if label is not None]
+        chosen = [labels[row] for row in np.random.default_rng(seed).integers(len(labels), size=count)]
         data = recipe.data
         first = [label_captions(label, data.caption_template[:1])[0] for label in chosen]
         texts = [prefixed(caption, data.caption_prefix) for caption in first]
         return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
     if not captions:
-        raise UserError(
-            f"{recipe.data.dataset} has no caption in its test or validation split; give --classifier_steps 0 and a captioned set"
-        )
+        raise UserError(f"{recipe.data.dataset} has no caption in its test or validation split; give a captioned set")
     return Prompts([captions[(offset + number) % len(captions)] for number in range(count)], [], [False] * count)
 
 
@@ -469,9 +509,9 @@ def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str,
     from t2i.data.flowers import COMBINED
     from t2i.evaluation import attributes, memorisation, metrics
 
-    train, unseen, judge = study.splits.train, study.unseen, study.judge
-    enough = len(unseen) > 1 and len(train) > 1 and len(pictures) > 1
-    copies = memorisation.memorisation(pictures, train.pixels, unseen) if enough else {}
+    judge = study.judge
+    enough = study.memory is not None and len(pictures) > 1
+    copies = study.memory.measure(pictures) if enough else {}
     judged, following = None, None
     if judge and len(pictures) > 2:
         judged = judge.measure(judge.network.features(pictures), labels_wanted(prompts))
@@ -482,7 +522,9 @@ def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str,
     return {
         "prompt_following": following,
         "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
-        "diversity": metrics.diversity(memorisation.pixel_embedding(pictures), memorisation.pixel_embedding(unseen))
+        "diversity": metrics.diversity(
+            memorisation.pixel_embedding(pictures), memorisation.pixel_embedding(study.unseen)
+        )
         if enough
         else None,
         "judge": judged,
@@ -517,7 +559,7 @@ def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[s
         if not (lowest["prompt_following"] or lowest["clip_score"]):
             return lowest
     if close[0]["prompt_following"] or close[0]["clip_score"]:
-        return max(close, key=lambda result: (sweep_score(result), result["checkpoint"]))
+        return max(close, key=lambda result: (sweep_score(result), checkpoint_step(Path(result["checkpoint"])) or 0))
     return max(
         close,
         key=lambda result: (

@@ -289,13 +289,12 @@ def adversarial_gradients(
 
     from t2i.training import autoencoder_losses as losses
 
-    discriminator, scaler = train_state.discriminator, accelerator.scaler
+    discriminator, last_layer = train_state.discriminator, train_state.module.decoder.conv_out.weight
     adversarial = losses.adversarial_loss(discriminator(reconstruction))
     (of_terms,) = torch.autograd.grad(terms["train_loss"], reconstruction)
     (of_adversary,) = torch.autograd.grad(adversarial, reconstruction)
-    last_layer, scale = train_state.module.decoder.conv_out.weight, scaler.get_scale() if scaler else 1.0
     average = partial(accelerator.reduce, reduction="mean")
-    balance = losses.balance(reconstruction, of_terms, of_adversary, last_layer, average, scale)
+    balance = losses.balance(reconstruction, of_terms, of_adversary, last_layer, average)
     weight = config.adversarial_weight * balance
     # The gradient of this sum at the reconstruction is that of all terms, and only KL has another way to the weights.
     accelerator.backward((reconstruction * (of_terms + weight * of_adversary)).sum() + config.kl_weight * terms["kl"])

@@ -112,6 +112,9 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
         assert (workspace / "unet/evaluation" / cell["grid"]).is_file()
     judged = results["report"]["judge"]
     assert judged["real"]["kernel_distance"] < judged["pictures"]["kernel_distance"]
+    assert (
+        judged["real"]["frechet_distance"] > 1
+    )  # The reference holds other drawings than those that it is compared with.
     assert results["report"]["prompts"] == judged["pictures"]["pictures"] == 6
     assert "judged by efficientnet-lite0" in done.stdout
     assert "chosen: checkpoint-" in done.stdout

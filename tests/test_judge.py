@@ -146,14 +146,24 @@ def test_the_second_network_teaches_the_autoencoder_and_differs() -> None:
 
 
 def test_features_of_real_images_are_cached_by_content(network: FeatureNetwork, tmp_path, capsys) -> None:
-    pixels = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    first = cache_features(pixels, "a", network, str(tmp_path))
-    np.testing.assert_allclose(first, network.features(pixels).numpy(), atol=1e-4)
+    pixels, rows = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8), np.array([0, 2, 4])
+    first = cache_features(pixels, rows, "a", network, str(tmp_path))
+    torch.testing.assert_close(first, network.features(pixels[rows]), rtol=1e-3, atol=1e-4)
     capsys.readouterr()
-    np.testing.assert_array_equal(cache_features(pixels, "a", network, str(tmp_path)), first)
-    assert "reusing features of 5 images" in capsys.readouterr().out
-    cache_features(pixels, "b", network, str(tmp_path))
-    assert "computing features" in capsys.readouterr().out
+    assert torch.equal(cache_features(pixels, rows, "a", network, str(tmp_path)), first)
+    assert "reusing features of 3 images" in capsys.readouterr().out
+    for images, fingerprint in ((rows, "b"), (rows + 0 * rows - (rows > 2), "a")):
+        cache_features(pixels, images, fingerprint, network, str(tmp_path))
+        assert "computing features" in capsys.readouterr().out
+
+
+def test_pictures_without_a_label_are_not_counted(network: FeatureNetwork) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    pixels[::2] //= 4  # dark and bright pictures
+    features, labels = network.features(pixels), ["dark", "bright"] * 6
+    one = judge.Judge(network, features, pixels, judge.Probe(features, labels))
+    assert one.measure(features, [*labels[:4], *[None] * 8])["named"] == 1.0
+    assert one.measure(features, [None] * 12)["named"] is None
 
 
 def test_copies_are_told_from_new_pictures_also_if_soft_or_mirrored() -> None:
@@ -164,3 +174,6 @@ def test_copies_are_told_from_new_pictures_also_if_soft_or_mirrored() -> None:
     assert memorisation.copied(soft, thumbnails).all()
     assert memorisation.copied(soft[:, :, ::-1], thumbnails).all()
     assert not memorisation.copied(fresh, thumbnails).any()
+    twins = memorisation.pixel_embedding(np.concatenate([train, train[:, :, ::-1], soft]))
+    assert memorisation.copied(soft, twins).all()  # a photo that stands there three times is copied all the same
+    assert not memorisation.copied(fresh, twins).any()

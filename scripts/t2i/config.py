@@ -411,7 +411,14 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _rename(keys: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
-    """Return a section with the keys of earlier versions renamed."""
+    """Return a section with the keys of earlier versions renamed.
+
+    Raises:
+        UserError: a key stands there under its old and under its new name.
+    """
+    for old, new in renamed.items():
+        if keys.get(old) is not None and new in keys:
+            raise UserError(f"{old} is the earlier name of {new}, and both are set; delete {old}")
     return {renamed.get(key, key): value for key, value in keys.items() if key not in renamed or value is not None}
 
 

@@ -136,24 +136,32 @@ def cache_text(
 
 
 def cache_features(
-    pixels: np.ndarray, fingerprint: str, network: Any, cache_dir: str, *, say: Callable[[str], None] = print
-) -> np.ndarray:
-    """Return the judge's features of images, float32 [N, F], from the cache if they are there.
+    pixels: np.ndarray,
+    rows: np.ndarray,
+    fingerprint: str,
+    network: Any,
+    cache_dir: str,
+    *,
+    say: Callable[[str], None] = print,
+) -> torch.Tensor:
+    """Return the judge's features of some images, float32 [len(rows), F], from the cache if they are there.
 
     Args:
         pixels: images, uint8 [N, R, R, 3].
-        fingerprint: hash of the images.
+        rows: numbers of the wanted images, int64.
+        fingerprint: hash of all images.
         network: an `evaluation.networks.FeatureNetwork`.
     """
-    width = network.features(pixels[:1]).shape[1]
-    shape = (len(pixels), width)
+    shape = (len(rows), network.features(pixels[rows[:1]]).shape[1])
 
     def fill(features: np.ndarray) -> None:
-        for start in tqdm(range(0, len(pixels), 32), desc="features", unit="batch"):
-            features[start : start + 32] = network.features(pixels[start : start + 32]).numpy()
+        for start in tqdm(range(0, len(rows), 32), desc="features", unit="batch"):
+            features[start : start + 32] = network.features(pixels[rows[start : start + 32]]).numpy()
 
-    key = hash_json({"kind": "features", "shape": shape, "images": fingerprint, "network": network.identity()})
-    return _cached(Path(cache_dir) / "features" / key, shape, "float32", f"features of {len(pixels)} images", fill, say)
+    identity = {"images": fingerprint, "rows": hash_json(rows.tolist()), "network": network.identity()}
+    key = hash_json({"kind": "features", "shape": shape, **identity})
+    what = f"features of {len(rows)} images"
+    return torch.from_numpy(np.array(_cached(Path(cache_dir) / "features" / key, shape, "float32", what, fill, say)))
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:

@@ -16,6 +16,9 @@ from t2i.errors import UserError
 from t2i.evaluation.networks import FeatureNetwork
 
 MAX_REFERENCE = 10_000  # Real images that the judge compares with, at even distances of the training images.
+BATCH_PIXELS = 1 << 20  # Pixels whose statistics are computed at once.
+MAX_UNSEEN = 2048  # Unseen real images that are compared.
+MAX_STATISTICS = 2048  # Images of a set whose pixel statistics are compared.
 BLOCK = 2048  # Rows per block of a matrix of kernel values, which bounds memory.
 NEIGHBOURS = 3  # Of the manifolds of precision and recall, as in the source.
 PENALTIES = (1e1, 3e1, 1e2, 3e2, 1e3, 3e3, 1e4)  # Ridge penalties of the probe to choose from.
@@ -53,7 +56,7 @@ def kernel_distance(real: Tensor, generated: Tensor, real_rows: Tensor | None = 
     n, m = len(real), len(generated)
     if min(n, m) < 3:
         raise UserError(
-            f"the kernel distance needs at least 3 pictures on both sides, not {min(n, m)}; raise --sweep_prompts"
+            f"the kernel distance needs at least 3 pictures on both sides, not {min(n, m)}; raise --sweep_prompts and --report_prompts"
         )
     real_rows = within(real) if real_rows is None else real_rows
     generated_rows = within(generated)
@@ -194,8 +197,9 @@ def pixel_statistics(pictures: np.ndarray) -> Tensor:
     bands = [(radius >= low) & (radius < high) for low, high in itertools.pairwise(edges.tolist())]
     to_ycbcr = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
     parts = []
-    for start in range(0, len(pictures), 256):
-        pixels = torch.from_numpy(np.array(pictures[start : start + 256])).float() / 255
+    batch = max(1, BATCH_PIXELS // side**2)
+    for start in range(0, len(pictures), batch):
+        pixels = torch.from_numpy(np.array(pictures[start : start + batch])).float() / 255
         channels = torch.einsum("nhwc,dc->ndhw", pixels, to_ycbcr)
         flat = channels.flatten(2)
         quantiles = flat.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 2, 0)
@@ -218,9 +222,17 @@ class Judge:
     def __init__(
         self, network: FeatureNetwork, reference: Tensor, reference_pixels: np.ndarray, probe: Probe | None = None
     ) -> None:
+        """Prepare the figures of the photos that all comparisons share.
+
+        Args:
+            network: network that made the features.
+            reference: features of the photos, [N, F].
+            reference_pixels: photos for the statistics of pixels, uint8 [K, R, R, 3].
+            probe: classifier of the photos' labels. With None, nothing is named.
+        """
         self.network, self.reference, self.probe = network, reference, probe
         self._within = within(reference)
-        statistics = pixel_statistics(reference_pixels)
+        statistics = pixel_statistics(spread(reference_pixels, MAX_STATISTICS))
         self._mean, self._std = statistics.mean(0), statistics.std(0).clamp(min=1e-6)
         self._statistics = self._standardised(statistics)
 
@@ -233,14 +245,17 @@ class Judge:
 
         Args:
             features: features of pictures, [M, F] with M > 2.
-            labels: label that each picture should show. None: not known.
+            labels: label that each picture should show. A picture whose label is None is left out of "named".
 
         Returns:
             "network", "kernel_distance" and its "standard_error" (`kernel_distance`), and "named": the share of pictures
             whose label the probe recognises (None without a probe or labels).
         """
         distance = kernel_distance(self.reference, features, self._within)
-        named = self.probe.accuracy(features, labels) if self.probe and labels else None
+        rows = [row for row, label in enumerate([] if labels is None else labels) if label is not None]
+        named = None
+        if self.probe and rows:
+            named = self.probe.accuracy(features[rows], [labels[row] for row in rows])  # type: ignore[index]
         return {
             "network": self.network.name,
             "kernel_distance": distance["mean"],
@@ -264,7 +279,7 @@ class Judge:
             and photos, and "pixel_distance": the kernel distance of `pixel_statistics`, standardised by the photos.
         """
         photos, some = spread(self.reference, count), spread(features, count)
-        statistics = self._standardised(pixel_statistics(pictures))
+        statistics = self._standardised(pixel_statistics(spread(pictures, MAX_STATISTICS)))
         return {
             **self.measure(features, labels),
             "pictures": len(pictures),
@@ -275,5 +290,7 @@ class Judge:
 
 
 def spread(rows: Any, count: int) -> Any:
-    """Return `count` rows at even distances, or all rows if there are fewer."""
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+    """Return `count` rows at even distances, or all rows if there are no more."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.evaluation.attributes import to_tensor
 
+TWIN = 0.1  # Training images with a smaller distance, relative to the 50 nearest, are one photo.
 COPY = 1 / 3  # A copy's distance to its training image, as a share of the distance to the second nearest.
 
 
@@ -73,7 +74,11 @@ def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Te
 
     A relative distance is the distance to the nearest image, divided by the mean distance to the 50 nearest.
     """
-    distances, rows = _both_ways(pictures, train)
+    return _relative(*_both_ways(pictures, train))
+
+
+def _relative(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the figures of `_relative_distances` from the distances and rows of `_both_ways`."""
     first, column = (distances / _neighbourhood(distances)).min(1)
     return first, rows.gather(1, column[:, None])[:, 0]
 
@@ -81,9 +86,9 @@ def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Te
 def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
     """Return which pictures copy a training image: it is less than a third as far as any other training image.
 
-    A mirror image belongs to its training image. Distances are those of thumbnails: by them, all reconstructed training photos
-    of an autoencoder with 25 dB were copies, and 0.5 % of unseen photos. Features of a network did not separate the two.
-    Source: Carlini et al., 2023, section 4.2.
+    Mirror images and near copies of that training image belong to it. Distances are those of thumbnails: by them, all
+    reconstructed training photos of an autoencoder with 25 dB were copies, and 0.5 % of unseen photos. Features of a network
+    did not separate the two. Source: Carlini et al., 2023, section 4.2.
 
     Args:
         pictures: uint8 [M, H, W, 3].
@@ -92,11 +97,22 @@ def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
     Returns:
         bool [M].
     """
-    distances, rows = _both_ways(pictures, train)
+    return _copied(*_both_ways(pictures, train), train)
+
+
+def _copied(distances: Tensor, rows: Tensor, train: Tensor) -> np.ndarray:
+    """Return which pictures are copies, from the distances and rows of `_both_ways`."""
+    limits = TWIN * _neighbourhood(distances)
     distances, order = distances.sort(1)
     rows = rows.gather(1, order)
-    others = torch.where(rows == rows[:, :1], torch.inf, distances)
-    return (distances[:, 0] < COPY * others.min(1).values).numpy()
+    seconds = []
+    for start in range(0, len(rows), 64):  # The thumbnails of all neighbours at once would fill the memory.
+        some = slice(start, start + 64)
+        nearest, neighbours = train[rows[some, :1]], train[rows[some]]
+        mirrored = nearest.unflatten(2, (3, 16, 16)).flip(4).flatten(2)
+        apart = torch.minimum((neighbours - nearest).norm(dim=2), (neighbours - mirrored).norm(dim=2))
+        seconds.append(torch.where(apart < limits[some], torch.inf, distances[some]).min(1).values)
+    return (distances[:, 0] < COPY * torch.cat(seconds)).numpy()
 
 
 def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
@@ -154,20 +170,44 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
     """
     if len(train) < 2 or len(held_out) == 0 or len(generated) == 0:
         raise UserError("memorisation needs at least 2 training images, 1 held-out image and 1 generated picture")
-    thumbnails = pixel_embedding(train)
-    ours, rows = _relative_distances(generated, thumbnails)
-    theirs, _ = _relative_distances(held_out, thumbnails)
-    ordered = theirs.sort().values
-    below = torch.searchsorted(ordered, ours)  # number of held-out images nearer than this picture
-    level = torch.searchsorted(ordered, ours, right=True)  # the same number, plus ties
-    return {
-        "median_ratio": float(ours.median() / theirs.median().clamp(min=1e-12)),
-        "share_closer": float((ours < theirs.quantile(0.01)).float().mean()),
-        "probability_closer": float(1 - (below + level).float().mean() / (2 * len(ordered))),
-        "near_copies": float((ours < 0.5).float().mean()),
-        "near_copies_held_out": float((theirs < 0.5).float().mean()),
-        "copies": float(copied(generated, thumbnails).mean()),
-        "copies_held_out": float(copied(held_out, thumbnails).mean()),
-        "nearest": rows.numpy(),
-        "relative_distance": ours.numpy(),
-    }
+    return Memory(train, held_out).measure(generated)
+
+
+class Memory:
+    """Training images and unseen images, for measuring many sets of pictures as `memorisation` does.
+
+    Attributes:
+        thumbnails: `pixel_embedding` of the training images.
+    """
+
+    def __init__(self, train: np.ndarray, held_out: np.ndarray) -> None:
+        """Measure the unseen images once.
+
+        Args:
+            train: training images, uint8 [N, H, W, 3].
+            held_out: unseen real images, uint8 [K, H, W, 3].
+        """
+        self.thumbnails = pixel_embedding(train)
+        near = _both_ways(held_out, self.thumbnails)
+        self.held_out, _ = _relative(*near)
+        self.copies_held_out = float(_copied(*near, self.thumbnails).mean())
+
+    def measure(self, generated: np.ndarray) -> dict[str, Any]:
+        """Return the figures of `memorisation` for pictures, uint8 [M, H, W, 3]."""
+        near = _both_ways(generated, self.thumbnails)
+        ours, rows = _relative(*near)
+        theirs = self.held_out
+        ordered = theirs.sort().values
+        below = torch.searchsorted(ordered, ours)  # number of held-out images nearer than this picture
+        level = torch.searchsorted(ordered, ours, right=True)  # the same number, plus ties
+        return {
+            "median_ratio": float(ours.median() / theirs.median().clamp(min=1e-12)),
+            "share_closer": float((ours < theirs.quantile(0.01)).float().mean()),
+            "probability_closer": float(1 - (below + level).float().mean() / (2 * len(ordered))),
+            "near_copies": float((ours < 0.5).float().mean()),
+            "near_copies_held_out": float((theirs < 0.5).float().mean()),
+            "copies": float(_copied(*near, self.thumbnails).mean()),
+            "copies_held_out": self.copies_held_out,
+            "nearest": rows.numpy(),
+            "relative_distance": ours.numpy(),
+        }

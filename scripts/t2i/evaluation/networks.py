@@ -110,8 +110,9 @@ class FeatureNetwork:
         self.model.eval().requires_grad_(False).to(self.device)
 
     def identity(self) -> str:
-        """Return a hash of the network's weights, for caches of features."""
-        digest = hashlib.sha256(self.name.encode() if self.processor is None else b"")
+        """Return a hash of the network's weights and of the preparing of its input, for caches of features."""
+        prepared = f"{self.name} {INPUT_SIDE}" if self.processor is None else self.processor.to_json_string()
+        digest = hashlib.sha256(prepared.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

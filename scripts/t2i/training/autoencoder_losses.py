@@ -95,7 +95,6 @@ def balance(
     of_adversary: Tensor,
     last_layer: Tensor,
     average: Callable[[Tensor], Tensor],
-    scale: float = 1.0,
 ) -> Tensor:
     """Return the factor that gives the discriminator's gradient the size of the other terms' gradient.
 
@@ -107,13 +106,13 @@ def balance(
         of_adversary: gradient of the adversarial term at `reconstruction`.
         last_layer: weights of the decoder's last layer.
         average: returns the mean of a tensor over all processes, so that all get the same factor.
-        scale: factor of gradients inside the graph, so that fp16 holds them.
     """
-    gradients = [
-        torch.autograd.grad(reconstruction, last_layer, gradient * scale, retain_graph=True)[0].float()
-        for gradient in (of_terms, of_adversary)
-    ]
-    terms, adversary = average(torch.stack(gradients) / scale).flatten(1).norm(dim=1)
+    gradients = []
+    for gradient in (of_terms, of_adversary):
+        size = gradient.norm().clamp(min=1e-30)  # Gradients pass the graph at norm 1, which fp16 holds.
+        at_layer = torch.autograd.grad(reconstruction, last_layer, gradient / size, retain_graph=True)[0]
+        gradients.append(at_layer.float() * size)
+    terms, adversary = average(torch.stack(gradients)).flatten(1).norm(dim=1)
     return (terms / (adversary + 1e-8)).clamp(max=LARGEST_BALANCE)
 
 
