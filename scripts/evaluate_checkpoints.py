@@ -235,8 +235,8 @@ def known_labels(split: Any) -> list[str]:
 def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
     """Train the classifier that reads the attributes of drawn flowers, on new drawings.
 
-    Return the classifier of flowers, with its accuracy on the data set's held-out combinations. For data sets other
-    than drawn flowers, the result is None.
+    Return the classifier of flowers, with its accuracy on the data set's held-out combinations. There is no classifier
+    for data sets other than drawn flowers.
     """
     import numpy as np
 

@@ -102,8 +102,8 @@ class SageMakerConfig:
     image_uri: str | None = None
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
-    # With None, use AWS's PyTorch image without transformers. A version of transformers selects AWS's Hugging Face
-    # image of that version.
+    # Version of transformers in the image. With None, use AWS's PyTorch image without transformers. A version of
+    # transformers selects AWS's Hugging Face image of that version.
     transformers_version: str | None = None
     # TSV file of the job's inputs, with a header and the columns channel and source (s3://… or a folder).
     sagemaker_inputs_file: str | None = None

@@ -27,15 +27,18 @@ def save_dataset_folder(
 ) -> dict[str, int]:
     """Write a dataset folder that `datasets.load_dataset(folder)` reads without further options.
 
-    The folder holds `data/<split>-00000-of-0000N.parquet` and README.md. The folder appears only when complete.
+    A dataset folder holds `data/<split>-00000-of-0000N.parquet` and README.md. The dataset folder appears only when it
+    is complete.
 
     Args:
         folder: the dataset folder, which must not exist or must be empty.
-        splits: the rows of each split. Each iterable is consumed once, one split after the other, so generators keep
-            memory small. A row has `image`, `caption`, and further columns, the same ones in each row. `image` is
-            encoded bytes, the path of a file as `Path`, a PIL image, or uint8 [H, W, 3]. PIL images and arrays become PNG.
-        features: types of the columns. With None, the first row decides the types.
-        card_text: text of the dataset card, with or without YAML front matter. Splits and columns are added to the card.
+        splits: the rows of each split, by the split's name. Each split's rows are read once, one split after the other,
+            so generators of rows keep memory small. A row has `image`, `caption`, and further columns, and all rows
+            have the same columns. A row's `image` is encoded bytes, the path of a file as `Path`, a PIL image, or uint8
+            [H, W, 3]. PIL images and arrays are stored as PNG.
+        features: types of the rows' columns. With None, the first row decides the types of the columns.
+        card_text: text of the dataset card, with or without YAML front matter. The function adds splits and columns to
+            the card.
 
     Returns:
         The number of rows written per split.

@@ -54,8 +54,9 @@ def describe(splits: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
         splits: columns of each split: `{split: {"file": [...], "caption": [...], "label": [...] or absent}}`.
 
     Returns:
-        `classes`: figures on the classes, or None if the data set has no labels. `captions`: number of all, empty and
-        distinct captions, words of the longest one, and the odd ones by kind. `examples`: three pairs (file, caption).
+        `classes`: figures on the classes of the data set, or None if the data set has no labels. `captions`: number of
+            all, empty and distinct captions, words of the longest caption, and odd captions by kind. `examples`: three
+            pairs (file, caption).
     """
     classes: Counter[str] = Counter()
     distinct: set[str] = set()
@@ -181,7 +182,10 @@ def _counted(count: int, what: str, first: Iterable[str]) -> str:
 
 
 def _visible(name: str) -> str:
-    """Write out the combining accents of a name. Otherwise é as one character and é as two would look the same."""
+    """Write out the combining accents of a name.
+
+    Without this, é as one character and é as two characters would look the same.
+    """
     return "".join(f"\\u{ord(mark):04x}" if unicodedata.combining(mark) else mark for mark in name)
 
 
@@ -196,7 +200,7 @@ def _one_line(text: str) -> str:
 def read_report(folder: Path, source: Source) -> dict[str, Any]:
     """Return the report of a cache folder, with the files that the current listing of the data set leaves out.
 
-    These files are not part of the cache's key, so they may have changed since the cache was made.
+    Files that the listing leaves out are not part of the cache's key, so they may have changed since.
     """
     report = read_json(folder / "report.json")
     if "understood" not in report:  # An older version prepared the images, and did not count captions.

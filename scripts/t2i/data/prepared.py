@@ -20,9 +20,9 @@ class Split:
 
     Attributes:
         pixels: the images, uint8 [N, R, R, 3], memory-mapped and read-only. `pixels[i]` belongs to `rows[i]`.
-        rows: a row of text per image, memory-mapped. Each row has the strings `id`, `file` and `caption`, `label` if the
-            data set has labels, and the data set's other plain columns. `id` is 16 hex digits of the image file's
-            SHA-256, so copies of an image have the same `id`.
+        rows: texts of each image in one row, memory-mapped. Each row of an image has the strings `id`, `file` and
+            `caption`, `label` if the data set has labels, and the data set's other plain columns. `id` is 16 hex digits
+            of the image file's SHA-256, so copies of an image have the same `id`.
         fingerprint: hash of the pixels, which does not depend on the captions.
     """
 
@@ -37,7 +37,7 @@ class Split:
 def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
     """Return the train, validation and test split of a finished cache folder (`runs.prepared_folder`).
 
-    The original data set is not read. A split without images is None.
+    Opening a cache folder does not read the original data set. A split without images is returned as None.
 
     Raises:
         UserError: the cache folder is missing or damaged.
