@@ -3,9 +3,9 @@
 python scripts/export_pipeline.py --model outputs/demo/unet
 
 A part of the model computes in 8 bits if measured pictures stay nearly the same. The script prints the measured quality
-of the 8-bit pictures. After the export, the compiled models draw in generate_images.py and in the dashboard, and
-publish_model.py publishes them too. After another training, the compiled models are no longer valid. Run
-export_pipeline.py again to replace invalid compiled models.
+of the 8-bit pictures. After the export, generate_images.py and the dashboard draw by the compiled models. Publishing
+the model publishes its compiled models too. After another training, the compiled models are no longer valid. Run this
+script again to replace invalid compiled models.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 python scripts/publish_model.py --model outputs/demo/unet --hub_model_id ORG/NAME --license apache-2.0
 
-After the push, stock diffusers loads the model from the Hub, and the model is compared with the run's model. Run
-publish_model.py again to repeat a push that failed. If nothing changed in the run, a repeated push changes nothing on
-the Hub. Text that people wrote into the card on the Hub stays.
+After the push, stock diffusers loads the model from the Hub, and the model is compared with the run's model. Run this
+script again to repeat a push that failed. If nothing changed in the run, a repeated push changes nothing on the Hub.
+Text that people wrote into the card on the Hub stays.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 python scripts/publish_space.py --model outputs/demo/unet --space ORG/NAME
 python scripts/publish_space.py --model ORG/MODEL --space ORG/NAME --dry_run
 
-The Space is first staged as a folder, which starts on this machine exactly as on the Hub. Run publish_space.py again to
+The Space is first staged as a folder, which starts on this machine exactly as on the Hub. Run this script again to
 repeat a push that failed. If nothing changed in the Space's folder, a repeated push changes nothing on the Hub. Text
 that people wrote into the Space's README.md stays.
 """

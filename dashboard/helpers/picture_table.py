@@ -20,8 +20,8 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
 
     Args:
         shown: the pictures by `position_name`, row by row. Each picture of the table has `row`, `column`, `source` (a
-            data address or ""), `label`, `alt`, `note`, and `open`, a function that returns the picture or None. A
-            picture of the table may have `under` (text below the picture).
+            data address or ""), `label`, `alt`, `note` and `open`. A picture's `open` is a function that returns the
+            picture or None. A picture of the table may have `under` (text below the picture).
         columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
     """

@@ -34,8 +34,8 @@ def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]
 
     Each process holds a lock of its own, which the system frees when the process ends or is killed. A process that
     outlives its launcher therefore still prevents a new run in the folder. The first process of a run waits for
-    processes of an earlier run that are about to end: those whose launcher has ended, and those that were told to stop.
-    A run starts once all locks of its folder are free.
+    processes of an earlier run that are about to end. A process is about to end if its launcher has ended, or if it was
+    told to stop. A run starts once all locks of its folder are free.
 
     Args:
         folder: path of the run folder. A missing run folder is made.

@@ -497,8 +497,8 @@ def _flower(
 def _florets(size: int) -> np.ndarray:
     """Return the heights 0..1 of the florets in a flower's center, seen from above, float32 [size, size].
 
-    Floret k of n in a flower's center has the radius sqrt(k / n) and the angle k times the golden angle, as in Vogel's
-    phyllotaxis (Vogel, Mathematical Biosciences 44, 1979).
+    Floret k of n in a flower's center has the radius sqrt(k / n) and the angle k times the golden angle. Source of the
+    florets' positions: Vogel, Mathematical Biosciences 44, 1979.
     """
     n = 55
     at = _grid(size) * 2 - 1

@@ -20,9 +20,9 @@ class Split:
 
     Attributes:
         pixels: the images, uint8 [N, R, R, 3], memory-mapped and read-only. `pixels[i]` belongs to `rows[i]`.
-        rows: texts of each image in one row, memory-mapped. Each row of an image has the strings `id`, `file` and
-            `caption`, `label` if the data set has labels, and the data set's other plain columns. `id` is 16 hex digits
-            of the image file's SHA-256, so copies of an image have the same `id`.
+        rows: texts of each image in one row, memory-mapped. An image's row has the strings `id`, `file` and `caption`,
+            and `label` if the data set has labels. The row also has the data set's other plain columns. `id` is 16 hex
+            digits of the image file's SHA-256, so copies of an image have the same `id`.
         fingerprint: hash of the pixels, which does not depend on the captions.
     """
 

@@ -182,8 +182,8 @@ def pixel_statistics(pictures: np.ndarray) -> Tensor:
 
     The statistics need no network, so they are a second judge.
 
-    There are 15 statistics per channel of YCbCr: the mean, standard deviation and three quantiles of the pixels, and the
-    logarithm of the energy in ten bands of the discrete cosine transform.
+    Five of the 15 statistics per channel of YCbCr are the mean, standard deviation and three quantiles of the pixels.
+    The other ten statistics are the logarithm of the energy in ten bands of the discrete cosine transform.
 
     Args:
         pictures: uint8 [N, R, R, 3].
