@@ -59,7 +59,7 @@ def main() -> None:
 def change_page(page: str) -> None:
     """Keep the chosen runs when the user opens another page, unless the page's URL names runs (after a link, or Back).
 
-    All other URL parameters are forgotten.
+    A change of page drops all other URL parameters.
 
     Each page has its own URL parameters: `seed`, for example, is a number on one page and a list on another.
     """

@@ -3,7 +3,7 @@
 python scripts/evaluate_checkpoints.py --model outputs/demo/unet
 
 Each checkpoint draws pictures for the same few prompts at each guidance scale. The best pair of checkpoint and guidance
-scale is chosen on these pictures, and reported on other prompts. The script writes evaluation/ into the run folder, and
+scale is chosen on a few prompts, and reported on other prompts. The script writes evaluation/ into the run folder, and
 the model card into the run's pipeline/.
 """
 
@@ -150,7 +150,7 @@ def main() -> None:
 def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
     """Return the settings that decide the result of an evaluation.
 
-    A finished evaluation is reused only if these settings have not changed since.
+    A finished evaluation is reused only if its settings have not changed since.
     """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
     if config.engine != "openvino":
@@ -197,7 +197,7 @@ def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarra
 
 
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
-    """Return the named checkpoints of the run, or all of them, oldest first."""
+    """Return the named checkpoints of the run, or all its checkpoints, oldest first."""
     known = [path.name for path in checkpoint_folders(run)]
     copies = checkpoint_copies(run)
     if not known and copies:
@@ -266,7 +266,9 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
 
 
 def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -> tuple[Any, Any]:
-    """Load the judge's network and show it the real images. Return the judge and the features of the unseen images.
+    """Load the judge's network and compute its features of the real images.
+
+    Return the judge and the features of the unseen images.
 
     Distances are measured to the training images, and for drawn flowers to drawings that training never saw. The probe
     learns the labels of the training images. The judge and the features are None without a network, or with too few
@@ -299,7 +301,10 @@ def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -
 
 
 def labels_of(split: Any, rows: "np.ndarray | None" = None) -> "np.ndarray":
-    """Return the label of each image of a split, or of some rows of it: object [N]. Images without a label get None."""
+    """Return the label of each image of a split, or of some rows of the split: object [N].
+
+    Images without a label get None.
+    """
     import numpy as np
 
     known = "label" in split.rows.column_names

@@ -1,4 +1,4 @@
-"""Submit a training to Amazon SageMaker with an accelerate YAML, and bring its result home.
+"""Submit a training to Amazon SageMaker with an accelerate YAML, and download the training's result.
 
 python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml scripts/train_unet.py --config flowers
 python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml --fetch JOB
@@ -318,7 +318,7 @@ def submit(
     channels: dict[str, str],
     secret: str | None,
 ) -> str:
-    """Submit the job and return its name."""
+    """Submit the job to SageMaker and return the job's name."""
     begin, end = "SageMaker does not accept the job: ", "; nothing runs and nothing is billed"
     try:
         with aws_errors.in_words(begin, end):
@@ -437,7 +437,7 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:
-    """Download the run folder's own files. Checkpoints and the model are not downloaded with these files."""
+    """Download the run folder's own files. The download leaves out checkpoints and the model."""
     parts = urlsplit(uri)
     prefix = f"{parts.path.strip('/')}/run/".lstrip("/")
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):

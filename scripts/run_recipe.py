@@ -168,7 +168,7 @@ def check_stages(recipe: Recipe, options: Options) -> None:
 
 
 def python(script: str, *arguments: str) -> list[str]:
-    """Return the command that runs a script of this folder."""
+    """Return the command that runs a script in scripts/."""
     return [sys.executable, str(SCRIPTS / script), *arguments]
 
 
@@ -234,9 +234,9 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
 
 
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for the process of a stage and return its exit code.
+    """Wait for the process of a stage, and return the exit code of the process.
 
-    On Ctrl-C, this process waits until the stage, which gets the signal too, has saved its state.
+    On Ctrl-C, run_recipe.py waits until the stage, which gets the signal too, has saved its state.
     """
 
     def pass_on(number: int, frame: Any) -> None:

@@ -15,7 +15,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> None:
-    """Show a table of pictures.
+    """Show a table of pictures with linked zoom.
 
     Args:
         data: content of the table of pictures. In the table, `columns` and `rows` are labels, `corner` says what the

@@ -250,7 +250,7 @@ def follow(
 ) -> None:
     """Draw the curves that the function `read_now` returns.
 
-    While `is_running`, the curves are drawn again and again without running the rest of the page.
+    While `is_running` is true, the curves are drawn again and again without running the rest of the page.
 
     Args:
         read_now: function that returns the curves and a note.

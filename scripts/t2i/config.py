@@ -91,7 +91,7 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """Settings of the data set and its preparation."""
 
-    # Width and height of the training images in pixels. Each image is resized, and its center square is cropped.
+    # Width and height of the training images in pixels. Each image is resized and cropped to its center square.
     resolution: Annotated[int, NUMBER, Field(ge=8, le=2048)] = 128
     random_flip: Flag = True  # Train on mirrored images as well. The latents of mirrored images are cached too.
     # Share of images that become the validation split if the data set has none. A hash of each image's content decides
@@ -119,8 +119,8 @@ class CaptionConfig(HubConfig):
     prompt: str = ""  # Prompt for the captioner, if its task takes a prompt.
     # Number of images that the captioner reads at once. The batch is halved if memory runs out.
     caption_batch_size: Count = 8
-    # Maximum number of tokens that the captioner writes per caption. CLIP, as text encoder, reads at most 77 tokens of
-    # its own kind.
+    # Maximum number of tokens that the captioner writes per caption. CLIP as a text encoder reads at most 77 tokens, by
+    # its own tokenizer.
     max_new_tokens: Annotated[int, NUMBER, Field(ge=1, le=4096)] = 128
     # Number of beams of the beam search. Florence-2's card uses 3 beams. One beam is about twice as fast as 3 beams.
     num_beams: Count = 3

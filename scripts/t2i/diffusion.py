@@ -35,12 +35,12 @@ def mix(*numbers: int) -> int:
 class Draws:
     """Random draws for a batch of B samples."""
 
-    noise: torch.Tensor  # [B, C, H, W] float32, standard normal.
-    # [B, C, H, W] float32, standard normal. This noise samples latents from the VAE's posterior.
+    noise: torch.Tensor  # Standard normal noise of the training, [B, C, H, W] float32.
+    # Standard normal noise that samples latents from the VAE's posterior, [B, C, H, W] float32.
     posterior_noise: torch.Tensor
-    timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps).
-    uniform: torch.Tensor  # [B, 4] float32 in [0, 1) for the flip, the dropped caption, the crop's y and x.
-    # [B, C, H, W] float32. Noise of the UNet's input, if this noise differs from `noise`.
+    timesteps: torch.Tensor  # Timesteps, [B] int64 in [0, num_train_timesteps).
+    uniform: torch.Tensor  # Numbers in [0, 1) for the flip, the dropped caption, the crop's y and x, [B, 4] float32.
+    # Noise of the UNet's input, [B, C, H, W] float32, if this noise differs from `noise`.
     input_noise: torch.Tensor | None = None
 
 

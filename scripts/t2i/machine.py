@@ -17,7 +17,7 @@ _LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  
 def end_with_launcher() -> None:
     """Ask Linux to send SIGTERM to this process when the launcher that started it ends.
 
-    On this signal, a training saves a checkpoint and ends. A training that receives SIGTERM before its first step ends
+    On SIGTERM, a training saves a checkpoint and ends. A training that receives SIGTERM before its first step ends
     at once. Linux is asked because accelerate's launcher does not pass SIGTERM on, and no launcher can pass SIGKILL on.
     Only Linux can send a signal when a parent process ends.
 

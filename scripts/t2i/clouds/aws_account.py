@@ -346,9 +346,9 @@ def secret_name(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str]) 
 
     A secret with other credentials gets another name.
 
-    An earlier job that restarts therefore still finds its own credentials.
+    Since other credentials get another secret, an earlier job that restarts still finds its own credentials.
 
-    The name contains a slow hash of the credentials, so that nobody can guess them from the name.
+    The secret's name contains a slow hash of the credentials, so that nobody can guess the credentials from the name.
     """
     text = json.dumps(secrets, sort_keys=True).encode()
     digest = hashlib.scrypt(text, salt=config.base_job_name.encode(), n=2**14, r=8, p=1, dklen=6).hex()

@@ -163,7 +163,7 @@ def _assume(
         zero: whether the training runs under ZeRO-2.
 
     Returns:
-        Samples per second of all machines together, and a sentence on how they were estimated.
+        Samples per second of all machines together, and a sentence on how this speed was estimated.
     """
     settings, (flops, parameters) = recipe.train_unet, unet_size(recipe)
     passes = 4 if settings.gradient_checkpointing else 3
@@ -217,7 +217,7 @@ def _vae_size(recipe: Recipe) -> tuple[int, int]:
 def count_images(data: DataConfig) -> int | None:
     """Return the number of training images, from the local folder or the Hub's dataset card.
 
-    The number is None if neither the folder nor the card tells it.
+    The result is None if neither the folder nor the card tells the number of images.
     """
     from t2i.data.sources import find_source  # imports datasets, which takes seconds
 

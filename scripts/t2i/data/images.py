@@ -106,8 +106,8 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
     Args:
         source: the bytes of the image file, or its path.
         draft_side: size (px) to which the caller will shrink the shorter side. With `draft_side`, a JPEG may be decoded
-            at 1/2, 1/4 or 1/8 of its size, which is several times faster. The sides of the decoded image stay at least
-            twice `draft_side`.
+            at 1/2, 1/4 or 1/8 of its size, which is faster. The sides of the decoded image stay at least twice
+            `draft_side`.
 
     Raises:
         BadImage: the image file is empty, unreadable, truncated, damaged, or not an image. `BadImage` is also raised if
@@ -242,7 +242,7 @@ def image_bytes(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
 
 
 def image_digest(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
-    """Return the SHA-256 of the image file, or of its path if the file cannot be read."""
+    """Return the SHA-256 of an image file, or of the file's path if the file cannot be read."""
     try:
         return hashlib.sha256(image_bytes(image, roots)).digest()
     except BadImage as error:

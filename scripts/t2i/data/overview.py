@@ -1,4 +1,4 @@
-"""Summarize a data set as it was understood, in one short table that is printed before any work begins."""
+"""Summarize how a data set was understood, in one short table that is printed before any work begins."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _counted(count: int, what: str, first: Iterable[str]) -> str:
 def _visible(name: str) -> str:
     """Write out the combining accents of a name.
 
-    Without this, é as one character and é as two characters would look the same.
+    Without this replacement, é as one character and é as two characters would look the same.
     """
     return "".join(f"\\u{ord(mark):04x}" if unicodedata.combining(mark) else mark for mark in name)
 

@@ -1,6 +1,6 @@
 """Find the captioned images of a data set: in a folder, in Parquet files, or on the Hub.
 
-Finding the images decodes none of them.
+This module decodes no image.
 
 `find_source` accepts every input in this list by one option (`SourceConfig.dataset`):
 

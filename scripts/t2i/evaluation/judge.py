@@ -106,7 +106,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 def precision_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
     """Measure precision and recall by manifolds of nearest neighbours (Kynkäänniemi et al., 2019).
 
-    A manifold is the union of balls around a set's pictures. Each ball reaches to the third nearest picture of the set.
+    A manifold is the union of balls around a set's pictures. The ball around a picture reaches to the third nearest
+    picture of the set.
 
     Args:
         real: features of photos, [N, F]. Give as many photos as pictures, since a manifold grows with its set.
@@ -141,7 +142,7 @@ class Probe:
 
         Args:
             features: features of training photos, [N, F].
-            labels: one label per photo.
+            labels: label of each training photo.
         """
         self.names = sorted(set(labels))
         index = {name: number for number, name in enumerate(self.names)}
@@ -183,10 +184,10 @@ def pixel_statistics(pictures: np.ndarray) -> Tensor:
     The statistics need no network, so they are a second judge.
 
     Five of the 15 statistics per channel of YCbCr are the mean, standard deviation and three quantiles of the pixels.
-    The other ten statistics are the logarithm of the energy in ten bands of the discrete cosine transform.
+    Ten further statistics per channel are the logarithm of the energy in ten bands of the discrete cosine transform.
 
     Args:
-        pictures: uint8 [N, R, R, 3].
+        pictures: pictures to measure, uint8 [N, R, R, 3].
     """
     side = pictures.shape[1]
     k, n = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -213,7 +214,7 @@ def pixel_statistics(pictures: np.ndarray) -> Tensor:
 class Judge:
     """Judge of pictures, which holds the features of photos by one network.
 
-    The judge compares pictures with these photos.
+    The judge compares pictures with the photos whose features it holds.
 
     Attributes:
         network: network that gives the features.
@@ -242,8 +243,8 @@ class Judge:
             labels: label that each picture should show. The argument is None if the labels are not known.
 
         Returns:
-            "network", "kernel_distance" and its "standard_error" (`kernel_distance`), and "named": the share of pictures
-            whose label the probe recognises (None without a probe or labels).
+            The judge's "network", "kernel_distance" with its "standard_error", and "named": the share of pictures whose
+                label the probe recognises (None without a probe or labels).
         """
         distance = kernel_distance(self.reference, features, self._within)
         named = self.probe.accuracy(features, labels) if self.probe and labels else None
@@ -260,14 +261,14 @@ class Judge:
         """Return all figures of the judge on a set of pictures.
 
         Args:
-            pictures: uint8 [M, R, R, 3].
+            pictures: pictures to judge, uint8 [M, R, R, 3].
             features: features of the judged pictures, [M, F].
             labels: label that each picture should show. The argument is None if the labels are not known.
             count: number of pictures and of photos for the figures that depend on the size of a set.
 
         Returns:
             The figures of `measure`, "pictures" (M), "frechet_distance", "precision" and "recall", each on `count` pictures
-            and photos, and "pixel_distance": the kernel distance of `pixel_statistics`, standardised by the photos.
+                and photos. "pixel_distance" is the kernel distance of `pixel_statistics`, standardised by the photos.
         """
         photos, some = spread(self.reference, count), spread(features, count)
         statistics = self._standardised(pixel_statistics(pictures))

@@ -89,7 +89,7 @@ def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
     separate reconstructed training photos from unseen photos. Source: Carlini et al., 2023, section 4.2.
 
     Args:
-        pictures: uint8 [M, H, W, 3].
+        pictures: pictures to test, uint8 [M, H, W, 3].
         train: `pixel_embedding` of at least two training images.
 
     Returns:

@@ -1,7 +1,8 @@
 """Write dataset cards: fill in datasets_card/dataset_card.md, and merge it with people's edits. This module imports no torch.
 
-Generated text stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews these
-blocks and the YAML keys that describe the files. All other text of a card stays as a person wrote it.
+Generated text stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews
+the blocks between markers and the YAML keys that describe the files. All other text of a card stays as a person wrote
+it.
 """
 
 import math

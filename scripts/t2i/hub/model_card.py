@@ -529,7 +529,7 @@ def _prompt(prompt: str) -> str:
 
 
 def _source(name: str | None) -> str:
-    """Return a Hub id as code, or the last part of a path. The other folders of a path are private."""
+    """Return a Hub id as code, or the last part of a path. The folders above the last part of a path are private."""
     hub = hub_id(name)
     return f"`{hub}`" if hub else _text(_last_part(name))
 

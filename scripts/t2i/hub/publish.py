@@ -212,7 +212,7 @@ def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict
         settings: Hash of the UNet, guidance scale, steps, scheduler and guidance end.
 
     Returns:
-        Prompts, and the paths of their pictures relative to `folder`.
+        Prompts of the drawn pictures, and the paths of these pictures relative to `folder`.
     """
     from t2i.pictures import sampling
 
@@ -309,7 +309,7 @@ def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
 def _widget(card: str) -> list[Any]:
     """Return the entries of the key `widget` in a card's front matter.
 
-    A broken front matter gives [] here, and an error in merge_cards.
+    A broken front matter gives [], and merge_cards reports it as an error.
     """
     match = REGEX_YAML_BLOCK.search(card)
     try:
@@ -326,7 +326,10 @@ def _is_ours(entry: Any) -> bool:
 
 
 def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scale: float) -> None:
-    """Load the model from the Hub by stock diffusers. Raise `UserError` if its weights or pictures differ from `pipeline`."""
+    """Load the model from the Hub by stock diffusers.
+
+    Raise `UserError` if the loaded weights or pictures differ from `pipeline`.
+    """
     from diffusers import DiffusionPipeline
 
     from t2i import models

@@ -3,7 +3,7 @@
 This module imports no torch.
 
 The files of the Space are found by following the imports of the page. The staged folder is a complete Docker Space. The
-command in its Dockerfile starts the Space on any machine.
+command in the Space's Dockerfile starts the Space on any machine.
 """
 
 import ast

@@ -68,7 +68,7 @@ class Target:
     Contradictory options of the branch and the pull request raise `HubError`.
     """
 
-    # Branch, created from main if it is missing, or refs/pr/N of a pull request. With None, push to main.
+    # Branch to push to, created from main if it is missing, or refs/pr/N of a pull request. With None, push to main.
     revision: str | None = None
     create_pr: bool = False  # Whether a pull request to main is opened.
 

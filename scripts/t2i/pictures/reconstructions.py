@@ -3,7 +3,7 @@
 A reconstruction's file is `<run>/reconstructions/<key>.png` in the VAE's run. The key of a reconstruction is the hash
 of the VAE's weights and of the image. The PNG file of a reconstruction also holds its PSNR and SSIM.
 
-This module imports no torch before a reconstruction is made, because the page must start quickly.
+This module imports no torch before a reconstruction is made, because the dashboard's pages must start quickly.
 """
 
 import os

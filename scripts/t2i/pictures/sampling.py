@@ -52,9 +52,9 @@ def load_pipeline(
         num_inference_steps: number of steps that the scheduler must be able to work with.
         weights: weights of a checkpoint to use, "ema" or "raw".
         revision: branch, tag or commit of a Hub model.
-        engine: one of `engines.ENGINES`. The engine "auto" uses compiled models if the model's folder has them and the
-            device is the CPU. The engine "openvino" uses compiled models, and compiles them if the model's folder has
-            none.
+        engine: engine that draws, one of `engines.ENGINES`. The engine "auto" uses compiled models if the model's
+            folder has them and the device is the CPU. The engine "openvino" uses compiled models, and compiles them if
+            the model's folder has none.
 
     Raises:
         UserError: the model cannot be loaded, the device cannot be used, or the scheduler does not suit the model.

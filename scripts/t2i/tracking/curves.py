@@ -257,7 +257,7 @@ def read_stored(run_ids: Sequence[str], metric: str, uri: str | None = None) -> 
 
 @contextmanager
 def _server(uri: str) -> Iterator[Any]:
-    """Yield a client of an MLflow server. Any error of the client becomes a `UserError`."""
+    """Yield a client of an MLflow server. Any error of MLflow's client becomes a `UserError`."""
     parts = urlsplit(uri)
     name = redact(uri)
     if parts.scheme in ("http", "https") and not uses_proxy(uri):
@@ -279,7 +279,7 @@ def _server(uri: str) -> Iterator[Any]:
 
 @contextmanager
 def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
-    """Yield MLflow's database, opened read-only. Any error of the database becomes a `UserError`."""
+    """Yield MLflow's database, opened read-only. Any error of MLflow's database becomes a `UserError`."""
     if not file.is_file():
         raise UserError(
             f"{file} is missing; train a run with MLflow, or set MLFLOW_TRACKING_URI to where your runs are"
