@@ -202,7 +202,7 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
     copies = checkpoint_copies(run)
     if not known and copies:
         raise UserError(
-            f"{run} holds no checkpoint of its own, only copies ({', '.join(copies)}); give one its old name back"
+            f"{run} holds no checkpoint of its own, only copies ({', '.join(copies)}); give one copy its old name back"
         )
     if not known:
         raise UserError(f"{run} holds no checkpoint; train with scripts/train_unet.py --output_dir {run}")
@@ -210,10 +210,11 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
     for name in wanted:
         if name in copies:
             raise UserError(
-                f"checkpoint {name} is a copy, which is not evaluated; give one of {', '.join(known)}, or the copy its old name"
+                f"checkpoint {name} is a copy, and copies are not evaluated; name one of {', '.join(known)}, "
+                "or give the copy its old name back"
             )
         if name not in known:
-            raise UserError(f"checkpoint {name} is not in {run}; there are: {', '.join(known)}")
+            raise UserError(f"checkpoint {name} is not in {run}; its checkpoints are: {', '.join(known)}")
     return wanted or known
 
 
@@ -431,7 +432,7 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
     schedule = read_object(file)
     saved = schedule.get("_class_name")
     if not isinstance(saved, str):
-        raise UserError(f"{file} names no _class_name; restore it from a copy")
+        raise UserError(f"{file} has no key _class_name; restore the file from a copy")
     if config.preset:
         preset = PRESETS[config.preset]
         problem = scheduler_problem(preset.scheduler, schedule, preset.num_inference_steps)

@@ -142,7 +142,7 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if resume not in (None, "latest") and not own_checkpoint(folder / "unet", resume).is_dir():
         raise UserError(
-            f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of it, or latest"
+            f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of its checkpoints, or latest"
         )
     for key in ("judge_network", "clip"):
         source = getattr(recipe.evaluate, key)

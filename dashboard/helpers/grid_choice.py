@@ -135,7 +135,9 @@ def check_axes(chosen: Sequence[str]) -> None:
         if chosen.count(name) > 1:
             raise UserError(f"{AXES[name]} stands on two axes; choose another for one of them")
     if "sample" in chosen and {"prompt", "seed"} & set(chosen):
-        raise UserError("an evaluated prompt has its own seed; take prompt and seed off the other axes, or it")
+        raise UserError(
+            "an evaluated prompt has its own seed; remove prompt and seed from the other axes, or remove evaluated prompt"
+        )
 
 
 def reset_axes() -> None:
@@ -291,7 +293,7 @@ def read_values(typed: dict[str, Any]) -> dict[str, list[Any]]:
             values[name] = axes.parse(name, value)
         elif name != "negative_prompt":
             if not value:
-                raise UserError(f"{AXES[name]}: none is chosen; choose one or more")
+                raise UserError(f"{AXES[name]}: no value is chosen; choose one or more values")
             values[name] = [samples[title] for title in value] if name == "sample" else value
     return values
 
@@ -299,7 +301,7 @@ def read_values(typed: dict[str, Any]) -> dict[str, list[Any]]:
 def single_value(name: str, values: Sequence[Any]) -> Any:
     if len(values) > 1:
         raise UserError(
-            f"{AXES[name]} has {len(values)} values and stands on no axis; put it on one, or give a single value"
+            f"{AXES[name]} has {len(values)} values and stands on no axis; put it on an axis, or give a single value"
         )
     return values[0]
 

@@ -56,7 +56,7 @@ def read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup"
+            f"{path} holds no JSON object, so another program wrote it; move the file away, or restore it from a backup"
         )
     return content
 

@@ -51,7 +51,7 @@ def locate(source: str, part: str) -> tuple[str, str]:
             if config.is_file():
                 return str(folder / subfolder), ""
         raise UserError(
-            f"{source} holds no {part} (no config.json in it, in {part}/ or in pipeline/{part}/); name its folder"
+            f"{source} holds no {part} (no config.json in it, in {part}/ or in pipeline/{part}/); give the folder that holds the part"
         )
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(

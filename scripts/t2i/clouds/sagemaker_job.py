@@ -231,8 +231,8 @@ def read_config(path: Path) -> SageMakerConfig:
     config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
     if additional.max_wait is not None and additional.max_wait < additional.max_run:
         raise UserError(
-            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); raise it, since it covers both "
-            "waiting and training"
+            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); raise max_wait, "
+            "which covers waiting and training"
         )
     if _is_old(config.py_version) and not config.image_uri:
         raise UserError(_to_change(path, f"py_version {config.py_version}, older than Python 3.11", [], values))
@@ -241,7 +241,7 @@ def read_config(path: Path) -> SageMakerConfig:
     if secret:
         raise UserError(
             f"{path}: environment holds a credential in {secret[0]}, which the request shows in plain text; export it in the "
-            f"launching shell, or name its Secrets Manager secret in {SECRETS}"
+            f"launching shell, or name a secret of Secrets Manager in {SECRETS}"
         )
     tags = [name for name, value in additional.tags.items() if redact(f"{name}={value}") != f"{name}={value}"]
     if tags:
@@ -252,7 +252,7 @@ def read_config(path: Path) -> SageMakerConfig:
     server = additional.environment.get(SERVER, "").strip()
     if server and split_uri(server, f"{path}: {SERVER} in environment").is_local:
         raise UserError(
-            f"{path}: {SERVER} in environment is {server}, which means the job's own machine there; "
+            f"{path}: {SERVER} in environment is {server}, which means the job's own machine inside the job; "
             "give the server's address on the network"
         )
     if bool(additional.subnets) != bool(additional.security_group_ids):

@@ -84,7 +84,9 @@ def read_command(words: list[str], cloud: str) -> Command:
         )
     script = Path(words[0])
     if script.resolve().parent != ROOT / "scripts" or script.suffix != ".py":
-        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so move it there")
+        raise UserError(
+            f"{words[0]} is not a script in {ROOT / 'scripts'}; move the script there, since only that folder is sent"
+        )
     if not script.is_file():
         raise UserError(f"{words[0]} does not exist; check its name")
     sections, arguments = SECTIONS.get(script.name), words[1:]

@@ -135,7 +135,7 @@ def caption_grid(
 ) -> Image.Image:
     """Return one image with pictures in rows, each picture with its caption below.
 
-    If no installed font has the letters of a caption, its number in brackets replaces it.
+    If no installed font has the letters of a caption, the caption's number in brackets replaces the caption.
 
     Args:
         pixels: The pictures, uint8 [H, W, 3] each. The middle square of each picture is shown.

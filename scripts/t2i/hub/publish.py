@@ -345,7 +345,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
             or " ".join(redact(str(error) or type(error).__name__).split())[:300]
         )
         raise UserError(
-            f"the model is on the Hub (commit {commit[:7]}), but cannot be loaded back: {reason}; after that, run the same "
+            f"the model is on the Hub (commit {commit[:7]}), but cannot be loaded back: {reason}; after the fix, run the same "
             "command again"
         ) from None
     loaded.set_progress_bar_config(disable=True)
@@ -360,7 +360,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
     if here != there or difference > 1:
         raise UserError(
             f"the Hub's copy of {repo_id} (commit {commit[:7]}) is not what was published (UNet {there}, here {here}; pictures "
-            f"differ by {difference:.1f} of 255); remove it from the local cache of the Hub and try again"
+            f"differ by {difference:.1f} of 255); remove that copy from the Hub's local cache and try again"
         )
     print(
         f"loaded back from the Hub by stock diffusers: the UNet is the same ({here}), and a picture of {CHECK_STEPS} steps "

@@ -171,7 +171,7 @@ def _check_weights(file: Path) -> None:
             weights.keys()
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file} is not a complete safetensors file ({' '.join(str(error).split())[:200]}); copy it again"
+            f"{file} is not a complete safetensors file ({' '.join(str(error).split())[:200]}); copy the file again"
         ) from None
 
 
@@ -422,7 +422,7 @@ def _read_card(model: Model) -> str:
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Return the front matter and the body of a model's card. For a broken front matter, the result has {} instead."""
+    """Return the front matter and the body of a model's card. A broken front matter is returned as {}."""
     match = REGEX_YAML_BLOCK.search(text)
     try:
         front = yaml.safe_load(match[2]) if match else None

@@ -109,7 +109,7 @@ def check_repo_id(repo_id: str | None, option: str) -> str:
     meant = re.sub(r"(?:/(?:tree|blob|resolve)/.*|[?#].*|\.git/*|/+)$", "", meant)
     if meant != repo_id and _is_repo_id(meant):
         raise HubError(f"{shown}; give {meant}")
-    raise HubError(f"{shown}; give owner/name, both of letters and digits with single - _ . between them")
+    raise HubError(f"{shown}; give owner/name, both of letters and digits joined by a single '-', '_' or '.'")
 
 
 def _is_repo_id(text: str) -> bool:

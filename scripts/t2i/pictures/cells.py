@@ -300,7 +300,7 @@ def _save(
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); make room, and the grid resumes from there"
+            f"{path} cannot be written ({error.strerror}); make room on the disk, and draw the grid again"
         ) from None
 
 

@@ -261,9 +261,9 @@ def _upsample(
 ) -> torch.Tensor:
     """Upsample as diffusers does, with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
 
-    Nearest-neighbour upsampling repeats each pixel in a 2 x 2 block. Two rows or columns of a 3 x 3 convolution's
-    weights meet the same repeated pixel, and can be added beforehand. The upsampling then needs four 2 x 2
-    convolutions, one per place in the 2 x 2 block.
+    Nearest-neighbour upsampling repeats each pixel in a 2 x 2 block. After the upsampling, two rows or columns of a 3 x
+    3 convolution's weights meet the same repeated pixel, and can be added beforehand. Upsampling and convolution
+    together equal four 2 x 2 convolutions, one per place in the 2 x 2 block.
     """
     convolution = getattr(self, "conv", None)
     stock = self.norm is not None or not self.interpolate or output_size is not None
@@ -372,8 +372,8 @@ def openvino_core() -> Any:
     """Return OpenVINO's one `Core` of this process.
 
     Each OpenVINO core gives the thread that makes the core a stack for signals. If another thread drops the core's last
-    model, OpenVINO frees that stack for signals while it is in use. The next signal, such as Ctrl-C, would then kill
-    the process. To avoid this crash, OpenVINO's core is never dropped.
+    model, OpenVINO frees that stack for signals while it is in use. With a freed stack, the next signal, such as
+    Ctrl-C, would kill the process. To avoid this crash, OpenVINO's core is never dropped.
     """
     return import_openvino().Core()
 

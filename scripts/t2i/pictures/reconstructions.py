@@ -126,7 +126,7 @@ def validation_images(run: Path) -> Images:
             rows = pa.ipc.open_stream(file).read_all().select(["caption", "file"]).to_pydict()
     except browse.DAMAGE as error:
         raise UserError(
-            f"the cache folder {folder} is damaged ({type(error).__name__}); delete it and run again"
+            f"the cache folder {folder} is damaged ({type(error).__name__}); delete the folder and run again"
         ) from None
     return Images(pixels, [text or "" for text in rows["caption"]], [name or "" for name in rows["file"]])
 

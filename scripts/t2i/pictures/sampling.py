@@ -174,7 +174,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         copies = checkpoint_copies(folder)
         if copies:
             raise UserError(
-                f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with one"
+                f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with a copy"
             )
         raise UserError(
             f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps"

@@ -251,7 +251,7 @@ class Tracker:
             )
 
     def _measure(self, system: SystemMetrics) -> None:
-        """Record the machine's use until the run ends. The steps of these records count the samples, as in MLflow."""
+        """Record the machine's use until the run ends. The step of a system metric counts its samples, as in MLflow."""
         step = 1 + max((step for key, step in self._recorded if key.startswith("system/")), default=-1)
         while not self._ended.is_set():
             try:

@@ -9,10 +9,10 @@ from urllib.parse import unquote
 def follow_move(database: Path) -> list[str]:
     """Correct the artifact locations in a SQLite database whose folder was moved, renamed or copied.
 
-    MLflow stores artifact locations as absolute paths `…/mlruns/NAME`. An artifact location is corrected if it was once
-    in the same folder as this database. A location was there if `…` no longer exists, if `…` holds a database of the
-    same name, or if `mlruns/NAME` is also here. Artifacts of a run that exist only in the old folder stay in the old
-    folder.
+    MLflow stores artifact locations as absolute paths `…/mlruns/NAME`. Only locations that were once beside this
+    database are corrected. A location `…/mlruns/NAME` is corrected if `…` no longer exists, if `…` holds a database of
+    the same name, or if `mlruns/NAME` is beside this database. Artifacts of a run that exist only in the old folder
+    stay in the old folder.
 
     Args:
         database: path of the SQLite file.

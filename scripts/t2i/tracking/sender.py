@@ -66,7 +66,7 @@ class Sender:
         return sum(1 for _ in read_spool(self.spool, state["offset"])) + len(state["set_aside"])
 
     def send(self) -> None:
-        """Send all pending records of the spool. Raise MLflow's exception if the server does not take them."""
+        """Send all pending records of the spool. Raise MLflow's exception if the server does not take the records."""
         with _locked(self.folder / "lock", wait=False) as acquired:
             if not acquired:
                 raise RuntimeError("another process is sending the records of this folder")
@@ -105,7 +105,7 @@ class Sender:
         return state if same else {**fresh, "offset": 0, "set_aside": []}
 
     def _start(self, newest: bool = False) -> dict[str, Any]:
-        """Return the first start record of the spool, or the newest one."""
+        """Return the first start record of the spool, or if `newest` is true, the newest start record."""
         starts = (record for record, _ in read_spool(self.spool, 0) if record["kind"] == "start")
         start = list(starts)[-1:] if newest else [next(starts, None)]
         if not start or start[0] is None:
@@ -217,7 +217,10 @@ class Sender:
         return f"{what} is deleted there; restore it: {command}{other}"
 
     def _check_run(self, error: Exception) -> None:
-        """Raise an error if MLflow's run does not exist or is deleted. The records of such a run wait in the spool."""
+        """Raise an error if MLflow's run does not exist or is deleted.
+
+        Records of a missing or deleted run wait in the spool.
+        """
         self.found_run.clear()  # the next attempt looks for the run again, if this method raises
         if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             experiment = self._client.get_experiment(self.experiment_id)
@@ -349,8 +352,8 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Lock a file between processes. The context yields False if another process holds the lock and `wait` is False.
 
-    Forked workers do not inherit the lock, as filelock releases it in them. The system frees the lock when the process is
-    killed.
+    Forked workers do not inherit the lock, as filelock releases the lock in forked processes. The system frees the lock
+    when the process is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
