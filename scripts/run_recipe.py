@@ -101,8 +101,8 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]
     """Separate the options `--section.key` from a command line.
 
     Returns:
-        First, the words of the command line that are not overrides. Second, the overrides of each section, as options
-            of the section's script.
+        First, the words of the command line except options `--section.key`. Second, the options `--section.key` by
+            section, as options of the section's script.
 
     Raises:
         UserError: no stage has the section, or run_recipe.py sets the option itself.
@@ -214,7 +214,7 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
 
     Raises:
         SystemExit: the stage was interrupted and has saved its state.
-        UserError: the stage has failed.
+        UserError: the stage of the recipe has failed.
     """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     before = marker.stat().st_mtime_ns if marker.is_file() else None

@@ -1,4 +1,4 @@
-"""Charts: curves over steps or hours, figures over a setting, and bars."""
+"""Make charts: curves over steps or hours, figures over a setting, and bars."""
 
 from typing import Any
 

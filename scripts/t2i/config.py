@@ -80,7 +80,7 @@ class SourceConfig:
     image_column: str = "image"  # Column that holds the images.
     # Column that holds the captions. With None, try the columns caption and text, then make captions from labels.
     caption_column: str | None = None
-    # Names of numeric labels. The first of the names belongs to label 1.
+    # Names of numeric labels. The first name belongs to label 1.
     label_names: list[str] = field(default_factory=list)
     caption_template: str = "a photo of a {label}, a type of flower"  # Caption of an image that has only a label.
     caption_prefix: str = ""  # Words to put before every non-empty caption, such as a trigger word: "sks style,".
@@ -198,7 +198,7 @@ class TrainConfig:
     # Precision of the training, if the launch sets none. A precision that contradicts the launch is refused.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     learning_rate: Positive = 1e-4  # Peak learning rate.
-    scale_lr: Flag = False  # Multiply learning_rate by the images per update, counted over all processes.
+    scale_lr: Flag = False  # Multiply learning_rate by the number of images per update, counted over all processes.
     lr_scheduler: LrScheduler = "cosine"  # Learning rate schedule, by diffusers' names.
     lr_warmup_steps: Natural = 500  # Number of updates in which the learning rate rises linearly to its peak.
     adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW.

@@ -37,7 +37,7 @@ KmsKey = Annotated[
 def _tags(value: Any) -> Any:
     """Turn SageMaker's list of tags, `[{Key: a, Value: b}]`, into a mapping of keys to values.
 
-    Return any value that is no such list unchanged.
+    Any value that is not a list of tags is returned unchanged.
     """
     if isinstance(value, list) and all(isinstance(tag, dict) and set(tag) == {"Key", "Value"} for tag in value):
         return {tag["Key"]: tag["Value"] for tag in value}

@@ -70,7 +70,7 @@ def kernel_distance(real: Tensor, generated: Tensor, real_rows: Tensor | None = 
 
 
 def within(features: Tensor) -> Tensor:
-    """Return the sum of the kernel from each row of features [N, F] to the other rows, float64 [N]."""
+    """Return for each row of features [N, F] the sum of the kernel with all other rows, float64 [N]."""
     own_kernel = (features.square().sum(1) / features.shape[1] + 1.0).pow(3).double()
     return kernel_sums(features, features)[0] - own_kernel
 

@@ -42,7 +42,7 @@ def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MA
         known_names: the valid names for an axis in `WORDS`.
 
     Raises:
-        UserError: a value is invalid. The error's message names the axis, the value and the fix.
+        UserError: a value is invalid. The error's message names the axis of the grid, the value and the fix.
     """
     if axis in NUMBERS:
         return _parse_numbers(axis, text, limit)

@@ -347,7 +347,7 @@ def _acquire(lock: FileLock, cancelled: Callable[[], bool]) -> bool:
 def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: int = MAX_CELLS) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
-    A missing model raises no error. The cells of a missing model have a `problem`.
+    A missing model raises no error. The cells of a missing model have the reason in `problem`.
 
     Args:
         run, checkpoint, cell: settings that no axis varies. The checkpoint may be "pipeline", the finished model.
@@ -432,7 +432,7 @@ def make(
     """Draw the missing pictures of a plan, in order and one model at a time; return how many this call drew.
 
     Args:
-        planned: cells that `plan` returned. Cells with a picture or a problem are skipped.
+        planned: cells that `plan` returned. Cells whose picture exists or cannot be drawn are skipped.
         load: function that returns the pipeline of a checkpoint or pipeline folder, for example from a cache. With
             None, `sampling.load_pipeline` loads the pipeline. One pipeline is used at a time, and the scheduler of the
             pipeline is restored after drawing.
@@ -577,7 +577,7 @@ def make_watched(
     raised.
 
     Args:
-        load: function that returns the pipeline of a checkpoint or pipeline folder, as in `make`.
+        load: function that returns the pipeline of a checkpoint or pipeline folder.
         progress: function that is called after each denoising step with the step's number, the number of steps, and a
             picture. The picture at a step is the model's guess of the result, uint8 [R, R, 3], or None at steps that
             are not shown.

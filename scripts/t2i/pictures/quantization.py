@@ -88,12 +88,13 @@ def quantise(
 ) -> tuple[dict[str, Any], list[str], float | None]:
     """Quantise a pipeline's parts to 8 bits, if pictures stay nearly the same.
 
-    A part stays quantised if pictures of `PROMPTS` reach a PSNR of `LEAST_DB` against pictures without 8 bits.
+    A part of the pipeline stays quantised if pictures of `PROMPTS` reach a PSNR of `LEAST_DB` against pictures without
+    8 bits.
 
     Args:
         models: OpenVINO models by name, as `engines.convert` returns them.
         build: function that makes a pipeline from compiled networks, given by name.
-        guidance_scale: guidance scale of the compared pictures.
+        guidance_scale: guidance scale of the pictures that are compared.
 
     Returns:
         The models by name, the names of the quantised models, and the PSNR of the worst picture in dB. The PSNR of the

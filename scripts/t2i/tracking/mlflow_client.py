@@ -164,7 +164,7 @@ def _credentials() -> str:
 def _explain_schema(version: str, uri: str) -> str:
     """Return the fix for a database whose tables belong to another MLflow.
 
-    The argument `version` is the version of the tables.
+    The argument `version` is the version of the database's tables.
     """
     import mlflow
 
