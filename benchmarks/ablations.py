@@ -2,11 +2,12 @@
 
 python benchmarks/ablations.py [steps] [seeds] [arm ...]
 
-It needs a finished `make demo` in outputs/demo for data, VAE, text encoder and classifier. Each arm is `train_unet.py` with
-the recipe `demo` and the changes that `ARMS` lists. Each runs on one thread, two at once. Changes that the suite does not
-offer are patched in here. A measurement at the start gives slower arms fewer steps, and faster arms more. Each arm then draws
-PROMPTS pictures, half of them of held-out combinations of attributes, and the demo's classifier reads them. The baseline has
-the demo's former batch of 32, and its 200 steps take a quarter of the demo's former time. Finished arms are reused.
+The comparison needs a finished `make demo` in outputs/demo for data, VAE, text encoder and classifier. Each arm is
+`train_unet.py` with the recipe `demo` and the changes that `ARMS` lists. Each arm runs on one thread, two arms at once.
+This script patches in changes that the suite does not offer. A measurement at the start gives slower arms fewer steps,
+and faster arms more. Each trained arm draws PROMPTS pictures, half of them of held-out combinations of attributes, and
+the demo's classifier reads them. The baseline has the demo's former batch of 32, and its 200 steps take a quarter of
+the demo's former time. Finished arms of an earlier run are reused.
 """
 
 import json
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def launch(name: str, seed: int, steps: int, what: str) -> dict[str, Any]:
-    """Run a training in a process with one thread. Return its last line, the result."""
+    """Run a training in a process with one thread. Return the training's last line, the result."""
     words = [sys.executable, __file__, "--one", name, str(seed), str(steps), what]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
@@ -171,7 +172,9 @@ def zero_init() -> None:
 
 
 def logit_normal() -> None:
-    """Draw timesteps from a logit-normal distribution (Esser et al., arXiv:2403.03206, section 3.1), by the same random numbers."""
+    """Draw timesteps from a logit-normal distribution (Esser et al., arXiv:2403.03206, section 3.1), by the random
+    numbers of the original draw.
+    """
     import torch
 
     from t2i import diffusion
@@ -188,9 +191,11 @@ def logit_normal() -> None:
 
 
 def muon() -> None:
-    """Train by Muon, with AdamW for vectors and for the first and last layers' weights. Both have one learning rate.
+    """Train by Muon, with AdamW for vectors and for the first and last layers' weights.
 
-    Source: Jordan et al., 2024. The scale that matches AdamW's is from Liu et al., arXiv:2502.16982.
+    Muon and AdamW have one learning rate.
+
+    Source of Muon: Jordan et al., 2024. The scale that matches AdamW's is from Liu et al., arXiv:2502.16982.
     """
     import torch
 

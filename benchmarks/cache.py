@@ -2,9 +2,9 @@
 
 python benchmarks/cache.py [images] [rounds]
 
-Ours is `cache_latents` and `cache_text` as train_unet.py calls them, from uint8 images and captions to files. Bare is the same
-VAE and text encoder on tensors in memory, with the same batches and memory layout. Both compute in fp32 and alternate within
-one run. The figures are medians.
+The arm `ours` is `cache_latents` and `cache_text` as train_unet.py calls them, from uint8 images and captions to files.
+The arm `bare` is the same VAE and text encoder on tensors in memory, with the same batches and memory layout. Both arms
+compute in fp32 and alternate within one run. The figures of the arms are medians.
 """
 
 import statistics

@@ -2,9 +2,10 @@
 
 python benchmarks/captioning.py [tiny|base] [rounds]
 
-Two kinds of rounds alternate within one run. The first is `caption_to_hub.py`'s own loop over JPEGs: a thread decodes and
-prepares them, and captions are appended to captions.jsonl with fsync. The second is `generate` on the same batches, prepared
-beforehand. Florence-2 has random weights and generates 64 new tokens per caption with one beam.
+Rounds of the captioning loop and of the bare `generate` alternate within one run. The captioning loop is
+`caption_to_hub.py`'s own: a thread decodes and prepares JPEGs, and captions are appended to captions.jsonl with fsync.
+The bare `generate` gets the same batches, prepared beforehand. Florence-2 has random weights and generates 64 new
+tokens per caption with one beam.
 """
 
 import statistics

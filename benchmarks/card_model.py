@@ -6,7 +6,10 @@ import common  # noqa: F401 - puts scripts/ on the path
 
 
 def save_card_model(folder: Path, seed: int = 0, tiny: bool = False) -> Path:
-    """Save the model for stock diffusers unless it exists: about 1.4 GB. tiny: the same layout in 3 MB."""
+    """Save the model of the card's sizes for stock diffusers unless the folder exists: about 1.4 GB.
+
+    With `tiny`, a model of the same layout takes 3 MB.
+    """
     if (folder / "model_index.json").is_file():
         return folder
     import torch

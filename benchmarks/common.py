@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: keeping results with the machine and the versions that made them."""
+"""Share code among the benchmarks: keep results with the machine and the versions that made them."""
 
 import importlib.metadata
 import json
@@ -17,12 +17,12 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the processor, thos
 
 
 def cores() -> int:
-    """Return the CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(gpu: str | None = None) -> dict[str, Any]:
-    """Return processor, cores and relevant abilities. gpu: the GPU's name, if one is measured."""
+    """Return the machine's processor, cores and relevant abilities. gpu: the GPU's name, if one is measured."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = next(
         (line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
@@ -48,7 +48,10 @@ def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
 
 
 def run_script(script: str, *arguments: Any, cwd: Path) -> str:
-    """Run one of the suite's scripts and return its output. Raises `RuntimeError` with its last lines if it fails."""
+    """Run one of the suite's scripts and return its output.
+
+    Raises `RuntimeError` with the script's last lines if the script fails.
+    """
     words = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     done = subprocess.run(
         words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}

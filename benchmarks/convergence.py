@@ -2,16 +2,17 @@
 
 python benchmarks/convergence.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [dataset] [minutes] [velocity]
 
-Both train the model card's UNet from scratch in bf16 at 128 px, with batch 8, or 32 on a GPU. Both see the same images: drawn
-flowers, or any data set that train_unet.py reads. Both predict the noise, as the model card does. The peer runs unmodified,
-with a cosine schedule and warm-up. Its learning rate is the best of LEARNING_RATES in runs of a fifth of the time. Ours has
-the same objective and learning rate. It gets the SHARES of the time, caching included, until its loss is the peer's. One
-evaluator scores both in float32, with the same noise at the same timesteps. The start of Python and the loading of models
-count for neither. Finished runs are reused. With `velocity` as the last word, only ours runs: it predicts the velocity, at
-each of LEARNING_RATES, in a fifth of the time.
+Both scripts train the model card's UNet from scratch in bf16 at 128 px, with batch 8, or 32 on a GPU. Both scripts see
+the same images: drawn flowers, or any data set that train_unet.py reads. Both UNets predict the noise, as the model
+card's UNet does. The peer, diffusers' script, runs unmodified, with a cosine schedule and warm-up. The peer's learning
+rate is the best of LEARNING_RATES in runs of a fifth of the time. Our script has the same objective and learning rate
+as the peer. Our script gets the SHARES of the peer's time, caching included, until its loss is the peer's. One
+evaluator scores both UNets in float32, with the same noise at the same timesteps. The start of Python and the loading
+of models do not count for either script. Finished trainings of an earlier run are reused. With `velocity` as the last
+word, only our script runs: its UNet predicts the velocity, at each of LEARNING_RATES, in a fifth of the time.
 
-VAE and text encoder have random weights, which take as long as trained ones. The VAE's weights give latents like those of a
-trained VAE: mean 0 and deviation 1, without noise, similar in neighbouring places.
+VAE and text encoder have random weights, which compute as long as trained weights. The VAE's weights give latents like
+those of a trained VAE: mean 0 and deviation 1, without noise, similar in neighbouring places.
 """
 
 import copy
@@ -139,12 +140,12 @@ def main() -> None:
 
 
 def losses(runs: dict[float, dict[str, Any]]) -> dict[str, float]:
-    """Return validation losses by learning rate."""
+    """Return the peer's validation losses by learning rate."""
     return {f"{rate:g}": round(run["val_loss"], 5) for rate, run in runs.items()}
 
 
 def kept(arm: str, steps: int, rate: float, train: Any) -> dict[str, Any]:
-    """Return a run's stored result, or run it."""
+    """Return a training's stored result, or run the training."""
     file = WORK / f"{arm}-{steps}-{rate:g}.json"
     if not file.is_file():
         start = time.perf_counter()
@@ -204,7 +205,7 @@ def make_model(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def prepare(recipe: dict[str, Any], folder: Path) -> int:
-    """Write the training images and captions as a data set for the peer. Return their number."""
+    """Write the training images and captions as a data set for the peer. Return the number of images."""
     import datasets
     from PIL import Image
 
@@ -237,7 +238,11 @@ def with_prediction(model: Path, kind: str) -> Path:
 
 
 def score(unet: Path, recipe: dict[str, Any], kind: str = "epsilon") -> float:
-    """Return a UNet's validation loss in the noise, in float32, as train_unet.py measures it. kind: what it predicts."""
+    """Return a UNet's validation loss in the noise, in float32, as train_unet.py measures it.
+
+    Args:
+        kind: prediction type of the UNet.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 

@@ -1,8 +1,9 @@
-"""Train on 10,000 images, 300 of them damaged in eight ways, with train_vae.py and train_unet.py: neither may stop.
+"""Train on 10,000 images, 300 of them damaged in eight ways, with train_vae.py and train_unet.py: neither script may
+stop.
 
 python benchmarks/damaged_images.py [images] [damaged]
 
-The real scripts run for a few steps each. The quarantine of both must list exactly the damaged files.
+The real scripts run for a few steps each. The quarantine of both scripts must list exactly the damaged files.
 """
 
 import io

@@ -2,11 +2,11 @@
 
 python benchmarks/dashboard_start.py [outputs folder]
 
-Each measurement starts a new process and uses a real websocket. The files are in the system's page cache. `seconds_page`
-starts at Streamlit's import, which is timed in separate processes, and ends with the first page and its evaluated grid.
-`switch` starts with the message of a click on another picture. It ends with the last message of the answer, which holds both
-pictures and their difference. Without a folder of runs, the run is synthetic: four checkpoints at five guidance scales, with
-noise pictures of 64 px.
+Each measurement starts a new process and uses a real websocket. The files of a measurement are in the system's page
+cache. The figure `seconds_page` starts at Streamlit's import, which is timed in separate processes, and ends with the
+first page and its evaluated grid. The figure `switch` starts with the message of a click on another picture. The figure
+`switch` ends with the last message of the answer, which holds both pictures and their difference. Without a folder of
+runs, the measured run is synthetic: four checkpoints at five guidance scales, with noise pictures of 64 px.
 """
 
 import json

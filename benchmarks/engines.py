@@ -2,9 +2,10 @@
 
 python benchmarks/engines.py [repeats]
 
-One picture under guidance is two samples of a static shape; weights are random. Each engine runs in the precisions that it
-has for this processor. The columns are the median seconds of an evaluation, the seconds of the first one, which compiles, and
-the distance from PyTorch's output in float32. ONNX Runtime is not part of the suite and is installed into its own folder.
+An evaluation of the UNet takes two samples of a static shape, as for one guided picture; weights are random. Each
+engine runs in the precisions that the engine has for this processor. The columns of the result are the median seconds
+of an evaluation, the seconds of the first evaluation, which compiles, and the distance from PyTorch's output in
+float32. ONNX Runtime is not part of the suite and is installed into its own folder.
 """
 
 import statistics

@@ -2,8 +2,9 @@
 
 python benchmarks/florence_cpu.py [large|base]
 
-The model is built from the published config with random weights, which do the same work as trained ones. Captions have
-exactly 64 new tokens. Each batch size runs in a process of its own, after one warm-up, in the suite's precision for CPUs.
+Florence-2 is built from the published config with random weights, which do the same work as trained weights. The
+captions have exactly 64 new tokens. Each batch size runs in a process of its own, after one warm-up, in the suite's
+precision for CPUs.
 """
 
 import json

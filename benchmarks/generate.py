@@ -2,10 +2,10 @@
 
 python benchmarks/generate.py [rounds] [run folder of make demo]
 
-Stock is diffusers' StableDiffusionPipeline: eager, fp32, DDIM, 30 steps, with guidance, decoded. Weights are random, which
-take as long as trained ones. Arms alternate within one run, at batch 1 and 8, and the figures are medians. The trained demo
-shows what the presets cost in quality: PSNR to the stock picture of the same seed over 16 prompts, and prompt following over
-256 prompts.
+The stock pipeline is diffusers' StableDiffusionPipeline: eager, fp32, DDIM, 30 steps, with guidance, decoded. The
+models have random weights, which compute as long as trained weights. The presets and the stock pipeline alternate
+within one run, at batch 1 and 8, and the figures are medians. The trained demo shows what the presets cost in quality:
+PSNR to the stock picture of the same seed over 16 prompts, and prompt following over 256 prompts.
 """
 
 import statistics

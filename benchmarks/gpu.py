@@ -2,12 +2,14 @@
 
 python benchmarks/gpu.py [short | tiny]
 
-short: the most important figures, in a minute or two and without compiling. tiny: a rehearsal on a CPU.
+With `short`, the benchmark measures the most important figures in a minute or two, without compiling. With `tiny`, the
+benchmark is rehearsed on a CPU.
 
-Rows are batches and precisions. Steps are those of `train_unet.py`'s own `train_step` with the recipe `flowers`: batches made
-in its thread, clipping, AdamW, schedule and moving average. Each arm runs in a process of its own: kernels started one by
-one, one CUDA graph (the default), and a graph of what torch.compile made. The peak is measured beforehand, by a bf16 product of
-8192 x 8192 matrices. torch's FlopCounterMode counts the operations of products, convolutions and attention.
+The rows of the result are batches and precisions. The measured steps are those of `train_unet.py`'s own `train_step`
+with the recipe `flowers`: batches made in the script's thread, clipping, AdamW, schedule and moving average. Each arm
+runs in a process of its own: kernels started one by one, one CUDA graph (the default), and a graph of what
+torch.compile made. The peak of the GPU is measured beforehand, by a bf16 product of 8192 x 8192 matrices. torch's
+FlopCounterMode counts the operations of products, convolutions and attention.
 """
 
 import gc
@@ -95,7 +97,10 @@ def wait(device: str) -> None:
 
 
 def launch(arm: str, precision: str, batches: list[int]) -> list[dict[str, Any]]:
-    """Return an arm's rows, one per batch, and print each at once. A failure, such as full memory, is printed and ends the arm."""
+    """Return an arm's rows, one per batch, and print each at once.
+
+    A failure of a row, such as full memory, is printed and ends the arm.
+    """
     words = [sys.executable, __file__, "--one", arm, precision, *map(str, batches)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout

@@ -47,14 +47,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="action", required=True)
     packing = commands.add_parser("pack", help="make gpu_session/ on a machine with a package index")
-    packing.add_argument("--dataset", required=True, help="photos: Hub id, dataset folder or imagefolder")
-    packing.add_argument("--peer", type=Path, help="diffusers' examples/text_to_image/train_text_to_image.py")
+    packing.add_argument("--dataset", required=True, help="data set of photos: Hub id, dataset folder or imagefolder")
+    packing.add_argument("--peer", type=Path, help="path of diffusers' examples/text_to_image/train_text_to_image.py")
     packing.add_argument("--machine", type=Path, default=Path(__file__).with_name("gpu_machine.txt"),
-                         help="packages that the GPU machine has, as pip list --format=freeze says")  # fmt: skip
-    packing.add_argument("--limit_mb", type=float, default=64.0, help="MiB of working tree and gpu_session/ together")
-    packing.add_argument("--resolution", type=int, default=128, help="px of the packed photos")
-    packing.add_argument("--max_train_samples", type=int, help="photos to pack at most, for training")
-    commands.add_parser("check", help="say what machine this is, as JSON; end if a package is missing")
+                         help="file with the GPU machine's packages, as pip list --format=freeze prints them")  # fmt: skip
+    packing.add_argument(
+        "--limit_mb", type=float, default=64.0, help="limit of the working tree and gpu_session/ together, in MiB"
+    )
+    packing.add_argument("--resolution", type=int, default=128, help="width and height of the packed photos in px")
+    packing.add_argument("--max_train_samples", type=int, help="maximum number of training photos to pack")
+    commands.add_parser("check", help="print the machine as JSON; end with an error if a package is missing")
     inner = {
         "collect": ["log", "offset", "file", "step", "seconds", "ending", "command"],
         "pictures": ["run", "vae_run", "prompts", "file"],
@@ -104,7 +106,10 @@ def read_packages(path: Path) -> dict[str, Requirement]:
 
 
 def download(wanted: list[Requirement], there: dict[str, Requirement], folder: Path) -> None:
-    """Download wheels of `wanted` and their requirements that the machine lacks. Raises `UserError` if one is missing."""
+    """Download wheels of `wanted` and their requirements that the machine lacks.
+
+    Raises `UserError` if a wheel is missing.
+    """
     folder.mkdir()
     waiting, done = list(wanted), set[str]()
     while waiting:
@@ -149,7 +154,10 @@ def requirements_of(wheel: Path) -> Iterator[Requirement]:
 
 
 def pack_photos(options: argparse.Namespace, folder: Path, room: int) -> None:
-    """Write photos as small JPEGs with captions: a dataset folder. Raises `UserError` if there is too little room."""
+    """Write photos as small JPEGs with captions: a dataset folder.
+
+    Raises `UserError` if the limit leaves too little room for the photos.
+    """
     import tempfile
 
     from PIL import Image

@@ -2,9 +2,10 @@
 
 python benchmarks/memory.py [path/to/diffusers/examples/text_to_image/train_text_to_image.py]
 
-Each command runs in a process of its own. train_unet.py runs in fp32 and in bf16: caching, then two steps of batch 8 without
-EMA. diffusers' script does the same if its path is given. generate_images.py draws by PyTorch and by compiled models. Mapped
-files count as resident, so caches and compiled models are included. On a GPU, use `nvidia-smi` for device memory.
+Each measured command runs in a process of its own. train_unet.py runs in fp32 and in bf16: caching, then two steps of
+batch 8 without EMA. diffusers' script also makes two steps of batch 8, if its path is given. generate_images.py draws
+by PyTorch and by compiled models. Mapped files count as resident, so caches and compiled models are included. On a GPU,
+use `nvidia-smi` for device memory.
 """
 
 import os

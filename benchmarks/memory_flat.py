@@ -2,8 +2,9 @@
 
 python benchmarks/memory_flat.py [small count] [large count]
 
-Images of 32 px are drawn and an untrained VAE is made. Then the real script caches and trains one epoch, with validation and a
-checkpoint. RssAnon in /proc/<pid>/status is sampled ten times per second, and its highest values are compared.
+At the start, images of 32 px are drawn and an untrained VAE is made. The script train_unet.py then caches and trains
+one epoch, with validation and a checkpoint. RssAnon in /proc/<pid>/status is sampled ten times per second, and its
+highest values are compared.
 """
 
 import os

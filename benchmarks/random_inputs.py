@@ -2,10 +2,11 @@
 
 python benchmarks/random_inputs.py --commands 1000 --data_sets 1000 --subprocesses 100
 
-Each case is a function of (seed, number), so `--only commands 17` repeats one. Most cases run in a process forked after the
-imports, which takes a tenth of a second instead of seven. The last `--subprocesses` of each kind run as users type them. A
-case passes under three conditions: it ends with exit code 0, 2 or 75 without a traceback, a refusal is one sentence, and no
-file of data sets or finished runs was changed or removed. It needs `os.fork`.
+Each case is a function of (seed, number), so `--only commands 17` repeats one case. Most cases run in a process forked
+after the imports, so that a case takes a tenth of a second instead of seven. The last `--subprocesses` cases of each
+kind run as users type them. A case passes under three conditions: it ends with exit code 0, 2 or 75 without a
+traceback, a refusal is one sentence, and no file of data sets or finished runs was changed or removed. The script needs
+`os.fork`.
 """
 
 import argparse
@@ -131,14 +132,14 @@ TEXTS = [
 
 
 class Case(NamedTuple):
-    """A command line and the folder that it may write to."""
+    """A case: a command line, and the folder that the command may write to."""
 
     script: str
     arguments: list[str]
 
 
 class Outcome(NamedTuple):
-    """The ending of a case. `fault` names the fault; None: it passed."""
+    """The ending of a case. `fault` names the case's fault, or is None if the case passed."""
 
     fault: str | None
     code: int | None
@@ -262,7 +263,7 @@ def make_data_set(folder: Path, form: str, chance: random.Random) -> None:
 
 
 def damage(folder: Path, chance: random.Random) -> None:
-    """Damage the folder once, as disks, editors, archives or people do."""
+    """Damage a data set's folder once, as disks, editors, archives or people do."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     if not files:
         return
@@ -437,7 +438,7 @@ def run_typed(case: Case, folder: Path, seconds: float = 3 * SECONDS) -> Outcome
 
 
 def judge(code: int, output: str, asked: bool) -> Outcome:
-    """Judge a case by its ending. asked: SIGTERM was sent, which ends scripts that do not train at once."""
+    """Judge a case by its ending. asked: whether SIGTERM was sent, which ends scripts that do not train at once."""
     refusal = any(mark in output for mark in ("error: ", "For full helptext", "usage: "))
     fault = None
     if "Traceback (most recent call last)" in output:
@@ -510,7 +511,7 @@ def clean(folder: Path) -> None:
 
 
 def restore(folder: Path, pristine: Path) -> None:
-    """Restore the workspace."""
+    """Restore the cases' workspace."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.copytree(pristine, folder, symlinks=True, dirs_exist_ok=True, copy_function=shutil.copy2)
@@ -518,15 +519,18 @@ def restore(folder: Path, pristine: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commands", type=int, default=1000, help="random command lines")
-    parser.add_argument("--data_sets", type=int, default=1000, help="damaged data sets")
+    parser.add_argument("--commands", type=int, default=1000, help="number of random command lines")
+    parser.add_argument("--data_sets", type=int, default=1000, help="number of damaged data sets")
     parser.add_argument(
-        "--subprocesses", type=int, default=100, help="of these, half of each kind, run as users type them"
+        "--subprocesses",
+        type=int,
+        default=100,
+        help="number of cases, half of each kind, that run in new processes, as users type them",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the cases")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases")
     parser.add_argument("--only", nargs=2, metavar=("KIND", "NUMBER"), help="run one case and show all that it says")
     parser.add_argument(
-        "--workspace", help="folder with dataset/, vae/ and unet/ to work on a copy of; default: made here"
+        "--workspace", help="folder with dataset/, vae/ and unet/, of which a copy is used (default: make a new one)"
     )
     parser.add_argument("--keep", action="store_true", help="keep the figures in benchmarks/results")
     options = parser.parse_args()

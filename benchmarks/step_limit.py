@@ -2,9 +2,9 @@
 
 python benchmarks/step_limit.py [blocks] [demo | card] [no | bf16]
 
-Sizes are the demo's, or the model card's with a batch of 8. Two kinds of blocks alternate within one run. The first are steps
-of `train_unet.py`'s own `train_step`, with its logging to metrics.jsonl and MLflow (SQLite). The second are bare forward,
-backward and AdamW steps of an equal UNet in the same precision.
+The models have the demo's sizes, or the model card's with a batch of 8. Blocks of our steps and blocks of bare steps
+alternate within one run. Our steps are those of `train_unet.py`'s own `train_step`, with logging to metrics.jsonl and
+MLflow (SQLite). The bare steps are forward, backward and AdamW steps of an equal UNet in the same precision.
 """
 
 import os
@@ -104,7 +104,10 @@ def main() -> None:
 def update_weights(
     trained: Any, batches: Any, given: Any, settings: Any, step: int, accelerator: Any, forward_backward: Any
 ) -> tuple[Any, float]:
-    """Make one weight update of one micro-batch as the loop of train_unet.py does. Return loss and gradient norm."""
+    """Make one weight update of one micro-batch as the loop of train_unet.py does.
+
+    Return the loss and the gradient norm of the update.
+    """
     import train_unet
     from t2i.training import loop
 

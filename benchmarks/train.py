@@ -3,11 +3,12 @@
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py [steps] [rounds]
 python benchmarks/train.py path/to/diffusers/examples/text_to_image/train_text_to_image.py tiny    rehearses it: small models
 
-Both train on the same drawn flowers at 128 px, from random weights, without gradient checkpointing and EMA. A CPU takes batch
-8 in fp32 and bf16, a GPU batch 32 in fp16 and bf16. Both alternate. Then ours trains alone for LOSS_STEPS from the same UNet, in
-each precision and in fp32, for the validation losses. The peer runs unmodified. If torchvision is missing, it is installed
-into a folder of its own for the peer. Seconds per step are the median between the lines that report steps, without the first
-ones; the peer reports each step, ours every tenth. Caching counts as measured, over ten epochs.
+Both scripts train on the same drawn flowers at 128 px, from random weights, without gradient checkpointing and EMA. A
+CPU takes batch 8 in fp32 and bf16, a GPU batch 32 in fp16 and bf16. Measurements of both scripts alternate. After the
+measurements, our script trains alone for LOSS_STEPS from the same UNet, in each precision and in fp32, for the
+validation losses. The peer, diffusers' script, runs unmodified. If torchvision is missing, it is installed for the peer
+into a folder of its own. Seconds per step are the median between the lines that report steps, without the first ones;
+the peer reports each step, our script every tenth. The measured time of caching is spread over ten epochs.
 """
 
 import importlib.util
@@ -62,11 +63,11 @@ sys.meta_path.insert(0, Declare())
 class Place:
     """The comparison's settings on a CPU or a GPU."""
 
-    gpu: str | None  # its name
+    gpu: str | None  # Name of the GPU.
     batch: int
     precisions: tuple[str, str]
-    steps: int  # of the peer
-    goals: tuple[float | None, float | None]  # ratios to the peer in each precision
+    steps: int  # Number of steps of the peer.
+    goals: tuple[float | None, float | None]  # Goals of the ratio to the peer in each precision.
 
 
 def find_place() -> Place:
@@ -179,7 +180,10 @@ def peer_arguments(model: Path, dataset: Path) -> list[str]:
 
 
 def our_arguments(model: Path, dataset: Path) -> list[str]:
-    """Return the same training as our arguments, in a new run folder. Later runs reuse the caches."""
+    """Return our script's arguments for the peer's training, in a new run folder.
+
+    Later runs reuse the caches of the first run.
+    """
     shutil.rmtree(WORK / "ours", ignore_errors=True)
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "flowers.yaml").read_text())
     recipe["data"] = {"dataset": str(dataset), "resolution": 128, "cache_dir": str(WORK / "ours_cache")}
@@ -197,14 +201,17 @@ def our_arguments(model: Path, dataset: Path) -> list[str]:
 
 @dataclass
 class Measured:
-    """Measurements of a process."""
+    """Measurements of a training's process."""
 
-    step_seconds: list[float]  # between the lines in which it says its steps, the first ones left out
-    peak_rss_bytes: int  # of resident memory
+    step_seconds: list[float]  # Seconds between the lines that report steps, without the first lines.
+    peak_rss_bytes: int  # Peak of resident memory.
 
 
 def run(words: list[str], environment: dict[str, str], folder: Path = WORK) -> Measured:
-    """Run a training script in `folder` and measure it. Raises `RuntimeError` with its last lines if it fails."""
+    """Run a training script in `folder` and measure it.
+
+    Raises `RuntimeError` with the script's last lines if the script fails.
+    """
     environment |= {"PYTHONUNBUFFERED": "1"} | ({} if PLACE.gpu else {"ACCELERATE_USE_CPU": "true"})
     process = subprocess.Popen(
         [sys.executable, *words], env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -2,12 +2,12 @@
 
 streamlit run dashboard
 
-Run the dashboard from the repository root. It shows the run folders below outputs/, and the MLflow store of MLFLOW_TRACKING_URI
-(mlflow.db if that is unset). The dashboard only reads runs: t2i computes everything.
+Run the dashboard from the repository root. The dashboard shows the run folders below outputs/, and the MLflow store of
+MLFLOW_TRACKING_URI (mlflow.db if that is unset). The dashboard only reads runs: t2i computes everything.
 
-Behind a reverse proxy or a notebook server, if HOST is the name in the browser's address:
+Use this command behind a reverse proxy or a notebook server, with HOST as in the browser's address:
 streamlit run dashboard --server.allowedHosts=HOST --server.allowedHosts=localhost --server.corsAllowedOrigins=https://HOST
-If the proxy keeps its path, such as /proxy/absolute/8501, add --server.baseUrlPath=proxy/absolute/8501.
+If the proxy keeps its path in the URL, such as /proxy/absolute/8501, add --server.baseUrlPath=proxy/absolute/8501.
 """
 
 import sys
@@ -57,7 +57,9 @@ def main() -> None:
 
 
 def change_page(page: str) -> None:
-    """Take the chosen runs along to another page, unless the URL says which runs (a link, Back). Forget all else.
+    """Keep the chosen runs when the user opens another page, unless the page's URL names runs (after a link, or Back).
+
+    A change of page drops all other URL parameters.
 
     Each page has its own URL parameters: `seed`, for example, is a number on one page and a list on another.
     """

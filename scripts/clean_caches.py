@@ -2,8 +2,8 @@
 
 python scripts/clean_caches.py
 
-Every removal needs your confirmation. Finished models, metrics, evaluations and samples are never removed. Runs at
-work are not touched.
+Every removal needs your confirmation. Finished models, metrics, evaluations and samples are never removed. The script
+does not touch runs that are at work.
 """
 
 import json
@@ -115,7 +115,7 @@ def is_sent(run: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Return the size in bytes of a file, or of all files below a folder. The size of a link is 0."""
+    """Return the size in bytes of a file, or of all files below a folder. A symbolic link has size 0."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 

@@ -2,8 +2,9 @@
 
 python scripts/evaluate_checkpoints.py --model outputs/demo/unet
 
-Each checkpoint draws the same few prompts at each guidance scale. The best pair is chosen on them and reported on other
-prompts. The script writes evaluation/ into the run folder and the model card into its pipeline/.
+Each checkpoint draws pictures for the same few prompts at each guidance scale. The best pair of checkpoint and guidance
+scale is chosen on a few prompts, and reported on other prompts. The script writes evaluation/ into the run folder, and
+the model card into the run's pipeline/.
 """
 
 import dataclasses
@@ -36,8 +37,9 @@ class Prompts:
     """Prompts to draw, and the attributes that their pictures should show."""
 
     texts: list[str]
-    wanted: list[dict[str, Any]]  # Wanted value of each attribute, per prompt. Empty if the data set has no labels.
-    held_out: list[bool]  # Whether the combination of attributes never occurred in training, per prompt.
+    # Wanted value of each attribute, per prompt. Without labels in the data set, the list of wanted values is empty.
+    wanted: list[dict[str, Any]]
+    held_out: list[bool]  # For each prompt, whether its combination of attributes never occurred in training.
 
 
 @dataclass
@@ -166,7 +168,10 @@ def check_judge(run: Path, config: EvaluateConfig) -> None:
 
 
 def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
-    """Return the settings that decide the result. A finished evaluation is reused only if its settings are the same."""
+    """Return the settings that decide the result of an evaluation.
+
+    A finished evaluation is reused only if its settings have not changed since.
+    """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
@@ -174,7 +179,10 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
 
 
 def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw and measure each checkpoint at each guidance scale. Return the pictures, and a result per pair."""
+    """Draw and measure each checkpoint at each guidance scale.
+
+    Return the pictures, and a result per pair of checkpoint and guidance scale.
+    """
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
     sweep = {
@@ -209,12 +217,12 @@ def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarra
 
 
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
-    """Return the named checkpoints of the run, or all of them, oldest first."""
+    """Return the named checkpoints of the run, or all its checkpoints, oldest first."""
     known = [path.name for path in checkpoint_folders(run)]
     copies = checkpoint_copies(run)
     if not known and copies:
         raise UserError(
-            f"{run} holds no checkpoint of its own, only copies ({', '.join(copies)}); give one its old name back"
+            f"{run} holds no checkpoint of its own, only copies ({', '.join(copies)}); give one copy its old name back"
         )
     if not known:
         raise UserError(f"{run} holds no checkpoint; train with scripts/train_unet.py --output_dir {run}")
@@ -222,10 +230,11 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
     for name in wanted:
         if name in copies:
             raise UserError(
-                f"checkpoint {name} is a copy, which is not evaluated; give one of {', '.join(known)}, or the copy its old name"
+                f"checkpoint {name} is a copy, and copies are not evaluated; name one of {', '.join(known)}, "
+                "or give the copy its old name back"
             )
         if name not in known:
-            raise UserError(f"checkpoint {name} is not in {run}; there are: {', '.join(known)}")
+            raise UserError(f"checkpoint {name} is not in {run}; its checkpoints are: {', '.join(known)}")
     return wanted or known
 
 
@@ -247,7 +256,8 @@ def known_labels(split: Any) -> list[str]:
 def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: Path) -> tuple[Any, dict[str, float]]:
     """Train the classifier that reads the attributes of drawn flowers, on new drawings.
 
-    Return it with its accuracy on the data set's held-out combinations. Other data sets have no classifier.
+    Return the classifier of flowers, with its accuracy on the data set's held-out combinations. There is no classifier
+    for data sets other than drawn flowers.
     """
 
     from t2i.data import flowers
@@ -289,7 +299,9 @@ def draw_flowers(seed: int, count: int, size: int) -> "tuple[np.ndarray, list[di
 
 
 def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -> tuple[Any, Any]:
-    """Load the judge's network and show it the real images. Return the judge and the features of the unseen images.
+    """Load the judge's network and compute its features of the real images.
+
+    Return the judge and the features of the unseen images.
 
     Distances are measured to the training images, and for drawn flowers to new drawings. The probe
     learns the labels of the training images. Both are None without a network, or with too few images.
@@ -323,7 +335,10 @@ def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -
 
 
 def labels_of(split: Any, rows: "np.ndarray | None" = None) -> "np.ndarray":
-    """Return the label of each image of a split, or of some rows of it: object [N]. An image without a label has None."""
+    """Return the label of each image of a split, or of some rows of the split: object [N].
+
+    Images without a label get None.
+    """
     import numpy as np
 
     known = "label" in split.rows.column_names
@@ -355,9 +370,9 @@ def compare(
     """Return the judge's figures of the pictures, of real images (floor) and of the VAE's reconstructions (ceiling).
 
     Args:
-        figures: what was measured on the pictures.
+        figures: figures that were measured on the pictures.
         features: the judge's features of the unseen real images.
-        labels: labels of these images.
+        labels: labels of the unseen real images.
     """
     from t2i import models
     from t2i.evaluation import judge as judges
@@ -397,13 +412,16 @@ def reconstruct_all(vae: Any, images: "np.ndarray") -> "np.ndarray":
 
 
 def labels_wanted(prompts: Prompts) -> list[Any] | None:
-    """Return the label that each prompt asks for, or None if they ask for no label."""
+    """Return the label that each prompt asks for, or None if the prompts ask for no label."""
     labels = [wanted.get("label") for wanted in prompts.wanted]
     return labels if any(label is not None for label in labels) else None
 
 
 def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "dict[str, np.ndarray]":
-    """Return attribute values as indices into `heads`: name -> int64 [N]. Unknown values become -1."""
+    """Return attribute values as indices into `heads`: name -> int64 [N].
+
+    Attribute values that `heads` does not know become -1.
+    """
     import numpy as np
 
     index = {name: {value: number for number, value in enumerate(values)} for name, values in heads.items()}
@@ -417,7 +435,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     Kind `captioned`: the prompts are captions of unseen images.
 
     Args:
-        offset: number of captions to skip, because other prompts use them.
+        offset: number of captions to skip, because other prompts use these captions.
     """
     import numpy as np
 
@@ -444,12 +462,15 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
 
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:
-    """Return the sampling settings of the evaluation. The scheduler is given by its class name in diffusers."""
+    """Return the sampling settings of the evaluation.
+
+    The settings name the scheduler by its class name in diffusers.
+    """
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
     schedule = read_object(file)
     saved = schedule.get("_class_name")
     if not isinstance(saved, str):
-        raise UserError(f"{file} names no _class_name; restore it from a copy")
+        raise UserError(f"{file} has no key _class_name; restore the file from a copy")
     if config.preset:
         preset = PRESETS[config.preset]
         problem = scheduler_problem(preset.scheduler, schedule, preset.num_inference_steps)
@@ -546,10 +567,10 @@ def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held
 def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
     """Return the result of the best checkpoint and scale.
 
-    The judge's kernel distance chooses. Among the pairs within a standard error of the lowest, prompt following decides
-    (else the CLIP score), and then the later checkpoint. Without a judge, prompt following or the CLIP score decides alone.
-    If nothing is measured, the scale nearest to the recipe's is taken, and among its checkpoints the one with the lowest
-    validation loss.
+    The judge's kernel distance chooses the best checkpoint and scale. Among the pairs within a standard error of the
+    lowest distance, prompt following (or else the CLIP score) decides, and then the later checkpoint. Without a judge,
+    only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has the guidance
+    scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
     """
     close = sweep_results
     if sweep_results[0]["judge"]:
@@ -570,7 +591,10 @@ def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[s
 
 
 def sweep_score(result: dict[str, Any]) -> float:
-    """Return the mean share of attributes that follow the prompt, else the CLIP score. Higher is better."""
+    """Return the mean share of attributes that follow the prompt, else the CLIP score.
+
+    A higher share or score is better.
+    """
     if result["prompt_following"]:
         shares = [share for name, share in result["prompt_following"].items() if name != "all"]
         return round(sum(shares) / len(shares), 3)
@@ -588,7 +612,7 @@ def logged_loss(run: Path, checkpoint: str) -> float | None:
 def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float) -> dict[str, float | None]:
     """Return the seconds that torch needs for a single picture, on the CPU and on a GPU if there is one.
 
-    Two pictures are drawn, and the second one is timed."""
+    To measure the seconds, two pictures are drawn, and the second one is timed."""
     from t2i.pictures import sampling
 
     seconds: dict[str, float | None] = {"seconds_per_picture_cpu": None, "seconds_per_picture_gpu": None}
@@ -660,7 +684,7 @@ def print_sweep(sweep_results: list[dict[str, Any]]) -> None:
 
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
-    """Print the figures of the chosen pair on its own prompts."""
+    """Print the figures of the chosen checkpoint and guidance scale on the prompts of the report."""
     print(
         f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}; on {report['prompts']} other prompts:"
     )

@@ -2,9 +2,10 @@
 
 python scripts/export_pipeline.py --model outputs/demo/unet
 
-A part of the model computes in 8 bits if measured pictures stay nearly the same. The measured quality is printed.
-From then on the compiled models draw in generate_images.py and in the dashboard, and publish_model.py publishes them too.
-After another training they are no longer valid. Run this command again to replace them.
+A part of the model computes in 8 bits if measured pictures stay nearly the same. The script prints the measured quality
+of the 8-bit pictures. After the export, generate_images.py and the dashboard draw by the compiled models. Publishing
+the model publishes its compiled models too. After another training, the compiled models are no longer valid. Run this
+script again to replace invalid compiled models.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from t2i.files import read_json
 
 @dataclass
 class Options:
-    """Options of the export."""
+    """Options of compiling a model."""
 
-    model: PathText | None = None  # Run folder of train_unet.py, or a pipeline folder. Required.
+    model: PathText | None = None  # Run folder of train_unet.py, or a pipeline folder; this option is required.
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 python scripts/generate_images.py --model outputs/demo/unet --prompt "a red flower with five petals" "a blue flower at night"
 
-The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. Repeating the command
-writes the same files again. Pictures with other settings get the next free numbers, so that no file is overwritten.
+The same seed gives the same picture, whatever the batch size. Each PNG file holds its parameters as text. Repeating the
+same command writes the same PNG files again. Pictures with other settings get the next free file numbers, so that no
+file is overwritten.
 """
 
 import json
@@ -32,34 +33,34 @@ class Options:
 
     model: str = "outputs/demo/unet"  # Run folder, checkpoint, pipeline folder or Hub id of the model.
     revision: str | None = None  # Branch, tag or commit of a Hub model.
-    # Weights of a checkpoint. ema: the moving average. raw: the weights of the last update.
+    # Weights of a checkpoint. ema: moving average of the weights. raw: the weights of the last update.
     weights: Literal["ema", "raw"] = "ema"
     prompt: list[str] = field(default_factory=list)  # One or more prompts. Repeated --prompt options add up.
     prompt_file: str | None = None  # UTF-8 text file with one prompt per line.
     negative_prompt: str = ""  # Negative prompt: what the pictures should not show.
-    guidance_scale: Guidance = 7.5  # Strength with which pictures follow the prompt. 1 disables guidance.
-    # Scheduler, steps and guidance, unless the next three options set them. exact: ddim, 30 steps, all guided. fast:
-    # unipc,
-    # 8 steps, 4 of them guided. draft: unipc, 3 steps, 1 of them guided.
+    # Strength with which pictures follow the prompt. A guidance scale of 1 disables guidance.
+    guidance_scale: Guidance = 7.5
+    # Scheduler, steps and guidance, unless the next three options set them. exact: scheduler ddim, 30 steps, all
+    # guided. fast: scheduler unipc, 8 steps, the first 4 guided. draft: scheduler unipc, 3 steps, the first one guided.
     preset: Literal["exact", "fast", "draft"] = "exact"
     # Number of denoising steps. With None, use the value of the preset.
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    # Share of the steps, from the first step on, that are guided. At least one step is guided. With None, use the value
-    # of the preset.
+    # Share of the steps, from the first step on, that are guided. At least one denoising step is guided. With None, use
+    # the value of the preset.
     guidance_end: Share | None = None
     # Scheduler that suits the model: ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name
     # of
     # diffusers. With None, use the value of the preset.
     scheduler: str | None = None
-    seed: Seed = 0  # Seed of each prompt's first picture. Further pictures of the prompt take the following seeds.
+    seed: Seed = 0  # Seed of each prompt's first picture. Further pictures of a prompt take the following seeds.
     num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # Number of pictures per prompt.
     batch_size: Count = 8  # Number of pictures drawn at once.
     output_dir: LocalPath = "outputs/pictures"  # Folder for the PNG files.
     grid: Flag = False  # Write all pictures into grid.png as well, one row per prompt.
     device: str | None = None  # Device that draws, such as cpu or cuda. With None, use a GPU if there is one.
-    # Engine that draws. torch: PyTorch, on any device. openvino: compiled models on a CPU, which are compiled first if
-    # they are missing.
-    # auto: compiled models if the device is a CPU and `make export` wrote them, else torch.
+    # Engine that draws the pictures. torch: draw by PyTorch, on any device. openvino: draw by compiled models on a CPU,
+    # and compile them first if they are missing. auto: draw by compiled models if the device is a CPU and `make export`
+    # wrote them, else by torch.
     engine: Literal["auto", "torch", "openvino"] = "auto"
 
 
@@ -122,7 +123,7 @@ def writable_folder(name: str) -> Path:
     """Return the folder of `--output_dir`, and make it if it is missing.
 
     Raises:
-        UserError: the folder cannot be written. The check runs before anything is drawn.
+        UserError: the folder cannot be written. The check of the folder runs before anything is drawn.
     """
     try:
         folder = Path(name).expanduser()
@@ -136,7 +137,7 @@ def writable_folder(name: str) -> Path:
 
 
 def places(folder: Path, parameters: list[dict[str, Any]]) -> list[Path]:
-    """Return a file path for each picture: of a file with the same parameters, otherwise with the next free number."""
+    """Return a file path for each picture: an existing file with the same parameters, otherwise the next free number."""
     from t2i.pictures.png import read_parameters
 
     known: dict[str, list[Path]] = {}
@@ -170,7 +171,7 @@ def grid_place(folder: Path, parameters: dict[str, Any]) -> Path:
 
 
 def save(path: Path, picture: "np.ndarray", parameters: dict[str, Any]) -> None:
-    """Write a picture atomically. If the disk is full, the file that was there before stays.
+    """Write a picture atomically. If the disk is full, an earlier file of the same name stays.
 
     Raises:
         UserError: the file cannot be written.

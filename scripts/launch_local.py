@@ -1,8 +1,9 @@
-"""Run accelerate's launcher, but end as the training does: with its exit code, and without a second traceback.
+"""Run accelerate's launcher, and end with the training's own exit code, without a second traceback.
 
 python scripts/launch_local.py --config_file accelerate_configs/cpu.yaml scripts/train_unet.py …
 
-On Ctrl-C this launcher waits until the training has saved a checkpoint. `accelerate launch` itself would end at once.
+On Ctrl-C this launcher waits until the training has saved a checkpoint. On Ctrl-C, `accelerate launch` itself would end
+at once.
 """
 
 import signal

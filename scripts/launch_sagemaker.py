@@ -1,12 +1,14 @@
-"""Submit a training to Amazon SageMaker with an accelerate YAML, and bring its result home.
+"""Submit a training to Amazon SageMaker with an accelerate YAML, and download the training's result.
 
 python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml scripts/train_unet.py --config flowers
 python scripts/launch_sagemaker.py --config_file accelerate_configs/sagemaker.yaml --fetch JOB
 
-The arguments after the script's name are the script's own, and are sent as typed. In each container, `accelerate launch`
-runs the script with the YAML that --inside names. The launcher checks, shows and confirms everything before it sends anything.
+The arguments after the training script's name belong to the script, and are sent as typed. In each container of the
+job, `accelerate launch` runs the script with the YAML that --inside names. The launcher checks the job, shows it and
+asks for consent before it sends anything to AWS.
 
-AWS's packages are imported in functions, because importing them takes seconds. --help and refused commands need none of them.
+AWS's packages are imported in functions, because importing them takes seconds. --help and refused commands need none of
+AWS's packages.
 """
 
 import argparse
@@ -107,22 +109,32 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config_file", default=str(CONFIGS / "sagemaker.yaml"), help="accelerate YAML for SageMaker")
+    parser.add_argument(
+        "--config_file", default=str(CONFIGS / "sagemaker.yaml"), help="accelerate's YAML for SageMaker"
+    )
     parser.add_argument(
         "--inside",
         default=str(CONFIGS / "deepspeed_zero2.yaml"),
-        help="accelerate YAML of the containers",
+        help="accelerate's YAML for the training in the job's containers",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the request as JSON, and the plan; send nothing")
-    parser.add_argument("--yes", action="store_true", help="do not ask before submitting")
-    parser.add_argument("--wait", action="store_true", help="follow the job's log until it ends")
-    parser.add_argument("--train_images", type=positive(int), help="number of training images, for the estimate")
     parser.add_argument(
-        "--samples_per_second", type=positive(float), help="measured speed of the job, for the estimate"
+        "--dry_run", action="store_true", help="print the plan and the job's request as JSON, and send nothing"
     )
-    parser.add_argument("--fetch", metavar="JOB", help="fetch the result of this job instead of submitting one")
-    parser.add_argument("--output_dir", help="folder for --fetch (default: outputs/JOB)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="scripts/X.py …", help="script and its arguments")
+    parser.add_argument("--yes", action="store_true", help="submit the job without asking")
+    parser.add_argument("--wait", action="store_true", help="follow the job's log until it ends")
+    parser.add_argument("--train_images", type=positive(int), help="number of training images, for the cost estimate")
+    parser.add_argument(
+        "--samples_per_second",
+        type=positive(float),
+        help="measured speed of the job in samples per second, for the cost estimate",
+    )
+    parser.add_argument(
+        "--fetch", metavar="JOB", help="fetch the result of the job with this name instead of submitting a job"
+    )
+    parser.add_argument("--output_dir", help="folder into which --fetch writes the result (default: outputs/JOB)")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="scripts/X.py …", help="training script and its arguments"
+    )
     return parser.parse_args()
 
 
@@ -170,7 +182,7 @@ def build_request(
     channels: dict[str, str],
     secrets: dict[str, str],
 ) -> dict[str, Any]:
-    """Return the request as the SDK would send it. Nothing leaves this machine."""
+    """Return the job's request as the SDK would send it to AWS. Making the request sends nothing."""
     import boto3
     from botocore.exceptions import EndpointConnectionError
     from sagemaker.core.helper.session_helper import Session
@@ -224,7 +236,7 @@ def trainer(
     channels: dict[str, str],
     secret: str | None,
 ) -> Any:
-    """Return the SDK's `ModelTrainer` for this job."""
+    """Return the SageMaker SDK's `ModelTrainer` for this job."""
     from sagemaker.core.shapes import MetricDefinition, S3DataSource
     from sagemaker.train import ModelTrainer
     from sagemaker.train.configs import (
@@ -306,7 +318,7 @@ def submit(
     channels: dict[str, str],
     secret: str | None,
 ) -> str:
-    """Submit the job and return its name."""
+    """Submit the job to SageMaker and return the job's name."""
     begin, end = "SageMaker does not accept the job: ", "; nothing runs and nothing is billed"
     try:
         with aws_errors.in_words(begin, end):
@@ -321,7 +333,7 @@ def submit(
 
 
 def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) -> None:
-    """Print the job's log until the job ends. Ctrl-C leaves the job running."""
+    """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client, logs = account.session.client("sagemaker"), account.session.client("logs")
@@ -357,7 +369,10 @@ def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) 
 
 
 def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
-    """Return the log lines of all machines since the last call. Each call updates `seen`, `{stream: token}`."""
+    """Return the log lines of all machines since the last call.
+
+    Each call updates `seen`, which holds the next token of each log stream: `{stream: token}`.
+    """
     from botocore.exceptions import ClientError
 
     lines = []
@@ -422,7 +437,7 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:
-    """Download the run folder's own files. Checkpoints and the model stay in S3."""
+    """Download the run folder's own files. The download leaves out checkpoints and the model."""
     parts = urlsplit(uri)
     prefix = f"{parts.path.strip('/')}/run/".lstrip("/")
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):

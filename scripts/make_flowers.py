@@ -2,8 +2,9 @@
 
 python scripts/make_flowers.py --output_dir outputs/demo/dataset --count 4000 --size 64
 
-The flowers are drawn by this program, not photographed. The attributes of each flower are known, so it can be measured what
-a model learns. A fifth of the attribute combinations is held out: these occur only in the test split.
+The flowers of the data set are drawn by make_flowers.py, not photographed. The attributes of each drawn flower are
+known, so it can be measured what a model learns. A fifth of the attribute combinations is held out: these combinations
+occur only in the test split.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ class Options:
     test_count: Count = 256  # Number of drawings in the test split, all of held-out attribute combinations.
     size: Annotated[int, Field(ge=32, le=512)] = 64  # Width and height of each drawing in pixels.
     seed: Natural = 0  # Seed of the random numbers. The same seed draws the same flowers.
-    workers: Annotated[int, Field(ge=1, le=256)] = 2  # Number of processes that draw. The drawings do not depend on it.
+    # Number of processes that draw. The drawings do not depend on the number of processes.
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
 
 
 def main() -> None:

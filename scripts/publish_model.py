@@ -2,8 +2,9 @@
 
 python scripts/publish_model.py --model outputs/demo/unet --hub_model_id ORG/NAME --license apache-2.0
 
-Afterwards, stock diffusers loads the model from the Hub, and it is compared with the run's. Run publish_model.py again to
-repeat a push that failed. If nothing changed, it changes nothing. What people wrote into the card on the Hub stays.
+After the push, stock diffusers loads the model from the Hub, and the model is compared with the run's model. Run this
+script again to repeat a push that failed. If nothing changed in the run, a repeated push changes nothing on the Hub.
+Text that people wrote into the card on the Hub stays.
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ class Options:
     hub_model_id: str | None = None
     hub_private_repo: Flag = True  # Make a new repository private. An existing repository keeps its visibility.
     hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
-    hub_revision: str | None = None  # Branch to push to, created from main if it is missing; With None, push to main.
+    hub_revision: str | None = None  # Branch to push to, created from main if it is missing. With None, push to main.
     create_pr: Flag = False  # Open a pull request instead of pushing to main. Each push opens a new pull request.
-    # The Hub's identifier of the licence, e.g. apache-2.0. With None, use the licence of the run, otherwise the licence
-    # on the Hub.
+    # The Hub's identifier of the licence, such as apache-2.0. With None, use the licence of the run, otherwise the
+    # licence on the Hub.
     license: str | None = None
     gallery_pictures: Natural = 8  # Pictures on the card, drawn for prompts of the validation and the evaluation.
 

@@ -3,8 +3,9 @@
 python scripts/publish_space.py --model outputs/demo/unet --space ORG/NAME
 python scripts/publish_space.py --model ORG/MODEL --space ORG/NAME --dry_run
 
-The Space is first staged as a folder, which starts on this machine exactly as on the Hub. Run publish_space.py again to
-repeat a push that failed. If nothing changed, it changes nothing. What people wrote into the Space's README.md stays.
+The Space is first staged as a folder, which starts on this machine exactly as on the Hub. Run this script again to
+repeat a push that failed. If nothing changed in the Space's folder, a repeated push changes nothing on the Hub. Text
+that people wrote into the Space's README.md stays.
 """
 
 import shlex
@@ -23,7 +24,8 @@ class Options:
 
     model: PathText | None = None  # Run folder of train_unet.py, pipeline folder, or Hub id ORG/MODEL.
     space: str | None = None  # Space ORG/NAME on the Hub. Log in by `hf auth login`, or set HF_TOKEN.
-    dry_run: Flag = False  # Stage the folder, print how to start it here, and push nothing.
+    # Stage the folder of the Space, print how to start the Space on this machine, and push nothing.
+    dry_run: Flag = False
     hub_private_repo: Flag = True  # Make a new Space private. An existing Space keeps its visibility.
     hub_deadline: Positive = 900.0  # Seconds during which a failed push is retried.
 

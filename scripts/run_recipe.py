@@ -2,8 +2,8 @@
 
 python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
-Each stage is a command that you can run yourself. The command is printed before it runs. Finished stages are reused. Settings
-that cannot work together are refused before the first stage.
+Each stage is a command that you can run yourself. The command of a stage is printed before it runs. Finished stages of
+an earlier run are reused. Settings that cannot work together are refused before the first stage.
 
 Any key of the recipe can be set by --SECTION.KEY, such as --train_unet.max_train_steps 20. The sections are data, vae,
 unet, train_vae, train_unet and evaluate.
@@ -51,10 +51,10 @@ class Options:
 
     config: str = "demo"  # Recipe: a YAML file, or the name of one in scripts/recipes.
     output_dir: LocalPath = "outputs/demo"  # Folder for the results of all stages.
-    # Data set: a Hub id, a dataset folder or an imagefolder. With None, flowers are drawn.
+    # Data set: a Hub id, a dataset folder or an imagefolder. Without a data set, flowers are drawn.
     dataset: Annotated[PathText | None, tyro.conf.arg(aliases=["--dataset_name", "--train_data_dir"])] = None
-    # accelerate's YAML for the trainings. With None, train on this CPU, and the denoiser in bf16 if the CPU computes in
-    # bf16.
+    # accelerate's YAML for the trainings. Without a YAML, train on this CPU, and the denoiser in bf16 if the CPU
+    # computes in bf16.
     accelerate_config: PathText | None = None
 
 
@@ -101,7 +101,8 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]
     """Separate the options `--section.key` from a command line.
 
     Returns:
-        The words of the command line that are not overrides. Then the overrides of each section, as options of its script.
+        First, the words of the command line except options `--section.key`. Second, the options `--section.key` by
+            section, as options of the section's script.
 
     Raises:
         UserError: no stage has the section, or run_recipe.py sets the option itself.
@@ -127,7 +128,7 @@ def options_of(overrides: dict[str, list[list[str]]], *sections: str, without: t
 
 
 def check_stages(recipe: Recipe, options: Options) -> None:
-    """Refuse settings before the first stage if a later stage would refuse them, perhaps after hours."""
+    """Refuse settings before the first stage if a later stage would refuse these settings, perhaps after hours."""
     check_vae(recipe)
     check_unet(recipe)
     if options.dataset or recipe.data.dataset:
@@ -141,7 +142,7 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if resume not in (None, "latest") and not own_checkpoint(folder / "unet", resume).is_dir():
         raise UserError(
-            f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of it, or latest"
+            f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of its checkpoints, or latest"
         )
     for key in ("judge_network", "clip"):
         source = getattr(recipe.evaluate, key)
@@ -167,7 +168,7 @@ def check_stages(recipe: Recipe, options: Options) -> None:
 
 
 def python(script: str, *arguments: str) -> list[str]:
-    """Return the command that runs a script of this folder."""
+    """Return the command that runs a script in scripts/."""
     return [sys.executable, str(SCRIPTS / script), *arguments]
 
 
@@ -175,7 +176,7 @@ def launch(config: list[str], script: str, *arguments: str) -> list[str]:
     """Return the command that launches a training by an accelerate config.
 
     Args:
-        config: path of the accelerate config, and further options of the launcher.
+        config: path of the accelerate config, followed by further options of the launcher.
         script: file name of the training script.
         arguments: arguments of the training script.
     """
@@ -184,7 +185,10 @@ def launch(config: list[str], script: str, *arguments: str) -> list[str]:
 
 
 def computes_in_bf16() -> bool:
-    """Return whether the CPU has instructions for bf16. Without them bf16 is slower than fp32. Only Linux tells."""
+    """Return whether the CPU has instructions for bf16.
+
+    Without such instructions bf16 is slower than fp32. On systems other than Linux, the result is False.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
@@ -199,18 +203,18 @@ def quiet_launcher(config: str) -> None:
 
 
 def stage(name: str, title: str, command: list[str], folder: Path, marker: Path) -> None:
-    """Run a stage, with its output on this terminal.
+    """Run a stage of the recipe, with the stage's output on this terminal.
 
     Args:
         name: name of the stage in stages.json, where its seconds are stored if the stage did any work.
-        title: description of the stage, which is printed.
+        title: description of the stage, to be printed.
         command: command line of the stage.
         folder: folder that holds stages.json.
-        marker: file that the stage writes only if it does any work.
+        marker: file that the stage writes only if the stage does any work.
 
     Raises:
         SystemExit: the stage was interrupted and has saved its state.
-        UserError: the stage has failed.
+        UserError: the stage of the recipe has failed.
     """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     before = marker.stat().st_mtime_ns if marker.is_file() else None
@@ -230,9 +234,9 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
 
 
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for the process of a stage and return its exit code.
+    """Wait for the process of a stage, and return the exit code of the process.
 
-    On Ctrl-C, this process waits until the stage, which gets the signal too, has saved its state.
+    On Ctrl-C, run_recipe.py waits until the stage, which gets the signal too, has saved its state.
     """
 
     def pass_on(number: int, frame: Any) -> None:
@@ -247,7 +251,10 @@ def wait_for(process: "subprocess.Popen[bytes]") -> int:
 
 
 def make_report(folder: Path) -> dict[str, Any]:
-    """Return the results of all stages. A reused stage has the time and memory of the run that did its work."""
+    """Return the results of all stages of a recipe.
+
+    The time and memory of a reused stage are those of the run that did the stage's work.
+    """
     vae, unet = read_json(folder / "vae" / "run.json"), read_json(folder / "unet" / "run.json")
     evaluation = read_json(folder / "unet" / "evaluation" / "run.json")
     return {

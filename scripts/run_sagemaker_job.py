@@ -1,4 +1,4 @@
-"""Run the staged training script in a SageMaker container, on this machine's share of one training.
+"""Run the staged training script in a SageMaker container, as this machine's part of the job's training.
 
 exec python3 scripts/run_sagemaker_job.py        (the command of launch_sagemaker.py's jobs; users never type it)
 
@@ -58,7 +58,10 @@ def main() -> int:
 
 
 def launch_words(job: dict[str, Any], hosts: list[str], rank: int, processes: int) -> list[str]:
-    """Return the `accelerate launch` command of this machine. No shell reads it, so arguments arrive as typed."""
+    """Return the `accelerate launch` command of this machine of the job.
+
+    No shell reads the command, so arguments arrive as typed.
+    """
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate.yaml"),
              "--num_machines", str(len(hosts)), "--machine_rank", str(rank), "--num_processes", str(processes),
              "--main_process_ip", hosts[0], "--main_process_port", PORT]  # fmt: skip
@@ -91,7 +94,10 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
 
 
 def wait_for_name(host: str) -> bool:
-    """Wait until a machine's name has an address, since containers start at different moments. Return whether it now has one."""
+    """Wait until a machine's name has an address, since containers start at different moments.
+
+    Return whether the machine's name now has an address.
+    """
     end = time.monotonic() + HOSTS_WAIT_S
     while time.monotonic() < end:
         try:
@@ -142,7 +148,7 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
 def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
     """Send SIGTERM directly to the training's processes.
 
-    The launcher would kill them after 30 s, but saving a checkpoint may take longer."""
+    The launcher would kill the training's processes after 30 s, but saving a checkpoint may take longer."""
     with suppress(psutil.Error):  # a process may end meanwhile, which must not end this one
         for worker in psutil.Process(launcher.pid).children(recursive=True) if launcher else ():
             with suppress(psutil.Error):
@@ -151,7 +157,7 @@ def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
 
 
 def leave_model() -> None:
-    """Copy the final pipeline or VAE, and nothing else, to the folder that becomes model.tar.gz."""
+    """Copy only the final pipeline or VAE to the folder that becomes model.tar.gz."""
     for name in ("pipeline", "vae"):
         if (RUN / name).is_dir():
             shutil.copytree(RUN / name, MODEL / name, dirs_exist_ok=True)

@@ -761,7 +761,7 @@ def test_a_yaml_that_says_nothing_or_two_things(tmp_path, text, sentence):
     [
         ("mlflow.example.org:5000", "a.yaml: MLFLOW_TRACKING_URI in environment=.* lacks http://; give http://mlflow"),
         ("https://me:canary-77aa", "MLFLOW_TRACKING_URI in environment has no valid port"),
-        ("http://localhost:5000", "is http://localhost:5000, which means the job's own machine there"),
+        ("http://localhost:5000", "is http://localhost:5000, which means the job's own machine inside the job"),
         ("http://127.0.1.1:5000", "give the server's address on the network"),
     ],
 )

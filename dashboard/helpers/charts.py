@@ -1,4 +1,4 @@
-"""Charts: curves over steps or hours, figures over a setting, and bars."""
+"""Make charts: curves over steps or hours, figures over a setting, and bars."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def curves_chart(
     """Return a chart of (run, metric, curve), smoothed and then thinned; None if there is nothing to draw.
 
     Args:
-        weight: strength of the smoothing, at least 0 and below 1. 0 disables smoothing.
+        weight: strength of the smoothing, at least 0 and below 1. A weight of 0 disables smoothing.
         log: whether the scale of the values is logarithmic. A logarithmic scale leaves out values of 0 and below.
         wall_time: whether x is the hours since a curve's first record, instead of the step.
     """

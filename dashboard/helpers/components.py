@@ -15,14 +15,15 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> None:
-    """Show a table of pictures.
+    """Show a table of pictures with linked zoom.
 
     Args:
-        data: the table. `columns` and `rows` are labels, `corner` says what the labels mean, and `cells` are the pictures
-            row by row. `left` and `right` are row and column of the two pictures that are compared. A cell has `source` (a
-            data address or ""), `alt`, `row`, `column`, and `note` (text shown if there is no picture). A cell may have
-            `under` (text below the picture).
-        on_chosen: called when a picture is clicked. `st.session_state[key].chosen` is then {row, column, left}.
+        data: content of the table of pictures. In the table, `columns` and `rows` are labels, `corner` says what the
+            labels mean, and `cells` are the pictures row by row. `left` and `right` are each a row and a column: the
+            positions of the two compared pictures. A cell of the table has `source` (a data address or ""), `alt`,
+            `row`, `column`, and `note` (text shown if there is no picture). A cell of the table may have `under` (text
+            below the picture).
+        on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row, column, left}.
     """
     mount = st.components.v2.component("picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("grid"))
     mount(key=key, data=data, on_chosen_change=on_chosen)
@@ -32,20 +33,21 @@ def picture_pair(data: dict[str, Any], key: str) -> None:
     """Show a comparison of two pictures.
 
     Args:
-        data: the comparison. `mode` is "side by side", "slider" or "difference". The pictures `left`, `right` and
-            `difference` have `source`, `alt` and `label`.
+        data: content of the comparison of two pictures. `mode` of the comparison is "side by side", "slider" or
+            "difference". The pictures `left`, `right` and `difference` have `source`, `alt` and `label`.
     """
     mount = st.components.v2.component("picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("pair"))
     mount(key=key, data=data)
 
 
 def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> None:
-    """Show pictures with words under them, in as many columns as there is room for.
+    """Show pictures, each with words below it, in as many columns as the page has room for.
 
     Args:
-        data: the gallery. Each of its `pictures` has `source` (a data address or ""), `alt`, `caption`, `label`, `finding`,
-            `title`, `row`, and `note` (text shown if there is no picture).
-        on_chosen: called when a picture is clicked. `st.session_state[key].chosen` is then {row}.
+        data: content of the gallery of pictures. Each of the gallery's `pictures` has `source` (a data address or ""),
+            `alt`, `caption`, `label`, `finding`, `title` and `row`. A picture's `note` is the text shown if there is no
+            picture.
+        on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row}.
     """
     mount = st.components.v2.component("gallery", html='<div class="gallery"></div>', css=_css(), js=_js("gallery"))
     mount(key=key, data=data, on_chosen_change=on_chosen)

@@ -20,7 +20,10 @@ UNSEEN_S = 150  # a job that no page looked at for so long ends: its browser was
 
 @dataclass(kw_only=True)
 class Job:
-    """A thread that draws while pages look at it. The thread ends when it is stopped, or when no page looks at it any more."""
+    """A thread that draws while at least one page watches the thread.
+
+    The drawing thread ends when it is stopped, or when no page watches it any more.
+    """
 
     error: str = ""
     seen: float = field(default_factory=time.monotonic)
@@ -28,7 +31,7 @@ class Job:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def look(self) -> None:
-        """Note that a page still looks at this job."""
+        """Note that a page still watches this drawing job."""
         self.seen = time.monotonic()
 
     def is_cancelled(self) -> bool:
@@ -48,7 +51,7 @@ class Job:
 
 @dataclass(kw_only=True)
 class GridJob(Job):
-    """The missing pictures of a grid."""
+    """A thread that draws the missing pictures of a grid."""
 
     missing: Sequence[cells.PlannedCell]
     done: int = 0
@@ -56,7 +59,7 @@ class GridJob(Job):
 
     @classmethod
     def start(cls, planned: Sequence[cells.PlannedCell]) -> "GridJob":
-        """Draw the missing pictures of a plan."""
+        """Draw the missing pictures of a grid's plan."""
         job = cls(missing=cells.missing(planned))
         job._start("grid", job._draw)
         return job
@@ -66,7 +69,10 @@ class GridJob(Job):
         return len(self.missing)
 
     def seconds_left(self) -> float | None:
-        """Estimate the remaining seconds from the pictures drawn so far, with model loading. None before the first picture."""
+        """Estimate the remaining seconds from the pictures drawn so far, with model loading.
+
+        The estimate is None before the first picture.
+        """
         elapsed = time.monotonic() - self.started
         return elapsed / self.done * (self.total - self.done) if self.done else None
 
@@ -90,8 +96,8 @@ class GridJob(Job):
 class PictureJob(Job):
     """A thread that draws one picture: `step` of `steps` are done, and `preview` is the model's guess of the result.
 
-    `stage` is "waiting" for another job, "loading" the model, or "drawing". `result` is None until the picture is finished,
-    and stays None if the job was stopped.
+    `stage` is "waiting" (for another drawing job), "loading" (the model) or "drawing". `result` is None until the
+    picture is finished, and stays None if the drawing job was stopped.
     """
 
     planned: cells.PlannedCell
@@ -133,11 +139,11 @@ _pace: dict[Path, float] = {}  # run -> seconds per sample of the UNet, as the l
 
 
 def expected_seconds(planned: Sequence[cells.PlannedCell], evaluated_pace: float | None = None) -> float | None:
-    """Estimate the seconds to draw the missing pictures of a plan; None if nothing was measured.
+    """Estimate the seconds to draw the missing pictures of a grid's plan; None if no speed was measured.
 
     Args:
-        evaluated_pace: seconds per sample of the UNet (`cells.Cell.samples`), measured elsewhere. What this server
-            measured goes first.
+        evaluated_pace: seconds per sample of the UNet (`cells.Cell.samples`), measured by the evaluation. A speed that
+            this server measured is preferred to `evaluated_pace`.
     """
     paces = [(one.cell.samples, _pace.get(one.run, evaluated_pace)) for one in cells.missing(planned)]
     if any(pace is None for _, pace in paces):

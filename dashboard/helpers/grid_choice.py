@@ -49,14 +49,17 @@ class Grid:
     labels: tuple[tuple[str, ...], ...]
 
     def plan(self, tab: int | None = None, rows: slice = slice(None)) -> list[cells.PlannedCell]:
-        """Plan the cells of all tabs, or of `rows` in one tab. Positions (`at`) count from the first planned tab and row."""
+        """Plan the cells of all tabs of the grid, or only of `rows` in one tab.
+
+        Positions of cells (`at`) count from the first planned tab and row.
+        """
         chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
         for axis in self.axes[2:]:
             chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
         return cells.plan(self.run, self.checkpoint, self.cell, chosen)
 
     def first_tab_models(self) -> set[tuple[Path, str]]:
-        """Return the run and checkpoint of each model in the first tab."""
+        """Return the run and checkpoint of each model in the first tab of the grid."""
         values = {axis.name: axis.values for axis in self.axes[:2]}
         values |= {axis.name: axis.values[:1] for axis in self.axes[2:]}
         return set(product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,))))
@@ -66,7 +69,7 @@ def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, be
     """Show the widgets of a grid over the chosen runs, and return the grid.
 
     Args:
-        runs: the chosen runs, at least one. Unless `run` is an axis, the grid shows only the first run.
+        runs: the chosen runs, at least one. Unless `run` is an axis of the grid, the grid shows only the first run.
         evaluated: the grid that the evaluation of the first run left, which gives the defaults of the widgets.
         best_scale: default of the guidance scale.
 
@@ -115,7 +118,10 @@ def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
 
 
 def swap_axes() -> None:
-    """Exchange columns and rows. Streamlit calls this function before the page runs, while widgets can still be set."""
+    """Exchange columns and rows.
+
+    Streamlit calls this callback before the page runs, while the values of widgets can still be set.
+    """
     state = st.session_state
     state["columns"], state["rows"] = state["rows"], state["columns"]
     for side in ("left", "right"):  # the same two pictures stay chosen
@@ -129,7 +135,9 @@ def check_axes(chosen: Sequence[str]) -> None:
         if chosen.count(name) > 1:
             raise UserError(f"{AXES[name]} stands on two axes; choose another for one of them")
     if "sample" in chosen and {"prompt", "seed"} & set(chosen):
-        raise UserError("an evaluated prompt has its own seed; take prompt and seed off the other axes, or it")
+        raise UserError(
+            "an evaluated prompt has its own seed; remove prompt and seed from the other axes, or remove evaluated prompt"
+        )
 
 
 def reset_axes() -> None:
@@ -143,7 +151,10 @@ def reset_axes() -> None:
 
 
 def make_room_for_axis() -> None:
-    """Exchange the newly chosen axis with the axis that it replaces. Evaluated prompts leave the tabs to prompt or seed."""
+    """Exchange a newly chosen axis with the axis that it replaces.
+
+    If another axis becomes prompt or seed, evaluated prompts leave the tabs.
+    """
     state = st.session_state
     now = [state.get(key) for key in AXIS_KEYS]
     before = [*state.get("_axes", now), "none"][:3]
@@ -179,7 +190,7 @@ def reset_values() -> None:
 def choose_values(
     runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """Show a widget for each setting, and return the typed texts. The text of an axis holds several values."""
+    """Show a widget for each setting, and return the typed texts. The typed text of an axis holds several values."""
     names = list(dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run)))
     cell = evaluated.cell if evaluated else cells.Cell(first_prompt(next(iter(runs.values()))))
     samples = list(evaluated.samples.values) if evaluated else []
@@ -244,7 +255,10 @@ def choose_schedulers(runs: dict[str, Path], cell: cells.Cell, several: bool) ->
 def default_checkpoints(
     names: Sequence[str], evaluated: cells.EvaluatedGrid | None, chosen: Sequence[str]
 ) -> list[str]:
-    """Return the evaluated checkpoints, or the newest ones if none was evaluated. If no axis takes several, return the last."""
+    """Return the evaluated checkpoints, or the newest ones if none was evaluated.
+
+    If no axis takes several checkpoints, return only the last one.
+    """
     if "run" in chosen and "checkpoint" not in chosen:
         return list(names[-1:])  # the finished pipeline of all runs, rather than a step that only one has
     swept = [name for name in evaluated.checkpoints.values if name in names] if evaluated else []
@@ -253,7 +267,9 @@ def default_checkpoints(
 
 
 def default_value(name: str, default: Any) -> Any:
-    """Return the default of a widget. If other axes or runs were chosen meanwhile, set the widget to this default.
+    """Return the default value of a widget.
+
+    If the user has chosen other axes or runs meanwhile, set the widget to its default.
 
     The widget's value is set instead of deleted, because the browser would keep showing the old value.
     """
@@ -277,7 +293,7 @@ def read_values(typed: dict[str, Any]) -> dict[str, list[Any]]:
             values[name] = axes.parse(name, value)
         elif name != "negative_prompt":
             if not value:
-                raise UserError(f"{AXES[name]}: none is chosen; choose one or more")
+                raise UserError(f"{AXES[name]}: no value is chosen; choose one or more values")
             values[name] = [samples[title] for title in value] if name == "sample" else value
     return values
 
@@ -285,7 +301,7 @@ def read_values(typed: dict[str, Any]) -> dict[str, list[Any]]:
 def single_value(name: str, values: Sequence[Any]) -> Any:
     if len(values) > 1:
         raise UserError(
-            f"{AXES[name]} has {len(values)} values and stands on no axis; put it on one, or give a single value"
+            f"{AXES[name]} has {len(values)} values and stands on no axis; put it on an axis, or give a single value"
         )
     return values[0]
 

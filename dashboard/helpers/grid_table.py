@@ -41,7 +41,7 @@ def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell]) -> None:
 
 
 def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
-    """Say how many pictures of a grid are missing and how long they take. A large grid starts only after a click."""
+    """Say how many pictures of a grid are missing and how long they take. A large grid is drawn only after a click."""
     seconds = expected_seconds(planned, evaluated_pace(grid.run))
     takes = "the time is known after the first" if seconds is None else f"about {duration_text(seconds)}"
     row = st.container(horizontal=True, vertical_alignment="center")
@@ -77,8 +77,8 @@ def duration_text(seconds: float) -> str:
 def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob | None) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
-    The plan of the page is shown first. Streamlit then runs this function without the page, and each such run plans
-    the rows that it shows.
+    The plan that the page made is shown first. Later, Streamlit runs only this function without the page, and each run
+    plans the rows that it shows.
     """
     fresh = [planned]
 
@@ -114,7 +114,9 @@ def show_progress(job: GridJob) -> None:
     row.progress(
         job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
     )
-    if row.button("Stop", help="Drawn pictures stay, and the grid resumes from there."):
+    if row.button(
+        "Stop", help="Pictures of the grid that are already drawn stay, and drawing resumes with the missing ones."
+    ):
         job.stopped.set()
 
 
@@ -186,7 +188,7 @@ def show_downloads(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice
 
 
 def grid_file(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) -> bytes:
-    """Return the PNG of the shown rows with their labels."""
+    """Return a PNG of the grid's shown rows with their labels."""
     table: list[list[Any]] = [[None] * len(grid.labels[0]) for _ in grid.labels[1][rows]]
     for one in planned:
         table[one.at[1]][one.at[2]] = open_picture(one)

@@ -1,4 +1,7 @@
-"""Keep models in memory, and let one thread of this server load or draw at a time. torch is imported with the first model."""
+"""Keep models in memory, and let one thread of this server load or draw at a time.
+
+This module imports torch only with the first model.
+"""
 
 import threading
 from collections import OrderedDict
@@ -18,10 +21,13 @@ _pipelines: OrderedDict[tuple[Path, str], Any] = OrderedDict()
 
 @contextmanager
 def drawing_turn(cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-    """Wait until no other thread of this server loads a model or draws. Yield False if `cancelled` becomes true first.
+    """Wait until no other thread of this server loads a model or draws.
 
-    Two threads that draw at once each take more than twice as long, and each needs a model. A waiting session stands at a gate
-    that the last drawing session must pass again. So a long grid, with a turn per batch, does not keep a single picture waiting.
+    Yield False if `cancelled` becomes true before this thread's turn.
+
+    Two threads that draw at once are each more than twice as slow, and each needs a model in memory. The session that
+    drew last must queue behind the sessions that wait to draw. A long grid takes a turn per batch, so that a single
+    picture need not wait for the whole grid.
     """
     has_turn = _acquire(_gate, cancelled)
     if has_turn:
@@ -44,9 +50,11 @@ def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> bool:
 
 
 def load_pipeline(model: Path) -> Any:
-    """Return the pipeline of a checkpoint or pipeline folder, and keep it in memory. The caller has the turn.
+    """Return the pipeline of a checkpoint or pipeline folder, and keep it in memory.
 
-    If the weights in the folder have changed, the model is loaded again.
+    The caller must have the turn to load and draw.
+
+    If the weights in the model's folder have changed, the model is loaded again.
 
     Raises:
         UserError: the folder holds no complete model.

@@ -24,7 +24,7 @@ def show_empty_state(sentence: str, command: str) -> None:
 
 
 def warn(error: Exception) -> None:
-    """Show the sentence of an error as a warning. The sentence may contain users' texts, so it is escaped."""
+    """Show the sentence of an error as a warning. The error's sentence may contain users' texts, so it is escaped."""
     st.warning(escape(error))
 
 

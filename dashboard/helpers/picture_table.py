@@ -19,9 +19,9 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     """Show a table of pictures, and two of them compared; return False if there is no picture.
 
     Args:
-        shown: the pictures by `position_name`, row by row. Each picture has `row`, `column`, `source` (a data address or
-            ""), `label`, `alt`, `note`, and `open`, a function that returns the picture or None. A picture may have `under`
-            (text below it).
+        shown: the pictures by `position_name`, row by row. Each picture of the table has `row`, `column`, `source` (a
+            data address or ""), `label`, `alt`, `note` and `open`. A picture's `open` is a function that returns the
+            picture or None. A picture of the table may have `under` (text below the picture).
         columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
     """
@@ -62,7 +62,10 @@ def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
 
 
 def take_clicked_picture() -> None:
-    """Remember the position of the clicked picture. The page then looks up the picture at that position."""
+    """Remember the position of the clicked picture.
+
+    The page then looks up the picture at the position that was clicked.
+    """
     position = getattr(st.session_state.get("_grid"), "chosen", None)
     if isinstance(position, dict) and isinstance(position.get("row"), int) and isinstance(position.get("column"), int):
         side = "left" if position.get("left") else "right"
@@ -70,7 +73,7 @@ def take_clicked_picture() -> None:
 
 
 def show_pair(shown: dict[str, Any], drawn: list[str], left: str, right: str) -> None:
-    """Show the comparison of two pictures, with widgets that choose the pictures and the way to compare."""
+    """Show the comparison of two pictures, with widgets that choose the pictures and how to compare them."""
     for side, name in (("left", left), ("right", right)):
         if st.session_state.get(side) != name:
             st.session_state[side] = name

@@ -22,12 +22,12 @@ INSIDE_RUNS = {"pipeline", "evaluation", "samples", "cells", "reconstructions"} 
 def find_runs(kind: str = "unet") -> dict[str, Path]:
     """Return the run folders below outputs/ by name, the newest run first.
 
-    Pages open only these folders, whatever a URL says. Linked folders are found as well. Each folder is listed once, by its
-    own name rather than by a link's.
+    Pages open only run folders in this list, whatever a URL says. Run folders behind symbolic links are found as well.
+    Each run folder is listed once, by its own name rather than by the name of a link.
 
     Args:
         kind: "unet" for runs of denoisers that have pictures or models, or "any" for every run with metrics, such as VAEs.
-            A folder with a pipeline alone is a run, so a model of the Hub can be put into outputs/NAME/pipeline.
+            A folder with only a pipeline is also a run, so a model of the Hub can be put into outputs/NAME/pipeline.
     """
     changed = {folder: time for folder in _candidates() if (time := _changed(folder)) is not None}
     newest_first = sorted(changed, key=lambda folder: changed[folder], reverse=True)
@@ -35,7 +35,10 @@ def find_runs(kind: str = "unet") -> dict[str, Path]:
 
 
 def _candidates() -> Iterator[Path]:
-    """Yield the folders below outputs/ that may be runs, each once and linked folders last. Depth and number are limited."""
+    """Yield the folders below outputs/ that may be runs, each folder once, and linked folders last.
+
+    The depth and the number of the searched folders are limited.
+    """
     waiting, links = deque([(OUTPUTS, 0)]), deque[tuple[Path, int]]()
     seen: set[tuple[int, int]] = set()
     while (waiting or links) and len(seen) < MOST_FOLDERS:
@@ -93,7 +96,8 @@ def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
     If no full name is chosen, all runs whose name contains the part are returned.
 
     Args:
-        key: name of the URL parameter that holds the chosen names. Different kinds of names need different keys.
+        key: name of the URL parameter that holds the chosen names. Widgets for different kinds of names need different
+            keys.
     """
     left, right = st.columns([1, 3])
     name_part = left.text_input("Name contains", key="name", bind="query-params")

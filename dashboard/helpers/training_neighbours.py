@@ -25,19 +25,23 @@ HELP = (
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A run's prepared training images (pixels and rows memory mapped), and how near unseen images are to them."""
+    """A run's prepared training images (pixels and rows memory mapped), and how near unseen images are to the training
+    images.
+    """
 
     split: Any
     embedding: Any
-    unseen: np.ndarray  # relative distances of images that training never saw, sorted
+    unseen: np.ndarray  # Relative distances of unseen images to the training images, sorted.
 
 
 def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
-    """Show a switch, and with it the training images nearest to a picture. If the images are elsewhere, say so.
+    """Show a switch, and if it is on, the training images nearest to a picture.
+
+    If the training images are not on this machine, say so.
 
     Args:
-        picture: the picture, uint8 [R, R, 3], or None while the picture is being drawn. The switch is shown in both cases,
-            so that its state is kept.
+        picture: the picture, uint8 [R, R, 3], or None while the picture is being drawn. The switch is shown with and
+            without a picture, so that its state is kept.
     """
     folder = find_images(run)
     if folder is None:
@@ -101,7 +105,7 @@ def training_set(folder: Path) -> TrainingSet:
 def compare(training: TrainingSet, picture: np.ndarray) -> tuple[list[tuple[int, float]], float | None]:
     """Find the training images nearest to a picture, and the share of unseen images that have a nearer training image.
 
-    The share is None without unseen images.
+    The share of unseen images is None if there are no unseen images.
     """
     from t2i.evaluation import memorisation
 

@@ -77,9 +77,11 @@ def main() -> None:
 
 
 def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
-    """Show the runs' curves, with a point per checkpoint. Points of checkpoints in the grid are filled.
+    """Show the curves of the chosen runs, with a point per checkpoint.
 
-    A click on a point chooses the checkpoint.
+    Points of checkpoints that the grid of pictures shows are filled.
+
+    A click on a point chooses the point's checkpoint.
     """
     curves = {name: read_folder(run) for name, run in runs.items()}
     names = sorted({metric for metrics in curves.values() for metric in metrics})
@@ -149,7 +151,9 @@ def remember_clicked_checkpoint() -> None:
 
 
 def take_clicked_checkpoint() -> None:
-    """Add the clicked checkpoint to those on an axis of the grid; if no axis has checkpoints, replace the shared one."""
+    """Add the clicked checkpoint to the grid's axis of checkpoints; without such an axis, replace the checkpoint that
+    all pictures share.
+    """
     state = st.session_state
     name = state.pop("_point", None)
     if not isinstance(name, str):
@@ -202,7 +206,10 @@ def show_judge(report: dict[str, Any]) -> None:
 
 
 def show_file(folder: Path, name: Any) -> None:
-    """Show a PNG of `folder` itself. `name` comes from a file, so it is looked up and not joined to a path."""
+    """Show a PNG file that lies directly in `folder`.
+
+    `name` comes from a file, so it is looked up in the folder's list and not joined to a path.
+    """
     pictures = {path.name: path for path in folder.glob("*.png") if path.resolve().parent == folder.resolve()}
     if isinstance(name, str) and name in pictures:
         try:

@@ -125,13 +125,16 @@ def show_stored() -> None:
 
 
 def ended_here() -> set[str]:
-    """Return MLflow's ids of the runs in outputs/ that have ended. MLflow calls a killed run RUNNING until it is resumed."""
+    """Return the MLflow ids of the ended runs in outputs/. MLflow calls a killed run RUNNING until it is resumed."""
     ended = [run for run in find_runs("any").values() if run_status(run, read_or_warn(run / "run.json")) != "running"]
     return {str(read_or_warn(run / SPOOL_FOLDER / "state.json").get("run_id")) for run in ended}
 
 
 def stored_runs(uri: str) -> list[StoredRun] | None:
-    """Return the runs in the MLflow store, or None while a server has not answered. The page then asks again by itself."""
+    """Return the runs in the MLflow store, or None while a server has not answered.
+
+    Without an answer of the server, the page asks again by itself.
+    """
     if is_file_store():
         return _file_runs(uri, store_stamp())
     kept = st.session_state.get("_listing")
@@ -166,7 +169,10 @@ def _file_runs(uri: str, stamp: Any) -> list[StoredRun]:
 
 
 def file_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> dict[Key, Curve]:
-    """Return curves of a SQLite store. Curves of ended runs are cached for a minute, others until the store changes."""
+    """Return curves of a SQLite store.
+
+    Curves of ended runs are cached for a minute, curves of other runs until the store changes.
+    """
     curves: dict[Key, Curve] = {}
     for metric in metrics:
         for is_running, stamp in ((False, None), (True, store_stamp())):
@@ -187,7 +193,10 @@ def _file_curves(uri: str, run_ids: tuple[str, ...], metric: str, stamp: Any) ->
 
 
 def server_curves(uri: str, chosen: dict[str, StoredRun], metrics: list[str], is_live: bool) -> Loading:
-    """Return the curves that a thread of this session has received from a server. The thread asks again while a run trains."""
+    """Return the curves that a thread of this session has received from a server.
+
+    The thread asks the server again while a run trains.
+    """
     wanted = (uri, tuple(sorted(run.run_id for run in chosen.values())), tuple(sorted(metrics)))
     kept = st.session_state.get("_loading")
     age = LIVE_SERVER_S if is_live else KEPT_S
@@ -239,12 +248,14 @@ def follow(
     every_s: float,
     again: bool = False,
 ) -> None:
-    """Draw the curves that `read_now` returns. While `is_running`, repeat this without running the rest of the page.
+    """Draw the curves that the function `read_now` returns.
+
+    While `is_running` is true, the curves are drawn again and again without running the rest of the page.
 
     Args:
         read_now: function that returns the curves and a note.
         every_s: seconds between two calls of `read_now`.
-        again: whether each repetition runs the entire page, which asks the server again.
+        again: whether each repetition runs the entire page, which asks the MLflow server again.
     """
     live = is_running()
     first = True
@@ -269,7 +280,7 @@ def follow(
 
 
 def draw_curves(curves: dict[Key, Curve], options: dict[str, Any]) -> None:
-    """Draw one chart of all losses, train and validation together, and one of each other metric."""
+    """Draw one chart of all losses, of training and validation together, and one chart per other metric."""
     charts: dict[str, list[tuple[str, str, Curve]]] = {}
     for (run, metric), curve in curves.items():
         charts.setdefault("losses" if "loss" in metric else metric, []).append((run, metric, curve))

@@ -59,8 +59,9 @@ def main() -> None:
 def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
     """Return the folders of data sets by name, each with the runs that read it.
 
-    These folders are the dataset folders below outputs/ and the dataset folders that a run names. For a run on another
-    source, the folder holds its prepared images. The page opens only these folders, whatever a URL says.
+    The page lists the dataset folders below outputs/ and the dataset folders that a run names. For a run on another
+    source of images, the page lists the folder of the run's prepared images. The page opens only the listed folders,
+    whatever a URL says.
     """
     inside = OUTPUTS.resolve()
     shards = [file for level in ("*", "*/data", "*/*", "*/*/data") for file in OUTPUTS.glob(f"{level}/*.parquet")]
@@ -121,7 +122,7 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
 
 
 def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
-    """Show the filters of the gallery. Return the matching rows, and the audit's remark on each of them."""
+    """Show the filters of the gallery. Return the rows that match the filters, and the audit's remark on each row."""
     query = st.text_input(
         "Search in captions",
         key="search",
@@ -160,7 +161,7 @@ def no_values() -> None:
 
 
 def kinds_of(rows: browse.Rows) -> dict[str, list[str]]:
-    """Return the columns that can serve as a filter, as text: those with few different values, the label first."""
+    """Return the columns that can serve as filters, as text: columns with few different values, the label first."""
     columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
     columns |= rows.columns
     texts = {}
@@ -195,7 +196,10 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
 
 
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
-    """Return the data of a picture in the gallery. `picture` is its data address, or the reason why it cannot be shown."""
+    """Return the data of a picture in the gallery.
+
+    `picture` is the picture's data address, or the reason why the picture cannot be shown.
+    """
     there = picture.startswith("data:")
     first, *others = rows.captions[row]
     short = shorten(browse.visible(first), CAPTION_CHARACTERS)
@@ -216,7 +220,10 @@ def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]
 
 @lru_cache(maxsize=32)
 def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> list[str]:
-    """Return the picture of each row as a data address, or the reason why it cannot be shown. A changed split is read again."""
+    """Return the picture of each row as a data address, or the reason why the picture cannot be shown.
+
+    A split whose files changed is read again.
+    """
     return [
         f"cannot be shown: {picture.reason}"
         if isinstance(picture, BadImage)
@@ -226,7 +233,7 @@ def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> 
 
 
 def take_chosen() -> None:
-    """Remember the clicked picture. The page then looks up its row among the rows that exist."""
+    """Remember the clicked picture. The page then looks up the row of the clicked picture among the rows that exist."""
     clicked = getattr(st.session_state.get("_gallery"), "chosen", None)
     if isinstance(clicked, dict) and isinstance(clicked.get("row"), int):
         st.session_state["picture"] = str(clicked["row"])
@@ -264,7 +271,10 @@ def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -
 
 
 def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
-    """Show the findings of the caption audit as a table. A click on a row shows the pictures of that finding."""
+    """Show the findings of the caption audit as a table.
+
+    A click on a row of the table shows the pictures of the row's finding.
+    """
     st.subheader("Caption audit")
     rows = []
     for title, name in FINDINGS.items():
@@ -284,7 +294,9 @@ def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
 
 
 def measured_elsewhere(folder: Path) -> str:
-    """Return a sentence on the token counts that the full audit of caption_to_hub.py measured, or that it was not run."""
+    """Return a sentence on the token counts that the full audit of caption_to_hub.py measured, or a sentence that says
+    the audit was not run.
+    """
     try:
         full_audit = read_json(folder / "audit.json")
         tokens, over = full_audit["tokens"], full_audit["checks"]["over_limit"]["count"]
@@ -307,7 +319,7 @@ def take_finding() -> None:
 
 
 def show_lengths(split: browse.Split) -> None:
-    """Show how long the captions are, and their most frequent words."""
+    """Show the lengths of the captions, and the most frequent words in the captions."""
     st.subheader("Words of a caption")
     counts, frequent = browse.words(split)
     st.text(f"{counts.min()} to {counts.max()} words, median {np.median(counts):g}, mean {counts.mean():.1f}")
@@ -326,7 +338,10 @@ def show_lengths(split: browse.Split) -> None:
 
 
 def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
-    """Show the images that captioning or training left out, and the reasons. No image is deleted, so it can be fixed."""
+    """Show the images that captioning or training left out, and the reasons.
+
+    No image file is deleted, so users can fix undecodable images.
+    """
     st.subheader("Quarantine")
     lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
     rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]

@@ -1,7 +1,8 @@
-"""One picture from a prompt: drawn step by step, with some of its steps, the training images nearest to it, and a history.
+"""One picture from a prompt: drawn step by step, with some of its denoising steps, the training images nearest to it,
+and a history.
 
-The URL holds what is chosen, and a picture that was drawn before is shown at once. This page needs neither MLflow nor datasets,
-so that it can stand alone beside a model, as in a Space.
+The URL holds the chosen settings, and a picture that was drawn before is shown at once. This page needs neither MLflow
+nor datasets, so that a Space can consist of only this page and a model.
 """
 
 import random
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
-    """Show widgets for a run and one of its checkpoints, and return both; None if the run has no checkpoint."""
+    """Show widgets that choose a run and one of its checkpoints, and return both; None if the run has no checkpoint."""
     name = st.selectbox("Run", list(runs), key="run", bind="query-params", on_change=forget_checkpoint)
     run = runs.get(str(name), next(iter(runs.values())))
     names = checkpoints_of(run)[::-1]
@@ -77,7 +78,10 @@ def forget_checkpoint() -> None:
 
 
 def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
-    """Show the form of a picture's settings. Return the settings as a `cells.Cell`, and whether the form was sent."""
+    """Show the form of a picture's settings.
+
+    Return the settings in the form as a `cells.Cell`, and whether the form was sent.
+    """
     evaluated = cells.evaluated_grid(run)
     first = first_prompt(run)[:MAX_PROMPT]
     default = evaluated.cell if evaluated else cells.Cell(first)
@@ -120,7 +124,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "%g",
             key="guidance_scale",
             bind="query-params",
-            help="Strength with which the picture follows the prompt. 1 disables guidance.",
+            help="Strength with which the picture follows the prompt. A guidance scale of 1 disables guidance.",
         )
         steps = one.number_input(
             "Steps",
@@ -129,7 +133,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             min(default.num_inference_steps, MAX_STEPS),
             key="num_inference_steps",
             bind="query-params",
-            help="Number of denoising steps. The time to draw grows with the number.",
+            help="Number of denoising steps. The time to draw grows with the number of steps.",
         )
         scheduler = two.selectbox(
             "Scheduler",
@@ -147,7 +151,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "%g",
             key="guidance_end",
             bind="query-params",
-            help="Share of the steps, from the first step on, that are guided. Unguided steps take half the time.",
+            help="Share of the steps, from the first step on, that are guided. Unguided denoising steps take half the time.",
         )
         with st.container(horizontal=True):
             draw = st.form_submit_button("Draw", type="primary", shortcut=None)
@@ -186,7 +190,7 @@ def show_preset(settings: dict[str, Any]) -> None:
 
 
 def take_preset() -> None:
-    """Put a preset's settings into the form, which draws the picture when it is sent."""
+    """Put a preset's settings into the form, so that the picture is drawn when the form is sent."""
     name = st.session_state["_preset"]
     if name in PRESETS:
         st.session_state.update(PRESETS[name]._asdict())
@@ -200,7 +204,7 @@ def take_random_seed() -> None:
 
 
 def show_result(planned: cells.PlannedCell, asked: bool) -> None:
-    """Show the picture if it is stored, otherwise the job that draws it, otherwise how to start drawing."""
+    """Show the stored picture, or else the job that draws the picture, or else how to start drawing."""
     if planned.problem is not None:
         warn(UserError(planned.problem))
         return
@@ -315,7 +319,10 @@ def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
 
 
 def remember(watched: cells.Watched, planned: cells.PlannedCell) -> None:
-    """Add a picture to this session's history, the newest first. Only a thumbnail and its settings are kept."""
+    """Add a picture to this session's history, the newest first.
+
+    The history keeps only a thumbnail and the settings of a picture.
+    """
     history = [entry for entry in st.session_state.get("_history", []) if entry["path"] != planned.path]
     if len(history) == len(st.session_state.get("_history", [])):
         image = Image.fromarray(watched.picture).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
@@ -340,7 +347,7 @@ def show_history() -> None:
                     on_click=bring_back,
                     args=(planned,),
                     type="tertiary",
-                    help="Restore the settings of this picture.",
+                    help="Restore the settings of this earlier picture.",
                 )
 
 

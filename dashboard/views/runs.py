@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a run in the table: its present status, and facts from run.json."""
+    """Return the row of a run in the table of runs: the run's present status, and facts from run.json."""
     seconds = state.get("seconds")
     row: dict[str, Any] = {"run": name, "status": status}
     for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
@@ -155,7 +155,10 @@ def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) ->
 
 
 def show_cards(runs: dict[str, Path]) -> None:
-    """Show the model card of a run as plain text. Users' Markdown is never rendered."""
+    """Show the model card of a run as plain text.
+
+    The Markdown of a model card, which may hold users' texts, is never rendered.
+    """
     st.subheader("Model card")
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:

@@ -70,12 +70,12 @@ def main() -> None:
 
 
 def first_page() -> None:
-    """Go to the first page after other images were chosen, since they may have fewer pages."""
+    """Go to the first page after the user chose other images, since these images may fill fewer pages."""
     st.session_state["page"] = 1
 
 
 def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
-    """Show a widget that chooses the images, the number of missing reconstructions, and the table."""
+    """Show a widget that chooses the images, the number of missing reconstructions, and the table of reconstructions."""
     left, right = st.columns(2)
     count = left.selectbox("Images", COUNTS, index=1, key="count", bind="query-params", on_change=first_page)
     pages = max(1, -(-len(images) // count))
@@ -106,7 +106,7 @@ def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
 
 
 def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray], place: Any) -> None:
-    """Make the missing reconstructions while no other thread of this server draws.
+    """Make the missing reconstructions of the shown images, while no other thread of this server draws.
 
     Finished reconstructions stay stored, even if the user leaves the page.
     """
@@ -220,8 +220,8 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
 def index_on_curve(vae: Vae, steps: np.ndarray) -> int | None:
     """Return the point of a validation curve that belongs to a VAE.
 
-    For a checkpoint, the point is the newest validation up to the checkpoint's step. For the finished VAE, it is the last
-    validation.
+    For a checkpoint, the point on the curve is the newest validation up to the checkpoint's step. For the finished VAE,
+    the point on the curve is the last validation.
     """
     if not len(steps) or vae.name == "start":
         return None

@@ -17,8 +17,9 @@ T = TypeVar("T")
 def parse_options(cls: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Parse the command line into the dataclass `cls`. Nested dataclasses become groups of options without a prefix.
 
-    A repeated list option collects all values. Of any other repeated option the last value holds, and a note is
-    printed. Exits with code 2 on an unknown option, and names the nearest one. `check_options` checks the ranges.
+    A repeated list option collects all values. For any other repeated option, the last value is used, and a note is
+    printed. An unknown option ends the script with exit code 2 and the name of the nearest option. `check_options`
+    checks the ranges of the parsed options.
 
     Args:
         cls: dataclass of the options. The comment of each field is the help text of its option.
@@ -66,7 +67,7 @@ def collect_lists(cls: type, argv: list[str]) -> list[str]:
 
 
 def typed_options(argv: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield the options of a command line, each with its typed name (`--name`), its values, and its typed words.
+    """Yield the options of a command line, each option with its typed name (`--name`), its values, and its typed words.
 
     An option `--name=value` is split into name and value.
     """
@@ -99,7 +100,7 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def note(text: str) -> None:
-    """Print a note on the command line once for all processes of a launch."""
+    """Print a note about the typed command line, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
         print(f"NOTE: {text}", file=sys.stderr)
 

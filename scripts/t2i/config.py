@@ -1,8 +1,8 @@
 """Settings of all scripts: defaults <- recipe <- command line. This module imports no torch, so that `--help` answers at once.
 
 A recipe is a YAML file with the sections of `Recipe`. The comment behind or above a field is the help text of its
-option. Option names are those of diffusers' training scripts. If a name differs here, `t2i.from_diffusers` translates the name of
-diffusers or says what to use instead.
+option. The names of options are those of diffusers' training scripts. If this suite uses another name,
+`t2i.from_diffusers` translates diffusers' name or says what to use instead.
 """
 
 import dataclasses
@@ -71,7 +71,8 @@ class ModelHubConfig(HubConfig):
     """Settings of a push of a model to the Hub."""
 
     hub_model_id: str | None = None  # Repository of the model on the Hub, as ORG/NAME.
-    # Licence of the model, by the Hub's name for it, e.g. apache-2.0. "unknown" means not chosen.
+    # Licence of the model, by the Hub's identifier, such as apache-2.0. The value "unknown" means that no licence was
+    # chosen.
     license: str = "unknown"
 
 
@@ -100,22 +101,24 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """Settings of the data set and its preparation."""
 
-    # Width and height of the training images in pixels. Each image is resized, and its center square is cropped.
+    # Width and height of the training images in pixels. Each image is resized and cropped to its center square.
     resolution: Annotated[int, NUMBER, Field(ge=8, le=2048)] = 128
-    random_flip: Flag = True  # Train on mirrored images as well. Latents of the mirrored images are cached too.
-    # Share of images that become the validation split if the data set has none. A hash of the content chooses the
-    # images.
+    random_flip: Flag = True  # Train on mirrored images as well. The latents of mirrored images are cached too.
+    # Share of images that become the validation split if the data set has none. A hash of each image's content decides
+    # whether it becomes a validation image.
     validation_fraction: Annotated[float, NUMBER, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05
     split_seed: int = 0  # Seed of the validation split. Another seed chooses other validation images.
     max_train_samples: Count | None = None  # Maximum number of training images. With None, use all images.
-    cache_dir: LocalPath = ".cache/t2i"  # Folder for prepared images, latents and text embeddings, named by content.
+    # Folder for prepared images, latents and text embeddings, whose subfolders are named by a hash of the content.
+    cache_dir: LocalPath = ".cache/t2i"
 
 
 @dataclass
 class CaptionConfig(HubConfig):
     """Settings of captioning."""
 
-    output_dir: LocalPath | None = None  # Dataset folder to write. You may edit captions.jsonl in this folder by hand.
+    # Dataset folder to write. You may edit captions.jsonl in the dataset folder by hand.
+    output_dir: LocalPath | None = None
     dry_run: Flag = False  # End after the table that shows how the data set was understood.
     # Sources of captions: florence2, label (by caption_template), existing (those of the data set), or a model's folder
     # or Hub id. With several sources, each image gets the captions of all of them.
@@ -124,19 +127,22 @@ class CaptionConfig(HubConfig):
     # Tasks of Florence-2: <CAPTION>, <DETAILED_CAPTION>, <MORE_DETAILED_CAPTION>, <OD>, … Each task adds a caption.
     task: Annotated[list[str], AS_LIST, Field(min_length=1)] = field(default_factory=lambda: ["<DETAILED_CAPTION>"])
     prompt: str = ""  # Prompt for the captioner, if its task takes a prompt.
-    caption_batch_size: Count = 8  # Images per batch. The batch is halved if memory runs out.
-    # Maximum number of the captioner's tokens per caption. CLIP reads at most 77 of its own tokens.
+    # Number of images that the captioner reads at once. The batch is halved if memory runs out.
+    caption_batch_size: Count = 8
+    # Maximum number of tokens that the captioner writes per caption. CLIP as a text encoder reads at most 77 tokens, by
+    # its own tokenizer.
     max_new_tokens: Annotated[int, NUMBER, Field(ge=1, le=4096)] = 128
-    # Number of beams of the beam search. Florence-2's card uses 3 beams. One beam is about twice as fast.
+    # Number of beams of the beam search. Florence-2's card uses 3 beams. One beam is about twice as fast as 3 beams.
     num_beams: Count = 3
-    # Length of token sequences that may not repeat within a caption. With None, keep the model's own setting.
+    # Length of token sequences that may not repeat within a caption. With None, use the captioner's own setting.
     no_repeat_ngram_size: Count | None = None
-    # Penalty on repeated tokens. Values above 1 make repetition less likely. With None, keep the model's own setting.
+    # Penalty on repeated tokens. Penalties above 1 make repetition less likely. With None, use the captioner's own
+    # setting.
     repetition_penalty: Positive | None = None
     strip_boilerplate: Flag = True  # Remove openings about the image itself: "The image shows a rose" becomes "A rose".
-    fail_on: list[str] = field(default_factory=list)  # Limits of the caption audit, e.g. empty=0 over_limit=0.05.
+    fail_on: list[str] = field(default_factory=list)  # Limits of the caption audit, such as empty=0 over_limit=0.05.
     audit_tokenizer: PathText = "openai/clip-vit-large-patch14"  # CLIP tokenizer (path or Hub id) that counts tokens.
-    license: str = "unknown"  # Licence of the data set, by the Hub's name for it, e.g. cc-by-4.0.
+    license: str = "unknown"  # Licence of the data set, by the Hub's identifier, such as cc-by-4.0.
     hub_dataset_id: str | None = None  # Repository of the data set on the Hub, as ORG/NAME.
 
 
@@ -147,7 +153,7 @@ class VaeConfig:
     # Autoencoder: a run folder, path or Hub id. With None, build a new autoencoder by the other vae options.
     vae: Annotated[PathText | None, _alias("pretrained_vae_model_name_or_path")] = None
     vae_revision: str | None = None  # Branch, tag or commit of a Hub VAE.
-    # Channels per level of a new VAE. Each level after the first halves width and height.
+    # Channels per level of a new VAE. Each level of the VAE after the first halves width and height.
     vae_channels: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 96])
     vae_layers: Count = 1  # Residual layers per level of a new VAE.
     latent_channels: Count = 4  # Channels of the latents of a new VAE.
@@ -163,7 +169,8 @@ class UnetConfig:
     text_encoder: PathText | None = None
     text_encoder_revision: str | None = None  # Branch, tag or commit of a Hub text encoder.
     revision: str | None = None  # Branch, tag or commit of the Hub pipeline that is trained further.
-    # Variant of the weight files of pretrained_model_name_or_path, e.g. fp16. With None, load files without a suffix.
+    # Variant of the weight files of pretrained_model_name_or_path, such as fp16. With None, load weight files without a
+    # variant's suffix.
     variant: str | None = None
     text_hidden_size: Count = 128  # Hidden size of a new text encoder.
     text_layers: Count = 2  # Number of layers of a new text encoder.
@@ -176,13 +183,14 @@ class UnetConfig:
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = field(
         default_factory=lambda: ["CrossAttnDownBlock2D"] * 3
     )
-    # Number of attention heads per level of a new UNet. diffusers gave this option its misleading name.
+    # Number of attention heads per level of a new UNet. The misleading name attention_head_dim comes from diffusers.
     attention_head_dim: Count = 8
     # Target of the UNet's prediction: epsilon (the noise) or v_prediction (the velocity).
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     # Schedule of the 1,000 noise levels.
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    # Make the last noise level pure noise (arXiv:2305.08891). The option needs prediction_type v_prediction.
+    # Make the last noise level pure noise (arXiv:2305.08891). A pure-noise last level needs prediction_type
+    # v_prediction.
     rescale_betas_zero_snr: Flag = False
 
 
@@ -193,14 +201,14 @@ class TrainConfig:
     output_dir: LocalPath | None = None  # Run folder to write or resume.
     dry_run: Flag = False  # End after the table that shows how the data set was understood.
     seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 0  # Seed of weights, order, noise, timesteps and dropout.
-    train_batch_size: Count = 16  # Images per process and step.
-    gradient_accumulation_steps: Count = 1  # Micro-batches per weight update.
+    train_batch_size: Count = 16  # Number of images per process and training step.
+    gradient_accumulation_steps: Count = 1  # Number of micro-batches per weight update.
     max_train_steps: Count | None = None  # Number of weight updates. With None, num_train_epochs decides.
     num_train_epochs: Positive = 100.0  # Number of passes over the training images, if max_train_steps is None.
-    # Precision of the training, if the launch sets none. A value that contradicts the launch is refused.
+    # Precision of the training, if the launch sets none. A precision that contradicts the launch is refused.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     learning_rate: Positive = 1e-4  # Peak learning rate.
-    scale_lr: Flag = False  # Multiply learning_rate by the images per update, counted over all processes.
+    scale_lr: Flag = False  # Multiply learning_rate by the number of images per update, counted over all processes.
     lr_scheduler: LrScheduler = "cosine"  # Learning rate schedule, by diffusers' names.
     lr_warmup_steps: Natural = 500  # Number of updates in which the learning rate rises linearly to its peak.
     adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW.
@@ -209,12 +217,15 @@ class TrainConfig:
     adam_epsilon: Positive = 1e-8  # Small number added to AdamW's denominator, for numerical stability.
     max_grad_norm: Positive = 0.5  # Norm to which larger gradients are clipped.
     use_ema: Flag = True  # Keep and save an exponential moving average (EMA) of the weights, in fp32.
-    ema_decay: Share = 0.9999  # Highest decay of the EMA. At update n it is min(ema_decay, (1 + n) / (10 + n)).
-    # Recompute activations in the backward pass. Training needs less memory and about a third more time.
+    # Highest decay of the EMA. At update n the decay of the EMA is min(ema_decay, (1 + n) / (10 + n)).
+    ema_decay: Share = 0.9999
+    # Recompute activations in the backward pass (gradient checkpointing), which needs less memory and about a third
+    # more time.
     gradient_checkpointing: Flag = False
     channels_last: Flag = False  # Use the memory layout channels_last (NHWC).
     compile: Flag = False  # Compile the trained model by torch.compile.
-    # On a single GPU, run each training step as one CUDA graph. The graph keeps the memory of a step in use.
+    # On a single GPU, run each training step as one CUDA graph. A CUDA graph keeps the memory of a training step in
+    # use.
     cuda_graphs: Flag = True
     allow_tf32: Flag = False  # Allow TF32 matrix products on Ampere GPUs and later.
     validation_steps: Count = 500  # Number of updates between validations.
@@ -239,11 +250,11 @@ class TrainConfig:
 class TrainVaeConfig(ModelHubConfig, TrainConfig):
     """Training of the autoencoder."""
 
-    train_batch_size: Count = 8  # Images per process and step.
-    # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep one until the run has
-    # finished.
+    train_batch_size: Count = 8  # Number of images per process and training step.
+    # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep the newest checkpoint until
+    # the run has finished.
     checkpoints_total_limit: Count | None = 1
-    # Part to train. With decoder, latents stay as they are, so caches and UNets stay valid.
+    # Part of the autoencoder to train. With decoder, the latents do not change, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"
     # Last updates that train only the decoder. The encoder then keeps its averaged weights, so latents stay as they are.
     decoder_only_steps: Natural = 0
@@ -272,14 +283,15 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
 class TrainUnetConfig(ModelHubConfig, TrainConfig):
     """Training of the denoiser."""
 
-    # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. With None, use no such weights.
+    # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. With None, use no min-SNR weights.
     snr_gamma: Positive | None = None
     # Share of samples whose caption is dropped at random, for classifier-free guidance.
     proportion_empty_prompts: Share = 0.1
-    # Standard deviation of a random shift of each channel's noise, usually about 0.1. 0 disables the shift.
+    # Standard deviation of a random shift of each channel's noise, usually about 0.1. A deviation of 0 disables the
+    # shift.
     noise_offset: NonNegative = 0.0
-    # Strength of additional noise on the UNet's input, which is not in the target, usually about 0.1. 0 disables this
-    # noise.
+    # Strength of additional noise on the UNet's input, which is not in the target, usually about 0.1. A strength of 0
+    # disables the additional noise.
     input_perturbation: NonNegative = 0.0
     # Prompts for which pictures are drawn at each validation.
     validation_prompts: Annotated[list[str], _alias("validation_prompt")] = field(default_factory=list)
@@ -298,14 +310,14 @@ class EvaluateConfig:
     """Evaluation of checkpoints over guidance scales."""
 
     model: PathText | None = None  # Run folder of train_unet.py.
-    # Names of the checkpoint folders to evaluate. Without a name, all checkpoints are evaluated.
+    # Names of the checkpoint folders to evaluate. Without any names, all checkpoints are evaluated.
     checkpoints: list[str] = field(default_factory=list)
     # Guidance scales to evaluate.
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
     )
-    # Preset of generate_images.py. With None, use the model's scheduler, num_inference_steps and guidance at every
-    # step.
+    # Preset of generate_images.py for the evaluation's pictures. With None, use the model's scheduler,
+    # num_inference_steps and guidance at every step.
     preset: Literal["exact", "fast", "draft"] | None = None
     num_inference_steps: Count = 30  # Number of denoising steps per picture, if no preset sets it.
     # Number of prompts drawn per checkpoint and guidance scale, by which the best pair is chosen.
@@ -313,10 +325,12 @@ class EvaluateConfig:
     # Number of further prompts, on which the best checkpoint and guidance scale are reported.
     report_prompts: Count = 256
     eval_batch_size: Count = 32  # Number of pictures drawn at once.
-    # Engine that draws on a CPU. auto means torch. openvino compiles each checkpoint, which pays off with large UNets.
+    # Engine that draws on a CPU. The engine auto means torch in evaluations. The engine openvino compiles each
+    # checkpoint, which pays off with large UNets.
     engine: Literal["auto", "torch", "openvino"] = "auto"
     eval_seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 1000  # Seed of prompts, noise and classifier.
-    # Training steps of the classifier that reads the attributes of drawn flowers. 0 disables the classifier.
+    # Training steps of the classifier that reads the attributes of drawn flowers. With 0 steps, no classifier is
+    # trained.
     classifier_steps: Natural = 1200
     classifier_drawings: Count = 5000  # Number of drawings on which the classifier of drawn flowers is trained.
     # Network that judges the pictures. Besides efficientnet-lite0 it may be a path or Hub id of a vision model, such as
@@ -327,7 +341,10 @@ class EvaluateConfig:
 
 @dataclass
 class Recipe:
-    """All settings of an experiment, one field per section. Every script checks all sections and uses its own."""
+    """All settings of an experiment, one field per section.
+
+    Every script checks all sections of a recipe, and uses only its own sections.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
@@ -425,7 +442,7 @@ def _rename(keys: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
 def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) -> Recipe:
     """Return a script's settings: defaults <- recipe (`--config`) <- command line.
 
-    Exits with code 2 on an unknown option, and names the nearest one.
+    An unknown option ends the script with exit code 2 and the name of the nearest option.
 
     Args:
         sections: sections of `Recipe` whose settings are options of the script. `source` means the options of section data
@@ -468,7 +485,10 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
 
 
 def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
-    """Put a section, parsed from the command line, into the recipe. `before` is the section as the recipe had it."""
+    """Put a section that was parsed from the command line into the recipe.
+
+    The argument `before` is the section as the recipe file gave it.
+    """
     section = check_options(chosen)
     _clear_dependent(section, before, "dataset", "dataset_revision")
     _clear_dependent(section, before, "dataset", "dataset_config_name")
@@ -486,7 +506,9 @@ def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
 
 
 def _clear_dependent(section: Any, before: Any, key: str, dependent: str) -> None:
-    """Reset the setting `dependent`, such as a revision, if the command line changes `key` but not `dependent`."""
+    """Reset the setting `dependent`, such as a revision, if the command line changes the setting `key` but not
+    `dependent`.
+    """
     if (
         hasattr(section, key)
         and hasattr(section, dependent)
@@ -525,7 +547,9 @@ def _fields(cls: Any) -> dict[str, Any]:
 
 
 def check_dataset(name: str | None) -> Path | None:
-    """Return the folder that `--dataset` names, or None for a possible Hub id. The check imports nothing slow.
+    """Return the folder that `--dataset` names, or None for a possible Hub id.
+
+    Checking the folder imports no slow packages.
 
     Raises:
         UserError: no data set is named, or its name is neither an existing folder nor a Hub id.
@@ -547,7 +571,7 @@ def check_dataset(name: str | None) -> Path | None:
 
 
 def near_folder(folder: Path) -> Path | None:
-    """Return the folder that a mistyped path probably means, or None.
+    """Return the folder that a mistyped path probably means, or None without a similar folder.
 
     The first missing part of the path is compared with the folders beside it.
     """
@@ -565,8 +589,9 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
     """Refuse a resolution or crop that the autoencoder cannot take.
 
     Args:
-        recipe: the settings.
-        factor: image pixels per latent pixel along a side. With None, use the factor of the recipe's VAE, if it is known.
+        recipe: settings to check.
+        factor: image pixels per latent pixel along a side. With None, use the factor of the recipe's VAE, if the VAE is
+            on this machine.
         crop: whether `crop_size` is checked too.
 
     Raises:
@@ -631,8 +656,8 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
     """Refuse a denoiser that cannot be built, or that cannot take the latents of the recipe's autoencoder.
 
     Args:
-        recipe: the settings.
-        factor: image pixels per latent pixel along a side, as in `check_vae`.
+        recipe: settings to check.
+        factor: number of image pixels per latent pixel along a side, as in `check_vae`.
 
     Raises:
         UserError: a setting does not fit; the message names a value that does.
@@ -661,7 +686,10 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
 
 
 def _vae_factor(config: VaeConfig) -> int | None:
-    """Return the image pixels per latent pixel of a new VAE or of a VAE in a folder. None for a VAE on the Hub."""
+    """Return the image pixels per latent pixel of a new VAE or of a VAE in a folder.
+
+    For a VAE on the Hub, the result is None.
+    """
     if config.vae is None:
         return 2 ** (len(config.vae_channels) - 1)
     for file in (Path(config.vae) / part / "config.json" for part in ("", "vae", "pipeline/vae")):

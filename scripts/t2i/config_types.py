@@ -14,7 +14,7 @@ MAX_GUIDANCE = 1000.0  # Pictures need a hundredth of it. Numbers overflow far b
 
 
 def _expand_home(text: str) -> str:
-    """Expand `~` in a path. Shells do not expand it in `--output_dir=~/run`, and no shell reads a recipe."""
+    """Expand `~` in a path. Shells do not expand `~` in `--output_dir=~/run`, and no shell reads a recipe."""
     if not text.strip():
         raise ValueError("it is empty; give a path, or leave the option out")
     path = os.path.expanduser(text)
@@ -24,7 +24,10 @@ def _expand_home(text: str) -> str:
 
 
 def _expand_local(text: str) -> str:
-    """Expand `~` in a local path, and refuse an address. Libraries would read an address as a bucket, or make a folder `s3:`."""
+    """Expand `~` in a local path, and refuse an address.
+
+    Libraries would read an address such as `s3://…` as a bucket, or make a folder `s3:`.
+    """
     if re.match(r"\w+://", text):
         raise ValueError("it is an address; give a folder on this machine")
     return _expand_home(text)
@@ -50,7 +53,10 @@ def _refuse_flag(value: Any) -> Any:
 
 
 def matching(pattern: str, example: str) -> AfterValidator:
-    """Return a check that a text fully matches a regular expression. The error of the check shows the example."""
+    """Return a check that a text fully matches a regular expression.
+
+    The error message of the check shows the example.
+    """
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -79,15 +85,15 @@ Seed = Annotated[int, NUMBER, Field(ge=0, le=MAX_SEED)]
 
 
 def known_key(key: Any, known_keys: dict[str, Any], what: str) -> Any:
-    """Return `key` if it is valid.
+    """Return `key` if it is a valid key of a mapping.
 
     Args:
         key: the key to check, as the user wrote it.
-        known_keys: mapping whose keys are the valid keys. The values are not used.
+        known_keys: mapping whose keys are the valid keys. The values of the mapping are not used.
         what: words for the key in a message, such as "key in x.yaml".
 
     Raises:
-        UserError: the key is unknown; the message names the nearest valid key, or all of them.
+        UserError: the key is unknown; the message names the nearest valid key, or all valid keys.
     """
     if key not in known_keys:
         near = difflib.get_close_matches(str(key), known_keys, n=1, cutoff=0.5)
@@ -105,7 +111,7 @@ def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
         where: words for the place of the values in a message, such as a file name.
 
     Raises:
-        UserError: a value cannot be used; the message names the first one.
+        UserError: a value cannot be used; the message names the first such value.
     """
     for key, value in values.items():
         for text in value if isinstance(value, (list, tuple)) else [value]:
@@ -157,7 +163,10 @@ def _reason(kind: str, value: Any, context: dict[str, Any]) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a string can be written as UTF-8. Bytes of another encoding appear as lone surrogates in it."""
+    """Return whether a string can be written as UTF-8.
+
+    Bytes of another encoding appear as lone surrogates in a Python string.
+    """
     try:
         return b"\0" not in text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,8 +1,10 @@
-"""Compute the mathematics of diffusion training on tensors. Schedulers and models are arguments. No file is read.
+"""Compute the mathematics of diffusion training on tensors.
 
-Randomness is stateless: a sample's draws at a step are a function of (seed, step, sample). The draws do not depend on the order
-of the batch, on the number of processes, or on earlier computations. A data set smaller than the batch repeats samples
-within a step. Each repetition then gets different draws.
+Schedulers and models are arguments of this module's functions. This module reads no file.
+
+Randomness is stateless: a sample's draws at a step are a function of (seed, step, sample). A sample's draws do not
+depend on the order of the batch, on the number of processes, or on earlier computations. A data set smaller than the
+batch repeats samples within a step. Each repetition of a sample within a step gets different draws.
 """
 
 from collections import Counter
@@ -18,7 +20,9 @@ _CAPTION = 0x63617074696F6E  # "caption" in ASCII: it keeps the draw of captions
 
 
 def mix(*numbers: int) -> int:
-    """Return a 63-bit seed made of integers by the SplitMix64 finaliser (Steele, Lea, Flood 2014) over each in turn."""
+    """Return a 63-bit seed made of integers by the SplitMix64 finaliser (Steele, Lea, Flood 2014) over each integer in
+    turn.
+    """
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -32,17 +36,20 @@ def mix(*numbers: int) -> int:
 class Draws:
     """Random draws for a batch of B samples."""
 
-    noise: torch.Tensor  # [B, C, H, W] float32, standard normal.
-    # [B, C, H, W] float32, standard normal. This noise samples latents from the VAE's posterior.
+    noise: torch.Tensor  # Standard normal noise of the training, [B, C, H, W] float32.
+    # Standard normal noise that samples latents from the VAE's posterior, [B, C, H, W] float32.
     posterior_noise: torch.Tensor
-    timesteps: torch.Tensor  # [B] int64 in [0, num_train_timesteps).
-    uniform: torch.Tensor  # [B, 4] float32 in [0, 1) for the flip, the dropped caption, the crop's y and x.
-    # [B, C, H, W] float32. Noise of the UNet's input if it differs from `noise`.
+    timesteps: torch.Tensor  # Timesteps, [B] int64 in [0, num_train_timesteps).
+    uniform: torch.Tensor  # Numbers in [0, 1) for the flip, the dropped caption, the crop's y and x, [B, 4] float32.
+    # Noise of the UNet's input, [B, C, H, W] float32, if this noise differs from `noise`.
     input_noise: torch.Tensor | None = None
 
 
 def occurrences(samples: Iterable[int]) -> list[int]:
-    """Return for each entry how many earlier entries are the same sample. The first occurrence gets 0."""
+    """Return for each entry of `samples` how many earlier entries are the same sample.
+
+    The first occurrence of a sample gets 0.
+    """
     seen: Counter[int] = Counter()
     counts = []
     for sample in samples:
@@ -57,13 +64,13 @@ def draw(
 ) -> Draws:  # fmt: skip
     """Draw noise, timesteps and uniform numbers for a batch. Each sample's draws depend only on (seed, step, sample, copy).
 
-    The first occurrence of a sample depends only on (seed, step, sample). `noise_offset` and `input_perturbation` do not
-    change the other draws.
+    The draws of a sample's first occurrence depend only on (seed, step, sample). `noise_offset` and
+    `input_perturbation` do not change the sample's other draws.
 
     Args:
         shape: shape of a sample's latents, (C, H, W).
-        copies: `occurrences` of the samples within the whole step. A process that holds a part of the step passes the
-            entries of that part. With None, count occurrences within `samples`.
+        copies: `occurrences` of the samples within the whole step. A process that holds a part of the step's samples
+            passes the entries of that part. With None, occurrences are counted within `samples`.
         noise_offset: deviation of a shift of each channel's noise
             (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
         input_perturbation: deviation of the noise that `input_noise` adds to `noise` (Ning et al., arXiv:2301.11706).
@@ -107,7 +114,7 @@ def draw_captions(
 def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
     """Return a validation image's fixed timesteps, one in each of the `TIMESTEP_BANDS` bands.
 
-    The images' timesteps are spread evenly over each band.
+    The timesteps of all validation images are spread evenly over each band.
     """
     width = num_train_timesteps // TIMESTEP_BANDS
     offset = int(((sample * 0.6180339887498949) % 1.0) * width)  # The golden ratio spreads any number of images evenly.
@@ -123,7 +130,7 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
 def min_snr_weights(scheduler: Any, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return loss weights [B] of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
 
-    In x0 space the weights equal min(SNR, gamma).
+    Applied to errors of the predicted clean image (x0), the loss weights equal min(SNR, gamma).
     """
     alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alphas / (1 - alphas)
@@ -143,14 +150,15 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Return the squared error [B] of the UNet's prediction, weighted by min-SNR if `snr_gamma` is given.
 
-    The target is the noise (Ho et al., arXiv:2006.11239) or the velocity (Salimans and Ho, arXiv:2202.00512).
+    The target of the prediction is the noise (Ho et al., arXiv:2006.11239) or the velocity (Salimans and Ho,
+    arXiv:2202.00512).
 
     Args:
         latents: scaled latents, [B, C, H, W].
         noise: noise that defines the target, [B, C, H, W].
         timesteps: noise levels, [B] int64.
         encoder_hidden_states: text embeddings, [B, L, D].
-        input_noise: noise added to the latents, [B, C, H, W]. With None, add `noise`.
+        input_noise: noise added to the latents, [B, C, H, W]. With None, `noise` is added to the latents.
     """
     noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
     is_velocity = scheduler.config.prediction_type == "v_prediction"

@@ -10,14 +10,17 @@ from t2i.machine import end_with_launcher
 
 
 class UserError(Exception):
-    """A user's mistake: a sentence that names the file, key or value, and the fix. Scripts print it and exit with 2."""
+    """A user's mistake: a sentence that names the file, key or value, and the fix.
+
+    Scripts print a `UserError` and exit with code 2.
+    """
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`. Print a user's mistake or a limit of the machine as one sentence, and exit with code 2.
 
-    The exit code is 130 after Ctrl-C, and 141 if the program that reads the output has ended, as in shells. Any
-    other exception is a fault of the suite and keeps its traceback.
+    A script's exit code is 130 after Ctrl-C, and 141 if the program that reads the output has ended, as in shells. An
+    exception other than a user's mistake or a machine's limit is a fault of the suite, and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal in ASCII shows other letters escaped, instead of failing
         if isinstance(stream, io.TextIOWrapper):

@@ -36,7 +36,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raise `UserError` naming it if it is missing or damaged."""
+    """Read a JSON file and return its content.
+
+    Raise `UserError` with the file's name if the file is missing or damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,11 +49,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raise `UserError` naming the file if it is missing, damaged, or holds anything else."""
+    """Read a JSON object from a file.
+
+    Raise `UserError` with the file's name if the file is missing, damaged, or holds no JSON object.
+    """
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds no JSON object, so it is of another program; move it away, or restore it from a backup"
+            f"{path} holds no JSON object, so another program wrote it; move the file away, or restore it from a backup"
         )
     return content
 
@@ -64,7 +70,7 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a model: name -> 64 hex digits.
 
-    A file is read again only if its size or time has changed.
+    A model's file is read again only if its size or time has changed.
 
     Raises:
         UserError: the folder cannot be read, or holds no weights.

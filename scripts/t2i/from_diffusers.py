@@ -60,14 +60,15 @@ _VAE_OPTIONS = {
 def translate_options(argv: list[str], model: Literal["vae", "unet"]) -> list[str]:
     """Translate a command line of diffusers' training scripts into the options of this suite.
 
-    Messages never show the values of options, because a value may be a secret token.
+    Messages about options never show the values of options, because a value may be a secret token.
 
     Args:
         argv: words of the command line.
         model: kind of model that the script trains.
 
     Raises:
-        UserError: this suite lacks an option that would change the result. The message says what to do instead.
+        UserError: this suite lacks an option that would change the result. The message says what to use instead of that
+            option.
     """
     words: list[str] = []
     for word, values, typed in typed_options(argv):

@@ -28,12 +28,14 @@ NO_XET = "this Hub has no Xet storage, which huggingface_hub uses by default; se
 def explain_loading(
     error: BaseException, repo_id: str, revision: str | None = None, repo_type: RepoType = "model"
 ) -> str | None:
-    """Return one sentence on why `repo_id` cannot be loaded from the Hub, with the fix. None if the cause is not the Hub.
+    """Return one sentence on why `repo_id` cannot be loaded from the Hub, with the fix.
+
+    The result is None if the cause is not the Hub.
 
     Args:
         error: Exception of transformers, diffusers, datasets or huggingface_hub. The causes of the exception are searched as well.
         repo_id: Name of the repository, `owner/name`.
-        revision: Branch, tag or commit that should be loaded. With None, the branch main.
+        revision: Branch, tag or commit that should be loaded. With None, the branch main is meant.
         repo_type: Kind of the repository: model, dataset or space.
     """
     page = f"{constants.ENDPOINT}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
@@ -84,7 +86,9 @@ def explain_loading(
 
 
 def find_dataset(config: SourceConfig) -> None:
-    """Check that `--dataset` exists, before slow imports. Loading the data set later reports other faults of the Hub.
+    """Check that `--dataset` exists, before slow imports.
+
+    Other faults of the Hub are reported later, when the data set is loaded.
 
     Raises:
         UserError: The data set is neither a folder, nor in the cache, nor on the Hub.

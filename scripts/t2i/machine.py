@@ -17,8 +17,9 @@ _LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  
 def end_with_launcher() -> None:
     """Ask Linux to send SIGTERM to this process when the launcher that started it ends.
 
-    On this signal, a training saves a checkpoint and ends. Before its first step it ends at once. The request is needed
-    because accelerate's launcher does not pass SIGTERM on, and no launcher can pass SIGKILL on. Only Linux has such a request.
+    On SIGTERM, a training saves a checkpoint and ends. A training that receives SIGTERM before its first step ends
+    at once. Linux is asked because accelerate's launcher does not pass SIGTERM on, and no launcher can pass SIGKILL on.
+    Only Linux can send a signal when a parent process ends.
 
     Raises:
         SystemExit: the launcher has already ended.
@@ -33,7 +34,8 @@ def end_with_launcher() -> None:
 def find_launcher() -> Any:
     """Return the launcher that started this process, as `psutil.Process`, or None without a running launcher.
 
-    A launcher has the name of this script in its command line. A shell that only exported a launcher's variables does not.
+    A launcher has the name of this script in its command line. A shell that only exported a launcher's variables is not
+    a launcher.
     """
     if not _LAUNCHED & set(os.environ):
         return None
@@ -45,7 +47,10 @@ def find_launcher() -> Any:
 
 
 def _lost_launcher() -> bool:
-    """Return whether the launcher that started this process has ended. The system's first process then is the parent."""
+    """Return whether the launcher that started this process has ended.
+
+    When a launcher has ended, the system's first process becomes the parent of this process.
+    """
     if os.getppid() != 1 or not _LAUNCHED & set(os.environ):
         return False
     with suppress(psutil.Error):
@@ -62,7 +67,10 @@ def usable_cores() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process and its ended children, in bytes. Windows leaves out children."""
+    """Return the peak resident memory of this process and its ended children, in bytes.
+
+    On Windows, the peak leaves out child processes.
+    """
     try:
         import resource
     except ImportError:  # Windows

@@ -38,10 +38,10 @@ def locate(source: str, part: str) -> tuple[str, str]:
     """Find a pipeline's part (`vae`, `text_encoder`, …) in a run folder, a pipeline folder, its own folder or on the Hub.
 
     Returns:
-        (path or Hub id, subfolder or "").
+        The place of the part: its path or Hub id, and its subfolder or "".
 
     Raises:
-        UserError: the local folder does not hold the part, or `source` is neither a folder nor a Hub id.
+        UserError: the local folder does not hold the pipeline's part, or `source` is neither a folder nor a Hub id.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -51,7 +51,7 @@ def locate(source: str, part: str) -> tuple[str, str]:
             if config.is_file():
                 return str(folder / subfolder), ""
         raise UserError(
-            f"{source} holds no {part} (no config.json in it, in {part}/ or in pipeline/{part}/); name its folder"
+            f"{source} holds no {part} (no config.json in it, in {part}/ or in pipeline/{part}/); give the folder that holds the part"
         )
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
@@ -66,11 +66,11 @@ def load_part(
     """Load a model or tokenizer from the place that `locate` finds.
 
     Args:
-        variant: variant of the weight files, such as fp16. With None, load the files without a suffix.
+        variant: variant of the weight files, such as fp16. With None, load weight files without a variant's suffix.
         options: further arguments of `cls.from_pretrained`.
 
     Raises:
-        UserError: the part is missing, damaged or cannot be downloaded.
+        UserError: the model is missing, damaged or cannot be downloaded.
     """
     path, subfolder = locate(source, part)
     if part not in ("tokenizer", "scheduler"):
@@ -117,7 +117,10 @@ def load_part(
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKL:
-    """Return a new `AutoencoderKL` of the recipe's size. Each level after the first halves the side."""
+    """Return a new `AutoencoderKL` of the recipe's size.
+
+    Each level of the VAE after the first halves the side of its input.
+    """
     levels = len(config.vae_channels)
     vae = AutoencoderKL(
         in_channels=3,
@@ -145,7 +148,7 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
 def _norm_groups(channels: list[int], least: int) -> int:
     """Return the largest number of GroupNorm groups, up to 32, that divides the channels of all levels.
 
-    Each group holds at least `least` channels, unless there is only one group.
+    Each group of channels holds at least `least` channels, unless there is only one group.
     """
     return max(
         groups
@@ -162,8 +165,9 @@ def load_vae(source: str, revision: str | None = None, variant: str | None = Non
 def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Change the 1x1 convolutions so that raw latents have exactly mean 0 and deviation 1 per channel.
 
-    Encoding then gives (z - mean) / std, and decoding undoes it. Reconstructions do not change. Stock pipelines read no
-    shift from the config, so the weights must contain the shift.
+    After the change, encoding gives (z - mean) / std, and decoding undoes this scaling. The change does not alter
+    reconstructions. Stock pipelines read no shift of the latents from the config, so the VAE's weights must contain the
+    shift.
 
     Args:
         mean: mean of the raw latents per channel, [C].
@@ -182,8 +186,9 @@ def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor
 def build_text_encoder(config: UnetConfig, captions: list[str], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """Return a small, frozen CLIP text encoder with random weights, and a tokenizer learnt from the captions.
 
-    Random features of the words suffice if the captions come from one domain. The last LayerNorm standardises the output
-    over the captions. Otherwise the common part of all captions would hide their differences.
+    Random features of words suffice for a text encoder if the captions come from one domain. The last LayerNorm
+    standardises the text encoder's output over the captions. Without this LayerNorm, the common part of all captions
+    would hide their differences.
     """
     vocab, merges = learn_bpe(captions)
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text_max_length)
@@ -195,9 +200,9 @@ def build_text_encoder(config: UnetConfig, captions: list[str], seed: int) -> tu
 def learn_bpe(captions: Iterable[str], limit: int = 2000) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return vocabulary and merges of a byte-level BPE (Sennrich et al., arXiv:1508.07909) for `CLIPTokenizer`.
 
-    The most frequent pair is merged first, and the alphabet breaks ties. Merging ends when all words are whole or `limit`
-    merges are made. The trainer of `tokenizers` breaks ties differently in each process, which would change the model's
-    identity.
+    The most frequent pair of tokens is merged first, and the alphabet breaks ties. Merging of pairs ends when all words
+    are whole or `limit` merges are made. The trainer of `tokenizers` breaks ties differently in each process, which
+    would change the model's identity.
     """
     alphabet = bytes_to_unicode()
     words = Counter(word for caption in captions for word in re.findall(r"[^\W\d_]+|\d|[^\s\w]+", caption.lower()))
@@ -305,8 +310,8 @@ def build_unet(
 def use_plain_attention(unet: UNet2DConditionModel) -> None:
     """Compute attention by matrix products, for training in bf16 on a CPU.
 
-    On a CPU, the bf16 gradient of PyTorch's fused attention takes three times as long. Plain attention keeps all attention weights in
-    memory, so latents above 32 x 32 continue to use fused attention.
+    On a CPU, the bf16 gradient of PyTorch's fused attention takes three times as long as that of matrix products. Plain
+    attention keeps all attention weights in memory, so latents above 32 x 32 continue to use fused attention.
     """
     if unet.config.sample_size <= 32:
         unet.set_attn_processor(AttnProcessor())
@@ -315,7 +320,7 @@ def use_plain_attention(unet: UNet2DConditionModel) -> None:
 def build_noise_scheduler(config: UnetConfig) -> DDPMScheduler:
     """Return the DDPM noise schedule of training, with 1,000 levels.
 
-    The range of betas is that of the base pipeline, or without a base pipeline that of Stable Diffusion.
+    The range of betas is that of the base pipeline, or if there is no base pipeline, that of Stable Diffusion.
 
     Raises:
         UserError: the base pipeline was trained with another noise schedule or prediction type than the recipe's.
@@ -439,5 +444,5 @@ def encoder_parameters(vae: AutoencoderKL) -> list[torch.nn.Parameter]:
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
-    """Return the number of pixels per latent along one side."""
+    """Return the VAE's number of pixels per latent along one side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

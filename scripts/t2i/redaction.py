@@ -52,7 +52,7 @@ def _is_secret_name(name: str) -> bool:
 def _secret_values() -> list[str]:
     """Return the values that are secret in every text, the longest first.
 
-    Secret are the values of environment variables with a secret name, and passwords in URLs of any variable.
+    Secret values are those of environment variables with a secret name, and passwords in URLs of any variable.
     """
     values = set(_url_passwords)
     for name, value in os.environ.items():
@@ -78,7 +78,7 @@ def _redact_assignment(match: re.Match[str]) -> str:
 def redact(text: str) -> str:
     """Replace every secret in a text by "[redacted]".
 
-    Secrets are:
+    The following texts are secrets:
     - values of environment variables with a secret name (token, password, api_key, …), from 8 characters on;
     - users and passwords in URLs, and tokens in their queries;
     - values assigned to secret names (`hub_token: x`, `--hub_token x`);

@@ -32,12 +32,13 @@ SAME_START_S = 2.0  # largest difference between two readings of a process's sta
 def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
     """Lock a run folder for the processes of this run.
 
-    Each process holds a lock of its own, which the system frees when the process ends or is killed. So a process that
-    outlives its launcher still keeps a new run out. The first process waits for processes that are about to end: those
-    whose launcher has ended, and those that were told to stop. The run starts once all locks are free.
+    Each process holds a lock of its own, which the system frees when the process ends or is killed. A process that
+    outlives its launcher therefore still prevents a new run in the folder. The first process of a run waits for
+    processes of an earlier run that are about to end. A process is about to end if its launcher has ended, or if it was
+    told to stop. A run starts once all locks of its folder are free.
 
     Args:
-        folder: path of the run folder. A missing folder is made.
+        folder: path of the run folder. A missing run folder is made.
         rank: number of this process in the run, from 0.
         meet: function at which all processes of the run wait for each other (a barrier).
 
@@ -78,9 +79,10 @@ def mark_ending(folder: Path) -> None:
 def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
     """Return a run's present status: "finished", "stopped", "running", "interrupted" or "unfinished".
 
-    run.json cannot tell a run at work from a killed run. The lock can, because the system frees the lock when a process
-    ends. "interrupted" means killed or failed. "unfinished" means that the lock tells nothing: the folder is a copy, or
-    its file system has no locks. Any other status of run.json is returned as it is.
+    The file run.json cannot tell a run at work from a killed run. The lock shows whether a run is at work, because the
+    system frees the lock when a process ends. The status "interrupted" means that the run was killed or failed.
+    The status "unfinished" means that the lock tells nothing: the folder is a copy, or its file system has no locks.
+    A status in run.json other than "running" is returned unchanged.
 
     Args:
         folder: path of the run folder.
@@ -97,7 +99,7 @@ def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
 
 
 def _is_held(folder: Path) -> bool | None:
-    """Return whether a process holds a lock of a run folder, or None if that cannot be told."""
+    """Return whether a process holds a lock of a run folder, or None if the lock does not show this."""
     answers: list[bool | None] = []
     for path in (folder / LOCK, *_locks_of_others(folder)):
         try:
@@ -109,12 +111,15 @@ def _is_held(folder: Path) -> bool | None:
 
 
 def _locks_of_others(folder: Path) -> list[Path]:
-    """Return the lock files of all processes of a run but the first process."""
+    """Return the lock files of all processes of a run except the first process."""
     return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
 
 
 def _wait_for_ending(file: Any, folder: Path) -> None:
-    """Wait for processes that hold the lock and are about to end, then take the lock. Other holders raise `UserError`."""
+    """Wait for processes that hold the lock and are about to end, then take the lock.
+
+    If other processes hold the lock, raise `UserError`.
+    """
     began, waited_for = time.monotonic(), ""
     while not _lock_if_nobody_works(file, folder):
         holders = _live_holders(file)
@@ -139,7 +144,7 @@ def _wait_for_ending(file: Any, folder: Path) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return a row of the lock file, by which other processes can find this process and its launcher."""
+    """Return this process's row for the lock file, by which other processes can find the process and its launcher."""
     row: dict[str, Any] = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     launcher = find_launcher()
     return row | ({"launcher": launcher.pid, "launcher_started": launcher.create_time()} if launcher else {})
@@ -152,10 +157,12 @@ def _write_holder(handle: int, holder: dict[str, Any]) -> None:
 
 
 def _live_holders(file: Any) -> list[dict[str, Any]]:
-    """Return the running processes that the lock file names, one row each. "ends" tells whether a process is about to end.
+    """Return the running processes that the lock file names, one row each.
+
+    The key "ends" of a row tells whether the process is about to end.
 
     A process is about to end if it was told to stop, or if its launcher has ended. Processes on other hosts cannot be
-    checked, so they count as running.
+    checked, so such processes count as running.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for line in _text_of_locked(file).splitlines():
@@ -182,7 +189,7 @@ def _lives(pid: int, started: Any) -> bool:
 
 
 def _names(holders: list[dict[str, Any]]) -> str:
-    """Return words for a list of processes, by host."""
+    """Return words that name a list of processes, grouped by host, for a message."""
     hosts: dict[str, list[str]] = {}
     for holder in holders:
         hosts.setdefault(holder["host"], []).append(str(holder["pid"]))
@@ -199,7 +206,10 @@ def _text_of_locked(file: Any) -> str:
 
 
 def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
-    """Lock the lock file of the first process. Return False if any process of an earlier run still holds a lock."""
+    """Lock the lock file of the first process.
+
+    Return False if any process of an earlier run still holds a lock of the run folder.
+    """
     if not _lock(file):
         return False
     for path in _locks_of_others(folder):
@@ -211,7 +221,7 @@ def _lock_if_nobody_works(file: Any, folder: Path) -> bool:
 
 
 def _lock(file: Any, wait: bool = False) -> bool:
-    """Lock a file, and return whether that worked. On file systems without locks, return True."""
+    """Lock a file, and return whether that worked. On file systems without locks, the result is True."""
     try:
         return lock_descriptor(file.fileno(), blocking=wait, poll_interval=0.01)
     except OSError:

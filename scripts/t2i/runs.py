@@ -39,14 +39,14 @@ def code_revision() -> str:
 class RunFolder:
     """The state of one run in `run.json`: its identity, status, seconds per stage, and results.
 
-    The identity is everything that decides the result: the resolved settings, and the hashes of data and models. A
-    folder of the same identity is reused if it is finished, and resumed if not. A folder of another identity is
-    refused.
+    The identity of a run is everything that decides its result: the resolved settings, and the hashes of data and
+    models. A folder with a run of the same identity is reused if the run is finished, and resumed if not. A folder with
+    a run of another identity is refused.
 
     Args:
         folder: path of the run folder.
         identity: everything that decides the result of this run.
-        replace: whether results of another identity are replaced instead of refused.
+        replace: whether results of a run of another identity are replaced instead of refused.
 
     Raises:
         UserError: the folder holds a run of another identity.
@@ -68,7 +68,7 @@ class RunFolder:
         return self.state["status"] == "finished"
 
     def start(self, config: str, quarantine: list[dict[str, str]]) -> None:
-        """Write the files that exist before the first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
+        """Write the files of a run that exist before its first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
         write_text(self.folder / "config.yaml", config)
         write_text(
             self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
@@ -81,7 +81,7 @@ class RunFolder:
         write_json(self.file, self.state)
 
     def finish(self, **results: Any) -> None:
-        """Mark the run as finished. Add its results and peak memory to `run.json`."""
+        """Mark the run as finished. Add the results and peak memory of the run to `run.json`."""
         peak = max(peak_rss_bytes(), self.state.get("peak_rss_bytes", 0))
         self.save(status="finished", peak_rss_bytes=peak, **results)
 
@@ -116,8 +116,8 @@ def _short(value: Any) -> str:
 def checkpoint_step(folder: Path) -> int | None:
     """Return the step of a checkpoint that the run itself wrote (`checkpoint-000500`: 500), or None for any other folder.
 
-    Users may keep copies beside a checkpoint, such as `checkpoint-000500-backup`. Copies, also those under the name of
-    another step, are neither listed nor removed.
+    Users may keep copies beside a checkpoint, such as `checkpoint-000500-backup`. Copies of checkpoints, even under the
+    name of another step, are neither listed nor removed.
     """
     name = re.fullmatch(r"checkpoint-([0-9]{6,15})", folder.name)
     if not name or folder.name != f"checkpoint-{int(name[1]):06d}":
@@ -127,7 +127,9 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def own_checkpoint(run: Path, name: str) -> Path:
-    """Return the folder of a run's checkpoint. The name `checkpoint-4`, as other programs write it, also finds step 4.
+    """Return the folder of a run's checkpoint.
+
+    The name `checkpoint-4`, as other programs write the name, also finds the checkpoint of step 4.
 
     Args:
         run: path of the run folder.
@@ -142,7 +144,7 @@ def own_checkpoint(run: Path, name: str) -> Path:
 def checkpoint_folders(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run folder, the oldest first.
 
-    A checkpoint is complete if every file of its manifest exists and has its size. A copy that is made file by file
+    A checkpoint is complete if every file of its manifest exists and has its size. A checkpoint that is being copied
     becomes complete with its last file.
     """
     steps = {path: checkpoint_step(path) for path in run.glob("checkpoint-*") if _is_complete(path)}
@@ -150,7 +152,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def checkpoint_copies(run: Path) -> list[str]:
-    """Return the names of renamed copies: folders of a run folder that hold a checkpoint under another name."""
+    """Return the names of folders in a run folder that hold a checkpoint under another name, such as renamed copies."""
     try:
         folders = [path.parent for path in run.glob("*/manifest.json")]
     except OSError:
@@ -177,12 +179,18 @@ def _is_complete(folder: Path) -> bool:
 
 
 def prepared_folder(cache_dir: str, fingerprint: str) -> Path:
-    """Return the folder for the prepared images of a data set. `fingerprint` is the `dataset_hash` of a run."""
+    """Return the folder for the prepared images of a data set.
+
+    The argument `fingerprint` is the `dataset_hash` of a run.
+    """
     return Path(cache_dir).expanduser() / "pixels" / fingerprint
 
 
 def find_prepared(cache_dir: str, fingerprint: Any) -> Path | None:
-    """Return the folder of a run's prepared images, or None if it is incomplete. The run's fingerprint is not trusted."""
+    """Return the folder of a run's prepared images, or None if the folder is incomplete.
+
+    The fingerprint in run.json is checked before it becomes part of a path.
+    """
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{16}", fingerprint):  # it must not be a path
         return None
     try:

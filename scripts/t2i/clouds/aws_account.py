@@ -1,7 +1,8 @@
 """Check the AWS account of a job, and upload the job's data and credentials.
 
-Data goes to SageMaker's bucket, in folders named by a hash of the content. Credentials go to Secrets Manager. No torch is imported.
-AWS's packages are imported in functions: they take seconds, and `--help` and refused commands need none of them.
+A job's data goes to SageMaker's bucket, in folders named by a hash of the content. A job's credentials go to AWS's
+Secrets Manager. This module imports no torch. AWS's packages are imported in functions, because importing them takes
+seconds.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ class Account:
     number: str = PLACEHOLDER
     partition: str = "aws"  # AWS's group of regions: aws, aws-cn or aws-us-gov.
     bucket: str = ""  # Bucket for uploads: the bucket of output_path, otherwise the account's SageMaker bucket.
-    prefix: str = ""  # Folder in the bucket, without outer slashes.
-    own_bucket: bool = False  # Whether the YAML names the bucket.
+    prefix: str = ""  # Folder for uploads in the bucket, without outer slashes.
+    own_bucket: bool = False  # Whether the YAML names the bucket for uploads.
     kms_key: str | None = None  # Key that encrypts the uploads.
     role: str = ""  # ARN of the role that the job runs as.
     image: str = ""
@@ -45,7 +46,8 @@ class Account:
 def look(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str]) -> Account:
     """Ask AWS whether the account has what the job needs.
 
-    Mistakes that no account can fix raise `UserError`. All other faults are listed in the account's `missing`.
+    Mistakes in the YAML that no account can fix raise `UserError`. Faults of the account itself are listed in the
+    account's `missing`.
     """
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -89,7 +91,10 @@ def look(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str]) -> Accou
 
 
 def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
-    """Return AWS's image for the YAML's versions. If there is none, raise `UserError` with the changes that the YAML needs."""
+    """Return AWS's image for the YAML's versions.
+
+    If AWS has no image for these versions, raise `UserError` with the changes that the YAML needs.
+    """
 
     def retrieve(config: sagemaker_job.SageMakerConfig) -> str:
         wanted: dict[str, Any] = {"framework": "pytorch", "version": config.pytorch_version}
@@ -120,7 +125,8 @@ def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
 def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:
     """Return the ARN of the job's role. Faults of the role are added to the account's `missing`.
 
-    An ARN in the YAML is used unchanged. For the name of a role, only AWS knows the ARN, because the ARN contains a path.
+    A role's ARN in the YAML is used unchanged. For a role's name, AWS is asked for the ARN, because a role's ARN
+    contains a path.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -177,7 +183,9 @@ def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:
 
 
 def check_buckets(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str], account: Account) -> None:
-    """Add a sentence to the account's `missing` for each bucket of the job that is closed, or in another region."""
+    """Add a sentence to the account's `missing` for each bucket of the job that cannot be opened, or that is in another
+    region.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     extra = config.additional_args
@@ -247,7 +255,7 @@ def open_session(config: sagemaker_job.SageMakerConfig) -> Any:
 
 
 def check_credentials(session: Any) -> None:
-    """Raise `UserError` if there are no AWS credentials, or they cannot be fetched."""
+    """Raise `UserError` if there are no AWS credentials, or if the credentials cannot be fetched."""
     with in_words():
         try:
             credentials = session.get_credentials()
@@ -261,7 +269,10 @@ def check_credentials(session: Any) -> None:
 
 
 def channels_of(inputs: dict[str, str], hashes: dict[str, str], account: Account) -> dict[str, str]:
-    """Return each channel's S3 address. A local folder's address holds the hash of its content."""
+    """Return the S3 address of each input channel.
+
+    The S3 address of a local folder holds the hash of the folder's content.
+    """
     return {
         # SageMaker copies every key with this prefix: without the slash, flowers would bring flowers-old along.
         name: (
@@ -275,13 +286,13 @@ def channels_of(inputs: dict[str, str], hashes: dict[str, str], account: Account
 def upload(
     inputs: dict[str, str], files: dict[str, list[Path]], hashes: dict[str, str], account: Account
 ) -> dict[str, str]:
-    """Upload the local folders, each content once, and return each channel's S3 address.
+    """Upload the local folders, equal folders only once, and return each channel's S3 address.
 
     Args:
-        inputs: local folder or s3:// folder of each channel.
-        files: files in the local folder of each channel.
-        hashes: `staging.hash_folder` of the local folder of each channel.
-        account: the account that `look` returned.
+        inputs: local folder or s3:// folder of each input channel.
+        files: files in the local folder of each input channel.
+        hashes: `staging.hash_folder` of the local folder of each input channel.
+        account: the AWS account that `look` returned.
     """
     begin = f"the bucket {account.bucket} cannot be used for uploads: "
     own = (
@@ -331,11 +342,13 @@ def send_folders(
 
 
 def secret_name(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str]) -> str:
-    """Return the name of the secret for these credentials. Other credentials get another name.
+    """Return the name in Secrets Manager of the secret for these credentials.
 
-    An earlier job that restarts therefore still finds its own credentials.
+    A secret with other credentials gets another name.
 
-    The name contains a slow hash of the credentials, so that nobody can guess them from the name.
+    Since other credentials get another secret, an earlier job that restarts still finds its own credentials.
+
+    The secret's name contains a slow hash of the credentials, so that nobody can guess the credentials from the name.
     """
     text = json.dumps(secrets, sort_keys=True).encode()
     digest = hashlib.scrypt(text, salt=config.base_job_name.encode(), n=2**14, r=8, p=1, dklen=6).hex()
@@ -357,7 +370,10 @@ def store_secret(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str],
 
 
 def secrets_here(config: sagemaker_job.SageMakerConfig) -> dict[str, str]:
-    """Return the credentials of this shell that the job needs. Return none if the YAML names a secret of the user."""
+    """Return the credentials of this shell that the job needs.
+
+    Return no credentials if the YAML names a secret of the user.
+    """
     if sagemaker_job.SECRETS in config.additional_args.environment:
         return {}
     return launch.secrets_here(sagemaker_job.tracking_server(config)[0])

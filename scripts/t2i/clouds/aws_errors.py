@@ -21,7 +21,7 @@ NOT_ALLOWED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation",
 
 @contextmanager
 def in_words(begin: str = "", end: str = "") -> Iterator[None]:
-    """Turn an exception of AWS's clients into a `UserError`: `begin`, the cause with its fix, `end`."""
+    """Turn an exception of AWS's clients into a `UserError`, whose text is `begin`, the cause with its fix, and `end`."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 

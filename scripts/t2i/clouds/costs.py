@@ -1,6 +1,7 @@
 """Estimate a cloud job's updates, hours and dollars from a price file that users edit.
 
-torch is imported in the function that counts a model's operations. Importing it takes seconds, and --help needs no torch.
+torch is imported in the function that counts a model's operations. Importing torch takes seconds, and --help needs no
+torch.
 """
 
 import math
@@ -29,11 +30,11 @@ class Rental(Protocol):
 
     @property
     def machine(self) -> str:
-        """Return the name of the machine in the price file."""
+        """Return the name that the job's kind of machine has in the price file."""
 
     @property
     def is_spot(self) -> bool:
-        """Return whether the machines are spare capacity at a discount."""
+        """Return whether the job's machines are spare capacity at a discount."""
 
     @property
     def max_hours(self) -> float:
@@ -49,8 +50,9 @@ class Instance:
     """A kind of machine in the price file."""
 
     usd_per_hour: Positive
-    gpus: Natural  # Number of GPUs. With 0, the processor computes and the peaks are its own.
-    fp16_tflops: Positive  # Peak of one GPU in fp16 and bf16.
+    # Number of GPUs of a machine. Without GPUs, the processor computes, and the peaks are the processor's.
+    gpus: Natural
+    fp16_tflops: Positive  # Peak of one GPU in fp16 and bf16, in TFLOP/s.
     fp32_tflops: Positive
     network_gbps: Positive  # Sustained bandwidth between machines.
 
@@ -59,7 +61,7 @@ class Instance:
 class Prices:
     """The content of the price file."""
 
-    as_of: Any  # Date of the prices.
+    as_of: Any  # Date of the prices in the price file.
     source: str
     utilisation: Annotated[float, Field(gt=0, le=1)]
     overhead_minutes: NonNegative
@@ -77,17 +79,18 @@ def read_prices(path: Path = PRICES) -> Prices:
 
 @dataclass
 class Estimate:
-    """The estimated lengths and costs of a job. A figure that is unknown is None."""
+    """The estimated number of updates, hours and costs of a job. An unknown figure of the estimate is None."""
 
     updates: int | None = None
     epochs: float | None = None
     images: int | None = None
     global_batch: int | None = None
     samples_per_second: float | None = None
-    assumed: str = ""  # How samples_per_second was estimated. Empty if the user measured it.
+    # How samples_per_second was estimated. The text is empty if the user measured samples_per_second.
+    assumed: str = ""
     hours: float | None = None
     usd_per_hour: float | None = None
-    usd: float | None = None  # Cost without the discount of spare capacity.
+    usd: float | None = None  # Cost of the job without the discount of spare capacity.
     usd_at_most: float | None = None  # Cost if the job takes all its `max_hours`.
 
 
@@ -99,11 +102,11 @@ def estimate(
     images: int | None,
     samples_per_second: float | None,
 ) -> Estimate:
-    """Estimate the job's lengths and costs.
+    """Estimate the job's number of updates, hours and costs.
 
     Args:
         command: training script with its arguments.
-        config: machines of the job.
+        config: settings of the job's machines.
         inner: content of the YAML for the containers, from `staging.read_inside`.
         prices: content of the price file.
         images: number of training images, or None if unknown.
@@ -149,17 +152,18 @@ def _assume(
 ) -> tuple[float, str]:
     """Estimate the job's samples per second from the GPU's peak and the network.
 
-    A sample costs as much as three forward passes, since a backward pass costs two. Gradient checkpointing adds a fourth.
-    ZeRO-2 sends each gradient once per backward pass and each weight once per update (Rajbhandari et al.,
-    arXiv:1910.02054, section 7). A share of both stays on the machine. Data parallel training sends each float32 gradient twice per
-    update. The estimate adds the times of computing and sending.
+    A training sample costs as much as three forward passes, since a backward pass costs two. Gradient checkpointing
+    adds a fourth forward pass per sample. ZeRO-2 sends each gradient once per backward pass and each weight once per
+    update (Rajbhandari et al., arXiv:1910.02054, section 7). A share of the gradients and weights that ZeRO-2 sends
+    stays on the machine. Data parallel training sends each float32 gradient twice per update. The estimate adds the
+    times of computing and sending.
 
     Args:
         half: whether the training computes in fp16 or bf16.
         zero: whether the training runs under ZeRO-2.
 
     Returns:
-        Samples per second of all machines together, and a sentence on how they were estimated.
+        Samples per second of all machines together, and a sentence on how this speed was estimated.
     """
     settings, (flops, parameters) = recipe.train_unet, unet_size(recipe)
     passes = 4 if settings.gradient_checkpointing else 3
@@ -175,7 +179,10 @@ def _assume(
 
 
 def unet_size(recipe: Recipe) -> tuple[float, int]:
-    """Count the FLOP of one forward pass of the recipe's UNet at batch 1, and its weights. Nothing is allocated."""
+    """Count the FLOP of one forward pass of the recipe's UNet at batch 1, and its weights.
+
+    Counting allocates no memory for the UNet.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -193,7 +200,10 @@ def unet_size(recipe: Recipe) -> tuple[float, int]:
 
 
 def _vae_size(recipe: Recipe) -> tuple[int, int]:
-    """Return levels and latent channels of the recipe's VAE. For a VAE on the Hub, assume those of Stable Diffusion: 4 and 4."""
+    """Return the number of levels and latent channels of the recipe's VAE.
+
+    For a VAE on the Hub, assume 4 levels and 4 latent channels, as in Stable Diffusion.
+    """
     if not recipe.vae.vae:
         return len(recipe.vae.vae_channels), recipe.vae.latent_channels
     folder = Path(recipe.vae.vae).expanduser()
@@ -205,7 +215,10 @@ def _vae_size(recipe: Recipe) -> tuple[int, int]:
 
 
 def count_images(data: DataConfig) -> int | None:
-    """Return the number of training images, from the local folder or the Hub's dataset card. None if neither tells."""
+    """Return the number of training images, from the local folder or the Hub's dataset card.
+
+    The result is None if neither the folder nor the card tells the number of images.
+    """
     from t2i.data.sources import find_source  # imports datasets, which takes seconds
 
     name = str(data.dataset)

@@ -54,7 +54,10 @@ def check_push(command: Command) -> None:
 
 
 def confirm(yes: bool) -> None:
-    """Ask on the terminal whether to submit the job, unless `yes` is set. Any answer but yes raises `UserError`."""
+    """Ask on the terminal whether to submit the job, unless `yes` is set.
+
+    Any answer but yes to the question raises `UserError`.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
@@ -66,18 +69,18 @@ def confirm(yes: bool) -> None:
     except EOFError:  # Ctrl-D
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        raise UserError("not submitted; nothing was sent")
+        raise UserError("the job was not submitted, and nothing was sent")
 
 
 def tracking_server(named: str | None) -> tuple[Address, str]:
     """Return the MLflow server that the job records to, and what a user should know of it.
 
     Args:
-        named: `MLFLOW_TRACKING_URI` in the cloud's YAML. With None, use the variable of this shell.
+        named: `MLFLOW_TRACKING_URI` in the cloud's YAML. With None, use this shell's variable `MLFLOW_TRACKING_URI`.
 
     Returns:
-        The address, with user and password only from this shell. The address's `uri` is empty if the job gets no server. Then a
-        note for the user, or "".
+        First, the server's address, with a user and password only from this shell. The address's `uri` is empty if the
+            job gets no server. Second, a note for the user, or "".
 
     Raises:
         UserError: the job cannot use the address that this shell names.
@@ -109,7 +112,9 @@ def tracking_server(named: str | None) -> tuple[Address, str]:
 
 
 def forwarded_variables(server: Address, environment: dict[str, str]) -> dict[str, str]:
-    """Return the container's environment variables: from the cloud's YAML, the MLflow server, and this shell's for MLflow."""
+    """Return the container's environment variables: from the cloud's YAML, the MLflow server, and this shell's
+    variables for MLflow.
+    """
     variables = dict(environment)
     names: tuple[str, ...] = FORWARDED
     if server.uri:

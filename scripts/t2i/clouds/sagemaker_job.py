@@ -35,7 +35,10 @@ KmsKey = Annotated[
 
 
 def _tags(value: Any) -> Any:
-    """Turn SageMaker's list of tags, `[{Key: a, Value: b}]`, into a mapping. Return anything else unchanged for the check."""
+    """Turn SageMaker's list of tags, `[{Key: a, Value: b}]`, into a mapping of keys to values.
+
+    Any value that is not a list of tags is returned unchanged.
+    """
     if isinstance(value, list) and all(isinstance(tag, dict) and set(tag) == {"Key", "Value"} for tag in value):
         return {tag["Key"]: tag["Value"] for tag in value}
     return value
@@ -48,28 +51,32 @@ class Additional:
     # Use spare capacity at a discount. SageMaker may interrupt the job and resume it later.
     use_spot_instances: Flag = False
     max_run: Count = 86400  # Maximum seconds of training.
-    # Maximum seconds of training and of waiting for spot capacity. With None, max_wait equals max_run.
+    # Maximum seconds of training and waiting for spot capacity together. With None, max_wait equals max_run.
     max_wait: Count | None = None
     volume_size: Count = 30  # Disk space per machine in GB.
-    checkpoint_s3_uri: S3Uri | None = None  # S3 address of checkpoints to resume from. With None, make a new folder.
+    # S3 address of checkpoints to resume from. Without an address, checkpoints go to a new S3 folder.
+    checkpoint_s3_uri: S3Uri | None = None
     # S3 address for models and uploads. With None, use the account's SageMaker bucket.
     output_path: S3Uri | None = None
-    # Key that encrypts models and uploads in S3. With None, encrypt as the bucket does.
+    # Key that encrypts models and uploads in S3. Without a key, the bucket's own encryption is used.
     output_kms_key: KmsKey | None = None
-    volume_kms_key: KmsKey | None = None  # Key that encrypts the machines' disks. With None, use AWS's own key.
-    # Input mode. FastFile streams data from S3. File copies the data before the training.
+    # Key that encrypts the machines' disks. Without a key of yours, AWS encrypts the disks by its own key.
+    volume_kms_key: KmsKey | None = None
+    # Input mode of the job's data. FastFile streams data from S3. File copies the data before the training.
     input_mode: Literal["File", "FastFile"] = "File"
-    # Seconds for which the machines stay ready for a next job.
+    # Seconds for which the job's machines stay ready for a next job.
     keep_alive_period_in_seconds: Annotated[int, Field(ge=0, le=3600)] | None = None
-    # Whether containers have no network. Data then comes by channels, and packages are in image_uri.
+    # Whether the job's containers have no network. Without a network, data comes by input channels, and the image in
+    # image_uri holds all packages.
     enable_network_isolation: Flag = False
-    # Environment variables of the container. The variables must not hold secrets.
+    # Environment variables of the container. The environment variables must not hold secrets.
     environment: dict[str, str] = field(default_factory=dict)
     # Tags of the job, shown on the bill.
     tags: Annotated[dict[str, str], BeforeValidator(_tags)] = field(default_factory=dict)
     subnets: list[str] = field(default_factory=list)  # Subnets of your VPC.
-    security_group_ids: list[str] = field(default_factory=list)  # Security groups of the same VPC.
-    encrypt_inter_container_traffic: Flag = False  # Encrypt the traffic between machines, which is slower.
+    security_group_ids: list[str] = field(default_factory=list)  # Security groups of the VPC that holds the subnets.
+    # Encrypt the traffic between the job's machines, which slows the training.
+    encrypt_inter_container_traffic: Flag = False
 
 
 @dataclass
@@ -80,33 +87,38 @@ class SageMakerConfig:
     ec2_instance_type: Annotated[str, matching(r"ml\.[a-z0-9-]+\.[a-z0-9]+", "ml.g4dn.xlarge")]
     iam_role_name: str = ""  # Name or ARN of the role that the job runs as.
     num_machines: Count = 1
-    # SageMaker's own distribution library is not used. --inside names the YAML of the training.
+    # SageMaker's own distribution library is not used. The option --inside names the YAML of the training.
     distributed_type: Literal["NO"] = "NO"
-    # Precision of the training. With None, use that of the YAML that --inside names.
+    # Precision of the training. With None, use the precision of the YAML that --inside names.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    # Region of the job. Empty takes AWS_REGION, the profile's region, or us-east-1.
+    # Region of the job. Without a region, use AWS_REGION, the profile's region, or us-east-1.
     region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = ""
     profile: str | None = None  # Name of a profile in ~/.aws/config.
     base_job_name: Annotated[
         str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
     ] = "t2i"
-    image_uri: str | None = None  # Container image. With None, use AWS's image of the versions below.
+    # Container image of the job. With None, use AWS's image for the YAML's versions of PyTorch, transformers and
+    # Python.
+    image_uri: str | None = None
     pytorch_version: str = "2.9.0"
     py_version: str = "py312"
-    # With None, use AWS's PyTorch image. A version takes AWS's Hugging Face image of that version.
+    # Version of transformers in the image. With None, use AWS's PyTorch image without transformers. A version of
+    # transformers selects AWS's Hugging Face image of that version.
     transformers_version: str | None = None
-    # TSV file with a header and the columns channel and source (s3://… or a folder).
+    # TSV file of the job's inputs, with a header and the columns channel and source (s3://… or a folder).
     sagemaker_inputs_file: str | None = None
-    sagemaker_metrics_file: str | None = None  # TSV file with a header and the columns metric and regular expression.
+    # TSV file of the job's metrics, with a header and the columns metric and regular expression.
+    sagemaker_metrics_file: str | None = None
     additional_args: Additional = field(default_factory=Additional)
-    # `accelerate config` writes these keys, but they have no effect here.
+    # `accelerate config` writes the following keys, which have no effect on a job.
     use_cpu: Flag = False
     debug: Flag = False
     gpu_ids: str | None = None
     num_processes: int | None = None
     dynamo_config: dict[str, Any] | None = None
     enable_cpu_affinity: Flag = False
-    region_from: str = field(default="", init=False)  # Origin of `region` in words. This is not a key of the YAML.
+    # Origin of the job's region in words. The field is not a key of the YAML.
+    region_from: str = field(default="", init=False)
 
     # The protocol `costs.Rental`.
     @property
@@ -131,7 +143,9 @@ VERSIONS: dict[str, Any] = {"pytorch_version": "2.9.0", "py_version": "py312", "
 
 
 def version_changes(config: Any) -> list[str]:
-    """Return the changes of the YAML, such as "set py_version: py312", that lead to the supported versions, `VERSIONS`."""
+    """Return the changes of SageMaker's YAML, such as "set py_version: py312", that lead to the supported versions,
+    `VERSIONS`.
+    """
     changes = []
     for key, value in VERSIONS.items():
         if getattr(config, key) != value:
@@ -140,12 +154,14 @@ def version_changes(config: Any) -> list[str]:
 
 
 def has_gpu(instance_type: str) -> bool:
-    """Return whether a SageMaker machine has NVIDIA GPUs: the families ml.p…, ml.g… and ml.gr… do."""
+    """Return whether a SageMaker machine has NVIDIA GPUs: the families ml.p…, ml.g… and ml.gr… have them."""
     return bool(re.match(r"ml\.(p|g|gr)\d", instance_type))
 
 
 def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]) -> None:
-    """Raise `UserError` if the machine cannot compute in the precision of the YAML, or of `inner` if the YAML names none."""
+    """Raise `UserError` if the job's machine cannot compute in the precision of the YAML, or of `inner` if the YAML
+    names none.
+    """
     own = config.mixed_precision
     if (own or inner.get("mixed_precision")) == "fp16" and not has_gpu(config.ec2_instance_type):
         where = "the SageMaker YAML" if own else f"--inside {inside.name}"
@@ -156,7 +172,10 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
 
 
 def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
-    """Return a note if the job's precision is slow on the machine, otherwise "". `inner` is the result of `read_inside`."""
+    """Return a note if the job's precision is slow on the machine, otherwise "".
+
+    The argument `inner` is the result of `staging.read_inside`.
+    """
     own = config.mixed_precision
     has_bf16 = not re.match(r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type)
     if (own or inner.get("mixed_precision")) != "bf16" or has_bf16:
@@ -168,7 +187,10 @@ def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
 
 
 def read_config(path: Path) -> SageMakerConfig:
-    """Read accelerate's YAML for SageMaker. An error raises `UserError` with the names of the file and the wrong key."""
+    """Read accelerate's YAML for SageMaker.
+
+    An invalid YAML raises `UserError` with the names of the file and the wrong key.
+    """
     values = read_mapping(path)
     kind = str(values.get("compute_environment"))
     meant = re.sub(r"[\W_]+", "_", kind).upper() in ("AMAZON_SAGEMAKER", "SAGEMAKER", "AWS_SAGEMAKER")
@@ -209,8 +231,8 @@ def read_config(path: Path) -> SageMakerConfig:
     config = checked(SageMakerConfig, {**values, "additional_args": additional}, str(path))
     if additional.max_wait is not None and additional.max_wait < additional.max_run:
         raise UserError(
-            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); raise it, since it covers both "
-            "waiting and training"
+            f"{path}: max_wait ({additional.max_wait} s) is less than max_run ({additional.max_run} s); raise max_wait, "
+            "which covers waiting and training"
         )
     if _is_old(config.py_version) and not config.image_uri:
         raise UserError(_to_change(path, f"py_version {config.py_version}, older than Python 3.11", [], values))
@@ -219,7 +241,7 @@ def read_config(path: Path) -> SageMakerConfig:
     if secret:
         raise UserError(
             f"{path}: environment holds a credential in {secret[0]}, which the request shows in plain text; export it in the "
-            f"launching shell, or name its Secrets Manager secret in {SECRETS}"
+            f"launching shell, or name a secret of Secrets Manager in {SECRETS}"
         )
     tags = [name for name, value in additional.tags.items() if redact(f"{name}={value}") != f"{name}={value}"]
     if tags:
@@ -230,7 +252,7 @@ def read_config(path: Path) -> SageMakerConfig:
     server = additional.environment.get(SERVER, "").strip()
     if server and split_uri(server, f"{path}: {SERVER} in environment").is_local:
         raise UserError(
-            f"{path}: {SERVER} in environment is {server}, which means the job's own machine there; "
+            f"{path}: {SERVER} in environment is {server}, which means the job's own machine inside the job; "
             "give the server's address on the network"
         )
     if bool(additional.subnets) != bool(additional.security_group_ids):
@@ -269,7 +291,7 @@ def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str,
 
 
 def estimator_notes(config: SageMakerConfig) -> list[str]:
-    """Return notes on `additional_args` that a user should read before paying."""
+    """Return notes on the YAML's `additional_args` that a user should read before paying for the job."""
     extra, kind, notes = config.additional_args, config.ec2_instance_type, []
     if extra.keep_alive_period_in_seconds:
         notes.append(
@@ -303,7 +325,7 @@ def _is_old(py_version: str) -> bool:
 
 
 def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, Any]) -> str:
-    """Return one sentence with all changes that the YAML needs, so that a user edits the file only once."""
+    """Return one sentence with all changes that SageMaker's YAML needs, so that a user edits the file only once."""
     versions = SimpleNamespace(**{key: values.get(key, default) for key, default in VERSIONS.items()})
     if not values.get("image_uri") and _is_old(str(versions.py_version)):
         changes = [*changes, *version_changes(versions)]
@@ -313,7 +335,7 @@ def _to_change(path: Path, refused: str, changes: list[str], values: dict[str, A
 def read_table(path: str, name: str) -> dict[str, str]:
     """Read a TSV file of two columns under a header: inputs by channel, or metrics by name.
 
-    A relative `path` starts at the working directory, otherwise at the repository's root.
+    A relative `path` is looked up in the working directory, and then in the repository's root.
     """
     file = next((place for place in (Path(path), ROOT / path) if place.is_file()), Path(path))
     try:
@@ -338,12 +360,14 @@ def read_table(path: str, name: str) -> dict[str, str]:
 
 
 def read_command(words: list[str]) -> Command:
-    """Check the script and its arguments, as `staging.read_command` does."""
+    """Check the training script and its arguments, as `staging.read_command` does."""
     return staging.read_command(words, "SageMaker")
 
 
 def local_inputs(command: Command, config: SageMakerConfig) -> dict[str, str]:
-    """Return the job's inputs from options, recipe and inputs file, without those on the Hub: folder or s3://… by channel."""
+    """Return the job's inputs from options, recipe and inputs file, without inputs on the Hub: folder or s3://… by
+    channel.
+    """
     inputs = {}
     if config.sagemaker_inputs_file:
         inputs = read_table(config.sagemaker_inputs_file, "sagemaker_inputs_file")

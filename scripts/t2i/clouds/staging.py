@@ -43,11 +43,11 @@ AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "
 
 @dataclass
 class Command:
-    """A training script with its arguments as typed, and their meaning."""
+    """A training script with its arguments as typed, and the settings that the arguments give."""
 
     script: str  # File name of the training script in scripts/.
     arguments: list[str]
-    recipe: Recipe | None  # The recipe as the training script will read it. None for a user's own script.
+    recipe: Recipe | None  # The recipe as the training script will read it. The recipe is None for a user's own script.
 
     @property
     def settings(self) -> Any:
@@ -55,7 +55,7 @@ class Command:
         return getattr(self.recipe, SECTIONS[self.script][-1]) if self.recipe else None
 
     def has_option(self, name: str) -> bool:
-        """Return whether the training script has this option, which is one of `FOLDERS`."""
+        """Return whether the training script has an option, which is one of `FOLDERS`."""
         section, sections = FOLDERS[name][0], SECTIONS.get(self.script, ())
         return section in sections or (section == "data" and "source" in sections)
 
@@ -86,7 +86,7 @@ def _sent_captioner(captioners: list[str]) -> str:
 
 
 def read_command(words: list[str], cloud: str) -> Command:
-    """Check the training script and its arguments, as the script itself will check them.
+    """Check the training script and its arguments by the script's own rules.
 
     Args:
         words: words of the command line after the options of the launcher: the script and its arguments.
@@ -94,7 +94,7 @@ def read_command(words: list[str], cloud: str) -> Command:
 
     Raises:
         UserError: the script cannot run in clouds, or the value of an option is wrong.
-        SystemExit: an option is unknown. The exit code is 2, as that of the script would be.
+        SystemExit: an option is unknown. An unknown option gives exit code 2, as in the training script itself.
     """
     if not words:
         raise UserError(
@@ -102,7 +102,9 @@ def read_command(words: list[str], cloud: str) -> Command:
         )
     script = Path(words[0])
     if script.resolve().parent != ROOT / "scripts" or script.suffix != ".py":
-        raise UserError(f"{words[0]} is not a script in {ROOT / 'scripts'}; only that folder is sent, so move it there")
+        raise UserError(
+            f"{words[0]} is not a script in {ROOT / 'scripts'}; move the script there, since only that folder is sent"
+        )
     if not script.is_file():
         raise UserError(f"{words[0]} does not exist; check its name")
     sections, arguments = SECTIONS.get(script.name), words[1:]
@@ -183,7 +185,8 @@ def hash_folder(folder: Path) -> tuple[str, list[Path]]:
     """Hash the content of a folder. Uploads are named by this hash, so that equal folders are sent once.
 
     Returns:
-        The first 16 hex digits of the hash over paths and contents, and the files. Hidden files are skipped.
+        The first 16 hex digits of the hash over paths and contents, and the hashed files. Hidden files of the folder
+            are skipped.
     """
     files = sorted(
         path
@@ -211,7 +214,7 @@ def read_inside(path: Path) -> dict[str, Any]:
     zero = values.get("deepspeed_config") or {}
     if values.get("distributed_type") == "DEEPSPEED" and (not isinstance(zero, dict) or zero.get("zero_stage") != 2):
         raise UserError(
-            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no file of its own; use deepspeed_zero2.yaml"
+            f"--inside {path}: deepspeed_config needs zero_stage: 2, and no separate DeepSpeed file; use deepspeed_zero2.yaml"
         )
     return values
 

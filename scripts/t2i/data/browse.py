@@ -1,8 +1,8 @@
-"""Browse a data set without loading all of it: columns, and single pictures read from its files.
+"""Browse a data set without loading all of it: read its columns, and single pictures from its files.
 
-This module reads two forms of data set. One is a dataset folder with Parquet shards, as `t2i.data.dataset_folder` or the
-Hub writes them. The other is the pixels and rows that `t2i.data.preparing` prepares for a training. This module imports
-neither torch nor `datasets`, because importing them takes seconds.
+This module reads two forms of data set. The first form is a dataset folder with Parquet shards, as
+`t2i.data.dataset_folder` or the Hub writes them. The second form is the pixels and rows that `t2i.data.preparing`
+prepares for a training. This module imports neither torch nor `datasets`, because importing them takes seconds.
 """
 
 import io
@@ -37,13 +37,13 @@ DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # Errors of reading
 class Split:
     """The files of one split of a data set, as they are on disk at one moment.
 
-    A rewritten file makes another `Split`, because sizes and times are part of it.
+    A rewritten file makes another `Split`, because a `Split` holds the sizes and times of its files.
 
     Attributes:
         folder: folder of the data set.
         name: name of the split, such as `train`.
-        files: path, size (bytes) and modification time (ns) of each file of the split. The files are the Parquet shards
-            in order, or `<split>.arrow` and `<split>.npy` of prepared images.
+        files: path, size (bytes) and modification time (ns) of each file of the split. The files of a split are the
+            Parquet shards in order, or `<split>.arrow` and `<split>.npy` of prepared images.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Rows:
     Attributes:
         captions: all captions of each picture, or one "" if the picture has none.
         labels: the label of each picture as text, or None if the split has no label column.
-        columns: the other columns of text, numbers or truth values, by name.
+        columns: columns of text, numbers or truth values besides caption and label, by name.
         image: name of the column of pictures.
         has_captions: whether the split has a caption column.
     """
@@ -77,7 +77,7 @@ class Rows:
 
 
 def find_splits(folder: Path) -> dict[str, Split]:
-    """Return the splits of a dataset folder or of prepared images by name, train first; {} if there are none."""
+    """Return the splits of a dataset folder or of prepared images by name, train first; {} if there are no splits."""
     found: dict[str, list[Path]] = {}
     for pattern in ("*.parquet", "*/*.parquet"):
         for path in sorted(folder.glob(pattern)):
@@ -107,7 +107,7 @@ def _state(path: Path) -> tuple[Path, int, int]:
 def read_rows(split: Split) -> Rows:
     """Return the rows of a split without its pictures.
 
-    The result is cached per `Split`, so it is reused until a file of the split changes.
+    The rows are cached per `Split`, so they are reused until a file of the split changes.
 
     Raises:
         UserError: a file of the split is damaged or was deleted.
@@ -224,7 +224,7 @@ def _unreadable(split: Split, error: Exception) -> str:
 def read_pictures(split: Split, rows: Sequence[int], side: int | None = None) -> list[Image.Image | BadImage]:
     """Return the pictures of some rows as upright RGB images, in the order of `rows`.
 
-    Parquet files are read by row group, only where a wanted row lies, with `BATCH` rows in memory at a time.
+    Of a Parquet file, only row groups with wanted rows are read, with `BATCH` rows in memory at a time.
 
     Args:
         split: the split that holds the rows.
@@ -233,7 +233,7 @@ def read_pictures(split: Split, rows: Sequence[int], side: int | None = None) ->
             size, which is several times faster.
 
     Returns:
-        One entry per row. The entry of a picture that cannot be decoded is a `BadImage`.
+        One entry per wanted row. The entry of a picture that cannot be decoded is a `BadImage`.
 
     Raises:
         UserError: a file of the split is damaged or was deleted.
@@ -292,7 +292,7 @@ def _of_group(file: pq.ParquetFile, group: int, image: str, rows: list[int]) -> 
 def as_file(picture: Image.Image, side: int) -> bytes:
     """Encode a picture for a web page, shrunk to at most `side` px per side.
 
-    Pictures up to 128 px become lossless PNG, larger ones JPEG.
+    Pictures up to 128 px become lossless PNG files, and larger pictures JPEG files.
     """
     small = picture.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -327,7 +327,7 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     """Return what `auditing.audit` finds in the captions of a split.
 
     The checks for copied images and for colors need the notes on the photos that caption_to_hub.py writes. A data set
-    without these notes is checked without them.
+    without notes on its photos is checked only for other faults.
 
     Returns:
         For each check, the numbers of the rows found and a remark on each row, or None if the check was not possible.
@@ -364,7 +364,7 @@ def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:
     """Return the notes that caption_to_hub.py wrote on the pictures of a split, in the order of the rows.
 
     Returns:
-        None if there are no notes, or if the notes describe another number of pictures than `count`.
+        The result is None if there are no notes, or if the notes describe another number of pictures than `count`.
     """
     notes = sorted(split.folder.glob(".captioning/photos-*.jsonl"), key=os.path.getmtime)
     try:
@@ -382,8 +382,8 @@ def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """Count the words in the captions of a split.
 
     Returns:
-        The number of words in each caption, int64 [N]. Then the 50 words that occur in most captions, each with the
-        number of captions that contain the word.
+        First, the number of words in each caption, int64 [N]. Second, the 50 words that occur in most captions, each
+            with the number of captions that contain it.
     """
     parts = [text.casefold().split() for captions in read_rows(split).captions for text in captions]
     counts = Counter(word for part in parts for word in set(part))
@@ -391,9 +391,9 @@ def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
 
 
 def read_quarantine(file: Path) -> list[dict[str, str]]:
-    """Return file, split and reason of each image that was left out of a data set, from `quarantine.jsonl`.
+    """Return file, split and reason of each image that was left out of a data set, as `quarantine.jsonl` lists them.
 
-    Incomplete lines of the file are skipped. A missing file gives [].
+    Incomplete lines of `quarantine.jsonl` are skipped. Without a `quarantine.jsonl`, the result is [].
     """
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")

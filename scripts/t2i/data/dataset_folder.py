@@ -27,7 +27,8 @@ def save_dataset_folder(
 ) -> dict[str, int]:
     """Write a dataset folder that `datasets.load_dataset(folder)` reads without further options.
 
-    The folder holds `data/<split>-00000-of-0000N.parquet` and README.md. The folder appears only when complete.
+    A dataset folder holds `data/<split>-00000-of-0000N.parquet` and README.md. The dataset folder appears only when it
+    is complete.
 
     Args:
         folder: the dataset folder, which must not exist or must be empty.

@@ -1,8 +1,9 @@
 """Draw flowers with captions: a data set without a download, in which all attributes of each picture are known.
 
-A scene is described in unit coordinates (x to the right, y down, both 0..1). The same seed therefore gives the same scene
-at every size. The scene is painted from back to front at twice the wanted size, then averaged down. The order is:
-out-of-focus background, stems, leaves, bud, overlapping petals, center. The module needs only NumPy and Pillow.
+A drawn scene is described in unit coordinates (x to the right, y down, each 0..1). The same seed gives the same scene
+at every size, because a scene has unit coordinates. A scene is painted from back to front at twice the wanted size, and
+then averaged down. The parts of a scene are painted in this order: out-of-focus background, stems, leaves, bud,
+overlapping petals, center. This module needs only NumPy and Pillow.
 """
 
 import hashlib
@@ -101,7 +102,7 @@ TEMPLATES = (
 
 
 def is_held_out(attributes: dict) -> bool:
-    """Return whether this combination of petal color, center color, background and petal count is held out of training."""
+    """Return whether a combination of petal color, center color, background and petal count is held out of training."""
     key = "|".join(str(attributes[name]) for name in COMBINED)
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
@@ -126,7 +127,10 @@ def sample_attributes(rng: np.random.Generator, held_out: bool = False) -> dict:
 
 
 def caption(attributes: dict, rng: np.random.Generator) -> str:
-    """Return a caption in a random phrasing. Every phrasing names all attributes, in at most 22 words."""
+    """Return a caption of a flower's attributes in a random phrasing.
+
+    Every phrasing of a caption names all attributes, in at most 22 words.
+    """
     parts = [
         f"{COUNT_WORDS[attributes['petal_count']]} {attributes['petal_shape']} petals",
         f"a {attributes['center_color']} center",
@@ -144,12 +148,12 @@ def caption(attributes: dict, rng: np.random.Generator) -> str:
 
 
 def drawing(seed: int, index: int, size: int, held_out: bool = False) -> tuple[dict, np.ndarray, str]:
-    """Return the flower number `index` of the endless series `seed`.
+    """Return flower number `index` of the endless series of drawings that `seed` gives.
 
-    The result is a pure function of the arguments.
+    The drawing depends only on the arguments.
 
     Returns:
-        The attributes, the image as uint8 [size, size, 3], and the caption.
+        The attributes of the flower, the image as uint8 [size, size, 3], and the caption.
 
     Raises:
         UserError: `size` is outside 32..512 px, or `seed` or `index` is negative.
@@ -163,7 +167,10 @@ def drawing(seed: int, index: int, size: int, held_out: bool = False) -> tuple[d
 
 
 def prompts(n: int, seed: int, held_out: bool = False) -> list[tuple[dict, str]]:
-    """Return `n` pairs of attributes and caption. No combination occurs again before all others have been used."""
+    """Return `n` pairs of attributes and caption.
+
+    No combination of attributes occurs again before all other combinations have been used.
+    """
     if n < 0 or seed < 0:
         raise UserError(f"number {n} and seed {seed} of prompts must not be negative; give 0 or more")
     rng = np.random.default_rng([seed, int(held_out)])
@@ -178,10 +185,10 @@ def draw_many(
 ) -> Iterator[tuple[dict, np.ndarray, str]]:
     """Yield `drawing(seed, i, size, held_out)` for i in start..start+count-1, in this order.
 
-    The drawings do not depend on the number of `workers` (processes).
+    The number of `workers` (processes) does not change the drawings.
 
     Raises:
-        UserError: a process that draws ended early.
+        UserError: one of the processes that draw ended early.
     """
     one = partial(drawing, seed, size=size, held_out=held_out)
     if workers <= 1:
@@ -201,7 +208,7 @@ def draw_many(
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Give each process that is started inside this context a single BLAS thread.
+    """Give each process that is started inside the `with` block a single BLAS thread.
 
     With more threads than cores, threads would wait for each other at every small matrix product.
     """
@@ -219,7 +226,7 @@ def _single_threaded() -> Iterator[None]:
 
 
 def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Paint one scene, and return it as uint8 [size, size, 3], sRGB.
+    """Paint one scene, and return its picture as uint8 [size, size, 3], sRGB.
 
     Raises:
         UserError: `size` is outside 32..512 px, or an attribute has an unknown value.
@@ -265,7 +272,7 @@ def draw(attributes: dict, size: int, rng: np.random.Generator) -> np.ndarray:
 def _soften(image: np.ndarray) -> np.ndarray:
     """Soften an image, uint8 [S, S, 3], by about half a pixel, as a lens does.
 
-    The image is convolved with (0.12, 0.76, 0.12) along both axes.
+    To soften the image, it is convolved with (0.12, 0.76, 0.12) along both axes.
     """
     soft = np.pad(image.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     soft = 0.12 * (soft[:-2] + soft[2:]) + 0.76 * soft[1:-1]
@@ -275,7 +282,7 @@ def _soften(image: np.ndarray) -> np.ndarray:
 
 @cache
 def _grid(size: int) -> np.ndarray:
-    """Return the centers of the pixels of one axis in unit coordinates, float32 [size]."""
+    """Return the pixel centers of a picture along one axis, in unit coordinates, float32 [size]."""
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 
@@ -294,9 +301,9 @@ def _frame(angle: float, length: float) -> np.ndarray:
 
 
 def _inverse(frame: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Return the inverse of a 2 x 2 frame, row by row, and the length of its unit in the picture.
+    """Return the inverse of a petal's 2 x 2 matrix, row by row, and the length of the petal's unit in the picture.
 
-    np.linalg would be slow on matrices this small.
+    np.linalg would be slow on 2 x 2 matrices.
     """
     (a, b), (c, d) = frame.tolist()
     determinant = a * d - b * c
@@ -314,7 +321,7 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
     def blob(
         x: float, y: float, width: float, height: float, color: tuple, strength: float, disc: bool = False
     ) -> None:
-        """Blend one ellipse into the background: a Gaussian, or with `disc` a disc with a soft rim."""
+        """Blend one ellipse into the background: a Gaussian, or if `disc` is true, a disc with a soft rim."""
         squared = np.square((at - x) / width)[None] + np.square((at - y) / height)[:, None]
         weight = (strength * np.exp(-(squared * squared * squared) if disc else -squared))[..., None]
         canvas[...] += weight * (np.array(color, np.float32) / 255 - canvas)
@@ -354,7 +361,7 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def _lens(size: int) -> np.ndarray:
-    """Return weights, float32 [size, 64], that blur (Gaussian) and enlarge one axis of the background in one step."""
+    """Return weights, float32 [size, 64], that blur one axis of the background (Gaussian) and enlarge it in one step."""
     distance = _grid(size)[:, None] - _grid(BACKDROP_SIZE)[None]
     weights = np.exp(-0.5 * np.square(distance / np.float32(BLUR)))
     return weights / weights.sum(1, keepdims=True)
@@ -367,7 +374,9 @@ def _enlarge(backdrop: np.ndarray, size: int) -> np.ndarray:
 
 
 def _window(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple:
-    """Return the part of the canvas inside a box of unit coordinates, and the x [1, w] and y [h, 1] of its pixels."""
+    """Return the part of the canvas inside a box of unit coordinates, and the x [1, w] and y [h, 1] of the part's
+    pixels.
+    """
     size = canvas.shape[0]
     x0, y0 = max(0, int(left * size)), max(0, int(top * size))
     x1, y1 = max(x0, min(size, int(right * size) + 2)), max(y0, min(size, int(bottom * size) + 2))
@@ -376,7 +385,7 @@ def _window(canvas: np.ndarray, left: float, top: float, right: float, bottom: f
 
 
 def _stem(canvas: np.ndarray, x: float, y: float, foot: float, half_width: float) -> None:
-    """Paint a stem from (x, y) down to (foot, 1)."""
+    """Paint a flower's stem from (x, y) down to (foot, 1), in unit coordinates."""
     pad = half_width * 2
     part, px, py = _window(canvas, min(x, foot) - pad, y, max(x, foot) + pad, 1.0)
     along = np.clip((py - y) / (1.0 - y), 0, 1) ** 1.5
@@ -408,10 +417,11 @@ def _petal(
         frame: matrix [2, 2] from petal coordinates (along, across) to picture coordinates.
         half_width: half width of the petal, in petal lengths.
         shape: shape of the petal: round, pointed or notched.
-        ramp: colors from base to tip, float32 [256, 3], 0..1.
+        ramp: colors of the petal from its base to its tip, float32 [256, 3], 0..1.
         light: brightness of the whole petal, about 1.
-        bend: sideways bend. The point at u (0..1) along the petal moves by bend * u * (1 - u) petal lengths.
-        detail: strength of the fine veins, 0..1.
+        bend: sideways bend of the petal. The point at u (0..1) along the petal moves sideways by bend * u * (1 - u)
+            petal lengths.
+        detail: strength of the petal's fine veins, 0..1.
         below: mask of the flower's petals painted so far, float32 [S, S, 1], 1 inside a petal, changed in place.
     """
     size = canvas.shape[0]
@@ -487,8 +497,8 @@ def _flower(
 def _florets(size: int) -> np.ndarray:
     """Return the heights 0..1 of the florets in a flower's center, seen from above, float32 [size, size].
 
-    Floret k of n has the radius sqrt(k / n) and the angle k times the golden angle, as in Vogel's phyllotaxis
-    (H. Vogel, Mathematical Biosciences 44, 1979).
+    Floret k of n in a flower's center has the radius sqrt(k / n) and the angle k times the golden angle. Source of the
+    florets' positions: Vogel, Mathematical Biosciences 44, 1979.
     """
     n = 55
     at = _grid(size) * 2 - 1
@@ -526,7 +536,7 @@ def _center(canvas: np.ndarray, x: float, y: float, frame: np.ndarray, turn: flo
 
 
 def _bud(canvas: np.ndarray, x: float, y: float, lean: float, color: str, detail: float) -> None:
-    """Paint a closed bud with its base at (x, y)."""
+    """Paint a closed bud with its base at (x, y) in unit coordinates."""
     up = -np.pi / 2 + lean
     below = np.zeros((*canvas.shape[:2], 1), np.float32)
     for turn, length, width in ((-0.3, 0.19, 0.3), (0.3, 0.19, 0.3), (0.0, 0.2, 0.3)):

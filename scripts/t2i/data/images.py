@@ -64,7 +64,10 @@ _SIGNATURES = (  # (offset, bytes, name): names the format of a file without run
 
 
 class BadImage(Exception):
-    """Exception for an image that cannot be used. `reason` is a readable text: `kind` or `kind: detail`."""
+    """Exception for an image that cannot be used.
+
+    The exception's `reason` is a readable text: `kind` or `kind: detail`.
+    """
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -72,7 +75,7 @@ class BadImage(Exception):
 
     @property
     def kind(self) -> str:
-        """Return the part of the reason before the colon, by which images are counted."""
+        """Return the kind of a reason, its part before the colon, by which bad images are counted."""
         return self.reason.split(":")[0]
 
 
@@ -102,12 +105,13 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
 
     Args:
         source: the bytes of the image file, or its path.
-        draft_side: size (px) to which the caller will shrink the shorter side. A JPEG may then be decoded at 1/2, 1/4 or
-            1/8 of its size, which is several times faster. The sides of the decoded image stay at least twice `draft_side`.
+        draft_side: size (px) to which the caller will shrink the shorter side. With `draft_side`, a JPEG may be decoded
+            at 1/2, 1/4 or 1/8 of its size, which is faster. The sides of the decoded image stay at least twice
+            `draft_side`.
 
     Raises:
-        BadImage: the file is empty, unreadable, truncated, damaged, or not an image. Or its format is not in
-            ALLOWED_FORMATS, it has more than MAX_PIXELS, or a side is below MIN_SIDE.
+        BadImage: the image file is empty, unreadable, truncated, damaged, or not an image. `BadImage` is also raised if
+            the format is not in ALLOWED_FORMATS, the image has more than MAX_PIXELS, or a side is below MIN_SIDE.
     """
     data = source if isinstance(source, bytes) else read_image_file(source)
     if not data:
@@ -137,8 +141,9 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
 def fit(image: Image.Image, resolution: int) -> np.ndarray:
     """Return the center square of an RGB image, scaled to uint8 [resolution, resolution, 3], 0 to 255.
 
-    The result equals scaling the shorter side to `resolution` (antialiased Lanczos) and cropping the center.
-    The crop comes first. Otherwise an image of 8 x 8,000,000 px would become one of 128 x 128,000,000 px.
+    The resized image is as if the shorter side were scaled to `resolution` (antialiased Lanczos) and the center
+    cropped. The image is cropped before it is scaled, because an image of 8 x 8,000,000 px would become one of 128 x
+    128,000,000 px.
     """
     width, height = image.size
     side = min(width, height)
@@ -172,7 +177,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def starts_like_an_image(path: str | Path) -> bool:
-    """Return whether the first bytes of a file are those of an allowed image format. Unreadable files give False."""
+    """Return whether the first bytes of a file are those of an allowed image format.
+
+    For an unreadable file, the result is False.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait for ever.
             return False
@@ -188,7 +196,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 def _describe(data: bytes) -> str:
-    """Return the reason why Pillow does not recognize these bytes, without running another decoder."""
+    """Return the reason why Pillow does not recognize the bytes of an image, without running another decoder."""
     if data.startswith(LFS_POINTER):
         return "Git LFS pointer: run git lfs pull"
     name = _format_of(data[:64])
@@ -214,11 +222,12 @@ def image_bytes(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
     """Return the bytes of the image file in an undecoded image cell.
 
     Args:
-        image: the cell, with the keys `bytes` and `path`, or None.
-        roots: folders below which the path must lie. A relative path starts at the first one.
+        image: an image cell of a data set, with the keys `bytes` and `path`, or None.
+        roots: folders below which the path in the image cell must lie. A relative path in the cell starts at the first
+            of the folders.
 
     Raises:
-        BadImage: the cell is empty, or its file is outside the folders or cannot be read.
+        BadImage: the image cell is empty, or its file is outside the folders or cannot be read.
     """
     if image is None or (image["bytes"] is None and not image["path"]):
         raise BadImage("missing image")
@@ -233,7 +242,7 @@ def image_bytes(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
 
 
 def image_digest(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
-    """Return the SHA-256 of the image file, or of its path if the file cannot be read."""
+    """Return the SHA-256 of an image file, or of the file's path if the file cannot be read."""
     try:
         return hashlib.sha256(image_bytes(image, roots)).digest()
     except BadImage as error:

@@ -1,4 +1,4 @@
-"""Summarize a data set as it was understood, in one short table that is printed before any work begins."""
+"""Summarize how a data set was understood, in one short table that is printed before any work begins."""
 
 from __future__ import annotations
 
@@ -201,7 +201,10 @@ def _counted(count: int, what: str, first: Iterable[str]) -> str:
 
 
 def _visible(name: str) -> str:
-    """Write out the combining accents of a name. Otherwise é as one character and é as two would look the same."""
+    """Write out the combining accents of a name.
+
+    Without this replacement, é as one character and é as two characters would look the same.
+    """
     return "".join(f"\\u{ord(mark):04x}" if unicodedata.combining(mark) else mark for mark in name)
 
 
@@ -216,7 +219,7 @@ def _one_line(text: str) -> str:
 def read_report(folder: Path, source: Source) -> dict[str, Any]:
     """Return the report of a cache folder, with the files that the current listing of the data set leaves out.
 
-    These files are not part of the cache's key, so they may have changed since the cache was made.
+    Files that the listing leaves out are not part of the cache's key, so they may have changed since.
     """
     report = read_json(folder / "report.json")
     if "understood" not in report:  # An older version prepared the images, and did not count captions.

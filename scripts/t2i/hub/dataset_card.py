@@ -1,7 +1,8 @@
 """Write dataset cards: fill in datasets_card/dataset_card.md, and merge it with people's edits. This module imports no torch.
 
-Generated text stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews these
-blocks and the YAML keys that describe the files. Everything else stays as a person wrote it.
+Generated text stands between markers, `<!-- t2i:audit begin … -->` to `<!-- t2i:audit end -->`. `merge_cards` renews
+the blocks between markers and the YAML keys that describe the files. All other text of a card stays as a person wrote
+it.
 """
 
 import math
@@ -48,21 +49,21 @@ def render_dataset_card(
 ) -> str:
     """Return the text of a dataset card. `save_dataset_folder` adds the YAML keys that describe the files.
 
-    Every text may come from users: it is redacted, cut to 200 characters and escaped.
+    Every text on the card may come from users, so each one is redacted, cut to 200 characters and escaped.
 
     Args:
         name: Name of the data set, used as title and `pretty_name`.
         source: Origin of the images, in words or as a Hub id.
         splits: Number of images by split, in order, without empty splits.
-        making: Rows of the table on the making of the captions: captioner, model, revision, task, counts.
-        audit: Result of `t2i.captions.auditing.audit`.
-        quarantine: Rows with the `reason` of each image that was left out.
-        provenance: Rows of the table of hashes and revisions.
-        grid: Path of a picture within the data set's folder, e.g. `images/grid.png`.
-        repo_id: Repository on the Hub. With None, the loading example names the folder.
-        license: The Hub's identifier of the licence.
+        making: Rows of the table on how the captions were made: captioner, model, revision, task, counts.
+        audit: Result of the caption audit, from `t2i.captions.auditing.audit`.
+        quarantine: Rows with the `reason` of each image that was left out of the data set.
+        provenance: Rows of the card's table of hashes and revisions.
+        grid: Path of a picture within the data set's folder, such as `images/grid.png`.
+        repo_id: Repository of the data set on the Hub. With None, the card's loading example names the folder.
+        license: The Hub's identifier of the data set's licence.
         language: Languages of the captions, as ISO 639-1 codes.
-        source_datasets: Origin for the Hub: `original`, or `extended|ORG/NAME`.
+        source_datasets: Origin of the data set for the Hub: `original`, or `extended|ORG/NAME`.
         tags: Tags of the card in addition to `text-to-image` and `image-captions`.
         several_captions: Whether the column `caption` holds lists of captions.
 
@@ -113,7 +114,7 @@ def render_dataset_card(
 
 
 def size_category(count: int) -> str:
-    """Return the Hub's name for a data set of `count` rows, e.g. `1K<n<10K` for 1,000 to 9,999."""
+    """Return the Hub's name for a data set of `count` rows, such as `1K<n<10K` for 1,000 to 9,999."""
     if count < 1000:
         return "n<1K"
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
@@ -135,12 +136,12 @@ def caption_text(caption: str) -> str:
 def caption_grid(
     pixels: Sequence[np.ndarray], captions: Sequence[str], columns: int = 4, side: int = 128, lines: int = 4
 ) -> Image.Image:
-    """Return one image with pictures in rows, each with its caption below.
+    """Return one image with pictures in rows, each picture with its caption below.
 
-    If no installed font has the letters of a caption, its number in brackets replaces it.
+    If no installed font has the letters of a caption, the caption's number in brackets replaces the caption.
 
     Args:
-        pixels: The pictures, uint8 [H, W, 3] each. The middle square of each is shown.
+        pixels: The pictures, uint8 [H, W, 3] each. The middle square of each picture is shown.
         captions: The captions, one per picture.
         columns: Number of pictures per row.
         side: Width and height of a picture in px.
@@ -172,18 +173,18 @@ def merge_cards(new: str, existing: str | None, renewed: Collection[str] = ("siz
 
     Merging the result with `new` again changes nothing.
 
-    From `new` come:
-    - the blocks between markers
-    - the YAML keys in `renewed`, and keys that `existing` lacks
-    - the entries of configuration `default` in `configs` and `dataset_info`
-    - the licence, if `existing` says `license: unknown`
+    The merged card takes from `new`:
+    - the generated blocks between markers
+    - the YAML keys that the argument `renewed` lists, and YAML keys that the card `existing` lacks
+    - the entries of the configuration `default` in the YAML keys `configs` and `dataset_info`
+    - the licence, if the card `existing` says `license: unknown`
 
-    From `existing` come its prose and its other YAML, with comments and other configurations. A block that a person deleted
-    is not written again. If `existing` has no block, its body does not change. If `existing` has no body, as a stub that
-    the Hub made, it gets the body of `new`.
+    The merged card takes prose, other YAML keys, comments and other configurations from `existing`. A generated block
+    that a person deleted from the card is not written again. If the card `existing` has no generated block, its body
+    does not change. If the card `existing` has no body, as a stub that the Hub made, it gets the body of `new`.
 
     Raises:
-        UserError: The YAML of `existing` is broken.
+        UserError: The YAML of the card `existing` is broken.
     """
     if existing is None or not existing.strip("\ufeff \t\r\n"):
         return new
@@ -220,7 +221,7 @@ def _text(value: Any) -> str:
 
 
 def _wrap(text: str, font: Any, width: int, lines: int) -> str:
-    """Break `text` into at most `lines` lines of `width` px. Words longer than a line are cut."""
+    """Break `text` into at most `lines` lines of `width` px. Words that are longer than a line are cut."""
     rows = [""]
     for word in text.split():
         while word:

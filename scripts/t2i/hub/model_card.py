@@ -1,7 +1,7 @@
 """Write model cards: fill in datasets_card/model_card.md from the files of a run. This module imports no torch.
 
 A figure that the run did not record reads "not measured". Text from users (names of data sets, columns, prompts, links) is
-redacted and escaped, so it can neither leak a secret nor break the card.
+redacted and escaped, so that no secret leaks and the card does not break.
 """
 
 # Functions import huggingface_hub themselves: the dashboard needs only `escape_markdown`, and must not wait for it.
@@ -59,15 +59,17 @@ class Publication:
 
     repo_id: str
     license: str  # The Hub's identifier of the licence; "unknown" if none was chosen.
-    gallery: list[tuple[str, str]]  # Prompts, and the paths of their pictures in the repository.
+    gallery: list[tuple[str, str]]  # Prompts of the card's pictures, and the paths of these pictures in the repository.
 
 
 def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: Publication | None = None) -> str:
     """Write the model card of a training run to `run/pipeline/README.md` atomically, and return its text.
 
     Args:
-        run: Run folder of train_unet.py, which must hold `config.yaml` and `run.json`. Other files may be missing.
-        evaluation: Result of evaluate_checkpoints.py, `{"report": {...}, "cells": [...]}`. None if not evaluated.
+        run: Run folder of train_unet.py, which must hold `config.yaml` and `run.json`. Other files of the run may be
+            missing.
+        evaluation: Result of evaluate_checkpoints.py, `{"report": {...}, "cells": [...]}`. The argument is None if the
+            run was not evaluated.
         publication: Facts for the card on the Hub. With None, write the card of a local folder.
 
     Raises:
@@ -150,14 +152,20 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
 
 
 def one_line(value: Any, limit: int = 200) -> str:
-    """Return a user's text on one line of at most `limit` characters, without secrets and control characters. "" for None."""
+    """Return a user's text on one line of at most `limit` characters, without secrets and control characters.
+
+    The result is "" for None.
+    """
     text = "" if value is None else redact(str(value))
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return `name` if it is a Hub id `owner/name`, otherwise None. If the part before / is a local path, it is no Hub id."""
+    """Return `name` if it is a Hub id `owner/name`, otherwise None.
+
+    A `name` whose part before / is a local path is no Hub id.
+    """
     if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
         return None
     return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
@@ -172,7 +180,7 @@ def dataset_id(recipe: Recipe, provenance: dict[str, Any]) -> str | None:
 def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of the VAE's training. The key "from" holds the VAE from which that training started.
 
-    The result is {} if the run folder of the recipe's VAE holds another VAE than the one whose hash is in `hashes`.
+    The figures are {} if the run folder of the recipe's VAE holds another VAE than the one whose hash is in `hashes`.
     """
     folder = Path(recipe.vae.vae) if recipe.vae.vae else None
     if folder is None or not (folder / "config.yaml").is_file():
@@ -295,7 +303,9 @@ def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
 
 
 def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, Any]) -> dict[str, str]:
-    """Return the table of metrics: losses from the end of training, other figures from the evaluated checkpoint."""
+    """Return the model card's table of metrics: losses from the end of training, other figures from the evaluated
+    checkpoint.
+    """
     bands = {key: value for key, value in result.items() if re.fullmatch(r"val_loss_\d+_\d+", key)}
     copies, clip = (report.get(name) or {} for name in ("memorisation", "clip_score"))
     rows = {
@@ -344,7 +354,9 @@ def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def _following(report: dict[str, Any]) -> list[list[str]]:
-    """Return a row per attribute: name, share on all prompts, share on held-out combinations, accuracy of the classifier."""
+    """Return a table row per attribute: its name, shares of pictures that follow all and held-out prompts, and the
+    classifier's accuracy.
+    """
     held_out, probe = report.get("prompt_following_held_out") or {}, report.get("probe_accuracy") or {}
     return [
         [_text(head.replace("_", " ")), _percent(share), _percent(held_out.get(head)), _percent(probe.get(head))]
@@ -353,7 +365,7 @@ def _following(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _judge_rows(report: dict[str, Any]) -> list[list[str]]:
-    """Return the judge's table: a row for real images, for reconstructions and for the model's pictures."""
+    """Return the judge's table, with one row each for real images, reconstructions and the model's pictures."""
     judged = report.get("judge") or {}
     titles = {"real": "Unseen real images", "reconstructions": "Their reconstructions", "pictures": "Pictures"}
     return [
@@ -510,12 +522,15 @@ def _example(recipe: Recipe) -> str:
 
 
 def _prompt(prompt: str) -> str:
-    """Return a prompt as a Python literal for a code block. The literal cannot contain a marker of the card."""
+    """Return a prompt as a Python literal for a code block.
+
+    The returned literal cannot contain a marker of the card.
+    """
     return json.dumps(one_line(prompt, PROMPT_CHARACTERS), ensure_ascii=False).replace("<!--", "\\u003c!--")
 
 
 def _source(name: str | None) -> str:
-    """Return a Hub id as code, or the last part of a path. The other folders of a path are private."""
+    """Return a Hub id as code, or the last part of a path. The folders above the last part of a path are private."""
     hub = hub_id(name)
     return f"`{hub}`" if hub else _text(_last_part(name))
 

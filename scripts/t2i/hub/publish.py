@@ -1,7 +1,7 @@
 """Publish a finished run on the Hub: draw pictures, write card and evaluation results, push, and load the model back.
 
-The Hub gets the run's `pipeline/`. If a push fails, nothing of the run is lost, and the same call repeats the push. A
-picture is drawn again, and a file uploaded again, only if it would change.
+The Hub gets the run's `pipeline/`. If a push fails, no file of the run is lost, and the same call repeats the push. A
+picture is drawn again only if it would change, and a file is uploaded again only if it has changed.
 """
 
 # Functions import torch and diffusers themselves: `--help` and the checks of a push must not wait for them.
@@ -39,7 +39,7 @@ def check_push(config: ModelHubConfig, accelerator: Any) -> None:
 
 
 def find_run(model: str | None) -> Path:
-    """Return the finished run folder that `model` names. Raise `UserError` if it is not one."""
+    """Return the finished run folder that `model` names. Raise `UserError` if `model` is not a finished run folder."""
     if not model:
         raise UserError("no model: give --model with the run folder of train_unet.py")
     run = Path(model).expanduser()
@@ -56,7 +56,8 @@ def find_run(model: str | None) -> Path:
 
 
 def choose_license(run: Path, license: str | None) -> str:
-    """Return the licence for a run's card: `license`, or if that is None or "unknown", the licence in the run's settings.
+    """Return the licence for a run's card: `license`, or if `license` is None or "unknown", the licence in the run's
+    settings.
 
     Raises:
         UserError: The Hub does not accept the licence.
@@ -79,20 +80,22 @@ def publish_run(
     deadline: float,
     target: upload.Target = upload.MAIN,
 ) -> None:
-    """Publish the pipeline of a finished run as the model `repo_id`. Stock diffusers must load the same model back.
+    """Publish the pipeline of a finished run as the model `repo_id`.
+
+    After the push, stock diffusers must load the same model from the Hub.
 
     Args:
         run: Finished run folder, from `find_run`.
         repo_id: `owner/name` on the Hub.
-        license: Licence, by its identifier on the Hub. None or "unknown" means the licence in the run's settings. If that
-            licence is unknown too, the licence on the Hub stays.
+        license: Licence of the model, by the Hub's identifier. With None or "unknown", the licence in the run's
+            settings is used. If the licence in the settings is unknown too, the licence on the Hub stays.
         pictures: Maximum number of pictures on the card, one per prompt.
         private: Whether a new repository is private.
         deadline: Seconds during which a failing push is retried.
         target: Branch or pull request that receives the push.
 
     Raises:
-        UserError: The push failed for good, or the Hub returned another model. The files in `run` stay.
+        UserError: The push finally failed, or the Hub returned another model. The files in the run folder stay.
     """
     from t2i.pictures import sampling
 
@@ -158,10 +161,12 @@ vae = AutoencoderKL.from_pretrained("{repo_id}")
 
 
 def publish_vae(run: Path, config: TrainVaeConfig) -> None:
-    """Publish the autoencoder of a finished run as the model `hub_model_id`. Call it again to repeat a failed push.
+    """Publish the autoencoder of a finished run as the model `hub_model_id`.
+
+    Call this function again to repeat a failed push.
 
     Raises:
-        UserError: The push failed for good. The files in `run` stay.
+        UserError: The push finally failed. The files in the run folder stay.
     """
     result, repo_id = read_object(run / "run.json"), str(config.hub_model_id)
     levels = read_object(run / "vae" / "config.json")["block_out_channels"]
@@ -182,7 +187,9 @@ def publish_vae(run: Path, config: TrainVaeConfig) -> None:
 
 
 def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[str]:
-    """Return at most `count` different prompts: the validation prompts, then prompts spread over those of the evaluation."""
+    """Return at most `count` different prompts: the validation prompts, then prompts spread over the evaluation's
+    prompts.
+    """
     validation, others = (
         [line for text in texts if (line := model_card.one_line(text, model_card.PROMPT_CHARACTERS))]
         for texts in (recipe.train_unet.validation_prompts, evaluated)
@@ -194,7 +201,9 @@ def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[st
 
 
 def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Draw a picture per prompt into `folder`/images, with the seeds 0, 1, and so on. An existing equal picture is reused.
+    """Draw a picture per prompt into `folder`/images, with the seeds 0, 1, and so on.
+
+    A picture that exists with the same settings is reused.
 
     Args:
         pipeline: The pipeline in `folder`.
@@ -203,7 +212,7 @@ def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict
         settings: Hash of the UNet, guidance scale, steps, scheduler and guidance end.
 
     Returns:
-        Prompts, and the paths of their pictures relative to `folder`.
+        Prompts of the drawn pictures, and the paths of these pictures relative to `folder`.
     """
     from t2i.pictures import sampling
 
@@ -239,10 +248,10 @@ def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict
 def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report: dict[str, Any]) -> list[str]:
     """Write the measured figures as the Hub's evaluation results, `.eval_results/*.yaml` in the pipeline.
 
-    An entry names the Hub's data set on which a figure was measured. Without one, nothing is written.
+    An entry names the Hub's data set on which a figure was measured. Without such a data set, no results are written.
 
     Returns:
-        Paths of the written files, relative to the pipeline folder.
+        Paths of the written result files, relative to the pipeline folder.
     """
     provenance = run / "provenance.json"
     dataset = model_card.dataset_id(recipe, read_json(provenance) if provenance.is_file() else {})
@@ -284,8 +293,8 @@ def pipeline_files(folder: Path) -> list[str]:
 def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
     """Return the README.md on the Hub, `existing`, with all generated parts renewed from `card`.
 
-    Renewed are figures, the gallery's pictures, the blocks between markers, and the licence if `licensed` is set. The rest
-    of `existing` stays, with pictures that a person added to `widget`.
+    The renewed parts are figures, the gallery's pictures, the blocks between markers, and the licence if `licensed` is
+    set. All other parts of `existing` stay, with pictures that a person added to `widget`.
     """
     renewed = ["model-index", *(["license"] if licensed else [])]
     ours, theirs = _widget(card), _widget(existing or "")
@@ -298,7 +307,10 @@ def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
 
 
 def _widget(card: str) -> list[Any]:
-    """Return the entries of `widget` in a card's front matter. A broken front matter gives [], and merge_cards reports it."""
+    """Return the entries of the key `widget` in a card's front matter.
+
+    A broken front matter gives [], and merge_cards reports it as an error.
+    """
     match = REGEX_YAML_BLOCK.search(card)
     try:
         data = yaml.safe_load(match[2]) if match else None
@@ -314,7 +326,10 @@ def _is_ours(entry: Any) -> bool:
 
 
 def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scale: float) -> None:
-    """Load the model from the Hub by stock diffusers. Raise `UserError` if its weights or pictures differ from `pipeline`."""
+    """Load the model from the Hub by stock diffusers.
+
+    Raise `UserError` if the loaded weights or pictures differ from `pipeline`.
+    """
     from diffusers import DiffusionPipeline
 
     from t2i import models
@@ -330,7 +345,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
             or " ".join(redact(str(error) or type(error).__name__).split())[:300]
         )
         raise UserError(
-            f"the model is on the Hub (commit {commit[:7]}), but cannot be loaded back: {reason}; after that, run the same "
+            f"the model is on the Hub (commit {commit[:7]}), but cannot be loaded back: {reason}; after the fix, run the same "
             "command again"
         ) from None
     loaded.set_progress_bar_config(disable=True)
@@ -345,7 +360,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
     if here != there or difference > 1:
         raise UserError(
             f"the Hub's copy of {repo_id} (commit {commit[:7]}) is not what was published (UNet {there}, here {here}; pictures "
-            f"differ by {difference:.1f} of 255); remove it from the local cache of the Hub and try again"
+            f"differ by {difference:.1f} of 255); remove that copy from the Hub's local cache and try again"
         )
     print(
         f"loaded back from the Hub by stock diffusers: the UNet is the same ({here}), and a picture of {CHECK_STEPS} steps "

@@ -1,7 +1,9 @@
-"""Build and push a Space for a model: the dashboard's playground page, its requirements, and the model. This module imports no torch.
+"""Build and push a Space for a model: the dashboard's playground page, the page's requirements, and the model.
+
+This module imports no torch.
 
 The files of the Space are found by following the imports of the page. The staged folder is a complete Docker Space. The
-command in its Dockerfile starts the Space on any machine.
+command in the Space's Dockerfile starts the Space on any machine.
 """
 
 import ast
@@ -83,7 +85,9 @@ class Model:
     """The model of a Space: pipeline folder, name and files."""
 
     folder: Path
-    name: str  # Name of the model, as the user gave it. Of an absolute path or a path with "..", only the last part.
+    # Name of the model, as the user gave it. For an absolute path or a path with "..", the name is only the last part
+    # of the path.
+    name: str
     hub_id: str | None
     files: list[str]  # Paths of the model's files and its card, relative to `folder`.
 
@@ -152,7 +156,7 @@ def _components(folder: Path, model: str) -> set[str]:
 
 
 def _model_files(folder: Path) -> list[str]:
-    """Return the paths of the model's files, with its card."""
+    """Return the paths of the model's files, with the model card."""
     paths = (path for pattern in pipeline_files(folder) for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths if path.suffix in MODEL_SUFFIXES]
     names = [
@@ -167,7 +171,7 @@ def _check_weights(file: Path) -> None:
             weights.keys()
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file} is not a complete safetensors file ({' '.join(str(error).split())[:200]}); copy it again"
+            f"{file} is not a complete safetensors file ({' '.join(str(error).split())[:200]}); copy the file again"
         ) from None
 
 
@@ -239,7 +243,7 @@ def _is_left_out(file: Path) -> bool:
 def requirements(compiled: bool) -> tuple[str, str]:
     """Return requirements.txt, the packages that the code imports, and constraints.txt, the project's pins for all packages.
 
-    A package without a pin is a dependency of another one.
+    A package without a pin is a dependency of another package.
 
     Args:
         compiled: Whether the Space has compiled models, which OpenVINO runs.
@@ -262,7 +266,8 @@ def requirements(compiled: bool) -> tuple[str, str]:
 def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path:
     """Write the Space `repo_id` of `model` as a new folder, and return the folder.
 
-    If the Space would exceed the Hub's limit, its weights are stored as float16. Drawing still computes in float32.
+    If the Space would exceed the Hub's limit of size, its weights are stored as float16. With float16 weights, drawing
+    still computes in float32.
 
     Raises:
         UserError: The Space exceeds the Hub's limit even with float16 weights.
@@ -311,7 +316,10 @@ def _write_half(source: Path, target: Path) -> None:
 
 
 def write_page_defaults(run: Path, model: Model) -> None:
-    """Write the prompt and settings of the model card's example as files of a run. The Space's page starts with them."""
+    """Write the prompt and settings of the model card's example as files of a run.
+
+    The Space's page starts with the prompt and settings of this example.
+    """
     text = _read_card(model)
     prompt = re.search(r"""(?m)^\s*("(?:[^"\\\n]|\\.)+"),$""", text)
     steps, scale = (re.search(rf"\b{name}=(\d+(?:\.\d+)?)", text) for name in ("num_inference_steps", "guidance_scale"))
@@ -338,7 +346,10 @@ def write_page_defaults(run: Path, model: Model) -> None:
 
 
 def start_command(folder: Path) -> list[str]:
-    """Return the command by which the Dockerfile in `folder` starts the Space. The command must run in `folder`."""
+    """Return the command by which the Dockerfile in `folder` starts the Space.
+
+    The returned command must run in `folder`.
+    """
     match = re.search(r"(?m)^ENTRYPOINT (\[.*\])$", (folder / "Dockerfile").read_text(encoding="utf-8"))
     assert match is not None, f"{folder}/Dockerfile has no ENTRYPOINT"
     return list(json.loads(match[1]))
@@ -353,7 +364,7 @@ def folder_size(folder: Path) -> int:
 
 
 def card(model: Model, repo_id: str) -> str:
-    """Return the README.md of a Space: its settings for the Hub, and the abilities and limits of its model."""
+    """Return the README.md of a Space: the Space's settings for the Hub, and the abilities and limits of its model."""
     front, body = _split(_read_card(model))
     title = " ".join(re.split(r"[-_.]+", repo_id.split("/")[1]))
     license = front.get("license")
@@ -397,7 +408,10 @@ and then `{shlex.join(json.loads(DOCKERFILE.split("ENTRYPOINT ")[1]))}`.
 
 
 def merge_card(new: str, existing: str | None) -> str:
-    """Merge the README.md `new` with a person's edits of the Space's README.md. SDK, port and model come from `new`."""
+    """Merge the README.md `new` with a person's edits of the Space's README.md.
+
+    The SDK, port and model in the merged front matter come from `new`.
+    """
     return merge_cards(new, existing, ("sdk", "app_port", "models"))
 
 
@@ -408,7 +422,7 @@ def _read_card(model: Model) -> str:
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Return the front matter and the body of a model's card. A broken front matter gives {}."""
+    """Return the front matter and the body of a model's card. A broken front matter is returned as {}."""
     match = REGEX_YAML_BLOCK.search(text)
     try:
         front = yaml.safe_load(match[2]) if match else None

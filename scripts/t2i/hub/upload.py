@@ -1,8 +1,8 @@
 """Push a folder to the Hugging Face Hub as one commit, and retry until a deadline. This module imports no torch.
 
-A push compares the folder with the head of the repository, uploads what differs, and commits with that head as parent. If
-somebody commits in between, the Hub refuses the push, and the next attempt starts from the new head: no edit is lost.
-Uploaded files are not uploaded again. Nothing changes on disk.
+A push compares the folder with the head of the repository, uploads files that differ, and commits with that head as
+parent. If somebody commits in between, the Hub refuses the push, and the next attempt starts from the new head: no edit
+is lost. A later attempt does not upload files again that an earlier attempt uploaded. A push changes no file on disk.
 """
 
 import difflib
@@ -58,14 +58,17 @@ LICENSES = """
 
 
 class HubError(UserError):
-    """Error if the Hub, the network or the token prevents a push. The message is one sentence."""
+    """Error if the Hub, the network or the token prevents a push. The error's message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The branch or pull request that receives a push. Contradictory options raise `HubError`."""
+    """The branch or pull request that receives a push.
 
-    # Branch, created from main if it is missing, or refs/pr/N of a pull request. With None, push to main.
+    Contradictory options of the branch and the pull request raise `HubError`.
+    """
+
+    # Branch to push to, created from main if it is missing, or refs/pr/N of a pull request. With None, push to main.
     revision: str | None = None
     create_pr: bool = False  # Whether a pull request to main is opened.
 
@@ -84,15 +87,18 @@ class Pushed:
     """The result of a push."""
 
     url: str
-    commit: str  # Hash of the commit, 40 hex digits.
-    changed: bool  # Whether files were uploaded. False if the Hub already had all files.
+    commit: str  # Hash of the pushed commit, 40 hex digits.
+    changed: bool  # Whether files were uploaded. The value is False if the Hub already had all files.
 
     def __str__(self) -> str:
         return f"{self.url} {'has it now' if self.changed else 'is up to date'} (commit {self.commit[:7]})"
 
 
 def check_repo_id(repo_id: str | None, option: str) -> str:
-    """Return `repo_id` if the Hub allows it as a name `owner/name`. Raise `HubError` naming `option` otherwise."""
+    """Return `repo_id` if the Hub allows it as a name `owner/name`.
+
+    If the Hub does not allow the name, raise `HubError` with the name of `option`.
+    """
     if repo_id and _is_repo_id(repo_id):
         return repo_id
     shown = f"{option} {redact(repo_id)!r} is not a repository of the Hub" if repo_id else f"{option} is missing"
@@ -103,7 +109,7 @@ def check_repo_id(repo_id: str | None, option: str) -> str:
     meant = re.sub(r"(?:/(?:tree|blob|resolve)/.*|[?#].*|\.git/*|/+)$", "", meant)
     if meant != repo_id and _is_repo_id(meant):
         raise HubError(f"{shown}; give {meant}")
-    raise HubError(f"{shown}; give owner/name, both of letters and digits with single - _ . between them")
+    raise HubError(f"{shown}; give owner/name, both of letters and digits joined by a single '-', '_' or '.'")
 
 
 def _is_repo_id(text: str) -> bool:
@@ -112,9 +118,11 @@ def _is_repo_id(text: str) -> bool:
 
 
 def check_license(license: str | None, option: str = "license") -> None:
-    """Raise `HubError` if the Hub does not accept `license` in a card. The message names `option` and the nearest licence.
+    """Raise `HubError` if the Hub does not accept `license` in a card.
 
-    None is accepted.
+    The error's message names `option` and the nearest licence.
+
+    A `license` of None is accepted.
     """
     if license is None or license in LICENSES:
         return
@@ -141,9 +149,12 @@ def _near_licenses(text: str) -> list[str]:
 
 
 def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = print, target: Target = MAIN) -> None:
-    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`. Scripts ask before hours of work.
+    """Ask the Hub once, within seconds, whether `push_folder` may write to `repo_id`.
 
-    A pull request needs read access only. If the Hub cannot be asked now, a warning is printed, since the push comes later.
+    Scripts ask the Hub before hours of work.
+
+    Opening a pull request needs only read access. If the Hub cannot be asked now, a warning is printed, since the push
+    comes later.
 
     Raises:
         HubError: The token is missing or wrong, the token or its account may not write, or HF_HUB_OFFLINE is set.
@@ -179,7 +190,7 @@ def _no_repository(repo_id: str) -> str:
 
 
 def _token_of(user: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts on the token that the Hub's `whoami` answers, or {} if it names none."""
+    """Return the facts on the token that the Hub's `whoami` answers, or {} if the answer holds no such facts."""
     token = (user.get("auth") or {}).get("accessToken")
     return token if isinstance(token, dict) else {}
 
@@ -211,7 +222,10 @@ def _writable(user: dict[str, Any]) -> set[str] | None:
 
 
 def _check_create(user: dict[str, Any], repo_id: str, say: Callable[[str], Any]) -> None:
-    """Raise `HubError` if the account or its token surely may not create `repo_id`. Print a warning if that is only likely."""
+    """Raise `HubError` if the account or its token surely may not create `repo_id`.
+
+    Print a warning if the account or token probably may not create it.
+    """
     owner, name = repo_id.split("/")[0], user.get("name")
     writable = _writable(user)
     if writable is not None and owner.lower() not in writable:  # the token covers the repository but not its owner
@@ -250,12 +264,14 @@ def push_folder(
     say: Callable[[str], Any] = print,
     target: Target = MAIN,
 ) -> Pushed:
-    """Make the files of a repository equal to those of `folder`, in one commit. Equal files need no commit.
+    """Make the files of a repository equal to those of `folder`, in one commit.
 
-    Failures that may pass are retried: 408, 409, 412, 429, 5xx, a broken connection, silence. Retries end `deadline`
-    seconds after the first failure began. A transfer that makes progress is never cut.
+    If all files are equal already, no commit is made.
 
-    huggingface_hub's own retries within a request are off. The requests, some of which would wait for ever, fail after
+    Failures of a push that may pass are retried: 408, 409, 412, 429, 5xx, a broken connection, silence. Retries of a
+    push end `deadline` seconds after the first failure began. A transfer that makes progress is never cut.
+
+    huggingface_hub's own retries within a request are off. Requests, some of which would wait for ever, fail after
     `SILENCE_S` without a byte. A silent Hub therefore ends the push at most `SHORTEST_SILENCE_S` after the deadline.
     Most repositories upload through hf_xet, which has its own limits: a silent storage fails after up to 6 times 300 s
     (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
@@ -264,18 +280,20 @@ def push_folder(
         folder: Folder of the files to push. The push does not change the folder.
         repo_id: Name of the repository, `owner/name`. A missing repository is created.
         repo_type: Kind of the repository: model, dataset or space.
-        files: Patterns of the files to push, relative to `folder`. As in huggingface_hub, `*` also matches `/`. Files on
-            the Hub that match and are not in `folder` are deleted. Other files stay. A hidden file needs its full name.
-        message: Message of the commit.
+        files: Patterns of the files to push, relative to `folder`. As in huggingface_hub, `*` also matches `/`. Files
+            on the Hub that match and are not in `folder` are deleted. Other files on the Hub stay. A hidden file is
+            pushed only if its full name is given.
+        message: Message of the pushed commit.
         private: Whether a new repository is private. An existing repository keeps its visibility.
         deadline: Seconds during which a failing push is retried.
-        merge_card: Function that makes the README.md to push from the README.md on the Hub, which is None if missing.
-            Each attempt calls the function. Without the function, README.md is an ordinary file.
+        merge_card: Function that makes the README.md to push from the README.md on the Hub, which is None if the Hub
+            has no README.md. Each attempt to push calls `merge_card`. Without `merge_card`, README.md is pushed like
+            any other file.
         say: Function that prints one line on the reason and the time of the next attempt.
         target: Branch or pull request that receives the push.
 
     Raises:
-        HubError: The push has finally failed. The message contains no secrets.
+        HubError: The push has finally failed. The error's message contains no secrets.
     """
     check_repo_id(repo_id, "repo_id")
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -433,7 +451,10 @@ def _read_card(api: HfApi, address: str) -> str:
 
 
 def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
-    """Return whether the Hub's file equals the local file. LFS files are compared by SHA-256, others by git's SHA-1."""
+    """Return whether the Hub's file equals the local file.
+
+    LFS files are compared by SHA-256, other files by git's SHA-1.
+    """
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     if entry is None or size != entry.size:
         return False
@@ -451,10 +472,10 @@ def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
 class _Failure:
     """The reason why a request failed, and whether a retry may help."""
 
-    reason: str  # Message for a person, without secrets.
-    status: int | None = None  # HTTP status of the answer.
+    reason: str  # Message on the failure for a person, without secrets.
+    status: int | None = None  # HTTP status of the Hub's answer.
     denied: bool = False  # Whether the token is wrong or lacks a permission.
-    passing: bool = False  # Whether a retry may help.
+    passing: bool = False  # Whether a retry of the request may help.
     silence: bool = False  # Whether the Hub stopped answering, so that the failure began earlier.
     retry_after: float = 0.0  # Seconds that the Hub asks the client to wait.
 
@@ -491,7 +512,7 @@ def limited(silence_s: float) -> Iterator[None]:
 def _send(
     send: Callable[..., httpx2.Response], silence_s: float, request: httpx2.Request, **options: Any
 ) -> httpx2.Response:
-    """Send a request. Raise the errors that huggingface_hub would retry silently or misread."""
+    """Send a request to the Hub. Raise the errors that huggingface_hub would retry silently or misread."""
     # The client's own timeout does not serve: huggingface_hub passes timeout=None with some requests.
     request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), silence_s)
     try:
@@ -507,7 +528,10 @@ def _send(
 
 
 def _read_failure(error: BaseException, api: HfApi) -> _Failure:
-    """Return the failure that an exception of huggingface_hub means. Uploads wrap the real exception in a RuntimeError."""
+    """Return the failure that an exception of huggingface_hub means.
+
+    The uploads of huggingface_hub wrap the real exception in a RuntimeError.
+    """
     cause: BaseException = error
     while isinstance(cause, RuntimeError) and cause.__cause__:
         cause = cause.__cause__

@@ -1,8 +1,9 @@
 """Read and write the values of a grid's axis as users type them, in AUTOMATIC1111's X/Y/Z notation. This module imports no torch.
 
 `1-10` counts by one, `1-10(+2)` and `10-1(-3)` count by a step, and `1-10[5]` gives five values evenly spaced from end to end.
-Commas join such parts. Unlike AUTOMATIC1111, a step that meets the end includes it: `10-1(-3)` is 10, 7, 4, 1. Repeated values
-are kept once. The whole text is checked before any range is expanded.
+Commas join several numbers and ranges. Unlike AUTOMATIC1111, a range whose step meets the end includes the end:
+`10-1(-3)` is 10, 7, 4, 1. A repeated value of an axis is kept once. The whole typed text is checked before any range is
+expanded.
 """
 
 import csv
@@ -37,11 +38,11 @@ def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MA
 
     Args:
         axis: name of the axis, which is in `NUMBERS` (int or float within bounds), `WORDS` (names separated by commas) or
-            `TEXTS` (one prompt per line). Names with a comma are quoted as in CSV.
+            `TEXTS` (one prompt per line). Names that contain a comma are quoted as in CSV.
         known_names: the valid names for an axis in `WORDS`.
 
     Raises:
-        UserError: a value is invalid. The message names the axis, the value and the fix.
+        UserError: a value is invalid. The error's message names the axis of the grid, the value and the fix.
     """
     if axis in NUMBERS:
         return _parse_numbers(axis, text, limit)
@@ -53,7 +54,7 @@ def parse(axis: str, text: str, known_names: Sequence[str] = (), limit: int = MA
 
 
 def format_values(axis: str, values: Sequence[Any]) -> str:
-    """Return the shortest text from which `parse` reads `values`, which are distinct."""
+    """Return the shortest text from which `parse` reads `values`, which must be distinct."""
     if axis in NUMBERS:
         return _format_numbers(axis, values)
     if axis in WORDS:
@@ -113,7 +114,10 @@ def _expand(axis: str, part: str, limit: int) -> list[Any]:
 
 
 def _number(axis: str, text: str, bounded: bool = True) -> Decimal:
-    """Read a number within the axis's bounds. If `bounded` is False, read a step, which may be as large as their distance."""
+    """Read a number within an axis's bounds.
+
+    If `bounded` is False, read a step, which may be as large as the distance of the bounds.
+    """
     kind, low, high = NUMBERS[axis]
     value = Decimal(text)
     if not bounded:
@@ -142,7 +146,7 @@ def _format_numbers(axis: str, values: Sequence[Any]) -> str:
 
 
 def _ranges(axis: str, values: Sequence[Any], texts: Sequence[str]) -> Iterable[str]:
-    """Yield ranges such as 1-10 that replace three or more of the values."""
+    """Yield ranges such as 1-10 that replace three or more values of an axis."""
     first, second, last = (Decimal(texts[number]) for number in (0, 1, -1))
     step, ends = second - first, f"{texts[0]}-{texts[-1]}"
     candidates = []

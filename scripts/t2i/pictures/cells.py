@@ -1,8 +1,9 @@
 """Draw the cells (pictures) of grids once each, and keep them in a content-addressed store in the run folder.
 
-A cell's file is `<run>/cells/<key>.png`. The key is the hash of all that decides the picture: the model's weights, prompt, seed
-and settings. So a picture is the same cell whichever grid or command asks for it. Each file is written atomically as soon as
-its picture is drawn. If a page watched the drawing, `<key>.steps.png` holds some of its steps from left to right.
+The file of a cell (a stored picture) is `<run>/cells/<key>.png`. The key of a cell is a hash of all that decides the
+picture: the model's weights, prompt, seed and settings. A picture with equal weights, prompt, seed and settings is
+stored once, whichever grid or command draws it. The file of a cell is written atomically as soon as its picture is
+drawn. If a page watched the drawing, `<key>.steps.png` holds the picture at some denoising steps, from left to right.
 
 This module imports no torch before a picture is drawn, because pages and `--help` must start quickly.
 """
@@ -66,11 +67,11 @@ class Cell:
         seed: seed of the noise, 0 to 2**63 - 1.
         guidance_scale: scale of classifier-free guidance, 0 to 1000.
         num_inference_steps: number of denoising steps, 1 to 1000.
-        scheduler: a key of `png.SCHEDULERS` or a class name of diffusers. The class name is stored as the scheduler.
+        scheduler: a key of `png.SCHEDULERS` or a class name of diffusers. The cell stores the scheduler's class name.
         guidance_end: share of the steps, from the first step on, that are guided, 0 to 1.
 
     Raises:
-        UserError: a value is out of its bounds.
+        UserError: a setting of the picture is out of its bounds.
     """
 
     prompt: str
@@ -115,14 +116,16 @@ class Cell:
 
     @property
     def samples(self) -> int:
-        """Return the number of UNet samples, which determines the time: two per guided step, one per unguided step."""
+        """Return the picture's number of UNet samples, which determines the time: two per guided step, one per unguided
+        step.
+        """
         guided = guided_steps(self.num_inference_steps, self.guidance_end) if self.guidance_scale > 1 else 0
         return self.num_inference_steps + guided
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields of the cell that identify the picture.
+        """Return the fields of a cell that identify the picture.
 
-        A `guidance_end` of 1 is left out, so that pictures keep their keys from before that setting existed.
+        A `guidance_end` of 1 is left out, so that pictures from before this setting existed keep their keys.
         """
         fields = asdict(self)
         return fields if self.guidance_end < 1 else {key: fields[key] for key in fields if key != "guidance_end"}
@@ -146,10 +149,10 @@ class PlannedCell:
     """A cell of a planned grid, with the model that draws it.
 
     Attributes:
-        at: position in the grid, (tab, row, column).
-        model_hash: hash of the model's weights, or "" if there is a problem.
-        path: file of the picture, which may not exist yet.
-        made: whether the store already has the picture.
+        at: position of the cell in the grid, (tab, row, column).
+        model_hash: hash of the model's weights, or "" if the picture cannot be drawn.
+        path: file of the cell's picture, which may not exist yet.
+        made: whether the store already has the cell's picture.
         problem: one sentence on why the picture cannot be drawn (its model is missing), or "".
     """
 
@@ -169,15 +172,15 @@ class PlannedCell:
 def weights_hash(folder: Path, weights: str = "ema") -> str:
     """Return a hash (16 hex digits) of a model: UNet, VAE, text encoder, tokenizer and noise schedule.
 
-    A checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other files are
-    read once, and again only if their size or time changes.
+    A checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other
+    weight files are read once, and again only if their size or time changes.
 
     Args:
         folder: a checkpoint of a run, its `pipeline/`, or any pipeline folder.
         weights: weights of a checkpoint to use, "ema" or "raw".
 
     Raises:
-        UserError: the folder is neither a checkpoint nor a pipeline, or it is incomplete.
+        UserError: the folder is neither a checkpoint nor a pipeline, or the folder is incomplete.
     """
     if (folder / "model_index.json").is_file():
         run = _run_json(folder.parent) if folder.name == "pipeline" else {}
@@ -205,7 +208,10 @@ def _run_json(run: Path) -> dict[str, Any]:
 
 
 def _frozen_part_hashes(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return the hashes of the frozen models that all checkpoints of a run share. The identity of the run holds them."""
+    """Return the hashes of the frozen models that all checkpoints of a run share.
+
+    The identity of the run in run.json holds these hashes.
+    """
     names = {"vae": "vae_hash", "text_encoder": "text_encoder_hash", "tokenizer": "tokenizer_hash"}
     identity = run.get("identity")
     identity = identity if isinstance(identity, dict) else {}
@@ -246,7 +252,7 @@ def _read(
 
 
 def is_made(run: Path, model_hash: str, cell: Cell) -> bool:
-    """Return whether `read_cell` gives a picture. An unchanged file is decoded only once."""
+    """Return whether `read_cell` gives a picture. An unchanged file of a picture is decoded only once."""
     try:
         stat = cell_path(run, model_hash, cell).stat()
     except OSError:
@@ -260,7 +266,10 @@ def _is_readable(run: Path, model_hash: str, cell: Cell, *state: int) -> bool:
 
 
 def save_cells(run: Path, checkpoint: str, model_hash: str, cells: Sequence[Cell], pictures: np.ndarray) -> None:
-    """Store pictures, uint8 [N, R, R, 3], that were drawn elsewhere. Pictures already in the store do not change."""
+    """Store pictures, uint8 [N, R, R, 3], that were drawn elsewhere.
+
+    Pictures that are already in the store do not change.
+    """
     with _lock_store(run, lambda: False):
         for cell, picture in zip(cells, pictures, strict=True):
             if not is_made(run, model_hash, cell):
@@ -279,8 +288,8 @@ def _save(
     """Write a picture into the store atomically. The caller holds the lock of the store.
 
     Args:
-        path: file to write, if it is not the cell's own file but the file of its steps.
-        more: further parameters to write into the file.
+        path: file to write, such as the file of the picture's steps. With None, write the cell's own file.
+        more: further parameters to write into the picture's file.
     """
     path = path or cell_path(run, model_hash, cell)
     part = path.with_name(f".{path.stem}.part.png")
@@ -291,15 +300,18 @@ def _save(
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); make room, and the grid resumes from there"
+            f"{path} cannot be written ({error.strerror}); make room on the disk, and draw the grid again"
         ) from None
 
 
 @contextmanager
 def _lock_store(run: Path, cancelled: Callable[[], bool]) -> Iterator[bool]:
-    """Wait until no other thread or process draws for a run. Yield False if `cancelled` becomes true first.
+    """Wait until no other thread or process draws for a run.
 
-    Waiting sessions stand at a gate that the last drawing session must pass again. So a long grid does not starve a picture.
+    Yield False if `cancelled` becomes true before this session's turn.
+
+    The session that drew last must queue behind the sessions that wait to draw. A session that draws a long grid lets a
+    session with a single picture draw in between.
     """
     store = run / STORE
     try:
@@ -335,10 +347,10 @@ def _acquire(lock: FileLock, cancelled: Callable[[], bool]) -> bool:
 def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: int = MAX_CELLS) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
-    A missing model raises no error. The cells of the model then have a `problem`.
+    A missing model raises no error. The cells of a missing model have the reason in `problem`.
 
     Args:
-        run, checkpoint, cell: settings that no axis varies. `checkpoint` may be "pipeline", the finished model.
+        run, checkpoint, cell: settings that no axis varies. The checkpoint may be "pipeline", the finished model.
         axes: axes of the columns, rows and tabs, up to three with different names.
 
     Raises:
@@ -376,7 +388,7 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
 def schedule_of(run: Path) -> dict[str, Any]:
     """Return the config of the scheduler with which a run's model was saved, or {} if it is unreadable.
 
-    The config decides which other schedulers fit the model.
+    A scheduler's config decides which other schedulers fit the model.
     """
     file = run / "pipeline" / "scheduler" / "scheduler_config.json"
     try:
@@ -420,16 +432,18 @@ def make(
     """Draw the missing pictures of a plan, in order and one model at a time; return how many this call drew.
 
     Args:
-        planned: cells that `plan` returned. Cells with a picture or a problem are skipped.
-        load: function that returns the pipeline of a checkpoint or pipeline folder, for example from a cache. None takes
-            `sampling.load_pipeline`. One pipeline is used at a time, and its scheduler is restored afterwards.
-        batch_size: number of pictures drawn at once, if they differ only in prompt and seed.
-        progress: function that is called after each picture with its cell, the number drawn, and the number to draw.
+        planned: cells that `plan` returned. Cells whose picture exists or cannot be drawn are skipped.
+        load: function that returns the pipeline of a checkpoint or pipeline folder, for example from a cache. With
+            None, `sampling.load_pipeline` loads the pipeline. One pipeline is used at a time, and the scheduler of the
+            pipeline is restored after drawing.
+        batch_size: number of pictures drawn at once, if the pictures differ only in prompt and seed.
+        progress: function that is called after each picture with its cell, the number drawn, and the number of pictures
+            to draw.
         cancelled: function that returns whether to stop, called before each batch and while another session draws.
 
     Raises:
-        UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished pictures
-            stay, and the same call draws the others.
+        UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished
+            pictures stay, and the same call draws the missing pictures.
     """
     wanted = missing(planned)
     done, drawn, current, pipeline = 0, 0, None, None
@@ -478,7 +492,10 @@ def _load_pipeline(model: Path) -> Any:
 
 
 def _draw(pipeline: Any, batch: Sequence[PlannedCell], watch: Callable[..., None] | None = None) -> np.ndarray:
-    """Draw cells that differ only in prompt and seed: uint8 [N, R, R, 3]. `watch` is the argument of `sampling.generate`."""
+    """Draw cells that differ only in prompt and seed: uint8 [N, R, R, 3].
+
+    The argument `watch` is that of `sampling.generate`.
+    """
     from t2i.pictures import sampling  # imports torch
 
     cell, saved = batch[0].cell, pipeline.scheduler
@@ -505,11 +522,11 @@ def _draw(pipeline: Any, batch: Sequence[PlannedCell], watch: Callable[..., None
 
 @dataclass(frozen=True)
 class Watched:
-    """A picture and its states at some denoising steps, uint8 [R, R, 3] each.
+    """A drawn picture and its states at some denoising steps, uint8 [R, R, 3] each.
 
     Attributes:
         steps: pairs of a step's number, from 1, and the picture at that step, without the finished picture.
-        note: reason why the picture is not in the store, or "".
+        note: reason why the drawn picture is not in the store, or "".
     """
 
     picture: np.ndarray
@@ -522,12 +539,15 @@ class _Stopped(Exception):
 
 
 def shown_steps(count: int) -> list[int]:
-    """Return which of `count` steps are shown: the first, the last, and some evenly between, at most `STEPS`."""
+    """Return which of `count` denoising steps are shown: the first, the last, and some evenly between, at most `STEPS`."""
     return sorted({1 + round((count - 1) * number / (STEPS - 1)) for number in range(STEPS)})
 
 
 def read_watched(planned: PlannedCell) -> Watched | None:
-    """Return a stored picture with its stored steps, if it has any. None if there is no complete picture."""
+    """Return a stored picture with its stored denoising steps, if there are any.
+
+    The result is None if the store has no complete picture.
+    """
     image = read_cell(planned.run, planned.model_hash, planned.cell)
     if image is None:
         return None
@@ -550,16 +570,18 @@ def make_watched(
     progress: Callable[[int, int, np.ndarray | None], Any] = lambda step, count, picture: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Watched | None:
-    """Draw one picture and some of its steps, and store them; return None if it was cancelled.
+    """Draw and store one picture and some of its denoising steps; return None if the drawing was cancelled.
 
-    The picture is the same, bit for bit, as without watching. A picture that is stored with its steps is not drawn again. If
-    the store cannot be written, the picture only has a note: a model may lie on a read-only disk.
+    A watched picture is the same, bit for bit, as one drawn without watching. A picture that is stored with its steps
+    is not drawn again. If the store cannot be written, as on a read-only disk, the picture gets a note and no error is
+    raised.
 
     Args:
-        load: function that returns the pipeline of a checkpoint or pipeline folder, as in `make`.
+        load: function that returns the pipeline of a checkpoint or pipeline folder.
         progress: function that is called after each denoising step with the step's number, the number of steps, and a
-            picture. The picture is the model's guess of the result, uint8 [R, R, 3], or None at steps that are not shown.
-        cancelled: function that returns whether to stop, called before each step and while others draw.
+            picture. The picture at a step is the model's guess of the result, uint8 [R, R, 3], or None at steps that
+            are not shown.
+        cancelled: function that returns whether to stop, called before each step and while other sessions draw.
 
     Raises:
         UserError: the model cannot be loaded or has changed since the plan.
@@ -611,7 +633,8 @@ def _save_watched(
     """Store a picture and its steps, and remove the oldest watched pictures beyond `MAX_WATCHED`.
 
     Args:
-        own: whether this call adds the picture. A grid's picture is stored already, and stays when its steps are removed.
+        own: whether this call adds the picture to the store. A picture of a grid is stored already, and stays when its
+            steps are removed.
     """
     cell = (planned.run, planned.checkpoint, planned.model_hash, planned.cell)
     if own:
@@ -646,7 +669,9 @@ def zip_pictures(planned: Sequence[PlannedCell]) -> bytes:
 
 @dataclass(frozen=True)
 class EvaluatedGrid:
-    """The grid that evaluate_checkpoints.py left in the store: a cell with the shared settings, and the axes."""
+    """The grid that evaluate_checkpoints.py left in the store: a cell with the settings that all pictures share, and
+    the axes.
+    """
 
     cell: Cell
     checkpoints: Axis

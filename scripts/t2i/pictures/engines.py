@@ -1,8 +1,8 @@
 """Compiled engines for pictures on a CPU. OpenVINO compiles text encoder, UNet and VAE decoder for static shapes.
 
-The compiled models replace the stock pipeline's modules. Prompts, noise, schedule and guidance stay those of diffusers.
-`t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`). The compiled models are valid as long as
-the weights beside them do not change.
+Compiled models replace modules of the stock pipeline. With compiled models, prompts, noise, schedule and guidance are
+still computed by diffusers. `t2i/pictures/quantization.py` writes compiled models into a pipeline folder (`openvino/`).
+Compiled models are valid as long as the weights in the same pipeline folder do not change.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ SAMPLE = 1 << 20  # bytes read at each end of a weights file, to tell it from ot
 
 
 class Network:
-    """A compiled model, called with arrays. The call returns the model's only output as a tensor."""
+    """A compiled model, called with arrays. Calling the compiled model returns its only output as a tensor."""
 
     def __init__(self, compiled: Any):
         self.request = compiled.create_infer_request()
@@ -49,12 +49,14 @@ class Network:
 
 
 class Sizes(dict[int, Network]):
-    """Networks of one model, by number of samples.
+    """The compiled networks of one model, by number of samples.
 
-    The network for two samples (one guided picture) is compiled at once. Others are compiled at their first use.
+    The network for two samples (one guided picture) is compiled at once. Networks for other numbers of samples are
+    compiled at their first use.
 
     Args:
-        model: an OpenVINO model, or its file. The file is read at once, because it may change before the first use.
+        model: an OpenVINO model, or its file. The model's file is read at once, because it may change before the first
+            use.
     """
 
     def __init__(self, model: Any):
@@ -71,7 +73,8 @@ class Sizes(dict[int, Network]):
 class CompiledText(torch.nn.Module):
     """The compiled text encoder, called as the stock one: token ids [B, L] -> (hidden states [B, L, D],).
 
-    Encoded prompts are cached. Every picture needs the empty prompt, and many pictures repeat the last prompt.
+    The compiled text encoder caches encoded prompts. Every picture needs the empty prompt, and many pictures repeat the
+    last prompt.
     """
 
     def __init__(self, network: Network, config: Any):
@@ -95,10 +98,11 @@ class CompiledUnet(torch.nn.Module):
     """The compiled UNet, called as the stock one.
 
     The UNet maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
-    separately, so that it does not depend on its batch. A guided picture needs two samples, an unguided picture one.
+    separately, so that it does not depend on its batch. At each step, a guided picture needs two samples of the UNet,
+    an unguided picture one.
 
     Args:
-        networks: networks by number of samples, as in `Sizes`.
+        networks: compiled networks by number of samples, as in `Sizes`.
         weights_hash: `models.hash_model` of the UNet that was compiled.
     """
 
@@ -120,10 +124,10 @@ class CompiledUnet(torch.nn.Module):
         return (made,)
 
     def _split(self, sample: torch.Tensor, hidden: torch.Tensor) -> list[tuple[list[int], np.ndarray]]:
-        """Split a batch into pictures: the rows and the hidden states of each.
+        """Split a batch into pictures: the rows and the hidden states of each picture.
 
-        The batch is split once, not in each step. PyTorch's threads spin after work on large tensors, and then compete
-        with OpenVINO's.
+        The batch is split once, not in each denoising step. After work on large tensors, PyTorch's threads spin and
+        compete with OpenVINO's threads.
         """
         half = len(sample) // 2
         guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # one half per prompt
@@ -172,7 +176,7 @@ class _Decoder(torch.nn.Module):
 
 
 def is_installed() -> bool:
-    """Return whether OpenVINO can be imported. Training does not need it."""
+    """Return whether OpenVINO can be imported. Training does not need OpenVINO."""
     from importlib.util import find_spec
 
     return find_spec("openvino") is not None
@@ -190,7 +194,10 @@ def is_exported(folder: Path) -> bool:
 
 
 def load_exported(folder: Path) -> StableDiffusionPipeline:
-    """Load the stock pipeline with the compiled models in `folder`. The weights beside them are not read."""
+    """Load the stock pipeline with the compiled models in `folder`.
+
+    The weights of the stock pipeline's modules are not read.
+    """
     networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in WEIGHTS})
     return _pipeline(
         networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
@@ -200,7 +207,7 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
 
 def compile_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """Return a pipeline whose modules are compiled in memory. Compiling takes some seconds."""
+    """Return a pipeline whose modules are compiled in memory. Compiling a pipeline takes some seconds."""
     return wrap_networks(pipeline, compile_models(convert(pipeline)))
 
 
@@ -218,9 +225,9 @@ def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -
 
 @torch.no_grad()
 def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """Return the pipeline's parts as OpenVINO models by name.
+    """Return the parts of a pipeline as OpenVINO models by name.
 
-    The UNet takes any number of samples, the others take one.
+    The UNet as an OpenVINO model takes any number of samples, the other parts take one.
     """
     openvino = import_openvino()
     unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
@@ -254,8 +261,9 @@ def _upsample(
 ) -> torch.Tensor:
     """Upsample as diffusers does, with 4/9 of its multiplications: [B, C, h, w] -> [B, C, 2h, 2w].
 
-    Nearest-neighbour upsampling repeats each pixel in a 2 x 2 block. So two rows or columns of a 3 x 3 convolution's weights
-    meet the same value, and can be added beforehand. The result is four 2 x 2 convolutions, one per place in the block.
+    Nearest-neighbour upsampling repeats each pixel in a 2 x 2 block. After the upsampling, two rows or columns of a 3 x
+    3 convolution's weights meet the same repeated pixel, and can be added beforehand. Upsampling and convolution
+    together equal four 2 x 2 convolutions, one per place in the 2 x 2 block.
     """
     convolution = getattr(self, "conv", None)
     stock = self.norm is not None or not self.interpolate or output_size is not None
@@ -270,13 +278,18 @@ def _upsample(
 
 
 def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the three weights along `dim` to two pairs: (before, here) for even pixels, and (here, after) for odd pixels."""
+    """Add a convolution's three weights along `dim` to two pairs: (before, here) for even pixels, and (here, after) for
+    odd pixels.
+    """
     first, middle, last = weight.unbind(dim)
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
 
 def compile_models(models: dict[str, Any]) -> dict[str, Any]:
-    """Compile models by name. The UNet becomes networks by number of samples (`Sizes`)."""
+    """Compile the OpenVINO models of a pipeline, given by name.
+
+    The UNet becomes networks by number of samples (`Sizes`).
+    """
     return {name: Sizes(model) if name == "unet" else compile_model(model) for name, model in models.items()}
 
 
@@ -285,7 +298,7 @@ def compile_model(model: Any, kept: bool = False) -> Network:
 
     Args:
         model: an OpenVINO model, or its file.
-        kept: whether the compiled model is cached on disk. A model from a file is always cached.
+        kept: whether OpenVINO caches the compiled model on disk. A model from a file is always cached.
     """
     core = openvino_core()
     in_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -296,11 +309,11 @@ def compile_model(model: Any, kept: bool = False) -> Network:
 
 
 def compile_module(module: torch.nn.Module, example: torch.Tensor) -> Any:
-    """Compile a torch module of one input in float32. The result takes arrays with any number of samples.
+    """Compile a torch module of one input in float32. The compiled module takes arrays with any number of samples.
 
     Args:
-        module: the module in eval mode.
-        example: an input, [1, ...].
+        module: the torch module in eval mode.
+        example: an example of the module's input, [1, ...].
     """
     openvino = import_openvino()
     model = openvino.convert_model(module, example_input=example)
@@ -310,7 +323,10 @@ def compile_module(module: torch.nn.Module, example: torch.Tensor) -> Any:
 
 
 def with_samples(model: Any, samples: int) -> Any:
-    """Return a copy of a model that takes exactly this number of samples. A fixed number makes it faster."""
+    """Return a copy of a model that takes exactly this number of samples.
+
+    A fixed number of samples makes the model faster.
+    """
     openvino, model = import_openvino(), model.clone()
     shapes = {one: one.partial_shape for one in model.inputs if one.partial_shape.is_dynamic}
     model.reshape({one: openvino.PartialShape([samples, *list(shape)[1:]]) for one, shape in shapes.items()})
@@ -330,13 +346,16 @@ def _pipeline(
 
 
 def _scheduler(folder: Path) -> Any:
-    """Load the scheduler that the pipeline in `folder` was saved with."""
+    """Load the scheduler with which the pipeline in `folder` was saved."""
     name = StableDiffusionPipeline.load_config(folder)["scheduler"][1]
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
 def weight_fingerprints(folder: Path) -> dict[str, str]:
-    """Return the size of each weights file and a hash of its two ends, by model. Any training changes the ends."""
+    """Return the size of each weights file of a pipeline, and a hash of the file's two ends, by model.
+
+    Any training changes the ends of a weights file.
+    """
     found = {}
     for name, path in WEIGHTS.items():
         with open(folder / path, "rb") as file:
@@ -352,8 +371,9 @@ def weight_fingerprints(folder: Path) -> dict[str, str]:
 def openvino_core() -> Any:
     """Return OpenVINO's one `Core` of this process.
 
-    Each core gives the thread that makes it a stack for signals. If another thread drops the core's last model, OpenVINO frees
-    that stack while it is in use. The next signal, such as Ctrl-C, then kills the process. So OpenVINO's core is never dropped.
+    Each OpenVINO core gives the thread that makes the core a stack for signals. If another thread drops the core's last
+    model, OpenVINO frees that stack for signals while it is in use. With a freed stack, the next signal, such as
+    Ctrl-C, would kill the process. To avoid this crash, OpenVINO's core is never dropped.
     """
     return import_openvino().Core()
 

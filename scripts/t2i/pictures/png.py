@@ -56,7 +56,9 @@ NO_SAMPLE = {
 
 
 def last_signal(config: Mapping[str, Any]) -> float:
-    """Return the image's share in the last noise level (alpha-bar, 0 to 1) of a scheduler's config; 0: zero terminal SNR."""
+    """Return the image's share in the last noise level (alpha-bar, 0 to 1) of a scheduler's config; a share of 0 means
+    zero terminal SNR.
+    """
     if config.get("rescale_betas_zero_snr"):
         return 0.0
     try:
@@ -83,7 +85,7 @@ def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = 
     Args:
         name: a key of `SCHEDULERS` or a class name of diffusers.
         config: content of scheduler_config.json, which was saved with the model.
-        steps: number of denoising steps, or None if not yet chosen.
+        steps: number of denoising steps, or None if the number is not chosen yet.
     """
     reason = _misfit(SCHEDULERS.get(name.lower(), name), config, steps)
     if reason is None:
@@ -96,7 +98,10 @@ def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = 
 
 
 def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> list[str]:
-    """Return the keys of `SCHEDULERS` that suit a model. The arguments are the same as of `scheduler_problem`."""
+    """Return the keys of `SCHEDULERS` that suit a model.
+
+    The arguments of this function are those of `scheduler_problem`.
+    """
     return [name for name, cls in SCHEDULERS.items() if _misfit(cls, config, steps) is None]
 
 
@@ -118,7 +123,7 @@ def _misfit(cls: str, config: Mapping[str, Any], steps: int | None) -> str | Non
 
 
 class Preset(NamedTuple):
-    """Settings that trade a picture's quality for time."""
+    """A preset: settings that trade a picture's quality for time."""
 
     scheduler: str  # A key of `SCHEDULERS`.
     num_inference_steps: int
@@ -135,7 +140,9 @@ PRESETS = {
 
 
 def guided_steps(steps: int, guidance_end: float) -> int:
-    """Return how many of `steps` denoising steps are guided, at least 1, if their share is `guidance_end` (0 to 1)."""
+    """Return how many of `steps` denoising steps are guided, at least 1, if the share of guided steps is `guidance_end`
+    (0 to 1).
+    """
     return max(1, math.ceil(round(steps * guidance_end, 6)))
 
 
@@ -223,7 +230,7 @@ _STYLED = re.compile(r"bold|italic|oblique|mono|light|thin|black|condensed|serif
 def lettered(text: str, number: int = 1) -> tuple[str, Any]:
     """Return a text that can be drawn, and its font: Pillow's own font, or an installed font that has all letters.
 
-    If no font has them, the text is `_latin`'s, with `number` for what cannot be drawn.
+    If no font has all letters, the text is that of `_latin`, with `number` for words that cannot be drawn.
     """
     pillow_font = ImageFont.load_default(FONT_SIZE)
     if _has(pillow_font, text):
@@ -248,7 +255,10 @@ def _latin(text: str, number: int = 1) -> str:
 
 @lru_cache(maxsize=256)
 def _font_for(letters: frozenset[str]) -> Any:
-    """Return an installed font with all of `letters`. None if there is none, or if Pillow cannot join or order the letters."""
+    """Return an installed font with all of `letters`.
+
+    The result is None without such a font, or if Pillow cannot join or order the letters.
+    """
     joined = any(
         unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) == "Mc" for letter in letters
     )
@@ -283,7 +293,10 @@ def _open_font(file: str) -> Any:
 
 
 def _has(font: Any, text: str) -> bool:
-    """Return whether a font has every letter of a text. A font draws a missing letter like an unused code point."""
+    """Return whether a font has every letter of a text.
+
+    A letter is missing if the font draws it like an unused code point.
+    """
     missing = bytes(font.getmask("\U0010ffff"))
     shown = (letter for letter in set(text) if not letter.isspace() and unicodedata.category(letter) != "Cf")
     return all(bytes(font.getmask(letter)) != missing for letter in shown)
@@ -297,8 +310,8 @@ def labelled_grid(
 ) -> Image.Image:
     """Return an image of pictures in a table, with labels of columns and rows. A picture that is None becomes a gray field.
 
-    A label in a script that no font here has becomes a number in brackets, and a line below says so. `info["legend"]` of the
-    grid spells the label, and `grid_png` keeps it in the file.
+    A label in a script that no font here has becomes a number in brackets, and a line below the table says so.
+    The grid's `info["legend"]` spells the label, and `grid_png` writes this legend into the file.
     """
     side = max((max(image.size) for row in rows for image in row if image), default=64)
     side, gap, line = max(side, 96), 4, 16  # labels need some room

@@ -1,8 +1,9 @@
 """Export a pipeline's networks for OpenVINO, with 8-bit convolutions if measured pictures stay nearly the same.
 
-NNCF, OpenVINO's own quantiser, rounds the inputs of the convolutions of UNet and decoder. NNCF measures the ranges of these inputs on a
-few pictures. Sums, normalisation and attention keep their precision. With the timestep or the residual stream in 8 bits too, the
-demo's pictures fell to 12 dB PSNR against the stock ones. With only the convolutions in 8 bits they stay above 35 dB.
+NNCF, OpenVINO's own quantiser, rounds the inputs of the convolutions in the UNet and the VAE's decoder. NNCF measures
+the ranges of the convolutions' inputs on a few pictures. Sums, normalisation and attention are not rounded to 8 bits.
+With the timestep or the residual stream in 8 bits too, the demo's pictures fell to 12 dB PSNR against the stock
+pictures. With only the convolutions in 8 bits, the demo's pictures stay above 35 dB.
 """
 
 import logging
@@ -46,7 +47,7 @@ KEPT_PLACES = (".*conv_in.*", ".*conv_out.*", ".*time_emb.*")  # these are small
 def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
     """Write the compiled models of `pipeline` into its pipeline folder.
 
-    Old compiled models are replaced at the end.
+    Older compiled models in the folder are replaced at the end.
 
     Args:
         folder: pipeline folder from which `pipeline` was loaded.
@@ -87,16 +88,17 @@ def quantise(
 ) -> tuple[dict[str, Any], list[str], float | None]:
     """Quantise a pipeline's parts to 8 bits, if pictures stay nearly the same.
 
-    A part stays quantised if pictures of `PROMPTS` reach a PSNR of `LEAST_DB` against those without 8 bits.
+    A part of the pipeline stays quantised if pictures of `PROMPTS` reach a PSNR of `LEAST_DB` against pictures without
+    8 bits.
 
     Args:
         models: OpenVINO models by name, as `engines.convert` returns them.
-        build: function that makes a pipeline from networks, given by name.
-        guidance_scale: guidance scale of the compared pictures.
+        build: function that makes a pipeline from compiled networks, given by name.
+        guidance_scale: guidance scale of the pictures that are compared.
 
     Returns:
-        The models by name, the names of the quantised models, and the PSNR of the worst picture in dB. The PSNR is None if
-        no model was quantised.
+        The models by name, the names of the quantised models, and the PSNR of the worst picture in dB. The PSNR of the
+            worst picture is None if no model was quantised.
 
     Raises:
         UserError: NNCF is not installed.

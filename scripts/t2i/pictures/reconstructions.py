@@ -1,9 +1,9 @@
 """Reconstruct a run's validation images by any VAE, and store each reconstruction.
 
-A reconstruction's file is `<run>/reconstructions/<key>.png` in the VAE's run. The key is the hash of the VAE's weights and of
-the image. The PNG file also holds PSNR and SSIM.
+A reconstruction's file is `<run>/reconstructions/<key>.png` in the VAE's run. The key of a reconstruction is the hash
+of the VAE's weights and of the image. The PNG file of a reconstruction also holds its PSNR and SSIM.
 
-This module imports no torch before a reconstruction is made, because the page must start quickly.
+This module imports no torch before a reconstruction is made, because the dashboard's pages must start quickly.
 """
 
 import os
@@ -50,7 +50,7 @@ class Reconstruction:
 def find_vaes(run: Path) -> list[Vae]:
     """Return the VAEs of a run in the order of training: "start", the checkpoints, the finished VAE.
 
-    "start" is the VAE that was fine-tuned, if the recipe names one on this disk.
+    The VAE "start" is the one that was fine-tuned, if the recipe names a VAE on this disk.
     """
     vaes = []
     for checkpoint in checkpoint_folders(run):
@@ -97,7 +97,7 @@ def _recipe(path: str, *state: int) -> Recipe:
 class Images:
     """A run's validation images as training saw them, with the caption and file of each.
 
-    pixels: uint8 [N, R, R, 3], memory mapped.
+    pixels: the validation images, uint8 [N, R, R, 3], memory mapped.
     """
 
     pixels: np.ndarray
@@ -109,7 +109,10 @@ class Images:
 
 
 def validation_images(run: Path) -> Images:
-    """Return a run's validation images, by the hash in its run.json. Raises `UserError` if they are missing or damaged."""
+    """Return a run's validation images, by the hash in its run.json.
+
+    Raises `UserError` if the prepared images are missing or damaged.
+    """
     state, settings = read_json(run / "run.json"), _settings(run).data
     identity = state.get("identity") if isinstance(state, dict) else None
     folder = find_prepared(settings.cache_dir, identity.get("dataset_hash") if isinstance(identity, dict) else None)
@@ -123,7 +126,7 @@ def validation_images(run: Path) -> Images:
             rows = pa.ipc.open_stream(file).read_all().select(["caption", "file"]).to_pydict()
     except browse.DAMAGE as error:
         raise UserError(
-            f"the cache folder {folder} is damaged ({type(error).__name__}); delete it and run again"
+            f"the cache folder {folder} is damaged ({type(error).__name__}); delete the folder and run again"
         ) from None
     return Images(pixels, [text or "" for text in rows["caption"]], [name or "" for name in rows["file"]])
 
@@ -132,12 +135,18 @@ def validation_images(run: Path) -> Images:
 
 
 def vae_hash(vae: Vae) -> str:
-    """Return the hash of a VAE's files, which are read only once. Raises `UserError` if a file is missing."""
+    """Return the hash of a VAE's files, which are read only once.
+
+    Raises `UserError` if a file of the VAE is missing.
+    """
     return hash_json(hash_files(vae.folder))
 
 
 def read(vae: Vae, image: np.ndarray) -> Reconstruction | None:
-    """Return the stored reconstruction of `image` (uint8 [R, R, 3]) by `vae`. None if it is missing, damaged or changed."""
+    """Return the stored reconstruction of `image` (uint8 [R, R, 3]) by `vae`.
+
+    The result is None if the stored file is missing, damaged or changed.
+    """
     path, hashes = _file(vae, image)
     parameters = read_parameters(path)
     try:
@@ -168,9 +177,11 @@ def make(
     batch_size: int = 4,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> int:
-    """Make and store the missing reconstructions of `images` (uint8 [R, R, 3], of one size). Return their number.
+    """Make and store the missing reconstructions of `images` (uint8 [R, R, 3], of one size).
 
-    Finished reconstructions stay, and the same call makes the others.
+    Return the number of reconstructions made.
+
+    Finished reconstructions stay, and the same call makes the missing ones.
 
     Args:
         progress: function that is called with the number of stored reconstructions.

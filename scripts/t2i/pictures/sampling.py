@@ -1,6 +1,7 @@
-"""Load a pipeline and draw pictures with it. All pictures of the suite are drawn here.
+"""Load a pipeline and draw pictures with it. This module draws all pictures of the suite.
 
-A picture depends only on its prompt, seed and settings, not on its batch. Each picture has its own random generator.
+A picture depends only on its prompt, seed and settings, not on its batch. Each drawn picture has its own random
+generator.
 """
 
 import inspect
@@ -51,8 +52,9 @@ def load_pipeline(
         num_inference_steps: number of steps that the scheduler must be able to work with.
         weights: weights of a checkpoint to use, "ema" or "raw".
         revision: branch, tag or commit of a Hub model.
-        engine: one of `engines.ENGINES`. "auto" uses compiled models if the folder has them and the device is the CPU.
-            "openvino" uses them too, and compiles them if the folder has none.
+        engine: engine that draws, one of `engines.ENGINES`. The engine "auto" uses compiled models if the model's
+            folder has them and the device is the CPU. The engine "openvino" uses compiled models, and compiles them if
+            the model's folder has none.
 
     Raises:
         UserError: the model cannot be loaded, the device cannot be used, or the scheduler does not suit the model.
@@ -104,7 +106,7 @@ def load_pipeline(
 
 
 def _check_device(device: str | torch.device) -> None:
-    """Raise `UserError` if a device is missing or unknown. The check runs before anything is loaded."""
+    """Raise `UserError` if a device is missing or unknown. The device is checked before any model is loaded."""
     try:
         torch.zeros(1, device=device).add(1).cpu()
     except Exception as error:  # each backend raises its own kinds of errors
@@ -118,10 +120,10 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
     """Return the pipeline folder with valid compiled models for `folder` and `weights`.
 
     Returns:
-        The folder, or None without compiled models or on another device than the CPU.
+        The pipeline folder, or None without compiled models or on a device other than the CPU.
 
     Raises:
-        UserError: the engine is unknown.
+        UserError: the name of the engine is unknown.
     """
     if engine not in engines.ENGINES:
         raise UserError(f"unknown engine {engine!r}; take one of {', '.join(engines.ENGINES)}")
@@ -142,7 +144,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         ]
         if missing:
             raise UserError(
-                f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy it whole"
+                f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy the whole folder"
             )
         try:
             return StableDiffusionPipeline.from_pretrained(folder, **options)
@@ -150,7 +152,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
             # Damaged JSON raises the last three.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
-                f"the pipeline in {folder} cannot be loaded ({reason}); copy it whole, with safetensors weights"
+                f"the pipeline in {folder} cannot be loaded ({reason}); copy the whole folder, with safetensors weights"
             ) from None
     if (folder / "state.json").is_file():  # a checkpoint holds the UNet; the run's pipeline holds the rest
         beside = folder.absolute().parent / "pipeline"
@@ -172,7 +174,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         copies = checkpoint_copies(folder)
         if copies:
             raise UserError(
-                f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with one"
+                f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with a copy"
             )
         raise UserError(
             f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps"
@@ -238,17 +240,20 @@ def generate(
 ) -> np.ndarray:
     """Draw pictures, one for each prompt and its seed.
 
-    Noise is drawn on the CPU from each picture's own seed. So the picture is the same in any batch, to within 1/255.
+    Noise is drawn on the CPU from each picture's own seed. A picture is the same in any batch, to within 1/255, because
+    its noise comes from its own seed.
 
     Args:
         seeds: seeds of the noise, one per prompt, 0 to 2**63 - 1.
-        guidance_end: share of the steps, from the first on, that are guided (at least one). Unguided steps cost half.
-        watch: function that is called after each denoising step with the step's number (from 1), the number of
-            steps and a second function. The second function returns the finished pictures as now predicted (x0), uint8 [B, R, R, 3].
-            Watching does not change the pictures. An exception that `watch` raises ends the drawing.
+        guidance_end: share of the steps, from the first on, that are guided (at least one). Unguided denoising steps
+            take half the time.
+        watch: function that is called after each denoising step with the step's number (from 1), the number of steps
+            and a second function. The second function returns the pictures that the model predicts at this step (x0),
+            uint8 [B, R, R, 3]. Watching the drawing does not change the pictures. An exception that `watch` raises ends
+            the drawing.
 
     Returns:
-        uint8 [N, R, R, 3].
+        The drawn pictures, uint8 [N, R, R, 3].
 
     Raises:
         UserError: memory runs out, or the pictures have non-finite values.
@@ -336,13 +341,14 @@ def _after_steps(
 def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:
     """Return the noiseless latents [B, C, h, w] that the model predicts by its `output`.
 
-    Source: Ho et al., 2020, eq. 15 (epsilon) and Salimans and Ho, 2022, appendix D (v_prediction). The formula takes the
-    model's own input, so it holds for every scheduler.
+    Source: Ho et al., 2020, equation 15 (epsilon) and Salimans and Ho, 2022, appendix D (v_prediction). The formula
+    uses the model's own input, so the formula holds for every scheduler.
 
     Args:
-        sample: input of the model, [B, C, h, w].
+        sample: noisy latents, the input of the model, [B, C, h, w].
         output: output of the model, [B, C, h, w].
-        timestep: timestep, any number. Some schedulers step between two timesteps of the training. Then the nearest one is used.
+        timestep: timestep of the step, any number. Some schedulers step between two timesteps of the training. Between
+            two timesteps of the training, the nearest timestep is used.
     """
     steps = scheduler.alphas_cumprod
     alpha = steps[min(len(steps) - 1, max(0, round(float(timestep))))].to(sample).clamp(min=1e-8)

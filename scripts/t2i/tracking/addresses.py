@@ -1,7 +1,8 @@
 """Read tracking addresses: find the MLflow server or database that a setting means, or refuse it. This module imports no MLflow.
 
-The default is `sqlite:///mlflow.db` in the working directory. `MLFLOW_TRACKING_URI` names another server or database.
-A user and password in the URL are used only for the connection, and are recorded nowhere.
+The default tracking address is `sqlite:///mlflow.db` in the working directory. The variable `MLFLOW_TRACKING_URI` names
+another server or database. A user and password in a tracking address are used only for the connection, and are recorded
+nowhere.
 """
 
 import os
@@ -25,34 +26,34 @@ _OR_VARIABLES = ", or give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
 
 @dataclass(frozen=True)
 class Address:
-    """A tracking URI, taken apart."""
+    """A tracking URI, split into its parts."""
 
-    uri: str  # The URI of an http(s) server lacks user and password.
+    uri: str  # The stored URI of an http(s) server lacks user and password.
     user: str = ""
     password: str = ""
 
     @property
     def is_server(self) -> bool:
-        """Return whether the address is that of a server that is reached over HTTP."""
+        """Return whether the tracking address is that of a server that is reached over HTTP."""
         return self.uri.startswith(("http://", "https://"))
 
     @property
     def is_local(self) -> bool:
-        """Return whether the address means this machine, so that other machines cannot use the address."""
+        """Return whether the tracking address means this machine, so that other machines cannot use the address."""
         host = (urlsplit(self.uri).hostname or "").rstrip(".")
         number = re.fullmatch(r"127(\.\d+){1,3}|0|0\.0\.0\.0|::1?|::ffff:127.*", host)
         return bool(number) or host == "localhost" or host.endswith(".localhost")
 
 
 def split_uri(uri: str, name: str = "MLFLOW_TRACKING_URI") -> Address:
-    """Take a tracking URI apart, without side effects.
+    """Split a tracking URI into its parts, without side effects.
 
     Args:
         uri: tracking URI, as the user wrote it.
         name: words for the URI in a message.
 
     Raises:
-        UserError: MLflow cannot use the URI. The message gives the fix, and shows no part of a password.
+        UserError: MLflow cannot use the URI. The error's message gives the fix, and shows no part of a password.
     """
     uri = uri.strip()
     after_host = re.match(r"(?i)https?:/*[^/?#]*(.*)", uri, re.DOTALL)

@@ -49,7 +49,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run in an MLflow store. The status is one of MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED"."""
+    """A run in an MLflow store.
+
+    The status of the run is one of MLflow's: "RUNNING", "FINISHED", "FAILED" or "KILLED".
+    """
 
     run_id: str
     name: str
@@ -60,7 +63,8 @@ class StoredRun:
 def make_curve(steps: ArrayLike, times: ArrayLike, values: ArrayLike) -> Curve:
     """Return a curve of raw points, sorted by step, without NaN and infinity.
 
-    A training that resumes from a checkpoint repeats the steps after it. The later record of a repeated step is kept.
+    A training that resumes from a checkpoint repeats the steps after the checkpoint. The later record of a repeated
+    step is kept.
 
     Args:
         steps: training step of each point [n].
@@ -102,12 +106,12 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
 def smooth(curve: Curve, weight: float) -> Curve:
     """Smooth the values by a debiased exponential moving average.
 
-    The average is m_t = w m_{t-1} + (1 - w) x_t, and the shown value is m_t / (1 - w^t). The debiasing is Adam's
-    (Kingma & Ba 2015, section 3). Without it a curve would start at zero.
+    The average is m_t = w m_{t-1} + (1 - w) x_t, and the shown value is m_t / (1 - w^t). The debiasing of the average
+    is Adam's (Kingma & Ba 2015, section 3). Without debiasing, a smoothed curve would start near zero.
 
     Args:
         curve: the curve to smooth.
-        weight: strength w of the smoothing, in [0, 1). 0 returns the curve unchanged.
+        weight: strength w of the smoothing, in [0, 1). A weight of 0 returns the curve unchanged.
     """
     if not 0 <= weight < 1:
         raise ValueError(f"a smoothing weight is at least 0 and below 1, not {weight}")
@@ -123,9 +127,10 @@ def smooth(curve: Curve, weight: float) -> Curve:
 
 
 def read_folder(run: Path) -> dict[str, Curve]:
-    """Return the curves of a run folder by metric, from metrics.jsonl. Incomplete lines are skipped.
+    """Return the curves of a run folder by metric, from metrics.jsonl. Incomplete lines of metrics.jsonl are skipped.
 
-    metrics.jsonl has no times. If the run was tracked, the times come from the same records in the spool for MLflow.
+    The file metrics.jsonl holds no times. If the run was tracked, the times of its points come from the same records in
+    the spool for MLflow.
     """
     times = {
         (key, record.get("step")): record["time"] / 1000
@@ -170,12 +175,18 @@ def _is_number(value: Any) -> bool:
 
 
 def shown_uri(uri: str | None = None) -> str:
-    """Return the URI of an MLflow store without its password. None means MLFLOW_TRACKING_URI, otherwise the default."""
+    """Return the URI of an MLflow store without its password.
+
+    With None, the store is that of MLFLOW_TRACKING_URI, otherwise the default.
+    """
     return redact(resolve_uri(uri))
 
 
 def is_file_store(uri: str | None = None) -> bool:
-    """Return whether an MLflow store is a SQLite file, which is read at once. Pages should query a server in a thread."""
+    """Return whether an MLflow store is a SQLite file, which is read at once.
+
+    If the store is a server, pages should query it in a thread.
+    """
     return database_file(resolve_uri(uri)) is not None
 
 
@@ -195,7 +206,7 @@ def list_stored_runs(uri: str | None = None) -> list[StoredRun]:
     """Return the runs of an MLflow store that have metrics and are not deleted, the newest first.
 
     Raises:
-        UserError: the store is missing, down, or not MLflow's.
+        UserError: the MLflow store is missing, down, or not MLflow's.
     """
     uri = resolve_uri(uri)
     file = database_file(uri)
@@ -218,10 +229,10 @@ def list_stored_runs(uri: str | None = None) -> list[StoredRun]:
 
 
 def read_stored(run_ids: Sequence[str], metric: str, uri: str | None = None) -> Iterator[tuple[str, Curve]]:
-    """Yield (run id, curve) for each run that has the metric, as the curves arrive.
+    """Yield (run id, curve) for each run that has a metric, as the curves arrive from the store.
 
     Raises:
-        UserError: the store is missing, down, or not MLflow's.
+        UserError: the MLflow store is missing, down, or not MLflow's.
     """
     uri = resolve_uri(uri)
     file = database_file(uri)
@@ -246,7 +257,7 @@ def read_stored(run_ids: Sequence[str], metric: str, uri: str | None = None) -> 
 
 @contextmanager
 def _server(uri: str) -> Iterator[Any]:
-    """Yield a client of an MLflow server. Any error of the client becomes a `UserError`."""
+    """Yield a client of an MLflow server. Any error of MLflow's client becomes a `UserError`."""
     parts = urlsplit(uri)
     name = redact(uri)
     if parts.scheme in ("http", "https") and not uses_proxy(uri):
@@ -268,7 +279,7 @@ def _server(uri: str) -> Iterator[Any]:
 
 @contextmanager
 def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
-    """Yield MLflow's database, opened read-only. Any error of the database becomes a `UserError`."""
+    """Yield MLflow's database, opened read-only. Any error of MLflow's database becomes a `UserError`."""
     if not file.is_file():
         raise UserError(
             f"{file} is missing; train a run with MLflow, or set MLFLOW_TRACKING_URI to where your runs are"
@@ -309,7 +320,10 @@ def _read_ahead(file: Path) -> None:
 
 
 def _sqlite_curves(file: Path, run_ids: Sequence[str], metric: str) -> Iterator[tuple[str, Curve]]:
-    """Yield curves, read by SQL. MLflow's client makes an object per point: 10 s instead of 1 s for a million points."""
+    """Yield curves from MLflow's database, read by SQL.
+
+    SQL is used because MLflow's client makes an object per point: 10 s instead of 1 s for a million points.
+    """
     point = [("step", "f8"), ("time", "f8"), ("value", "f8")]
     if len(run_ids) >= READ_AHEAD_RUNS:
         threading.Thread(target=_read_ahead, args=(file,), daemon=True).start()
@@ -332,7 +346,7 @@ def _sqlite_curves(file: Path, run_ids: Sequence[str], metric: str) -> Iterator[
 
 @dataclass
 class Loading:
-    """An iteration that runs in a thread, so that a page can show what has arrived so far."""
+    """An iteration that runs in a thread, so that a page can show the items that have arrived so far."""
 
     results: dict[Any, Any] = field(default_factory=dict)
     error: str = ""
@@ -341,7 +355,7 @@ class Loading:
 
     @classmethod
     def start(cls, pairs: Iterator[tuple[Any, Any]]) -> "Loading":
-        """Start collecting (key, value) pairs. A `UserError` ends it and leaves its message in `error`."""
+        """Start collecting (key, value) pairs. A `UserError` ends the collecting and leaves its message in `error`."""
         loading = cls()
 
         def work() -> None:

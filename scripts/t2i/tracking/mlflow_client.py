@@ -36,18 +36,23 @@ _SQLITE_FAULTS = {
 
 
 class Unusable(RuntimeError):
-    """Error of an MLflow store that refuses records until the user changes something there. The text gives the fix."""
+    """Error of an MLflow store that refuses records until the user changes something in the store.
+
+    The error's text gives the fix.
+    """
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, without secrets. Progress bars stay intact."""
+    """Print a line on stderr, without secrets. A line printed this way leaves progress bars intact."""
     tqdm.write(redact(text), file=sys.stderr)
 
 
 def import_mlflow() -> Any:
-    """Import MLflow so that it prints little and gives up on a dead server at once. The user's own settings stay.
+    """Import MLflow so that it prints little and gives up on a dead server at once.
 
-    The sender of the spool retries instead of MLflow.
+    The user's own settings of MLflow stay in effect.
+
+    MLflow's own retries are not needed, because the sender of the spool retries.
     """
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -70,7 +75,7 @@ def explain(error: BaseException, uri: str) -> tuple[str, bool]:
         uri: tracking URI, without user and password.
 
     Returns:
-        The meaning of the exception, with the fix if it is known. Then whether waiting may help.
+        First, the meaning of the exception, with the fix if it is known. Second, whether waiting may help.
     """
     text = str(error)
     if isinstance(error, Unusable):
@@ -115,7 +120,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _explain_answer(error: BaseException, text: str, uri: str) -> tuple[str, bool]:
-    """Explain a failed request to a server."""
+    """Explain a failed request to an MLflow server."""
     proxy, line = uses_proxy(uri), first_line(error)
     around = (
         f"; the request went through the proxy {proxy}: set NO_PROXY={urlsplit(uri).hostname} to go past it"
@@ -157,7 +162,10 @@ def _credentials() -> str:
 
 
 def _explain_schema(version: str, uri: str) -> str:
-    """Return the fix for a database whose tables belong to another MLflow. `version` is the version of the tables."""
+    """Return the fix for a database whose tables belong to another MLflow.
+
+    The argument `version` is the version of the database's tables.
+    """
     import mlflow
 
     file = database_file(uri)

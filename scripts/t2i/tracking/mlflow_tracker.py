@@ -1,15 +1,16 @@
 """Track a training run in MLflow without ever stopping or slowing the run. This module imports no torch.
 
 The tracker appends every record to `<run_dir>/mlflow_spool.jsonl`, and pictures and files to
-`<run_dir>/mlflow_spool/`. A daemon thread sends them (`t2i.tracking.sender`). The training loop pays for one short
-write per record.
+`<run_dir>/mlflow_spool/`. A daemon thread sends the records to MLflow (`t2i.tracking.sender`). The training loop pays
+for one short write per record.
 
-A server that is down costs seconds at the start. The records then stay in the spool. When the server is back, each record
-arrives once, in order: in this process, or at the next start on the same folder.
+An MLflow server that is down delays a training by seconds at its start. While the MLflow server is down, the records
+stay in the spool. When the server is back, each record is sent once, in order, by this process or at the next start on
+the same folder.
 
-MLflow's own environment variables are respected. `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_NAME` apply if the settings name none.
-`MLFLOW_RUN_ID` applies to a folder that has no run yet. `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` records the machine's
-use.
+MLflow's own environment variables are respected. `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_RUN_NAME` apply if the settings
+name no experiment or run. `MLFLOW_RUN_ID` applies to a folder that has no run yet.
+`MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` records the machine's use.
 """
 
 import atexit
@@ -53,7 +54,8 @@ def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, l
         folder: name of the run folder.
 
     Returns:
-        The experiment, the run's name, and a sentence on each environment variable that changes a name or is not used.
+        The experiment, the run's name, and a sentence on each environment variable that changes one of these names or
+            is not used.
     """
     names, sentences = [], []
     for variable, option, setting, default in (
@@ -73,11 +75,11 @@ def find_names(experiment: str, run_name: str, folder: str) -> tuple[str, str, l
 
 
 class Tracker:
-    """One run in MLflow.
+    """Tracker of one run in MLflow.
 
-    The main rank makes a tracker, logs, and calls `finish` last. A process that ends without it marks its run as
-    FAILED. A tracker on a folder that was tracked before resumes the same run, and sends the records that are pending
-    there.
+    The main rank makes a tracker, logs, and calls `finish` last. If a process ends without calling `finish`, MLflow's
+    run is marked as FAILED. A tracker on a folder that was tracked before resumes the same run, and sends the records
+    that are pending in the folder.
 
     Args:
         run_dir: run folder, which holds the spool.
@@ -85,7 +87,7 @@ class Tracker:
         run_name: name of the run.
         config: resolved settings by section, which are logged as parameters `section.key` without secrets.
         tags: further tags of the run.
-        tracking_uri: tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
+        tracking_uri: MLflow's tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
 
     Raises:
         UserError: MLflow cannot use the URI.
@@ -178,7 +180,7 @@ class Tracker:
         return f"{address}/{self._sender.experiment_id}/runs/{self.run_id}" if self.run_id else address
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers of one step, NaN and infinity included. The call takes well under 1 ms."""
+        """Record the metrics of one step, NaN and infinity included. Recording metrics takes well under 1 ms."""
         values = {valid_key(key): float(value) for key, value in metrics.items()}
         values = {key: value for key, value in values.items() if (key, int(step)) not in self._recorded}
         if values:
@@ -210,7 +212,8 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Record a file, or every file of a folder, under `folder` of the run's artifacts.
 
-        Files are copied, so they may change or vanish afterwards. Secrets are removed from copies of text files.
+        Recorded files are copied, so the originals may change or vanish afterwards. Secrets are removed from copies of
+        text files.
         """
         for source in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
             inner = source.relative_to(path.parent).parent.as_posix() if path.is_dir() else ""
@@ -225,7 +228,7 @@ class Tracker:
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as "FINISHED", "FAILED" or "KILLED", and wait at most 10 s until everything is sent.
 
-        No other method may be called afterwards.
+        No other method of the tracker may be called after `finish`.
         """
         if self._finished:
             return
@@ -248,7 +251,7 @@ class Tracker:
             )
 
     def _measure(self, system: SystemMetrics) -> None:
-        """Record the machine's use until the run ends. Steps count the samples, as in MLflow."""
+        """Record the machine's use until the run ends. The step of a system metric counts its samples, as in MLflow."""
         step = 1 + max((step for key, step in self._recorded if key.startswith("system/")), default=-1)
         while not self._ended.is_set():
             try:
@@ -284,7 +287,7 @@ class Tracker:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Drop records on a full disk instead of ending the run."""
+        """On a full disk, drop records for MLflow instead of ending the run."""
         try:
             yield
         except OSError as error:
@@ -293,7 +296,7 @@ class Tracker:
                 say(f"warning: records for MLflow are lost: {error}")
 
     def _warn(self, why: str, waiting_helps: bool) -> None:
-        """Print each reason once, until the server takes records again."""
+        """Print each reason of a failure once, until the server takes records again."""
         reason = re.sub(r"0x[0-9a-f]+|\d+", "", why)  # ports, addresses and seconds differ between attempts
         if reason not in self._warned:
             self._warned.add(reason)

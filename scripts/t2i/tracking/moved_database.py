@@ -9,9 +9,10 @@ from urllib.parse import unquote
 def follow_move(database: Path) -> list[str]:
     """Correct the artifact locations in a SQLite database whose folder was moved, renamed or copied.
 
-    MLflow stores artifact locations as absolute paths `…/mlruns/NAME`. A location is corrected if it was beside this
-    database once. It was if `…` no longer exists, if `…` has a database of this name itself (a copy), or if
-    `mlruns/NAME` is here as well. Artifacts of a run that exist only at the old place stay there.
+    MLflow stores artifact locations as absolute paths `…/mlruns/NAME`. Only locations that were once beside this
+    database are corrected. A location `…/mlruns/NAME` is corrected if `…` no longer exists, if `…` holds a database of
+    the same name, or if `mlruns/NAME` is beside this database. Artifacts of a run that exist only in the old folder
+    stay in the old folder.
 
     Args:
         database: path of the SQLite file.

@@ -1,7 +1,7 @@
 """Send a run's spool to MLflow, so that each record arrives once and in order. This module imports no torch.
 
-A record whose answer was lost is sent twice. MLflow then stores it only once, because time and name of a record are fixed
-when it is recorded. MLflow is imported in functions, because importing it takes seconds.
+A record whose answer was lost is sent twice. MLflow stores a repeated record only once, because time and name of a
+record are fixed when it is recorded. MLflow is imported in functions, because importing it takes seconds.
 """
 
 import json
@@ -30,7 +30,10 @@ TAG_CHARACTERS = 5000
 
 
 class Sender:
-    """Sender of a run folder's spool to one server. `mlflow_spool/state.json` stores how much was sent."""
+    """Sender of a run folder's spool to one server.
+
+    The file `mlflow_spool/state.json` stores how many records were sent.
+    """
 
     def __init__(self, run_dir: Path, uri: str):
         self.spool = run_dir / SPOOL_FILE
@@ -58,12 +61,12 @@ class Sender:
         return None
 
     def pending(self) -> int:
-        """Return the number of records that are not sent yet."""
+        """Return the number of records in the spool that are not sent yet."""
         state = self._load_state()
         return sum(1 for _ in read_spool(self.spool, state["offset"])) + len(state["set_aside"])
 
     def send(self) -> None:
-        """Send all pending records. Raise MLflow's exception if the server does not take them."""
+        """Send all pending records of the spool. Raise MLflow's exception if the server does not take the records."""
         with _locked(self.folder / "lock", wait=False) as acquired:
             if not acquired:
                 raise RuntimeError("another process is sending the records of this folder")
@@ -102,7 +105,7 @@ class Sender:
         return state if same else {**fresh, "offset": 0, "set_aside": []}
 
     def _start(self, newest: bool = False) -> dict[str, Any]:
-        """Return the first start record of the spool, or the newest one."""
+        """Return the first start record of the spool, or if `newest` is true, the newest start record."""
         starts = (record for record, _ in read_spool(self.spool, 0) if record["kind"] == "start")
         start = list(starts)[-1:] if newest else [next(starts, None)]
         if not start or start[0] is None:
@@ -130,7 +133,10 @@ class Sender:
         self._client = client
 
     def _find_run(self) -> None:
-        """Find the MLflow run on the server, by the id in state.json or by the spool's tag. If it is missing, make it."""
+        """Find the MLflow run on the server, by the id in state.json or by the spool's tag.
+
+        If the run is missing, create it.
+        """
         if self._client is None:
             self._connect()
         if self.found_run.is_set():
@@ -203,7 +209,7 @@ class Sender:
         return experiment.experiment_id
 
     def _restore(self, what: str, group: str, option: str, name: str) -> str:
-        """Return the message about a deleted run or experiment that is needed."""
+        """Return the message about a deleted run or experiment of MLflow that the training needs."""
         database = database_file(self.uri)
         store = f"sqlite:///{database}" if database else redact(self.uri)
         other = ", or give another --experiment" if group == "experiments" else ""
@@ -211,7 +217,10 @@ class Sender:
         return f"{what} is deleted there; restore it: {command}{other}"
 
     def _check_run(self, error: Exception) -> None:
-        """Raise an error if the run does not exist or is deleted. The records of the run then wait in the spool."""
+        """Raise an error if MLflow's run does not exist or is deleted.
+
+        Records of a missing or deleted run wait in the spool.
+        """
         self.found_run.clear()  # the next attempt looks for the run again, if this method raises
         if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             experiment = self._client.get_experiment(self.experiment_id)
@@ -260,7 +269,10 @@ class Sender:
         self._client.update_run(self.run_id, status="RUNNING")
 
     def _log_batch(self, **entities: list[Any]) -> None:
-        """Log a batch of rows. If the server refuses the batch because of one bad row, log the other rows."""
+        """Log a batch of records in MLflow.
+
+        If the server refuses the batch because of one bad record, log the other records.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
@@ -289,8 +301,8 @@ class Sender:
     def _send_file(self, record: dict[str, Any]) -> None:
         """Upload a picture or a file to the artifact store.
 
-        A file that the artifact store does not take is set aside for the next start. So an artifact store that is set
-        up wrongly does not hold back the curves.
+        A file that the artifact store does not take is set aside for the next start. Setting such files aside lets the
+        curves arrive even if the artifact store is set up wrongly.
         """
         path = self.folder / record["file"]
         if not path.is_file():
@@ -317,10 +329,10 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 
     Args:
         run_dir: path of the run folder.
-        tracking_uri: tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise the default.
+        tracking_uri: MLflow's tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise the default.
 
     Returns:
-        The number of records that are still pending. 0 means that everything was sent.
+        The number of records that are still pending. The number 0 means that all records were sent.
 
     Raises:
         UserError: the run folder has no spool.
@@ -338,10 +350,10 @@ def replay(run_dir: Path, tracking_uri: str | None = None) -> int:
 
 @contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Lock a file between processes. Yield False if another process holds the lock and `wait` is False.
+    """Lock a file between processes. The context yields False if another process holds the lock and `wait` is False.
 
-    Forked workers do not inherit the lock, as filelock releases it in them. The system frees the lock when the process is
-    killed.
+    Forked workers do not inherit the lock, as filelock releases the lock in forked processes. The system frees the lock
+    when the process is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

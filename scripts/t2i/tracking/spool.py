@@ -1,6 +1,7 @@
-"""Write and read the spool: a run's records for MLflow on disk. The tracker writes it, the sender reads it.
+"""Write and read the spool: a run's records for MLflow on disk. The tracker writes the spool, and the sender reads it.
 
-Records are lines of `<run_dir>/mlflow_spool.jsonl`. Pictures and files are in `<run_dir>/mlflow_spool/`.
+Records of the spool are lines of `<run_dir>/mlflow_spool.jsonl`. Pictures and files of the spool are in
+`<run_dir>/mlflow_spool/`.
 """
 
 import json
@@ -24,9 +25,10 @@ TEXT_SUFFIXES = {".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".csv", ".lo
 
 
 def read_spool(spool: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the records of a spool from a byte offset on, each with the offset after it.
+    """Yield the records of a spool from a byte offset on, each record with the byte offset after it.
 
-    An incomplete last line is left for later. Any other incomplete line is skipped.
+    An incomplete last line of a spool is read later, when it is complete. An incomplete line before the last one is
+    skipped.
     """
     with open(spool, "rb") as file:
         file.seek(offset)
@@ -51,7 +53,7 @@ def ends_torn(path: Path) -> bool:
 
 
 def copy_redacted(source: Path, target: Path) -> None:
-    """Copy a file. Secrets are removed from the copy of a text file."""
+    """Copy a file for the spool. Secrets are removed from the copy of a text file."""
     if source.suffix.lower() in TEXT_SUFFIXES:
         try:
             target.write_text(redact(source.read_text(encoding="utf-8")), encoding="utf-8")
@@ -75,7 +77,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def valid_key(key: str) -> str:
-    """Return a key that MLflow takes: letters, digits, `_-. :/`, no empty path parts, at most 250 characters."""
+    """Return a key that MLflow takes: letters, digits, spaces and `_-.:/`, no empty path parts, at most 250 characters."""
     parts = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", key).split("/")
     return "/".join(part for part in parts if part.strip(".") != "")[:KEY_CHARACTERS] or "_"
 

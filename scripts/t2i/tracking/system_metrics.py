@@ -14,8 +14,8 @@ from t2i.tracking.mlflow_client import first_line, say
 class SystemMetrics:
     """Use of processor, memory, disk, network and GPUs, measured by MLflow's own monitors and recorded as `system/…`.
 
-    MLflow's own thread would ask the server at every sample, and end when the server fails. This class only measures;
-    the tracker writes to the spool.
+    MLflow's own thread would ask the server at every sample, and end when the server fails. `SystemMetrics` only
+    measures; the tracker writes the measurements to the spool.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,10 @@ class SystemMetrics:
             self.monitors.append(GPUMonitor())
 
     def measure(self, ended: threading.Event) -> dict[str, float]:
-        """Return the means over the next samples. Setting `ended` cuts the wait short."""
+        """Return the means of the machine's use over the next samples.
+
+        Setting `ended` cuts the wait for samples short.
+        """
         for _ in range(self.samples):
             for monitor in self.monitors:
                 monitor.collect_metrics()
@@ -48,7 +51,10 @@ class SystemMetrics:
 
 
 def requested_system_metrics() -> SystemMetrics | None:
-    """Return the monitors if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for them. If they do not work, print why."""
+    """Return the monitors if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for them.
+
+    If the monitors do not work, print the reason.
+    """
     if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").strip().lower() not in ("true", "1"):
         return None
     try:
