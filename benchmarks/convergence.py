@@ -226,7 +226,7 @@ def load(recipe: dict[str, Any]) -> Any:
 
 
 def with_prediction(model: Path, kind: str) -> Path:
-    """Relabel the model's UNet from predicting noise to predicting `kind`: random weights allow any."""
+    """Relabel the model's UNet from predicting noise to predicting `kind`: random weights allow any prediction type."""
     folder = model.with_name(f"{model.name}_{kind}")
     if not folder.is_dir():
         shutil.copytree(model, folder, copy_function=os.link)

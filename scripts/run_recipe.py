@@ -101,7 +101,7 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]
     """Separate the options `--section.key` from a command line.
 
     Returns:
-        First, the words of the command line except options `--section.key`. Second, the options `--section.key` by
+        First, the words of the command line except options `--section.key`. Second, the options `--section.key` of each
             section, as options of the section's script.
 
     Raises:

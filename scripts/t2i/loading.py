@@ -33,7 +33,7 @@ def explain_loading(
     The result is None if the cause is not the Hub.
 
     Args:
-        error: Exception of transformers, diffusers, datasets or huggingface_hub. The causes of the exception are searched as well.
+        error: Exception of transformers, diffusers, datasets or huggingface_hub. The causes of the exception are examined as well.
         repo_id: Name of the repository, `owner/name`.
         revision: Branch, tag or commit that should be loaded. With None, the branch main is meant.
         repo_type: Kind of the repository: model, dataset or space.

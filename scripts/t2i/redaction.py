@@ -78,11 +78,11 @@ def _redact_assignment(match: re.Match[str]) -> str:
 def redact(text: str) -> str:
     """Replace every secret in a text by "[redacted]".
 
-    The following texts are secrets:
-    - values of environment variables with a secret name (token, password, api_key, …), from 8 characters on;
-    - users and passwords in URLs, and tokens in their queries;
-    - values assigned to secret names (`hub_token: x`, `--hub_token x`);
-    - tokens of a known shape (Hugging Face, AWS, GitHub, JWT, private keys).
+    `redact` replaces four kinds of secrets:
+    - A value from 8 characters on is secret if its environment variable has a secret name (token, password, api_key, …).
+    - Users, passwords and query tokens in URLs are secret.
+    - Values that a text assigns to secret names are secret (`hub_token: x`, `--hub_token x`).
+    - Tokens of a known shape are secret (Hugging Face, AWS, GitHub, JWT, private keys).
     """
     for value in _secret_values():
         text = text.replace(value, REDACTED)

@@ -16,7 +16,8 @@ from t2i.run_lock import UNFINISHED
 
 
 def code_revision() -> str:
-    """Return the git commit of this code, with "+changes" if files differ from it; "unknown" outside a checkout.
+    """Return the git commit of this code, with "+changes" if files differ from the commit; "unknown" outside a
+    checkout.
 
     The container of a SageMaker job has no checkout, but a file REVISION that was staged with the code.
     """

@@ -344,7 +344,7 @@ def send_folders(
 def secret_name(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str]) -> str:
     """Return the name in Secrets Manager of the secret for these credentials.
 
-    A secret with other credentials gets another name.
+    A secret for other credentials gets another name.
 
     Since other credentials get another secret, an earlier job that restarts still finds its own credentials.
 

@@ -55,8 +55,8 @@ def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
     Training flips images, so a copy may be mirrored.
 
     Returns:
-        Distances [M, 2k] and numbers of the training images [M, 2k]. The k nearest training images of the picture and
-            of its mirror image are returned, with k = 50.
+        Distances [M, 2k] to training images, and the numbers of these images [M, 2k]. The k nearest training images of
+            the picture and of its mirror image are returned, with k = 50.
     """
     thumbnails = pixel_embedding(pictures)
     near, rows = _nearest(thumbnails, train, 50)
