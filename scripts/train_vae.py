@@ -218,6 +218,10 @@ def warn_of_steps(config: TrainVaeConfig, steps: int, say: Any) -> None:
             f"WARNING: adversarial_start {config.adversarial_start} is not below the training's {steps} updates, so the "
             "discriminator is never used"
         )
+    if config.crop_size and config.crop_steps is not None and config.crop_steps >= steps:
+        say(
+            f"WARNING: crop_steps {config.crop_steps} is not below the training's {steps} updates, so no update sees whole images"
+        )
     if config.decoder_only_steps >= steps:
         say(
             f"WARNING: decoder_only_steps {config.decoder_only_steps} takes all {steps} updates, so the encoder is never trained"

@@ -448,6 +448,8 @@ def test_a_phase_that_never_comes_is_told():
     config = TrainVaeConfig(adversarial_weight=0.5, adversarial_start=10, decoder_only_steps=10)
     train_vae.warn_of_steps(config, 10, said.append)
     assert ["never used" in said[0], "never trained" in said[1]] == [True, True]
+    train_vae.warn_of_steps(TrainVaeConfig(crop_size=32, crop_steps=10), 10, said.append)
+    assert "no update sees whole images" in said.pop()
     train_vae.warn_of_steps(config, 11, said.append)
     train_vae.warn_of_steps(TrainVaeConfig(), 10, said.append)
     assert len(said) == 2
