@@ -212,6 +212,18 @@ def test_what_is_surely_wrong_gets_one_sentence(kind, dry_run, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["an empty list in Parquet", "null in a list of Parquet"])
+def test_a_training_without_captions_takes_images_with_unusable_lists(kind, tmp_path):
+    make, words, sentence = BAD[kind]
+    make(tmp_path / "a")
+    config = DataConfig(dataset=str(tmp_path / "a"), resolution=16, cache_dir=str(tmp_path / "cache"))
+    config.caption_column = list(words[1:])
+    splits = preparing.load_splits(config, say=lambda text: None, captions=False)
+    assert len(splits.train) + len(splits.validation) == len(WANTED)
+    with pytest.raises(UserError, match=sentence):  # from the prepared images
+        preparing.load_splits(config, say=lambda text: None)
+
+
 def test_cells_that_only_look_like_lists_stay_captions(dry_run, tmp_path):
     cells = {"0.png": "[a rose]", "1.png": "[\"a\" 'b']", "2.png": "[x](y)]"}
     table = "file_name;text\n" + "".join(f"{name};{text}\n" for name, text in cells.items())

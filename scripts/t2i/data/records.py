@@ -108,6 +108,20 @@ class Candidates:
             features[key] = text if isinstance(kind, datasets.ClassLabel) else kind
         self.schema = datasets.Features(features).arrow_schema
 
+    def check_lists(self, captions: list[str]) -> None:
+        """Raise `UserError` for a list of captions that is empty or holds None. `captions` names the caption columns."""
+        listed = [key for key in captions if hasattr(self.rows.features[key], "feature")]
+        texts = self.rows.select_columns(listed)
+        for start in range(0, len(texts) if listed else 0, ROWS_PER_BATCH):
+            batch = texts[start : start + ROWS_PER_BATCH]
+            for index, values in enumerate(zip(*batch.values(), strict=True), start):
+                try:
+                    clean_all(dict(zip(batch, values, strict=True)), "")
+                except UserError:  # Only such a row needs its file name, which is read with the image.
+                    image = self.rows[index][self.cfg.image_column]
+                    file = shown_file(image and image["path"], self.split, index)
+                    clean_all(dict(zip(batch, values, strict=True)), f"{self.split}, row {index} ({file})")
+
     def digests(self, pool: Executor) -> np.ndarray:
         """Return the SHA-256 of each image file: uint8 [N, 32]."""
         digests = np.empty((len(self), 32), np.uint8)
@@ -158,7 +172,11 @@ def open_candidates(rows: Mapping[str, datasets.Dataset], source: Source, cfg: S
 
 
 def find_captions(candidates: Mapping[str, Candidates], source: Source) -> str:
-    """Choose the caption and label columns of each split. Return the reason if there are no captions, otherwise ""."""
+    """Choose the caption and label columns of each split, and check lists of captions.
+
+    Returns:
+        The reason why the captions are missing or cannot be used, otherwise "". With a reason, no column is chosen.
+    """
     left_out, missing = source.notes.get("left_out"), ""
     columns: dict[str, tuple[list[str], str | None]]
     try:
@@ -166,6 +184,8 @@ def find_captions(candidates: Mapping[str, Candidates], source: Source) -> str:
             split: caption_columns(part.rows, part.cfg, source.name, split, left_out)
             for split, part in candidates.items()
         }
+        for split, part in candidates.items():
+            part.check_lists(columns[split][0])
     except UserError as error:
         missing, columns = str(error), dict.fromkeys(candidates, ([], None))
     for split, part in candidates.items():
