@@ -471,7 +471,9 @@ def existing_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> 
     columns = records.caption_columns(split_rows, recipe.data, name, split)[0]
     if not columns and split == "train":
         raise UserError(f"{name} has no captions; {records.CAPTION_FIX}")
-    values = zip(*(split_rows[column][:] for column in columns), strict=True) if columns else [()] * len(split_rows)
+    kinds = split_rows.features
+    texts = [[records.plain(kinds[column], value) for value in split_rows[column][:]] for column in columns]
+    values = zip(*texts, strict=True) if columns else [()] * len(split_rows)
     rows = (dict(zip(columns, row, strict=True)) for row in values)
     return [records.clean_all(row, f"{name} ({split}), row {number}") for number, row in enumerate(rows)]
 
