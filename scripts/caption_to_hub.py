@@ -119,8 +119,9 @@ def main() -> None:
     with lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone):
         # data
         (folder / WORK).mkdir(exist_ok=True)
-        source = sources.find_source(recipe.data)
         names = model_names(config)
+        tasks_of(names, config)  # refuses tasks that no captioner takes, before photos are decoded
+        source = sources.find_source(recipe.data)
         settings = run_settings(recipe, source, names)
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
@@ -223,6 +224,8 @@ def captions_hash(folder: Path) -> str:
 
 def print_input(recipe: Recipe) -> None:
     """Print the summary of the data set that this command would read, and write nothing."""
+    if len(recipe.caption.task) > 1 and "florence2" not in recipe.caption.captioner:
+        tasks_of(model_names(recipe.caption), recipe.caption)  # refuses tasks that no captioner takes
     source = sources.find_source(recipe.data)
     with tempfile.TemporaryDirectory(prefix="t2i-") as scratch:
         rows = ordered_rows(source, recipe, Path(scratch))
