@@ -227,7 +227,7 @@ def test_lists_of_captions_may_be_written_as_one_text_or_none(tmp_path):
     assert (chosen.data.caption_column, chosen.caption.task) == (["a", "b"], ["<CAPTION>"])
     for empty in ("data: {caption_template: []}", "caption: {task: []}", "caption: {captioner: null}"):
         recipe.write_text(empty)
-        with pytest.raises(UserError, match="is not usable: give at least one$"):
+        with pytest.raises(UserError, match=r"is not usable: give at least one$"):
             load_recipe(str(recipe))
     with pytest.raises(UserError, match=r"task = \[\] is not usable: give at least one$"):
         parse(("caption",), "", ["--task"])
