@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from t2i.captions import auditing, ledger
 from t2i.captions.ledger import Key
+from t2i.captions.texts import label_captions, prefixed, prefixed_all
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
 from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
@@ -316,7 +317,7 @@ def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Ph
     for photo in usable:
         table, names = columns[photo.split], labels[photo.split]
         found = [text for by_split in texts.values() for text in by_split[photo.split][photo.row] if text]
-        captions = records.prefixed_all(found or [""], recipe.data.caption_prefix)
+        captions = prefixed_all(found or [""], recipe.data.caption_prefix)
         table["file"].append(photo.file)
         table["caption"].append(captions[0])
         table["captions"].append(captions)
@@ -465,7 +466,7 @@ def label_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> lis
             f"{data.dataset} has no labels; choose another --captioner, or sort the images into class folders"
         )
     records.check_label_names(labels or [], data, str(data.dataset))
-    return [records.label_captions(label, data.caption_template) for label in labels or [None] * len(split_rows)]
+    return [label_captions(label, data.caption_template) for label in labels or [None] * len(split_rows)]
 
 
 def existing_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> list[list[str]]:
@@ -651,7 +652,7 @@ def make_entry(photo: Photo, label: str | None, lines: list[dict[str, Any]], pre
     """Return a photo with its distinct captions. An empty caption stays only if there is no other."""
     by_caption: dict[str, dict[str, Any]] = {}
     for line in lines:  # captions.jsonl holds captions without the prefix, as they were made or edited
-        by_caption.setdefault(records.prefixed(auditing.clean_caption(line["caption"]), prefix), line)
+        by_caption.setdefault(prefixed(auditing.clean_caption(line["caption"]), prefix), line)
     return Entry(photo, label, {text: line for text, line in by_caption.items() if text} or by_caption)
 
 

@@ -209,6 +209,22 @@ def test_the_audit_is_that_of_the_captioning_where_its_notes_are_there(tmp_path)
     assert found["duplicates"] == {}  # one image, three times
 
 
+@pytest.mark.parametrize("captioner", ["label", "[label, existing]", "[existing, label]", "existing"])
+def test_images_of_a_label_share_captions_that_are_made_of_the_label(captioner, tmp_path):
+    """The first two images share a caption of their class. The second and the third share one although their classes differ."""
+    several = [
+        ["sks a red_rose", "sks red rose"], ["sks a red rose", "sks red rose", "sks mine"],
+        ["sks tulip", "sks mine"], ["sks daisy", "sks a daisy"],
+    ]  # fmt: skip
+    folder = make_set(tmp_path / "one", several, ["red_rose", "red_rose", "tulip", "daisy"])
+    (folder / "config.yaml").write_text(
+        f"data: {{caption_template: ['a {{label}}', '{{label}}'], caption_prefix: sks}}\n"
+        f"caption: {{captioner: {captioner}}}\n"
+    )
+    found = set(browse.audit(browse.find_splits(folder)["train"])["duplicates"] or ())
+    assert found == ({0, 1, 2} if captioner == "existing" else {1, 2})
+
+
 def test_pages(tmp_path):
     many = 60
     make_set(tmp_path / "outputs" / "one", [f"flower {number}" for number in range(many)], ["rose", "tulip"] * 30)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from t2i.captions import auditing
+from t2i.captions.texts import label_captions, prefixed_all
 from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
 from t2i.errors import UserError
@@ -353,14 +354,15 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     texts = [auditing.clean_caption(text) for captions in rows.captions for text in captions]
     row_of = [row for row, captions in enumerate(rows.captions) for _ in captions]  # of each caption
     numbers = [str(row) for row in row_of]
+    owners = [looked[row]["id"] for row in row_of] if looked else numbers
+    labels = [rows.labels[row] for row in row_of] if rows.labels else None
     found = auditing.audit(
         texts,
-        [looked[row]["id"] for row in row_of] if looked else numbers,
+        _owners(split.folder, texts, labels, owners) if labels else owners,
         files=numbers,
-        labels=[rows.labels[row] for row in row_of] if rows.labels else None,
+        labels=labels,
         colors=[looked[row]["colors"] for row in row_of] if looked else None,
         examples=len(texts),
-        of_labels=_of_labels(split.folder),
     )
     return {
         # of several captions of a picture, the first one that has the finding
@@ -369,11 +371,28 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     }
 
 
-def _of_labels(folder: Path) -> bool:
-    """Return whether caption_to_hub.py made the captions of the data set in `folder` from its labels."""
-    with suppress(OSError, UserError, KeyError, TypeError):
-        return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] in ("label", ["label"]))
-    return False
+def _owners(folder: Path, texts: list[str], labels: list[str | None], images: list[str]) -> list[str]:
+    """Return who may share each caption: the images of a label if caption_to_hub.py made it of the label, else the image.
+
+    Edits of a caption are recognised only if all captions were made of labels.
+    """
+    with suppress(OSError, UserError, KeyError, TypeError, AttributeError):
+        settings = read_yaml(folder / "config.yaml")
+        captioners, templates = settings["caption"]["captioner"], settings["data"].get("caption_template", [])
+        if captioners in ("label", ["label"]):
+            return [str(label) for label in labels]
+        if "label" in captioners:
+            templates = [templates] if isinstance(templates, str) else templates
+            prefix = settings["data"].get("caption_prefix") or ""
+            made = {
+                label: {auditing.clean_caption(text) for text in prefixed_all(label_captions(label, templates), prefix)}
+                for label in set(labels)
+            }
+            return [
+                str(label) if text in made[label] else image
+                for text, label, image in zip(texts, labels, images, strict=True)
+            ]
+    return images
 
 
 def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:

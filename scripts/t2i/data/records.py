@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from t2i.captions.texts import clean, label_captions, prefixed_all
 from t2i.config import SourceConfig
 from t2i.data.caption_files import TABLES, TEXTS, check_list
 from t2i.data.images import image_digest
@@ -340,13 +341,6 @@ def plain(kind: Any, value: Any) -> Any:
     return value
 
 
-def clean(value: Any) -> str:
-    """Return a caption as one line of text. A list of captions gives its first non-empty one."""
-    if isinstance(value, (list, tuple)):
-        return next((text for text in map(clean, value) if text), "")
-    return "" if value is None else " ".join(str(value).split())
-
-
 def label_name(value: Any, names: list[str]) -> str | None:
     """Return a label as text. If there are `names`, the number i (from 1) becomes the i-th name."""
     if names and isinstance(value, float) and value.is_integer():  # pandas writes integers so if some are missing.
@@ -355,18 +349,6 @@ def label_name(value: Any, names: list[str]) -> str | None:
     if names and text is not None and text.isdecimal() and 1 <= int(text) <= len(names):
         return names[int(text) - 1]
     return text
-
-
-def prefixed(caption: str, prefix: str) -> str:
-    """Put `--caption_prefix` before a caption, unless the caption is empty or already begins with the prefix."""
-    words = clean(prefix)
-    return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
-
-
-def label_captions(label: str | None, templates: list[str]) -> list[str]:
-    """Return the distinct captions for a label, made from `templates`. No label gives one empty caption."""
-    words = clean(re.sub(r"[_-]", " ", label)) if label is not None else ""
-    return list(dict.fromkeys(template.replace("{label}", words) for template in templates)) if words else [""]
 
 
 def clean_all(values: Mapping[str, Any], where: str) -> list[str]:
@@ -385,11 +367,6 @@ def clean_all(values: Mapping[str, Any], where: str) -> list[str]:
             check_list(value, f"{where}: column {column!r}")
         texts += map(clean, value if isinstance(value, list) else [value])
     return list(dict.fromkeys(filter(None, texts))) or [""]
-
-
-def prefixed_all(captions: Iterable[str], prefix: str) -> list[str]:
-    """Return the distinct captions of an image with `--caption_prefix` before each; see `prefixed`."""
-    return list(dict.fromkeys(prefixed(caption, prefix) for caption in captions))
 
 
 def shown_file(path: str | None, split: str, index: int) -> str:
