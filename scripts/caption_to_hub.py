@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from t2i.captions import auditing, ledger
 from t2i.captions.ledger import Key
+from t2i.captions.texts import label_captions, prefixed, prefixed_all
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
 from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
@@ -119,8 +120,9 @@ def main() -> None:
     with lock_run(folder, accelerator.process_index, accelerator.wait_for_everyone):
         # data
         (folder / WORK).mkdir(exist_ok=True)
-        source = sources.find_source(recipe.data)
         names = model_names(config)
+        tasks_of(names, config)  # refuses tasks that no captioner takes, before photos are decoded
+        source = sources.find_source(recipe.data)
         settings = run_settings(recipe, source, names)
         run = RunFolder(folder, settings | {"captions": captions_hash(folder)}, replace=True)
         unchanged = run.finished and (folder / "README.md").is_file() and (folder / "data").is_dir()
@@ -223,6 +225,8 @@ def captions_hash(folder: Path) -> str:
 
 def print_input(recipe: Recipe) -> None:
     """Print the summary of the data set that this command would read, and write nothing."""
+    if len(recipe.caption.task) > 1 and "florence2" not in recipe.caption.captioner:
+        tasks_of(model_names(recipe.caption), recipe.caption)  # refuses tasks that no captioner takes
     source = sources.find_source(recipe.data)
     with tempfile.TemporaryDirectory(prefix="t2i-") as scratch:
         rows = ordered_rows(source, recipe, Path(scratch))
@@ -313,7 +317,7 @@ def print_overview(source: records.Source, rows: dict[str, Any], photos: list[Ph
     for photo in usable:
         table, names = columns[photo.split], labels[photo.split]
         found = [text for by_split in texts.values() for text in by_split[photo.split][photo.row] if text]
-        captions = records.prefixed_all(found or [""], recipe.data.caption_prefix)
+        captions = prefixed_all(found or [""], recipe.data.caption_prefix)
         table["file"].append(photo.file)
         table["caption"].append(captions[0])
         table["captions"].append(captions)
@@ -462,7 +466,7 @@ def label_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> lis
             f"{data.dataset} has no labels; choose another --captioner, or sort the images into class folders"
         )
     records.check_label_names(labels or [], data, str(data.dataset))
-    return [records.label_captions(label, data.caption_template) for label in labels or [None] * len(split_rows)]
+    return [label_captions(label, data.caption_template) for label in labels or [None] * len(split_rows)]
 
 
 def existing_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> list[list[str]]:
@@ -471,7 +475,9 @@ def existing_texts(split_rows: datasets.Dataset, split: str, recipe: Recipe) -> 
     columns = records.caption_columns(split_rows, recipe.data, name, split)[0]
     if not columns and split == "train":
         raise UserError(f"{name} has no captions; {records.CAPTION_FIX}")
-    values = zip(*(split_rows[column][:] for column in columns), strict=True) if columns else [()] * len(split_rows)
+    kinds = split_rows.features
+    texts = [[records.plain(kinds[column], value) for value in split_rows[column][:]] for column in columns]
+    values = zip(*texts, strict=True) if columns else [()] * len(split_rows)
     rows = (dict(zip(columns, row, strict=True)) for row in values)
     return [records.clean_all(row, f"{name} ({split}), row {number}") for number, row in enumerate(rows)]
 
@@ -646,7 +652,7 @@ def make_entry(photo: Photo, label: str | None, lines: list[dict[str, Any]], pre
     """Return a photo with its distinct captions. An empty caption stays only if there is no other."""
     by_caption: dict[str, dict[str, Any]] = {}
     for line in lines:  # captions.jsonl holds captions without the prefix, as they were made or edited
-        by_caption.setdefault(records.prefixed(auditing.clean_caption(line["caption"]), prefix), line)
+        by_caption.setdefault(prefixed(auditing.clean_caption(line["caption"]), prefix), line)
     return Entry(photo, label, {text: line for text, line in by_caption.items() if text} or by_caption)
 
 

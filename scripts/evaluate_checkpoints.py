@@ -439,8 +439,8 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     """
     import numpy as np
 
+    from t2i.captions.texts import label_captions, prefixed
     from t2i.data import flowers
-    from t2i.data.records import label_captions, prefixed
 
     if kind == "drawn":
         seen = flowers.prompts(count - count // 2, seed, False)

@@ -222,6 +222,24 @@ def test_labels_and_lists_give_several_captions_and_edits_stay_with_their_text(r
     assert "1 captions that you edited are kept" in capsys.readouterr().out
 
 
+def test_a_class_column_named_as_captions_gives_the_names(tmp_path):
+    features = datasets.Features(
+        {"kind": datasets.ClassLabel(names=["daisy", "rose"]), "more": datasets.Value("string")}
+    )
+    rows = datasets.Dataset.from_dict({"kind": [1, 0, -1], "more": ["red", None, "none"]}, features=features)
+    recipe = Recipe()
+    recipe.data.caption_column = ["kind", "more"]
+    assert caption_to_hub.existing_texts(rows, "train", recipe) == [["rose", "red"], ["daisy"], ["none"]]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_tasks_that_no_captioner_takes_are_refused_before_photos_are_read(more, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_to_hub, "inspect_photos", lambda *_: pytest.fail("the photos are read"))
+    words = ("--dataset", draw_photos(tmp_path / "photos", 1), "--output_dir", "out", "--task", "<CAPTION>", "<OD>")
+    with pytest.raises(UserError, match="names 2 tasks, which only Florence-2 takes; name one task"):
+        run_main(*words, "--captioner", blip(tmp_path / "blip"), "existing", *more)
+
+
 @pytest.mark.parametrize("script", ["train_vae", "train_unet"])
 def test_a_training_s_dry_run_ends_after_the_table(script, drawn, tmp_path, monkeypatch, capsys):
     drawn.rename(tmp_path / "rose")

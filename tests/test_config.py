@@ -227,8 +227,22 @@ def test_lists_of_captions_may_be_written_as_one_text_or_none(tmp_path):
     assert (chosen.data.caption_column, chosen.caption.task) == (["a", "b"], ["<CAPTION>"])
     for empty in ("data: {caption_template: []}", "caption: {task: []}", "caption: {captioner: null}"):
         recipe.write_text(empty)
-        with pytest.raises(UserError, match="at least 1 item"):
+        with pytest.raises(UserError, match=r"is not usable: give at least one$"):
             load_recipe(str(recipe))
+    with pytest.raises(UserError, match=r"task = \[\] is not usable: give at least one$"):
+        parse(("caption",), "", ["--task"])
+
+
+@pytest.mark.parametrize("option", ["caption_column", "caption_template", "captioner", "task"])
+def test_blank_texts_in_lists_of_captions_are_refused(option, tmp_path):
+    section = "data" if option.startswith("caption_") else "caption"
+    recipe = tmp_path / "own.yaml"
+    for blank in ("''", "['a {label}', ' ']"):
+        recipe.write_text(f"{section}: {{{option}: {blank}}}\n")
+        with pytest.raises(UserError, match=f"{option} = .* is not usable: it holds an empty text; write the text"):
+            load_recipe(str(recipe))
+    with pytest.raises(UserError, match="it holds an empty text"):
+        parse(("source", "caption"), "", [f"--{option}", ""])
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])

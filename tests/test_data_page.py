@@ -9,6 +9,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
@@ -127,6 +129,39 @@ def test_all_captions_of_a_picture_are_shown_searched_and_audited(form, tmp_path
     assert sorted(browse.words(split)[0].tolist()) == [2, 2, 3, 3, 3, 5]
 
 
+def test_captions_of_the_columns_that_a_run_names_are_shown(tmp_path):
+    rows = [
+        {"image": picture(0), "caption": ["no"], "short": "a rose", "long": ["a red rose", "a rose"]},
+        {"image": picture(1), "caption": ["no"], "short": None, "long": ["a tulip"]},
+    ]
+    save_dataset_folder(tmp_path / "photos", {"train": iter(rows)})
+    run = tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "metrics.jsonl").write_text('{"step": 1, "train_loss": 1}\n')
+    (run / "config.yaml").write_text(
+        f"data: {{dataset: {tmp_path / 'photos'}, caption_column: [short, long], cache_dir: .cache/t2i}}\n"
+    )
+    app = show(picture="0")
+    assert [one["caption"] for one in gallery(app)] == ["a rose (+1 more)", "a tulip"]
+    assert [code.value for code in app.code] == ["a rose", "a red rose"]
+    assert "by --caption_column short long" in words(app)
+    (run / "config.yaml").write_text(f"data: {{dataset: {tmp_path / 'photos'}, caption_column: short}}\n")
+    assert [one["caption"] for one in gallery(show())] == ["a rose", "(no caption)"]
+
+
+def test_lists_of_a_fixed_size_are_captions(tmp_path):
+    kind = pa.list_(pa.string(), 2)
+    cells = [{"bytes": picture(number), "path": None} for number in range(2)]
+    several = [["a rose", "a red rose"], ["a lily", None]]
+    folder = tmp_path / "outputs" / "one"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": cells, "text": pa.array(several, kind)}), folder / "train.parquet")
+    assert browse.read_rows(browse.find_splits(folder)["train"]).captions == [several[0], ["a lily"]]
+    pq.write_table(pa.table({"image": cells, "tags": pa.array(several, kind)}), folder / "train.parquet")
+    assert "No column is named caption or text" in words(show())
+
+
 @pytest.mark.parametrize(
     ("query", "rows"),
     [
@@ -172,6 +207,22 @@ def test_the_audit_is_that_of_the_captioning_where_its_notes_are_there(tmp_path)
     found = browse.audit(split)
     assert set(found["color_contradictions"] or ()) == {0, 1, 2}
     assert found["duplicates"] == {}  # one image, three times
+
+
+@pytest.mark.parametrize("captioner", ["label", "[label, existing]", "[existing, label]", "existing"])
+def test_images_of_a_label_share_captions_that_are_made_of_the_label(captioner, tmp_path):
+    """The first two images share a caption of their class. The second and the third share one although their classes differ."""
+    several = [
+        ["sks a red_rose", "sks red rose"], ["sks a red rose", "sks red rose", "sks mine"],
+        ["sks tulip", "sks mine"], ["sks daisy", "sks a daisy"],
+    ]  # fmt: skip
+    folder = make_set(tmp_path / "one", several, ["red_rose", "red_rose", "tulip", "daisy"])
+    (folder / "config.yaml").write_text(
+        f"data: {{caption_template: ['a {{label}}', '{{label}}'], caption_prefix: sks}}\n"
+        f"caption: {{captioner: {captioner}}}\n"
+    )
+    found = set(browse.audit(browse.find_splits(folder)["train"])["duplicates"] or ())
+    assert found == ({0, 1, 2} if captioner == "existing" else {1, 2})
 
 
 def test_pages(tmp_path):

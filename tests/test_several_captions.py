@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +24,7 @@ import evaluate_checkpoints
 import train_unet
 from t2i import diffusion
 from t2i.config import DataConfig, Recipe, TrainUnetConfig, load_recipe
-from t2i.data import prepared, preparing
+from t2i.data import caption_files, prepared, preparing
 from t2i.data.caches import TextCache
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.errors import UserError
@@ -177,7 +180,7 @@ BAD = {
         r"metadata.jsonl, line 3: column 'text' holds a list with an empty entry \(null\); remove the entry, or write its text",
     ),
     "numbers in a list of a table": (
-        lambda folder: beside(folder, {"metadata.csv": 'file_name,text\n0.png,a\n1.png,"[1, 2]"\n2.png,b\n'}), (),
+        lambda folder: beside(folder, {"metadata.csv": 'file_name,text\n0.png,a\n1.png,"[1, \'x\']"\n2.png,b\n'}), (),
         r"metadata.csv, line 3: column 'text' holds a number \(1\) instead of a caption; write a text",
     ),
     "an empty list in Parquet": (
@@ -212,11 +215,65 @@ def test_what_is_surely_wrong_gets_one_sentence(kind, dry_run, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["an empty list in Parquet", "null in a list of Parquet"])
+def test_a_training_without_captions_takes_images_with_unusable_lists(kind, tmp_path):
+    make, words, sentence = BAD[kind]
+    make(tmp_path / "a")
+    config = DataConfig(dataset=str(tmp_path / "a"), resolution=16, cache_dir=str(tmp_path / "cache"))
+    config.caption_column = list(words[1:])
+    splits = preparing.load_splits(config, say=lambda text: None, captions=False)
+    assert len(splits.train) + len(splits.validation) == len(WANTED)
+    with pytest.raises(UserError, match=sentence):  # from the prepared images
+        preparing.load_splits(config, say=lambda text: None)
+
+
 def test_cells_that_only_look_like_lists_stay_captions(dry_run, tmp_path):
-    cells = {"0.png": "[a rose]", "1.png": "[\"a\" 'b']", "2.png": "[x](y)]"}
+    cells = {"0.png": "[a rose]", "1.png": "[1980]", "2.png": "[x](y)]"}
     table = "file_name;text\n" + "".join(f"{name};{text}\n" for name, text in cells.items())
     beside(tmp_path / "a", {"metadata.csv": table})
     assert dry_run("--dataset", tmp_path / "a")[1] == {name: [text] for name, text in cells.items()}
+
+
+def list_in(cell):
+    return caption_files._list_in_cell(cell, "a.csv, line 2: column 'text'")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(st.lists(TEXT, min_size=1, max_size=4), st.integers(10, 200))
+def test_lists_in_cells_are_read_as_json_python_and_numpy_write_them(texts, width):
+    cells = [json.dumps(texts), json.dumps(texts, ensure_ascii=False), str(texts)]
+    with np.printoptions(linewidth=width):
+        cells.append(str(np.array(texts, dtype=object)))  # pandas writes a list column of Parquet so
+    for cell in cells:
+        assert list_in(cell) == texts
+
+
+def test_what_pandas_makes_of_a_list_column_is_read(tmp_path):
+    in_rows(tmp_path / "a", {"caption": [["a rose", "a 'red' \"rose\""], ["a tulip"], ["the 'red' 'rose'", "b"]]})
+    table = pd.read_parquet(tmp_path / "a" / "train.parquet", columns=["caption"]).assign(file_name=list(WANTED))
+    table.to_csv(tmp_path / "metadata.csv", index=False)
+    rows = caption_files.metadata_rows(tmp_path / "metadata.csv", [])
+    assert [row["caption"] for _, row in rows] == [list(texts) for texts in table["caption"]]
+    table.assign(caption=[["a rose", float("nan")], ["x"], ["y"]]).to_csv(tmp_path / "metadata.csv", index=False)
+    with pytest.raises(UserError, match=r"line 2: column 'caption' holds a list with an empty entry \(null\)"):
+        caption_files.metadata_rows(tmp_path / "metadata.csv", [])
+
+
+@pytest.mark.parametrize(
+    "cell", ["[1980]", "[2]", "[1, 2.5]", "[1 2]", "[a rose]", "[it's]", "[x](y)]", "a", "[1", "", None]
+)
+def test_cells_without_texts_in_quotes_stay_as_they_are(cell):
+    assert list_in(cell) == cell
+
+
+@pytest.mark.parametrize("cell", ["['a' 'b', 'c']", "['a', b]", "['a' ... 'b']", '[ "Peace" in bloom]', "['it's']"])
+def test_cells_that_begin_like_a_list_of_texts_are_read_or_refused(cell):
+    with pytest.raises(
+        UserError, match=r"a.csv, line 2: column 'text' begins like a list of texts, but cannot be read"
+    ):
+        list_in(cell)
 
 
 # What stays as it was

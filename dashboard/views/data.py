@@ -42,7 +42,7 @@ def main() -> None:
     left, right = st.columns([3, 1])
     name = left.selectbox("Data set", list(sets), key="dataset", bind="query-params", on_change=first_page)
     folder, runs = sets[name]
-    splits = browse.find_splits(folder)
+    splits = browse.find_splits(folder, caption_columns(runs))
     if not splits:
         st.warning("this data set is gone; choose another")
         return
@@ -101,6 +101,17 @@ def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None
         return None
 
 
+def caption_columns(runs: dict[str, Path]) -> tuple[str, ...]:
+    """Return the caption columns that the newest of `runs` with `--caption_column` reads; () without such a run."""
+    for run in runs.values():
+        settings = read_settings(run).get("data")
+        named = settings.get("caption_column") if isinstance(settings, dict) else None
+        columns = tuple(name for name in (named if isinstance(named, list) else [named]) if name)
+        if columns and all(isinstance(name, str) for name in columns):
+            return columns
+    return ()
+
+
 def first_page() -> None:
     """Reset the gallery after a new choice: go to its first page, and forget the chosen picture."""
     st.session_state["page"] = 1
@@ -115,10 +126,18 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
         show_pictures(split, rows, shown, notes)
     with right:  # after the pictures, which are there sooner
         if rows.has_captions:
+            if split.captions:
+                st.text(
+                    f"A run reads these captions by --caption_column {' '.join(map(browse.visible, split.captions))}."
+                )
             show_audit(browse.audit(split), len(rows), split.folder)
             show_lengths(split)
-        else:
+        elif rows.labels:
             st.text("This data set has no captions: training writes them from the labels.")
+        else:
+            st.text(
+                "No column is named caption or text. This page shows other columns once a run reads captions from them."
+            )
 
 
 def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:

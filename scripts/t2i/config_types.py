@@ -34,8 +34,11 @@ def _expand_local(text: str) -> str:
 
 
 def _as_list(value: Any) -> Any:
-    """Return one text as a list of one, and None as an empty list: recipes may write both."""
-    return [] if value is None else [value] if isinstance(value, str) else value
+    """Return one text as a list of one, and None as an empty list: recipes may write both. Refuse blank texts."""
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(values, (list, tuple)) and any(isinstance(text, str) and not text.strip() for text in values):
+        raise ValueError("it holds an empty text; write the text, or leave the option out")
+    return values
 
 
 def unlisted(values: list[str]) -> str | list[str] | None:
@@ -143,6 +146,7 @@ _REASONS = {
     "greater_than": "it must be greater than {gt}",
     "less_than_equal": "it must be at most {le}",
     "less_than": "it must be less than {lt}",
+    "too_short": "give at least one",
     "finite_number": "it must be a finite number",
 }
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from t2i.captions import auditing
+from t2i.captions.texts import label_captions, prefixed_all
 from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
 from t2i.errors import UserError
@@ -42,13 +43,15 @@ class Split:
     Attributes:
         folder: folder of the data set.
         name: name of the split, such as `train`.
-        files: path, size (bytes) and modification time (ns) of each file of the split. The files of a split are the
-            Parquet shards in order, or `<split>.arrow` and `<split>.npy` of prepared images.
+        files: path, size (bytes) and modification time (ns) of each file of the split. The files are the Parquet shards
+            in order, or `<split>.arrow` and `<split>.npy` of prepared images.
+        captions: names of the caption columns of Parquet shards. Without names, use `caption`, else `text`.
     """
 
     folder: Path
     name: str
     files: tuple[tuple[Path, int, int], ...]
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,11 @@ class Rows:
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def find_splits(folder: Path) -> dict[str, Split]:
-    """Return the splits of a dataset folder or of prepared images by name, train first; {} if there are no splits."""
+def find_splits(folder: Path, captions: tuple[str, ...] = ()) -> dict[str, Split]:
+    """Return the splits of a dataset folder or of prepared images by name, train first; {} if there are no splits.
+
+    `captions` names the caption columns of a dataset folder. Prepared images have columns of their own.
+    """
     found: dict[str, list[Path]] = {}
     for pattern in ("*.parquet", "*/*.parquet"):
         for path in sorted(folder.glob(pattern)):
@@ -85,12 +91,13 @@ def find_splits(folder: Path) -> dict[str, Split]:
                 match = SHARD.fullmatch(path.stem)
                 found.setdefault(match["split"] if match else path.stem, []).append(path)
     if not found:
+        captions = ()
         pairs = {path.stem: [path, path.with_suffix(".npy")] for path in sorted(folder.glob("*.arrow"))}
         found = {name: pair for name, pair in pairs.items() if pair[1].is_file()}
     order = ["train", "validation", "test"]
     names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
     try:
-        return {name: Split(folder, name, tuple(map(_state, found[name]))) for name in names}
+        return {name: Split(folder, name, tuple(map(_state, found[name])), captions) for name in names}
     except OSError:  # A file was deleted while the folder was listed.
         return {}
 
@@ -118,7 +125,7 @@ def read_rows(split: Split) -> Rows:
         names: dict[str, list[str]] = {}
         for path, *_ in split.files:
             if path.suffix == ".parquet":
-                table, image, names = _parquet_rows(path)
+                table, image, names = _parquet_rows(path, split.captions)
                 images.append(image)
             elif path.suffix == ".arrow":
                 with pa.memory_map(str(path)) as file:
@@ -134,9 +141,12 @@ def read_rows(split: Split) -> Rows:
     for name, classes in names.items():
         columns[name] = [_class_name(value, classes) for value in columns.get(name, ())]
     count = table.num_rows
-    text = columns.pop("caption", None) or columns.pop("text", None)
+    chosen = [columns.pop(name) for name in dict.fromkeys(split.captions) if name in columns]
+    text: list[Any] | None = [_together_texts(values) for values in zip(*chosen, strict=True)]
+    text = text or columns.pop("caption", None) or columns.pop("text", None)
     if "captions" in columns and _holds_texts(table.schema.field("captions").type):  # of prepared images
         text = columns.pop("captions")
+    columns = {name: column for name, column in columns.items() if not _holds_texts(table.schema.field(name).type)}
     label = next((name for name in ("label", "labels", *names) if name in columns), None)
     labels = columns.pop(label) if label else None
     return Rows(
@@ -148,13 +158,15 @@ def read_rows(split: Split) -> Rows:
     )
 
 
-def _parquet_rows(path: Path) -> tuple[pa.Table, str, dict[str, list[str]]]:
+def _parquet_rows(path: Path, named: tuple[str, ...]) -> tuple[pa.Table, str, dict[str, list[str]]]:
     """Return a shard's plain columns, the name of its picture column, and the class names of its numeric labels."""
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         image = next((name for name in ("image", *schema.names) if _holds_images(schema, name)), "")
         captions = [
-            name for name in ("caption", "text") if name in schema.names and _holds_texts(schema.field(name).type)
+            name
+            for name in dict.fromkeys(("caption", "text", *named))
+            if name in schema.names and _holds_texts(schema.field(name).type)
         ]
         plain = [field.name for field in schema if _is_plain(field.type) and field.name != image] + captions
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
@@ -185,7 +197,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 def _holds_texts(kind: pa.DataType) -> bool:
     """Return whether a column holds lists of texts."""
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return is_list and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type))
 
 
@@ -193,6 +205,11 @@ def _texts(value: Any) -> list[str]:
     """Return the captions of a row that are not empty, or one empty caption."""
     texts = [str(text) for text in (value if isinstance(value, list) else [value]) if text is not None]
     return [text for text in texts if text] or [""]
+
+
+def _together_texts(values: Sequence[Any]) -> list[str]:
+    """Return the distinct captions of a row from all its caption columns."""
+    return list(dict.fromkeys(text for value in values for text in _texts(value)))
 
 
 def _together(tables: list[pa.Table]) -> pa.Table:
@@ -337,14 +354,15 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     texts = [auditing.clean_caption(text) for captions in rows.captions for text in captions]
     row_of = [row for row, captions in enumerate(rows.captions) for _ in captions]  # of each caption
     numbers = [str(row) for row in row_of]
+    owners = [looked[row]["id"] for row in row_of] if looked else numbers
+    labels = [rows.labels[row] for row in row_of] if rows.labels else None
     found = auditing.audit(
         texts,
-        [looked[row]["id"] for row in row_of] if looked else numbers,
+        _owners(split.folder, texts, labels, owners) if labels else owners,
         files=numbers,
-        labels=[rows.labels[row] for row in row_of] if rows.labels else None,
+        labels=labels,
         colors=[looked[row]["colors"] for row in row_of] if looked else None,
         examples=len(texts),
-        of_labels=_of_labels(split.folder),
     )
     return {
         # of several captions of a picture, the first one that has the finding
@@ -353,11 +371,28 @@ def audit(split: Split) -> dict[str, dict[int, str] | None]:
     }
 
 
-def _of_labels(folder: Path) -> bool:
-    """Return whether caption_to_hub.py made the captions of the data set in `folder` from its labels."""
-    with suppress(OSError, UserError, KeyError, TypeError):
-        return bool(read_yaml(folder / "config.yaml")["caption"]["captioner"] in ("label", ["label"]))
-    return False
+def _owners(folder: Path, texts: list[str], labels: list[str | None], images: list[str]) -> list[str]:
+    """Return who may share each caption: the images of a label if caption_to_hub.py made it of the label, else the image.
+
+    Edits of a caption are recognised only if all captions were made of labels.
+    """
+    with suppress(OSError, UserError, KeyError, TypeError, AttributeError):
+        settings = read_yaml(folder / "config.yaml")
+        captioners, templates = settings["caption"]["captioner"], settings["data"].get("caption_template", [])
+        if captioners in ("label", ["label"]):
+            return [str(label) for label in labels]
+        if "label" in captioners:
+            templates = [templates] if isinstance(templates, str) else templates
+            prefix = settings["data"].get("caption_prefix") or ""
+            made = {
+                label: {auditing.clean_caption(text) for text in prefixed_all(label_captions(label, templates), prefix)}
+                for label in set(labels)
+            }
+            return [
+                str(label) if text in made[label] else image
+                for text, label, image in zip(texts, labels, images, strict=True)
+            ]
+    return images
 
 
 def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:

@@ -11,8 +11,9 @@ import io
 import json
 import math
 import re
+import tokenize
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,9 @@ def metadata_rows(path: Path, caption_columns: list[str]) -> list[tuple[int, dic
         row.pop("", None)  # pandas writes its index as a column without a name.
         for column in caption_columns or ["caption", "text"]:
             if column in row:
-                value = _list_in_cell(row[column]) if suffix == ".csv" else row[column]
-                row[column] = _caption(value, f"{path}, line {line}: column {column!r}")
+                where = f"{path}, line {line}: column {column!r}"
+                value = _list_in_cell(row[column], where) if suffix == ".csv" else row[column]
+                row[column] = _caption(value, where)
                 texts = row[column] if isinstance(row[column], list) else [row[column]]
                 if not caption_columns and any(text and text.strip() for text in texts):
                     break  # `text` is read only if `caption` is empty.
@@ -215,20 +217,56 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parsed
 
 
-def _list_in_cell(cell: Any) -> Any:
-    """Return the list that a cell of a CSV file holds, written as JSON or as pandas writes it; else the cell."""
+def _list_in_cell(cell: Any, where: str) -> Any:
+    """Return the list of captions that a cell of a CSV file holds, written by JSON, Python, numpy or pandas; else the cell.
+
+    A list of numbers alone, such as [1980], is a text.
+
+    Raises:
+        UserError: the cell begins like a list of texts, but cannot be read. `where` begins the message.
+    """
     text = cell.strip() if isinstance(cell, str) else ""
-    # numpy writes no commas, and Python would join its texts into one
-    if not (text.startswith("[") and text.endswith("]")) or re.search(r"['\"]\s+['\"]", text):
+    if not (text.startswith("[") and text.endswith("]")):
         return cell
-    for read in (json.loads, ast.literal_eval):
+    found = None
+    for read in (json.loads, _python_list):
         try:
             found = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            break
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
-        if isinstance(found, list):
-            return found
+    if isinstance(found, list):
+        numbers = bool(found) and all(isinstance(item, (int, float)) and item == item for item in found)
+        return cell if numbers else found
+    if text[1:].lstrip()[:1] in ("'", '"'):
+        shown = text if len(text) <= 40 else text[:37] + "..."
+        raise UserError(
+            f'{where} begins like a list of texts, but cannot be read ({shown}); write the list as JSON: ["a rose", "a red rose"]'
+        )
     return cell
+
+
+def _python_list(text: str) -> Any:
+    """Return the value of a list as Python or numpy writes it. `nan` becomes None.
+
+    numpy writes no commas between texts. Python would join such texts into one.
+
+    Raises:
+        ValueError: the text is no literal, is shortened by numpy, or has commas only between some of its texts.
+        SyntaxError: the text is no literal. tokenize.TokenError: a quotation mark or a bracket is not closed.
+    """
+    layout = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
+    values = (tokenize.STRING, tokenize.NAME)
+    touching = {
+        place
+        for place, (left, right) in enumerate(pairwise(tokens), 1)
+        if left.type in values and right.type in values and tokenize.STRING in (left.type, right.type)
+    }
+    words = ["None" if token.string == "nan" else token.string for token in tokens]
+    if "..." in words or (touching and "," in words):
+        raise ValueError("no complete list")
+    return ast.literal_eval("".join("," * (place in touching) + word + " " for place, word in enumerate(words)))
 
 
 def check_list(captions: list[Any], where: str) -> None:

@@ -23,11 +23,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from t2i.captions.texts import clean, label_captions
 from t2i.config import SourceConfig
 from t2i.config_types import unlisted
 from t2i.data.caption_files import METADATA, SIDECARS, TABLES, TEXTS, metadata_rows, read_sidecar, refuse_pointer
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
-from t2i.data.records import LeftOut, Source, check_label_names, clean, label_captions, label_name
+from t2i.data.records import LeftOut, Source, check_label_names, label_name
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json

@@ -35,6 +35,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
+from t2i.captions.texts import clean
 from t2i.config import DataConfig
 from t2i.config_types import unlisted
 from t2i.data import overview
@@ -47,7 +48,6 @@ from t2i.data.records import (
     Record,
     Source,
     caption_origins,
-    clean,
     find_captions,
     open_candidates,
     shown_file,

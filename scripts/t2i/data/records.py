@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from t2i.captions.texts import clean, label_captions, prefixed_all
 from t2i.config import SourceConfig
 from t2i.data.caption_files import TABLES, TEXTS, check_list
 from t2i.data.images import image_digest
@@ -108,6 +109,20 @@ class Candidates:
             features[key] = text if isinstance(kind, datasets.ClassLabel) else kind
         self.schema = datasets.Features(features).arrow_schema
 
+    def check_lists(self, captions: list[str]) -> None:
+        """Raise `UserError` for a list of captions that is empty or holds None. `captions` names the caption columns."""
+        listed = [key for key in captions if hasattr(self.rows.features[key], "feature")]
+        texts = self.rows.select_columns(listed)
+        for start in range(0, len(texts) if listed else 0, ROWS_PER_BATCH):
+            batch = texts[start : start + ROWS_PER_BATCH]
+            for index, values in enumerate(zip(*batch.values(), strict=True), start):
+                try:
+                    clean_all(dict(zip(batch, values, strict=True)), "")
+                except UserError:  # Only such a row needs its file name, which is read with the image.
+                    image = self.rows[index][self.cfg.image_column]
+                    file = shown_file(image and image["path"], self.split, index)
+                    clean_all(dict(zip(batch, values, strict=True)), f"{self.split}, row {index} ({file})")
+
     def digests(self, pool: Executor) -> np.ndarray:
         """Return the SHA-256 of each image file: uint8 [N, 32]."""
         digests = np.empty((len(self), 32), np.uint8)
@@ -158,7 +173,11 @@ def open_candidates(rows: Mapping[str, datasets.Dataset], source: Source, cfg: S
 
 
 def find_captions(candidates: Mapping[str, Candidates], source: Source) -> str:
-    """Choose the caption and label columns of each split. Return the reason if there are no captions, otherwise ""."""
+    """Choose the caption and label columns of each split, and check lists of captions.
+
+    Returns:
+        The reason why the captions are missing or cannot be used, otherwise "". With a reason, no column is chosen.
+    """
     left_out, missing = source.notes.get("left_out"), ""
     columns: dict[str, tuple[list[str], str | None]]
     try:
@@ -166,6 +185,8 @@ def find_captions(candidates: Mapping[str, Candidates], source: Source) -> str:
             split: caption_columns(part.rows, part.cfg, source.name, split, left_out)
             for split, part in candidates.items()
         }
+        for split, part in candidates.items():
+            part.check_lists(columns[split][0])
     except UserError as error:
         missing, columns = str(error), dict.fromkeys(candidates, ([], None))
     for split, part in candidates.items():
@@ -320,13 +341,6 @@ def plain(kind: Any, value: Any) -> Any:
     return value
 
 
-def clean(value: Any) -> str:
-    """Return a caption as one line of text. A list of captions gives its first non-empty one."""
-    if isinstance(value, (list, tuple)):
-        return next((text for text in map(clean, value) if text), "")
-    return "" if value is None else " ".join(str(value).split())
-
-
 def label_name(value: Any, names: list[str]) -> str | None:
     """Return a label as text. If there are `names`, the number i (from 1) becomes the i-th name."""
     if names and isinstance(value, float) and value.is_integer():  # pandas writes integers so if some are missing.
@@ -335,18 +349,6 @@ def label_name(value: Any, names: list[str]) -> str | None:
     if names and text is not None and text.isdecimal() and 1 <= int(text) <= len(names):
         return names[int(text) - 1]
     return text
-
-
-def prefixed(caption: str, prefix: str) -> str:
-    """Put `--caption_prefix` before a caption, unless the caption is empty or already begins with the prefix."""
-    words = clean(prefix)
-    return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
-
-
-def label_captions(label: str | None, templates: list[str]) -> list[str]:
-    """Return the distinct captions for a label, made from `templates`. No label gives one empty caption."""
-    words = clean(re.sub(r"[_-]", " ", label)) if label is not None else ""
-    return list(dict.fromkeys(template.replace("{label}", words) for template in templates)) if words else [""]
 
 
 def clean_all(values: Mapping[str, Any], where: str) -> list[str]:
@@ -365,11 +367,6 @@ def clean_all(values: Mapping[str, Any], where: str) -> list[str]:
             check_list(value, f"{where}: column {column!r}")
         texts += map(clean, value if isinstance(value, list) else [value])
     return list(dict.fromkeys(filter(None, texts))) or [""]
-
-
-def prefixed_all(captions: Iterable[str], prefix: str) -> list[str]:
-    """Return the distinct captions of an image with `--caption_prefix` before each; see `prefixed`."""
-    return list(dict.fromkeys(prefixed(caption, prefix) for caption in captions))
 
 
 def shown_file(path: str | None, split: str, index: int) -> str:

@@ -1,0 +1,29 @@
+"""Make captions: clean a text, make texts of a label, and put a prefix before them. This module imports neither torch nor datasets."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def clean(value: Any) -> str:
+    """Return a caption as one line of text. A list of captions gives its first non-empty one."""
+    if isinstance(value, (list, tuple)):
+        return next((text for text in map(clean, value) if text), "")
+    return "" if value is None else " ".join(str(value).split())
+
+
+def prefixed(caption: str, prefix: str) -> str:
+    """Put `--caption_prefix` before a caption, unless the caption is empty or already begins with the prefix."""
+    words = clean(prefix)
+    return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
+
+
+def label_captions(label: str | None, templates: list[str]) -> list[str]:
+    """Return the distinct captions for a label, made from `templates`. No label gives one empty caption."""
+    words = clean(re.sub(r"[_-]", " ", label)) if label is not None else ""
+    return list(dict.fromkeys(template.replace("{label}", words) for template in templates)) if words else [""]
+
+
+def prefixed_all(captions: Iterable[str], prefix: str) -> list[str]:
+    """Return the distinct captions of an image with `--caption_prefix` before each; see `prefixed`."""
+    return list(dict.fromkeys(prefixed(caption, prefix) for caption in captions))
