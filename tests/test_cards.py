@@ -186,7 +186,7 @@ def test_front_matter_is_valid_and_model_index_round_trips(tmp_path: Path) -> No
     values = {result.metric_name: result.metric_value for result in again.eval_results}
     assert values["Prompt following: petal color"] == 0.984
     assert values["Validation diffuser loss"] == 0.2114
-    assert values["judge"] == 31.2
+    assert values["kernel distance"] == 31.2
     assert "clip score" not in values
 
 

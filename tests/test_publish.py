@@ -205,8 +205,8 @@ def test_evaluation_results_name_the_data_set_on_the_hub(tmp_path, monkeypatch):
     assert "clip_score" not in values  # not measured
     assert len(values) == len(entries) == 9
     assert entries[-1] == EvalResultEntry(
-        "nelorth/oxford-flowers", "kid", 0.0312, "a" * 40,
-        notes="kid; 256 pictures by checkpoint-000750 at guidance scale 3, 20 steps",
+        "nelorth/oxford-flowers", "kernel_distance", 31.2, "a" * 40,
+        notes="kernel distance; 256 pictures by checkpoint-000750 at guidance scale 3, 20 steps",
     )  # fmt: skip
     provenance = read_json(run / "provenance.json")
     write_json(run / "provenance.json", provenance | {"dataset_id": None})  # it was a folder of that name

@@ -364,7 +364,7 @@ def test_evaluation_prompts_are_those_of_the_first_caption(tmp_path):
             for kind in ("labelled", "captioned")
         ]
     assert prompts["several"] == prompts["one"]
-    assert prompts["one"][0][:2] == ["a photo of a a", "a photo of a b"]
+    assert set(prompts["one"][0]) == {"a photo of a a", "a photo of a b"}
     assert set(prompts["one"][1]) == {"a 0", "b 1", "a 2", "b 3"}
     for recipe in ("photos", "flowers"):
         first, *others = load_recipe(recipe).data.caption_template

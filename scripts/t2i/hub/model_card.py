@@ -203,7 +203,8 @@ def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, 
         "judge": "kernel_distance",
         "clip_score": "mean",
     }.items():
-        figures[key, key.replace("_", " ")] = (report.get(key) or {}).get(label)
+        name = label if key == "judge" else key
+        figures[name, name.replace("_", " ")] = (report.get(key) or {}).get(label)
     return {names: round(number, 5) for names, value in figures.items() if (number := _number(value)) is not None}
 
 

@@ -113,7 +113,7 @@ def balance(
         at_layer = torch.autograd.grad(reconstruction, last_layer, gradient / size, retain_graph=True)[0]
         gradients.append(at_layer.float() * size)
     terms, adversary = average(torch.stack(gradients)).flatten(1).norm(dim=1)
-    return (terms / (adversary + 1e-8)).clamp(max=LARGEST_BALANCE)
+    return (terms / adversary.clamp(min=1e-30)).clamp(max=LARGEST_BALANCE)
 
 
 def draw_transform(seed: int, number: int, share: float, latent_side: int, factor: int) -> Transform | None:
