@@ -34,11 +34,7 @@ def main() -> None:
     reference = cache_features(splits.train.pixels, rows, splits.train.fingerprint, network, data.cache_dir)
     unseen = cache_features(photos.pixels, np.arange(len(photos)), photos.fingerprint, network, data.cache_dir)
     labels = photos.rows["label"] if "label" in photos.rows.column_names else None
-    probe = None
-    if labels is not None:
-        known = [(row, splits.train.rows[int(image)]["label"]) for row, image in enumerate(rows)]
-        known = [(row, label) for row, label in known if label is not None]
-        probe = Probe(reference[[row for row, _ in known]], [label for _, label in known])
+    probe = None if labels is None else Probe(reference, np.array(splits.train.rows["label"], dtype=object)[rows])
     judge = Judge(network, reference, splits.train.pixels, probe)
     print(f"Machine: {describe_machine()['cpu']}.")
     print(f"{len(photos)} photos judged by {network.name}, against {len(reference)} training photos")
@@ -48,8 +44,7 @@ def main() -> None:
     print_row("the photos", None, judge.describe(photos.pixels, unseen, labels, len(photos)))
     for source in options.vaes:
         vae = models.load_vae(source)
-        parts = [reconstruct(vae, photos.pixels[start : start + 32]) for start in range(0, len(photos), 32)]
-        images, psnr, ssim = (np.concatenate(figures) for figures in zip(*parts, strict=True))
+        images, psnr, ssim = reconstruct(vae, photos.pixels)
         row = judge.describe(images, network.features(images), labels, len(photos))
         print_row(source, (float(psnr.mean()), float(ssim.mean())), row)
 

@@ -50,6 +50,8 @@ class Study:
     kind: str  # Kind of the data set, from `kind_of`.
     splits: Any
     unseen: Any  # Images that training never saw, uint8 [N, R, R, 3].
+    unseen_labels: Any  # Label of each unseen image, object [N]. Images without a label have None.
+    unseen_features: Any  # The judge's features of the unseen images. With None, there is no judge.
     recipe: Recipe
     preset: Preset
     classifier: Any  # The classifier that reads the attributes of drawn flowers. Other data sets have None.
@@ -79,7 +81,7 @@ def main() -> None:
     quiet_libraries()
     from t2i.data import preparing
     from t2i.evaluation.judge import MAX_UNSEEN, spread
-    from t2i.evaluation.memorisation import Memory
+    from t2i.evaluation.memorisation import Memory, pixel_embedding
     from t2i.hub import model_card
 
     if config.engine == "openvino":
@@ -104,7 +106,8 @@ def main() -> None:
     # classifier
     kind = kind_of(splits)
     held_out: Any = splits.test or splits.validation
-    fresh = unseen_rows(splits)
+    thumbnails = pixel_embedding(splits.train.pixels)
+    fresh = unseen_rows(held_out.pixels, thumbnails)
     left_out = len(held_out) - len(fresh)
     fresh = spread(fresh, MAX_UNSEEN)
     unseen = held_out.pixels[fresh]
@@ -114,12 +117,13 @@ def main() -> None:
     # judge
     with state.timed("judge"):
         judge, features = prepare_judge(kind, splits, fresh, recipe)
+    labels = labels_of(held_out, fresh)
     if judge and judge.probe:
-        accuracy = {"label": judge.measure(features, labels_of(held_out, fresh))["named"]}
+        accuracy = {"label": judge.probe.accuracy(features, labels)}
 
     # sweep
-    memory = Memory(splits.train.pixels, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
-    study = Study(run, kind, splits, unseen, recipe, preset, classifier, judge, memory)
+    memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
+    study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
         sweep, sweep_results = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale)
@@ -127,8 +131,6 @@ def main() -> None:
     # report
     with state.timed("report"):
         prompts, pictures, figures = draw_report(study, best)
-        if figures["judge"]:
-            figures["judge"] = compare(study, figures, pictures, prompts, features, labels_of(held_out, fresh))
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
         "guidance_scale": best["guidance_scale"],
@@ -155,16 +157,14 @@ def main() -> None:
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:
     """Refuse a judge that the autoencoder of the run was trained on."""
-    settings = load_recipe(str(run / "config.yaml"))
-    folders = [
-        settings,
-        *(load_recipe(str(path)) for path in [Path(settings.vae.vae or "", "config.yaml")] if path.is_file()),
-    ]
-    for recipe in folders:
-        if recipe.train_vae.perceptual_weight and recipe.train_vae.perceptual_network == config.judge_network:
-            raise UserError(
-                f"judge_network {config.judge_network}: the autoencoder was trained on this network; take another judge"
-            )
+    vae = load_recipe(str(run / "config.yaml")).vae.vae
+    if vae is None or not (Path(vae) / "config.yaml").is_file():
+        return  # It is no run folder here, so nothing tells what its training used.
+    training = load_recipe(str(Path(vae) / "config.yaml")).train_vae
+    if training.perceptual_weight and training.perceptual_network == config.judge_network:
+        raise UserError(
+            f"judge_network {config.judge_network}: the autoencoder was trained on this network; take another judge"
+        )
 
 
 def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict
     for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
         pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
         keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
-        figures = measure(study, pictures, prompts)
+        figures = measure(study, pictures, judged_features(study, pictures), prompts)
         grid = f"grid-{checkpoint}-{scale:g}.png"
         save_grid(pictures, folder / grid)
         val_loss = logged_loss(study.run, checkpoint)
@@ -213,7 +213,11 @@ def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarra
     prompts = make_prompts(study.kind, study.splits, study.recipe, count, seed, config.sweep_prompts)
     checkpoint, scale = study.run / best["checkpoint"], best["guidance_scale"]
     pictures = draw(checkpoint, prompts, scale, study.preset, config, config.eval_seed + REPORT_SEED)
-    return prompts, pictures, measure(study, pictures, prompts)
+    features = judged_features(study, pictures)
+    figures = measure(study, pictures, features, prompts)
+    if features is not None:
+        figures["judge"] = compare(study, pictures, features, prompts, figures)
+    return prompts, pictures, figures
 
 
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
@@ -259,7 +263,6 @@ def prepare_classifier(kind: str, splits: Any, config: EvaluateConfig, folder: P
     Return the classifier of flowers, with its accuracy on the data set's held-out combinations. There is no classifier
     for data sets other than drawn flowers.
     """
-
     from t2i.data import flowers
     from t2i.evaluation.attributes import accuracy, train_classifier
 
@@ -324,13 +327,12 @@ def prepare_judge(kind: str, splits: Any, fresh: "np.ndarray", recipe: Recipe) -
     if kind == "drawn":
         seed, size = recipe.evaluate.eval_seed + 1, train.pixels.shape[1]
         drawings, _ = draw_flowers(seed, REFERENCE_DRAWINGS, size)
-        name, every = f"drawings {flowers.VERSION} {seed}", np.arange(REFERENCE_DRAWINGS)
+        name, every = f"drawings {flowers.VERSION} {seed} {size}", np.arange(REFERENCE_DRAWINGS)
         return judge.Judge(network, cache_features(drawings, every, name, network, config.cache_dir), drawings), unseen
     rows = judge.spread(np.arange(len(train)), judge.MAX_REFERENCE)
     reference = cache_features(train.pixels, rows, train.fingerprint, network, config.cache_dir)
     labels = labels_of(train, rows)
-    known = [row for row, label in enumerate(labels) if label is not None]
-    probe = judge.Probe(reference[known], labels[known].tolist()) if kind == "labelled" else None
+    probe = judge.Probe(reference, labels.tolist()) if kind == "labelled" else None
     return judge.Judge(network, reference, judge.spread(train.pixels, judge.MAX_STATISTICS), probe), unseen
 
 
@@ -346,53 +348,52 @@ def labels_of(split: Any, rows: "np.ndarray | None" = None) -> "np.ndarray":
     return labels if rows is None else labels[rows]
 
 
-def unseen_rows(splits: Any) -> "np.ndarray":
-    """Return the rows of the test split (else the validation split) that are no near copies of training images."""
+def unseen_rows(pixels: "np.ndarray", thumbnails: Any) -> "np.ndarray":
+    """Return the numbers of the held-out images that are no near copies of training images.
+
+    Args:
+        pixels: held-out images, uint8 [N, R, R, 3].
+        thumbnails: `pixel_embedding` of the training images.
+    """
     import numpy as np
 
     from t2i.evaluation import memorisation
 
-    pixels = (splits.test or splits.validation).pixels
-    if len(splits.train) < 2:
+    if len(thumbnails) < 2:
         return np.arange(len(pixels))
-    distances = memorisation.relative_distances(pixels, memorisation.pixel_embedding(splits.train.pixels))
-    return np.flatnonzero(distances > NEAR_COPY)
+    return np.flatnonzero(memorisation.relative_distances(pixels, thumbnails) > NEAR_COPY)
 
 
 def compare(
-    study: Study,
-    figures: dict[str, Any],
-    pictures: "np.ndarray",
-    prompts: Prompts,
-    features: Any,
-    labels: "np.ndarray",
+    study: Study, pictures: "np.ndarray", features: Any, prompts: Prompts, figures: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the judge's figures of the pictures, of real images (floor) and of the VAE's reconstructions (ceiling).
 
     Args:
-        figures: figures that were measured on the pictures.
-        features: the judge's features of the unseen real images.
-        labels: labels of the unseen real images.
+        features: the judge's features of the pictures.
+        figures: figures that `measure` returned for the pictures.
     """
     from t2i import models
     from t2i.evaluation import judge as judges
     from t2i.evaluation import memorisation
     from t2i.pictures import sampling
+    from t2i.pictures.reconstructions import reconstruct
 
     judge, memory = study.judge, study.memory
     vae = models.load_vae(str(study.run / "pipeline")).to(sampling.best_device())
-    reconstructions = reconstruct_all(vae, study.unseen)
-    control = reconstruct_all(vae, judges.spread(study.splits.train.pixels, CONTROLS))
+    reconstructions = reconstruct(vae, study.unseen)[0]
+    control = reconstruct(vae, judges.spread(study.splits.train.pixels, CONTROLS))[0]
     count = min(len(pictures), len(study.unseen), len(judge.reference))
+    copies, of_reconstructions = figures["memorisation"], judge.network.features(reconstructions)
+    copied = float(memorisation.copied(reconstructions, memory.thumbnails).mean())
     sets = {
-        "pictures": (pictures, judge.network.features(pictures), labels_wanted(prompts)),
-        "reconstructions": (reconstructions, judge.network.features(reconstructions), labels),
-        "real": (study.unseen, features, labels),
+        "pictures": (pictures, features, labels_wanted(prompts), copies["copies"]),
+        "reconstructions": (reconstructions, of_reconstructions, study.unseen_labels, copied),
+        "real": (study.unseen, study.unseen_features, study.unseen_labels, copies["copies_held_out"]),
     }
     rows = {
-        name: judge.describe(images, of_images, wanted, count)
-        | {"copies": float(memorisation.copied(images, memory.thumbnails).mean())}
-        for name, (images, of_images, wanted) in sets.items()
+        name: judge.describe(images, of_images, labels, count) | {"copies": share}
+        for name, (images, of_images, labels, share) in sets.items()
     }
     return {
         "network": judge.network.name,
@@ -400,15 +401,6 @@ def compare(
         "control_copies": float(memorisation.copied(control, memory.thumbnails).mean()),
         **figures["judge"],
     }
-
-
-def reconstruct_all(vae: Any, images: "np.ndarray") -> "np.ndarray":
-    """Return the reconstructions of images, uint8 [N, R, R, 3]."""
-    import numpy as np
-
-    from t2i.pictures.reconstructions import reconstruct
-
-    return np.concatenate([reconstruct(vae, images[start : start + 32])[0] for start in range(0, len(images), 32)])
 
 
 def labels_wanted(prompts: Prompts) -> list[Any] | None:
@@ -525,8 +517,13 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
     cells.save_cells(run, checkpoint, cells.weights_hash(run / checkpoint), made, pictures)
 
 
-def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str, Any]:
-    """Return the figures of one set of pictures. What is not measured is None."""
+def judged_features(study: Study, pictures: "np.ndarray") -> Any:
+    """Return the judge's features of pictures, or None without a judge or with too few pictures for a distance."""
+    return study.judge.network.features(pictures) if study.judge and len(pictures) > 2 else None
+
+
+def measure(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompts) -> dict[str, Any]:
+    """Return the figures of one set of pictures with their `judged_features`. What is not measured is None."""
     from t2i.data.flowers import COMBINED
     from t2i.evaluation import attributes, memorisation, metrics
 
@@ -534,8 +531,8 @@ def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str,
     enough = study.memory is not None and len(pictures) > 1
     copies = study.memory.measure(pictures) if enough else {}
     judged, following = None, None
-    if judge and len(pictures) > 2:
-        judged = judge.measure(judge.network.features(pictures), labels_wanted(prompts))
+    if features is not None:
+        judged = judge.measure(features, labels_wanted(prompts))
     if study.classifier:
         following = attributes.prompt_following(study.classifier, pictures, prompts.wanted, COMBINED)
     elif judged and judged["named"] is not None:
@@ -543,11 +540,7 @@ def measure(study: Study, pictures: "np.ndarray", prompts: Prompts) -> dict[str,
     return {
         "prompt_following": following,
         "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
-        "diversity": metrics.diversity(
-            memorisation.pixel_embedding(pictures), memorisation.pixel_embedding(study.unseen)
-        )
-        if enough
-        else None,
+        "diversity": metrics.diversity(memorisation.pixel_embedding(pictures), study.memory.unseen) if enough else None,
         "judge": judged,
         "clip_score": metrics.clip_score(pictures, prompts.texts, study.recipe.evaluate.clip),
     }

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.image.kid import poly_mmd
 
+import evaluate_checkpoints
+from t2i.config import EvaluateConfig
 from t2i.data.caches import cache_features
 from t2i.errors import UserError
 from t2i.evaluation import judge, memorisation
@@ -177,3 +179,18 @@ def test_copies_are_told_from_new_pictures_also_if_soft_or_mirrored() -> None:
     twins = memorisation.pixel_embedding(np.concatenate([train, train[:, :, ::-1], soft]))
     assert memorisation.copied(soft, twins).all()  # a photo that stands there three times is copied all the same
     assert not memorisation.copied(fresh, twins).any()
+
+
+def test_a_network_that_taught_the_autoencoder_is_no_judge(tmp_path, monkeypatch) -> None:
+    for name, text in (("vae", "train_vae: {perceptual_weight: 0.1}"), ("unet", f"vae: {{vae: {tmp_path / 'vae'}}}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text)
+    evaluate_checkpoints.check_judge(tmp_path / "unet", EvaluateConfig())
+    taught = EvaluateConfig(judge_network="efficientnet-lite2")
+    with pytest.raises(
+        UserError, match="judge_network efficientnet-lite2: the autoencoder was trained on this network"
+    ):
+        evaluate_checkpoints.check_judge(tmp_path / "unet", taught)
+    monkeypatch.chdir(tmp_path / "vae")  # A config.yaml of another run in the working directory says nothing.
+    (tmp_path / "unet" / "config.yaml").write_text("vae: {vae: null}")
+    evaluate_checkpoints.check_judge(tmp_path / "unet", taught)

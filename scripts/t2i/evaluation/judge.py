@@ -145,8 +145,10 @@ class Probe:
 
         Args:
             features: features of training photos, [N, F].
-            labels: label of each training photo.
+            labels: label of each training photo. Photos whose label is None are left out.
         """
+        rows = _labelled(labels)
+        features, labels = features[rows], [labels[row] for row in rows]
         self.names = sorted(set(labels))
         index = {name: number for number, name in enumerate(self.names)}
         targets = torch.tensor([index[label] for label in labels])
@@ -175,10 +177,16 @@ class Probe:
         scores = self._standardised(features).double() @ self.weights + self.intercept
         return [self.names[row] for row in scores.argmax(1).tolist()]
 
-    def accuracy(self, features: Tensor, labels: Sequence[Any]) -> float:
-        """Return the share (0 to 1) of rows whose label is recognised."""
-        predicted = self.predict(features)
-        return float(np.mean([one == other for one, other in zip(predicted, labels, strict=True)]))
+    def accuracy(self, features: Tensor, labels: Sequence[Any]) -> float | None:
+        """Return the share (0 to 1) of rows with a label whose label is recognised, or None if no row has a label."""
+        rows = _labelled(labels)
+        predicted = self.predict(features[rows])
+        right = [name == labels[row] for name, row in zip(predicted, rows, strict=True)]
+        return float(np.mean(right)) if right else None
+
+
+def _labelled(labels: Sequence[Any]) -> list[int]:
+    return [row for row, label in enumerate(labels) if label is not None]
 
 
 def pixel_statistics(pictures: np.ndarray) -> Tensor:
@@ -259,10 +267,7 @@ class Judge:
                 label the probe recognises (None without a probe or labels).
         """
         distance = kernel_distance(self.reference, features, self._within)
-        rows = [row for row, label in enumerate([] if labels is None else labels) if label is not None]
-        named = None
-        if self.probe and rows:
-            named = self.probe.accuracy(features[rows], [labels[row] for row in rows])  # type: ignore[index]
+        named = self.probe.accuracy(features, labels) if self.probe and labels is not None else None
         return {
             "network": self.network.name,
             "kernel_distance": distance["mean"],

@@ -70,18 +70,15 @@ def _neighbourhood(distances: Tensor) -> Tensor:
     return distances.topk(distances.shape[1] // 2, largest=False).values.mean(1, keepdim=True).clamp(min=1e-12)
 
 
-def _relative_distances(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Return relative distances to the nearest training image, [M], and the numbers of the nearest training images,
-    [M].
-
-    A relative distance is the distance to the nearest image, divided by the mean distance to the 50 nearest training
-    images.
-    """
-    return _relative(*_both_ways(pictures, train))
-
-
 def _relative(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the figures of `_relative_distances` from the distances and rows of `_both_ways`."""
+    """Return the relative distances of pictures to the nearest training image, [M], and the numbers of these images, [M].
+
+    A relative distance is the distance to the nearest image, divided by the mean distance to the 50 nearest.
+
+    Args:
+        distances: distances [M, 2k] of `_both_ways`.
+        rows: numbers of the training images, [M, 2k].
+    """
     first, column = (distances / _neighbourhood(distances)).min(1)
     return first, rows.gather(1, column[:, None])[:, 0]
 
@@ -141,7 +138,7 @@ def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple
 
 def relative_distances(pictures: np.ndarray, train: Tensor) -> np.ndarray:
     """Return the relative distance of each picture to its nearest image in `train`, a `pixel_embedding`: float32 [M]."""
-    return _relative_distances(pictures, train)[0].numpy()
+    return _relative(*_both_ways(pictures, train))[0].numpy()
 
 
 def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
@@ -178,7 +175,7 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
     """
     if len(train) < 2 or len(held_out) == 0 or len(generated) == 0:
         raise UserError("memorisation needs at least 2 training images, 1 held-out image and 1 generated picture")
-    return Memory(train, held_out).measure(generated)
+    return Memory(pixel_embedding(train), held_out).measure(generated)
 
 
 class Memory:
@@ -186,16 +183,17 @@ class Memory:
 
     Attributes:
         thumbnails: `pixel_embedding` of the training images.
+        unseen: `pixel_embedding` of the unseen images.
     """
 
-    def __init__(self, train: np.ndarray, held_out: np.ndarray) -> None:
+    def __init__(self, thumbnails: Tensor, held_out: np.ndarray) -> None:
         """Measure the unseen images once.
 
         Args:
-            train: training images, uint8 [N, H, W, 3].
+            thumbnails: `pixel_embedding` of the training images.
             held_out: unseen real images, uint8 [K, H, W, 3].
         """
-        self.thumbnails = pixel_embedding(train)
+        self.thumbnails, self.unseen = thumbnails, pixel_embedding(held_out)
         near = _both_ways(held_out, self.thumbnails)
         self.held_out, _ = _relative(*near)
         self.copies_held_out = float(_copied(*near, self.thumbnails).mean())

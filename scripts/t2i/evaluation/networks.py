@@ -5,7 +5,6 @@ access. Vision models of transformers, such as DINOv2, come from the Hub or a fo
 """
 
 import contextlib
-import hashlib
 import importlib
 import inspect
 import os
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 
 from t2i.config import PACKAGED_NETWORKS
 from t2i.errors import UserError
+from t2i.files import hash_json
+from t2i.models import hash_model
 from t2i.pictures import engines
 
 INPUT_SIDE = 160  # Pixels. Smaller pictures are enlarged to it; 64 px photos of 102 species were told apart best so.
@@ -65,6 +66,24 @@ def load_efficientnet_lite(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def load_vision_model(name: str, use: str) -> tuple[Any, Any]:
+    """Return the image processor and the frozen model of a vision or CLIP model of transformers, in eval mode.
+
+    Args:
+        name: Hub id or folder with safetensors weights.
+        use: what the network is for, in the words of the message if it cannot be loaded.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    from transformers import AutoImageProcessor, AutoModel  # These are slow to import, and seldom needed.
+
+    with loading(name, use):
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
+    return processor, model.eval().requires_grad_(False)
+
+
 class _PackagedFeatures(nn.Module):
     """An EfficientNet-Lite that maps floats [B, 3, H, W] in [-1, 1] to features [B, F]."""
 
@@ -104,21 +123,14 @@ class FeatureNetwork:
                 # It takes a sixth of the time, and the features differ by less than 1e-4.
                 self.compiled = engines.compile_module(self.model, torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE))
             return
-        from transformers import AutoImageProcessor, AutoModel
-
-        with loading(self.name, "as the network of the judge"):
-            self.processor = AutoImageProcessor.from_pretrained(self.name, trust_remote_code=False)
-            self.model = AutoModel.from_pretrained(self.name, trust_remote_code=False, use_safetensors=True)
-        self.model.eval().requires_grad_(False).to(self.device)
+        self.processor, self.model = load_vision_model(self.name, "as the network of the judge")
+        self.model.to(self.device)
 
     def identity(self) -> str:
         """Return a hash of the network's weights and of the preparing of its input, for caches of features."""
-        prepared = f"{self.name} {INPUT_SIDE}" if self.processor is None else self.processor.to_json_string()
-        digest = hashlib.sha256(prepared.encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        if self.processor is None:
+            return hash_json([self.name, INPUT_SIDE])  # Its package is pinned.
+        return hash_json([hash_model(self.model), self.processor.to_json_string()])
 
     @torch.inference_mode()
     def features(self, pictures: np.ndarray, batch_size: int = 32) -> Tensor:

@@ -211,22 +211,26 @@ def make(
     return len(missing)
 
 
-def reconstruct(vae: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Encode images uint8 [B, R, R, 3] to posterior means and decode them.
+def reconstruct(vae: Any, images: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode images uint8 [N, R, R, 3] to posterior means and decode them, in batches.
 
     Returns:
-        The decoded images, uint8 [B, R, R, 3]; PSNR in dB, [B]; SSIM, [B].
+        The decoded images, uint8 [N, R, R, 3]; PSNR in dB, [N]; SSIM, [N].
     """
     import torch
 
     from t2i.data.caches import to_images, to_pixels
     from t2i.evaluation import metrics
 
+    parts = []
     with torch.no_grad():
-        pixels = to_pixels(images).to(vae.device)
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
-        psnr, ssim = metrics.psnr(decoded, pixels), metrics.ssim(decoded, pixels)
-    return to_images(decoded), psnr.cpu().numpy(), ssim.cpu().numpy()
+        for start in range(0, len(images), batch_size):
+            pixels = to_pixels(images[start : start + batch_size]).to(vae.device)
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
+            psnr, ssim = metrics.psnr(decoded, pixels), metrics.ssim(decoded, pixels)
+            parts.append((to_images(decoded), psnr.cpu().numpy(), ssim.cpu().numpy()))
+    pictures, psnrs, ssims = zip(*parts, strict=True)
+    return np.concatenate(pictures), np.concatenate(psnrs), np.concatenate(ssims)
 
 
 def _save(vae: Vae, image: np.ndarray, picture: np.ndarray, figures: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from t2i import models
 from t2i.config import JUDGE, PACKAGED_NETWORKS
 from t2i.errors import UserError
-from t2i.evaluation.networks import load_efficientnet_lite, loading
+from t2i.evaluation.networks import load_efficientnet_lite, load_vision_model
 
 ZOOM, LARGEST = 2, 128  # Images below 128 px are enlarged by 2: the networks know objects of 200 px and more.
 DEPTHS = 4  # Number of hidden states of a transformers model that are compared.
@@ -48,11 +48,7 @@ class PerceptualNetwork(nn.Module):
         if self.is_packaged:
             self.identity, self.network = source, fold_normalisations(load_efficientnet_lite(source))
         else:
-            from transformers import AutoImageProcessor, AutoModel  # They are slow to import, and seldom needed.
-
-            with loading(source, "as perceptual_network"):
-                processor: Any = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-                model: Any = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+            processor, model = load_vision_model(source, "as perceptual_network")
             self.identity, self.network = models.hash_model(model), getattr(model, "vision_model", model)
             mean, std = processor.image_mean or mean, processor.image_std or std
             self.patch = int(getattr(self.network.config, "patch_size", 1))
