@@ -41,7 +41,7 @@ ARMS: dict[str, tuple[list[str], list[str]]] = {
     "lr_double": (["--learning_rate", "2e-3"], []),
     "batch_16": (["--train_batch_size", "16"], []),
     "batch_64": (["--train_batch_size", "64"], []),
-    "muon": ([], ["muon"]),
+    "muon": (["--optimizer", "muon"], []),
     "batch_8": (["--train_batch_size", "8"], []),
     "batch_16_logit_normal": (["--train_batch_size", "16"], ["logit_normal"]),
 }
@@ -190,50 +190,7 @@ def logit_normal() -> None:
     diffusion.draw = drawn
 
 
-def muon() -> None:
-    """Train by Muon, with AdamW for vectors and for the first and last layers' weights.
-
-    Muon and AdamW have one learning rate.
-
-    Source of Muon: Jordan et al., 2024. The scale that matches AdamW's is from Liu et al., arXiv:2502.16982.
-    """
-    import torch
-
-    from t2i.training import loop
-
-    build = loop.build_optimizer
-
-    class Both(torch.optim.AdamW):
-        def __init__(self, parameters: list[Any], **options: Any) -> None:
-            big = [p for p in parameters[2:-2] if p.ndim > 1]
-            chosen = {id(p) for p in big}
-            super().__init__([p for p in parameters if id(p) not in chosen], **options)
-            self.pairs = [(p, torch.nn.Parameter(p.data.view(p.shape[0], -1))) for p in big]
-            self.muon = torch.optim.Muon(
-                [flat for _, flat in self.pairs], lr=options["lr"], weight_decay=options["weight_decay"],
-                adjust_lr_fn="match_rms_adamw",
-            )  # fmt: skip
-
-        def step(self, closure: Any = None) -> None:
-            for parameter, flat in self.pairs:
-                flat.grad = parameter.grad.view(flat.shape)
-                parameter.grad = None
-            self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-            self.muon.step()
-            super().step()
-
-    def built(parameters: Any, config: Any, steps: int) -> Any:
-        plain = torch.optim.AdamW
-        torch.optim.AdamW = Both
-        try:
-            return build(list(parameters), config, steps)
-        finally:
-            torch.optim.AdamW = plain
-
-    loop.build_optimizer = built
-
-
-CHANGES = {"zero_init": zero_init, "logit_normal": logit_normal, "muon": muon}
+CHANGES = {"zero_init": zero_init, "logit_normal": logit_normal}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

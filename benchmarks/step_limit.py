@@ -60,7 +60,7 @@ def main() -> None:
         if accelerator.mixed_precision == "bf16":  # as a training does
             for one in (trained.module, bare):
                 models.use_plain_attention(one)
-        bare_optimizer, _ = loop.build_optimizer(bare.parameters(), settings, 10_000)
+        bare_optimizer, _ = loop.build_optimizer(bare, settings, 10_000)
         noisy, target = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
         timesteps, context = torch.randint(0, 1000, (batch,)), torch.randn(batch, length, width)
 
@@ -148,7 +148,7 @@ def make_training(
         unet = unet.to(memory_format=torch.channels_last)
     unet.to(accelerator.device).train()
     parameters = list(unet.parameters())
-    optimizer, schedule = loop.build_optimizer(parameters, settings, 10_000)
+    optimizer, schedule = loop.build_optimizer(unet, settings, 10_000)
     ema = loop.Average(parameters, decay=settings.ema_decay)
     model, optimizer = accelerator.prepare(torch.compile(unet) if settings.compile else unet, optimizer)
     trained = loop.TrainState("unet", unet, model, parameters, optimizer, schedule, ema)

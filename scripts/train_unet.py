@@ -112,7 +112,7 @@ def main() -> None:
     # optimiser
     parameters = list(unet.parameters())
     loop.warn_of_warmup(config, steps, accelerator.print)
-    optimizer, schedule = loop.build_optimizer(parameters, config, steps)
+    optimizer, schedule = loop.build_optimizer(unet, config, steps)
 
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)

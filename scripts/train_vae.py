@@ -88,7 +88,7 @@ def main() -> None:
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     loop.warn_of_warmup(config, steps, accelerator.print)
     warn_of_steps(config, steps, accelerator.print)
-    optimizer, schedule = loop.build_optimizer(parameters, config, steps)
+    optimizer, schedule = loop.build_optimizer(vae, config, steps)
 
     # prepare
     module = models.Autoencoder(vae)

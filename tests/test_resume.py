@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 import prove_resume
 import train_unet
@@ -309,6 +310,28 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(trained, work
     ):
         again, first = (run / "checkpoint-000008" / file for run in (trained, workspace / "unet"))
         assert again.read_bytes() == first.read_bytes(), file  # made anew, bit for bit
+
+
+def test_muon_and_pooled_text_resume_bit_for_bit_and_stock_diffusers_draws(run_main, tmp_path, capsys):
+    run = tmp_path / "unet"
+    options = ("--output_dir", run, "--optimizer", "muon", "--addition_embed_type", "text",
+               "--resnet_time_scale_shift", "scale_shift")  # fmt: skip
+    run_main(*options)
+    shutil.copytree(run / "checkpoint-000008", tmp_path / "first")
+    shutil.rmtree(run / "checkpoint-000008")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"running"'))
+    run_main(*options)
+    assert "checkpoint-000004" in capsys.readouterr().out
+    for file in ("unet/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
+        assert (run / "checkpoint-000008" / file).read_bytes() == (tmp_path / "first" / file).read_bytes(), file
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)
+    assert pipeline.unet.config.addition_embed_type == "text"
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = [
+        pipeline([prompt], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        for prompt in ("a red flower", "a blue flower")
+    ]
+    assert not np.array_equal(*pictures)
 
 
 def test_without_its_random_states_an_exact_resume_is_refused(trained, run_main):

@@ -78,7 +78,7 @@ def test_a_warm_up_that_is_too_long_is_said_with_the_rate_that_it_reaches(schedu
     warn_of_warmup(config, steps, said.append)
     assert [share in line for line in said] == ([True] if share else [])
     if share:  # the rate after the last update is what the sentence says
-        optimizer, rates = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config, steps)
+        optimizer, rates = build_optimizer(torch.nn.ParameterList([torch.zeros(1)]), config, steps)
         for _ in range(steps):
             optimizer.step()
             rates.step()

@@ -100,7 +100,7 @@ def test_the_recipe_is_in_force(runs):
     assert (state["zero_stage"], state["overflow_skips"]) == (2, 0)
     recipe = config.load_recipe(str(runs / "tiny.yaml")).train_unet
     alone = dataclasses.replace(recipe, learning_rate=0.01)
-    optimizer, schedule = loop.build_optimizer([torch.nn.Parameter(torch.zeros(1))], alone, STEPS)
+    optimizer, schedule = loop.build_optimizer(torch.nn.ParameterList([torch.zeros(1)]), alone, STEPS)
     rates = []
     for _ in range(STEPS):
         optimizer.step()

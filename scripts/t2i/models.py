@@ -238,10 +238,12 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
+def _heads(width: int) -> int:
+    """Return a number of attention heads that divides `width`, of at least 32 channels each if there are several."""
+    return max(number for number in range(1, max(1, width // 32) + 1) if width % number == 0)
+
+
 def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
-    width = config.text_hidden_size
-    # CLIP requires a number of heads that divides the width.
-    heads = max(number for number in range(1, max(1, width // 32) + 1) if width % number == 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -250,7 +252,7 @@ def _random_text_encoder(config: UnetConfig, vocab_size: int, tokenizer: CLIPTok
                 hidden_size=config.text_hidden_size,
                 intermediate_size=4 * config.text_hidden_size,
                 num_hidden_layers=config.text_layers,
-                num_attention_heads=heads,
+                num_attention_heads=_heads(config.text_hidden_size),
                 max_position_embeddings=config.text_max_length,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -293,6 +295,9 @@ def build_unet(
 
     `config.check_unet` must have accepted the recipe.
     """
+    pooling = {}
+    if config.addition_embed_type:  # The pooling's heads must divide the width of the hidden states.
+        pooling["addition_embed_type_num_heads"] = _heads(cross_attention_dim)
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=latent_channels,
@@ -304,6 +309,9 @@ def build_unet(
         attention_head_dim=config.attention_head_dim,
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=_norm_groups(config.unet_channels, 6),
+        addition_embed_type=config.addition_embed_type,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        **pooling,
     )
 
 

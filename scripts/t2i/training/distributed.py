@@ -228,8 +228,13 @@ def write_deepspeed_config(settings: dict[str, Any], config: TrainConfig, proces
     """Write the recipe's clipping, batch and accumulation into DeepSpeed's settings, over the values of the launch.
 
     Raises:
-        UserError: the settings ask for a ZeRO stage other than 2, offloading, or an optimiser or schedule of DeepSpeed.
+        UserError: the settings ask for a ZeRO stage other than 2, offloading, or an optimiser or schedule of DeepSpeed,
+            or the recipe asks for Muon.
     """
+    if config.optimizer == "muon":  # ZeRO flattens the matrices that Muon needs whole.
+        raise UserError(
+            "optimizer muon does not run under DeepSpeed; set optimizer: adamw, or launch without DeepSpeed"
+        )
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 2:
         raise UserError(f"ZeRO stage {zero.get('stage')} is not supported; set zero_stage: 2 in the launch's YAML")
