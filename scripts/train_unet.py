@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from t2i.data.caches import TextCache
+    from t2i.training.alignment import Alignment
     from t2i.training.loop import TrainState
 
     Batch = tuple[torch.Tensor, ...]  # The result of `make_batch`.
@@ -44,7 +45,9 @@ class Inputs:
     """Data that all training steps read."""
 
     scheduler: Any  # The noise schedule.
-    caches: dict[str, Any]  # Latents and text embeddings by split, `{split: (latents, text)}`.
+    # Latents and text embeddings by split, `{split: (latents, text)}`. With `alignment_weight`, "targets" holds the
+    # targets of the training images, float16 [N, F, K, s, s].
+    caches: dict[str, Any]
     scaling_factor: float
     ids: Any  # Ids of the training samples: 16 hex digits of each image file's SHA-256.
 
@@ -73,6 +76,7 @@ def main() -> None:
 
     from t2i import models
     from t2i.training import loop, stopping, zero
+    from t2i.training.alignment import Alignment
     from t2i.training.cuda_graph import capture
 
     stopping.end_in_words()
@@ -88,8 +92,7 @@ def main() -> None:
     # models
     frozen, input_hashes = load_frozen(recipe, splits)
     unet = make_unet(recipe, frozen)
-    if recipe.unet.pretrained_model_name_or_path:
-        input_hashes["base_unet_hash"] = models.hash_model(unet)
+    input_hashes |= further_hashes(recipe, unet, frozen)
     batch = loop.global_batch(config, accelerator.num_processes)
     identity = loop.identity(recipe.data, recipe.unet, config, steps=steps, global_batch=batch, **input_hashes)
     run = RunFolder(folder, identity)
@@ -135,7 +138,8 @@ def main() -> None:
     stopped, micro_batches = False, config.gradient_accumulation_steps
     make = partial(make_batch, inputs, config, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
-    compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
+    aligned = Alignment(unet, config.alignment_weight) if config.alignment_weight else None
+    compute = partial(loss_and_gradients, train_state, inputs, config, aligned, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
@@ -189,8 +193,9 @@ def start_run(
 
     run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
     write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
-    for name, model in {**frozen, "scheduler": models.build_ddim(scheduler)}.items():
-        model.save_pretrained(run.folder / "pipeline" / name)
+    for name in ("vae", "text_encoder", "tokenizer"):
+        frozen[name].save_pretrained(run.folder / "pipeline" / name)
+    models.build_ddim(scheduler).save_pretrained(run.folder / "pipeline" / "scheduler")
     say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
 
 
@@ -302,6 +307,23 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
     return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, input_hashes
 
 
+def further_hashes(recipe: Recipe, unet: Any, frozen: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of a UNet that is trained further, and of the network with which the UNet is aligned.
+
+    The network is loaded, and joins the frozen models under the name "alignment".
+    """
+    from t2i import models
+    from t2i.training.alignment import TargetNetwork
+
+    hashes = {}
+    if recipe.unet.pretrained_model_name_or_path:
+        hashes["base_unet_hash"] = models.hash_model(unet)
+    if recipe.train_unet.alignment_weight:
+        frozen["alignment"] = TargetNetwork(recipe.train_unet.alignment_network, unet)
+        hashes["alignment_hash"] = frozen["alignment"].identity()
+    return hashes
+
+
 def known_tokenizer(recipe: Recipe) -> Any:
     """Load the tokenizer that the options name, without its text encoder.
 
@@ -365,7 +387,7 @@ def cache_inputs(
     latents are the same to 60 dB. A training in fp16 computes both in float32, because fp16 has a smaller range.
 
     Returns:
-        Latents and text embeddings by split, `{split: (latents, text)}`.
+        Latents and text embeddings by split, as `Inputs.caches` holds them, and the targets of an alignment.
     """
     import torch
 
@@ -396,24 +418,39 @@ def cache_inputs(
                 pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, say=accelerator.print
             )
         cached[name] = (latents, text)
+        if "alignment" in frozen and name == "train":
+            cached["targets"] = caches.cache_alignment(
+                pixels, split.fingerprint, frozen["alignment"], recipe.data.cache_dir, flip=flip, say=accelerator.print
+            )
     return cached
 
 
 def loss_and_gradients(
-    train_state: "TrainState", inputs: Inputs, config: TrainUnetConfig, accelerator: Any, *batch: "torch.Tensor"
+    train_state: "TrainState",
+    inputs: Inputs,
+    config: TrainUnetConfig,
+    aligned: "Alignment | None",
+    accelerator: Any,
+    *batch: "torch.Tensor",
 ) -> "dict[str, torch.Tensor]":
     """Compute the forward and backward pass of a batch from `make_batch`.
 
-    Return `train_loss` and leave the gradients in the parameters.
+    Return `train_loss`, and with an alignment its unweighted term. Leave the gradients in the parameters.
     """
     from t2i.diffusion import denoising_loss
 
     latents, noise, timesteps, context, *further = batch
+    targets = further.pop() if aligned else None
     loss = denoising_loss(
         train_state.model, inputs.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
     ).mean()
+    terms = {"train_loss": loss.detach()}
+    if aligned:
+        penalty = aligned.penalty(targets)
+        terms["alignment"] = penalty.detach()
+        loss = loss + aligned.weight * penalty
     accelerator.backward(loss)
-    return {"train_loss": loss.detach()}
+    return terms
 
 
 def show_progress(progress: Any, losses: list[float], validation: dict[str, float]) -> None:
@@ -468,10 +505,12 @@ def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number
     """Return this process's share of micro-batch `number`, on the device.
 
     The batch's tensors are scaled latents, noise, timesteps and encoder hidden states. With `input_perturbation`, the
-    noise of the UNet's input follows. If an image has several captions, one is drawn. Captions are dropped
+    noise of the UNet's input follows. Targets of an
+    alignment come last. If an image has several captions, one is drawn. Captions are dropped
     independently. The empty caption's embedding, which sampling also uses, replaces them.
     """
     import numpy as np
+    import torch
 
     from t2i.diffusion import draw, draw_captions
     from t2i.training.prefetch import to_device_soon
@@ -493,7 +532,10 @@ def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number
     batch = to_device(
         moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, inputs.scaling_factor, accelerator
     )
-    return batch if draws.input_noise is None else (*batch, to_device_soon(draws.input_noise, accelerator.device))
+    further = [] if draws.input_noise is None else [draws.input_noise]
+    if "targets" in inputs.caches:  # They are sent to the device in float16.
+        further.append(torch.from_numpy(inputs.caches["targets"][indices, flips]))
+    return (*batch, *(to_device_soon(tensor, accelerator.device) for tensor in further))
 
 
 def to_device(

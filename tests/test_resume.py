@@ -312,16 +312,17 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(trained, work
         assert again.read_bytes() == first.read_bytes(), file  # made anew, bit for bit
 
 
-def test_muon_and_pooled_text_resume_bit_for_bit_and_stock_diffusers_draws(run_main, tmp_path, capsys):
+def test_muon_pooled_text_and_alignment_resume_bit_for_bit_and_stock_diffusers_draws(run_main, tmp_path, capsys):
     run = tmp_path / "unet"
     options = ("--output_dir", run, "--optimizer", "muon", "--addition_embed_type", "text",
-               "--resnet_time_scale_shift", "scale_shift")  # fmt: skip
+               "--resnet_time_scale_shift", "scale_shift", "--alignment_weight", 0.5)  # fmt: skip
     run_main(*options)
     shutil.copytree(run / "checkpoint-000008", tmp_path / "first")
     shutil.rmtree(run / "checkpoint-000008")
     (run / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"running"'))
     run_main(*options)
     assert "checkpoint-000004" in capsys.readouterr().out
+    assert '"alignment"' in (run / "metrics.jsonl").read_text()
     for file in ("unet/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
         assert (run / "checkpoint-000008" / file).read_bytes() == (tmp_path / "first" / file).read_bytes(), file
     pipeline = StableDiffusionPipeline.from_pretrained(run / "pipeline", safety_checker=None)

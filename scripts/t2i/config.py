@@ -302,6 +302,11 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
     # Strength of additional noise on the UNet's input, which is not in the target, usually about 0.1. A strength of 0
     # disables the additional noise.
     input_perturbation: NonNegative = 0.0
+    # Weight of the alignment of the UNet's middle block with the features of alignment_network (REPA,
+    # arXiv:2410.06940). 0 disables it.
+    alignment_weight: NonNegative = 0.0
+    # Network of the alignment: efficientnet-lite2 (offline), or a folder or Hub id of a vision model.
+    alignment_network: PathText = "efficientnet-lite2"
     # Prompts for which pictures are drawn at each validation.
     validation_prompts: Annotated[list[str], _alias("validation_prompt")] = field(default_factory=list)
     # Number of passes over the images between validations. With None, use validation_steps.
@@ -661,6 +666,20 @@ def check_vae_terms(recipe: Recipe) -> None:
         )
 
 
+def check_alignment(recipe: Recipe) -> None:
+    """Refuse to align the denoiser with the network that judges its pictures.
+
+    Raises:
+        UserError: both are the same network.
+    """
+    config = recipe.train_unet
+    if config.alignment_weight and config.alignment_network in (JUDGE, recipe.evaluate.judge_network):
+        raise UserError(
+            f"alignment_network {config.alignment_network} is the network that judges pictures, which nothing may be trained "
+            "on; give two different networks, such as alignment_network: efficientnet-lite2"
+        )
+
+
 def check_unet(recipe: Recipe, factor: int | None = None) -> None:
     """Refuse a denoiser that cannot be built, or that cannot take the latents of the recipe's autoencoder.
 
@@ -671,6 +690,7 @@ def check_unet(recipe: Recipe, factor: int | None = None) -> None:
     Raises:
         UserError: a setting does not fit; the message names a value that does.
     """
+    check_alignment(recipe)
     unet = recipe.unet
     if unet.rescale_betas_zero_snr and unet.prediction_type == "epsilon":
         raise UserError(

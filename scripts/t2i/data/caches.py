@@ -24,6 +24,7 @@ from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
 
 NULL_CAPTION = ""  # The empty caption replaces a dropped one. Guidance in the stock pipeline moves away from it.
+AXES_IMAGES = 1024  # Images whose features give the principal axes of an alignment.
 CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 16 images of 64 px.
 
 
@@ -162,6 +163,58 @@ def cache_features(
     key = hash_json({"kind": "features", "shape": shape, **identity})
     what = f"features of {len(rows)} images"
     return torch.from_numpy(np.array(_cached(Path(cache_dir) / "features" / key, shape, "float32", what, fill, say)))
+
+
+def cache_alignment(
+    pixels: np.ndarray,
+    fingerprint: str,
+    network: Any,
+    cache_dir: str,
+    *,
+    flip: bool,
+    say: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Return the targets of the denoiser's alignment, from the cache or newly computed.
+
+    The targets are a network's features, in as many of their principal axes as the denoiser aligns channels.
+
+    Args:
+        pixels: the images, uint8 [N, R, R, 3].
+        fingerprint: hash of all images.
+        network: a `training.alignment.TargetNetwork`.
+        cache_dir: folder that holds all caches.
+        flip: whether the targets of the mirrored images are computed and cached too.
+        say: function that prints a progress message.
+
+    Returns:
+        Targets, float16 [N, F, K, s, s], memory-mapped. F is 2 with `flip`, otherwise 1. K is `network.channels`, or the number
+        of the network's features if that is smaller.
+    """
+    count, side = len(pixels), network.side
+    features = network.maps(np.array(pixels[:1])).shape[1]
+    shape = (count, 2 if flip else 1, min(network.channels, features), side, side)
+
+    def fill(targets: np.ndarray) -> None:
+        sample = np.linspace(0, count - 1, min(count, AXES_IMAGES)).round().astype(int)
+        parts = [network.maps(np.array(pixels[sample[i : i + 32]])) for i in range(0, len(sample), 32)]
+        mean, axes = _principal_axes(torch.cat(parts).permute(0, 2, 3, 1).flatten(0, 2), shape[2])
+        for start in tqdm(range(0, count, 32), desc="alignment", unit="batch"):
+            images = np.array(pixels[start : start + 32])
+            for mirrored in range(shape[1]):
+                maps = network.maps(images[:, :, ::-1].copy() if mirrored else images).permute(0, 2, 3, 1)
+                targets[start : start + 32, mirrored] = ((maps - mean) @ axes).permute(0, 3, 1, 2).numpy()
+
+    key = hash_json({"kind": "alignment", "shape": shape, "images": fingerprint, "network": network.identity()})
+    what = f"alignment of {count} images"
+    return _cached(Path(cache_dir) / "alignment" / key, shape, "float16", what, fill, say)
+
+
+def _principal_axes(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean [F] of features [N, F], and their first `count` principal axes [F, count]."""
+    mean = features.mean(0)
+    centred = (features - mean).double()
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # The eigenvalues rise.
+    return mean, axes.flip(1)[:, :count].float()
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:

@@ -72,6 +72,7 @@ _PASSING = {
     *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
     *("compile", "channels_last", "cuda_graphs"),
     "perceptual_network",  # Its hash is compared if the network is used.
+    "alignment_network",  # Its hash is compared if the network is used.
     *("train_batch_size", "gradient_accumulation_steps"),  # The global batch is compared instead.
     *(
         "push_to_hub",
@@ -95,6 +96,7 @@ _LATER = {
     "adversarial_start": 0,
     "discriminator_learning_rate": 2e-4,
     "equivariance_share": 0.0,
+    "alignment_weight": 0.0,
     "optimizer": "adamw",
     "addition_embed_type": None,
     "resnet_time_scale_shift": "default",

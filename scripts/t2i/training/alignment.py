@@ -1,0 +1,141 @@
+"""Align the features in the middle of the UNet with those of a frozen network, which know what a picture shows.
+
+Source: REPA (Yu et al., arXiv:2410.06940); for UNets, Tian et al., arXiv:2503.18414. Here half of the middle block's
+channels are aligned directly, so there is no trained projection to save, to shard or to throw away.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from t2i.config import PACKAGED_NETWORKS
+from t2i.evaluation.networks import load_efficientnet_lite, load_vision_model
+from t2i.files import hash_json
+from t2i.models import hash_model
+from t2i.pictures import engines
+
+STRIDE = 32  # Pixels of the input per feature of an EfficientNet.
+INPUT_SIDES = (128, 256)  # The smallest and the largest input of an EfficientNet, in pixels.
+
+
+class Alignment:
+    """The term of the loss: 1 - cosine similarity of the middle block's first channels to the targets.
+
+    Attributes:
+        channels: number of aligned channels.
+    """
+
+    def __init__(self, unet: Any, weight: float) -> None:
+        """Watch the middle block of a UNet. `weight` is the weight of the term."""
+        self.channels, self.weight = middle_channels(unet), weight
+        self._features: torch.Tensor | None = None
+        unet.mid_block.register_forward_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        self._features = output if torch.is_grad_enabled() else None  # Validation keeps nothing.
+
+    def penalty(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean term of the last forward pass.
+
+        Args:
+            targets: rows of `caches.cache_alignment`, [B, K, s, s].
+        """
+        assert self._features is not None
+        features = self._features[:, : targets.shape[1]].float()
+        self._features = None
+        return 1 - F.cosine_similarity(features, targets.float(), dim=1).mean()
+
+
+def middle_channels(unet: Any) -> int:
+    """Return the number of channels of a UNet's middle block that are aligned: half of them."""
+    return max(1, int(unet.config.block_out_channels[-1]) // 2)
+
+
+def middle_side(unet: Any) -> int:
+    """Return the side of the features in a UNet's middle block."""
+    return int(unet.config.sample_size) // 2 ** (len(unet.config.block_out_channels) - 1)
+
+
+class TargetNetwork:
+    """A frozen network that maps pictures to a grid of features.
+
+    Attributes:
+        side: rows and columns of the grid.
+        channels: number of the UNet's channels that are aligned.
+    """
+
+    def __init__(self, source: str, unet: Any) -> None:
+        """Load a network.
+
+        Args:
+            source: "efficientnet-lite2", or a folder or Hub id of a vision model of transformers (safetensors).
+            unet: the UNet whose middle block is aligned. It decides the grid, and the number of aligned channels.
+
+        Raises:
+            UserError: the network cannot be loaded.
+        """
+        self.source, self.side, self.channels = source, middle_side(unet), middle_channels(unet)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor: Any = None
+        self.compiled: Any = None
+        if source in PACKAGED_NETWORKS:
+            self.input_side = min(max(STRIDE * self.side, INPUT_SIDES[0]), INPUT_SIDES[1])
+            self.model: Any = _Features(load_efficientnet_lite(source)).to(self.device)
+            if self.device == "cpu" and engines.is_installed():
+                self.compiled = engines.compile_module(self.model, torch.zeros(1, 3, self.input_side, self.input_side))
+            return
+        self.processor, self.model = load_vision_model(source, "as alignment_network")
+        self.model = getattr(self.model, "vision_model", self.model).to(self.device)
+
+    def identity(self) -> str:
+        """Return a hash of the network's weights and of the preparing of its input, for caches of features."""
+        if self.processor is None:
+            return hash_json([self.source, self.input_side, self.side])  # Its package is pinned.
+        return hash_json([hash_model(self.model), self.processor.to_json_string(), self.side])
+
+    @torch.inference_mode()
+    def maps(self, pictures: np.ndarray) -> torch.Tensor:
+        """Return the features of pictures, float32 [N, F, side, side] on the CPU.
+
+        Args:
+            pictures: pictures to read, uint8 [N, H, W, 3], RGB.
+        """
+        if self.processor is None:
+            pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            side = (self.input_side, self.input_side)
+            pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+            if self.compiled is not None:
+                features = torch.from_numpy(np.array(self.compiled(pixels.numpy())[0]))
+            else:
+                features = self.model(pixels)
+        else:
+            inputs = self.processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+            features = as_grid(self.model(**inputs.to(self.device)).last_hidden_state)
+        if features.shape[-1] != self.side or features.shape[-2] != self.side:
+            features = F.interpolate(features, (self.side, self.side), mode="area")
+        return features.float().cpu()
+
+
+class _Features(torch.nn.Module):
+    """The features of an EfficientNet before pooling: floats [B, 3, S, S] in [-1, 1] to [B, F, S / 32, S / 32]."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network.extract_features(pixels)  # type: ignore[no-any-return]
+
+
+def as_grid(states: torch.Tensor) -> torch.Tensor:
+    """Return a vision model's last hidden state as a grid [B, F, s, s].
+
+    The tokens of patches [B, N, F] stand behind tokens of other kinds, such as the class token.
+    """
+    if states.dim() == 4:
+        return states
+    side = int(states.shape[1] ** 0.5)
+    return states[:, states.shape[1] - side * side :].transpose(1, 2).unflatten(2, (side, side))
