@@ -109,7 +109,7 @@ def main() -> None:
 
     # loop
     keep_freed_memory(accelerator)
-    stopped, micro_batches = False, config.gradient_accumulation_steps
+    stopped, micro_batches, keeps_last = False, config.gradient_accumulation_steps, config.checkpoints_total_limit != 1
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
     compute = partial(loss_and_gradients, train_state, perceptual, config, accelerator)
@@ -139,8 +139,7 @@ def main() -> None:
             if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
                 with loop.averaged(train_state):
                     validate(vae, splits.validation, folder, tracker, done)
-            is_last = done == steps and config.checkpoints_total_limit != 1  # It may be extended.
-            if done % config.checkpointing_steps == 0 or stopped or is_last:
+            if done % config.checkpointing_steps == 0 or stopped or (done == steps and keeps_last):
                 saved = {"step": done, "before": before}
                 loop.save(folder, train_state, config, saved, node, accelerator)
             if stopped:

@@ -256,7 +256,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
 
     train_batch_size: Count = 8  # Number of images per process and training step.
     # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep the newest checkpoint until
-    # the run has finished.
+    # the run has finished. A finished run that keeps checkpoints can be extended from its last update.
     checkpoints_total_limit: Count | None = 1
     # Part of the autoencoder to train. With decoder, the latents do not change, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"
