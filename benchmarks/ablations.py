@@ -222,11 +222,11 @@ def muon() -> None:
             self.muon.step()
             super().step()
 
-    def built(parameters: Any, config: Any, steps: int) -> Any:
+    def built(parameters: Any, config: Any, steps: int, extensions: Any = ()) -> Any:
         plain = torch.optim.AdamW
         torch.optim.AdamW = Both
         try:
-            return build(list(parameters), config, steps)
+            return build(list(parameters), config, steps, extensions)
         finally:
             torch.optim.AdamW = plain
 

@@ -15,6 +15,7 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -26,10 +27,10 @@ import prove_resume
 import train_unet
 from conftest import SCRIPTS, warm_start
 from t2i import models, run_lock, runs
-from t2i.config import load_recipe
+from t2i.config import TrainUnetConfig, load_recipe
 from t2i.errors import UserError
 from t2i.runs import checkpoint_copies, checkpoint_folders
-from t2i.training import checkpoints, stopping
+from t2i.training import checkpoints, loop, stopping
 from t2i.training.stopping import EXIT_STOPPED
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -585,6 +586,28 @@ def test_a_finished_run_that_cannot_be_extended_stays_finished(options, sentence
     with pytest.raises(UserError, match=sentence):
         run_main("--output_dir", run, "--max_train_steps", 9, *options)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"} == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_takes_the_new_length_from_step_0(tmp_path):
+    def identity(steps):
+        return {"steps": steps, "TrainUnet.max_train_steps": steps, "TrainUnet.seed": 0}
+
+    (tmp_path / "run.json").write_text(json.dumps({"status": "stopped", "identity": identity(4), "seconds": {}}))
+    run = runs.RunFolder(tmp_path, identity(9))
+    accelerator = SimpleNamespace(
+        num_processes=1, process_index=0, is_local_main_process=True, wait_for_everyone=lambda: None
+    )
+    assert run.shorter == 4
+    assert loop.extend(run, TrainUnetConfig(), 9, accelerator) == []
+    run.start(config="", quarantine=[])
+    again = runs.RunFolder(tmp_path, identity(9))
+    assert (again.shorter, again.state.get("extensions")) == (None, None)
+    (tmp_path / "run.json").write_text(json.dumps(again.state | {"status": "finished"}))
+    # The same number of updates by the other setting is the same training.
+    by_epochs = runs.RunFolder(
+        tmp_path, identity(9) | {"TrainUnet.max_train_steps": None, "TrainUnet.num_train_epochs": 3.0}
+    )
+    assert (by_epochs.shorter, by_epochs.finished) == (None, True)
 
 
 # --- Signals and numbers ---------------------------------------------------------------------------------------------
