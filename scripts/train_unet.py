@@ -101,8 +101,8 @@ def main() -> None:
             print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
         push(folder, config, accelerator)
         return
-    if accelerator.is_main_process:
-        start_run(run, recipe, splits, frozen, scheduler, input_hashes, accelerator)
+    extensions = loop.extend(run, config, steps, accelerator)
+    start_run(run, recipe, splits, frozen, scheduler, input_hashes, accelerator)
     accelerator.wait_for_everyone()
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, input_hashes, accelerator)
@@ -114,8 +114,8 @@ def main() -> None:
 
     # optimiser
     parameters = list(unet.parameters())
-    loop.warn_of_warmup(config, steps, accelerator.print)
-    optimizer, schedule = loop.build_optimizer(unet, config, steps)
+    loop.warn_of_warmup(config, steps, accelerator.print, extensions)
+    optimizer, schedule = loop.build_optimizer(unet, config, steps, extensions)
 
     # prepare
     model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
@@ -188,9 +188,14 @@ def start_run(
     input_hashes: dict[str, str],
     accelerator: Any,
 ) -> None:
-    """Write the run's settings, its provenance and the pipeline's frozen models, and say how many captions are cut."""
+    """Write the run's settings, its provenance and the pipeline's frozen models, and say how many captions are cut.
+
+    Only the main process writes and prints.
+    """
     from t2i import models
 
+    if not accelerator.is_main_process:
+        return
     run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
     write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
     for name in ("vae", "text_encoder", "tokenizer"):

@@ -79,6 +79,8 @@ def main() -> None:
             print(f"reusing the finished VAE in {folder / 'vae'} ({run.state['psnr_db']:.2f} dB on validation)")
         push(folder, config, accelerator)
         return
+    extensions = loop.extend(run, config, steps, accelerator)
+    check_decoder_phase(config, folder, extensions)
     if accelerator.is_main_process:
         run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
     freeze(vae, config)
@@ -86,9 +88,9 @@ def main() -> None:
 
     # optimiser
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    loop.warn_of_warmup(config, steps, accelerator.print)
+    loop.warn_of_warmup(config, steps, accelerator.print, extensions)
     warn_of_steps(config, steps, accelerator.print)
-    optimizer, schedule = loop.build_optimizer(vae, config, steps)
+    optimizer, schedule = loop.build_optimizer(vae, config, steps, extensions)
 
     # prepare
     module = models.Autoencoder(vae)
@@ -107,7 +109,7 @@ def main() -> None:
 
     # loop
     keep_freed_memory(accelerator)
-    stopped, micro_batches = False, config.gradient_accumulation_steps
+    stopped, micro_batches, keeps_last = False, config.gradient_accumulation_steps, config.checkpoints_total_limit != 1
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
     compute = partial(loss_and_gradients, train_state, perceptual, config, accelerator)
@@ -137,7 +139,7 @@ def main() -> None:
             if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
                 with loop.averaged(train_state):
                     validate(vae, splits.validation, folder, tracker, done)
-            if done % config.checkpointing_steps == 0 or stopped:
+            if done % config.checkpointing_steps == 0 or stopped or (done == steps and keeps_last):
                 saved = {"step": done, "before": before}
                 loop.save(folder, train_state, config, saved, node, accelerator)
             if stopped:
@@ -226,6 +228,21 @@ def warn_of_steps(config: TrainVaeConfig, steps: int, say: Any) -> None:
         say(
             f"WARNING: decoder_only_steps {config.decoder_only_steps} takes all {steps} updates, so the encoder is never trained"
         )
+
+
+def check_decoder_phase(config: TrainVaeConfig, folder: Path, extensions: list[dict[str, Any]]) -> None:
+    """Refuse an extension from a checkpoint whose encoder is held already: its other phases begin at fixed updates.
+
+    Raises:
+        UserError: the checkpoint lies within the last `decoder_only_steps` updates of the shorter run.
+    """
+    for extension in extensions:
+        begun, step = extension["from_steps"] - config.decoder_only_steps, extension["at_step"]
+        if step > begun:
+            raise UserError(
+                f"at step {step} the run in {folder} trained its decoder alone (decoder_only_steps {config.decoder_only_steps}), which "
+                f"cannot be undone; extend it from a checkpoint up to step {begun} by --resume_from_checkpoint"
+            )
 
 
 def push(folder: Path, config: TrainVaeConfig, accelerator: Any) -> None:

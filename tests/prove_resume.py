@@ -1,6 +1,7 @@
 """Kill training at random moments, resume it, and compare everything with an undisturbed run.
 
 python tests/prove_resume.py --kills 20     (make prove-resume)
+python tests/prove_resume.py --extend       (a finished training of half the updates, extended, against one of all updates)
 
 Modes are one process, one in bf16, two gloo processes, and DeepSpeed ZeRO-2 on two. The runs use gradient accumulation 2,
 caption dropout, flips and shuffling, and cross the ends of epochs. SIGKILL hits every process of the run at one moment,
@@ -128,8 +129,8 @@ def arguments(output: Path, mode: str) -> list[str]:
             "--train_batch_size", "4" if mode in ALONE else "2"]  # fmt: skip
 
 
-def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
-    """Start the training as users do. Return its process and the mark of all its processes."""
+def start(folder: Path, output: Path, mode: str, *options: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    """Start the training as users do, with further options. Return its process and the mark of all its processes."""
     output.mkdir(exist_ok=True)
     config = folder / f"{mode}.yaml"
     text = (ROOT / "accelerate_configs" / f"{MODES[mode]}.yaml").read_text()
@@ -138,7 +139,7 @@ def start(folder: Path, output: Path, mode: str) -> tuple[subprocess.Popen[bytes
     config.write_text(text)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config),
              *(["--mixed_precision", PRECISION[mode]] if mode in PRECISION else []), str(ROOT / "scripts" / "train_unet.py"),
-             *arguments(output, mode)]  # fmt: skip
+             *arguments(output, mode), *options]  # fmt: skip
     settings = environment()
     if mode == "zero2":
         settings.pop("ACCELERATE_USE_CPU")
@@ -191,16 +192,29 @@ def log_of(output: Path) -> str:
     return (output / "log.txt").read_text(errors="replace")[-4000:]
 
 
-def compare(whole: Path, disturbed: Path) -> None:
+def prove_extension(folder: Path, mode: str) -> str:
+    """Extend a finished run of half the updates, and compare it with a run that had all of them from the start."""
+    whole, extended = folder / f"{mode}-at-once", folder / f"{mode}-extended"
+    for output, steps in ((whole, STEPS), (extended, STEPS // 2), (extended, STEPS)):
+        process, _ = start(folder, output, mode, "--lr_scheduler", "constant", "--max_train_steps", str(steps))
+        assert process.wait(timeout=600) == 0, log_of(output)
+        state = json.loads((output / "run.json").read_text())
+        assert (state["status"], state["steps"]) == ("finished", steps)
+    assert [known["at_step"] for known in state["extensions"]] == [STEPS // 2]
+    compare(whole, extended)
+    return f"{mode}: extended from {STEPS // 2} to {STEPS} updates; all equal to {STEPS} at once, bit for bit"
+
+
+def compare(whole: Path, disturbed: Path, steps: int = STEPS) -> None:
     """Compare samples, learning rates, losses and norms by step; weights, average and optimiser byte by byte."""
     first, second = rows_of(whole), rows_of(disturbed)
     assert len(first) == len(second), f"{len(first)} rows of metrics against {len(second)}"
     for ours, theirs in zip(first, second, strict=True):
         assert ours == theirs, f"step {ours['step']}: {ours} against {theirs}"
     ledger = rows_of(whole, "samples.jsonl")
-    assert len(ledger) == STEPS
+    assert len(ledger) == steps
     assert ledger == rows_of(disturbed, "samples.jsonl"), "other samples"
-    name = f"checkpoint-{STEPS:06d}"
+    name = f"checkpoint-{steps:06d}"
     files = sorted(file.relative_to(whole) for file in (whole / name).rglob("*.safetensors"))
     files += [file.relative_to(whole) for file in (whole / "pipeline" / "unet").glob("*.safetensors")]
     assert len(files) >= 4
@@ -213,13 +227,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="kills in each mode")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--extend", action="store_true", help="extend a finished training instead of killing one")
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         lines = []
         for mode in options.modes:
-            lines.append(prove(folder, mode, options.kills, options.seed))
+            lines.append(
+                prove_extension(folder, mode) if options.extend else prove(folder, mode, options.kills, options.seed)
+            )
             print(lines[-1], flush=True)
         print(f"proved: {'; '.join(lines)}")
 

@@ -148,6 +148,18 @@ def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
     assert "guidance_scale=3,\n    height=64," in text
 
 
+def test_an_extended_run_names_its_total_and_the_lengths_before(tmp_path: Path) -> None:
+    extensions = [{"from_steps": 200, "to_steps": 600, "lr_on_extend": "constant"},
+                  {"from_steps": 600, "to_steps": 1000, "lr_on_extend": HOSTILE}, {"from_steps": 1000}, 7]  # fmt: skip
+    text = model_card.write_model_card(make_run(tmp_path / "run", extensions=extensions), None)
+    length = row(text, "Length")
+    assert length.startswith(
+        "1,000 weight updates of 32 samples, 13.3 epochs, extended from 200 (learning rate: constant) and 600 (learning rate: "
+    )
+    assert "<script>" not in length
+    assert "1,000 (" not in length  # the extension that has not ended yet
+
+
 def test_what_is_unknown_reads_not_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", val_loss=float("nan"))
     result = json.loads((run / "run.json").read_text())

@@ -255,9 +255,9 @@ MISTAKES = [
             "--output_dir",
             "unet",
             "--max_train_steps",
-            "16",
+            "4",
         ],
-        "add --pretrained_model_name_or_path unet",
+        "raise max_train_steps or num_train_epochs, and change nothing else",
     ),
     ("make_flowers.py", ["--output_dir", "tiny.yaml/below"], "a file stands where a folder is needed"),
     (

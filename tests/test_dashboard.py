@@ -335,10 +335,14 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
         (run / "config.yaml").write_text(f"train_unet: {{learning_rate: {rate}, seed: 0, hub_token: hf_geheim}}")
         (run / "provenance.json").write_text(json.dumps({"code": f"commit {rate}"}))
     (tmp_path / "outputs" / "two" / "run.json").write_text('{"status": "running"}')
+    extensions = [{"from_steps": 5}, {"from_steps": 10}, {"from_steps": "<b>"}, 7]
+    (tmp_path / "outputs" / "one" / "run.json").write_text(json.dumps({"steps": 20, "extensions": extensions}))
     (tmp_path / "outputs" / "one" / "pipeline" / "README.md").write_text("# Card <b>of one</b>")
     app = show("runs", measure="prompt_following.petal_color")
     table, best, settings, provenance = (element.value for element in app.dataframe)
     assert sorted(table["run"]) == ["one", "two"]
+    one = table.set_index("run").loc["one"]
+    assert (one["steps"], one["extended from"]) == (20, "5, 10")
     assert list(best["value"]) == [0.9, 0.9]
     assert any(text.startswith("the highest prompt_following") for text in texts(app))
     assert list(settings.index) == ["train_unet.learning_rate"]

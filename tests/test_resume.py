@@ -8,26 +8,33 @@ import pickle
 import platform
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 import prove_resume
 import train_unet
 from conftest import SCRIPTS, warm_start
 from t2i import models, run_lock, runs
-from t2i.config import load_recipe
+from t2i.config import TrainUnetConfig, load_recipe
 from t2i.errors import UserError
 from t2i.runs import checkpoint_copies, checkpoint_folders
-from t2i.training import checkpoints, stopping
+from t2i.training import checkpoints, loop, stopping
 from t2i.training.stopping import EXIT_STOPPED
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 COMMON = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none")
 
 
@@ -352,6 +359,8 @@ def test_without_its_random_states_an_exact_resume_is_refused(trained, run_main)
         (["--gradient_accumulation_steps", 2], "global_batch: 4 there, 8 now"),
         (["--validation_fraction", 0.3], "validation_fraction"),
         (["--vae", "other"], "vae_hash"),
+        (["--max_train_steps", 4], "steps: 8 there, 4 now.*to extend the run, raise max_train_steps or num_train"),
+        (["--max_train_steps", 16, "--learning_rate", 1], r"run \(TrainUnet.learning_rate: 0.0001 there, 1.0 now\);"),
     ],
 )
 def test_what_must_match_is_refused_with_the_difference(arguments, difference, trained, workspace, run_main):
@@ -539,6 +548,90 @@ def test_killed_in_mid_epoch_and_mid_accumulation_goes_on_bit_for_bit(workspace,
         ranks("train_unet.py", *arguments, cwd=workspace, env={"ACCELERATE_USE_CPU": "true"})
 
     print(prove_resume.prove(workspace, "two", kills=1, seed=os.getpid(), run_whole=run_whole))
+
+
+# --- Extension -------------------------------------------------------------------------------------------------------
+
+
+def test_an_extended_run_is_one_that_had_its_length_from_the_start(run_main, tmp_path, capsys):
+    """Under a constant schedule, bit for bit: weights, average, moments, losses and samples."""
+    options = ("--lr_scheduler", "constant", "--checkpointing_steps", 2, "--validation_steps", 2, "--logging_steps", 1,
+               "--validation_images", 2, "--num_inference_steps", 1)  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    run_main("--output_dir", whole, *options, "--max_train_steps", 4)
+    for steps, said in (
+        (2, "pipeline in"),
+        (4, "extended from 2 to 4 updates at checkpoint-000002"),
+        (4, "reusing the finished run"),
+    ):
+        run_main("--output_dir", run, *options, "--max_train_steps", steps)
+        assert said in capsys.readouterr().out
+    prove_resume.compare(whole, run, steps=4)
+    state = json.loads((run / "run.json").read_text())
+    (extension,) = state["extensions"]
+    assert datetime.fromisoformat(extension.pop("time")).tzinfo is UTC
+    assert extension == {"from_steps": 2, "to_steps": 4, "at_step": 2, "at_update": 2, "lr_on_extend": "stretch"}
+    assert (state["status"], state["steps"]) == ("finished", 4)
+    assert state["identity"] == json.loads((whole / "run.json").read_text())["identity"]
+    with pytest.raises(UserError, match="steps: 4 there, 2 now"):
+        run_main("--output_dir", run, *options, "--max_train_steps", 2)
+
+
+def test_a_finished_run_is_extended_by_epochs_in_its_mlflow_run(workspace, run_main, tmp_path, monkeypatch):
+    """The cosine schedule of 8 updates has ended at 0. `restart` warms up and runs it anew over two further updates."""
+    run = Path(shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation")))
+    shutil.copy(workspace / "mlflow.db", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_main("--output_dir", run, "--num_train_epochs", 1, "--lr_on_extend", "restart", "--report_to", "mlflow",
+             "--logging_steps", 1)  # fmt: skip
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"]: row["lr"] for row in rows if "lr" in row and row["step"] > 8} == {9: 5e-5, 10: 1e-4}
+    before, after = (load_file(run / f"checkpoint-{step:06d}/{WEIGHTS}") for step in (8, 10))
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        (found,) = store.execute("SELECT run_uuid, status FROM runs WHERE name = 'unet'").fetchall()
+        logged = store.execute("SELECT max(step) FROM metrics WHERE run_uuid = ? AND key = 'train_loss'", found[:1])
+        assert (found[1], logged.fetchone()) == ("FINISHED", (10,))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--lr_on_extend", "constant"], "cosine schedule stands at a learning rate of 0 in .*checkpoint-000008"),
+        (["--resume_from_checkpoint", "checkpoint-5"], "is not a checkpoint of"),
+        ([], "keeps no checkpoint from which its 8 updates could be extended to 9; .*--pretrained_model_name_or_path"),
+    ],
+)
+def test_a_finished_run_that_cannot_be_extended_stays_finished(options, sentence, workspace, run_main, tmp_path):
+    run = tmp_path / "unet"
+    pruned = shutil.ignore_patterns("evaluation", *([] if options else ["checkpoint-*"]))
+    shutil.copytree(workspace / "unet", run, ignore=pruned)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
+    with pytest.raises(UserError, match=sentence):
+        run_main("--output_dir", run, "--max_train_steps", 9, *options)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"} == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_takes_the_new_length_from_step_0(tmp_path):
+    def identity(steps):
+        return {"steps": steps, "TrainUnet.max_train_steps": steps, "TrainUnet.seed": 0}
+
+    (tmp_path / "run.json").write_text(json.dumps({"status": "stopped", "identity": identity(4), "seconds": {}}))
+    run = runs.RunFolder(tmp_path, identity(9))
+    accelerator = SimpleNamespace(
+        num_processes=1, process_index=0, is_local_main_process=True, wait_for_everyone=lambda: None
+    )
+    assert run.shorter == 4
+    assert loop.extend(run, TrainUnetConfig(), 9, accelerator) == []
+    run.start(config="", quarantine=[])
+    again = runs.RunFolder(tmp_path, identity(9))
+    assert (again.shorter, again.state.get("extensions")) == (None, None)
+    (tmp_path / "run.json").write_text(json.dumps(again.state | {"status": "finished"}))
+    # The same number of updates by the other setting is the same training.
+    by_epochs = runs.RunFolder(
+        tmp_path, identity(9) | {"TrainUnet.max_train_steps": None, "TrainUnet.num_train_epochs": 3.0}
+    )
+    assert (by_epochs.shorter, by_epochs.finished) == (None, True)
 
 
 # --- Signals and numbers ---------------------------------------------------------------------------------------------

@@ -247,6 +247,18 @@ def test_without_further_terms_a_step_is_the_step_that_it_was(pixels):
         assert torch.equal(one, other)
 
 
+def assert_same(whole, again, checkpoint):
+    """Compare a checkpoint of two trainings with a discriminator, and their autoencoders, bit for bit."""
+    files = [file.relative_to(whole) for file in (whole / checkpoint).rglob("*.safetensors")]
+    assert {str(file.relative_to(file.parts[0])) for file in files} >= {
+        "discriminator/discriminator.safetensors", "discriminator/optimizer.safetensors", "optimizer.safetensors"
+    }  # fmt: skip
+    for file in [*files, Path("vae") / WEIGHTS]:
+        one, other = load_file(whole / file), load_file(again / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+
+
 def test_a_training_with_all_terms_resumes_bit_for_bit(train, pretrained, narrow):
     options = ("--vae", pretrained, "--max_train_steps", 6, "--checkpointing_steps", 3, "--checkpoints_total_limit", 2,
                "--gradient_accumulation_steps", 2, "--decoder_only_steps", 2, "--crop_size", 16, "--crop_steps", 5, 
@@ -257,18 +269,31 @@ def test_a_training_with_all_terms_resumes_bit_for_bit(train, pretrained, narrow
     state = json.loads((again / "run.json").read_text())
     (again / "run.json").write_text(json.dumps(state | {"status": "running"}))
     train(*options, output=again)
-    files = [file.relative_to(whole) for file in (whole / "checkpoint-000006").rglob("*.safetensors")]
-    assert {str(file.relative_to(file.parts[0])) for file in files} >= {
-        "discriminator/discriminator.safetensors", "discriminator/optimizer.safetensors", "optimizer.safetensors"
-    }  # fmt: skip
-    for file in [*files, Path("vae") / WEIGHTS]:
-        one, other = load_file(whole / file), load_file(again / file)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one), file
+    assert_same(whole, again, "checkpoint-000006")
     first, last = (
         load_file(whole / f"checkpoint-00000{step}/discriminator/discriminator.safetensors") for step in (3, 6)
     )
     assert not torch.equal(first["0.weight"], last["0.weight"])
+
+
+def test_an_extended_training_is_one_that_had_its_length_from_the_start(train, narrow):
+    """Crops and discriminator begin at fixed updates. The decoder's phase moves to the new end, unless it has begun."""
+    options = ("--lr_scheduler", "constant", "--checkpointing_steps", 2, "--crop_size", 16, "--crop_steps", 3, "--adversarial_weight",
+               0.5, "--adversarial_start", 1, "--decoder_only_steps", 1)  # fmt: skip
+    whole, run = train(*options, "--max_train_steps", 4), train(*options, "--max_train_steps", 3)
+    longer = (*options, "--max_train_steps", 4)
+    with pytest.raises(UserError, match=r"at step 3 .* trained its decoder alone .*from a checkpoint up to step 2"):
+        train(*longer, output=run)
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    train(*longer, "--resume_from_checkpoint", "checkpoint-2", output=run)
+    assert_same(whole, run, "checkpoint-000004")
+    assert json.loads((run / "run.json").read_text())["extensions"][0]["at_step"] == 2
+    for checkpoint in run.glob("checkpoint-*"):  # as a training with --checkpoints_total_limit 1 ends
+        shutil.rmtree(checkpoint)
+    with pytest.raises(
+        UserError, match=r"keeps no checkpoint from which its 4 updates could be extended to 5; .*give --vae"
+    ):
+        train(*options, "--max_train_steps", 5, output=run)
 
 
 def in_two_processes(train, *arguments, output, **variables):

@@ -5,12 +5,13 @@ import time
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from t2i.config import TrainConfig
-from t2i.training.loop import Average, build_optimizer, warn_of_warmup
+from t2i.training.loop import Average, build_optimizer, rate_share, warn_of_warmup
 from t2i.training.prefetch import Prefetcher
 
 
@@ -71,7 +72,10 @@ def test_the_average_is_that_of_diffusers(sizes, decay, steps):
 
 @pytest.mark.parametrize(
     ("schedule", "warmup", "steps", "share"),
-    [("cosine", 500, 4, "0.8%"), ("linear", 10, 10, "100.0%"), ("cosine", 9, 10, None), ("constant", 500, 4, None)],
+    [
+        *(("cosine", 500, 4, "0.8%"), ("linear", 10, 10, "100.0%"), ("polynomial", 10, 10, "100.0%")),
+        *(("cosine", 9, 10, None), ("constant", 500, 4, None)),
+    ],
 )
 def test_a_warm_up_that_is_too_long_is_said_with_the_rate_that_it_reaches(schedule, warmup, steps, share):
     config, said = TrainConfig(lr_scheduler=schedule, lr_warmup_steps=warmup, learning_rate=0.5), []
@@ -84,3 +88,64 @@ def test_a_warm_up_that_is_too_long_is_said_with_the_rate_that_it_reaches(schedu
             rates.step()
         reached = rates.get_last_lr()[0] / config.learning_rate
         assert f"{reached:.1%}" == share or steps == warmup  # at the end of both, cosine and linear fall to zero
+
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def plain_rates(config, steps, count):
+    """The first `count` learning rates of diffusers' schedule of `steps` updates, as shares of the peak."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    schedule = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
+    )
+    rates = []
+    for _ in range(count):
+        rates.append(schedule.get_last_lr()[0] / config.learning_rate)
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def extension(before, after, way, at_step=None, skipped=0):
+    at = before if at_step is None else at_step
+    return {"from_steps": before, "to_steps": after, "at_step": at, "at_update": at - skipped, "lr_on_extend": way}
+
+
+@settings(max_examples=50)
+@given(st.sampled_from(SCHEDULES), st.integers(0, 5), st.integers(1, 20), st.integers(1, 20), st.data())
+def test_the_rate_of_an_extension_is_the_one_that_its_name_says(name, warmup, before, added, data):
+    """From a checkpoint anywhere in the run: stretch gives the longer run's rates, restart the schedule anew, constant one rate."""
+    config = TrainConfig(lr_scheduler=name, lr_warmup_steps=warmup, learning_rate=0.5)
+    at, after = data.draw(st.integers(1, before)), before + added
+    assume(name != "polynomial" or warmup not in (before, after, after - at))  # diffusers divides by zero there
+    first, whole = plain_rates(config, before, before + 1), plain_rates(config, after, after)
+    continued = {
+        "stretch": whole[at:],
+        "restart": plain_rates(config, after - at, after - at),
+        "constant": [first[at]] * (after - at),
+    }
+    for way, rest in continued.items():
+        extended = [extension(before, after, way, at)]
+        rates = [rate_share(config, after, extended, update) for update in range(after)]
+        assert rates == pytest.approx(first[:at] + rest), way
+    assert [rate_share(config, after, [], update) for update in range(after)] == pytest.approx(whole)
+
+
+def test_each_extension_keeps_its_rates_when_another_follows():
+    config = TrainConfig(lr_scheduler="linear", lr_warmup_steps=0, learning_rate=0.5)
+    one, two = extension(4, 8, "stretch"), extension(8, 10, "constant", at_step=6)
+    three = extension(10, 14, "restart", skipped=1)  # an update was skipped, so the schedule counts 9 at step 10
+    rates = [rate_share(config, 14, [one, two, three], update) for update in range(13)]
+    assert rates == pytest.approx([1, 0.75, 0.5, 0.25, 0.5, 0.375, 0.25, 0.25, 0.25, 1, 0.75, 0.5, 0.25])
+    # An extension from an earlier checkpoint replaces what came after that checkpoint.
+    rates = [rate_share(config, 12, [one, extension(8, 12, "stretch", at_step=2)], update) for update in range(12)]
+    assert rates == pytest.approx([1, 0.75, *(1 - update / 12 for update in range(2, 12))])
+
+
+@pytest.mark.parametrize(("way", "said"), [("stretch", 0), ("restart", 1), ("constant", 0)])
+def test_a_second_warm_up_that_is_too_long_is_said(way, said):
+    lines = []
+    warn_of_warmup(TrainConfig(lr_warmup_steps=50), 240, lines.append, [extension(200, 240, way)])
+    assert len(lines) == said
+    assert all("training of 40 updates" in line for line in lines)

@@ -29,12 +29,12 @@ ZERO2 = ("accelerate.commands.launch", "--quiet", "--config_file",
 STEPS, CLIP, EPSILON = 6, 0.01, 1e-3  # so that every update is clipped, and Adam does not divide the clipping out again
 
 
-def train(run, folder, name, **options):
-    """Train on two processes by `run`: `ranks`, or `command` with a launcher."""
+def train(run, folder, name, *further, **options):
+    """Train on two processes by `run`: `ranks`, or `command` with a launcher. `further` are options of train_unet.py."""
     settings = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none", "--output_dir", name,
                 "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", STEPS, "--logging_steps", 1,
                 "--checkpointing_steps", 3, "--validation_steps", STEPS, "--learning_rate", 0.01, "--max_grad_norm", CLIP,
-                "--adam_epsilon", EPSILON)  # fmt: skip
+                "--adam_epsilon", EPSILON, *further)  # fmt: skip
     return run("train_unet.py", *settings, cwd=folder, **options)
 
 
@@ -133,6 +133,34 @@ def test_zero_goes_on_as_if_it_had_not_stopped(runs, ranks):
         assert one.keys() == other.keys()
         for name in one:
             assert torch.equal(one[name], other[name]), (file, name)
+
+
+def test_the_engine_follows_the_curve_of_each_extension(runs, ranks):
+    """A run of 4 updates, killed at step 3 and extended three times since. It is resumed from step 3 with its 9 updates."""
+    shutil.copytree(runs / "zero", runs / "longer")
+    shutil.rmtree(runs / "longer/checkpoint-000006")
+    state = json.loads((runs / "longer/run.json").read_text())
+    state["identity"] |= {"steps": 9, "TrainUnet.max_train_steps": 9}
+    ways = (("constant", 4, 5, 3), ("stretch", 5, 7, 5), ("restart", 7, 9, 7))
+    extensions = [
+        {"lr_on_extend": way, "from_steps": before, "to_steps": after, "at_step": at, "at_update": at}
+        for way, before, after, at in ways
+    ]
+    (runs / "longer/run.json").write_text(json.dumps(state | {"status": "running", "extensions": extensions}))
+    options = ("--max_train_steps", 9, "--checkpointing_steps", 1, "--lr_on_extend", "restart")
+    train(ranks, runs, "longer", *options, env=launcher_variables())
+    recipe = config.load_recipe(str(runs / "tiny.yaml")).train_unet
+    rates = [0.01 * loop.rate_share(recipe, 9, extensions, update) for update in range(1, 10)]
+    assert logged(runs / "longer", "lr")[3:] == rates[3:]  # the rate of the next update is logged
+    assert rates[3] == 0.01 * loop.rate_share(recipe, 4, [], 3) > 0
+    moved = []
+    for step in range(3, 9):
+        one, other = (weights(runs / f"longer/checkpoint-00000{step + after}/unet") for after in (0, 1))
+        moved.append(max(float((one[name] - other[name]).abs().max()) for name in one))
+    assert [change > 0 for change in moved] == [True] * 4 + [
+        False,
+        True,
+    ]  # update 8 begins the second warm-up, at a rate of 0
 
 
 def test_another_number_of_processes_is_refused(runs):

@@ -58,6 +58,10 @@ def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"run": name, "status": status}
     for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
         row[key] = state[key] if is_finite(state.get(key)) else None
+    known = state.get("extensions")
+    entries = [entry for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
+    lengths = [str(entry["from_steps"]) for entry in entries if is_finite(entry.get("from_steps"))]
+    row["extended from"] = ", ".join(lengths) or None
     row["minutes"] = None
     if isinstance(seconds, dict):
         row["minutes"] = round(sum(value for value in seconds.values() if is_finite(value)) / 60, 1)

@@ -220,6 +220,10 @@ class TrainConfig:
     scale_lr: Flag = False  # Multiply learning_rate by the number of images per update, counted over all processes.
     lr_scheduler: LrScheduler = "cosine"  # Learning rate schedule, by diffusers' names.
     lr_warmup_steps: Natural = 500  # Number of updates in which the learning rate rises linearly to its peak.
+    # Learning rate after a raised max_train_steps or num_train_epochs has extended a run. stretch follows the schedule of the new
+    # length. restart repeats warm-up and schedule over the added updates. constant holds the checkpoint's rate. stretch is the
+    # default, because later updates then get the rates of a run that had the new length from the start.
+    lr_on_extend: Literal["stretch", "restart", "constant"] = "stretch"
     adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW.
     adam_beta2: BelowOne = 0.999  # Decay rate of the squared gradient's moving average in AdamW.
     adam_weight_decay: NonNegative = 1e-2  # Weight decay of AdamW.
@@ -261,7 +265,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
 
     train_batch_size: Count = 8  # Number of images per process and training step.
     # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep the newest checkpoint until
-    # the run has finished.
+    # the run has finished. A finished run that keeps checkpoints can be extended from its last update.
     checkpoints_total_limit: Count | None = 1
     # Part of the autoencoder to train. With decoder, the latents do not change, so caches and UNets stay valid.
     vae_train_part: Literal["all", "decoder"] = "all"

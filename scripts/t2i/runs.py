@@ -37,17 +37,23 @@ def code_revision() -> str:
         return "unknown"
 
 
+LENGTHS = ("max_train_steps", "num_train_epochs")  # The settings that may be raised to extend a training.
+
+
 class RunFolder:
     """The state of one run in `run.json`: its identity, status, seconds per stage, and results.
 
     The identity of a run is everything that decides its result: the resolved settings, and the hashes of data and
     models. A folder with a run of the same identity is reused if the run is finished, and resumed if not. A folder with
-    a run of another identity is refused.
+    a training of fewer `steps`, but otherwise the same identity, is extended. Any other folder is refused.
 
     Args:
         folder: path of the run folder.
         identity: everything that decides the result of this run.
         replace: whether results of a run of another identity are replaced instead of refused.
+
+    Attributes:
+        shorter: number of weight updates of the run in the folder, if this run is longer. Otherwise None.
 
     Raises:
         UserError: the folder holds a run of another identity.
@@ -57,16 +63,19 @@ class RunFolder:
         self.folder = folder
         self.file = folder / "run.json"
         self.state: dict[str, Any] = {"status": UNFINISHED, "identity": identity, "seconds": {}}
+        self.shorter: int | None = None
         if self.file.is_file():
             earlier = read_object(self.file)
+            before = earlier.get("identity", {})
             if not replace:
-                _refuse_other_identity(folder, earlier.get("identity", {}), identity)
-            if earlier.get("identity") == identity:
-                self.state = earlier
+                _refuse_other_identity(folder, before, identity)
+            if before == identity or not replace:
+                self.state = {**earlier, "identity": identity}
+                self.shorter = before["steps"] if before.get("steps") != identity.get("steps") else None
 
     @property
     def finished(self) -> bool:
-        return self.state["status"] == "finished"
+        return self.state["status"] == "finished" and self.shorter is None
 
     def start(self, config: str, quarantine: list[dict[str, str]]) -> None:
         """Write the files of a run that exist before its first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
@@ -99,13 +108,15 @@ class RunFolder:
 
 def _refuse_other_identity(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    is_longer = isinstance(old.get("steps"), int) and old["steps"] <= new.get("steps", 0)
+    if is_longer:
+        changed = [key for key in changed if key != "steps" and key.rpartition(".")[2] not in LENGTHS]
     if changed:
         shown = "; ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now" for key in changed[:4])
-        length = {"steps", "TrainUnet.max_train_steps", "TrainUnet.num_train_epochs"}
-        further = f"; to train its weights further, add --pretrained_model_name_or_path {folder} to that"
+        extend = f"; to extend the run, raise {' or '.join(LENGTHS)}, and change nothing else"
         raise UserError(
             f"{folder} holds another run ({shown}); give another --output_dir, or delete that folder to start anew"
-            + (further if length.issuperset(changed) and "TrainUnet.seed" in new else "")
+            + (extend if "steps" in new else "")
         )
 
 

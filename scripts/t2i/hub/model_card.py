@@ -256,6 +256,7 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
     length = NOT_MEASURED
     if steps and images:
         length = f"{steps:,.0f} weight updates of {batch} samples, {steps * batch / images:.1f} epochs"
+        length += _extensions(result, steps)
     dataset = provenance.get("dataset") or _last_part(data.dataset)
     revision = f", revision {_text(data.dataset_revision)}" if data.dataset_revision else ""
     dropped = 100 * config.proportion_empty_prompts
@@ -278,6 +279,18 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
         if _number(result.get("peak_rss_bytes"))
         else NOT_MEASURED,
     }
+
+
+def _extensions(result: dict[str, Any], steps: float) -> str:
+    """Return the lengths from which a run of `steps` updates was extended, or an empty text."""
+    known = result.get("extensions")
+    entries = [entry for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
+    lengths = [
+        f"{before:,.0f} (learning rate: {_text(entry.get('lr_on_extend'))})"
+        for entry in entries
+        if (before := _number(entry.get("from_steps"))) and before < steps
+    ]
+    return f", extended from {' and '.join(lengths)}" if lengths else ""
 
 
 def scheduler_of(report: dict[str, Any]) -> str:

@@ -6,8 +6,10 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ _PASSING = {
     *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
     *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
     "scale_lr",  # The resulting learning rate is compared instead.
+    "lr_on_extend",  # Each extension is recorded with its own.
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     "caption_prefix",
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
@@ -147,8 +150,15 @@ def total_steps(config: TrainConfig, samples: int, world: int) -> int:
     return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
-def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) -> None:
-    """Warn if a training of `steps` updates ends before the warm-up of the learning rate."""
+def warn_of_warmup(
+    config: TrainConfig, steps: int, say: Callable[[str], None], extensions: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Warn if a training of `steps` updates, or its last extension, ends before the warm-up of the learning rate."""
+    last = extensions[-1] if extensions else {}
+    if last.get("lr_on_extend") == "constant":
+        return
+    if last.get("lr_on_extend") == "restart":
+        steps -= last["at_step"]
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
         say(
             f"WARNING: lr_warmup_steps {config.lr_warmup_steps} is not shorter than the training of {steps} updates: the learning "
@@ -156,8 +166,42 @@ def warn_of_warmup(config: TrainConfig, steps: int, say: Callable[[str], None]) 
         )
 
 
-def build_optimizer(model: torch.nn.Module, config: TrainConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return the optimiser of a model's trained weights, and its learning-rate schedule, which counts weight updates."""
+def rate_share(config: TrainConfig, steps: int, extensions: Sequence[dict[str, Any]], updates: int) -> float:
+    """Return the learning rate after `updates` weight updates as a share of its peak.
+
+    Args:
+        config: settings of the training, of which the schedule, its peak and the warm-up are used.
+        steps: length of the training in weight updates.
+        extensions: extensions of the run, as `extend` returns them. The last one decides from its own `at_update` on.
+        updates: number of weight updates made, without skipped ones.
+    """
+    curve = partial(_schedule_curve, config.lr_scheduler, config.learning_rate, config.lr_warmup_steps)
+    if not extensions:
+        return curve(steps)(updates)
+    *earlier, last = extensions
+    at, way = last["at_update"], last["lr_on_extend"]
+    if updates < at or way == "constant":
+        return rate_share(config, last["from_steps"], earlier, min(updates, at))
+    return curve(last["to_steps"] - last["at_step"])(updates - at) if way == "restart" else curve(steps)(updates)
+
+
+@cache
+def _schedule_curve(name: str, learning_rate: float, warmup_steps: int, steps: int) -> Callable[[int], float]:
+    """Return one of diffusers' schedules: a function from updates made to a share of the peak."""
+    if name == "polynomial" and warmup_steps == steps:
+        steps += 1  # diffusers would divide by zero after the last update.
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    return schedule.lr_lambdas[0]
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: TrainConfig, steps: int, extensions: Sequence[dict[str, Any]] = ()
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Return the optimiser of a model's trained weights, and its learning-rate schedule.
+
+    The schedule counts weight updates and follows `rate_share`.
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     adamw = {
         "lr": config.learning_rate,
@@ -171,10 +215,7 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig, steps: int) -> 
     else:
         # Fused AdamW is one pass over memory. On two CPU cores it takes a seventh of the default's time.
         optimizer = torch.optim.AdamW([parameter for _, parameter in trained], **adamw, fused=True)
-    schedule = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
-    )
-    return optimizer, schedule
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_share, config, steps, extensions))
 
 
 def place_model(model: Any, config: TrainConfig, accelerator: Any) -> None:
@@ -307,6 +348,53 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
             "reuse it, or give another --output_dir"
         )
     return True
+
+
+def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) -> list[dict[str, Any]]:
+    """Add an extension to `run` if the run in its folder is shorter than `steps` updates. Every process must call this function.
+
+    `RunFolder.start` saves the extension together with the new length, so that a kill cannot separate the two.
+
+    Returns:
+        All extensions of the run, the oldest first: lengths before and after, step and counted updates of the checkpoint that
+        was resumed, `lr_on_extend`, and the time.
+
+    Raises:
+        UserError: no checkpoint of the run is left, or `lr_on_extend` constant would hold a learning rate of 0.
+    """
+    shorter, status, extensions = broadcast_from_main(
+        (run.shorter, run.state["status"], run.state.get("extensions", [])), accelerator
+    )
+    if shorter is None:
+        kept = extensions[-1]["lr_on_extend"] if extensions else config.lr_on_extend
+        if kept != config.lr_on_extend:
+            accelerator.print(f"the extension to {steps} updates keeps lr_on_extend {kept}, with which it began")
+        return list(extensions)
+    checkpoint = checkpoints.find_checkpoint(run.folder, config.resume_from_checkpoint, checkpoints.Node(accelerator))
+    if checkpoint is None and status == "finished":
+        option = "--pretrained_model_name_or_path" if isinstance(config, TrainUnetConfig) else "--vae"
+        raise UserError(
+            f"{run.folder} keeps no checkpoint from which its {shorter} updates could be extended to {steps}; to train its weights "
+            f"further, give {option} {run.folder} and another --output_dir"
+        )
+    if checkpoint is None:  # The run was stopped before its first checkpoint, so it begins with the new length.
+        run.state.pop("extensions", None)
+        return []
+    saved = read_json(checkpoint / "state.json")
+    extension = {
+        "from_steps": shorter, "to_steps": steps, "at_step": saved["step"], "at_update": saved["schedule"],
+        "lr_on_extend": config.lr_on_extend, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    run.state["extensions"] = extensions = [*extensions, extension]
+    if config.lr_on_extend == "constant" and not rate_share(config, steps, extensions, saved["schedule"]):
+        raise UserError(
+            f"the {config.lr_scheduler} schedule stands at a learning rate of 0 in {checkpoint}, which --lr_on_extend constant would "
+            "hold; give --lr_on_extend stretch or restart"
+        )
+    accelerator.print(
+        f"the run is extended from {shorter} to {steps} updates at {checkpoint.name}, with lr_on_extend {config.lr_on_extend}"
+    )
+    return extensions
 
 
 def resume(
