@@ -48,7 +48,7 @@ class Training:
         vae = models.build_vae(recipe.vae)
         loop.place_model(vae, self.config, self.accelerator)
         parameters = list(vae.parameters())
-        optimizer, schedule = loop.build_optimizer(parameters, self.config, 10**6)
+        optimizer, schedule = loop.build_optimizer(vae, self.config, 10**6)
         model, optimizer = self.accelerator.prepare(models.Autoencoder(vae), optimizer)
         device = self.accelerator.device
         adversary = Discriminator(self.config, device) if self.config.adversarial_weight else None

@@ -50,6 +50,7 @@ class Inputs:
     caches: dict[str, Any]
     scaling_factor: float
     ids: Any  # Ids of the training samples: 16 hex digits of each image file's SHA-256.
+    alignment: "Alignment | None" = None
 
 
 VALIDATION_SEED = 20231  # Seed of the noise for the validation loss of every run.
@@ -76,7 +77,7 @@ def main() -> None:
 
     from t2i import models
     from t2i.training import loop, stopping, zero
-    from t2i.training.alignment import Alignment
+    from t2i.training.alignment import align
     from t2i.training.cuda_graph import capture
 
     stopping.end_in_words()
@@ -103,10 +104,10 @@ def main() -> None:
         return
     extensions = loop.extend(run, config, steps, accelerator)
     start_run(run, recipe, splits, frozen, scheduler, input_hashes, accelerator)
-    accelerator.wait_for_everyone()
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, input_hashes, accelerator)
-    inputs = Inputs(scheduler, caches, frozen["vae"].config.scaling_factor, splits.train.rows["id"])
+    scaling_factor, ids = frozen["vae"].config.scaling_factor, splits.train.rows["id"]
+    inputs = Inputs(scheduler, caches, scaling_factor, ids, align(unet, config))
     frozen.clear()  # This frees the memory of VAE and text encoder.
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         models.use_plain_attention(unet)
@@ -138,8 +139,7 @@ def main() -> None:
     stopped, micro_batches = False, config.gradient_accumulation_steps
     make = partial(make_batch, inputs, config, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
-    aligned = Alignment(unet, config.alignment_weight) if config.alignment_weight else None
-    compute = partial(loss_and_gradients, train_state, inputs, config, aligned, accelerator)
+    compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
     with run.timed("train"), stopping.on_signals(folder) as stop:
@@ -190,11 +190,12 @@ def start_run(
 ) -> None:
     """Write the run's settings, its provenance and the pipeline's frozen models, and say how many captions are cut.
 
-    Only the main process writes and prints.
+    Only the main process writes and prints. The others wait for it.
     """
     from t2i import models
 
     if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
         return
     run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
     write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
@@ -202,6 +203,7 @@ def start_run(
         frozen[name].save_pretrained(run.folder / "pipeline" / name)
     models.build_ddim(scheduler).save_pretrained(run.folder / "pipeline" / "scheduler")
     say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
+    accelerator.wait_for_everyone()
 
 
 def describe_run(
@@ -434,7 +436,6 @@ def loss_and_gradients(
     train_state: "TrainState",
     inputs: Inputs,
     config: TrainUnetConfig,
-    aligned: "Alignment | None",
     accelerator: Any,
     *batch: "torch.Tensor",
 ) -> "dict[str, torch.Tensor]":
@@ -445,15 +446,15 @@ def loss_and_gradients(
     from t2i.diffusion import denoising_loss
 
     latents, noise, timesteps, context, *further = batch
-    targets = further.pop() if aligned else None
+    targets = further.pop() if inputs.alignment else None
     loss = denoising_loss(
         train_state.model, inputs.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
     ).mean()
     terms = {"train_loss": loss.detach()}
-    if aligned:
-        penalty = aligned.penalty(targets)
+    if inputs.alignment:
+        penalty = inputs.alignment.penalty(targets)
         terms["alignment"] = penalty.detach()
-        loss = loss + aligned.weight * penalty
+        loss = loss + inputs.alignment.weight * penalty
     accelerator.backward(loss)
     return terms
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from t2i.config import PACKAGED_NETWORKS
+from t2i.config import PACKAGED_NETWORKS, TrainUnetConfig
 from t2i.evaluation.networks import load_efficientnet_lite, load_vision_model
 from t2i.files import hash_json
 from t2i.models import hash_model
@@ -47,6 +47,11 @@ class Alignment:
         features = self._features[:, : targets.shape[1]].float()
         self._features = None
         return 1 - F.cosine_similarity(features, targets.float(), dim=1).mean()
+
+
+def align(unet: Any, config: TrainUnetConfig) -> Alignment | None:
+    """Return the alignment of a UNet, or None if the settings ask for none."""
+    return Alignment(unet, config.alignment_weight) if config.alignment_weight else None
 
 
 def middle_channels(unet: Any) -> int:
