@@ -1,8 +1,7 @@
 """Optimise matrices by orthogonalised momentum (Muon), and all other weights by AdamW.
 
-Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
-https://kellerjordan.github.io/posts/muon/. The size of its updates is that of AdamW's, so that one learning rate serves
-both (Liu et al., arXiv:2502.16982, section 2.2).
+Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. The updates are scaled to the size of AdamW's, so
+one learning rate serves both. The scale is from Liu et al., arXiv:2502.16982, section 2.2.
 
 `torch.optim.Muon` refuses the kernels of convolutions, and computes in bf16, which many CPUs lack.
 """
