@@ -336,7 +336,9 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
         (run / "provenance.json").write_text(json.dumps({"code": f"commit {rate}"}))
     (tmp_path / "outputs" / "two" / "run.json").write_text('{"status": "running"}')
     extensions = [{"from_steps": 5}, {"from_steps": 10}, {"from_steps": "<b>"}, 7]
-    (tmp_path / "outputs" / "one" / "run.json").write_text(json.dumps({"steps": 20, "extensions": extensions}))
+    (tmp_path / "outputs" / "one" / "run.json").write_text(
+        json.dumps({"status": "finished", "steps": 20, "extensions": extensions})
+    )
     (tmp_path / "outputs" / "one" / "pipeline" / "README.md").write_text("# Card <b>of one</b>")
     app = show("runs", measure="prompt_following.petal_color")
     table, best, settings, provenance = (element.value for element in app.dataframe)
