@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import threading
@@ -100,7 +101,7 @@ def test_the_evaluations_grid_opens_at_once_and_shows_words_as_they_are(tmp_path
     grid = grid_of(app)
     assert grid["columns"] == ["1.5", "3"]
     assert grid["rows"] == ["checkpoint-000010", "checkpoint-000020"]
-    assert [cell["alt"] for cell in grid["cells"]][1] == f"3, checkpoint-000010: {EVIL}"
+    assert [cell["alt"] for cell in grid["cells"]][1] == f"guidance scale 3, checkpoint-000010: {EVIL}"
     assert all(cell["source"].startswith("data:image/png;base64,") for cell in grid["cells"])
     assert len({cell["source"] for cell in grid["cells"]}) == 4
     assert "not drawn yet" not in texts(app)
@@ -110,9 +111,9 @@ def test_the_evaluations_grid_opens_at_once_and_shows_words_as_they_are(tmp_path
 
 def test_axes_are_swapped_with_the_compared_pictures(tmp_path):
     make_run(tmp_path / "outputs" / "one")
-    app = show(left="row 2, column 1", right="row 1, column 2")
+    app = show(left="guidance scale 1.5, checkpoint-000020", right="guidance scale 3, checkpoint-000010")
     before = component(app, "picture_pair")
-    assert before["left"]["label"] == "1.5, checkpoint-000020"
+    assert before["left"]["label"] == "guidance scale 1.5, checkpoint-000020"
     assert (grid_of(app)["left"], grid_of(app)["right"]) == (
         [1, 0],
         [0, 1],
@@ -147,14 +148,14 @@ def test_an_axis_that_stood_elsewhere_changes_places_and_a_seed_takes_evaluated_
 def test_a_click_chooses_a_picture_and_the_ways_to_compare(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     app = show()
-    app.session_state["_chosen"] = {"right": "row 2, column 2"}
+    app.session_state["_chosen"] = {"right": (1, 1)}
     app.run()
-    assert app.selectbox(key="right").value == "row 2, column 2"
+    assert app.selectbox(key="right").value == "guidance scale 3, checkpoint-000020"
     assert grid_of(app)["right"] == [1, 1]
     pair = component(app, "picture_pair")
     assert pair["mode"] == "slider"
     assert pair["difference"]["label"].startswith("mean difference 90.0 of 255")  # 60 a checkpoint + 20 x 1.5 of scale
-    app.session_state["_chosen"] = {"right": "row 99, column 99"}  # nothing but what is shown
+    app.session_state["_chosen"] = {"right": (99, 99)}  # nothing but what is shown
     app.run()
     assert component(app, "picture_pair")["left"]["label"] == pair["left"]["label"]
 
@@ -175,7 +176,9 @@ def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
         ({"seed": "1e99", "tabs": "none", "columns": "seed", "guidance_scale": "1"}, "seed 1e99 is more than"),
         ({"num_inference_steps": "0"}, "num_inference_steps 0 is less than 1"),
         ({"guidance_scale": "1-100(+0.001)"}, "more than 100 values"),
-        ({"checkpoint": "../../etc/passwd", "run": "../one", "columns": "x", "left": "row 9999999, column -1"}, ""),
+        ({"columns": "x", "left": "row 9999999, column -1", "tab": "x", "page": "x"}, ""),
+        ({"run": "../one"}, "outputs/ holds no ../one, which the page's address names"),
+        ({"checkpoint": "../../etc/passwd"}, "one holds no ../../etc/passwd, which the page's address names"),
     ],
 )
 def test_a_hostile_url_gets_a_sentence_or_nothing(tmp_path, query, sentence):
@@ -185,6 +188,35 @@ def test_a_hostile_url_gets_a_sentence_or_nothing(tmp_path, query, sentence):
     assert bool(warnings(app)) == bool(sentence)
     assert "passwd" not in texts(app) + str(grid_of(app))
     assert bool(grid_of(app)) != bool(sentence)
+
+
+def test_a_shared_address_shows_the_same_pictures_after_newer_runs(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    named = dict(app.query_params)
+    assert (named["run"], named["checkpoint"]) == ("one", ["checkpoint-000010", "checkpoint-000020"])
+    assert [named[key] for key in AXIS_KEYS] == ["guidance scale", "checkpoint", "evaluated prompt"]
+    assert (named["guidance_scale"], named["tab"]) == ("1.5,3", "1. a red flower")
+    for number, name in enumerate(("two", "three"), start=1):
+        make_run(tmp_path / "outputs" / name, steps=(10, 30))
+        os.utime(tmp_path / "outputs" / name / "run.json", (2e9 + number, 2e9 + number))
+    assert grid_of(show(**named)) == grid_of(app)
+    assert show().query_params["run"] == "three"
+    app = show(**named)
+    app.run()
+    assert dict(app.query_params) == named  # also what equals a default
+
+
+def test_a_run_that_is_gone_gets_a_sentence_and_no_other_runs_pictures(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(run="gone")
+    for _ in range(2):
+        assert "outputs/ holds no gone, which the page's address names" in warnings(app)
+        assert not grid_of(app)
+        app.run()
+    app.multiselect(key="run").set_value(["one"]).run()
+    assert not warnings(app)
+    assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000020"]
 
 
 def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):

@@ -200,10 +200,8 @@ def make_store(folder: Path, runs: int = 2) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_hostile_url_shows_the_page_as_without_it(tmp_path: Path, page: str) -> None:
     make_run(tmp_path / "outputs" / "one")
-    hostile = {"checkpoint": "../../etc/passwd", "guidance_scale": "NaN", "seed": "1e99", "smoothing": "NaN"}
+    hostile = {"sample": "../../etc/passwd", "guidance_scale": "NaN", "seed": "1e99", "smoothing": "NaN"}
     hostile |= {
-        "run": "../one",
-        "runs": "/etc",
         "metric": "<b>",
         "figure": "x",
         "scale": "none",
@@ -215,6 +213,17 @@ def test_a_hostile_url_shows_the_page_as_without_it(tmp_path: Path, page: str) -
     assert len(app.get("vega_lite_chart")) == len(plain.get("vega_lite_chart"))
     assert len(app.get("image")) == len(plain.get("image"))
     assert "passwd" not in str([*texts(app), *(element.value for element in app.markdown)])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_run_that_the_url_names_and_that_is_not_there_gets_a_sentence(tmp_path: Path, page: str) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    app = show(page, **{"run" if page in ("compare", "playground") else "runs": "../<b>one"})
+    warning = app.warning[0].value.replace("\\", "")
+    assert "outputs/ holds no ../&lt;b&gt;one, which the page's address names; choose" in warning
+    assert not app.get("vega_lite_chart")
+    assert not app.get("image")
+    assert not app.get("bidi_component")
 
 
 @pytest.mark.parametrize("page", PAGES)

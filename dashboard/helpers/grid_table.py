@@ -12,7 +12,7 @@ from PIL import Image
 from helpers.drawing_jobs import GridJob, expected_seconds
 from helpers.grid_choice import AXES, Grid
 from helpers.page_texts import escape, warn
-from helpers.picture_table import position_name, show_pictures, stored_address
+from helpers.picture_table import show_pictures, stored_address
 from helpers.run_files import is_finite, read_or_warn
 from t2i.errors import UserError
 from t2i.pictures import cells
@@ -23,9 +23,8 @@ MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid ask
 TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
 
 
-def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell]) -> None:
+def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures."""
-    missing = cells.missing(planned)
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
         job.stopped.set()
@@ -128,10 +127,13 @@ def choose_tab(grid: Grid) -> int:
     title = AXES[grid.axes[2].name].capitalize()
     # Tabs would read Markdown in a prompt; a list shows it as it is.
     plain = all(label == escape(label) for label in labels)
+    if st.session_state.get("tab", st.query_params.get("tab")) not in labels:
+        st.session_state["tab"] = labels[0]
+    options: dict[str, Any] = {"key": "tab", "bind": "query-params", "required": True}
     if plain and sum(map(len, labels)) <= TITLE_CHARACTERS:
-        chosen = st.segmented_control(title, labels, default=labels[0], key="tab", bind="query-params", required=True)
+        chosen = st.segmented_control(title, labels, **options)
     else:
-        chosen = st.selectbox(title, labels, key="tab", bind="query-params", label_visibility="collapsed")
+        chosen = st.selectbox(title, labels, index=None, label_visibility="collapsed", **options)
     return labels.index(chosen) if chosen in labels else 0
 
 
@@ -152,8 +154,8 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) ->
     for one in planned:
         _, row, column = one.at
         source = stored_address(one.path) if one.made else ""
-        label = f"{grid.labels[0][column]}, {grid.labels[1][rows.start + row]}"
-        shown[position_name(rows.start + row, column)] = {
+        label = cell_name(grid, rows.start + row, column)
+        shown[label] = {
             "row": rows.start + row,
             "column": column,
             "source": source,
@@ -165,6 +167,21 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) ->
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
     if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
         show_downloads(grid, planned, rows)
+
+
+def cell_name(grid: Grid, row: int, column: int) -> str:
+    """Return the name of a picture in the URL and for the reader: the values on its axes.
+
+    The name stays the same if columns and rows are exchanged, and if values are added to an axis.
+    """
+    at = zip(grid.axes[:2], (grid.labels[0][column], grid.labels[1][row]), strict=True)
+    values = {axis.name: axis_label(axis.name, label) for axis, label in at}
+    return ", ".join(values[name] for name in AXES if name in values)
+
+
+def axis_label(axis: str, label: str) -> str:
+    """Return the label of an axis's value together with the name of the axis, such as "seed 3"."""
+    return label if label.startswith(AXES[axis]) else f"{AXES[axis]} {label}"
 
 
 def open_picture(planned: cells.PlannedCell) -> Image.Image | None:

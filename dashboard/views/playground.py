@@ -15,8 +15,9 @@ import numpy as np
 import streamlit as st
 from helpers.drawing_jobs import PictureJob
 from helpers.page_texts import escape, show_empty_state, warn
+from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import best_scale, first_prompt, warn_of_cut_prompts
-from helpers.run_list import checkpoints_of, find_runs
+from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from helpers.training_neighbours import show_neighbours
 from PIL import Image
 
@@ -60,21 +61,61 @@ def main() -> None:
 
 
 def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
-    """Show widgets that choose a run and one of its checkpoints, and return both; None if the run has no checkpoint."""
-    name = st.selectbox("Run", list(runs), key="run", bind="query-params", on_change=forget_checkpoint)
-    run = runs.get(str(name), next(iter(runs.values())))
-    names = checkpoints_of(run)[::-1]
+    """Show widgets that choose a run and one of its checkpoints, and return both.
+
+    The result is None if the run has no checkpoint, or if the URL names a run or checkpoint that does not exist.
+    """
+    gone = gone_names("run", runs)
+    asked_run = next(iter(asked("run")), None)
+    first = first_run(runs)
+    run = runs.get(asked_run or first)
+    names = checkpoints_of(run)[::-1] if run else []
+    gone_checkpoints = gone_names("checkpoint", names) if run else []
+    if names:
+        name_choices({"run": first, "checkpoint": names[0], **first_settings(run)})
+    options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params"}
+    st.selectbox("Run", list(runs), key="run", on_change=take_run, **options)
+    if run is None:
+        warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+        return None
     if not names:
         st.text("no complete checkpoint yet; training writes the first one soon")
         return None
-    checkpoint = st.selectbox("Checkpoint", names, key="checkpoint", bind="query-params")
-    return run, checkpoint if checkpoint in names else names[0]
+    checkpoint = st.selectbox("Checkpoint", names, key="checkpoint", **options)
+    if checkpoint not in names:
+        warn_of_gone(gone_checkpoints, run.as_posix(), "choose another checkpoint")
+        return None
+    return run, checkpoint
 
 
-def forget_checkpoint() -> None:
-    """Reset the widgets that depend on the run: the checkpoint and the guidance scale."""
-    for name in ("checkpoint", "guidance_scale"):
-        st.session_state.pop(name, None)
+def first_run(runs: dict[str, Path]) -> str:
+    """Return the newest evaluated run, or otherwise the newest run."""
+    return next((name for name, run in runs.items() if cells.evaluated_grid(run)), next(iter(runs)))
+
+
+def take_run() -> None:
+    """Set the widgets that depend on the newly chosen run: the checkpoint and the guidance scale."""
+    run = find_runs().get(st.session_state["run"])
+    if run is not None and checkpoints_of(run):
+        st.session_state["checkpoint"] = checkpoints_of(run)[-1]
+        st.session_state["guidance_scale"] = first_settings(run)["guidance_scale"]
+
+
+def first_settings(run: Path) -> dict[str, Choice]:
+    """Return the first values of the form's widgets: a run's first prompt, at the settings of its evaluation."""
+    evaluated = cells.evaluated_grid(run)
+    prompt = first_prompt(run)[:MAX_PROMPT]
+    default = evaluated.cell if evaluated else cells.Cell(prompt)
+    schedulers = fitting_schedulers(cells.schedule_of(run))
+    scheduler = SHORT_NAMES.get(default.scheduler, "ddim")
+    return {
+        "prompt": prompt,
+        "seed": min(default.seed, MAX_SEED),
+        "guidance_scale": min(best_scale(run, evaluated), MAX_SCALE),
+        "num_inference_steps": min(default.num_inference_steps, MAX_STEPS),
+        "scheduler": scheduler if scheduler in schedulers else next(iter(schedulers), "ddim"),
+        "guidance_end": default.guidance_end,
+    }
 
 
 def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
@@ -82,16 +123,11 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
 
     Return the settings in the form as a `cells.Cell`, and whether the form was sent.
     """
-    evaluated = cells.evaluated_grid(run)
-    first = first_prompt(run)[:MAX_PROMPT]
-    default = evaluated.cell if evaluated else cells.Cell(first)
-    schedulers = fitting_schedulers(cells.schedule_of(run))
-    scheduler_name = SHORT_NAMES.get(default.scheduler, "ddim")
+    first = first_settings(run)
     above = st.container()  # for the presets, which depend on the form's values
     with st.form("_picture"):
         prompt = st.text_area(
             "Prompt",
-            first,
             key="prompt",
             bind="query-params",
             max_chars=MAX_PROMPT,
@@ -110,7 +146,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Seed",
             0,
             MAX_SEED,
-            min(default.seed, MAX_SEED),
+            None,
             key="seed",
             bind="query-params",
             help="Seed of the noise from which the picture is made. The same seed gives the same picture.",
@@ -119,7 +155,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Guidance scale",
             0.0,
             MAX_SCALE,
-            min(best_scale(run, evaluated), MAX_SCALE),
+            None,
             0.5,
             "%g",
             key="guidance_scale",
@@ -130,23 +166,24 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Steps",
             1,
             MAX_STEPS,
-            min(default.num_inference_steps, MAX_STEPS),
+            None,
             key="num_inference_steps",
             bind="query-params",
             help="Number of denoising steps. The time to draw grows with the number of steps.",
         )
         scheduler = two.selectbox(
             "Scheduler",
-            schedulers,
+            fitting_schedulers(cells.schedule_of(run)),
+            index=None,
+            required=True,
             key="scheduler",
-            index=schedulers.index(scheduler_name) if scheduler_name in schedulers else 0,
             bind="query-params",
         )
         end = one.number_input(
             "Guidance end",
             0.0,
             1.0,
-            default.guidance_end,
+            None,
             0.1,
             "%g",
             key="guidance_end",
@@ -159,12 +196,13 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
-        "seed": int(seed or 0),
-        "guidance_scale": float(scale or 0),
-        "num_inference_steps": int(steps or 1),
-        "scheduler": str(scheduler),
-        "guidance_end": 1.0 if end is None else float(end),
+        "seed": seed,
+        "guidance_scale": scale,
+        "num_inference_steps": steps,
+        "scheduler": scheduler,
+        "guidance_end": end,
     }
+    settings |= {key: first[key] for key, value in settings.items() if value is None}  # a field was emptied
     with above:
         show_preset(settings)
     return settings, draw or other
