@@ -160,6 +160,24 @@ def test_a_click_chooses_a_picture_and_the_ways_to_compare(tmp_path):
     assert component(app, "picture_pair")["left"]["label"] == pair["left"]["label"]
 
 
+def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = show(checkpoint="checkpoint-000010", guidance_scale="1-3", num_inference_steps="4", prompt="a flower")
+    assert not component(app, "picture_pair")
+    for number in range(1, 4):  # as a job leaves them, one after the other
+        made = [cells.Cell("a flower", guidance_scale=number, num_inference_steps=4)]
+        weights = cells.weights_hash(run / "checkpoint-000010")
+        cells.save_cells(run, "checkpoint-000010", weights, made, np.full((1, 8, 8, 3), number, np.uint8))
+        app.run()
+        assert not app.exception
+        pair = component(app, "picture_pair")
+        assert bool(pair) == (number > 1)
+    assert pair["left"]["label"] == "guidance scale 1, checkpoint-000010"
+    assert pair["right"]["label"] == "guidance scale 2, checkpoint-000010"
+    asked = show(**dict(app.query_params) | {"left": "guidance scale 2, checkpoint-000010"})
+    assert component(asked, "picture_pair")["right"]["label"] == "guidance scale 1, checkpoint-000010"
+
+
 def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     assert "stands on two axes" in warnings(show(columns="checkpoint"))

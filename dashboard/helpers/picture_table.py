@@ -32,8 +32,8 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     clicked = st.session_state.pop("_chosen", {})
     at = {(picture["row"], picture["column"]): name for name, picture in shown.items()}
     left, right = at.get(clicked.get("left"), left), at.get(clicked.get("right"), right)
-    left = left if left in drawn else next(iter(drawn), None)
-    right = right if right in drawn else next((name for name in drawn if name != left), left)
+    left = left if left in shown else next((name for name in drawn if name != right), None)
+    right = right if right in shown else next((name for name in drawn if name != left), None)
     private = ("label", "open")  # not for the browser
     picture_grid(
         {
@@ -49,8 +49,11 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     )
     if not drawn:
         return False
+    if left is None or right is None:
+        st.caption("As soon as there is a second picture, it is compared with the first one here.")
+        return True
     st.caption("A click chooses the right picture to compare, Shift and a click the left one.")
-    show_pair(shown, drawn, str(left), str(right))
+    show_pair(shown, left, right)
     return True
 
 
@@ -69,16 +72,20 @@ def take_clicked_picture() -> None:
         st.session_state["_chosen"] = {side: (position["row"], position["column"])}
 
 
-def show_pair(shown: dict[str, Any], drawn: list[str], left: str, right: str) -> None:
+def show_pair(shown: dict[str, Any], left: str, right: str) -> None:
     """Show the comparison of two pictures, with widgets that choose the pictures and how to compare them."""
     for side, name in (("left", left), ("right", right)):
         if st.session_state.get(side) != name:
             st.session_state[side] = name
     columns = st.columns(2)
-    options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params"}
-    one = shown[columns[0].selectbox("Left", drawn, key="left", **options) or left]
-    two = shown[columns[1].selectbox("Right", drawn, key="right", **options) or right]
+    options: dict[str, Any] = {"options": list(shown), "index": None, "required": True, "bind": "query-params"}
+    one = shown[columns[0].selectbox("Left", key="left", **options) or left]
+    two = shown[columns[1].selectbox("Right", key="right", **options) or right]
     mode = st.segmented_control("Show", MODES, default=MODES[0], key="view", bind="query-params", required=True)
+    for picture in (one, two):
+        if not picture["source"]:
+            st.text(f"{picture['label']}: {picture['note']}")
+            return
     pair = [picture["open"]() for picture in (one, two)]
     if None in pair:
         st.text("one of these pictures is gone; make it again")
