@@ -301,13 +301,51 @@ def test_two_runs_stand_in_columns_and_their_curves_beside(tmp_path):
     app.multiselect(key="run").set_value(["one", "two"]).run()
     grid = grid_of(app)
     assert grid["columns"] == ["one", "two"]
-    assert grid["rows"] == ["checkpoint-000010", "checkpoint-000020"]
+    assert grid["rows"] == ["best", "last"]
+    assert "holds no complete" not in str(grid["cells"])
     chart = json.loads(app.get("vega_lite_chart")[0].proto.spec)
     points = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "point")
     assert any(param["name"] == "mark" for param in chart.get("params", []) + points.get("params", []))
     app.multiselect(key="run").set_value(["two"]).run()
     assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000030"]
     assert grid_of(app)["columns"] == ["1.5", "3"]
+
+
+def test_runs_with_different_steps_align_by_best_last_or_nearest_step(tmp_path):
+    make_run(tmp_path / "outputs" / "one", steps=(10, 20))
+    two = make_run(tmp_path / "outputs" / "two", steps=(14, 30))
+    known = json.loads((two / "evaluation" / "evaluation.json").read_text())
+    report = {"report": {"checkpoint": "checkpoint-000014", "guidance_scale": 3.0}}
+    (two / "evaluation" / "evaluation.json").write_text(json.dumps(known | report))
+    query = {"run": ["one", "two"], "guidance_scale": "3"}
+    shown = ["best", "checkpoint-000010", "checkpoint-000020"]
+    grid = grid_of(show(**query, checkpoint=shown))
+    assert (grid["columns"], grid["rows"]) == (["one", "two"], shown)
+    assert [cell["under"] for cell in grid["cells"]] == [
+        *("pipeline", "checkpoint-000014"),
+        *("", "nearest step: checkpoint-000014"),
+        *("", "nearest step: checkpoint-000014"),
+    ]
+    assert all(cell["source"] for cell in grid["cells"] if cell["under"] != "pipeline")
+    assert not any("no complete" in cell["note"] for cell in grid["cells"])
+    (two / "checkpoint-000014" / "manifest.json").unlink()
+    rows = grid_of(show(**query, checkpoint=["best", "checkpoint-000010"]))["cells"]
+    assert [cell["under"] for cell in rows][1::2] == ["pipeline", "nearest step: checkpoint-000030"]
+
+
+def test_one_prompt_can_be_drawn_alone(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(guidance_scale="1.5,3,5", tab=f"2. {EVIL}")
+    assert "4 of 12 pictures are not drawn yet" in texts(app)
+    next(button for button in app.button if button.label == "Draw this prompt (2)").click().run()
+    deadline = time.monotonic() + 60
+    while "not drawn yet" in str(grid_of(app)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        app.run()
+    assert {place.cell.prompt for place in painter} == {EVIL}
+    assert len(painter) == 2
+    app.run()
+    assert "2 of 12 pictures are not drawn yet" in texts(app)
 
 
 def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
@@ -355,7 +393,7 @@ def test_missing_pictures_are_announced_and_drawn(tmp_path, painter):
     app = show(guidance_scale="1.5,3,5", num_inference_steps="4")
     assert "4 of 12 pictures are not drawn yet" in texts(app)
     assert [bool(cell["source"]) for cell in grid_of(app)["cells"]] == [True, True, False] * 2
-    next(button for button in app.button if button.label == "Draw 4 pictures").click().run()
+    next(button for button in app.button if button.label == "Draw all 4 pictures").click().run()
     deadline = time.monotonic() + 10
     while "not drawn yet" in str(grid_of(app)) and time.monotonic() < deadline:
         time.sleep(0.1)

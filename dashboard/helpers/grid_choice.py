@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from helpers.page_url import Choice, asked, name_choices
-from helpers.run_files import first_prompt
+from helpers.run_files import BEST, LAST, checkpoint_in, first_prompt
 from helpers.run_list import checkpoints_of
 from t2i.errors import UserError
 from t2i.pictures import axes, cells
@@ -54,13 +54,14 @@ class Grid:
         chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
         for axis in self.axes[2:]:
             chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
-        return cells.plan(self.run, self.checkpoint, self.cell, chosen)
+        return cells.plan(self.run, self.checkpoint, self.cell, chosen, name_in=checkpoint_in)
 
     def first_tab_models(self) -> set[tuple[Path, str]]:
         """Return the run and checkpoint of each model in the first tab of the grid."""
         values = {axis.name: axis.values for axis in self.axes[:2]}
         values |= {axis.name: axis.values[:1] for axis in self.axes[2:]}
-        return set(product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,))))
+        models = product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,)))
+        return {(run, checkpoint_in(run, name)) for run, name in models}
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,12 @@ def first_values(
 
 
 def checkpoint_names(runs: dict[str, Path]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run)))
+    """Return the names of the checkpoints to choose from.
+
+    Several runs have different checkpoints, so the names begin with those that every run has.
+    """
+    names = dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run))
+    return [*((BEST, LAST) if len(runs) > 1 else ()), *names]
 
 
 def sample_titles(evaluated: cells.EvaluatedGrid | None) -> dict[str, tuple[str, int]]:
@@ -271,7 +277,8 @@ def fitting_all(runs: dict[str, Path]) -> list[str]:
 
 def choose_values(offer: Offer) -> dict[str, Any]:
     """Show a widget for each setting, and return the typed texts. The typed text of an axis holds several values."""
-    typed: dict[str, Any] = {"checkpoint": pick("Checkpoint", "checkpoint", checkpoint_names(offer.runs))}
+    several = "A run without a checkpoint at a step shows its nearest one." if len(offer.runs) > 1 else None
+    typed: dict[str, Any] = {"checkpoint": pick("Checkpoint", "checkpoint", checkpoint_names(offer.runs), help=several)}
     if "sample" in offer.chosen:
         typed["samples"] = sample_titles(offer.evaluated)
         typed["sample"] = pick("Evaluated prompts", "sample", list(typed["samples"]), list(typed["samples"]))
@@ -313,18 +320,20 @@ def default_checkpoints(
 ) -> list[str]:
     """Return the evaluated checkpoints, or the newest ones if none was evaluated.
 
-    If no axis takes several checkpoints, return only the last one.
+    If no axis takes several checkpoints, return only the last one. Runs side by side are shown by what all of them have.
     """
-    if "run" in chosen and "checkpoint" not in chosen:
-        return list(names[-1:])  # the finished pipeline of all runs, rather than a step that only one has
+    if BEST in names and "run" in chosen:
+        return [BEST, LAST] if "checkpoint" in chosen else [BEST]
     swept = [name for name in evaluated.checkpoints.values if name in names] if evaluated else []
     defaults = swept or [name for name in names if name != "pipeline"][-CHECKPOINTS:] or list(names)
     return defaults if "checkpoint" in chosen else defaults[-1:]
 
 
-def pick(title: str, name: str, offered: Sequence[str], default: Sequence[str] | None = None) -> list[str]:
+def pick(
+    title: str, name: str, offered: Sequence[str], default: Sequence[str] | None = None, help: str | None = None
+) -> list[str]:
     """Show a widget for a list of names, and return the chosen names in the order of the list."""
-    chosen = st.multiselect(title, offered, default=default, key=name, bind="query-params")
+    chosen = st.multiselect(title, offered, default=default, key=name, bind="query-params", help=help)
     return [value for value in offered if value in chosen]
 
 

@@ -13,7 +13,7 @@ from helpers.drawing_jobs import GridJob, expected_seconds
 from helpers.grid_choice import AXES, Grid
 from helpers.page_texts import escape, warn
 from helpers.picture_table import show_pictures, stored_address
-from helpers.run_files import is_finite, read_or_warn
+from helpers.run_files import BEST, LAST, is_finite, read_or_warn
 from t2i.errors import UserError
 from t2i.pictures import cells
 from t2i.pictures.png import grid_png, labelled_grid
@@ -34,25 +34,43 @@ def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequenc
             warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
-    if job is None and missing:
-        announce(grid, planned, missing)
-    draw_pictures(grid, planned, job)
+    draw_pictures(grid, planned, missing, job)
 
 
-def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
-    """Say how many pictures of a grid are missing and how long they take. A large grid is drawn only after a click."""
-    seconds = expected_seconds(planned, evaluated_pace(grid.run))
+def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell], tab: int) -> None:
+    """Say how many pictures of a grid are missing and how long they take. A large grid is drawn only after a click.
+
+    The missing pictures of the shown tab can be drawn alone.
+    """
+    pace = evaluated_pace(grid.run)
+    seconds = expected_seconds(planned, pace)
     takes = "the time is known after the first" if seconds is None else f"about {duration_text(seconds)}"
     row = st.container(horizontal=True, vertical_alignment="center")
     row.text(f"{len(missing):,} of {len(planned):,} pictures are not drawn yet: {takes}", width="content")
-    confirmed = True
-    if len(missing) > MANY or (seconds or 0) > LONG_S:
-        confirmed = row.checkbox(
-            f"yes, draw {len(missing):,} pictures", key=f"_sure_{hash(grid)}"
-        )  # of this grid alone
-    if row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
-        st.session_state["_job"] = (grid, GridJob.start(missing))
+    here = [one for one in missing if one.at[0] == tab]
+    large = {len(part): is_large(part, pace) for part in (here, missing)}
+    confirmed = not large[len(missing)] or row.checkbox(
+        f"yes, draw {len(missing):,} pictures",
+        key=f"_sure_{hash(grid)}",  # of this grid alone
+    )
+    wanted: Sequence[cells.PlannedCell] = ()
+    if 0 < len(here) < len(missing):
+        axis = grid.axes[2].name
+        this = "prompt" if axis == "sample" else AXES[axis]
+        blocked = large[len(here)] and not confirmed
+        if row.button(f"Draw this {this} ({len(here):,})", disabled=blocked, type="primary"):
+            wanted = here
+        if row.button(f"Draw all {len(missing):,} pictures", disabled=not confirmed):
+            wanted = missing
+    elif row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
+        wanted = missing
+    if wanted:
+        st.session_state["_job"] = (grid, GridJob.start(wanted))
         st.rerun()
+
+
+def is_large(missing: Sequence[cells.PlannedCell], pace: float | None) -> bool:
+    return len(missing) > MANY or (expected_seconds(missing, pace) or 0) > LONG_S
 
 
 def evaluated_pace(run: Path) -> float | None:
@@ -73,7 +91,12 @@ def duration_text(seconds: float) -> str:
     return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob | None) -> None:
+def draw_pictures(
+    grid: Grid,
+    planned: Sequence[cells.PlannedCell],
+    missing: Sequence[cells.PlannedCell],
+    job: GridJob | None,
+) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
     The plan that the page made is shown first. Later, Streamlit runs only this function without the page, and each run
@@ -87,7 +110,11 @@ def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob
             if job.finished.is_set():
                 st.rerun()
             show_progress(job)
+        above = st.container()
         tab = choose_tab(grid)
+        if not job and missing:
+            with above:
+                announce(grid, planned, missing, tab)
         rows = choose_rows(grid)
         try:
             shown = part_of_plan(fresh.pop(), tab, rows) if fresh else grid.plan(tab, rows)
@@ -162,11 +189,22 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) ->
             "label": label,
             "alt": f"{label}: {one.cell.prompt}",
             "note": "" if source else one.problem or "not drawn yet",
+            "under": shown_instead(grid, one, rows),
             "open": partial(open_picture, one),
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
     if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
         show_downloads(grid, planned, rows)
+
+
+def shown_instead(grid: Grid, planned: cells.PlannedCell, rows: slice) -> str:
+    """Return which checkpoint a picture shows, if it is not the one that its labels name; otherwise ""."""
+    _, row, column = planned.at
+    labels = {grid.axes[0].name: grid.labels[0][column], grid.axes[1].name: grid.labels[1][rows.start + row]}
+    wanted = labels.get("checkpoint", grid.checkpoint)
+    if planned.problem or planned.checkpoint == wanted or "checkpoint" in {axis.name for axis in grid.axes[2:]}:
+        return ""
+    return planned.checkpoint if wanted in (BEST, LAST) else f"nearest step: {planned.checkpoint}"
 
 
 def cell_name(grid: Grid, row: int, column: int) -> str:

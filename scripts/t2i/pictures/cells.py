@@ -344,7 +344,14 @@ def _acquire(lock: FileLock, cancelled: Callable[[], bool]) -> bool:
 # --- Grids -----------------------------------------------------------------------------------------------------------
 
 
-def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: int = MAX_CELLS) -> list[PlannedCell]:
+def plan(
+    run: Path,
+    checkpoint: str,
+    cell: Cell,
+    axes: Sequence[Axis],
+    limit: int = MAX_CELLS,
+    name_in: Callable[[Path, str], str] = lambda run, checkpoint: checkpoint,
+) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
     A missing model raises no error. The cells of a missing model have the reason in `problem`.
@@ -352,6 +359,8 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
     Args:
         run, checkpoint, cell: settings that no axis varies. The checkpoint may be "pipeline", the finished model.
         axes: axes of the columns, rows and tabs, up to three with different names.
+        name_in: function that returns which checkpoint of a run is drawn for a value of the axis checkpoint. Runs have
+            different checkpoints, so a value may stand for another checkpoint in each run.
 
     Raises:
         UserError: the grid has more than `limit` cells, or an axis is unknown or given twice.
@@ -363,7 +372,7 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
     columns, rows, tabs = [len(axis.values) for axis in axes] + [1] * (3 - len(axes))
     if columns * rows * tabs > limit:
         raise UserError(f"a grid of {columns * rows * tabs:,} pictures is more than {limit:,}; take fewer values")
-    models: dict[tuple[Path, str], tuple[str, str | None]] = {}
+    models: dict[tuple[Path, str], tuple[str, str, str | None]] = {}
     planned = []
     for tab, row, column in product(range(tabs), range(rows), range(columns)):
         settings: dict[str, Any] = {"run": run, "checkpoint": checkpoint}
@@ -373,10 +382,12 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
                 settings["prompt"], settings["seed"] = value
             else:
                 settings[axis.name] = value
-        model = settings.pop("run"), settings.pop("checkpoint")
-        if model not in models:
-            models[model] = _find_model(*model)
-        model_hash, problem = models[model]
+        wanted = settings.pop("run"), settings.pop("checkpoint")
+        if wanted not in models:
+            name = name_in(*wanted)
+            models[wanted] = (name, *_find_model(wanted[0], name))
+        name, model_hash, problem = models[wanted]
+        model = (wanted[0], name)
         own_cell = replace(cell, **settings)
         problem = problem or scheduler_problem(own_cell.scheduler, schedule_of(model[0]), own_cell.num_inference_steps)
         path = cell_path(model[0], model_hash, own_cell)
