@@ -160,6 +160,18 @@ def test_a_click_chooses_a_picture_and_the_ways_to_compare(tmp_path):
     assert component(app, "picture_pair")["left"]["label"] == pair["left"]["label"]
 
 
+def test_the_pipeline_shows_the_pictures_of_the_checkpoint_with_its_weights(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    shutil.copy(run / "checkpoint-000020" / "unet" / "weights.safetensors", run / "pipeline" / "unet")
+    (run / "pipeline" / "model_index.json").write_text("{}")
+    grid = grid_of(show(checkpoint=["checkpoint-000020", "pipeline"]))
+    assert [bool(cell["source"]) for cell in grid["cells"]] == [True] * 4
+    assert grid["cells"][0]["source"] == grid["cells"][2]["source"]
+    (run / "pipeline" / "unet" / "weights.safetensors").write_text("two 20")
+    grid = grid_of(show(checkpoint=["checkpoint-000020", "pipeline"]))
+    assert [bool(cell["source"]) for cell in grid["cells"]] == [True, True, False, False]
+
+
 def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
     run = make_run(tmp_path / "outputs" / "one", evaluated=False)
     app = show(checkpoint="checkpoint-000010", guidance_scale="1-3", num_inference_steps="4", prompt="a flower")

@@ -172,8 +172,9 @@ class PlannedCell:
 def weights_hash(folder: Path, weights: str = "ema") -> str:
     """Return a hash (16 hex digits) of a model: UNet, VAE, text encoder, tokenizer and noise schedule.
 
-    A checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other
-    weight files are read once, and again only if their size or time changes.
+    A run's pipeline that holds the same weights as one of the run's checkpoints has the hash of that checkpoint. A
+    checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other weight
+    files are read once, and again only if their size or time changes.
 
     Args:
         folder: a checkpoint of a run, its `pipeline/`, or any pipeline folder.
@@ -183,6 +184,9 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         UserError: the folder is neither a checkpoint nor a pipeline, or the folder is incomplete.
     """
     if (folder / "model_index.json").is_file():
+        twin = _checkpoint_of_pipeline(folder) if folder.name == "pipeline" else None
+        if twin:
+            return weights_hash(*twin)
         run = _run_json(folder.parent) if folder.name == "pipeline" else {}
         if run.get("status") == "finished" and run.get("output_unet_hash"):
             return hash_json({"unet": run["output_unet_hash"], **_frozen_part_hashes(folder, run)})
@@ -191,15 +195,43 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         raise UserError(
             f"{folder} is neither a complete checkpoint nor a pipeline; take one that training has finished"
         )
-    try:
-        files = read_json(folder / "manifest.json")["files"]
-        part = "unet_ema" if weights == "ema" and any(name.startswith("unet_ema/") for name in files) else "unet"
-        unet = {name.split("/", 1)[1]: file["sha256"] for name, file in files.items() if name.startswith(f"{part}/")}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'manifest.json'} is damaged; restore it from a copy") from None
+    unet = {name: file["sha256"] for name, file in _unet_files(folder, weights).items()}
     if not unet:
         raise UserError(f"{folder / 'manifest.json'} names no UNet; restore the checkpoint from a copy")
     return hash_json({"unet": unet, **_frozen_part_hashes(folder.parent / "pipeline", _run_json(folder.parent))})
+
+
+def _unet_files(checkpoint: Path, weights: str) -> dict[str, dict[str, Any]]:
+    """Return the files of a checkpoint's UNet by name, each with "bytes" and "sha256", from the checkpoint's manifest."""
+    try:
+        files = read_json(checkpoint / "manifest.json")["files"]
+        part = "unet_ema" if weights == "ema" and any(name.startswith("unet_ema/") for name in files) else "unet"
+        named = {name.split("/", 1)[1]: file for name, file in files.items() if name.startswith(f"{part}/")}
+        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in named.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{checkpoint / 'manifest.json'} is damaged; restore it from a copy") from None
+
+
+def _checkpoint_of_pipeline(pipeline: Path) -> tuple[Path, str] | None:
+    """Return the checkpoint of the run whose weights a pipeline holds, and which of its weights; None without one.
+
+    Training ends with a checkpoint and a pipeline of equal weights, so their pictures are equal too. Files of weights are
+    compared by size first: the hash of a large file takes seconds.
+    """
+    try:
+        sizes = {path.name: path.stat().st_size for path in (pipeline / "unet").glob("*.safetensors")}
+    except OSError:  # deleted meanwhile
+        return None
+    for checkpoint in reversed(checkpoint_folders(pipeline.parent)):
+        for weights in ("ema", "raw"):
+            files = {
+                name: file for name, file in _unet_files(checkpoint, weights).items() if name.endswith(".safetensors")
+            }
+            if files and sizes == {name: file["bytes"] for name, file in files.items()}:
+                own = hash_files(pipeline / "unet")
+                if all(own[name] == file["sha256"] for name, file in files.items()):
+                    return checkpoint, weights
+    return None
 
 
 def _run_json(run: Path) -> dict[str, Any]:
