@@ -60,6 +60,13 @@ def sweep_results(run: Path) -> list[dict[str, Any]]:
     return [result for result in results if is_finite(result.get("guidance_scale"))]
 
 
+def sweep_pictures(run: Path) -> int | None:
+    """Return the number of pictures on which each row of a run's evaluation was measured, or None if it is unknown."""
+    sweep = read_or_warn(run / "evaluation" / "evaluation.json").get("sweep")
+    prompts = sweep.get("prompts") if isinstance(sweep, dict) else None
+    return len(prompts) if isinstance(prompts, list) and prompts else None
+
+
 def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
     """Return the guidance scale that the evaluation chose, otherwise the first evaluated one, otherwise 3."""
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
