@@ -26,7 +26,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from t2i.pictures import cells
 
-def paint(pipeline, places):
+def paint(pipeline, places, watch):
     time.sleep(0.002)
     return np.stack([np.full((32, 32, 3), place.cell.seed, np.uint8) for place in places])
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -373,6 +374,38 @@ def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
     assert app.multiselect(key="checkpoint").value == ["checkpoint-000020"]
 
 
+def progress(app: AppTest) -> str:
+    return " ".join(element.proto.text for element in app.get("progress"))
+
+
+def test_the_time_left_counts_no_loading_and_a_batch_is_stopped_within(tmp_path, painter, monkeypatch):
+    run = make_run(tmp_path / "outputs" / "one")
+    jobs = sys.modules["helpers.drawing_jobs"]
+    loads = []
+
+    def load(model):
+        start = time.monotonic()
+        time.sleep(0.05)
+        loads.append(time.monotonic() - start)
+
+    monkeypatch.setattr(jobs, "load_pipeline", load)
+    cell = cells.Cell("a flower", num_inference_steps=4)
+    planned = cells.plan(run, "checkpoint-000010", cell, [cells.Axis("seed", tuple(range(48)))])
+    painter.go.clear()
+    start = time.monotonic()
+    job = jobs.GridJob.start("key", planned)
+    while len(painter) < 44:
+        job.look()
+        time.sleep(0.02)
+    assert (job.done, len(loads)) == (40, 11)
+    assert jobs.running_job("key") is job
+    assert 0 < job.drawing_s <= time.monotonic() - start - sum(loads)
+    assert job.seconds_left() == job.drawing_s / 40 * 8
+    job.stopped.set()
+    assert job.finished.wait(30)  # although the batch is not finished
+    assert (job.done, job.error, jobs.running_job("key")) == (40, "", None)
+
+
 class Drawn(list):
     """The cells that were painted. From the 41st on, painting waits until `go` is set."""
 
@@ -387,10 +420,10 @@ def painter(monkeypatch):
     """Pictures painted instead of drawn; the model in memory is none."""
     drawn = Drawn()
 
-    def paint(pipeline, places):
+    def paint(pipeline, places, watch):
         drawn.extend(places)
-        if len(drawn) > 40:
-            drawn.go.wait(60)
+        while len(drawn) > 40 and not drawn.go.wait(0.02):
+            watch(1, 4, None)
         return np.stack([np.full((8, 8, 3), place.cell.num_inference_steps, np.uint8) for place in places])
 
     show()  # puts the dashboard's folder on the path
@@ -424,8 +457,11 @@ def test_a_stopped_grid_goes_on_where_it_stopped(tmp_path, painter):
     while len(painter) < 44:
         time.sleep(0.02)
     app.run()
-    next(button for button in app.button if button.label == "Stop").click().run()
-    painter.go.set()
+    again = show(**dict(app.query_params))  # a reload: another session
+    assert re.search("4[0-4] of 100 drawn", progress(again))
+    assert not [button for button in again.button if button.label.startswith("Draw")]
+    next(button for button in again.button if button.label == "Stop").click().run()
+    assert "stopping" in progress(again) or "pictures are not drawn yet" in texts(again)
     for thread in threading.enumerate():
         if thread.name == "grid":
             thread.join(60)

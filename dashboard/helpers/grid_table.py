@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 from PIL import Image
 
-from helpers.drawing_jobs import GridJob, expected_seconds
+from helpers.drawing_jobs import GridJob, expected_seconds, running_job
 from helpers.grid_choice import AXES, Grid
 from helpers.page_texts import escape, warn
 from helpers.picture_table import show_pictures, stored_address
@@ -29,6 +29,8 @@ def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequenc
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
         job.stopped.set()
         job = None
+    if job is None and (job := running_job(grid)) is not None:  # the page was loaded again
+        st.session_state["_job"] = (grid, job)
     if job is not None and job.finished.is_set():
         if job.error:
             warn(UserError(job.error))
@@ -65,7 +67,7 @@ def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence
     elif row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
         wanted = missing
     if wanted:
-        st.session_state["_job"] = (grid, GridJob.start(wanted))
+        st.session_state["_job"] = (grid, GridJob.start(grid, wanted))
         st.rerun()
 
 
@@ -136,14 +138,18 @@ def show_progress(job: GridJob) -> None:
     job.look()
     left = job.seconds_left()
     text = f"{job.done:,} of {job.total:,} drawn" + ("" if left is None else f", {duration_text(left)} left")
+    if job.stopped.is_set():
+        text = f"stopping, {job.done:,} of {job.total:,} drawn"
+    elif not job.done:
+        text = "loading the model, or waiting for another's turn"
     row = st.container(horizontal=True, vertical_alignment="center")
-    row.progress(
-        job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
+    row.progress(job.done / max(1, job.total), text=text)
+    row.button(
+        "Stop",
+        on_click=job.stopped.set,  # before the page runs, so that it says at once that the job stops
+        disabled=job.stopped.is_set(),
+        help="Pictures of the grid that are already drawn stay, and drawing resumes with the missing ones.",
     )
-    if row.button(
-        "Stop", help="Pictures of the grid that are already drawn stay, and drawing resumes with the missing ones."
-    ):
-        job.stopped.set()
 
 
 def choose_tab(grid: Grid) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from helpers.drawing_jobs import PictureJob
+from helpers.drawing_jobs import PictureJob, running_job
 from helpers.page_texts import escape, show_empty_state, warn
 from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import best_scale, first_prompt, warn_of_cut_prompts
@@ -250,6 +250,8 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> None:
     if job is not None and (path != planned.path or asked):  # something else was chosen
         job.stopped.set()
         job = None
+    if job is None and not asked and (job := running_job(planned.path)) is not None:  # the page was loaded again
+        st.session_state["_picture_job"] = (planned.path, job)
     if job is not None and job.finished.is_set():
         st.session_state.pop("_picture_job")
         take_result(planned, job)
@@ -293,9 +295,9 @@ def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
             "loading": "loading the model",
         }
         text = words.get(job.stage, f"step {job.step} of {job.steps}")
+        text = "stopping" if job.stopped.is_set() else text
         st.progress(job.step / max(1, job.steps), text=text)
-        if st.button("Stop"):
-            job.stopped.set()
+        st.button("Stop", on_click=job.stopped.set, disabled=job.stopped.is_set())
         if job.preview is not None:
             st.image(
                 job.preview,

@@ -482,12 +482,18 @@ def make(
         batch_size: number of pictures drawn at once, if the pictures differ only in prompt and seed.
         progress: function that is called after each picture with its cell, the number drawn, and the number of pictures
             to draw.
-        cancelled: function that returns whether to stop, called before each batch and while another session draws.
+        cancelled: function that returns whether to stop, called before each denoising step and while another session
+            draws. The pictures of an unfinished batch are dropped.
 
     Raises:
         UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished
             pictures stay, and the same call draws the missing pictures.
     """
+
+    def watch(step: int, count: int, decode: Callable[[], np.ndarray]) -> None:
+        if cancelled():
+            raise _Stopped
+
     wanted = missing(planned)
     done, drawn, current, pipeline = 0, 0, None, None
     for batch in batches(wanted, batch_size):
@@ -500,7 +506,11 @@ def make(
                 model = first.run / first.checkpoint
                 if current != (model, first.model_hash):
                     pipeline, current = _load(model, first.model_hash, load), (model, first.model_hash)
-                for one, picture in zip(absent.values(), _draw(pipeline, list(absent.values())), strict=True):
+                try:
+                    pictures = _draw(pipeline, list(absent.values()), watch)
+                except _Stopped:
+                    return drawn
+                for one, picture in zip(absent.values(), pictures, strict=True):
                     _save(one.run, one.checkpoint, one.model_hash, one.cell, picture)
                 drawn += len(absent)
         for one in batch:
