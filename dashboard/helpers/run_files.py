@@ -102,6 +102,32 @@ def checkpoint_in(run: Path, wanted: str) -> str:
     return min(near, key=lambda name: near[name]) if near else names[-1]
 
 
+def best_run(runs: dict[str, Path]) -> str:
+    """Return the name of the run with the best evaluated model, otherwise of the newest run.
+
+    The newest evaluated run is compared with those that the same judge evaluated and that were trained on the same images:
+    other distances cannot be compared.
+
+    Args:
+        runs: at least one run, the newest first.
+    """
+    found: dict[str, tuple[tuple[Any, Any], float]] = {}
+    for name, run in runs.items():
+        report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+        if not isinstance(report, dict):
+            continue
+        judged = report.get("judge") if isinstance(report.get("judge"), dict) else {}
+        identity = read_or_warn(run / "run.json").get("identity")
+        images = identity.get("dataset_hash") if isinstance(identity, dict) else None
+        distance = judged.get("kernel_distance")
+        found[name] = ((judged.get("network"), images), distance if is_finite(distance) else math.inf)
+    if not found:
+        return next(iter(runs))
+    newest = next(iter(found))
+    same = [name for name, (kind, _) in found.items() if kind == found[newest][0] and None not in kind]
+    return min(same or [newest], key=lambda name: found[name][1])
+
+
 def first_prompt(run: Path) -> str:
     """Return the first prompt of a run's samples, which is the default prompt of a picture."""
     section = read_settings(run).get("train_unet")

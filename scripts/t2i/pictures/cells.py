@@ -616,6 +616,31 @@ def read_watched(planned: PlannedCell) -> Watched | None:
     return Watched(np.asarray(image), steps)
 
 
+def newest_watched(runs: Sequence[Path], count: int) -> list[PlannedCell]:
+    """Return the newest watched pictures in the stores of runs, at most `count`, the newest first.
+
+    Pictures of models that a run no longer has are left out.
+    """
+    files = [(file.stat().st_mtime_ns, run, file) for run in runs for file in _steps_by_age(run)[-count:]]
+    names = [*Cell.__dataclass_fields__, "model"]
+    found = []
+    for _, run, file in sorted(files, reverse=True)[:count]:
+        parameters = read_parameters(file) or {}
+        known = {name: parameters[name] for name in names if name in parameters}
+        checkpoint = str(known.pop("model", "")).rpartition("/")[2]
+        try:
+            planned = plan(run, checkpoint, Cell(**known), [])[0]
+        except (UserError, TypeError, AttributeError):  # a foreign file
+            continue
+        if planned.made and _steps_path(planned) == file:
+            found.append(planned)
+    return found
+
+
+def _steps_by_age(run: Path) -> list[Path]:
+    return sorted((run / STORE).glob("*.steps.png"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def make_watched(
     planned: PlannedCell,
     *,
@@ -695,8 +720,7 @@ def _save_watched(
     if steps:
         strip = np.concatenate([part for _, part in steps], axis=1)
         _save(*cell, strip, _steps_path(planned), steps=[number for number, _ in steps], own=own)
-    by_age = sorted((planned.run / STORE).glob("*.steps.png"), key=lambda path: path.stat().st_mtime_ns)
-    for path in by_age[:-MAX_WATCHED]:
+    for path in _steps_by_age(planned.run)[:-MAX_WATCHED]:
         if (read_parameters(path) or {}).get("own"):
             path.with_name(path.name.replace(".steps.png", ".png")).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
