@@ -327,6 +327,8 @@ def test_two_runs_stand_in_columns_and_their_curves_beside(tmp_path):
 def test_runs_with_different_steps_align_by_best_last_or_nearest_step(tmp_path):
     make_run(tmp_path / "outputs" / "one", steps=(10, 20))
     two = make_run(tmp_path / "outputs" / "two", steps=(14, 30))
+    for name in ("one", "two"):
+        (tmp_path / "outputs" / name / "pipeline" / "model_index.json").write_text("{}")
     known = json.loads((two / "evaluation" / "evaluation.json").read_text())
     report = {"report": {"checkpoint": "checkpoint-000014", "guidance_scale": 3.0}}
     (two / "evaluation" / "evaluation.json").write_text(json.dumps(known | report))

@@ -92,7 +92,7 @@ def test_a_run_shows_figures_curves_and_pictures(tmp_path: Path) -> None:
     assert app.multiselect[0].options == ["demo/unet"]
     assert "status: finished   steps: 20" in texts(app)
     cells, report = (element.value for element in app.dataframe)
-    assert list(cells["guidance_scale"]) == [1.5, 3.0, 1.5, 3.0]
+    assert list(cells["guidance scale"]) == [1.5, 3.0, 1.5, 3.0]
     assert list(cells["prompt following, petal color"]) == [0.9] * 4
     assert dict(zip(report["figure"], report["value"], strict=True))["prompt following, petal color"] == "97.5%"
     assert len(app.get("image")) == 1  # the report's

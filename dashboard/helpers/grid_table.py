@@ -27,7 +27,8 @@ def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequenc
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures."""
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
-        job.stopped.set()
+        if job is st.session_state.get("_started"):  # by this session: another one may still watch the job
+            job.stopped.set()
         job = None
     if job is None and (job := running_job(grid)) is not None:  # the page was loaded again
         st.session_state["_job"] = (grid, job)
@@ -67,7 +68,8 @@ def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence
     elif row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
         wanted = missing
     if wanted:
-        st.session_state["_job"] = (grid, GridJob.start(grid, wanted))
+        st.session_state["_started"] = GridJob.start(grid, wanted)
+        st.session_state["_job"] = (grid, st.session_state["_started"])
         st.rerun()
 
 

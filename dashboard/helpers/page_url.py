@@ -18,18 +18,20 @@ Choice = str | int | float | Sequence[str]
 def name_choices(choices: dict[str, Choice], titles: Mapping[str, str] = MappingProxyType({})) -> None:
     """Give widgets their first values, and name these values in the URL.
 
-    A widget that has a value, or whose value the URL names, keeps its value. Call this function once per page, before
-    the page's widgets: each call adds an entry to the browser's history.
+    A widget that has a value, or whose value the URL names, keeps it, also if `gone_names` does not find the value. Call this
+    function once per page, before the page's widgets: each call adds an entry to the browser's history.
 
     Args:
         choices: first values by the keys of the widgets.
         titles: how the URL calls the first values of widgets whose options have titles.
     """
     state = st.session_state
-    fresh = {key: value for key, value in choices.items() if key not in state and key not in st.query_params}
+    gone = {key for key in choices if state.get(f"gone {key}")}  # nothing else may take the place of what is gone
+    unnamed = {key: value for key, value in choices.items() if key not in st.query_params and key not in gone}
+    fresh = {key: value for key, value in unnamed.items() if key not in state}
+    state.update({key: value for key, value in unnamed.items() if state.get(key) is None})  # also an emptied number
     if not fresh:
         return
-    state.update(fresh)
     texts = {key: titles.get(key) or url_text(value) for key, value in fresh.items()}
     try:
         st.query_params.update(texts)

@@ -42,7 +42,7 @@ def main() -> None:
         return
     left, right = st.columns([3, 1])
     gone = gone_names("dataset", sets)
-    name = next(iter(asked("dataset")), next(iter(sets)))
+    name = next(iter(asked("dataset")), "" if gone else next(iter(sets)))
     folder, runs = sets.get(name, (None, {}))
     splits = browse.find_splits(folder, caption_columns(runs)) if folder else {}
     if splits:
