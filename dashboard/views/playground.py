@@ -329,7 +329,7 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     remember(watched, planned)
     cell = planned.cell
     st.image(watched.picture, width=LARGE, alt=cell.prompt or "a picture without a prompt", output_format="PNG")
-    st.caption(escape(settings_text(planned)))
+    st.text(settings_text(planned))
     model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     st.download_button(
         "Download PNG",
@@ -350,7 +350,7 @@ def show_stale() -> None:
     if before and watched:
         st.warning("The picture below is an earlier one: its prompt or settings differ from those chosen now.")
         st.image(watched.picture, width=LARGE, alt=f"an earlier picture: {before.cell.prompt}", output_format="PNG")
-        st.caption(escape(settings_text(before)))
+        st.text(settings_text(before))
 
 
 def settings_text(planned: cells.PlannedCell) -> str:
@@ -362,7 +362,7 @@ def settings_text(planned: cells.PlannedCell) -> str:
         f"guidance scale {cell.guidance_scale:g}{end}",
         f"{cell.num_inference_steps} steps of {SHORT_NAMES.get(cell.scheduler, cell.scheduler)}",
         f"{planned.run.as_posix().removeprefix(f'{OUTPUTS}/')}/{planned.checkpoint}",
-        f"“{cell.prompt}”",  # last: a long one is cut
+        f"“{cell.prompt}”",
         *([f"without “{cell.negative_prompt}”"] if cell.negative_prompt else []),
     ]
     return " · ".join(parts)
