@@ -269,6 +269,21 @@ def test_choices_and_pictures_survive_other_pages_and_a_reload(tmp_path, painter
     assert again.text_area(key="prompt").value == "a **red** flower"
 
 
+def test_changed_settings_do_not_end_a_drawing_and_draw_replaces_it(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    painter.go.clear()
+    app = wait(press(show(seed="1"), DRAW), lambda app: "step 2 of 4" in progress(app))
+    app.number_input(key="seed").set_value(2).run()
+    assert "This picture has earlier settings" in texts(app)
+    assert "step 2 of 4" in progress(app)
+    painter.go.set()
+    wait(app, lambda app: "not drawn yet" in texts(app))
+    assert "seed 1 ·" in texts(app)  # the earlier picture, which is finished
+    assert [place.cell.seed for place in painter.places] == [1]
+    wait(press(app, DRAW), has_picture)
+    assert [place.cell.seed for place in painter.places] == [1, 2]
+
+
 def test_pndm_with_too_few_steps_gets_a_sentence(tmp_path, painter):
     make_run(tmp_path / "outputs" / "one")
     app = press(show(scheduler="pndm", num_inference_steps="2"), DRAW)

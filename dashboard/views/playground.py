@@ -254,24 +254,28 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> None:
     if planned.problem is not None:
         warn(UserError(planned.problem))
         return
-    path, job = st.session_state.get("_picture_job", (None, None))
-    if job is not None and (path != planned.path or asked):  # something else was chosen
+    job: PictureJob | None = st.session_state.get("_picture_job")
+    if job is not None and asked:
         if job is st.session_state.get("_started_picture"):  # by this session: another one may still watch the job
             job.stopped.set()
         job = None
-    if job is None and not asked and (job := running_job(planned.path)) is not None:  # the page was loaded again
-        st.session_state["_picture_job"] = (planned.path, job)
+    if not asked and (job is None or job.planned.path != planned.path):  # the page may have been loaded again
+        job = running_job(planned.path) or job
     if job is not None and job.finished.is_set():
-        st.session_state.pop("_picture_job")
-        take_result(planned, job)
+        st.session_state.pop("_picture_job", None)
+        take_result(job)
         job = None
     watched = look_up(planned)
     if asked and job is None and (watched is None or not watched.steps):
         job = PictureJob.start(planned)
         st.session_state["_started_picture"] = job
-        st.session_state["_picture_job"] = (planned.path, job)
     if job is not None:
-        show_job(job, planned)
+        st.session_state["_picture_job"] = job
+    is_other = job is not None and job.planned.path != planned.path  # settings were changed while the job draws
+    if job is not None and not (is_other and watched):
+        if is_other:
+            st.text("This picture has earlier settings. Draw stops it and draws the present ones.")
+        show_job(job)
         show_neighbours(planned.run, None)
     elif watched is not None:
         show_picture(watched, planned)
@@ -280,12 +284,14 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> None:
         show_stale()
 
 
-def take_result(planned: cells.PlannedCell, job: PictureJob) -> None:
+def take_result(job: PictureJob) -> None:
     """Take the picture of a finished drawing job, or show a warning why the job has no picture."""
     if job.error:
         warn(UserError(job.error))
-    if job.result is not None and job.result.note:  # the store did not take it: the session keeps the last such picture
-        st.session_state["_unkept"] = (planned.path, job.result)
+    if job.result is not None:
+        st.session_state["_last"] = job.planned
+        if job.result.note:  # the store did not take it: the session keeps the last such picture
+            st.session_state["_unkept"] = (job.planned.path, job.result)
 
 
 def look_up(planned: cells.PlannedCell) -> cells.Watched | None:
@@ -293,7 +299,7 @@ def look_up(planned: cells.PlannedCell) -> cells.Watched | None:
     return watched if path == planned.path else cells.read_watched(planned)
 
 
-def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
+def show_job(job: PictureJob) -> None:
     """Show the progress of a drawing job and the picture at its newest step, twice per second."""
 
     @st.fragment(run_every=0.5)
@@ -313,7 +319,7 @@ def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
             st.image(
                 job.preview,
                 width=LARGE,
-                alt=f"what the model takes the picture to be: {planned.cell.prompt}",
+                alt=f"what the model takes the picture to be: {job.planned.cell.prompt}",
                 output_format="PNG",
             )
         elif job.stage == "drawing":
