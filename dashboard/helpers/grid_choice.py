@@ -1,5 +1,6 @@
 """The widgets that choose a grid of pictures: its axes, their values, and the settings that all its pictures share."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,8 +10,8 @@ from typing import Any
 import streamlit as st
 
 from helpers.page_url import Choice, asked, name_choices
-from helpers.run_files import BEST, LAST, checkpoint_in, first_prompt
-from helpers.run_list import checkpoints_of
+from helpers.run_files import best_checkpoint, first_prompt
+from helpers.run_list import checkpoints_of, step_of
 from t2i.errors import UserError
 from t2i.pictures import axes, cells
 from t2i.pictures.png import SCHEDULERS, fitting_schedulers
@@ -27,6 +28,7 @@ AXES = {  # of `cells.AXES`, as they are called on the page
     "run": "run",
 }
 AXIS_KEYS = ("columns", "rows", "tabs")  # of the widgets that choose axes, in the session and in the URL
+BEST, LAST = "best", "last"  # checkpoints that every run has
 GUIDANCE = "1.5,3,7.5"  # guidance scales of a run that was not evaluated
 CHECKPOINTS = 4  # checkpoints of such a run, the newest
 AXIS_PX = 170  # width of a widget that chooses an axis
@@ -54,14 +56,18 @@ class Grid:
         chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
         for axis in self.axes[2:]:
             chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
-        return cells.plan(self.run, self.checkpoint, self.cell, chosen, name_in=checkpoint_in)
+        return cells.plan(self.run, self.checkpoint, self.cell, chosen, names=self.models())
+
+    def models(self, tabs: slice = slice(None)) -> dict[tuple[Path, str], str]:
+        """Return which checkpoint of a run is drawn, by the run and the value of the axis of checkpoints, for some tabs."""
+        values = {axis.name: axis.values for axis in self.axes[:2]}
+        values |= {axis.name: axis.values[tabs] for axis in self.axes[2:]}
+        models = product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,)))
+        return {(run, name): checkpoint_in(run, name) for run, name in models}
 
     def first_tab_models(self) -> set[tuple[Path, str]]:
         """Return the run and checkpoint of each model in the first tab of the grid."""
-        values = {axis.name: axis.values for axis in self.axes[:2]}
-        values |= {axis.name: axis.values[:1] for axis in self.axes[2:]}
-        models = product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,)))
-        return {(run, checkpoint_in(run, name)) for run, name in models}
+        return {(run, shown) for (run, _), shown in self.models(slice(1)).items()}
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,24 @@ def checkpoint_names(runs: dict[str, Path]) -> list[str]:
     """
     names = dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run))
     return [*((BEST, LAST) if len(runs) > 1 else ()), *names]
+
+
+def checkpoint_in(run: Path, wanted: str) -> str:
+    """Return the checkpoint of a run that is shown beside those of other runs, which have other steps.
+
+    Args:
+        wanted: `BEST`, `LAST`, or the name of a checkpoint. If the run has no checkpoint of that name, the one at the nearest
+            step is returned, and the later one of two that are equally near.
+    """
+    names = checkpoints_of(run)
+    if wanted == BEST:
+        return best_checkpoint(run) or wanted
+    if wanted in names or not names:
+        return wanted
+    step = step_of(wanted)
+    apart = {name: abs(step_of(name) - step) for name in names[::-1]}
+    near = {name: distance for name, distance in apart.items() if math.isfinite(distance)}
+    return min(near, key=lambda name: near[name]) if near else names[-1]
 
 
 def sample_titles(evaluated: cells.EvaluatedGrid | None) -> dict[str, tuple[str, int]]:

@@ -10,10 +10,10 @@ import streamlit as st
 from PIL import Image
 
 from helpers.drawing_jobs import GridJob, expected_seconds, running_job
-from helpers.grid_choice import AXES, Grid
+from helpers.grid_choice import AXES, BEST, LAST, Grid
 from helpers.page_texts import escape, warn
 from helpers.picture_table import show_pictures, stored_address
-from helpers.run_files import BEST, LAST, is_finite, read_or_warn
+from helpers.run_files import is_finite, read_or_warn
 from t2i.errors import UserError
 from t2i.pictures import cells
 from t2i.pictures.png import grid_png, labelled_grid

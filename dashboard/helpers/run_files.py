@@ -10,14 +10,12 @@ import streamlit as st
 import yaml
 
 from helpers.page_texts import escape
-from helpers.run_list import checkpoints_of, step_of
+from helpers.run_list import checkpoints_of
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.pictures.cells import EvaluatedGrid
 from t2i.pictures.png import cut_prompt
 from t2i.redaction import redact_config
-
-BEST, LAST = "best", "last"  # checkpoints that every run has
 
 
 def read_or_warn(path: Path) -> dict[str, Any]:
@@ -82,24 +80,6 @@ def best_checkpoint(run: Path) -> str | None:
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     chosen = report.get("checkpoint") if isinstance(report, dict) else None
     return chosen if isinstance(chosen, str) and chosen in names else next(iter(names[::-1]), None)
-
-
-def checkpoint_in(run: Path, wanted: str) -> str:
-    """Return the checkpoint of a run that is shown beside those of other runs, which have other steps.
-
-    Args:
-        wanted: `BEST`, `LAST`, or the name of a checkpoint. If the run has no checkpoint of that name, the one at the nearest
-            step is returned, and the later one of two that are equally near.
-    """
-    names = checkpoints_of(run)
-    if wanted == BEST:
-        return best_checkpoint(run) or wanted
-    if wanted in names or not names:
-        return wanted
-    step = step_of(wanted)
-    apart = {name: abs(step_of(name) - step) for name in names[::-1]}
-    near = {name: distance for name, distance in apart.items() if math.isfinite(distance)}
-    return min(near, key=lambda name: near[name]) if near else names[-1]
 
 
 def best_run(runs: dict[str, Path]) -> str:

@@ -13,12 +13,13 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -382,7 +383,7 @@ def plan(
     cell: Cell,
     axes: Sequence[Axis],
     limit: int = MAX_CELLS,
-    name_in: Callable[[Path, str], str] = lambda run, checkpoint: checkpoint,
+    names: Mapping[tuple[Path, str], str] = MappingProxyType({}),
 ) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
@@ -391,8 +392,8 @@ def plan(
     Args:
         run, checkpoint, cell: settings that no axis varies. The checkpoint may be "pipeline", the finished model.
         axes: axes of the columns, rows and tabs, up to three with different names.
-        name_in: function that returns which checkpoint of a run is drawn for a value of the axis checkpoint. Runs have
-            different checkpoints, so a value may stand for another checkpoint in each run.
+        names: which checkpoint of a run is drawn, by the run and the value of the axis checkpoint. Runs have different
+            checkpoints, so a value may stand for another checkpoint in each run. Other values are names of checkpoints.
 
     Raises:
         UserError: the grid has more than `limit` cells, or an axis is unknown or given twice.
@@ -416,7 +417,7 @@ def plan(
                 settings[axis.name] = value
         wanted = settings.pop("run"), settings.pop("checkpoint")
         if wanted not in models:
-            name = name_in(*wanted)
+            name = names.get(wanted, wanted[1])
             models[wanted] = (name, *_find_model(wanted[0], name))
         name, model_hash, problem = models[wanted]
         model = (wanted[0], name)
