@@ -56,7 +56,7 @@ class Grid:
         chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
         for axis in self.axes[2:]:
             chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
-        return cells.plan(self.run, self.checkpoint, self.cell, chosen, names=self.models())
+        return cells.plan(self.run, self.checkpoint, self.cell, chosen, stands_for=self.models())
 
     def models(self, tabs: slice = slice(None)) -> dict[tuple[Path, str], str]:
         """Return which checkpoint of a run is drawn, by the run and the value of the axis of checkpoints, for some tabs."""

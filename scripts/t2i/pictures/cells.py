@@ -383,7 +383,7 @@ def plan(
     cell: Cell,
     axes: Sequence[Axis],
     limit: int = MAX_CELLS,
-    names: Mapping[tuple[Path, str], str] = MappingProxyType({}),
+    stands_for: Mapping[tuple[Path, str], str] = MappingProxyType({}),
 ) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
@@ -392,7 +392,7 @@ def plan(
     Args:
         run, checkpoint, cell: settings that no axis varies. The checkpoint may be "pipeline", the finished model.
         axes: axes of the columns, rows and tabs, up to three with different names.
-        names: which checkpoint of a run is drawn, by the run and the value of the axis checkpoint. Runs have different
+        stands_for: which checkpoint of a run is drawn, by the run and the value of the axis checkpoint. Runs have different
             checkpoints, so a value may stand for another checkpoint in each run. Other values are names of checkpoints.
 
     Raises:
@@ -417,7 +417,7 @@ def plan(
                 settings[axis.name] = value
         wanted = settings.pop("run"), settings.pop("checkpoint")
         if wanted not in models:
-            name = names.get(wanted, wanted[1])
+            name = stands_for.get(wanted, wanted[1])
             models[wanted] = (name, *_find_model(wanted[0], name))
         name, model_hash, problem = models[wanted]
         model = (wanted[0], name)
