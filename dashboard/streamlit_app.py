@@ -66,12 +66,21 @@ def change_page(page: str) -> None:
     state = st.session_state
     before, state["_page"] = state.get("_page"), page
     context = get_script_run_ctx()
-    if before in (None, page) or (context is not None and context.is_history_navigation):  # Back: the URL says all
+    is_back = context is not None and context.is_history_navigation
+    if is_back and not st.query_params:  # back at the page's bare address, which stands for its first choices
+        forget_choices()
+        st.rerun()
+    if before in (None, page) or is_back:  # Back: the URL says all
         return
-    for key in [key for key in state if not str(key).startswith("_")]:
-        del state[key]
+    forget_choices()
     if page in RUNS and not st.query_params and state.get("_runs"):
         state[RUNS[page]] = st.query_params[RUNS[page]] = state["_runs"]
+
+
+def forget_choices() -> None:
+    """Drop the values of all widgets. The keys of what outlives a change of page begin with an underscore."""
+    for key in [key for key in st.session_state if not str(key).startswith("_")]:
+        del st.session_state[key]
 
 
 main()

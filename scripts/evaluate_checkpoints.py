@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from t2i.command_line import option
 from t2i.config import EvaluateConfig, Recipe, load_recipe, parse
 from t2i.errors import UserError, run_main
+from t2i.evaluation.figures import percent
 from t2i.files import read_object, write_json
 from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem
 from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
@@ -683,7 +684,8 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
     )
     for head, share in (report["prompt_following"] or {}).items():
         known = report["probe_accuracy"].get(head)
-        print(f"  {head:<16}{share:>8.1%}" + (f"   (on unseen real images: {known:.1%})" if known is not None else ""))
+        text = percent(share, report["prompts"])
+        print(f"  {head:<16}{text:>18}" + (f"   (on unseen real images: {known:.1%})" if known is not None else ""))
     if report["judge"]:
         print_judge(report["judge"])
     if report["memorisation"]:

@@ -117,6 +117,7 @@ LIGHT = (
     "redaction",
     "run_lock",
     "runs",
+    "evaluation.figures",
     "hub.model_card",
     "pictures.axes",
     "pictures.png",

@@ -12,6 +12,7 @@ from playwright.sync_api import TimeoutError, expect, sync_playwright
 
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
 from conftest import ROOT, TINY, WARM, warm_start
+from test_compare import make_run
 
 expect.set_options(timeout=30_000)
 pytestmark = pytest.mark.skipif(
@@ -65,8 +66,23 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    """The address of a dashboard on a painted run, and the folder that holds its outputs/."""
+    folder = tmp_path_factory.mktemp("painted")
+    make_run(folder / "outputs" / "one")
+    with serve(folder) as address:
+        yield address, folder
+
+
 @pytest.fixture
-def visit(chromium, address):
+def address_of(request):
+    """Start the server of the real runs only for tests that open one of its pages."""
+    return lambda: request.getfixturevalue("address")
+
+
+@pytest.fixture
+def visit(chromium, address_of):
     """Open a page in a browser of its own (no cookies, no storage); whatever the console calls an error fails the test."""
     errors, contexts = [], []
 
@@ -75,14 +91,14 @@ def visit(chromium, address):
         if message.type == "error" and "/_stcore/" not in message.location["url"]:
             errors.append(f"{message.text} ({message.location['url']})")
 
-    def open_page(path="", query=None, width="wide", scheme="light"):
+    def open_page(path="", query=None, width="wide", scheme="light", at=None):
         pixels, height = WIDTHS[width]
         contexts.append(chromium.new_context(viewport={"width": pixels, "height": height}, color_scheme=scheme))
         page = contexts[-1].new_page()
         page.set_default_timeout(60_000)  # of a busy machine
         page.on("console", note)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"{address}/{path}" + (f"?{urlencode(query, doseq=True)}" if query else ""))
+        page.goto(f"{at or address_of()}/{path}" + (f"?{urlencode(query, doseq=True)}" if query else ""))
         settle(page)
         return page
 
@@ -149,7 +165,7 @@ def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
     settle(page)
     addresses = [picture.get_attribute("src") for picture in pictures.all()]
     assert len(set(addresses)) == 9
-    assert pictures.nth(5).get_attribute("alt") == "3, 2: a red flower"
+    assert pictures.nth(5).get_attribute("alt") == "guidance scale 3, seed 2: a red flower"
 
     # cells by click, by Shift and a click, by keyboard alone
     marks = page.locator(".grid td")
@@ -162,7 +178,7 @@ def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
     for key in ("ArrowRight", "ArrowDown", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     expect(marks.nth(7)).to_have_attribute("data-mark", "R")
-    expect(page).to_have_url(re.compile("right=row\\+3%2C\\+column\\+2"))
+    expect(page).to_have_url(re.compile("right=guidance\\+scale\\+2%2C\\+seed\\+3"))
 
     # the pair's cut by mouse and by keyboard
     stage = page.locator(".stage")
@@ -187,6 +203,34 @@ def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
     expect(other.locator(".grid td").nth(7)).to_have_attribute("data-mark", "R")
     expect(other.locator(".grid td").nth(8)).to_have_attribute("data-mark", "L")
     assert other.get_by_role("button", name=re.compile("^Draw")).count() == 0
+
+
+def test_an_address_names_all_choices_and_back_leaves_the_page(visit, painted):
+    at, folder = painted
+    page = visit(at=at)
+    expect(page).to_have_url(
+        re.compile("run=one&columns=guidance\\+scale&rows=checkpoint&.*&checkpoint=checkpoint-000010")
+    )
+    shared = page.url.split("/", 3)[3]
+    choose(page, "Rows", "steps")
+    expect(page.locator(".grid tbody th")).to_have_text(["2", "4"])
+    choose(page, "Rows", "checkpoint")
+    expect(page).to_have_url(re.compile("rows=checkpoint"))  # also if it equals the first value
+    expect(page.locator(".grid td img")).to_have_count(4)
+    settle(page)
+    sources = [picture.get_attribute("src") for picture in page.locator(".grid td img").all()]
+    for number, name in enumerate(("two", "three"), start=1):
+        newer = make_run(folder / "outputs" / name)
+        os.utime(newer / "run.json", (2e9 + number, 2e9 + number))
+    other = visit(shared, at=at)
+    assert [picture.get_attribute("src") for picture in other.locator(".grid td img").all()] == sources
+    other.get_by_role("link", name="Runs").click()
+    expect(other.get_by_role("heading", level=1)).to_have_text("Runs")
+    settle(other)
+    other.go_back()
+    expect(other.get_by_role("heading", level=1)).to_have_text("Compare")
+    expect(other.locator(".grid td img")).to_have_count(4)
+    assert [picture.get_attribute("src") for picture in other.locator(".grid td img").all()] == sources
 
 
 def test_curves_of_two_runs_stand_beside_the_pictures_and_a_point_chooses_its_checkpoint(visit):
@@ -225,9 +269,11 @@ def test_labels_stay_in_sight_within_a_large_grid(visit, width):
 def test_words_of_others_are_shown_as_they_are(visit):
     page = visit(query={"run": "two", "rows": "prompt"})
     expect(page.locator(".grid tbody th")).to_have_text([EVIL])
-    expect(page.locator(".grid td button").first).to_have_attribute("aria-label", f"1.5, {EVIL}: {EVIL}")
+    expect(page.locator(".grid td button").first).to_have_attribute(
+        "aria-label", f"guidance scale 1.5, prompt {EVIL}: {EVIL}"
+    )
     page.get_by_text("Values:").click()
-    assert page.get_by_role("textbox", name="Prompt, one a line").input_value() == EVIL
+    assert page.get_by_role("textbox", name="Prompt, one per line").input_value() == EVIL
     check_looks(page)
     page = visit("runs", {"runs": ["one", "two"]})
     check_looks(page)

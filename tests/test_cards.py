@@ -141,7 +141,7 @@ def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
     assert row(text, "Inference time") == "0.81 s per picture on CPU, not measured on GPU"
     assert row(text, "CLIP score") == "not measured"
     assert row(text, "CFG Scale") == "3 (chosen by the evaluation)"
-    assert "| petal color | 98.4% | 96.1% | 99.9% |" in text
+    assert "| petal color | 98.4% (96–99%) | 96.1% | 99.9% |" in text
     assert "| checkpoint-000750 | 3.00 | 0.2114 | 85.1% | 1.2% | not measured |" in text
     assert "[MLflow](https://mlflow.example/#/experiments/1/runs/2)" in text
     assert "The weights in this folder come from the end of training." in text

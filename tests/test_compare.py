@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import shutil
 import sys
 import threading
@@ -100,7 +102,7 @@ def test_the_evaluations_grid_opens_at_once_and_shows_words_as_they_are(tmp_path
     grid = grid_of(app)
     assert grid["columns"] == ["1.5", "3"]
     assert grid["rows"] == ["checkpoint-000010", "checkpoint-000020"]
-    assert [cell["alt"] for cell in grid["cells"]][1] == f"3, checkpoint-000010: {EVIL}"
+    assert [cell["alt"] for cell in grid["cells"]][1] == f"guidance scale 3, checkpoint-000010: {EVIL}"
     assert all(cell["source"].startswith("data:image/png;base64,") for cell in grid["cells"])
     assert len({cell["source"] for cell in grid["cells"]}) == 4
     assert "not drawn yet" not in texts(app)
@@ -110,9 +112,9 @@ def test_the_evaluations_grid_opens_at_once_and_shows_words_as_they_are(tmp_path
 
 def test_axes_are_swapped_with_the_compared_pictures(tmp_path):
     make_run(tmp_path / "outputs" / "one")
-    app = show(left="row 2, column 1", right="row 1, column 2")
+    app = show(left="guidance scale 1.5, checkpoint-000020", right="guidance scale 3, checkpoint-000010")
     before = component(app, "picture_pair")
-    assert before["left"]["label"] == "1.5, checkpoint-000020"
+    assert before["left"]["label"] == "guidance scale 1.5, checkpoint-000020"
     assert (grid_of(app)["left"], grid_of(app)["right"]) == (
         [1, 0],
         [0, 1],
@@ -147,16 +149,46 @@ def test_an_axis_that_stood_elsewhere_changes_places_and_a_seed_takes_evaluated_
 def test_a_click_chooses_a_picture_and_the_ways_to_compare(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     app = show()
-    app.session_state["_chosen"] = {"right": "row 2, column 2"}
+    app.session_state["_chosen"] = {"right": (1, 1)}
     app.run()
-    assert app.selectbox(key="right").value == "row 2, column 2"
+    assert app.selectbox(key="right").value == "guidance scale 3, checkpoint-000020"
     assert grid_of(app)["right"] == [1, 1]
     pair = component(app, "picture_pair")
     assert pair["mode"] == "slider"
     assert pair["difference"]["label"].startswith("mean difference 90.0 of 255")  # 60 a checkpoint + 20 x 1.5 of scale
-    app.session_state["_chosen"] = {"right": "row 99, column 99"}  # nothing but what is shown
+    app.session_state["_chosen"] = {"right": (99, 99)}  # nothing but what is shown
     app.run()
     assert component(app, "picture_pair")["left"]["label"] == pair["left"]["label"]
+
+
+def test_the_pipeline_shows_the_pictures_of_the_checkpoint_with_its_weights(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    shutil.copy(run / "checkpoint-000020" / "unet" / "weights.safetensors", run / "pipeline" / "unet")
+    (run / "pipeline" / "model_index.json").write_text("{}")
+    grid = grid_of(show(checkpoint=["checkpoint-000020", "pipeline"]))
+    assert [bool(cell["source"]) for cell in grid["cells"]] == [True] * 4
+    assert grid["cells"][0]["source"] == grid["cells"][2]["source"]
+    (run / "pipeline" / "unet" / "weights.safetensors").write_text("two 20")
+    grid = grid_of(show(checkpoint=["checkpoint-000020", "pipeline"]))
+    assert [bool(cell["source"]) for cell in grid["cells"]] == [True, True, False, False]
+
+
+def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = show(checkpoint="checkpoint-000010", guidance_scale="1-3", num_inference_steps="4", prompt="a flower")
+    assert not component(app, "picture_pair")
+    for number in range(1, 4):  # as a job leaves them, one after the other
+        made = [cells.Cell("a flower", guidance_scale=number, num_inference_steps=4)]
+        weights = cells.weights_hash(run / "checkpoint-000010")
+        cells.save_cells(run, "checkpoint-000010", weights, made, np.full((1, 8, 8, 3), number, np.uint8))
+        app.run()
+        assert not app.exception
+        pair = component(app, "picture_pair")
+        assert bool(pair) == (number > 1)
+    assert pair["left"]["label"] == "guidance scale 1, checkpoint-000010"
+    assert pair["right"]["label"] == "guidance scale 2, checkpoint-000010"
+    asked = show(**dict(app.query_params) | {"left": "guidance scale 2, checkpoint-000010"})
+    assert component(asked, "picture_pair")["right"]["label"] == "guidance scale 1, checkpoint-000010"
 
 
 def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
@@ -175,7 +207,9 @@ def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
         ({"seed": "1e99", "tabs": "none", "columns": "seed", "guidance_scale": "1"}, "seed 1e99 is more than"),
         ({"num_inference_steps": "0"}, "num_inference_steps 0 is less than 1"),
         ({"guidance_scale": "1-100(+0.001)"}, "more than 100 values"),
-        ({"checkpoint": "../../etc/passwd", "run": "../one", "columns": "x", "left": "row 9999999, column -1"}, ""),
+        ({"columns": "x", "left": "row 9999999, column -1", "tab": "x", "page": "x"}, ""),
+        ({"run": "../one"}, "outputs/ holds no ../one, which the page's address names"),
+        ({"checkpoint": "../../etc/passwd"}, "one holds no ../../etc/passwd, which the page's address names"),
     ],
 )
 def test_a_hostile_url_gets_a_sentence_or_nothing(tmp_path, query, sentence):
@@ -185,6 +219,35 @@ def test_a_hostile_url_gets_a_sentence_or_nothing(tmp_path, query, sentence):
     assert bool(warnings(app)) == bool(sentence)
     assert "passwd" not in texts(app) + str(grid_of(app))
     assert bool(grid_of(app)) != bool(sentence)
+
+
+def test_a_shared_address_shows_the_same_pictures_after_newer_runs(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    named = dict(app.query_params)
+    assert (named["run"], named["checkpoint"]) == ("one", ["checkpoint-000010", "checkpoint-000020"])
+    assert [named[key] for key in AXIS_KEYS] == ["guidance scale", "checkpoint", "evaluated prompt"]
+    assert (named["guidance_scale"], named["tab"]) == ("1.5,3", "1. a red flower")
+    for number, name in enumerate(("two", "three"), start=1):
+        make_run(tmp_path / "outputs" / name, steps=(10, 30))
+        os.utime(tmp_path / "outputs" / name / "run.json", (2e9 + number, 2e9 + number))
+    assert grid_of(show(**named)) == grid_of(app)
+    assert show().query_params["run"] == "three"
+    app = show(**named)
+    app.run()
+    assert dict(app.query_params) == named  # also what equals a default
+
+
+def test_a_run_that_is_gone_gets_a_sentence_and_no_other_runs_pictures(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(run="gone")
+    for _ in range(2):
+        assert "outputs/ holds no gone, which the page's address names" in warnings(app)
+        assert not grid_of(app)
+        app.run()
+    app.multiselect(key="run").set_value(["one"]).run()
+    assert not warnings(app)
+    assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000020"]
 
 
 def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):
@@ -251,13 +314,53 @@ def test_two_runs_stand_in_columns_and_their_curves_beside(tmp_path):
     app.multiselect(key="run").set_value(["one", "two"]).run()
     grid = grid_of(app)
     assert grid["columns"] == ["one", "two"]
-    assert grid["rows"] == ["checkpoint-000010", "checkpoint-000020"]
+    assert grid["rows"] == ["best", "last"]
+    assert "holds no complete" not in str(grid["cells"])
     chart = json.loads(app.get("vega_lite_chart")[0].proto.spec)
     points = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "point")
     assert any(param["name"] == "mark" for param in chart.get("params", []) + points.get("params", []))
     app.multiselect(key="run").set_value(["two"]).run()
     assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000030"]
     assert grid_of(app)["columns"] == ["1.5", "3"]
+
+
+def test_runs_with_different_steps_align_by_best_last_or_nearest_step(tmp_path):
+    make_run(tmp_path / "outputs" / "one", steps=(10, 20))
+    two = make_run(tmp_path / "outputs" / "two", steps=(14, 30))
+    for name in ("one", "two"):
+        (tmp_path / "outputs" / name / "pipeline" / "model_index.json").write_text("{}")
+    known = json.loads((two / "evaluation" / "evaluation.json").read_text())
+    report = {"report": {"checkpoint": "checkpoint-000014", "guidance_scale": 3.0}}
+    (two / "evaluation" / "evaluation.json").write_text(json.dumps(known | report))
+    query = {"run": ["one", "two"], "guidance_scale": "3"}
+    shown = ["best", "checkpoint-000010", "checkpoint-000020"]
+    grid = grid_of(show(**query, checkpoint=shown))
+    assert (grid["columns"], grid["rows"]) == (["one", "two"], shown)
+    assert [cell["under"] for cell in grid["cells"]] == [
+        *("pipeline", "checkpoint-000014"),
+        *("", "nearest step: checkpoint-000014"),
+        *("", "nearest step: checkpoint-000014"),
+    ]
+    assert all(cell["source"] for cell in grid["cells"] if cell["under"] != "pipeline")
+    assert not any("no complete" in cell["note"] for cell in grid["cells"])
+    (two / "checkpoint-000014" / "manifest.json").unlink()
+    rows = grid_of(show(**query, checkpoint=["best", "checkpoint-000010"]))["cells"]
+    assert [cell["under"] for cell in rows][1::2] == ["pipeline", "nearest step: checkpoint-000030"]
+
+
+def test_one_prompt_can_be_drawn_alone(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(guidance_scale="1.5,3,5", tab=f"2. {EVIL}")
+    assert "4 of 12 pictures are not drawn yet" in texts(app)
+    next(button for button in app.button if button.label == "Draw this prompt (2)").click().run()
+    deadline = time.monotonic() + 60
+    while "not drawn yet" in str(grid_of(app)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        app.run()
+    assert {place.cell.prompt for place in painter} == {EVIL}
+    assert len(painter) == 2
+    app.run()
+    assert "2 of 12 pictures are not drawn yet" in texts(app)
 
 
 def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
@@ -271,6 +374,38 @@ def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
     app.session_state["_point"] = "checkpoint-000020"
     app.run()
     assert app.multiselect(key="checkpoint").value == ["checkpoint-000020"]
+
+
+def progress(app: AppTest) -> str:
+    return " ".join(element.proto.text for element in app.get("progress"))
+
+
+def test_the_time_left_counts_no_loading_and_a_batch_is_stopped_within(tmp_path, painter, monkeypatch):
+    run = make_run(tmp_path / "outputs" / "one")
+    jobs = sys.modules["helpers.drawing_jobs"]
+    loads = []
+
+    def load(model):
+        start = time.monotonic()
+        time.sleep(0.05)
+        loads.append(time.monotonic() - start)
+
+    monkeypatch.setattr(jobs, "load_pipeline", load)
+    cell = cells.Cell("a flower", num_inference_steps=4)
+    planned = cells.plan(run, "checkpoint-000010", cell, [cells.Axis("seed", tuple(range(48)))])
+    painter.go.clear()
+    start = time.monotonic()
+    job = jobs.GridJob.start("key", planned)
+    while len(painter) < 44:
+        job.look()
+        time.sleep(0.02)
+    assert (job.done, len(loads)) == (40, 11)
+    assert jobs.running_job("key") is job
+    assert 0 < job.drawing_s <= time.monotonic() - start - sum(loads)
+    assert job.seconds_left() == job.drawing_s / 40 * 8
+    job.stopped.set()
+    assert job.finished.wait(30)  # although the batch is not finished
+    assert (job.done, job.error, jobs.running_job("key")) == (40, "", None)
 
 
 class Drawn(list):
@@ -287,10 +422,10 @@ def painter(monkeypatch):
     """Pictures painted instead of drawn; the model in memory is none."""
     drawn = Drawn()
 
-    def paint(pipeline, places):
+    def paint(pipeline, places, watch):
         drawn.extend(places)
-        if len(drawn) > 40:
-            drawn.go.wait(60)
+        while len(drawn) > 40 and not drawn.go.wait(0.02):
+            watch(1, 4, None)
         return np.stack([np.full((8, 8, 3), place.cell.num_inference_steps, np.uint8) for place in places])
 
     show()  # puts the dashboard's folder on the path
@@ -305,7 +440,7 @@ def test_missing_pictures_are_announced_and_drawn(tmp_path, painter):
     app = show(guidance_scale="1.5,3,5", num_inference_steps="4")
     assert "4 of 12 pictures are not drawn yet" in texts(app)
     assert [bool(cell["source"]) for cell in grid_of(app)["cells"]] == [True, True, False] * 2
-    next(button for button in app.button if button.label == "Draw 4 pictures").click().run()
+    next(button for button in app.button if button.label == "Draw all 4 pictures").click().run()
     deadline = time.monotonic() + 10
     while "not drawn yet" in str(grid_of(app)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -324,8 +459,11 @@ def test_a_stopped_grid_goes_on_where_it_stopped(tmp_path, painter):
     while len(painter) < 44:
         time.sleep(0.02)
     app.run()
-    next(button for button in app.button if button.label == "Stop").click().run()
-    painter.go.set()
+    again = show(**dict(app.query_params))  # a reload: another session
+    assert re.search("4[0-4] of 100 drawn", progress(again))
+    assert not [button for button in again.button if button.label.startswith("Draw")]
+    next(button for button in again.button if button.label == "Stop").click().run()
+    assert "stopping" in progress(again) or "pictures are not drawn yet" in texts(again)
     for thread in threading.enumerate():
         if thread.name == "grid":
             thread.join(60)

@@ -92,9 +92,9 @@ def test_a_run_shows_figures_curves_and_pictures(tmp_path: Path) -> None:
     assert app.multiselect[0].options == ["demo/unet"]
     assert "status: finished   steps: 20" in texts(app)
     cells, report = (element.value for element in app.dataframe)
-    assert list(cells["guidance_scale"]) == [1.5, 3.0, 1.5, 3.0]
-    assert list(cells["prompt_following.petal_color"]) == [0.9] * 4
-    assert dict(zip(report["figure"], report["value"], strict=True))["prompt_following.petal_color"] == "0.975"
+    assert list(cells["guidance scale"]) == [1.5, 3.0, 1.5, 3.0]
+    assert list(cells["prompt following, petal color"]) == [0.9] * 4
+    assert dict(zip(report["figure"], report["value"], strict=True))["prompt following, petal color"] == "97.5%"
     assert len(app.get("image")) == 1  # the report's
     assert len(app.get("vega_lite_chart")) == 1
 
@@ -200,10 +200,8 @@ def make_store(folder: Path, runs: int = 2) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_hostile_url_shows_the_page_as_without_it(tmp_path: Path, page: str) -> None:
     make_run(tmp_path / "outputs" / "one")
-    hostile = {"checkpoint": "../../etc/passwd", "guidance_scale": "NaN", "seed": "1e99", "smoothing": "NaN"}
+    hostile = {"sample": "../../etc/passwd", "guidance_scale": "NaN", "seed": "1e99", "smoothing": "NaN"}
     hostile |= {
-        "run": "../one",
-        "runs": "/etc",
         "metric": "<b>",
         "figure": "x",
         "scale": "none",
@@ -215,6 +213,17 @@ def test_a_hostile_url_shows_the_page_as_without_it(tmp_path: Path, page: str) -
     assert len(app.get("vega_lite_chart")) == len(plain.get("vega_lite_chart"))
     assert len(app.get("image")) == len(plain.get("image"))
     assert "passwd" not in str([*texts(app), *(element.value for element in app.markdown)])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_run_that_the_url_names_and_that_is_not_there_gets_a_sentence(tmp_path: Path, page: str) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    app = show(page, **{"run" if page in ("compare", "playground") else "runs": "../<b>one"})
+    warning = app.warning[0].value.replace("\\", "")
+    assert "outputs/ holds no ../&lt;b&gt;one, which the page's address names; choose" in warning
+    assert not app.get("vega_lite_chart")
+    assert not app.get("image")
+    assert not app.get("bidi_component")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -346,7 +355,7 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     one = table.set_index("run").loc["one"]
     assert (one["steps"], one["extended from"]) == (20, "5, 10")
     assert list(best["value"]) == [0.9, 0.9]
-    assert any(text.startswith("the highest prompt_following") for text in texts(app))
+    assert any(text.startswith("prompt following, petal color, higher is better") for text in texts(app))
     assert list(settings.index) == ["train_unet.learning_rate"]
     assert list(provenance.loc["code", ["one", "two"]]) == ["commit 1", "commit 2"]
     assert app.code[0].value == "# Card <b>of one</b>"
@@ -356,6 +365,28 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert list(show("runs", status="running").dataframe[0].value["run"]) == ["two"]
     assert list(show("runs", name="ON").dataframe[0].value["run"]) == ["one"]
     assert "no run matches" in texts(show("runs", name="none such"))
+
+
+def test_only_figures_with_a_direction_choose_and_a_share_has_its_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "outputs" / "one")
+    known = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    for result, share in zip(known["cells"], (23 / 32, 24 / 32, 8 / 32, 7 / 32), strict=True):
+        result["prompt_following"] = {"all": share}
+        result["memorisation"] = {"median_ratio": share, "copies": share}
+        result["diversity"] = {"ratio": share, "real": 1.0}
+        result["judge"] = {"kernel_distance": 100 * share, "standard_error": 2.0}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(known | {"sweep": {"prompts": ["a flower"] * 32}}))
+    app = show("runs")
+    offered = ["kernel distance to real images", "prompt following, whole combination", "validation loss"]
+    assert app.selectbox(key="measure").options == offered
+    row = app.dataframe[1].value.iloc[0]
+    assert (row["value"], row["95% interval"], row["others within it"]) == (21.875, "18 to 25.8", 1)
+    app.selectbox(key="measure").set_value(offered[1]).run()
+    row = app.dataframe[1].value.iloc[0]
+    assert (row["value"], row["95% interval"], row["others within it"]) == (0.75, "0.579 to 0.867", 1)
+    assert row["guidance scale"] == 3.0
+    app.selectbox(key="measure").set_value("validation loss").run()
+    assert "guidance scale" not in app.dataframe[1].value  # which the loss does not depend on
 
 
 def test_a_model_of_the_hub_is_a_run_of_its_pipeline(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from t2i.errors import UserError
-from t2i.evaluation import attributes, judge, memorisation, metrics, networks
+from t2i.evaluation import attributes, figures, judge, memorisation, metrics, networks
 
 COLORS = {"red": (200, 30, 40), "blue": (40, 60, 200), "white": (230, 230, 225)}
 HEADS = {"color": list(COLORS), "side": [1, 2]}
@@ -247,3 +247,25 @@ def test_networks_that_cannot_be_had_are_one_sentence(tmp_path) -> None:
     with pytest.raises(UserError, match="CLIP model") as caught:
         metrics.clip_score(pixels, ["a"] * 4, missing)
     assert "\n" not in str(caught.value)
+
+
+def test_the_interval_of_a_share() -> None:
+    # Newcombe, 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
+    for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert figures.wilson(hits / count, count) == pytest.approx((low, high), abs=1e-4)
+    assert figures.percent(0.75, 32) == "75.0% (58–87%)"
+    assert figures.percent(0.75) == "75.0%"
+
+
+def test_no_figure_chooses_that_noise_or_a_copy_would_win() -> None:
+    for key in (
+        "diversity.ratio",
+        "diversity.real",
+        "memorisation.median_ratio",
+        "judge.standard_error",
+        "unknown_figure",
+    ):
+        assert figures.figure(key).better is None
+    assert figures.figure("judge.kernel_distance").better == "lower"
+    known = figures.figure("prompt_following.petal_color")
+    assert (known.name, known.better, known.is_share) == ("prompt following, petal color", "higher", True)

@@ -192,10 +192,9 @@ def test_a_preset_fills_the_form_and_shows_when_the_form_is_one(tmp_path, painte
 @pytest.mark.parametrize(
     "query",
     [
-        {"run": "../../etc", "guidance_scale": "NaN", "seed": "1e99", "checkpoint": "../../etc/passwd",
-         "num_inference_steps": "-1"},
+        {"guidance_scale": "NaN", "seed": "1e99", "num_inference_steps": "-1"},
         {"guidance_scale": "inf", "seed": "-5", "num_inference_steps": "1000", "scheduler": "<x>", "nearest": "maybe"},
-        {"guidance_scale": "1e308", "seed": str(2**63), "num_inference_steps": "", "run": "", "checkpoint": "\x00"},
+        {"guidance_scale": "1e308", "seed": str(2**63), "num_inference_steps": "", "run": ""},
         {"prompt": "\x00\u202e" + "a" * 5000, "negative_prompt": "n" * 5000, "seed": "0x10"},
     ],
 )  # fmt: skip
@@ -211,6 +210,78 @@ def test_a_hostile_url_falls_back_to_what_is_allowed(tmp_path, painter, query):
     assert len(place.cell.negative_prompt) <= 1000
     assert not warnings(app)
     assert list((tmp_path / "etc").iterdir()) == []
+
+
+def test_the_address_names_every_choice_and_keeps_its_meaning(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    named = dict(app.query_params)
+    assert (named["run"], named["seed"], named["num_inference_steps"]) == ("one", "7", "4")
+    assert {"checkpoint", "prompt", "guidance_scale", "scheduler", "guidance_end"} <= set(named)
+    make_run(tmp_path / "outputs" / "newer", steps=(30,))
+    os.utime(tmp_path / "outputs" / "newer" / "run.json", (2e9, 2e9))
+    again = show(**named)
+    assert (again.selectbox(key="run").value, dict(again.query_params)) == ("one", named)
+    assert show().selectbox(key="run").value == "newer"
+    gone = show(**named | {"checkpoint": "checkpoint-000005"})
+    assert "outputs/one holds no checkpoint-000005, which the page's address names" in warnings(gone)
+    for _ in range(2):
+        assert not [button for button in gone.button if button.label == DRAW]
+        gone.run()
+
+
+def test_it_opens_on_the_best_of_the_runs_that_can_be_compared(tmp_path):
+    for number, (name, distance, images) in enumerate((("far", 90.0, "a"), ("near", 40.0, "a"), ("other", 1.0, "b"))):
+        run = make_run(tmp_path / "outputs" / name)
+        known = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        judged = {"network": "lite0", "kernel_distance": distance}
+        known["report"] = {"checkpoint": "checkpoint-000010", "guidance_scale": 1.5, "judge": judged}
+        (run / "evaluation" / "evaluation.json").write_text(json.dumps(known))
+        (run / "run.json").write_text(json.dumps({"status": "finished", "identity": {"dataset_hash": images}}))
+        os.utime(run / "run.json", (2e9 - number, 2e9 - number))
+    app = show()
+    assert (app.selectbox(key="run").value, app.selectbox(key="checkpoint").value) == ("near", "checkpoint-000010")
+    assert app.number_input(key="guidance_scale").value == 1.5
+
+
+def test_choices_and_pictures_survive_other_pages_and_a_reload(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    app = wait(press(show(seed="3", prompt="a **red** flower"), DRAW), has_picture)
+    assert "seed 3 · guidance scale 1.5 · 4 steps of ddim · one/pipeline" in texts(app)
+    app.number_input(key="seed").set_value(4)
+    wait(press(app, DRAW), has_picture)
+    app.text_area(key="prompt").set_value("another flower").run()
+    assert not has_picture(app)
+    assert "not drawn yet" in texts(app)
+    assert "an earlier one: its prompt or settings differ" in warnings(app)
+    assert "seed 4" in texts(app)  # of the earlier picture
+    app.query_params.clear()
+    app.switch_page("views/runs.py").run()
+    app.query_params.clear()
+    app.switch_page("views/playground.py").run()
+    assert not app.exception
+    assert (app.text_area(key="prompt").value, app.number_input(key="seed").value) == ("another flower", 4)
+    assert {"Seed 3", "Seed 4"} <= {button.label for button in app.button}
+    again = show(**dict(app.query_params))  # a reload: another session
+    assert (again.text_area(key="prompt").value, again.number_input(key="seed").value) == ("another flower", 4)
+    press(again, "Seed 3")
+    assert has_picture(again)
+    assert again.text_area(key="prompt").value == "a **red** flower"
+
+
+def test_changed_settings_do_not_end_a_drawing_and_draw_replaces_it(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one")
+    painter.go.clear()
+    app = wait(press(show(seed="1"), DRAW), lambda app: "step 2 of 4" in progress(app))
+    app.number_input(key="seed").set_value(2).run()
+    assert "This picture has earlier settings" in texts(app)
+    assert "step 2 of 4" in progress(app)
+    painter.go.set()
+    wait(app, lambda app: "not drawn yet" in texts(app))
+    assert "seed 1 ·" in texts(app)  # the earlier picture, which is finished
+    assert [place.cell.seed for place in painter.places] == [1]
+    wait(press(app, DRAW), has_picture)
+    assert [place.cell.seed for place in painter.places] == [1, 2]
 
 
 def test_pndm_with_too_few_steps_gets_a_sentence(tmp_path, painter):

@@ -146,7 +146,7 @@ def test_a_new_card_keeps_what_a_person_wrote(run, published):
     assert {entry["text"] for entry in card.data["widget"]} == {"a red flower", "mine"}
     assert [figure.metric_value for figure in card.data.eval_results][1:] == [0.5]
     assert "- Greeting cards, as I hoped." in merged
-    assert "| Prompt following, whole combination | 50.0% |" in merged
+    assert "| Prompt following, whole combination | 50.0% (44–56%) |" in merged
     assert publish.merge_model_card(new, merged, licensed=True) == merged
 
 

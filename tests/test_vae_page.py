@@ -156,9 +156,15 @@ def test_what_goes_while_it_is_shown_gets_a_sentence(run):
 
 
 def test_a_hostile_url_and_hostile_files(run):
-    app = show(vae=["../../etc/passwd", "one/vae"], images="../x", count="1e9", page="NaN", left="<b>", right="row 99, column 99",
+    app = show(vae=["../../etc/passwd", "one/vae"], count="1e9", page="NaN", left="<b>", right="row 99, column 99",
                view="<script>")  # fmt: skip
     assert len(component(app, "picture_grid")["cells"]) == 16
+    assert "outputs/ holds no ../../etc/passwd, which the page's address names" in words(app)
+    app = show(vae="one/vae", images="../x")
+    for _ in range(2):
+        assert "outputs/ holds no ../x, which the page's address names" in words(app)
+        assert not component(app, "picture_grid")
+        app.run()
     for text in ("[]", "{", '{"identity": []}', '{"identity": {"dataset_hash": "../../../../etc"}}'):
         (run / "run.json").write_text(text)
         assert "picture_grid" not in words(show())

@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers.model_pool import drawing_turn, load_pipeline
 from t2i.errors import UserError
@@ -22,9 +22,11 @@ UNSEEN_S = 150  # a job that no page looked at for so long ends: its browser was
 class Job:
     """A thread that draws while at least one page watches the thread.
 
-    The drawing thread ends when it is stopped, or when no page watches it any more.
+    The drawing thread ends when it is stopped, or when no page watches it any more. While it draws, `running_job` finds
+    it by its key, so that a reloaded page shows its progress.
     """
 
+    key: Hashable
     error: str = ""
     seen: float = field(default_factory=time.monotonic)
     finished: threading.Event = field(default_factory=threading.Event)
@@ -38,6 +40,7 @@ class Job:
         return self.stopped.is_set() or time.monotonic() - self.seen > UNSEEN_S
 
     def _start(self, name: str, draw: Callable[[], None]) -> None:
+        _running[self.key] = self
         threading.Thread(target=self._run, args=(draw,), daemon=True, name=name).start()
 
     def _run(self, draw: Callable[[], None]) -> None:
@@ -46,6 +49,8 @@ class Job:
         except Exception as error:
             self.error = error_sentence(error)
         finally:
+            if _running.get(self.key) is self:
+                del _running[self.key]
             self.finished.set()
 
 
@@ -55,12 +60,12 @@ class GridJob(Job):
 
     missing: Sequence[cells.PlannedCell]
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
+    drawing_s: float = 0.0  # until the newest picture, without loading of models and waiting for another's turn
 
     @classmethod
-    def start(cls, planned: Sequence[cells.PlannedCell]) -> "GridJob":
+    def start(cls, key: Hashable, planned: Sequence[cells.PlannedCell]) -> "GridJob":
         """Draw the missing pictures of a grid's plan."""
-        job = cls(missing=cells.missing(planned))
+        job = cls(key=key, missing=cells.missing(planned))
         job._start("grid", job._draw)
         return job
 
@@ -69,26 +74,32 @@ class GridJob(Job):
         return len(self.missing)
 
     def seconds_left(self) -> float | None:
-        """Estimate the remaining seconds from the pictures drawn so far, with model loading.
+        """Estimate the remaining seconds from the pictures drawn so far, without loading of models.
 
         The estimate is None before the first picture.
         """
-        elapsed = time.monotonic() - self.started
-        return elapsed / self.done * (self.total - self.done) if self.done else None
+        return self.drawing_s / self.done * (self.total - self.done) if self.done else None
 
     def _draw(self) -> None:
         for batch in cells.batches(self.missing, BATCH):
             with drawing_turn(self.is_cancelled) as has_turn:
                 if not has_turn:
                     return
-                start = time.monotonic()
-                cells.make(
-                    batch, load=load_pipeline, batch_size=BATCH, progress=self._count, cancelled=self.is_cancelled
-                )
-                seconds = time.monotonic() - start
-                _pace[batch[0].run] = seconds / sum(planned.cell.samples for planned in batch)
+                before, self._start_s = self.drawing_s, time.monotonic()
+                cells.make(batch, load=self._load, batch_size=BATCH, progress=self._count, cancelled=self.is_cancelled)
+                if self.drawing_s > before:
+                    _pace[batch[0].run] = (self.drawing_s - before) / sum(planned.cell.samples for planned in batch)
+
+    def _load(self, model: Path) -> Any:
+        start = time.monotonic()
+        pipeline = load_pipeline(model)
+        self._start_s += time.monotonic() - start  # loading takes no time from the pictures
+        return pipeline
 
     def _count(self, planned: cells.PlannedCell, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.drawing_s += now - self._start_s
+        self._start_s = now
         self.done += 1
 
 
@@ -110,7 +121,7 @@ class PictureJob(Job):
     @classmethod
     def start(cls, planned: cells.PlannedCell) -> "PictureJob":
         """Start the thread, which draws the picture as soon as no other thread of this server draws."""
-        job = cls(planned=planned)
+        job = cls(key=planned.path, planned=planned)
         job._start("picture", job._draw)
         return job
 
@@ -126,6 +137,14 @@ class PictureJob(Job):
         self.stage, self.step, self.steps = "drawing", step, steps
         if picture is not None:
             self.preview = picture
+
+
+_running: dict[Hashable, Job] = {}
+
+
+def running_job(key: Hashable) -> Any:
+    """Return the job of this server that draws for a key (a grid, or the path of a picture), or None."""
+    return _running.get(key)
 
 
 def error_sentence(error: Exception) -> str:

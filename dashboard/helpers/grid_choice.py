@@ -1,6 +1,6 @@
 """The widgets that choose a grid of pictures: its axes, their values, and the settings that all its pictures share."""
 
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,9 +9,9 @@ from typing import Any
 
 import streamlit as st
 
-from helpers.picture_table import position_name
-from helpers.run_files import first_prompt
-from helpers.run_list import checkpoints_of
+from helpers.page_url import Choice, asked, name_choices
+from helpers.run_files import best_checkpoint, first_prompt
+from helpers.run_list import checkpoints_of, step_of
 from t2i.errors import UserError
 from t2i.pictures import axes, cells
 from t2i.pictures.png import SCHEDULERS, fitting_schedulers
@@ -28,10 +28,10 @@ AXES = {  # of `cells.AXES`, as they are called on the page
     "run": "run",
 }
 AXIS_KEYS = ("columns", "rows", "tabs")  # of the widgets that choose axes, in the session and in the URL
+BEST, LAST = "best", "last"  # checkpoints that every run has
 GUIDANCE = "1.5,3,7.5"  # guidance scales of a run that was not evaluated
 CHECKPOINTS = 4  # checkpoints of such a run, the newest
 AXIS_PX = 170  # width of a widget that chooses an axis
-POSITION = re.compile(r"row (?P<row>\d{1,5}), column (?P<column>\d{1,5})")
 HELP = "Type one or more values: a list 1.5,3, a range 1-10, a range in steps 1-10(+3), or five evenly spaced values 1-10[5]."
 
 
@@ -56,29 +56,89 @@ class Grid:
         chosen = [self.axes[0], cells.Axis(self.axes[1].name, self.axes[1].values[rows])]
         for axis in self.axes[2:]:
             chosen.append(axis if tab is None else cells.Axis(axis.name, axis.values[tab : tab + 1]))
-        return cells.plan(self.run, self.checkpoint, self.cell, chosen)
+        return cells.plan(self.run, self.checkpoint, self.cell, chosen, stands_for=self.models())
+
+    def models(self, tabs: slice = slice(None)) -> dict[tuple[Path, str], str]:
+        """Return which checkpoint of a run is drawn, by the run and the value of the axis of checkpoints, for some tabs."""
+        values = {axis.name: axis.values for axis in self.axes[:2]}
+        values |= {axis.name: axis.values[tabs] for axis in self.axes[2:]}
+        models = product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,)))
+        return {(run, name): checkpoint_in(run, name) for run, name in models}
 
     def first_tab_models(self) -> set[tuple[Path, str]]:
         """Return the run and checkpoint of each model in the first tab of the grid."""
-        values = {axis.name: axis.values for axis in self.axes[:2]}
-        values |= {axis.name: axis.values[:1] for axis in self.axes[2:]}
-        return set(product(values.get("run", (self.run,)), values.get("checkpoint", (self.checkpoint,))))
+        return {(run, shown) for (run, _), shown in self.models(slice(1)).items()}
 
 
-def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float) -> Grid:
-    """Show the widgets of a grid over the chosen runs, and return the grid.
+@dataclass(frozen=True)
+class Offer:
+    """What a page offers for a grid over the chosen `runs`, before the widgets stand.
+
+    Attributes:
+        axes: names of the axes that a user can choose.
+        chosen: the present axes of columns, rows and (third, if any) tabs.
+        evaluated: the grid that the evaluation of the first run left.
+        first_values: first values of the widgets.
+    """
+
+    runs: dict[str, Path]
+    axes: list[str]
+    chosen: list[str]
+    evaluated: cells.EvaluatedGrid | None
+    first_values: dict[str, Any]
+
+
+def name_grid(
+    runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float, first_runs: list[str]
+) -> Offer:
+    """Give the widgets of a grid their first values, name these in the URL, and return what the grid offers.
 
     Args:
-        runs: the chosen runs, at least one. Unless `run` is an axis of the grid, the grid shows only the first run.
-        evaluated: the grid that the evaluation of the first run left, which gives the defaults of the widgets.
-        best_scale: default of the guidance scale.
+        runs: the chosen runs, at least one.
+        evaluated: the grid that the evaluation of the first run left, which gives the first values.
+        best_scale: first guidance scale.
+        first_runs: first value of the widget that chooses runs.
+    """
+    has_samples = bool(evaluated and evaluated.samples.values)
+    offered = [name for name in AXES if has_samples or name != "sample"]
+    first_axes = {
+        "columns": "run" if len(runs) > 1 else "guidance_scale",
+        "rows": "checkpoint",
+        "tabs": "sample" if has_samples else "none",
+    }
+    now = {key: axis_now(key, first, offered) for key, first in first_axes.items()}
+    chosen = [name for name in now.values() if name != "none"]
+    values = first_values(runs, evaluated, best_scale, chosen)
+    for name in st.session_state.pop("_reset", set()) & set(values) & set(st.session_state):
+        st.session_state[name] = values[name]
+    named: dict[str, Choice] = {"run": first_runs, **now, **values}
+    if samples := named.pop("sample", None):  # by default all evaluated prompts, which would make a long URL
+        named["tab"] = next(iter(asked("sample") or samples))
+    name_choices(named, {key: AXES.get(name, name) for key, name in now.items()})
+    return Offer(runs, offered, chosen, evaluated, values)
+
+
+def axis_now(key: str, first: str, offered: Sequence[str]) -> str:
+    """Return the present axis of a widget: the chosen one, or the one in the URL, or otherwise `first`."""
+    names = {title: name for name, title in AXES.items()}
+    name = next(iter(asked(key)), first)
+    name = names.get(name, name)
+    if name in offered or (key == "tabs" and name == "none"):
+        return name
+    st.session_state[key] = first  # the URL holds no axis
+    return first
+
+
+def choose_grid(offer: Offer) -> Grid:
+    """Show the widgets of a grid, and return the grid. Unless `run` is an axis, the grid shows only the first run.
 
     Raises:
         UserError: the chosen axes or values cannot form a grid.
     """
-    chosen = choose_axes(bool(evaluated and evaluated.samples.values), len(runs) > 1)
+    choose_axes(offer)
     with st.expander("Values: checkpoints, prompts, guidance scales, seeds …"):
-        typed = choose_values(runs, evaluated, best_scale, chosen)
+        typed = choose_values(offer)
+    chosen, runs = offer.chosen, offer.runs
     check_axes(chosen)  # only now that all widgets stand: a widget that is not shown loses what was typed
     values = read_values(typed)
     values["run"] = list(runs.values())[: None if "run" in chosen else 1]
@@ -96,25 +156,23 @@ def choose_grid(runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, be
 # --- Axes ------------------------------------------------------------------------------------------------------------
 
 
-def choose_axes(has_samples: bool, several_runs: bool) -> list[str]:
-    """Show the widgets for columns, rows and (third, if any) tabs, and return their axes.
-
-    Several chosen runs are shown side by side.
-    """
-    offered = [name for name in AXES if has_samples or name != "sample"]
+def choose_axes(offer: Offer) -> None:
+    """Show the widgets for columns, rows and (third, if any) tabs."""
     row = st.container(horizontal=True, vertical_alignment="bottom")  # two in a row on a phone
-    shared: dict[str, Any] = {"bind": "query-params", "on_change": reset_axes, "width": AXIS_PX}
-    first = offered.index("run") if several_runs else 0
-    columns = row.selectbox("Columns", offered, index=first, format_func=AXES.__getitem__, key="columns", **shared)
-    rows = row.selectbox("Rows", offered, index=1, format_func=AXES.__getitem__, key="rows", **shared)
-    third = 1 + offered.index("sample") if has_samples else 0
-    tabs = row.selectbox(
-        "Tabs", ["none", *offered], index=third, format_func=lambda name: AXES.get(name, name), key="tabs", **shared
-    )
+    for key in AXIS_KEYS:
+        row.selectbox(
+            key.capitalize(),
+            ["none", *offer.axes] if key == "tabs" else offer.axes,
+            index=None,
+            required=True,
+            format_func=lambda name: AXES.get(name, name),
+            key=key,
+            bind="query-params",
+            on_change=reset_axes,
+            width=AXIS_PX,
+        )
     row.button("Swap", on_click=swap_axes, help="Exchange columns and rows.")
-    chosen = [str(columns), str(rows), *([str(tabs)] if tabs != "none" else [])]
-    st.session_state["_axes"] = chosen
-    return chosen
+    st.session_state["_axes"] = offer.chosen
 
 
 def swap_axes() -> None:
@@ -124,10 +182,6 @@ def swap_axes() -> None:
     """
     state = st.session_state
     state["columns"], state["rows"] = state["rows"], state["columns"]
-    for side in ("left", "right"):  # the same two pictures stay chosen
-        position = POSITION.fullmatch(str(state.get(side)))
-        if position:
-            state[side] = position_name(int(position["column"]) - 1, int(position["row"]) - 1)
 
 
 def check_axes(chosen: Sequence[str]) -> None:
@@ -187,38 +241,81 @@ def reset_values() -> None:
 # --- Values ----------------------------------------------------------------------------------------------------------
 
 
-def choose_values(
+def first_values(
     runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """Show a widget for each setting, and return the typed texts. The typed text of an axis holds several values."""
-    names = list(dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run)))
+    """Return the first value of each setting's widget: several values if the setting is an axis, otherwise one value."""
     cell = evaluated.cell if evaluated else cells.Cell(first_prompt(next(iter(runs.values()))))
     samples = list(evaluated.samples.values) if evaluated else []
-    typed: dict[str, Any] = {
-        "checkpoint": pick("Checkpoint", "checkpoint", names, default_checkpoints(names, evaluated, chosen))
-    }
+    values: dict[str, Any] = {"checkpoint": default_checkpoints(checkpoint_names(runs), evaluated, chosen)}
     if "sample" in chosen:
-        titles = [f"{number}. {prompt}" for number, (prompt, _) in enumerate(samples, start=1)]
-        typed["sample"] = pick("Evaluated prompts", "sample", titles, titles)
-        typed["samples"] = dict(zip(titles, samples, strict=True))
+        values["sample"] = list(sample_titles(evaluated))
     else:
-        prompts = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
+        values["prompt"] = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
+    values |= default_texts(cell, evaluated, best_scale, chosen)
+    short_names = {name: key for key, name in SCHEDULERS.items()}
+    first = short_names.get(cell.scheduler, "ddim")
+    several = [name for name in ("dpm++", "unipc") if name != first and "scheduler" in chosen]
+    values["scheduler"] = [name for name in (first, *several) if name in fitting_all(runs)]
+    return values
+
+
+def checkpoint_names(runs: dict[str, Path]) -> list[str]:
+    """Return the names of the checkpoints to choose from.
+
+    Several runs have different checkpoints, so the names begin with those that every run has.
+    """
+    names = dict.fromkeys(name for run in runs.values() for name in checkpoints_of(run))
+    return [*((BEST, LAST) if len(runs) > 1 else ()), *names]
+
+
+def checkpoint_in(run: Path, wanted: str) -> str:
+    """Return the checkpoint of a run that is shown beside those of other runs, which have other steps.
+
+    Args:
+        wanted: `BEST`, `LAST`, or the name of a checkpoint. If the run has no checkpoint of that name, the one at the nearest
+            step is returned, and the later one of two that are equally near.
+    """
+    names = checkpoints_of(run)
+    if wanted == BEST:
+        return best_checkpoint(run) or wanted
+    if wanted in names or not names:
+        return wanted
+    step = step_of(wanted)
+    apart = {name: abs(step_of(name) - step) for name in names[::-1]}
+    near = {name: distance for name, distance in apart.items() if math.isfinite(distance)}
+    return min(near, key=lambda name: near[name]) if near else names[-1]
+
+
+def sample_titles(evaluated: cells.EvaluatedGrid | None) -> dict[str, tuple[str, int]]:
+    """Return the evaluated prompts with their seeds, by the titles that the page shows."""
+    samples = evaluated.samples.values if evaluated else ()
+    return {f"{number}. {prompt}": (prompt, seed) for number, (prompt, seed) in enumerate(samples, start=1)}
+
+
+def fitting_all(runs: dict[str, Path]) -> list[str]:
+    """Return the schedulers that fit a model of the runs."""
+    fitting = [fitting_schedulers(cells.schedule_of(run)) for run in runs.values()]
+    return [name for name in SCHEDULERS if any(name in names for names in fitting)]
+
+
+def choose_values(offer: Offer) -> dict[str, Any]:
+    """Show a widget for each setting, and return the typed texts. The typed text of an axis holds several values."""
+    several = "A run without a checkpoint at a step shows its nearest one." if len(offer.runs) > 1 else None
+    typed: dict[str, Any] = {"checkpoint": pick("Checkpoint", "checkpoint", checkpoint_names(offer.runs), help=several)}
+    if "sample" in offer.chosen:
+        typed["samples"] = sample_titles(offer.evaluated)
+        typed["sample"] = pick("Evaluated prompts", "sample", list(typed["samples"]), list(typed["samples"]))
+    else:
         typed["prompt"] = st.text_area(
-            "Prompt, one a line",
-            default_value("prompt", prompts),
-            key="prompt",
-            bind="query-params",
-            height=80,
-            max_chars=20_000,
+            "Prompt, one per line", key="prompt", bind="query-params", height=80, max_chars=20_000
         )
-    texts = default_texts(cell, evaluated, best_scale, chosen)
-    for column, (name, text) in zip(st.columns(len(texts)), texts.items(), strict=True):
-        title = AXES[name].capitalize()
+    numbers = [name for name in axes.NUMBERS if name in offer.first_values]
+    for column, name in zip(st.columns(len(numbers)), numbers, strict=True):
         typed[name] = column.text_input(
-            title, default_value(name, text), key=name, bind="query-params", help=HELP, max_chars=2000
+            AXES[name].capitalize(), key=name, bind="query-params", help=HELP, max_chars=2000
         )
-    typed["scheduler"] = choose_schedulers(runs, cell, "scheduler" in chosen)
-    st.session_state.pop("_reset", None)
+    typed["scheduler"] = pick("Scheduler", "scheduler", fitting_all(offer.runs))
     typed["negative_prompt"] = st.text_input(
         "Negative prompt", key="negative_prompt", bind="query-params", max_chars=2000
     )
@@ -242,45 +339,25 @@ def default_texts(
     return texts
 
 
-def choose_schedulers(runs: dict[str, Path], cell: cells.Cell, several: bool) -> list[str]:
-    """Show the widget for the schedulers that fit a model of the chosen runs, and return the choice."""
-    short_names = {name: key for key, name in SCHEDULERS.items()}
-    fitting = [fitting_schedulers(cells.schedule_of(run)) for run in runs.values()]
-    offered = [name for name in SCHEDULERS if any(name in names for names in fitting)]
-    first = short_names.get(cell.scheduler, "ddim")
-    defaults = [first, *(name for name in ("dpm++", "unipc") if name != first and several)]
-    return pick("Scheduler", "scheduler", offered, [name for name in defaults if name in offered])
-
-
 def default_checkpoints(
     names: Sequence[str], evaluated: cells.EvaluatedGrid | None, chosen: Sequence[str]
 ) -> list[str]:
     """Return the evaluated checkpoints, or the newest ones if none was evaluated.
 
-    If no axis takes several checkpoints, return only the last one.
+    If no axis takes several checkpoints, return only the last one. Runs side by side are shown by what all of them have.
     """
-    if "run" in chosen and "checkpoint" not in chosen:
-        return list(names[-1:])  # the finished pipeline of all runs, rather than a step that only one has
+    if BEST in names and "run" in chosen:
+        return [BEST, LAST] if "checkpoint" in chosen else [BEST]
     swept = [name for name in evaluated.checkpoints.values if name in names] if evaluated else []
     defaults = swept or [name for name in names if name != "pipeline"][-CHECKPOINTS:] or list(names)
     return defaults if "checkpoint" in chosen else defaults[-1:]
 
 
-def default_value(name: str, default: Any) -> Any:
-    """Return the default value of a widget.
-
-    If the user has chosen other axes or runs meanwhile, set the widget to its default.
-
-    The widget's value is set instead of deleted, because the browser would keep showing the old value.
-    """
-    if name in st.session_state.get("_reset", ()):
-        st.session_state[name] = default
-    return default
-
-
-def pick(title: str, name: str, offered: Sequence[str], defaults: Sequence[str]) -> list[str]:
+def pick(
+    title: str, name: str, offered: Sequence[str], default: Sequence[str] | None = None, help: str | None = None
+) -> list[str]:
     """Show a widget for a list of names, and return the chosen names in the order of the list."""
-    chosen = st.multiselect(title, offered, default=default_value(name, list(defaults)), key=name, bind="query-params")
+    chosen = st.multiselect(title, offered, default=default, key=name, bind="query-params", help=help)
     return [value for value in offered if value in chosen]
 
 
@@ -307,4 +384,4 @@ def single_value(name: str, values: Sequence[Any]) -> Any:
 
 
 def value_label(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -9,10 +9,10 @@ from typing import Any
 import streamlit as st
 from PIL import Image
 
-from helpers.drawing_jobs import GridJob, expected_seconds
-from helpers.grid_choice import AXES, Grid
+from helpers.drawing_jobs import GridJob, expected_seconds, running_job
+from helpers.grid_choice import AXES, BEST, LAST, Grid
 from helpers.page_texts import escape, warn
-from helpers.picture_table import position_name, show_pictures, stored_address
+from helpers.picture_table import show_pictures, stored_address
 from helpers.run_files import is_finite, read_or_warn
 from t2i.errors import UserError
 from t2i.pictures import cells
@@ -23,37 +23,58 @@ MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid ask
 TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
 
 
-def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell]) -> None:
+def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures."""
-    missing = cells.missing(planned)
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
-        job.stopped.set()
+        if job is st.session_state.get("_started"):  # by this session: another one may still watch the job
+            job.stopped.set()
         job = None
+    if job is None and (job := running_job(grid)) is not None:  # the page was loaded again
+        st.session_state["_job"] = (grid, job)
     if job is not None and job.finished.is_set():
         if job.error:
             warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
-    if job is None and missing:
-        announce(grid, planned, missing)
-    draw_pictures(grid, planned, job)
+    draw_pictures(grid, planned, missing, job)
 
 
-def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
-    """Say how many pictures of a grid are missing and how long they take. A large grid is drawn only after a click."""
-    seconds = expected_seconds(planned, evaluated_pace(grid.run))
+def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell], tab: int) -> None:
+    """Say how many pictures of a grid are missing and how long they take. A large grid is drawn only after a click.
+
+    The missing pictures of the shown tab can be drawn alone.
+    """
+    pace = evaluated_pace(grid.run)
+    seconds = expected_seconds(planned, pace)
     takes = "the time is known after the first" if seconds is None else f"about {duration_text(seconds)}"
     row = st.container(horizontal=True, vertical_alignment="center")
     row.text(f"{len(missing):,} of {len(planned):,} pictures are not drawn yet: {takes}", width="content")
-    confirmed = True
-    if len(missing) > MANY or (seconds or 0) > LONG_S:
-        confirmed = row.checkbox(
-            f"yes, draw {len(missing):,} pictures", key=f"_sure_{hash(grid)}"
-        )  # of this grid alone
-    if row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
-        st.session_state["_job"] = (grid, GridJob.start(missing))
+    here = [one for one in missing if one.at[0] == tab]
+    large = {len(part): is_large(part, pace) for part in (here, missing)}
+    confirmed = not large[len(missing)] or row.checkbox(
+        f"yes, draw {len(missing):,} pictures",
+        key=f"_sure_{hash(grid)}",  # of this grid alone
+    )
+    wanted: Sequence[cells.PlannedCell] = ()
+    if 0 < len(here) < len(missing):
+        axis = grid.axes[2].name
+        this = "prompt" if axis == "sample" else AXES[axis]
+        blocked = large[len(here)] and not confirmed
+        if row.button(f"Draw this {this} ({len(here):,})", disabled=blocked, type="primary"):
+            wanted = here
+        if row.button(f"Draw all {len(missing):,} pictures", disabled=not confirmed):
+            wanted = missing
+    elif row.button(f"Draw {len(missing):,} pictures", disabled=not confirmed, type="primary"):
+        wanted = missing
+    if wanted:
+        st.session_state["_started"] = GridJob.start(grid, wanted)
+        st.session_state["_job"] = (grid, st.session_state["_started"])
         st.rerun()
+
+
+def is_large(missing: Sequence[cells.PlannedCell], pace: float | None) -> bool:
+    return len(missing) > MANY or (expected_seconds(missing, pace) or 0) > LONG_S
 
 
 def evaluated_pace(run: Path) -> float | None:
@@ -74,7 +95,12 @@ def duration_text(seconds: float) -> str:
     return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob | None) -> None:
+def draw_pictures(
+    grid: Grid,
+    planned: Sequence[cells.PlannedCell],
+    missing: Sequence[cells.PlannedCell],
+    job: GridJob | None,
+) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
     The plan that the page made is shown first. Later, Streamlit runs only this function without the page, and each run
@@ -88,7 +114,11 @@ def draw_pictures(grid: Grid, planned: Sequence[cells.PlannedCell], job: GridJob
             if job.finished.is_set():
                 st.rerun()
             show_progress(job)
+        above = st.container()
         tab = choose_tab(grid)
+        if not job and missing:
+            with above:
+                announce(grid, planned, missing, tab)
         rows = choose_rows(grid)
         try:
             shown = part_of_plan(fresh.pop(), tab, rows) if fresh else grid.plan(tab, rows)
@@ -110,14 +140,18 @@ def show_progress(job: GridJob) -> None:
     job.look()
     left = job.seconds_left()
     text = f"{job.done:,} of {job.total:,} drawn" + ("" if left is None else f", {duration_text(left)} left")
+    if job.stopped.is_set():
+        text = f"stopping, {job.done:,} of {job.total:,} drawn"
+    elif not job.done:
+        text = "loading the model, or waiting for another's turn"
     row = st.container(horizontal=True, vertical_alignment="center")
-    row.progress(
-        job.done / max(1, job.total), text=text if job.done else "loading the model, or waiting for another's turn"
+    row.progress(job.done / max(1, job.total), text=text)
+    row.button(
+        "Stop",
+        on_click=job.stopped.set,  # before the page runs, so that it says at once that the job stops
+        disabled=job.stopped.is_set(),
+        help="Pictures of the grid that are already drawn stay, and drawing resumes with the missing ones.",
     )
-    if row.button(
-        "Stop", help="Pictures of the grid that are already drawn stay, and drawing resumes with the missing ones."
-    ):
-        job.stopped.set()
 
 
 def choose_tab(grid: Grid) -> int:
@@ -128,10 +162,13 @@ def choose_tab(grid: Grid) -> int:
     title = AXES[grid.axes[2].name].capitalize()
     # Tabs would read Markdown in a prompt; a list shows it as it is.
     plain = all(label == escape(label) for label in labels)
+    if st.session_state.get("tab", st.query_params.get("tab")) not in labels:
+        st.session_state["tab"] = labels[0]
+    options: dict[str, Any] = {"key": "tab", "bind": "query-params", "required": True}
     if plain and sum(map(len, labels)) <= TITLE_CHARACTERS:
-        chosen = st.segmented_control(title, labels, default=labels[0], key="tab", bind="query-params", required=True)
+        chosen = st.segmented_control(title, labels, **options)
     else:
-        chosen = st.selectbox(title, labels, key="tab", bind="query-params", label_visibility="collapsed")
+        chosen = st.selectbox(title, labels, index=None, label_visibility="collapsed", **options)
     return labels.index(chosen) if chosen in labels else 0
 
 
@@ -152,19 +189,45 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) ->
     for one in planned:
         _, row, column = one.at
         source = stored_address(one.path) if one.made else ""
-        label = f"{grid.labels[0][column]}, {grid.labels[1][rows.start + row]}"
-        shown[position_name(rows.start + row, column)] = {
+        label = cell_name(grid, rows.start + row, column)
+        shown[label] = {
             "row": rows.start + row,
             "column": column,
             "source": source,
             "label": label,
             "alt": f"{label}: {one.cell.prompt}",
             "note": "" if source else one.problem or "not drawn yet",
+            "under": shown_instead(grid, one, rows),
             "open": partial(open_picture, one),
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
     if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
         show_downloads(grid, planned, rows)
+
+
+def shown_instead(grid: Grid, planned: cells.PlannedCell, rows: slice) -> str:
+    """Return which checkpoint a picture shows, if it is not the one that its labels name; otherwise ""."""
+    _, row, column = planned.at
+    labels = {grid.axes[0].name: grid.labels[0][column], grid.axes[1].name: grid.labels[1][rows.start + row]}
+    wanted = labels.get("checkpoint", grid.checkpoint)
+    if planned.problem or planned.checkpoint == wanted or "checkpoint" in {axis.name for axis in grid.axes[2:]}:
+        return ""
+    return planned.checkpoint if wanted in (BEST, LAST) else f"nearest step: {planned.checkpoint}"
+
+
+def cell_name(grid: Grid, row: int, column: int) -> str:
+    """Return the name of a picture in the URL and for the reader: the values on its axes.
+
+    The name stays the same if columns and rows are exchanged, and if values are added to an axis.
+    """
+    at = zip(grid.axes[:2], (grid.labels[0][column], grid.labels[1][row]), strict=True)
+    values = {axis.name: axis_label(axis.name, label) for axis, label in at}
+    return ", ".join(values[name] for name in AXES if name in values)
+
+
+def axis_label(axis: str, label: str) -> str:
+    """Return the label of an axis's value together with the name of the axis, such as "seed 3"."""
+    return label if label.startswith(AXES[axis]) else f"{AXES[axis]} {label}"
 
 
 def open_picture(planned: cells.PlannedCell) -> Image.Image | None:

@@ -19,9 +19,10 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     """Show a table of pictures, and two of them compared; return False if there is no picture.
 
     Args:
-        shown: the pictures by `position_name`, row by row. Each picture of the table has `row`, `column`, `source` (a
-            data address or ""), `label`, `alt`, `note` and `open`. A picture's `open` is a function that returns the
-            picture or None. A picture of the table may have `under` (text below the picture).
+        shown: the pictures row by row, by the names under which the URL and the page's widgets choose them. Each
+            picture of the table has `row`, `column`, `source` (a data address or ""), `label`, `alt`, `note` and
+            `open`. A picture's `open` is a function that returns the picture or None. A picture of the table may have
+            `under` (text below the picture).
         columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
     """
@@ -29,9 +30,10 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     # Before their widgets stand, the URL alone says what they are.
     left, right = (st.session_state.get(side, st.query_params.get(side)) for side in ("left", "right"))
     clicked = st.session_state.pop("_chosen", {})
-    left, right = clicked.get("left", left), clicked.get("right", right)
-    left = left if left in drawn else next(iter(drawn), None)
-    right = right if right in drawn else next((name for name in drawn if name != left), left)
+    at = {(picture["row"], picture["column"]): name for name, picture in shown.items()}
+    left, right = at.get(clicked.get("left"), left), at.get(clicked.get("right"), right)
+    left = left if left in shown else next((name for name in drawn if name != right), None)
+    right = right if right in shown else next((name for name in drawn if name != left), None)
     private = ("label", "open")  # not for the browser
     picture_grid(
         {
@@ -47,14 +49,12 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     )
     if not drawn:
         return False
+    if left is None or right is None:
+        st.caption("As soon as there is a second picture, it is compared with the first one here.")
+        return True
     st.caption("A click chooses the right picture to compare, Shift and a click the left one.")
-    show_pair(shown, drawn, str(left), str(right))
+    show_pair(shown, left, right)
     return True
-
-
-def position_name(row: int, column: int) -> str:
-    """Return the name of a picture in the URL. The name depends only on the picture's position in the table."""
-    return f"row {row + 1}, column {column + 1}"
 
 
 def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
@@ -69,18 +69,23 @@ def take_clicked_picture() -> None:
     position = getattr(st.session_state.get("_grid"), "chosen", None)
     if isinstance(position, dict) and isinstance(position.get("row"), int) and isinstance(position.get("column"), int):
         side = "left" if position.get("left") else "right"
-        st.session_state["_chosen"] = {side: position_name(position["row"], position["column"])}
+        st.session_state["_chosen"] = {side: (position["row"], position["column"])}
 
 
-def show_pair(shown: dict[str, Any], drawn: list[str], left: str, right: str) -> None:
+def show_pair(shown: dict[str, Any], left: str, right: str) -> None:
     """Show the comparison of two pictures, with widgets that choose the pictures and how to compare them."""
     for side, name in (("left", left), ("right", right)):
         if st.session_state.get(side) != name:
             st.session_state[side] = name
     columns = st.columns(2)
-    one = shown[columns[0].selectbox("Left", drawn, key="left", bind="query-params")]
-    two = shown[columns[1].selectbox("Right", drawn, key="right", bind="query-params")]
+    options: dict[str, Any] = {"options": list(shown), "index": None, "required": True, "bind": "query-params"}
+    one = shown[columns[0].selectbox("Left", key="left", **options) or left]
+    two = shown[columns[1].selectbox("Right", key="right", **options) or right]
     mode = st.segmented_control("Show", MODES, default=MODES[0], key="view", bind="query-params", required=True)
+    for picture in (one, two):
+        if not picture["source"]:
+            st.text(f"{picture['label']}: {picture['note']}")
+            return
     pair = [picture["open"]() for picture in (one, two)]
     if None in pair:
         st.text("one of these pictures is gone; make it again")

@@ -1,5 +1,6 @@
 """Read the files of a run without failing: a missing file gives {}, and a damaged file also shows a warning on the page."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import streamlit as st
 import yaml
 
 from helpers.page_texts import escape
+from helpers.run_list import checkpoints_of
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.pictures.cells import EvaluatedGrid
@@ -56,6 +58,13 @@ def sweep_results(run: Path) -> list[dict[str, Any]]:
     return [result for result in results if is_finite(result.get("guidance_scale"))]
 
 
+def sweep_pictures(run: Path) -> int | None:
+    """Return the number of pictures on which each row of a run's evaluation was measured, or None if it is unknown."""
+    sweep = read_or_warn(run / "evaluation" / "evaluation.json").get("sweep")
+    prompts = sweep.get("prompts") if isinstance(sweep, dict) else None
+    return len(prompts) if isinstance(prompts, list) and prompts else None
+
+
 def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
     """Return the guidance scale that the evaluation chose, otherwise the first evaluated one, otherwise 3."""
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
@@ -63,6 +72,40 @@ def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
     if is_finite(scale):
         return float(scale)  # type: ignore[arg-type]
     return float(evaluated.guidance_scales.values[0]) if evaluated else 3.0
+
+
+def best_checkpoint(run: Path) -> str | None:
+    """Return the checkpoint that a run's evaluation chose, otherwise its newest model; None if it has no checkpoint."""
+    names = checkpoints_of(run)
+    report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+    chosen = report.get("checkpoint") if isinstance(report, dict) else None
+    return chosen if isinstance(chosen, str) and chosen in names else next(iter(names[::-1]), None)
+
+
+def best_run(runs: dict[str, Path]) -> str:
+    """Return the name of the run with the best evaluated model, otherwise of the newest run.
+
+    The newest evaluated run is compared with those that the same judge evaluated and that were trained on the same images:
+    other distances cannot be compared.
+
+    Args:
+        runs: at least one run, the newest first.
+    """
+    found: dict[str, tuple[tuple[Any, Any], float]] = {}
+    for name, run in runs.items():
+        report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+        if not isinstance(report, dict):
+            continue
+        judged = report.get("judge") if isinstance(report.get("judge"), dict) else {}
+        identity = read_or_warn(run / "run.json").get("identity")
+        images = identity.get("dataset_hash") if isinstance(identity, dict) else None
+        distance = judged.get("kernel_distance")
+        found[name] = ((judged.get("network"), images), distance if is_finite(distance) else math.inf)
+    if not found:
+        return next(iter(runs))
+    newest = next(iter(found))
+    same = [name for name, (kind, _) in found.items() if kind == found[newest][0] and None not in kind]
+    return min(same or [newest], key=lambda name: found[name][1])
 
 
 def first_prompt(run: Path) -> str:

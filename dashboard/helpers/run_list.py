@@ -11,6 +11,7 @@ from stat import S_ISREG
 
 import streamlit as st
 
+from helpers.page_url import gone_names, warn_of_gone
 from t2i.runs import checkpoint_folders, checkpoint_step
 
 OUTPUTS = Path("outputs")
@@ -93,17 +94,21 @@ def step_of(checkpoint: str) -> float:
 def choose_runs(runs: list[str], key: str = "runs") -> list[str]:
     """Show widgets that choose among `runs`, by a part of the name and by the full name, and return the chosen runs.
 
-    If no full name is chosen, all runs whose name contains the part are returned.
+    If no full name is chosen, all runs whose name contains the part are returned. Runs that the URL names and that do not
+    exist get a warning, and no other runs are returned in their place.
 
     Args:
         key: name of the URL parameter that holds the chosen names. Widgets for different kinds of names need different
             keys.
     """
+    gone = gone_names(key, runs)
     left, right = st.columns([1, 3])
     name_part = left.text_input("Name contains", key="name", bind="query-params")
     names = right.multiselect("Runs", runs, key=key, bind="query-params", placeholder="all that match")
     chosen = [name for name in names if name in runs]
     if key == "runs":
         st.session_state["_runs"] = chosen  # they go along to other pages
-    chosen = chosen or runs
+    warn_of_gone(gone, f"{OUTPUTS}/" if key == "runs" else "the store", "choose other runs")
+    if not gone:
+        chosen = chosen or runs
     return [name for name in chosen if name_part.strip().casefold() in name.casefold()]

@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 from helpers.charts import curves_chart
-from helpers.grid_choice import AXIS_KEYS, Grid, choose_grid, reset_values
+from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
 from helpers.page_texts import show_empty_state, title_row, warn
-from helpers.run_files import best_scale, flatten, read_or_warn, sweep_results
-from helpers.run_list import checkpoints_of, find_runs, step_of
+from helpers.page_url import asked, gone_names, warn_of_gone
+from helpers.run_files import best_scale, flatten, is_finite, read_or_warn, sweep_results
+from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 
 from t2i.errors import UserError
+from t2i.evaluation.figures import figure, percent
 from t2i.pictures import cells
 from t2i.tracking.curves import Curve, read_folder
 
@@ -32,34 +34,41 @@ def main() -> None:
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
-    evaluated = [name for name in runs if cells.evaluated_grid(runs[name])]
-    default = (evaluated or list(runs))[:1]
-    names = title_row("Compare").multiselect(
+    evaluated_runs = [name for name in runs if cells.evaluated_grid(runs[name])]
+    gone = gone_names("run", runs)
+    default = [] if gone else (evaluated_runs or list(runs))[:1]
+    names = asked("run") if "run" in st.session_state or "run" in st.query_params else default
+    chosen = {name: runs[name] for name in names if name in runs}
+    take_clicked_checkpoint()
+    has_checkpoints = any(map(checkpoints_of, chosen.values()))
+    if chosen:
+        first = next(iter(chosen.values()))
+        evaluated = cells.evaluated_grid(first)
+        offer = name_grid(chosen, evaluated, best_scale(first, evaluated), default)
+    title_row("Compare").multiselect(
         "Runs",
         list(runs),
-        default=default,
         key="run",
         bind="query-params",
         placeholder="choose one or more runs",
         on_change=reset_values,
     )
-    chosen = {name: runs[name] for name in names if name in runs}
+    warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
     st.session_state["_runs"] = list(chosen) if list(chosen) != default else []  # they go along to other pages
     if not chosen:
         st.text("choose one or more runs")
         return
-    take_clicked_checkpoint()
     left, right = st.columns([3, 2], gap="large")
     grid = None
     with left:
-        if not any(map(checkpoints_of, chosen.values())):
+        if not has_checkpoints:
             st.text("no complete checkpoint yet; training writes the first one soon")
         else:
             try:
-                first = next(iter(chosen.values()))
-                evaluated = cells.evaluated_grid(first)
-                grid = choose_grid(chosen, evaluated, best_scale(first, evaluated))
-                show_grid(grid, grid.plan())
+                warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
+                grid = choose_grid(offer)
+                planned = grid.plan()
+                show_grid(grid, planned, cells.missing(planned))
             except UserError as error:
                 warn(error)
     with right:
@@ -183,14 +192,21 @@ def show_evaluation(name: str, run: Path) -> None:
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     if isinstance(report, dict):
         show_judge(report)
-    st.dataframe(pd.DataFrame([flatten(result) for result in results]), hide_index=True, placeholder="–")
+    rows = [{figure(key).name: value for key, value in flatten(result).items()} for result in results]
+    st.dataframe(pd.DataFrame(rows), hide_index=True, placeholder="–")
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
-        rows = [
-            (key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in flatten(report).items()
-        ]
-        st.dataframe(pd.DataFrame(rows, columns=["figure", "value"]), hide_index=True, placeholder="–")
+        count = report.get("prompts")
+        table = [(figure(key).name, report_text(key, value, count)) for key, value in flatten(report).items()]
+        st.dataframe(pd.DataFrame(table, columns=["figure", "value"]), hide_index=True, placeholder="–")
         show_file(run / "evaluation", "report.png")
+
+
+def report_text(key: str, value: Any, count: Any) -> str:
+    """Return a figure of the report as text. A share of its `count` pictures has its interval."""
+    if figure(key).is_share and is_finite(value):
+        return percent(value, count if isinstance(count, int) else None)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_judge(report: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from helpers.run_files import flatten, is_finite, read_or_warn, sweep_results
 from helpers.run_list import choose_runs, find_runs
 
 from t2i.errors import UserError
+from t2i.evaluation.figures import figure, rank
 from t2i.run_lock import run_status
 from t2i.tracking.curves import (
     Curve,
@@ -306,23 +307,24 @@ def show_sweep(runs: dict[str, Path]) -> None:
         for result in sweep_results(run):
             line, scale = f"{name} · {result.get('checkpoint')}", float(result["guidance_scale"])
             figures = {key: value for key, value in result.items() if key not in ("guidance_scale", "grid")}
-            for figure, value in flatten(figures).items():
+            for key, value in flatten(figures).items():
                 if is_finite(value):
-                    rows.append((line, figure, scale, float(value)))
+                    rows.append((line, key, scale, float(value)))
     st.subheader("Over the guidance scale")
     if not rows:
         st.text("None of these runs is evaluated yet. This does it:")
         st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)
         return
     frame = pd.DataFrame(rows, columns=["run", "metric", "x", "value"])
-    names = sorted(frame["metric"].unique())
+    names = sorted(frame["metric"].unique(), key=lambda key: (rank(key), key))
     defaults = [
         name for name in ("prompt_following.all", "judge.kernel_distance", "memorisation.copies") if name in names
     ]
     chosen = st.multiselect("Figures", names, default=defaults or names[:1], key="figure", bind="query-params")
-    for figure in chosen:
-        st.text(figure)
-        st.altair_chart(line_chart(frame[frame["metric"] == figure], "guidance scale", marks=True))
+    for key in chosen:
+        known = figure(key)
+        st.text(f"{known.name}, {known.better} is better" if known.better else known.name)
+        st.altair_chart(line_chart(frame[frame["metric"] == key], "guidance scale", marks=True))
 
 
 main()

@@ -12,6 +12,7 @@ import streamlit as st
 from helpers.charts import bar_chart
 from helpers.components import data_address, gallery
 from helpers.page_texts import shorten, show_empty_state, warn
+from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import read_settings
 from helpers.run_list import OUTPUTS, find_runs
 
@@ -40,14 +41,19 @@ def main() -> None:
         )
         return
     left, right = st.columns([3, 1])
-    name = left.selectbox("Data set", list(sets), key="dataset", bind="query-params", on_change=first_page)
-    folder, runs = sets[name]
-    splits = browse.find_splits(folder, caption_columns(runs))
-    if not splits:
-        st.warning("this data set is gone; choose another")
+    gone = gone_names("dataset", sets)
+    name = next(iter(asked("dataset")), "" if gone else next(iter(sets)))
+    folder, runs = sets.get(name, (None, {}))
+    splits = browse.find_splits(folder, caption_columns(runs)) if folder else {}
+    if splits:
+        name_choices({"dataset": name, "split": next(iter(splits))})
+    options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params", "on_change": first_page}
+    left.selectbox("Data set", list(sets), key="dataset", **options)
+    if folder is None or not splits:
+        warn_of_gone(gone or [name], f"{OUTPUTS}/", "choose another data set")
         return
-    chosen = right.selectbox("Split", list(splits), key="split", bind="query-params", on_change=first_page)
-    split = splits[chosen]
+    chosen = right.selectbox("Split", list(splits), key="split", **options)
+    split = splits[chosen] if chosen in splits else next(iter(splits.values()))
     try:
         rows = browse.read_rows(split)
         show_split(split, rows)

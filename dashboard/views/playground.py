@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from helpers.drawing_jobs import PictureJob
+from helpers.drawing_jobs import PictureJob, running_job
 from helpers.page_texts import escape, show_empty_state, warn
-from helpers.run_files import best_scale, first_prompt, warn_of_cut_prompts
-from helpers.run_list import checkpoints_of, find_runs
+from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
+from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, warn_of_cut_prompts
+from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from helpers.training_neighbours import show_neighbours
 from PIL import Image
 
@@ -27,6 +28,7 @@ from t2i.pictures.png import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
 # Bounds of this page, which strangers may use; generate_images.py and Compare accept more.
 MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed
 SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
+SETTINGS = ("seed", "guidance_scale", "num_inference_steps", "scheduler", "guidance_end")  # widgets of the form
 HISTORY = 12  # pictures in a session's history
 THUMB, SMALL, LARGE = 72, 84, 384  # pixels per side on the page: in the history, of a step, of the picture
 
@@ -39,12 +41,15 @@ def main() -> None:
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
+    if "_history" not in st.session_state:
+        st.session_state["_history"] = stored_history(runs)
     left, right = st.columns([2, 3], gap="large")
     with left:
         model = choose_model(runs)
         if model is None:
             return
-        settings, asked = choose_settings(model[0])
+        settings, asked_to_draw = choose_settings(model[0])
+    keep_choices()
     with right:
         warn_of_cut_prompts(model[0], [settings["prompt"], settings["negative_prompt"]])
         try:
@@ -52,7 +57,7 @@ def main() -> None:
         except UserError as error:
             warn(error)
         else:
-            show_result(planned, asked)
+            show_result(planned, asked_to_draw)
     show_history()
 
 
@@ -60,43 +65,82 @@ def main() -> None:
 
 
 def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
-    """Show widgets that choose a run and one of its checkpoints, and return both; None if the run has no checkpoint."""
-    name = st.selectbox("Run", list(runs), key="run", bind="query-params", on_change=forget_checkpoint)
-    run = runs.get(str(name), next(iter(runs.values())))
-    names = checkpoints_of(run)[::-1]
+    """Show widgets that choose a run and one of its checkpoints, and return both.
+
+    The result is None if the run has no checkpoint, or if the URL names a run or checkpoint that does not exist.
+    """
+    gone = gone_names("run", runs)
+    kept: dict[str, Any] = st.session_state.get("_kept", {})  # from an earlier visit of this page
+    kept = kept if not st.query_params and kept.get("run") in runs else {}
+    first = next(iter(asked("run")), "") or ("" if gone else kept.get("run") or best_run(runs))
+    run = runs.get(first)
+    names = checkpoints_of(run)[::-1] if run else []
+    if kept.get("checkpoint") not in names:
+        kept.pop("checkpoint", None)
+    gone_checkpoints = gone_names("checkpoint", names) if run else []
+    if run and names:
+        name_choices({"run": first, "checkpoint": best_checkpoint(run) or names[0], **first_settings(run), **kept})
+    options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params"}
+    st.selectbox("Run", list(runs), key="run", on_change=take_run, **options)
+    if run is None:
+        warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+        return None
     if not names:
         st.text("no complete checkpoint yet; training writes the first one soon")
         return None
-    checkpoint = st.selectbox("Checkpoint", names, key="checkpoint", bind="query-params")
-    return run, checkpoint if checkpoint in names else names[0]
+    checkpoint = st.selectbox("Checkpoint", names, key="checkpoint", **options)
+    if checkpoint not in names:
+        st.text("choose a checkpoint")
+        warn_of_gone(gone_checkpoints, run.as_posix(), "choose another checkpoint")
+        return None
+    return run, checkpoint
 
 
-def forget_checkpoint() -> None:
-    """Reset the widgets that depend on the run: the checkpoint and the guidance scale."""
-    for name in ("checkpoint", "guidance_scale"):
-        st.session_state.pop(name, None)
+def keep_choices() -> None:
+    """Keep the choices of this page for its next visit: a change of page drops those of the page before."""
+    keys = ("run", "checkpoint", "prompt", "negative_prompt", *SETTINGS)
+    st.session_state["_kept"] = {key: value for key in keys if (value := st.session_state.get(key)) not in (None, "")}
+
+
+def take_run() -> None:
+    """Set the widgets that depend on the newly chosen run: the checkpoint and the guidance scale."""
+    run = find_runs().get(st.session_state["run"])
+    if run is not None and checkpoints_of(run):
+        st.session_state["checkpoint"] = best_checkpoint(run)
+        st.session_state["guidance_scale"] = first_settings(run)["guidance_scale"]
+
+
+def first_settings(run: Path) -> dict[str, Choice]:
+    """Return the first values of the form's widgets: a run's first prompt, at the settings of its evaluation."""
+    evaluated = cells.evaluated_grid(run)
+    prompt = first_prompt(run)[:MAX_PROMPT]
+    default = evaluated.cell if evaluated else cells.Cell(prompt)
+    schedulers = fitting_schedulers(cells.schedule_of(run))
+    scheduler = SHORT_NAMES.get(default.scheduler, "ddim")
+    return {
+        "prompt": prompt,
+        "seed": min(default.seed, MAX_SEED),
+        "guidance_scale": min(best_scale(run, evaluated), MAX_SCALE),
+        "num_inference_steps": min(default.num_inference_steps, MAX_STEPS),
+        "scheduler": scheduler if scheduler in schedulers else next(iter(schedulers), "ddim"),
+        "guidance_end": default.guidance_end,
+    }
 
 
 def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
     """Show the form of a picture's settings.
 
-    Return the settings in the form as a `cells.Cell`, and whether the form was sent.
+    Return the settings in the form as a `cells.Cell`, and whether to draw them.
     """
-    evaluated = cells.evaluated_grid(run)
-    first = first_prompt(run)[:MAX_PROMPT]
-    default = evaluated.cell if evaluated else cells.Cell(first)
-    schedulers = fitting_schedulers(cells.schedule_of(run))
-    scheduler_name = SHORT_NAMES.get(default.scheduler, "ddim")
-    above = st.container()  # for the presets, which depend on the form's values
-    with st.form("_picture"):
+    first = first_settings(run)
+    above = st.container()  # for the presets, which depend on the values below
+    with st.container(border=True):
         prompt = st.text_area(
             "Prompt",
-            first,
             key="prompt",
             bind="query-params",
             max_chars=MAX_PROMPT,
             height=80,
-            help="Press Ctrl+Enter to draw the picture.",
         )
         negative = st.text_input(
             "Negative prompt",
@@ -110,7 +154,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Seed",
             0,
             MAX_SEED,
-            min(default.seed, MAX_SEED),
+            None,
             key="seed",
             bind="query-params",
             help="Seed of the noise from which the picture is made. The same seed gives the same picture.",
@@ -119,7 +163,7 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Guidance scale",
             0.0,
             MAX_SCALE,
-            min(best_scale(run, evaluated), MAX_SCALE),
+            None,
             0.5,
             "%g",
             key="guidance_scale",
@@ -130,23 +174,24 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             "Steps",
             1,
             MAX_STEPS,
-            min(default.num_inference_steps, MAX_STEPS),
+            None,
             key="num_inference_steps",
             bind="query-params",
             help="Number of denoising steps. The time to draw grows with the number of steps.",
         )
         scheduler = two.selectbox(
             "Scheduler",
-            schedulers,
+            fitting_schedulers(cells.schedule_of(run)),
+            index=None,
+            required=True,
             key="scheduler",
-            index=schedulers.index(scheduler_name) if scheduler_name in schedulers else 0,
             bind="query-params",
         )
         end = one.number_input(
             "Guidance end",
             0.0,
             1.0,
-            default.guidance_end,
+            None,
             0.1,
             "%g",
             key="guidance_end",
@@ -154,17 +199,18 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             help="Share of the steps, from the first step on, that are guided. Unguided denoising steps take half the time.",
         )
         with st.container(horizontal=True):
-            draw = st.form_submit_button("Draw", type="primary", shortcut=None)
-            other = st.form_submit_button("Draw with a random seed", on_click=take_random_seed)
+            draw = st.button("Draw", type="primary")
+            other = st.button("Draw with a random seed", on_click=take_random_seed)
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
-        "seed": int(seed or 0),
-        "guidance_scale": float(scale or 0),
-        "num_inference_steps": int(steps or 1),
-        "scheduler": str(scheduler),
-        "guidance_end": 1.0 if end is None else float(end),
+        "seed": seed,
+        "guidance_scale": scale,
+        "num_inference_steps": steps,
+        "scheduler": scheduler,
+        "guidance_end": end,
     }
+    settings |= {key: first[key] for key, value in settings.items() if value is None}  # a field was emptied
     with above:
         show_preset(settings)
     return settings, draw or other
@@ -190,7 +236,7 @@ def show_preset(settings: dict[str, Any]) -> None:
 
 
 def take_preset() -> None:
-    """Put a preset's settings into the form, so that the picture is drawn when the form is sent."""
+    """Put a preset's settings into the form, so that the next picture is drawn with them."""
     name = st.session_state["_preset"]
     if name in PRESETS:
         st.session_state.update(PRESETS[name]._asdict())
@@ -208,33 +254,44 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> None:
     if planned.problem is not None:
         warn(UserError(planned.problem))
         return
-    path, job = st.session_state.get("_picture_job", (None, None))
-    if job is not None and (path != planned.path or asked):  # something else was chosen
-        job.stopped.set()
+    job: PictureJob | None = st.session_state.get("_picture_job")
+    if job is not None and asked:
+        if job is st.session_state.get("_started_picture"):  # by this session: another one may still watch the job
+            job.stopped.set()
         job = None
+    if not asked and (job is None or job.planned.path != planned.path):  # the page may have been loaded again
+        job = running_job(planned.path) or job
     if job is not None and job.finished.is_set():
-        st.session_state.pop("_picture_job")
-        take_result(planned, job)
+        st.session_state.pop("_picture_job", None)
+        take_result(job)
         job = None
     watched = look_up(planned)
     if asked and job is None and (watched is None or not watched.steps):
         job = PictureJob.start(planned)
-        st.session_state["_picture_job"] = (planned.path, job)
+        st.session_state["_started_picture"] = job
     if job is not None:
-        show_job(job, planned)
+        st.session_state["_picture_job"] = job
+    is_other = job is not None and job.planned.path != planned.path  # settings were changed while the job draws
+    if job is not None and not (is_other and watched):
+        if is_other:
+            st.text("This picture has earlier settings. Draw stops it and draws the present ones.")
+        show_job(job)
         show_neighbours(planned.run, None)
     elif watched is not None:
         show_picture(watched, planned)
     elif not asked:
         st.text("This picture is not drawn yet. Draw makes it.")
+        show_stale()
 
 
-def take_result(planned: cells.PlannedCell, job: PictureJob) -> None:
+def take_result(job: PictureJob) -> None:
     """Take the picture of a finished drawing job, or show a warning why the job has no picture."""
     if job.error:
         warn(UserError(job.error))
-    if job.result is not None and job.result.note:  # the store did not take it: the session keeps the last such picture
-        st.session_state["_unkept"] = (planned.path, job.result)
+    if job.result is not None:
+        st.session_state["_last"] = job.planned
+        if job.result.note:  # the store did not take it: the session keeps the last such picture
+            st.session_state["_unkept"] = (job.planned.path, job.result)
 
 
 def look_up(planned: cells.PlannedCell) -> cells.Watched | None:
@@ -242,7 +299,7 @@ def look_up(planned: cells.PlannedCell) -> cells.Watched | None:
     return watched if path == planned.path else cells.read_watched(planned)
 
 
-def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
+def show_job(job: PictureJob) -> None:
     """Show the progress of a drawing job and the picture at its newest step, twice per second."""
 
     @st.fragment(run_every=0.5)
@@ -255,14 +312,14 @@ def show_job(job: PictureJob, planned: cells.PlannedCell) -> None:
             "loading": "loading the model",
         }
         text = words.get(job.stage, f"step {job.step} of {job.steps}")
+        text = "stopping" if job.stopped.is_set() else text
         st.progress(job.step / max(1, job.steps), text=text)
-        if st.button("Stop"):
-            job.stopped.set()
+        st.button("Stop", on_click=job.stopped.set, disabled=job.stopped.is_set())
         if job.preview is not None:
             st.image(
                 job.preview,
                 width=LARGE,
-                alt=f"what the model takes the picture to be: {planned.cell.prompt}",
+                alt=f"what the model takes the picture to be: {job.planned.cell.prompt}",
                 output_format="PNG",
             )
         elif job.stage == "drawing":
@@ -278,6 +335,7 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     remember(watched, planned)
     cell = planned.cell
     st.image(watched.picture, width=LARGE, alt=cell.prompt or "a picture without a prompt", output_format="PNG")
+    st.text(settings_text(planned))
     model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     st.download_button(
         "Download PNG",
@@ -289,6 +347,31 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     )
     show_steps(watched, planned)
     show_neighbours(planned.run, watched.picture)
+
+
+def show_stale() -> None:
+    """Show the picture that was drawn last, and say that it does not show the present settings."""
+    before: cells.PlannedCell | None = st.session_state.get("_last")
+    watched = look_up(before) if before else None
+    if before and watched:
+        st.warning("The picture below is an earlier one: its prompt or settings differ from those chosen now.")
+        st.image(watched.picture, width=LARGE, alt=f"an earlier picture: {before.cell.prompt}", output_format="PNG")
+        st.text(settings_text(before))
+
+
+def settings_text(planned: cells.PlannedCell) -> str:
+    """Return a picture's own settings as a line of text."""
+    cell = planned.cell
+    end = f" until {cell.guidance_end:g} of the steps" if cell.guidance_end < 1 else ""
+    parts = [
+        f"seed {cell.seed}",
+        f"guidance scale {cell.guidance_scale:g}{end}",
+        f"{cell.num_inference_steps} steps of {SHORT_NAMES.get(cell.scheduler, cell.scheduler)}",
+        f"{planned.run.as_posix().removeprefix(f'{OUTPUTS}/')}/{planned.checkpoint}",
+        f"“{cell.prompt}”",
+        *([f"without “{cell.negative_prompt}”"] if cell.negative_prompt else []),
+    ]
+    return " · ".join(parts)
 
 
 def picture_file(watched: cells.Watched, planned: cells.PlannedCell) -> bytes:
@@ -319,23 +402,39 @@ def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
 
 
 def remember(watched: cells.Watched, planned: cells.PlannedCell) -> None:
-    """Add a picture to this session's history, the newest first.
+    """Add a picture to the history, the newest first.
 
     The history keeps only a thumbnail and the settings of a picture.
     """
-    history = [entry for entry in st.session_state.get("_history", []) if entry["path"] != planned.path]
-    if len(history) == len(st.session_state.get("_history", [])):
-        image = Image.fromarray(watched.picture).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
-        newest = {"path": planned.path, "planned": planned, "thumbnail": np.asarray(image)}
-        st.session_state["_history"] = [newest, *history][:HISTORY]
+    st.session_state["_last"] = planned
+    history = st.session_state["_history"]
+    if all(entry["path"] != planned.path for entry in history):
+        st.session_state["_history"] = [history_entry(watched.picture, planned), *history][:HISTORY]
+
+
+def history_entry(picture: np.ndarray, planned: cells.PlannedCell) -> dict[str, Any]:
+    image = Image.fromarray(picture).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
+    return {"path": planned.path, "planned": planned, "thumbnail": np.asarray(image)}
+
+
+def stored_history(runs: dict[str, Path]) -> list[dict[str, Any]]:
+    """Return the newest pictures that this page stored, for the history of a new session, as after a reload.
+
+    A Space has this page alone, and strangers share it, so nobody gets the pictures of others there.
+    """
+    if not (Path(__file__).parent / "compare.py").is_file():
+        return []
+    newest = cells.newest_watched(list(runs.values()), HISTORY)
+    shown = [(planned, cells.read_cell(planned.run, planned.model_hash, planned.cell)) for planned in newest]
+    return [history_entry(np.asarray(image), planned) for planned, image in shown if image is not None]
 
 
 def show_history() -> None:
-    """Show the pictures of this session, each with a button that restores its settings."""
-    history: Sequence[dict[str, Any]] = st.session_state.get("_history", [])
+    """Show the newest pictures, each with a button that restores its settings."""
+    history: Sequence[dict[str, Any]] = st.session_state["_history"]
     if len(history) < 2:
         return
-    st.subheader("This session's pictures")
+    st.subheader("Latest pictures")
     with st.container(horizontal=True, gap="small"):
         for number, entry in enumerate(history):
             planned: cells.PlannedCell = entry["planned"]
@@ -347,7 +446,7 @@ def show_history() -> None:
                     on_click=bring_back,
                     args=(planned,),
                     type="tertiary",
-                    help="Restore the settings of this earlier picture.",
+                    help=f"Restore the settings of this picture: {escape(settings_text(planned))}",
                 )
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 from helpers.page_texts import show_empty_state, title_row
-from helpers.run_files import flatten, is_finite, read_or_warn, read_settings, sweep_results
+from helpers.page_url import name_choices
+from helpers.run_files import flatten, is_finite, read_or_warn, read_settings, sweep_pictures, sweep_results
 from helpers.run_list import choose_runs, find_runs, step_of
 
+from t2i.evaluation.figures import figure, interval, rank
 from t2i.redaction import redact_config
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
@@ -17,11 +19,6 @@ from t2i.tracking.curves import read_folder
 
 MISSING = "–"  # shown for a missing value of a table
 CARD_CHARACTERS = 20_000  # characters of a model card that are shown
-HIGHER_IS_BETTER = (
-    *("prompt_following", "judge.named", "diversity", "clip_score", "probe_accuracy", "val_psnr", "val_ssim"),
-    *("memorisation.median_ratio",),
-)
-NO_GOAL = ("standard_error", "held_out", "real", "pictures")  # Figures that end so describe others, and choose nothing.
 
 
 def main() -> None:
@@ -70,46 +67,66 @@ def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_best(runs: dict[str, Path]) -> None:
-    """Show each run's checkpoint (and guidance scale) with the best value of a chosen metric."""
+    """Show each run's checkpoint (and guidance scale) with the best value of a chosen figure.
+
+    Only figures that have a better direction can be chosen. If a figure has an interval, the table counts the run's other
+    values that lie within the interval of the best one, and so may be as good.
+    """
     st.subheader("Best checkpoint")
     rows = {name: candidates(run) for name, run in runs.items()}
-    metrics = sorted({metric for measured in rows.values() for row in measured for metric in row["values"]})
-    if not metrics:
+    keys = {key for measured in rows.values() for row in measured for key in row["values"] if figure(key).better}
+    if not keys:
         st.text("no checkpoint of these runs was measured")
         return
-    left, right = st.columns(2)
-    default = "val_loss" if "val_loss" in metrics else metrics[0]
-    metric = left.selectbox("Metric", metrics, index=metrics.index(default), key="measure", bind="query-params")
-    way = right.selectbox("Best is", ["as usual for it", "lowest", "highest"], key="best", bind="query-params")
-    highest = way == "highest" or (way != "lowest" and str(metric).startswith(HIGHER_IS_BETTER))
-    best = []
-    for name, measured in rows.items():
-        with_metric = [row for row in measured if metric in row["values"]]
-        if with_metric:
-            row = (max if highest else min)(with_metric, key=lambda row: row["values"][metric])
-            best.append(
-                {
-                    "run": name,
-                    "checkpoint": row["checkpoint"],
-                    "guidance scale": row["scale"],
-                    "value": row["values"][metric],
-                }
-            )
-    best.sort(key=lambda row: row["value"], reverse=highest)
-    st.text(f"the {'highest' if highest else 'lowest'} {metric} of each run, the best run first")
-    st.dataframe(pd.DataFrame(best), hide_index=True, placeholder=MISSING)
+    titles = {figure(key).name: key for key in sorted(keys, key=lambda key: (rank(key), key))}
+    if (named := st.query_params.get("measure")) in keys:  # an address may name the key
+        st.session_state["measure"] = figure(str(named)).name
+    name_choices({"measure": next(iter(titles))})
+    title = st.selectbox("Figure", list(titles), index=None, required=True, key="measure", bind="query-params")
+    if title not in titles:
+        st.text("choose a figure")
+        return
+    key = titles[title]
+    better = figure(key).better
+    best = [row for name, measured in rows.items() if (row := best_row(name, measured, key))]
+    best.sort(key=lambda row: row["value"], reverse=better == "higher")
+    st.text(f"{title}, {better} is better: the best of each run, the best run first")
+    table = pd.DataFrame(best)
+    st.dataframe(table.dropna(axis=1, how="all"), hide_index=True, placeholder=MISSING)
+    if table["95% interval"].notna().any():
+        st.caption("Values within the interval of the best one may be as good: the difference can be chance.")
+
+
+def best_row(name: str, measured: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """Return the table's row of a run for a figure, or None if the run has no such figure."""
+    known = [row for row in measured if key in row["values"]]
+    if not known:
+        return None
+    choose = max if figure(key).better == "higher" else min
+    best = choose(known, key=lambda row: row["values"][key])
+    value = best["values"][key]
+    bounds = interval(key, value, best["pictures"], best["values"].get("judge.standard_error"))
+    inside = [row for row in known if row is not best and bounds and bounds[0] <= row["values"][key] <= bounds[1]]
+    return {
+        "run": name,
+        "checkpoint": best["checkpoint"],
+        "guidance scale": best["scale"] if figure(key).is_guided else None,
+        "value": value,
+        "95% interval": f"{bounds[0]:.3g} to {bounds[1]:.3g}" if bounds else None,
+        "others within it": len(inside) if bounds else None,
+    }
 
 
 def candidates(run: Path) -> list[dict[str, Any]]:
     """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step."""
     rows = []
+    pictures = sweep_pictures(run)
     for result in sweep_results(run):
-        values = {
-            key: value
-            for key, value in flatten(result).items()
-            if is_finite(value) and key != "guidance_scale" and not key.endswith(NO_GOAL)
-        }
-        rows.append({"checkpoint": str(result.get("checkpoint")), "scale": result["guidance_scale"], "values": values})
+        values = {key: value for key, value in flatten(result).items() if is_finite(value) and key != "guidance_scale"}
+        scale = result["guidance_scale"]
+        rows.append(
+            {"checkpoint": str(result.get("checkpoint")), "scale": scale, "pictures": pictures, "values": values}
+        )
     curves = {key: curve for key, curve in read_folder(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):
         step = step_of(folder.name)
@@ -117,7 +134,7 @@ def candidates(run: Path) -> list[dict[str, Any]]:
             key: float(curve.values[curve.steps == step][0]) for key, curve in curves.items() if step in curve.steps
         }
         if values and not math.isnan(step):
-            rows.append({"checkpoint": folder.name, "scale": None, "values": values})
+            rows.append({"checkpoint": folder.name, "scale": None, "pictures": None, "values": values})
     return rows
 
 

@@ -14,9 +14,10 @@ from helpers.charts import curves_chart
 from helpers.components import data_address
 from helpers.model_pool import drawing_turn
 from helpers.page_texts import shorten, show_empty_state, warn
-from helpers.picture_table import encode_png, position_name, show_pictures
+from helpers.page_url import gone_names, name_choices, warn_of_gone
+from helpers.picture_table import encode_png, show_pictures
 from helpers.run_files import is_finite, read_or_warn
-from helpers.run_list import find_runs, step_of
+from helpers.run_list import OUTPUTS, find_runs, step_of
 from PIL import Image
 
 from t2i.errors import UserError
@@ -45,17 +46,21 @@ def main() -> None:
         return
     left, right = st.columns([3, 1])
     of_newest = [name for name in vaes if name.startswith(f"{sources[0]}/")]
-    names = left.multiselect(
-        "VAEs",
-        list(vaes),
-        default=of_newest[-COLUMNS:],
-        key="vae",
+    gone, gone_images = gone_names("vae", vaes), gone_names("images", sources)
+    name_choices({"vae": of_newest[-COLUMNS:], "images": sources[0]})
+    names = left.multiselect("VAEs", list(vaes), key="vae", bind="query-params", placeholder="choose one or more")
+    source = right.selectbox(
+        "Validation images of",
+        sources,
+        index=None,
+        required=True,
+        key="images",
         bind="query-params",
-        placeholder="choose one or more",
+        on_change=first_page,
     )
-    source = right.selectbox("Validation images of", sources, key="images", bind="query-params", on_change=first_page)
+    warn_of_gone([*gone, *gone_images], f"{OUTPUTS}/", "choose others, or restore the folders")
     chosen = {name: vaes[name] for name in names if name in vaes}
-    if not chosen:
+    if not chosen or source not in sources:
         st.text("choose one or more VAEs")
         return
     pictures, curves = st.columns([3, 2], gap="large")
@@ -101,7 +106,7 @@ def show_reconstructions(vaes: dict[str, Vae], images: Images) -> None:
     if pressed:
         reconstruct([vae for name, vae in vaes.items() if name not in problems], originals, bar)
         if not any(made for row in stored.values() for made in row):  # show the first ones beside their originals
-            st.session_state["_chosen"] = {"left": position_name(0, 0), "right": position_name(0, 1)}
+            st.session_state["_chosen"] = {"left": (0, 0), "right": (0, 1)}
         st.rerun()
 
 
@@ -138,7 +143,7 @@ def show_table(
     for row, image in enumerate(originals):
         title = f"image {here[row]}"
         caption = images.captions[here[row]]
-        shown[position_name(row, 0)] = {
+        shown[f"original, {title}"] = {
             "row": row,
             "column": 0,
             "source": data_address(encode_png(image)),
@@ -151,7 +156,7 @@ def show_table(
         for column, name in enumerate(vaes, 1):
             made = stored[name][row]
             label = f"{name}, {title}" + (f", {made.psnr:.2f} dB" if made else "")
-            shown[position_name(row, column)] = {
+            shown[f"{name}, {title}"] = {
                 "row": row,
                 "column": column,
                 "source": data_address(encode_png(np.asarray(made.picture))) if made else "",

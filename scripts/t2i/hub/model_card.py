@@ -16,6 +16,7 @@ from typing import Any
 
 from t2i.config import Recipe, load_recipe
 from t2i.errors import UserError
+from t2i.evaluation.figures import percent
 from t2i.files import read_json, read_object, write_text
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
@@ -334,14 +335,16 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
         if vae_run
         else NOT_MEASURED
     )
-    overall = (report.get("prompt_following") or {}).get("all")
-    rows["Prompt following, whole combination"] = _percent(overall)
-    rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(copies.get("share_closer"))
+    overall, count = (report.get("prompt_following") or {}).get("all"), report.get("prompts")
+    rows["Prompt following, whole combination"] = _percent(overall, count)
+    rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(
+        copies.get("share_closer"), count
+    )
     rows["Memorisation: distance relative to that of unseen images (1 = equal)"] = _figure(
         copies.get("median_ratio"), 3
     )
-    rows["Memorisation: near copies"] = _percent(copies.get("near_copies"))
-    rows["Memorisation: copies of a training image"] = _percent(copies.get("copies"))
+    rows["Memorisation: near copies"] = _percent(copies.get("near_copies"), count)
+    rows["Memorisation: copies of a training image"] = _percent(copies.get("copies"), count)
     rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
@@ -364,6 +367,7 @@ def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
     ]
     if re.findall(r"\d+$", str(checkpoint)) != [f"{result.get('steps'):06d}" if _number(result.get("steps")) else ""]:
         sentences.append("The weights in this folder come from the end of training.")
+    sentences.append("Parentheses hold the 95% interval of a share (Wilson).")
     return " ".join(sentences)
 
 
@@ -373,7 +377,12 @@ def _following(report: dict[str, Any]) -> list[list[str]]:
     """
     held_out, probe = report.get("prompt_following_held_out") or {}, report.get("probe_accuracy") or {}
     return [
-        [_text(head.replace("_", " ")), _percent(share), _percent(held_out.get(head)), _percent(probe.get(head))]
+        [
+            _text(head.replace("_", " ")),
+            _percent(share, report.get("prompts")),
+            _percent(held_out.get(head)),
+            _percent(probe.get(head)),
+        ]
         for head, share in (report.get("prompt_following") or {}).items()
     ]
 
@@ -575,6 +584,7 @@ def _figure(value: Any, digits: int = 4) -> str:
     return NOT_MEASURED if number is None else f"{number:.{digits}f}"
 
 
-def _percent(share: Any) -> str:
-    number = _number(share)
-    return NOT_MEASURED if number is None else f"{100 * number:.1f}%"
+def _percent(share: Any, pictures: Any = None) -> str:
+    """Return a share in percent, with its interval if `pictures`, the number that it was measured on, is known."""
+    number, count = _number(share), _number(pictures)
+    return NOT_MEASURED if number is None else percent(number, int(count) if count else None)

@@ -13,12 +13,13 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -172,8 +173,9 @@ class PlannedCell:
 def weights_hash(folder: Path, weights: str = "ema") -> str:
     """Return a hash (16 hex digits) of a model: UNet, VAE, text encoder, tokenizer and noise schedule.
 
-    A checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other
-    weight files are read once, and again only if their size or time changes.
+    A run's pipeline that holds the same weights as one of the run's checkpoints has the hash of that checkpoint. A
+    checkpoint's manifest holds its UNet's hashes, and run.json holds the hash of a finished run's pipeline. Other weight
+    files are read once, and again only if their size or time changes.
 
     Args:
         folder: a checkpoint of a run, its `pipeline/`, or any pipeline folder.
@@ -183,6 +185,9 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         UserError: the folder is neither a checkpoint nor a pipeline, or the folder is incomplete.
     """
     if (folder / "model_index.json").is_file():
+        twin = _checkpoint_of_pipeline(folder) if folder.name == "pipeline" else None
+        if twin:
+            return weights_hash(*twin)
         run = _run_json(folder.parent) if folder.name == "pipeline" else {}
         if run.get("status") == "finished" and run.get("output_unet_hash"):
             return hash_json({"unet": run["output_unet_hash"], **_frozen_part_hashes(folder, run)})
@@ -191,15 +196,43 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         raise UserError(
             f"{folder} is neither a complete checkpoint nor a pipeline; take one that training has finished"
         )
-    try:
-        files = read_json(folder / "manifest.json")["files"]
-        part = "unet_ema" if weights == "ema" and any(name.startswith("unet_ema/") for name in files) else "unet"
-        unet = {name.split("/", 1)[1]: file["sha256"] for name, file in files.items() if name.startswith(f"{part}/")}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'manifest.json'} is damaged; restore it from a copy") from None
+    unet = {name: file["sha256"] for name, file in _unet_files(folder, weights).items()}
     if not unet:
         raise UserError(f"{folder / 'manifest.json'} names no UNet; restore the checkpoint from a copy")
     return hash_json({"unet": unet, **_frozen_part_hashes(folder.parent / "pipeline", _run_json(folder.parent))})
+
+
+def _unet_files(checkpoint: Path, weights: str) -> dict[str, dict[str, Any]]:
+    """Return the files of a checkpoint's UNet by name, each with "bytes" and "sha256", from the checkpoint's manifest."""
+    try:
+        files = read_json(checkpoint / "manifest.json")["files"]
+        part = "unet_ema" if weights == "ema" and any(name.startswith("unet_ema/") for name in files) else "unet"
+        named = {name.split("/", 1)[1]: file for name, file in files.items() if name.startswith(f"{part}/")}
+        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in named.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{checkpoint / 'manifest.json'} is damaged; restore it from a copy") from None
+
+
+def _checkpoint_of_pipeline(pipeline: Path) -> tuple[Path, str] | None:
+    """Return the checkpoint of the run whose weights a pipeline holds, and which of its weights; None without one.
+
+    Training ends with a checkpoint and a pipeline of equal weights, so their pictures are equal too. Files of weights are
+    compared by size first: the hash of a large file takes seconds.
+    """
+    try:
+        sizes = {path.name: path.stat().st_size for path in (pipeline / "unet").glob("*.safetensors")}
+    except OSError:  # deleted meanwhile
+        return None
+    for checkpoint in reversed(checkpoint_folders(pipeline.parent)):
+        for weights in ("ema", "raw"):
+            files = {
+                name: file for name, file in _unet_files(checkpoint, weights).items() if name.endswith(".safetensors")
+            }
+            if files and sizes == {name: file["bytes"] for name, file in files.items()}:
+                own = hash_files(pipeline / "unet")
+                if all(own[name] == file["sha256"] for name, file in files.items()):
+                    return checkpoint, weights
+    return None
 
 
 def _run_json(run: Path) -> dict[str, Any]:
@@ -344,7 +377,14 @@ def _acquire(lock: FileLock, cancelled: Callable[[], bool]) -> bool:
 # --- Grids -----------------------------------------------------------------------------------------------------------
 
 
-def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: int = MAX_CELLS) -> list[PlannedCell]:
+def plan(
+    run: Path,
+    checkpoint: str,
+    cell: Cell,
+    axes: Sequence[Axis],
+    limit: int = MAX_CELLS,
+    stands_for: Mapping[tuple[Path, str], str] = MappingProxyType({}),
+) -> list[PlannedCell]:
     """Return the cells of a grid, tab by tab and row by row.
 
     A missing model raises no error. The cells of a missing model have the reason in `problem`.
@@ -352,6 +392,8 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
     Args:
         run, checkpoint, cell: settings that no axis varies. The checkpoint may be "pipeline", the finished model.
         axes: axes of the columns, rows and tabs, up to three with different names.
+        stands_for: which checkpoint of a run is drawn, by the run and the value of the axis checkpoint. Runs have different
+            checkpoints, so a value may stand for another checkpoint in each run. Other values are names of checkpoints.
 
     Raises:
         UserError: the grid has more than `limit` cells, or an axis is unknown or given twice.
@@ -363,7 +405,7 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
     columns, rows, tabs = [len(axis.values) for axis in axes] + [1] * (3 - len(axes))
     if columns * rows * tabs > limit:
         raise UserError(f"a grid of {columns * rows * tabs:,} pictures is more than {limit:,}; take fewer values")
-    models: dict[tuple[Path, str], tuple[str, str | None]] = {}
+    models: dict[tuple[Path, str], tuple[str, str, str | None]] = {}
     planned = []
     for tab, row, column in product(range(tabs), range(rows), range(columns)):
         settings: dict[str, Any] = {"run": run, "checkpoint": checkpoint}
@@ -373,10 +415,12 @@ def plan(run: Path, checkpoint: str, cell: Cell, axes: Sequence[Axis], limit: in
                 settings["prompt"], settings["seed"] = value
             else:
                 settings[axis.name] = value
-        model = settings.pop("run"), settings.pop("checkpoint")
-        if model not in models:
-            models[model] = _find_model(*model)
-        model_hash, problem = models[model]
+        wanted = settings.pop("run"), settings.pop("checkpoint")
+        if wanted not in models:
+            name = stands_for.get(wanted, wanted[1])
+            models[wanted] = (name, *_find_model(wanted[0], name))
+        name, model_hash, problem = models[wanted]
+        model = (wanted[0], name)
         own_cell = replace(cell, **settings)
         problem = problem or scheduler_problem(own_cell.scheduler, schedule_of(model[0]), own_cell.num_inference_steps)
         path = cell_path(model[0], model_hash, own_cell)
@@ -439,12 +483,18 @@ def make(
         batch_size: number of pictures drawn at once, if the pictures differ only in prompt and seed.
         progress: function that is called after each picture with its cell, the number drawn, and the number of pictures
             to draw.
-        cancelled: function that returns whether to stop, called before each batch and while another session draws.
+        cancelled: function that returns whether to stop, called before each denoising step and while another session
+            draws. The pictures of an unfinished batch are dropped.
 
     Raises:
         UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished
             pictures stay, and the same call draws the missing pictures.
     """
+
+    def watch(step: int, count: int, decode: Callable[[], np.ndarray]) -> None:
+        if cancelled():
+            raise _Stopped
+
     wanted = missing(planned)
     done, drawn, current, pipeline = 0, 0, None, None
     for batch in batches(wanted, batch_size):
@@ -457,7 +507,11 @@ def make(
                 model = first.run / first.checkpoint
                 if current != (model, first.model_hash):
                     pipeline, current = _load(model, first.model_hash, load), (model, first.model_hash)
-                for one, picture in zip(absent.values(), _draw(pipeline, list(absent.values())), strict=True):
+                try:
+                    pictures = _draw(pipeline, list(absent.values()), watch)
+                except _Stopped:
+                    return drawn
+                for one, picture in zip(absent.values(), pictures, strict=True):
                     _save(one.run, one.checkpoint, one.model_hash, one.cell, picture)
                 drawn += len(absent)
         for one in batch:
@@ -563,6 +617,31 @@ def read_watched(planned: PlannedCell) -> Watched | None:
     return Watched(np.asarray(image), steps)
 
 
+def newest_watched(runs: Sequence[Path], count: int) -> list[PlannedCell]:
+    """Return the newest watched pictures in the stores of runs, at most `count`, the newest first.
+
+    Pictures of models that a run no longer has are left out.
+    """
+    files = [(file.stat().st_mtime_ns, run, file) for run in runs for file in _steps_by_age(run)[-count:]]
+    names = [*Cell.__dataclass_fields__, "model"]
+    found = []
+    for _, run, file in sorted(files, reverse=True)[:count]:
+        parameters = read_parameters(file) or {}
+        known = {name: parameters[name] for name in names if name in parameters}
+        checkpoint = str(known.pop("model", "")).rpartition("/")[2]
+        try:
+            planned = plan(run, checkpoint, Cell(**known), [])[0]
+        except (UserError, TypeError, AttributeError):  # a foreign file
+            continue
+        if planned.made and _steps_path(planned) == file:
+            found.append(planned)
+    return found
+
+
+def _steps_by_age(run: Path) -> list[Path]:
+    return sorted((run / STORE).glob("*.steps.png"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def make_watched(
     planned: PlannedCell,
     *,
@@ -642,8 +721,7 @@ def _save_watched(
     if steps:
         strip = np.concatenate([part for _, part in steps], axis=1)
         _save(*cell, strip, _steps_path(planned), steps=[number for number, _ in steps], own=own)
-    by_age = sorted((planned.run / STORE).glob("*.steps.png"), key=lambda path: path.stat().st_mtime_ns)
-    for path in by_age[:-MAX_WATCHED]:
+    for path in _steps_by_age(planned.run)[:-MAX_WATCHED]:
         if (read_parameters(path) or {}).get("own"):
             path.with_name(path.name.replace(".steps.png", ".png")).unlink(missing_ok=True)
         path.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""Say what each figure of an evaluation or training is called, and which of its values are better. This module imports no torch.
+
+Page, report and model card take names, directions and intervals from this table.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+Z = 1.96  # Quantile of the normal distribution for intervals of 95 %.
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a figure means to its reader.
+
+    Attributes:
+        name: name for people.
+        better: "higher", "lower", or None. A figure without a direction cannot choose a checkpoint: noise, or a copy of the
+            training images, would have its best value.
+        is_share: whether the figure is a share of the drawn pictures, which has a Wilson interval.
+        is_guided: whether the figure depends on the guidance scale.
+    """
+
+    name: str
+    better: str | None = None
+    is_share: bool = False
+    is_guided: bool = True
+
+
+# Keys as `flatten` of the dashboard gives them, the figures that choose best first. Groups of a key fill the name.
+FIGURES = {
+    r"judge\.kernel_distance": Figure("kernel distance to real images", "lower"),
+    r"prompt_following\.all": Figure("prompt following, whole combination", "higher", is_share=True),
+    r"judge\.named": Figure("label recognised in the pictures", "higher", is_share=True),
+    r"clip_score\.mean": Figure("CLIP score", "higher"),
+    r"val_loss": Figure("validation loss", "lower", is_guided=False),
+    r"prompt_following\.(.+)": Figure("prompt following, {}", "higher", is_share=True),
+    r"val_loss_(\d+)_(\d+)": Figure("validation loss, timesteps {} to {}", "lower", is_guided=False),
+    r"val_psnr_db": Figure("PSNR of reconstructions in dB", "higher", is_guided=False),
+    r"val_ssim": Figure("SSIM of reconstructions", "higher", is_guided=False),
+    r"train_loss": Figure("training loss", is_guided=False),
+    r"judge\.standard_error": Figure("standard error of the kernel distance"),
+    r"memorisation\.copies": Figure("copies of a training image", is_share=True),
+    r"memorisation\.copies_held_out": Figure("copies among unseen real images"),
+    r"memorisation\.near_copies": Figure("near copies", is_share=True),
+    r"memorisation\.near_copies_held_out": Figure("near copies among unseen real images"),
+    r"memorisation\.share_closer": Figure("closer to a training image than 99% of unseen images", is_share=True),
+    r"memorisation\.median_ratio": Figure("distance to training images, relative to unseen images"),
+    r"memorisation\.probability_closer": Figure("chance to be nearer to a training image than an unseen image is"),
+    r"diversity\.ratio": Figure("diversity relative to real images"),
+    r"diversity\.generated": Figure("distance between pictures"),
+    r"diversity\.real": Figure("distance between real images"),
+}
+
+
+def figure(key: str) -> Figure:
+    """Return what the figure with a key such as "prompt_following.petal_color" means.
+
+    An unknown figure is named by its key, and has no direction.
+    """
+    for pattern, known in FIGURES.items():
+        if match := re.fullmatch(pattern, key):
+            name = known.name.format(*(words(group) for group in match.groups()))
+            return Figure(name, known.better, known.is_share, known.is_guided)
+    return Figure(words(key))
+
+
+def words(key: str) -> str:
+    return key.replace("_", " ").replace(".", ", ")
+
+
+def rank(key: str) -> int:
+    """Return the place of a figure in `FIGURES`, the figures that choose best first."""
+    return next((at for at, pattern in enumerate(FIGURES) if re.fullmatch(pattern, key)), len(FIGURES))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return the interval of 95 % of a share that was measured on `count` pictures, at least 1: two shares from 0 to 1.
+
+    Source: Wilson, 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval(
+    key: str, value: float, count: int | None = None, standard_error: float | None = None
+) -> tuple[float, float] | None:
+    """Return the interval of 95 % of a figure, or None if none is known.
+
+    Args:
+        count: number of pictures on which a share was measured.
+        standard_error: standard error of the kernel distance.
+    """
+    if key == "judge.kernel_distance" and standard_error is not None:
+        return value - Z * standard_error, value + Z * standard_error
+    if figure(key).is_share and count and 0 <= value <= 1:
+        return wilson(value, count)
+    return None
+
+
+def percent(share: float, count: int | None = None) -> str:
+    """Return a share as text, with its interval if the number of pictures is known: "75.0% (58–87%)"."""
+    text = f"{100 * share:.1f}%"
+    if not count or not 0 <= share <= 1:
+        return text
+    low, high = wilson(share, count)
+    return f"{text} ({100 * low:.0f}–{100 * high:.0f}%)"
