@@ -405,7 +405,8 @@ def cache_inputs(
         cut = cut_prompt(frozen["tokenizer"], prompt)
         if cut:
             accelerator.print(f"WARNING: validation {cut}")
-    cached, in_bf16 = {}, accelerator.mixed_precision == "bf16"
+    cached: dict[str, Any] = {}
+    in_bf16 = accelerator.mixed_precision == "bf16"
     precision = {"precision": "bf16"} if in_bf16 else {}
     # This memory format is a third faster, also on a CPU.
     vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)
@@ -446,13 +447,13 @@ def loss_and_gradients(
     from t2i.diffusion import denoising_loss
 
     latents, noise, timesteps, context, *further = batch
-    targets = further.pop() if inputs.alignment else None
+    targets = [further.pop()] if inputs.alignment else []
     loss = denoising_loss(
         train_state.model, inputs.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
     ).mean()
     terms = {"train_loss": loss.detach()}
     if inputs.alignment:
-        penalty = inputs.alignment.penalty(targets)
+        penalty = inputs.alignment.penalty(*targets)
         terms["alignment"] = penalty.detach()
         loss = loss + inputs.alignment.weight * penalty
     accelerator.backward(loss)

@@ -132,7 +132,7 @@ class _Features(torch.nn.Module):
         self.network = network
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.network.extract_features(pixels)  # type: ignore[no-any-return]
+        return self.network.extract_features(pixels)
 
 
 def as_grid(states: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,7 @@ def build_optimizer(
     The schedule counts weight updates and follows `rate_share`.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    adamw = {
+    adamw: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,

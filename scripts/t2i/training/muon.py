@@ -57,15 +57,18 @@ class Muon(torch.optim.Optimizer):
         """Update all weights that have a gradient. Gradients of matrices are overwritten."""
         assert closure is None
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            params: list[torch.Tensor] = [param for param in group["params"] if param.grad is not None]
+            gradients: list[torch.Tensor] = [param.grad for param in group["params"] if param.grad is not None]
             if group["matrices"]:
-                self._step_matrices(group, params)
+                self._step_matrices(group, params, gradients)
             else:
-                self._step_others(group, params)
+                self._step_others(group, params, gradients)
 
-    def _step_matrices(self, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
-        buffers = [self.state[param].setdefault("momentum", torch.zeros_like(param)) for param in params]
-        gradients = [param.grad for param in params]
+    def _step_matrices(self, group: dict[str, Any], params: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["momentum"] = torch.zeros_like(param)
+        buffers = [self.state[param]["momentum"] for param in params]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         torch._foreach_lerp_(gradients, buffers, group["momentum"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -73,7 +76,7 @@ class Muon(torch.optim.Optimizer):
             longer = max(len(param), param[0].numel())
             param.add_(update, alpha=-0.2 * longer**0.5 * group["lr"])
 
-    def _step_others(self, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+    def _step_others(self, group: dict[str, Any], params: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         for param in params:
             if not self.state[param]:
                 self.state[param].update(
@@ -84,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         columns = [[self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq", "step")]
         beta1, beta2 = group["betas"]
         adamw(
-            params, [param.grad for param in params], columns[0], columns[1], [], columns[2], fused=True, amsgrad=False,
+            params, gradients, columns[0], columns[1], [], columns[2], fused=True, amsgrad=False,
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
             maximize=False,
         )  # fmt: skip
