@@ -25,7 +25,13 @@ from t2i.files import read_object
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
 
-CACHES = ("pixels", "latents", "text", "features")  # the suite's folders in a cache folder, where others may keep more
+CACHES = (
+    "pixels",
+    "latents",
+    "text",
+    "features",
+    "alignment",
+)  # the suite's folders in a cache folder, where others may keep more
 Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)
 LOST = {

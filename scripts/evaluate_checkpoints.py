@@ -157,8 +157,13 @@ def main() -> None:
 
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:
-    """Refuse a judge that the autoencoder of the run was trained on."""
-    vae = load_recipe(str(run / "config.yaml")).vae.vae
+    """Refuse a judge that the run or its autoencoder was trained on."""
+    recipe = load_recipe(str(run / "config.yaml"))
+    if recipe.train_unet.alignment_weight and recipe.train_unet.alignment_network == config.judge_network:
+        raise UserError(
+            f"judge_network {config.judge_network}: the denoiser was aligned with this network; take another judge"
+        )
+    vae = recipe.vae.vae
     if vae is None or not (Path(vae) / "config.yaml").is_file():
         return  # It is no run folder here, so nothing tells what its training used.
     training = load_recipe(str(Path(vae) / "config.yaml")).train_vae

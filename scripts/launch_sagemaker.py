@@ -27,6 +27,7 @@ from t2i.clouds import aws_account as aws
 from t2i.clouds import aws_errors, costs, sagemaker_job
 from t2i.clouds.launch import check_push, confirm, forwarded_variables, positive
 from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
+from t2i.config import check_optimizer
 from t2i.errors import UserError, run_main
 from t2i.files import write_json
 
@@ -53,6 +54,8 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
     inside = Path(options.inside)
     inner = read_inside(inside)
     sagemaker_job.check_precision(config, inside, inner)
+    if command.script == "train_unet.py":
+        check_optimizer(command.settings.optimizer, inner)
     sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)

@@ -24,7 +24,17 @@ import psutil
 import tyro
 
 from t2i.command_line import check_options, parse_options, plain_option, typed_options
-from t2i.config import PACKAGED_NETWORKS, Recipe, check_dataset, check_unet, check_vae, load_recipe, override
+from t2i.config import (
+    PACKAGED_NETWORKS,
+    Recipe,
+    check_dataset,
+    check_optimizer,
+    check_unet,
+    check_vae,
+    load_recipe,
+    override,
+    read_yaml,
+)
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
@@ -138,14 +148,21 @@ def check_stages(recipe: Recipe, options: Options) -> None:
             f"--accelerate_config {options.accelerate_config}: there is no such file; name one of "
             f"{SCRIPTS.parent / 'accelerate_configs'}"
         )
+    if options.accelerate_config:
+        check_optimizer(recipe.train_unet.optimizer, read_yaml(Path(options.accelerate_config)))
     folder, resume = Path(options.output_dir), recipe.train_unet.resume_from_checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     if resume not in (None, "latest") and not own_checkpoint(folder / "unet", resume).is_dir():
         raise UserError(
             f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of its checkpoints, or latest"
         )
-    for key in ("judge_network", "clip"):
-        source = getattr(recipe.evaluate, key)
+    aligned = recipe.train_unet.alignment_network if recipe.train_unet.alignment_weight else None
+    networks = {
+        "judge_network": (recipe.evaluate.judge_network, "evaluate"),
+        "clip": (recipe.evaluate.clip, "evaluate"),
+        "alignment_network": (aligned, "train_unet"),
+    }
+    for key, (source, section) in networks.items():
         if source and source not in PACKAGED_NETWORKS:
             from transformers import AutoConfig
 
@@ -153,7 +170,7 @@ def check_stages(recipe: Recipe, options: Options) -> None:
                 AutoConfig.from_pretrained(source)
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:160]
-                raise UserError(f"{key} {source} in section evaluate cannot be read ({reason}); correct it") from None
+                raise UserError(f"{key} {source} in section {section} cannot be read ({reason}); correct it") from None
     if recipe.evaluate.engine == "openvino" and importlib.util.find_spec("openvino") is None:
         raise UserError(
             "engine openvino in section evaluate needs OpenVINO; run: pip install -r requirements.txt, or set engine: auto"

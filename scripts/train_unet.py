@@ -151,7 +151,7 @@ def main() -> None:
                     terms = loop.add_terms(terms, forward_backward(*batches.take(number)), micro_batches)
             norm = loop.clip_gradients(train_state, config, accelerator)
             ids = partial(sample_ids, inputs, config, step, accelerator)
-            loop.step_optimizer(train_state, config, step, norm, terms["train_loss"], ids, accelerator)
+            loop.step_optimizer(train_state, config, step, norm, torch.stack([*terms.values()]).sum(), ids, accelerator)
             done = step + 1
             if done % config.logging_steps == 0 or done == steps:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}

@@ -28,7 +28,7 @@ def tiny_unet(side=8):
 class Colors:
     """A network whose features are the colors of a 2 x 2 grid."""
 
-    side, channels = 2, 2
+    side, channels, source = 2, 2, "colors"
 
     def maps(self, pictures):
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
@@ -39,7 +39,7 @@ class Colors:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 5), st.booleans(), st.integers(0, 1000))
+@given(st.integers(3, 6), st.booleans(), st.integers(0, 1000))
 def test_targets_are_the_features_in_their_principal_axes(tmp_path_factory, count, flip, seed):
     images = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
     cache = str(tmp_path_factory.mktemp("cache"))
@@ -54,9 +54,8 @@ def test_targets_are_the_features_in_their_principal_axes(tmp_path_factory, coun
         mirrored = caches.cache_alignment(
             images[:, :, ::-1].copy(), "other", Colors(), cache, flip=True, say=lambda _: None
         )
-        # Mirroring may turn the axes, but not the lengths.
-        lengths = [np.linalg.norm(np.array(part, np.float32), axis=1) for part in (targets[:, 1], mirrored[:, 0])]
-        assert np.allclose(*lengths, atol=0.35)
+        # Mirroring changes neither mean nor axes.
+        assert np.allclose(targets[:, 1].astype(np.float32), mirrored[:, 0].astype(np.float32), atol=5e-3)
 
 
 def test_the_term_falls_where_the_middle_block_follows_its_targets():

@@ -122,6 +122,16 @@ def test_every_row_of_the_reference_card_is_there(tmp_path: Path, evaluation: di
     assert "{%" not in text
 
 
+def test_the_card_names_muon_and_the_network_of_an_alignment(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train_unet"] |= {"optimizer": "muon", "alignment_weight": 0.5}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = model_card.write_model_card(run, EVALUATION)
+    assert row(text, "Optimizer").startswith("Muon for matrices, AdamW for other weights, learning rate")
+    assert row(text, "Alignment") == "with efficientnet-lite2, weight 0.5"
+
+
 def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
     text = model_card.write_model_card(make_run(tmp_path / "run"), EVALUATION)
     assert "channels 48/96/144" in row(text, "Architecture")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import sys
 
 import pytest
 
 import clean_caches
+from conftest import SCRIPTS
 from t2i import run_lock
 from t2i.errors import UserError
 
@@ -39,6 +41,11 @@ def clean(monkeypatch, *words):
 
 def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_every_kind_of_cache_is_known():
+    written = re.findall(r'Path\(cache_dir\) / "(\w+)"', (SCRIPTS / "t2i" / "data" / "caches.py").read_text())
+    assert set(clean_caches.CACHES) == {"pixels", *written}
 
 
 def test_everything_is_listed_and_nothing_removed_unasked(folder, monkeypatch, capsys):

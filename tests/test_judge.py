@@ -191,6 +191,9 @@ def test_a_network_that_taught_the_autoencoder_is_no_judge(tmp_path, monkeypatch
         UserError, match="judge_network efficientnet-lite2: the autoencoder was trained on this network"
     ):
         evaluate_checkpoints.check_judge(tmp_path / "unet", taught)
+    (tmp_path / "unet" / "config.yaml").write_text("train_unet: {alignment_weight: 0.5}")
+    with pytest.raises(UserError, match="judge_network efficientnet-lite2: the denoiser was aligned with this network"):
+        evaluate_checkpoints.check_judge(tmp_path / "unet", taught)
     monkeypatch.chdir(tmp_path / "vae")  # A config.yaml of another run in the working directory says nothing.
     (tmp_path / "unet" / "config.yaml").write_text("vae: {vae: null}")
     evaluate_checkpoints.check_judge(tmp_path / "unet", taught)

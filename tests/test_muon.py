@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import run_recipe
+from conftest import SCRIPTS
 from t2i import models
-from t2i.config import TrainUnetConfig, UnetConfig
+from t2i.config import Recipe, TrainUnetConfig, UnetConfig
 from t2i.errors import UserError
 from t2i.training import checkpoints
 from t2i.training.distributed import write_deepspeed_config
@@ -100,6 +102,32 @@ def test_pooled_text_changes_what_a_block_without_cross_attention_computes():
         for text in torch.randn(2, 1, 5, 48):
             unet(latents, 500, text)
     assert not torch.equal(*outputs)
+
+
+def test_a_loaded_step_number_moves_to_the_device_of_its_weight():
+    def made(device):
+        parameter = torch.nn.Parameter(torch.zeros(3, device=device))
+        return parameter, Muon([("bias", parameter)], (), lr=0.1)
+
+    parameter, optimizer = made("cpu")
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    parameter, optimizer = made("meta")  # It stands for a GPU.
+    optimizer.load_state_dict(state)
+    assert {name: str(value.device) for name, value in optimizer.state[parameter].items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
+
+
+def test_muon_under_deepspeed_is_refused_before_any_stage(tmp_path):
+    recipe = Recipe(train_unet=TrainUnetConfig(optimizer="muon"))
+    zero = SCRIPTS.parent / "accelerate_configs" / "deepspeed_zero2.yaml"
+    options = run_recipe.Options(output_dir=str(tmp_path / "out"), accelerate_config=str(zero))
+    with pytest.raises(UserError, match="muon does not run under DeepSpeed; set optimizer: adamw, or take a YAML"):
+        run_recipe.check_stages(recipe, options)
+    options.accelerate_config = str(zero.with_name("cpu.yaml"))
+    run_recipe.check_stages(recipe, options)
 
 
 def test_muon_under_deepspeed_is_refused():

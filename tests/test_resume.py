@@ -597,7 +597,7 @@ def test_a_finished_run_is_extended_by_epochs_in_its_mlflow_run(workspace, run_m
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--lr_on_extend", "constant"], "cosine schedule stands at a learning rate of 0 in .*checkpoint-000008"),
+        (["--lr_on_extend", "constant"], "cosine schedule stands at 0 of its peak in .*checkpoint-000008"),
         (["--resume_from_checkpoint", "checkpoint-5"], "is not a checkpoint of"),
         ([], "keeps no checkpoint from which its 8 updates could be extended to 9; .*--pretrained_model_name_or_path"),
     ],

@@ -224,9 +224,9 @@ class TrainConfig:
     # length. restart repeats warm-up and schedule over the added updates. constant holds the checkpoint's rate. stretch is the
     # default, because later updates then get the rates of a run that had the new length from the start.
     lr_on_extend: Literal["stretch", "restart", "constant"] = "stretch"
-    adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW.
+    adam_beta1: BelowOne = 0.9  # Decay rate of the gradient's moving average in AdamW. Muon has 0.95 for its matrices.
     adam_beta2: BelowOne = 0.999  # Decay rate of the squared gradient's moving average in AdamW.
-    adam_weight_decay: NonNegative = 1e-2  # Weight decay of AdamW.
+    adam_weight_decay: NonNegative = 1e-2  # Weight decay of all weights.
     adam_epsilon: Positive = 1e-8  # Small number added to AdamW's denominator, for numerical stability.
     max_grad_norm: Positive = 0.5  # Norm to which larger gradients are clipped.
     use_ema: Flag = True  # Keep and save an exponential moving average (EMA) of the weights, in fp32.
@@ -667,6 +667,22 @@ def check_vae_terms(recipe: Recipe) -> None:
         raise UserError(
             "adversarial_weight needs the gradient of the decoder's last layer alone, which torch.compile does not give; "
             "leave out --compile, or set adversarial_weight: 0"
+        )
+
+
+def check_optimizer(optimizer: str, launch: Any) -> None:
+    """Refuse Muon under a launch by DeepSpeed, whose ZeRO flattens the matrices that Muon needs whole.
+
+    Args:
+        optimizer: the recipe's optimiser.
+        launch: content of accelerate's YAML.
+
+    Raises:
+        UserError: the two do not fit.
+    """
+    if optimizer == "muon" and isinstance(launch, dict) and launch.get("distributed_type") == "DEEPSPEED":
+        raise UserError(
+            "optimizer muon does not run under DeepSpeed; set optimizer: adamw, or take a YAML without DeepSpeed"
         )
 
 

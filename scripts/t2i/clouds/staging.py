@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.command_line import option, plain_option, typed_options
-from t2i.config import Recipe, parse, read_yaml
+from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
 from t2i.errors import UserError
 from t2i.files import sha256_file, write_text
 from t2i.redaction import redact
@@ -31,6 +31,8 @@ FOLDERS = {
     "vae": ("vae", "vae"),
     "text_encoder": ("unet", "pipeline"),
     "pretrained_model_name_or_path": ("unet", "pipeline"),
+    "perceptual_network": ("train_vae", ""),
+    "alignment_network": ("train_unet", ""),
     "captioner": ("caption", ""),
     "audit_tokenizer": ("caption", ""),
 }
@@ -66,7 +68,7 @@ class Command:
         }
         if "captioner" in values:
             values["captioner"] = _sent_captioner(values["captioner"])
-        return {name: value for name, value in values.items() if value}
+        return {name: value for name, value in values.items() if value and value not in PACKAGED_NETWORKS}
 
 
 def _sent_captioner(captioners: list[str]) -> str:

@@ -24,6 +24,7 @@ from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
 
 NULL_CAPTION = ""  # The empty caption replaces a dropped one. Guidance in the stock pipeline moves away from it.
+FLOAT16_MAX = 65504.0  # Largest number of float16.
 AXES_IMAGES = 1024  # Images whose features give the principal axes of an alignment.
 CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 16 images of 64 px.
 
@@ -196,25 +197,39 @@ def cache_alignment(
 
     def fill(targets: np.ndarray) -> None:
         sample = np.linspace(0, count - 1, min(count, AXES_IMAGES)).round().astype(int)
-        parts = [network.maps(np.array(pixels[sample[i : i + 32]])) for i in range(0, len(sample), 32)]
-        mean, axes = _principal_axes(torch.cat(parts).permute(0, 2, 3, 1).flatten(0, 2), shape[2])
+        batches = (np.array(pixels[sample[i : i + 32]]) for i in range(0, len(sample), 32))
+        mean, axes = _principal_axes((network.maps(batch) for batch in batches), shape[2])
         for start in tqdm(range(0, count, 32), desc="alignment", unit="batch"):
             images = np.array(pixels[start : start + 32])
             for mirrored in range(shape[1]):
                 maps = network.maps(images[:, :, ::-1].copy() if mirrored else images).permute(0, 2, 3, 1)
-                targets[start : start + 32, mirrored] = ((maps - mean) @ axes).permute(0, 3, 1, 2).numpy()
+                rotated = ((maps - mean) @ axes).permute(0, 3, 1, 2)
+                if not rotated.isfinite().all():
+                    raise UserError(f"alignment_network {network.source} gives non-finite features; take another one")
+                targets[start : start + 32, mirrored] = rotated.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy()
 
     key = hash_json({"kind": "alignment", "shape": shape, "images": fingerprint, "network": network.identity()})
     what = f"alignment of {count} images"
     return _cached(Path(cache_dir) / "alignment" / key, shape, "float16", what, fill, say)
 
 
-def _principal_axes(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean [F] of features [N, F], and their first `count` principal axes [F, count]."""
-    mean = features.mean(0)
-    centred = (features - mean).double()
-    _, axes = torch.linalg.eigh(centred.T @ centred)  # The eigenvalues rise.
-    return mean, axes.flip(1)[:, :count].float()
+def _principal_axes(parts: Iterable[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean [F] of features, and their first `count` principal axes [F, count].
+
+    Args:
+        parts: features, each [B, F, s, s]. They are read one by one, so memory does not grow with their number.
+        count: number of axes.
+    """
+    rows, total, products = 0, torch.zeros(()), torch.zeros(())
+    for part in parts:
+        features = part.permute(0, 2, 3, 1).flatten(0, 2).double()
+        rows, total, products = rows + len(features), total + features.sum(0), products + features.T @ features
+    mean = total / rows
+    _, axes = torch.linalg.eigh(products - rows * mean[:, None] * mean)  # The eigenvalues rise.
+    axes = axes.flip(1)[:, :count]
+    # The sign of an axis is arbitrary. Its largest component decides it, so that other machines find the same targets.
+    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    return mean.float(), (axes * signs).float()
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:

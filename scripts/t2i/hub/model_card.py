@@ -46,6 +46,7 @@ REFERENCE = {
     "Scheduler": ("DDIM, 30 steps", "DDIM, 30 steps"),
     "CFG Scale": ("7.5", "7.5"),
 }
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for other weights"}
 PRECISIONS = {
     "no": "FP32",
     "fp16": "FP16 mixed precision",
@@ -271,8 +272,11 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
         "Distribution": _distribution(result),
         "Precision": PRECISIONS.get(str(result.get("precision")), _text(result.get("precision"))),
         "Length": length,
-        "Optimizer": f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
+        "Optimizer": f"{OPTIMIZERS[config.optimizer]}, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
         "Gradient Clipping": f"{config.max_grad_norm:g}",
+        "Alignment": f"with {_text(config.alignment_network)}, weight {config.alignment_weight:g}"
+        if config.alignment_weight
+        else "none",
         "CFG Training": f"{dropped:g}% unconditional dropout for classifier-free guidance",
         "Weights": _weights(recipe, result),
         "Training time": _minutes(result),

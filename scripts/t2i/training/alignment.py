@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from t2i.config import PACKAGED_NETWORKS, TrainUnetConfig
-from t2i.evaluation.networks import load_efficientnet_lite, load_vision_model
+from t2i.errors import UserError
+from t2i.evaluation.networks import load_efficientnet_lite, load_vision_model, loading
 from t2i.files import hash_json
 from t2i.models import hash_model
 from t2i.pictures import engines
 
 STRIDE = 32  # Pixels of the input per feature of an EfficientNet.
+OTHER_TOKENS = 8  # Tokens before those of the patches, at most: a class token and registers.
 INPUT_SIDES = (128, 256)  # The smallest and the largest input of an EfficientNet, in pixels.
 
 
@@ -61,7 +63,7 @@ def middle_channels(unet: Any) -> int:
 
 def middle_side(unet: Any) -> int:
     """Return the side of the features in a UNet's middle block."""
-    return int(unet.config.sample_size) // 2 ** (len(unet.config.block_out_channels) - 1)
+    return -(-int(unet.config.sample_size) // 2 ** (len(unet.config.block_out_channels) - 1))  # Halving rounds up.
 
 
 class TargetNetwork:
@@ -80,8 +82,10 @@ class TargetNetwork:
             unet: the UNet whose middle block is aligned. It decides the grid, and the number of aligned channels.
 
         Raises:
-            UserError: the network cannot be loaded.
+            UserError: the network cannot be loaded, its features form no grid, or the UNet has no middle block.
         """
+        if unet.mid_block is None:
+            raise UserError("alignment_weight needs a UNet with a middle block, and this one has none; set it to 0")
         self.source, self.side, self.channels = source, middle_side(unet), middle_channels(unet)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor: Any = None
@@ -94,6 +98,10 @@ class TargetNetwork:
             return
         self.processor, self.model = load_vision_model(source, "as alignment_network")
         self.model = getattr(self.model, "vision_model", self.model).to(self.device)
+        with loading(source, "as alignment_network"):
+            example = np.full((1, 64, 64, 3), 127, np.uint8)
+            if not torch.equal(self.maps(example), self.maps(example)):
+                raise ValueError("its features differ from call to call")
 
     def identity(self) -> str:
         """Return a hash of the network's weights and of the preparing of its input, for caches of features."""
@@ -117,7 +125,12 @@ class TargetNetwork:
             else:
                 features = self.model(pixels)
         else:
-            inputs = self.processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+            sizes = dict(getattr(self.processor, "crop_size", None) or self.processor.size)
+            height = sizes.get("height") or sizes.get("shortest_edge") or INPUT_SIDES[1]
+            inputs = self.processor(
+                images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt",
+                size={"height": height, "width": height}, do_center_crop=False,
+            )  # fmt: skip
             features = as_grid(self.model(**inputs.to(self.device)).last_hidden_state)
         if features.shape[-1] != self.side or features.shape[-2] != self.side:
             features = F.interpolate(features, (self.side, self.side), mode="area")
@@ -143,4 +156,6 @@ def as_grid(states: torch.Tensor) -> torch.Tensor:
     if states.dim() == 4:
         return states
     side = int(states.shape[1] ** 0.5)
+    if states.shape[1] - side * side > OTHER_TOKENS:
+        raise ValueError(f"its {states.shape[1]} tokens form no square grid")
     return states[:, states.shape[1] - side * side :].transpose(1, 2).unflatten(2, (side, side))

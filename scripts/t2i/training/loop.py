@@ -105,8 +105,10 @@ _LATER = {
     "resnet_time_scale_shift": "default",
 }
 
-# Layers at the edges of a UNet or VAE, and the embedding of time, which Muon leaves to AdamW.
-EDGES = ("conv_in", "conv_out", "quant_conv", "time_emb")
+# Layers at the edges of a UNet or VAE, and the embeddings of time and pooled text, which Muon leaves to AdamW.
+EDGES = ("conv_in", "conv_out", "quant_conv", "time_emb", "add_embedding")
+
+LEAST_SHARE = 0.01  # Share of the peak learning rate below which further updates teach nothing.
 
 
 def identity(*sections: Any, **hashes: Any) -> dict[str, Any]:
@@ -369,6 +371,7 @@ def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) ->
         kept = extensions[-1]["lr_on_extend"] if extensions else config.lr_on_extend
         if kept != config.lr_on_extend:
             accelerator.print(f"the extension to {steps} updates keeps lr_on_extend {kept}, with which it began")
+            config.lr_on_extend = kept
         return list(extensions)
     checkpoint = checkpoints.find_checkpoint(run.folder, config.resume_from_checkpoint, checkpoints.Node(accelerator))
     if checkpoint is None and status == "finished":
@@ -386,10 +389,11 @@ def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) ->
         "lr_on_extend": config.lr_on_extend, "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     run.state["extensions"] = extensions = [*extensions, extension]
-    if config.lr_on_extend == "constant" and not rate_share(config, steps, extensions, saved["schedule"]):
+    share = rate_share(config, steps, extensions, saved["schedule"])
+    if config.lr_on_extend == "constant" and share < LEAST_SHARE:
         raise UserError(
-            f"the {config.lr_scheduler} schedule stands at a learning rate of 0 in {checkpoint}, which --lr_on_extend constant would "
-            "hold; give --lr_on_extend stretch or restart"
+            f"the {config.lr_scheduler} schedule stands at {share:.2g} of its peak in {checkpoint}, which --lr_on_extend constant "
+            "would hold; give --lr_on_extend stretch or restart"
         )
     accelerator.print(
         f"the run is extended from {shorter} to {steps} updates at {checkpoint.name}, with lr_on_extend {config.lr_on_extend}"

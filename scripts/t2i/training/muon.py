@@ -44,13 +44,13 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+        weights: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
         for name, parameter in named_parameters:
-            groups[parameter.ndim >= 2 and not any(edge in name for edge in edges)].append(parameter)
+            weights[parameter.ndim >= 2 and not any(edge in name for edge in edges)].append(parameter)
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            [{"params": params, "matrices": matrices} for matrices, params in groups.items() if params], defaults
-        )
+        # A loaded state moves AdamW's step numbers to the weights' device only where a group says "fused".
+        groups = [{"params": params, "matrices": kind, "fused": not kind} for kind, params in weights.items() if params]
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
