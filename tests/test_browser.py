@@ -223,6 +223,7 @@ def test_an_address_names_all_choices_and_back_leaves_the_page(visit, painted):
         newer = make_run(folder / "outputs" / name)
         os.utime(newer / "run.json", (2e9 + number, 2e9 + number))
     other = visit(shared, at=at)
+    expect(other.locator(".grid td img")).to_have_count(4)
     assert [picture.get_attribute("src") for picture in other.locator(".grid td img").all()] == sources
     other.get_by_role("link", name="Runs").click()
     expect(other.get_by_role("heading", level=1)).to_have_text("Runs")

@@ -276,6 +276,8 @@ def test_a_set_that_changes_or_goes_while_it_is_shown(tmp_path):
     shutil.rmtree(folder)
     app.run()
     assert not app.exception
+    assert "holds no one" in words(app)  # No other set takes its place unasked.
+    app.selectbox(key="dataset").set_value("two").run()
     assert [one["caption"] for one in gallery(app)] == ["another"]
 
 

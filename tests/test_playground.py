@@ -428,6 +428,8 @@ def test_files_that_go_or_are_damaged_while_shown(tmp_path, painter):
     app.run()
     assert not app.exception
     assert app.selectbox(key="run").options == ["two"]
+    assert "holds no one" in warnings(app)  # No other run takes its place unasked.
+    app.selectbox(key="run").set_value("two").run()
     press(app, DRAW)
     shutil.rmtree(tmp_path / "outputs" / "two")
     app.run()

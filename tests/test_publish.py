@@ -13,6 +13,7 @@ from conftest import TINY
 from loopback_hub import LoopbackHub
 from t2i.config import Recipe, TrainUnetConfig
 from t2i.errors import UserError
+from t2i.evaluation.figures import percent
 from t2i.files import read_json, write_json
 from t2i.hub import model_card, publish
 from t2i.pictures import sampling
@@ -146,7 +147,8 @@ def test_a_new_card_keeps_what_a_person_wrote(run, published):
     assert {entry["text"] for entry in card.data["widget"]} == {"a red flower", "mine"}
     assert [figure.metric_value for figure in card.data.eval_results][1:] == [0.5]
     assert "- Greeting cards, as I hoped." in merged
-    assert "| Prompt following, whole combination | 50.0% (44–56%) |" in merged
+    share = percent(0.5, evaluation["report"]["prompts"])
+    assert f"| Prompt following, whole combination | {share} |" in merged
     assert publish.merge_model_card(new, merged, licensed=True) == merged
 
 

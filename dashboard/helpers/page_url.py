@@ -27,7 +27,8 @@ def name_choices(choices: dict[str, Choice], titles: Mapping[str, str] = Mapping
     """
     state = st.session_state
     gone = {key for key in choices if state.get(f"gone {key}")}  # nothing else may take the place of what is gone
-    unnamed = {key: value for key, value in choices.items() if key not in st.query_params and key not in gone}
+    named = {key for key in st.query_params if any(st.query_params.get_all(key))}  # an empty text names nothing
+    unnamed = {key: value for key, value in choices.items() if key not in named and key not in gone}
     fresh = {key: value for key, value in unnamed.items() if key not in state}
     state.update({key: value for key, value in unnamed.items() if state.get(key) is None})  # also an emptied number
     if not fresh:
@@ -59,7 +60,7 @@ def gone_names(key: str, known: Collection[str]) -> list[str]:
 
     Streamlit removes unknown names from the URL, so the names are kept until the user chooses others.
     """
-    named = asked(key) or st.query_params.get_all(key)
+    named = [name for name in asked(key) or st.query_params.get_all(key) if name]
     if named:
         st.session_state[f"gone {key}"] = [name for name in named if name not in known]
     return st.session_state.get(f"gone {key}", [])

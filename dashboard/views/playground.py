@@ -79,6 +79,8 @@ def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
         kept.pop("checkpoint", None)
     gone_checkpoints = gone_names("checkpoint", names) if run else []
     if run and names:
+        if st.query_params.get("scheduler") not in (None, *fitting_schedulers(cells.schedule_of(run))):
+            del st.query_params["scheduler"]  # It would draw something wrong with this model.
         name_choices({"run": first, "checkpoint": best_checkpoint(run) or names[0], **first_settings(run), **kept})
     options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params"}
     st.selectbox("Run", list(runs), key="run", on_change=take_run, **options)
