@@ -447,13 +447,14 @@ def loss_and_gradients(
     from t2i.diffusion import denoising_loss
 
     latents, noise, timesteps, context, *further = batch
-    targets = [further.pop()] if inputs.alignment else []
+    if inputs.alignment:
+        *further, targets = further
     loss = denoising_loss(
         train_state.model, inputs.scheduler, latents, noise, timesteps, context, config.snr_gamma, *further
     ).mean()
     terms = {"train_loss": loss.detach()}
     if inputs.alignment:
-        penalty = inputs.alignment.penalty(*targets)
+        penalty = inputs.alignment.penalty(targets)
         terms["alignment"] = penalty.detach()
         loss = loss + inputs.alignment.weight * penalty
     accelerator.backward(loss)

@@ -642,11 +642,7 @@ def check_vae_terms(recipe: Recipe) -> None:
     config, resolution = recipe.train_vae, recipe.data.resolution
     decoder_alone = config.vae_train_part == "decoder"
     judge = recipe.evaluate.judge_network if config.perceptual_weight else None
-    if config.perceptual_network in (JUDGE, judge):
-        raise UserError(
-            f"perceptual_network {config.perceptual_network} is the network that judges pictures, which nothing may be trained on; "
-            "give two different networks, such as perceptual_network: efficientnet-lite2"
-        )
+    _refuse_judge("perceptual_network", config.perceptual_network, judge)
     if config.crop_steps and not config.crop_size:
         raise UserError(f"crop_steps {config.crop_steps} needs crop_size, the side of the crops; set both, or neither")
     if decoder_alone and config.decoder_only_steps:
@@ -693,10 +689,15 @@ def check_alignment(recipe: Recipe) -> None:
         UserError: both are the same network.
     """
     config = recipe.train_unet
-    if config.alignment_weight and config.alignment_network in (JUDGE, recipe.evaluate.judge_network):
+    if config.alignment_weight:
+        _refuse_judge("alignment_network", config.alignment_network, recipe.evaluate.judge_network)
+
+
+def _refuse_judge(key: str, network: str, judge: str | None) -> None:
+    if network in (JUDGE, judge):
         raise UserError(
-            f"alignment_network {config.alignment_network} is the network that judges pictures, which nothing may be trained "
-            "on; give two different networks, such as alignment_network: efficientnet-lite2"
+            f"{key} {network} is the network that judges pictures, which nothing may be trained on; "
+            f"give two different networks, such as {key}: efficientnet-lite2"
         )
 
 

@@ -84,15 +84,25 @@ def load_vision_model(name: str, use: str) -> tuple[Any, Any]:
     return processor, model.eval().requires_grad_(False)
 
 
-class _PackagedFeatures(nn.Module):
-    """An EfficientNet-Lite that maps floats [B, 3, H, W] in [-1, 1] to features [B, F]."""
+class PackagedFeatures(nn.Module):
+    """An EfficientNet-Lite that maps floats [B, 3, S, S] in [-1, 1] to features [B, F, S / 32, S / 32].
 
-    def __init__(self, name: str) -> None:
+    With `is_pooled`, it returns their means over all places, [B, F].
+    """
+
+    def __init__(self, name: str, *, is_pooled: bool) -> None:
         super().__init__()
-        self.network = load_efficientnet_lite(name)
+        self.network, self.is_pooled = load_efficientnet_lite(name), is_pooled
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network.extract_features(pixels).mean((2, 3))  # type: ignore[operator]
+        features: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
+        return features.mean((2, 3)) if self.is_pooled else features
+
+
+def packaged_input(pictures: np.ndarray, side: int, device: str) -> Tensor:
+    """Return pictures, uint8 [N, H, W, 3], as the input of an EfficientNet-Lite: float32 [N, 3, side, side] in [-1, 1]."""
+    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
 class FeatureNetwork:
@@ -118,7 +128,7 @@ class FeatureNetwork:
         self.processor: Any = None
         self.compiled: Any = None
         if self.name in PACKAGED_NETWORKS:
-            self.model: Any = _PackagedFeatures(self.name).to(self.device)
+            self.model: Any = PackagedFeatures(self.name, is_pooled=True).to(self.device)
             if self.device == "cpu" and engines.is_installed():
                 # It takes a sixth of the time, and the features differ by less than 1e-4.
                 self.compiled = engines.compile_module(self.model, torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE))
@@ -148,9 +158,7 @@ class FeatureNetwork:
 
     def _of_batch(self, pictures: np.ndarray) -> Tensor:
         if self.processor is None:
-            pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            side = (INPUT_SIDE, INPUT_SIDE)
-            pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+            pixels = packaged_input(pictures, INPUT_SIDE, self.device)
             if self.compiled is not None:
                 return torch.from_numpy(np.array(self.compiled(pixels.numpy())[0]))
             return torch.as_tensor(self.model(pixels))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from t2i.config import PACKAGED_NETWORKS, TrainUnetConfig
 from t2i.errors import UserError
-from t2i.evaluation.networks import load_efficientnet_lite, load_vision_model, loading
+from t2i.evaluation.networks import PackagedFeatures, load_vision_model, loading, packaged_input
 from t2i.files import hash_json
 from t2i.models import hash_model
 from t2i.pictures import engines
@@ -92,7 +92,7 @@ class TargetNetwork:
         self.compiled: Any = None
         if source in PACKAGED_NETWORKS:
             self.input_side = min(max(STRIDE * self.side, INPUT_SIDES[0]), INPUT_SIDES[1])
-            self.model: Any = _Features(load_efficientnet_lite(source)).to(self.device)
+            self.model: Any = PackagedFeatures(source, is_pooled=False).to(self.device)
             if self.device == "cpu" and engines.is_installed():
                 self.compiled = engines.compile_module(self.model, torch.zeros(1, 3, self.input_side, self.input_side))
             return
@@ -117,9 +117,7 @@ class TargetNetwork:
             pictures: pictures to read, uint8 [N, H, W, 3], RGB.
         """
         if self.processor is None:
-            pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            side = (self.input_side, self.input_side)
-            pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+            pixels = packaged_input(pictures, self.input_side, self.device)
             if self.compiled is not None:
                 features = torch.from_numpy(np.array(self.compiled(pixels.numpy())[0]))
             else:
@@ -135,17 +133,6 @@ class TargetNetwork:
         if features.shape[-1] != self.side or features.shape[-2] != self.side:
             features = F.interpolate(features, (self.side, self.side), mode="area")
         return features.float().cpu()
-
-
-class _Features(torch.nn.Module):
-    """The features of an EfficientNet before pooling: floats [B, 3, S, S] in [-1, 1] to [B, F, S / 32, S / 32]."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.network.extract_features(pixels)
 
 
 def as_grid(states: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.command_line import option
-from t2i.config import TrainConfig, TrainUnetConfig
+from t2i.config import TrainConfig, TrainUnetConfig, check_optimizer
 from t2i.errors import UserError
 from t2i.machine import find_launcher
 
@@ -231,10 +231,7 @@ def write_deepspeed_config(settings: dict[str, Any], config: TrainConfig, proces
         UserError: the settings ask for a ZeRO stage other than 2, offloading, or an optimiser or schedule of DeepSpeed,
             or the recipe asks for Muon.
     """
-    if config.optimizer == "muon":  # ZeRO flattens the matrices that Muon needs whole.
-        raise UserError(
-            "optimizer muon does not run under DeepSpeed; set optimizer: adamw, or launch without DeepSpeed"
-        )
+    check_optimizer(config.optimizer, {"distributed_type": "DEEPSPEED"})
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 2:
         raise UserError(f"ZeRO stage {zero.get('stage')} is not supported; set zero_stage: 2 in the launch's YAML")

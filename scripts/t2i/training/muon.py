@@ -127,5 +127,6 @@ def _newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
             gram, product = x @ x.mT, None
         polynomial = linear * identity + cubic * gram + quintic * (gram @ gram)
         product = polynomial if product is None else polynomial @ product
-        gram = polynomial @ gram @ polynomial
+        if step + 1 not in (RESTART, STEPS):  # There the next Gram matrix is computed anew, or none is needed.
+            gram = polynomial @ gram @ polynomial
     return product @ x
