@@ -118,6 +118,7 @@ LIGHT = (
     "run_lock",
     "runs",
     "evaluation.figures",
+    "evaluation.verdict",
     "hub.model_card",
     "pictures.axes",
     "pictures.png",
