@@ -5,13 +5,12 @@ by `verdict_of`, so all of them say the same. This module imports no torch.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from t2i.evaluation.figures import percent, wilson, words
-from t2i.runs import checkpoint_step
 
 TOPICS = {"right": "Follows its prompts", "copies": "Copies of training images", "best": "Best setting"}
 NAME_CHARACTERS = 60  # longest name from a file within a sentence
@@ -61,7 +60,7 @@ def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Ch
     if close[0]["prompt_following"] or close[0]["clip_score"]:
         ranked = sorted(
             close,
-            key=lambda result: (sweep_score(result), checkpoint_step(Path(result["checkpoint"])) or 0),
+            key=lambda result: (sweep_score(result), _step(result["checkpoint"])),
             reverse=True,
         )
         return Choice(ranked[0], FOLLOWING if close[0]["prompt_following"] else CLIP, ranked[1:], lowest)
@@ -311,6 +310,12 @@ def _shown(value: float, key: str) -> str:
 
 def _setting(result: Mapping[str, Any]) -> str:
     return f"{_name(result['checkpoint'])} at guidance scale {float(result['guidance_scale']):g}"
+
+
+def _step(checkpoint: str) -> int:
+    """Return the step in a checkpoint's name, or 0. The name comes from a file, so it never becomes part of a path."""
+    name = re.fullmatch(r"checkpoint-([0-9]{1,15})", checkpoint)
+    return int(name[1]) if name else 0
 
 
 def _name(value: Any) -> str:
