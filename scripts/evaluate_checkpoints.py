@@ -5,6 +5,9 @@ python scripts/evaluate_checkpoints.py --model outputs/demo/unet
 Each checkpoint draws pictures for the same few prompts at each guidance scale. The best pair of checkpoint and guidance
 scale is chosen on a few prompts, and reported on other prompts. The script writes evaluation/ into the run folder, and
 the model card into the run's pipeline/.
+
+With --report, the script also writes evaluation/report.html, one file that can be mailed. For a finished evaluation, the
+script then only writes this file.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.command_line import option
-from t2i.config import EvaluateConfig, Recipe, load_recipe, parse
+from t2i.config import EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse
 from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
@@ -103,8 +106,11 @@ def main() -> None:
         print(f"reusing the finished evaluation in {folder}")
         print_sweep(state.state["cells"])
         print_verdict(verdict_of(state.state))
+        if config.report:
+            save_report(run, state.state, splits.train, trained)
         return
     folder.mkdir(exist_ok=True)
+    (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
 
     # classifier
     kind = kind_of(splits)
@@ -148,7 +154,7 @@ def main() -> None:
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, best["guidance_scale"]),
     }
-    results = {"report": report, "cells": sweep_results, "prompts": prompts.texts, "sweep": sweep}
+    results: dict[str, Any] = {"report": report, "cells": sweep_results, "prompts": prompts.texts, "sweep": sweep}
     results |= {"readings": readings[sweep_results.index(best)], "verdict": make_verdict(results)}
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
@@ -158,6 +164,8 @@ def main() -> None:
     print_sweep(sweep_results)
     print_report(report, folder)
     print_verdict(results["verdict"])
+    if config.report:
+        save_report(run, results, splits.train, trained)
 
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:
@@ -182,7 +190,9 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
 
     A finished evaluation is reused only if its settings have not changed since.
     """
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
+    settings = {
+        key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset", "report")
+    }
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
     return settings | preset._asdict() if config.preset else settings
@@ -626,6 +636,39 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
             )
             seconds[f"seconds_per_picture_{name}"] = round(time.perf_counter() - start, 3)
     return seconds
+
+
+def save_report(run: Path, results: dict[str, Any], train: Any, trained: TrainUnetConfig) -> None:
+    """Write the HTML report of a finished evaluation, and send it to the training's MLflow run.
+
+    Args:
+        results: content of evaluation.json.
+        train: training split, in which the images nearest to the pictures are looked up.
+        trained: settings of the training.
+    """
+    import numpy as np
+
+    from t2i.evaluation import memorisation, report
+    from t2i.pictures import cells
+    from t2i.tracking.mlflow_tracker import Tracker
+
+    pairs = []
+    thumbnails = memorisation.pixel_embedding(train.pixels)
+    for planned in report.wall_cells(run, results) if len(train) > 1 else ():
+        drawn = cells.read_cell(planned.run, planned.model_hash, planned.cell) if planned.made else None
+        if drawn is None:
+            continue
+        picture = np.asarray(drawn)
+        ((row, distance),) = memorisation.nearest_images(picture, thumbnails, 1)
+        caption = str(train.rows[row].get("caption") or "")
+        pairs.append(report.Pair(picture, np.asarray(train.pixels[row]), distance, planned.cell.prompt, caption))
+    pairs.sort(key=lambda pair: pair.distance)
+    path = report.write_report(run, results, pairs)
+    print(f"report in one file: {path}")
+    if trained.report_to == "mlflow":
+        tracker = Tracker(run, experiment=trained.experiment, run_name=run.name, config={})
+        tracker.log_artifact(path)
+        tracker.finish()
 
 
 def save_grid(pictures: "np.ndarray", path: Path, count: int = 32) -> None:
