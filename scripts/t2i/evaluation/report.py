@@ -41,11 +41,12 @@ p { margin: 0.2rem 0; } .verdict, .wall, .pairs, .curves { display: grid; gap: 0
 .verdict { grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
 .wall { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 .pairs, .curves { grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
-figure { margin: 0; } figcaption, td, th { font-size: 0.85rem; overflow-wrap: anywhere; }
+figure { margin: 0; } figcaption, td, th { font-size: 0.85rem; } figcaption { overflow-wrap: anywhere; }
 img { width: 100%; display: block; box-sizing: border-box; border: 3px solid transparent; border-radius: 4px; }
 .miss img { border-color: #d9480f; } .best img { border-color: #1971c2; }
 .two { display: grid; grid-template-columns: 1fr 1fr; } .wrong { font-weight: 600; } .right { opacity: 0.75; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; } td, th { padding: 0.2rem 0.6rem 0.2rem 0; text-align: left; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; }
+td, th { padding: 0.2rem 0.6rem 0.2rem 0; text-align: left; max-width: 40rem; overflow-wrap: break-word; }
 .grid td { width: 9rem; min-width: 5rem; padding: 2px; vertical-align: top; }
 svg { width: 100%; height: auto; } polyline { fill: none; stroke: #1971c2; stroke-width: 1.5; }
 text { font-size: 11px; fill: currentColor; }
@@ -183,7 +184,9 @@ def _sweep(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> It
     samples = cells.Axis("sample", _spread(evaluated.samples.values, GRID_PROMPTS))
     planned = cells.plan(run, "", evaluated.cell, [scales, checkpoints, samples])
     for tab, (prompt, _) in enumerate(samples.values):
-        lines = [tag("tr", tag("th"), *(tag("th", f"{scale:g}") for scale in scales.values))]
+        lines = [
+            tag("tr", tag("th", "checkpoint \\ guidance scale"), *(tag("th", f"{scale:g}") for scale in scales.values))
+        ]
         for row, checkpoint in enumerate(checkpoints.values):
             here = [one for one in planned if one.at[:2] == (tab, row)]
             drawn = [
