@@ -356,6 +356,8 @@ class EvaluateConfig:
     # facebook/dinov2-small. With None, no network judges.
     judge_network: Annotated[PathText | None, _alias("kid_network")] = JUDGE
     clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. With None, leave the CLIP score out.
+    # Also write evaluation/report.html: one file that holds the evaluation and opens without a network.
+    report: Flag = False
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 from t2i.config import Recipe, load_recipe
 from t2i.errors import UserError
 from t2i.evaluation.figures import percent
+from t2i.evaluation.verdict import TOPICS, verdict_of
 from t2i.files import read_json, read_object, write_text
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
@@ -130,6 +131,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         guidance_end=end if (end := _number(report.get("guidance_end"))) is not None and end < 1 else None,
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
+        verdict=_verdict(evaluation),
         figures=_figures(result, report, vae_run),
         protocol=_protocol(result, report),
         following=_following(report),
@@ -352,6 +354,15 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
     rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
+
+
+def _verdict(evaluation: dict[str, Any] | None) -> dict[str, str]:
+    """Return the sentences of the evaluation's verdict by their titles, or {} without a verdict."""
+    verdict = verdict_of(evaluation)
+    sentences = verdict["sentences"] if verdict else {}
+    return {
+        TOPICS[topic]: " ".join(map(escape_markdown, texts)) for topic, texts in sentences.items() if topic in TOPICS
+    }
 
 
 def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:

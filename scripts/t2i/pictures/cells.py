@@ -761,6 +761,19 @@ class EvaluatedGrid:
         return self.checkpoints, self.guidance_scales, self.samples
 
 
+def best_cells(run: Path, evaluated: EvaluatedGrid, report: Any) -> list[PlannedCell]:
+    """Plan the pictures of all evaluated prompts at the checkpoint and guidance scale that the evaluation chose.
+
+    Args:
+        report: "report" in evaluation.json. If it names no usable pair, there are no pictures.
+    """
+    try:
+        cell = replace(evaluated.cell, guidance_scale=float(report["guidance_scale"]))
+        return plan(run, str(report["checkpoint"]), cell, [evaluated.samples])
+    except (KeyError, TypeError, ValueError, UserError):
+        return []
+
+
 def evaluated_grid(run: Path) -> EvaluatedGrid | None:
     """Return the grid of a run's evaluation, or None if the run was not evaluated."""
     try:
