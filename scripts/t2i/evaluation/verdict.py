@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2i.evaluation.figures import percent, wilson, words
+from t2i.evaluation.figures import Z, percent, wilson, words
 
 TOPICS = {"right": "Follows its prompts", "copies": "Copies of training images", "best": "Best setting"}
 NAME_CHARACTERS = 60  # longest name from a file within a sentence
@@ -261,15 +261,14 @@ def _best(
     better = "lower is better" if choice.key == DISTANCE else "higher is better"
     sentences.append(f"{chosen[0].upper()}{chosen[1:]}: {_shown(value, choice.key)} ({better}).")
     sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {_shown(other, choice.key)}.")
-    limit = _limit(best, choice.key, pictures)
+    limit = _limit(best, choice.rivals[0], choice.key, pictures)
     gap = abs(value - other)
     if limit is not None:
-        measure = "standard error" if choice.key == DISTANCE else "interval"
         known = f"{limit:.1f}" if choice.key == DISTANCE else f"{100 * limit:.1f} percentage points"
         sentences.append(
-            f"The difference is larger than the {measure} ({known})."
+            f"The difference is larger than chance explains ({known})."
             if gap > limit
-            else f"The difference is not larger than the {measure} ({known}), so both may be equally good."
+            else f"Chance alone explains a difference of up to {known}, so both may be equally good."
         )
     runner_up = choice.rivals[0]
     return figures | {
@@ -290,17 +289,16 @@ def _value(result: Mapping[str, Any], key: str) -> float:
     return float(result["judge"]["kernel_distance"]) if key == DISTANCE else sweep_score(result)
 
 
-def _limit(result: Mapping[str, Any], key: str, pictures: int) -> float | None:
-    """Return the difference below which a figure cannot tell two results apart.
+def _limit(result: Mapping[str, Any], other: Mapping[str, Any], key: str, pictures: int) -> float | None:
+    """Return the largest difference between two results that chance alone explains in 95 % of cases.
 
-    This is the standard error of a kernel distance, and for prompt following the distance to the lower end of its interval
-    of 95 %. The CLIP score has no known error.
+    It joins the intervals of both results, as of independent pictures. The CLIP score has no known interval.
     """
     if key == DISTANCE:
-        return float(result["judge"]["standard_error"])
+        return Z * math.hypot(*(float(one["judge"]["standard_error"]) for one in (result, other)))
     if key == FOLLOWING:
-        share = sweep_score(result)
-        return share - wilson(share, pictures)[0]
+        shares = [sweep_score(one) for one in (result, other)]
+        return math.hypot(*((high - low) / 2 for low, high in (wilson(share, pictures) for share in shares)))
     return None
 
 
