@@ -107,7 +107,7 @@ def main() -> None:
         print_sweep(state.state["cells"])
         print_verdict(verdict_of(state.state))
         if config.report:
-            save_report(run, state.state, splits.train, trained)
+            save_report(run, state.state, splits.train, pixel_embedding(splits.train.pixels), trained)
         return
     folder.mkdir(exist_ok=True)
     (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
@@ -165,7 +165,7 @@ def main() -> None:
     print_report(report, folder)
     print_verdict(results["verdict"])
     if config.report:
-        save_report(run, results, splits.train, trained)
+        save_report(run, results, splits.train, thumbnails, trained)
 
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:
@@ -638,12 +638,13 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
     return seconds
 
 
-def save_report(run: Path, results: dict[str, Any], train: Any, trained: TrainUnetConfig) -> None:
+def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any, trained: TrainUnetConfig) -> None:
     """Write the HTML report of a finished evaluation, and send it to the training's MLflow run.
 
     Args:
         results: content of evaluation.json.
         train: training split, in which the images nearest to the pictures are looked up.
+        thumbnails: `pixel_embedding` of its images.
         trained: settings of the training.
     """
     import numpy as np
@@ -653,7 +654,6 @@ def save_report(run: Path, results: dict[str, Any], train: Any, trained: TrainUn
     from t2i.tracking.mlflow_tracker import Tracker
 
     pairs = []
-    thumbnails = memorisation.pixel_embedding(train.pixels)
     for planned in report.wall_cells(run, results) if len(train) > 1 else ():
         drawn = cells.read_cell(planned.run, planned.model_hash, planned.cell) if planned.made else None
         if drawn is None:

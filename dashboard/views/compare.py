@@ -15,11 +15,11 @@ from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, 
 from helpers.grid_table import show_grid
 from helpers.page_texts import show_empty_state, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
-from helpers.run_files import best_scale, flatten, is_finite, read_or_warn, sweep_results
+from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 
 from t2i.errors import UserError
-from t2i.evaluation.figures import figure, percent
+from t2i.evaluation.figures import figure, figure_text, flatten
 from t2i.pictures import cells
 from t2i.tracking.curves import Curve, read_folder
 
@@ -214,16 +214,9 @@ def show_evaluation(name: str, run: Path) -> None:
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         count = report.get("prompts")
-        table = [(figure(key).name, report_text(key, value, count)) for key, value in flatten(report).items()]
+        table = [(figure(key).name, figure_text(key, value, count)) for key, value in flatten(report).items()]
         st.dataframe(pd.DataFrame(table, columns=["figure", "value"]), hide_index=True, placeholder="–")
         show_file(run / "evaluation", "report.png")
-
-
-def report_text(key: str, value: Any, count: Any) -> str:
-    """Return a figure of the report as text. A share of its `count` pictures has its interval."""
-    if figure(key).is_share and is_finite(value):
-        return percent(value, count if isinstance(count, int) else None)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_judge(report: dict[str, Any]) -> None:

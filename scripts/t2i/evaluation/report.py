@@ -16,9 +16,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from t2i.evaluation.figures import figure, percent
+from t2i.evaluation.figures import figure, figure_text, flatten
 from t2i.evaluation.verdict import TOPICS, is_setting, outcome, verdict_of
-from t2i.files import read_json, write_text
+from t2i.files import read_optional, write_text
 from t2i.hub.model_card import one_line
 from t2i.pictures import cells
 from t2i.redaction import public_yaml, redact_config
@@ -171,7 +171,7 @@ def _sweep(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> It
             *dict.fromkeys(key for row in flat for key in row if key.startswith("prompt_following.")),
             "clip_score.mean", "memorisation.copies"]  # fmt: skip
     keys = [key for key in keys if any(row.get(key) is not None for row in flat)]
-    rows = [[_value(key, row.get(key)) for key in keys] for row in flat]
+    rows = [[figure_text(key, row.get(key)) for key in keys] for row in flat]
     yield _table([figure(key).name for key in keys], rows)
     evaluated = cells.evaluated_grid(run)
     if evaluated is None:
@@ -262,15 +262,17 @@ def _curve(name: str, curve: Curve) -> Html | None:
 def _tables(run: Path, evaluation: Mapping[str, Any]) -> Iterator[Html]:
     """Yield the tables of the report's figures, of provenance and of settings."""
     report = evaluation["report"]
-    values = [[figure(key).name, _value(key, value, report.get("prompts"))] for key, value in flatten(report).items()]
-    state, identity = _read(run / "run.json"), _read(run / "evaluation" / "run.json").get("identity")
+    values = [
+        [figure(key).name, figure_text(key, value, report.get("prompts"))] for key, value in flatten(report).items()
+    ]
+    state, identity = read_optional(run / "run.json"), read_optional(run / "evaluation" / "run.json").get("identity")
     known = {key: state[key] for key in STATE_KEYS if state.get(key) is not None}
-    provenance = flatten(redact_config(_read(run / "provenance.json") | known))
+    provenance = flatten(redact_config(read_optional(run / "provenance.json") | known))
     settings = flatten(redact_config(identity)) if isinstance(identity, dict) else {}
     for title, rows in (
         ("Figures", values),
-        ("Provenance", [[key, _value("", value)] for key, value in provenance.items()]),
-        ("Settings of the evaluation", [[key, _value("", value)] for key, value in settings.items()]),
+        ("Provenance", [[key, figure_text("", value)] for key, value in provenance.items()]),
+        ("Settings of the evaluation", [[key, figure_text("", value)] for key, value in settings.items()]),
     ):
         yield tag("h2", title)
         yield _table([], rows[:ROWS])
@@ -288,28 +290,10 @@ def wall_cells(run: Path, evaluation: Mapping[str, Any]) -> list[cells.PlannedCe
     return cells.best_cells(run, evaluated, evaluation.get("report")) if evaluated else []
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dictionary as one row, with keys such as `memorisation.share_closer`."""
-    row: dict[str, Any] = {}
-    for key, value in values.items():
-        row |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return row
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
     lines = [tag("tr", *(tag("th", _text(word)) for word in head))] if head else []
     lines += [tag("tr", *(tag("td", _text(word)) for word in row)) for row in rows]
     return tag("div", tag("table", *lines), class_="scroll")
-
-
-def _value(key: str, value: Any, count: Any = None) -> str:
-    """Return a figure as text: a share with its interval if its `count` of pictures is known."""
-    if value is None:
-        return "–"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and figure(key).is_share:
-        return percent(value, count if isinstance(count, int) else None)
-    return f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
 def _image(planned: cells.PlannedCell, side: int, kind: str) -> Html | None:
@@ -336,9 +320,3 @@ def _spread(values: Sequence[Any], count: int) -> tuple[Any, ...]:
 
 def _text(value: Any) -> str:
     return one_line(value, TEXT_CHARACTERS)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file, or {} if the file is missing or holds none."""
-    value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
