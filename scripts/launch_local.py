@@ -2,8 +2,8 @@
 
 python scripts/launch_local.py --config_file accelerate_configs/cpu.yaml scripts/train_unet.py …
 
-On Ctrl-C this launcher waits until the training has saved a checkpoint. On Ctrl-C, `accelerate launch` itself would end
-at once.
+On Ctrl-C or SIGTERM this launcher waits until the training has saved a checkpoint. `accelerate launch` itself would end at
+once.
 """
 
 import signal
@@ -23,7 +23,8 @@ def main() -> None:
 
     options = launch_command_parser().parse_args()
     options.quiet = False  # --quiet would hide the exit code
-    signal.signal(signal.SIGINT, pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
     try:
         launch_command(options)
     except subprocess.CalledProcessError as error:
@@ -36,8 +37,8 @@ def main() -> None:
 
 
 def pass_on(number: int, frame: Any) -> None:
-    """Forward a signal to the training, unless the terminal has already sent it to all processes."""
-    if not sys.stdin.isatty():
+    """Forward a signal to the training, unless it is a Ctrl-C that the terminal has already sent to all processes."""
+    if number != signal.SIGINT or not sys.stdin.isatty():
         for process in psutil.Process().children():
             process.send_signal(number)
 

@@ -52,7 +52,9 @@ SET_HERE = {
     "model": "leave it out",
     "dry_run": "leave it out",
 }
-RESUMABLE = (130, 75)  # exit codes of a stage after Ctrl-C: before its first step, and after saving a checkpoint
+# exit codes of a stage after Ctrl-C or SIGTERM: before its first step, after saving a checkpoint, and ended by the signal
+RESUMABLE = (130, 75, 143, -signal.SIGINT, -signal.SIGTERM)
+EXIT_STOPPED = 75  # as in t2i.training.stopping: the same command resumes
 
 
 @dataclass
@@ -239,7 +241,7 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
     code = wait_for(subprocess.Popen(command))
     if code in RESUMABLE:
         print(f"interrupted while {title}: the same command resumes", file=sys.stderr)
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else EXIT_STOPPED)
     if code:
         raise UserError(
             f"{title} ended with exit code {code}; fix the error above and run the same command again: "
@@ -253,18 +255,19 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
     """Wait for the process of a stage, and return the exit code of the process.
 
-    On Ctrl-C, run_recipe.py waits until the stage, which gets the signal too, has saved its state.
+    On Ctrl-C or SIGTERM, run_recipe.py waits until the stage, which gets the signal too, has saved its state.
     """
 
     def pass_on(number: int, frame: Any) -> None:
-        if not sys.stdin.isatty():  # a terminal sends it to the stage as well
+        if number != signal.SIGINT or not sys.stdin.isatty():  # a terminal sends Ctrl-C to the stage as well
             process.send_signal(number)
 
-    before = signal.signal(signal.SIGINT, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return process.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make_report(folder: Path) -> dict[str, Any]:

@@ -65,6 +65,7 @@ CHILD = """
 import signal, sys, time
 def end(number, frame): time.sleep(0.3); sys.exit(75)
 signal.signal(signal.SIGINT, end)
+signal.signal(signal.SIGTERM, end)
 open(sys.argv[1], "w").close()
 time.sleep(60)
 """
@@ -76,29 +77,31 @@ def wait_for_file(path, seconds=60):
         time.sleep(0.02)
 
 
-def test_ctrl_c_waits_for_the_stage_and_gives_its_exit_code(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_stage_and_gives_its_exit_code(number, tmp_path):
     ready = tmp_path / "ready"
 
     def interrupt():
         wait_for_file(ready)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert run_recipe.wait_for(subprocess.Popen([sys.executable, "-c", CHILD, str(ready)])) == 75
     thread.join()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
-def test_the_launcher_ends_as_the_training_does_and_without_a_traceback(tmp_path, environment):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_launcher_ends_as_the_training_does_and_without_a_traceback(number, tmp_path, environment):
     (tmp_path / "child.py").write_text(CHILD)
     config = ROOT / "accelerate_configs" / "cpu.yaml"
     words = run_recipe.launch([str(config)], "child.py", str(tmp_path / "ready"))
     words[words.index(str(SCRIPTS / "child.py"))] = str(tmp_path / "child.py")
     launcher = subprocess.Popen(words, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for_file(tmp_path / "ready")
-    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(number)
     said = launcher.communicate(timeout=60)[1].decode()
     assert launcher.returncode == 75
     assert "Traceback" not in said
