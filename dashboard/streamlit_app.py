@@ -25,6 +25,7 @@ for folder in (str(HERE), str(HERE.parent / "scripts")):
 PAGES = {
     "compare": "Compare",
     "playground": "Playground",
+    "blind": "Blind test",
     "curves": "Curves",
     "runs": "Runs",
     "data": "Data",

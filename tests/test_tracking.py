@@ -21,7 +21,10 @@ import pytest
 
 from t2i import redaction
 from t2i.errors import UserError
+from t2i.evaluation import preferences
+from t2i.pictures import cells
 from t2i.tracking import addresses, mlflow_client, mlflow_tracker, moved_database, sender, spool
+from test_compare import make_run
 
 SCRIPTS = Path(mlflow_tracker.__file__).parents[2]
 CONFIG = {"data": {"resolution": 64}, "train_unet": {"learning_rate": 1e-4, "betas": [0.9, 0.999]}}
@@ -118,6 +121,25 @@ def test_pictures_carry_the_names_that_mlflow_gives_them(empty_database: Path) -
     assert [shape(name) for name in ours] == [shape(name) for name in theirs]
     tag = "mlflow.loggedImages"
     assert client().get_run(tracker.run_id).data.tags[tag] == client().get_run(other).data.tags[tag]
+
+
+def test_a_blind_tests_result_stands_in_the_run_of_the_first_model(empty_database: Path) -> None:
+    shutil.copy(empty_database, "mlflow.db")
+    run = make_run(Path("outputs/one"))
+    first, second = (
+        cells.plan(run, f"checkpoint-0000{step}0", cells.Cell("", guidance_scale=1.5), [])[0] for step in (2, 1)
+    )
+    preferences.track(first, second, preferences.Count(6, 2, 4), "")
+    (found,) = client().search_runs([client().get_experiment_by_name("t2i").experiment_id])
+    name = "blind_test/one/checkpoint-000010 at 1.5"
+    assert {
+        key: points(found.info.run_id, f"{name}/{key}") for key in ("won", "lost", "no_difference", "share_won")
+    } == {
+        "won": [(20, 6.0)],
+        "lost": [(20, 2.0)],
+        "no_difference": [(20, 4.0)],
+        "share_won": [(20, 0.75)],
+    }
 
 
 def test_a_resumed_run_goes_on_in_the_same_run(empty_database: Path) -> None:

@@ -1,0 +1,277 @@
+"""Two models compared by eye without knowing which is which: a pair of pictures at a time, by keyboard, with a win rate."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import streamlit as st
+from helpers.drawing_jobs import GridJob, running_job
+from helpers.grid_table import show_progress
+from helpers.page_texts import escape, show_empty_state, warn
+from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
+from helpers.run_files import best_checkpoint, best_scale, first_prompt, read_settings, sweep_results
+from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
+
+from t2i.errors import UserError
+from t2i.evaluation import preferences
+from t2i.pictures import cells
+from t2i.pictures.png import PRESETS, fitting_schedulers
+
+MOST_PAIRS = 100  # pairs of pictures of one comparison
+UNEVALUATED_PAIRS = 16  # seeds of the run's own prompt, if no evaluation gives prompts
+LARGE = 384  # pixels per side of a picture on the page
+AS_EVALUATED = "as evaluated"
+SIDES = {"a": "First model", "b": "Second model"}
+MAX_SCALE = 50.0
+
+Pair = tuple[cells.PlannedCell, cells.PlannedCell]
+
+
+def main() -> None:
+    st.title("Blind test")
+    runs = find_runs()
+    if not runs:
+        show_empty_state(
+            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
+        )
+        return
+    st.caption("Which picture is better? The page shows pairs without saying which model drew which, and counts.")
+    models = choose_models(runs)
+    if models is None:
+        return
+    try:
+        pairs = plan_pairs(models)
+    except UserError as error:
+        warn(error)
+        return
+    problem = next((one.problem for pair in pairs for one in pair if one.problem), None)
+    if problem:
+        warn(UserError(problem))
+        return
+    if pairs[0][0].path == pairs[0][1].path:
+        st.text("Both sides are the same model with the same settings. Choose another checkpoint, scale or preset.")
+        return
+    draw_missing(pairs)
+    ask([pair for pair in pairs if all(one.made for one in pair)])
+    show_result(pairs)
+
+
+# --- What is compared ------------------------------------------------------------------------------------------------
+
+
+def choose_models(runs: dict[str, Path]) -> list[tuple[Path, str, cells.Cell]] | None:
+    """Show the widgets of both sides, and return each side's run, checkpoint and settings.
+
+    The result is None while a choice is missing, or if the URL names something that does not exist.
+    """
+    evaluated = [name for name in runs if cells.evaluated_grid(runs[name])] or list(runs)
+    first = {"a": evaluated[0], "b": evaluated[1] if len(evaluated) > 1 else evaluated[0]}
+    gone = {f"{side}_run": gone_names(f"{side}_run", runs) for side in SIDES}
+    names = {side: next(iter(asked(f"{side}_run")), "") or first[side] for side in SIDES}
+    choices: dict[str, str | float] = {}
+    for side, name in names.items():
+        if name in runs and not gone[f"{side}_run"]:
+            choices |= first_choices(runs[name], side, is_second=side == "b" and names["a"] == names["b"])
+    name_choices({f"{side}_run": names[side] for side in SIDES if not gone[f"{side}_run"]} | choices)
+    chosen = []
+    for column, (side, title) in zip(st.columns(len(SIDES), gap="large"), SIDES.items(), strict=True):
+        with column:
+            chosen.append(choose_model(runs, side, title))
+            warn_of_gone(gone[f"{side}_run"], f"{OUTPUTS}/", "choose another run, or restore the folder")
+    models = [one for one in chosen if one is not None]
+    return models if len(models) == len(SIDES) else None
+
+
+def first_choices(run: Path, side: str, is_second: bool) -> dict[str, str | float]:
+    """Return the first values of a side's widgets: the model that the evaluation chose.
+
+    The second side of the same run begins with another checkpoint, or with another evaluated guidance scale.
+    """
+    names, best = checkpoints_of(run), best_checkpoint(run)
+    scale = best_scale(run, cells.evaluated_grid(run))
+    others = [float(row["guidance_scale"]) for row in sweep_results(run) if row["guidance_scale"] != scale]
+    if is_second and others:
+        scale = others[0]
+    elif is_second:
+        best = next((name for name in names if name not in (best, "pipeline")), best)
+    checkpoint = {f"{side}_checkpoint": best} if best else {}
+    return {**checkpoint, f"{side}_scale": min(scale, MAX_SCALE), f"{side}_preset": AS_EVALUATED}
+
+
+def choose_model(runs: dict[str, Path], side: str, title: str) -> tuple[Path, str, cells.Cell] | None:
+    """Show the widgets of a side, and return its run, checkpoint and settings, or None while a choice is missing."""
+    st.selectbox(
+        f"{title}: run", list(runs), None, key=f"{side}_run", bind="query-params", on_change=take_run, args=(side,)
+    )
+    run = runs.get(st.session_state.get(f"{side}_run") or "")
+    if run is None:
+        return None
+    names = checkpoints_of(run)[::-1]
+    one, two, three = st.columns([2, 1, 2])
+    checkpoint = one.selectbox("Checkpoint", names, None, key=f"{side}_checkpoint", bind="query-params")
+    scale = two.number_input(
+        "Guidance scale", 0.0, MAX_SCALE, None, 0.5, "%g", key=f"{side}_scale", bind="query-params"
+    )
+    fitting = fitting_schedulers(cells.schedule_of(run))
+    presets = [AS_EVALUATED, *(name for name, preset in PRESETS.items() if preset.scheduler in fitting)]
+    preset = three.selectbox("Scheduler and steps", presets, None, key=f"{side}_preset", bind="query-params")
+    if checkpoint not in names:
+        st.text("choose a checkpoint" if names else "no complete checkpoint yet; training writes the first one soon")
+        return None
+    evaluated = cells.evaluated_grid(run)
+    settings = evaluated.cell if evaluated else cells.Cell(first_prompt(run))
+    named = PRESETS[preset]._asdict() if preset in PRESETS else {}
+    scale = best_scale(run, evaluated) if scale is None else scale  # the field was emptied
+    return run, checkpoint, replace(settings, guidance_scale=scale, **named)
+
+
+def take_run(side: str) -> None:
+    """Set the widgets that depend on the newly chosen run of a side."""
+    run = find_runs().get(st.session_state[f"{side}_run"] or "")
+    if run is not None:
+        other = st.session_state.get("b_run" if side == "a" else "a_run")
+        is_second = side == "b" and other == st.session_state[f"{side}_run"]
+        st.session_state.update(first_choices(run, side, is_second))
+
+
+def plan_pairs(models: Sequence[tuple[Path, str, cells.Cell]]) -> list[Pair]:
+    """Plan the pictures of both models: the prompts and seeds of an evaluation, otherwise seeds of the first run's prompt.
+
+    Raises:
+        UserError: a model's settings make no picture.
+    """
+    grids = [grid for run, _, _ in models if (grid := cells.evaluated_grid(run))]
+    samples = grids[0].samples.values if grids else [(models[0][2].prompt, seed) for seed in range(UNEVALUATED_PAIRS)]
+    axis = cells.Axis("sample", tuple(samples[:MOST_PAIRS]))
+    first, second = (cells.plan(run, checkpoint, cell, [axis]) for run, checkpoint, cell in models)
+    return list(zip(first, second, strict=True))
+
+
+# --- Drawing, asking, counting ---------------------------------------------------------------------------------------
+
+
+def draw_missing(pairs: Sequence[Pair]) -> None:
+    """Offer to draw the pictures that are missing, and show the progress of their drawing. Finished pairs can be judged."""
+    missing = cells.missing([one for pair in pairs for one in pair])
+    key = ("blind", *(one.path for one in pairs[0]))
+    job: GridJob | None = st.session_state.get("_blind_job") or running_job(key)
+    if job is not None and (job.key != key or job.finished.is_set()):
+        if job.error:
+            warn(UserError(job.error))
+        if job.key != key:
+            job.stopped.set()
+        job = None
+    st.session_state["_blind_job"] = job
+    if job is None and missing:
+        row = st.container(horizontal=True, vertical_alignment="center")
+        whole = sum(one.made and two.made for one, two in pairs)
+        row.text(f"{whole} of {len(pairs)} pairs are drawn", width="content")
+        if row.button(f"Draw the missing {len(missing)} pictures"):
+            job = st.session_state["_blind_job"] = GridJob.start(key, missing)
+    if job is not None:
+        watch(job)
+
+
+def watch(job: GridJob) -> None:
+    @st.fragment(run_every=1)
+    def look() -> None:
+        if job.finished.is_set():
+            st.rerun()
+        show_progress(job)
+
+    look()
+
+
+def ask(pairs: Sequence[Pair]) -> None:
+    """Show a pair that has no answer yet, and the buttons that answer. Order and sides are drawn anew in each session."""
+    if not pairs:
+        return
+    seed = st.session_state.setdefault("_blind_seed", random.randrange(2**32))
+    known = preferences.answers(*pairs[0])
+    order = random.Random(seed).sample(range(len(pairs)), len(pairs))
+    again: tuple[str, int] | None = st.session_state.get("_blind_again")
+    open_pairs = [
+        pairs[number]
+        for number in order
+        if again == at(pairs[number]) or (not again and at(pairs[number]) not in known)
+    ]
+    if not open_pairs:
+        st.success(f"All {len(pairs)} pairs are judged.")
+        return
+    pair = open_pairs[0]
+    is_swapped = random.Random(f"{seed} {at(pair)}").random() < 0.5
+    shown = pair[::-1] if is_swapped else pair
+    st.text(f"“{pair[0].cell.prompt}”")
+    for column, one, name in zip(st.columns([1, 1, 2]), shown, ("left", "right"), strict=False):
+        image = cells.read_cell(one.run, one.model_hash, one.cell)
+        if image is not None:
+            column.image(image, name, width=LARGE, alt=f"{name}: {one.cell.prompt}", output_format="PNG")
+    sides = ("second", "first") if is_swapped else ("first", "second")
+    with st.container(horizontal=True):
+        for label, key, preferred in (
+            ("Left is better", "Left", sides[0]),
+            ("No difference", "Down", "neither"),
+            ("Right is better", "Right", sides[1]),
+        ):
+            st.button(label, shortcut=key, on_click=partial(take_answer, pair, preferred))
+        last = st.session_state.get("_blind_last")
+        st.button("Back", shortcut="Up", on_click=go_back, disabled=last is None, help="Judge the last pair again.")
+    if error := st.session_state.pop("_blind_error", None):
+        warn(error)
+
+
+def at(pair: Pair) -> tuple[str, int]:
+    return pair[0].cell.prompt, pair[0].cell.seed
+
+
+def take_answer(pair: Pair, preferred: str) -> None:
+    try:
+        preferences.record(*pair, preferred)
+    except UserError as error:
+        st.session_state["_blind_error"] = error
+        return
+    st.session_state["_blind_last"] = at(pair)
+    st.session_state.pop("_blind_again", None)
+
+
+def go_back() -> None:
+    st.session_state["_blind_again"] = st.session_state.pop("_blind_last")
+
+
+def show_result(pairs: Sequence[Pair]) -> None:
+    """Show how many pairs are judged, and on demand the share that the first model won, with its interval."""
+    known = preferences.answers(*pairs[0])
+    counted = preferences.count([choice for pair in pairs if (choice := known.get(at(pair)))])
+    st.text(f"{counted.judged} of {len(pairs)} pairs judged")
+    if not counted.judged or not st.toggle("Show the result", key="_blind_result"):
+        return
+    names = [f"{one.run.as_posix().removeprefix(f'{OUTPUTS}/')}/{one.checkpoint}" for one in pairs[0]]
+    for title, name, one, wins in zip(SIDES.values(), names, pairs[0], (counted.first, counted.second), strict=True):
+        st.text(f"{title}, {name} at guidance scale {one.cell.guidance_scale:g}: better in {wins}")
+    st.text(f"No difference: {counted.neither}")
+    if counted.share is not None and counted.interval is not None:
+        low, high = counted.interval
+        words = {"first": "The first model is better.", "second": "The second model is better."}
+        st.markdown(
+            f"The first model wins **{100 * counted.share:.0f} %** of the decided pairs "
+            f"({100 * low:.0f}–{100 * high:.0f} %). "
+            + words.get(counted.winner, "This does not say which model is better: the interval holds 50 %.")
+        )
+    st.caption(escape(f"The answers are kept in {pairs[0][0].run / preferences.FILE}."))
+    if st.button("Record the result in MLflow"):
+        try:
+            with st.spinner("MLflow"):
+                preferences.track(*pairs[0], counted, experiment_of(pairs[0][0].run))
+            st.text("The result stands in the MLflow run of the first model's training.")
+        except UserError as error:
+            warn(error)
+
+
+def experiment_of(run: Path) -> str:
+    section = read_settings(run).get("train_unet")
+    return str(section.get("experiment") or "") if isinstance(section, dict) else ""
+
+
+main()
