@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import streamlit as st
+from helpers.components import data_address, picture_pair
 from helpers.drawing_jobs import GridJob, running_job
 from helpers.grid_table import show_progress
 from helpers.page_texts import escape, show_empty_state, warn
 from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
+from helpers.picture_table import encode_png
 from helpers.run_files import best_checkpoint, best_scale, first_prompt, read_settings, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 
@@ -21,7 +25,6 @@ from t2i.pictures.png import PRESETS, fitting_schedulers
 
 MOST_PAIRS = 100  # pairs of pictures of one comparison
 UNEVALUATED_PAIRS = 16  # seeds of the run's own prompt, if no evaluation gives prompts
-LARGE = 384  # pixels per side of a picture on the page
 AS_EVALUATED = "as evaluated"
 SIDES = {"a": "First model", "b": "Second model"}
 MAX_SCALE = 50.0
@@ -37,10 +40,16 @@ def main() -> None:
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
-    st.caption("Which picture is better? The page shows pairs without saying which model drew which, and counts.")
-    models = choose_models(runs)
-    if models is None:
-        return
+    test = st.container()  # above the models: their widgets come first in this function, as the test depends on them
+    with st.expander("The two models", expanded=False):
+        models = choose_models(runs)
+    if models is not None:
+        with test:
+            show_test(models)
+
+
+def show_test(models: Sequence[tuple[Path, str, cells.Cell]]) -> None:
+    """Show a pair of pictures, the buttons that answer, and the count, or why there are no pairs."""
     try:
         pairs = plan_pairs(models)
     except UserError as error:
@@ -51,8 +60,13 @@ def main() -> None:
         warn(UserError(problem))
         return
     if pairs[0][0].path == pairs[0][1].path:
-        st.text("Both sides are the same model with the same settings. Choose another checkpoint, scale or preset.")
+        st.text(
+            "Both sides are the same model with the same settings. Choose another checkpoint, scale or preset below."
+        )
         return
+    st.caption(
+        "Which picture is better? The page does not say which model drew which picture. You can answer by arrow keys."
+    )
     draw_missing(pairs)
     ask([pair for pair in pairs if all(one.made for one in pair)])
     show_result(pairs)
@@ -102,21 +116,20 @@ def first_choices(run: Path, side: str, is_second: bool) -> dict[str, str | floa
 
 def choose_model(runs: dict[str, Path], side: str, title: str) -> tuple[Path, str, cells.Cell] | None:
     """Show the widgets of a side, and return its run, checkpoint and settings, or None while a choice is missing."""
-    st.selectbox(
-        f"{title}: run", list(runs), None, key=f"{side}_run", bind="query-params", on_change=take_run, args=(side,)
-    )
+    options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params"}
+    st.selectbox(f"{title}: run", list(runs), key=f"{side}_run", on_change=take_run, args=(side,), **options)
     run = runs.get(st.session_state.get(f"{side}_run") or "")
     if run is None:
         return None
     names = checkpoints_of(run)[::-1]
     one, two, three = st.columns([2, 1, 2])
-    checkpoint = one.selectbox("Checkpoint", names, None, key=f"{side}_checkpoint", bind="query-params")
+    checkpoint = one.selectbox("Checkpoint", names, key=f"{side}_checkpoint", **options)
     scale = two.number_input(
         "Guidance scale", 0.0, MAX_SCALE, None, 0.5, "%g", key=f"{side}_scale", bind="query-params"
     )
     fitting = fitting_schedulers(cells.schedule_of(run))
     presets = [AS_EVALUATED, *(name for name, preset in PRESETS.items() if preset.scheduler in fitting)]
-    preset = three.selectbox("Scheduler and steps", presets, None, key=f"{side}_preset", bind="query-params")
+    preset = three.selectbox("Scheduler and steps", presets, key=f"{side}_preset", **options)
     if checkpoint not in names:
         st.text("choose a checkpoint" if names else "no complete checkpoint yet; training writes the first one soon")
         return None
@@ -204,10 +217,13 @@ def ask(pairs: Sequence[Pair]) -> None:
     is_swapped = random.Random(f"{seed} {at(pair)}").random() < 0.5
     shown = pair[::-1] if is_swapped else pair
     st.text(f"“{pair[0].cell.prompt}”")
-    for column, one, name in zip(st.columns([1, 1, 2]), shown, ("left", "right"), strict=False):
+    data = {}
+    for side, one in zip(("left", "right"), shown, strict=True):
         image = cells.read_cell(one.run, one.model_hash, one.cell)
-        if image is not None:
-            column.image(image, name, width=LARGE, alt=f"{name}: {one.cell.prompt}", output_format="PNG")
+        # Stored files name their model, so the browser gets the pixels alone.
+        source = data_address(encode_png(np.asarray(image))) if image else ""
+        data[side] = {"source": source, "alt": f"{side}: {one.cell.prompt}", "label": side}
+    picture_pair({"mode": "side by side", **data}, key="_blind_pair")
     sides = ("second", "first") if is_swapped else ("first", "second")
     with st.container(horizontal=True):
         for label, key, preferred in (
