@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
 from conftest import ROOT, TINY, WARM, warm_start
-from test_compare import make_run
+from test_compare import PROMPTS, make_run
 
 expect.set_options(timeout=30_000)
 pytestmark = pytest.mark.skipif(
@@ -230,6 +230,27 @@ def test_an_address_names_all_choices_and_shows_the_same_beside_newer_runs(visit
     other.reload()
     settle(other)
     expect(other.get_by_role("heading", level=1)).to_have_text("Runs")
+
+
+def test_the_blind_test_is_answered_by_arrow_keys_and_says_no_names(visit, painted):
+    at, folder = painted
+    models = {"a_run": "one", "a_checkpoint": "checkpoint-000020", "b_run": "one", "b_checkpoint": "checkpoint-000010"}
+    page = visit("blind", models | {"a_scale": "3", "b_scale": "3"}, at=at, width="narrow")
+    expect(page.locator(".pair img")).to_have_count(2)
+    assert page.get_by_text("Left is better").bounding_box()["y"] < WIDTHS["narrow"][1]  # in sight without scrolling
+    assert "checkpoint" not in page.locator("[data-testid=stMain]").inner_text()
+    shown = page.get_by_text(re.compile("^“"))
+    first = shown.inner_text()
+    second = next(prompt for prompt in (f"“{prompt}”" for prompt in PROMPTS) if prompt != first)
+    for key, then in (("ArrowRight", second), ("ArrowUp", first), ("ArrowDown", second)):
+        page.keyboard.press(key)
+        expect(shown).to_have_text(then)
+        settle(page)
+    expect(page.get_by_text("1 of 2 pairs judged")).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_text("All 2 pairs are judged.")).to_be_visible()
+    rows = (folder / "outputs" / "one" / "preferences.jsonl").read_text().splitlines()
+    assert [json.loads(row)["preferred"] == "neither" for row in rows] == [False, True, False]
 
 
 def test_curves_of_two_runs_stand_beside_the_pictures_and_a_point_chooses_its_checkpoint(visit):
