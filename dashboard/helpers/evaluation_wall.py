@@ -13,6 +13,7 @@ from helpers.picture_table import stored_address
 from helpers.run_files import read_or_warn
 from t2i.evaluation.verdict import TOPICS, outcome, verdict_of
 from t2i.pictures import cells
+from t2i.runs import run_title
 
 
 def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
@@ -50,7 +51,7 @@ def show_verdict(run: Path, evaluation: dict[str, Any]) -> None:
         )
     report = folder / "report.html"
     if report.is_file() and report.resolve().parent == folder.resolve():  # no link to another file
-        name = f"{run.name}-report.html"
+        name = f"{run_title(run)}-report.html"
         st.download_button("Report as one file", partial(read_file, report), name, "text/html", on_click="ignore")
 
 

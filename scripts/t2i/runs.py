@@ -125,6 +125,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def run_title(run: Path) -> str:
+    """Return the name of a run for people: that of its folder, or of the folder that `run_recipe.py` made around it."""
+    folder = run.resolve()
+    return folder.parent.name or folder.name if folder.name == "unet" else folder.name
+
+
 def checkpoint_step(folder: Path) -> int | None:
     """Return the step of a checkpoint that the run itself wrote (`checkpoint-000500`: 500), or None for any other folder.
 

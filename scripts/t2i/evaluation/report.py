@@ -22,6 +22,7 @@ from t2i.files import read_optional, write_text
 from t2i.hub.model_card import one_line
 from t2i.pictures import cells
 from t2i.redaction import public_yaml, redact_config
+from t2i.runs import run_title
 from t2i.tracking.curves import Curve, read_folder, thin
 
 NAME = "report.html"
@@ -95,7 +96,7 @@ def page(run: Path, evaluation: Mapping[str, Any], pairs: Sequence[Pair], side: 
         side: longest side of the pictures in pixels. Smaller pictures keep their size.
         kind: format of the pictures, "PNG" or "JPEG".
     """
-    name = _text(run.resolve().name)
+    name = _text(run_title(run))
     sections = [
         tag("h1", f"Evaluation of {name}"),
         *_verdict(evaluation),

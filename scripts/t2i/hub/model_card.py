@@ -21,6 +21,7 @@ from t2i.evaluation.verdict import TOPICS, verdict_of
 from t2i.files import read_object, read_optional, write_text
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
+from t2i.runs import run_title
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"
@@ -89,7 +90,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     training = _training(recipe, result, provenance)
     inference = _inference(recipe, report)
     rows = {**details, **training, **inference}
-    name = one_line(recipe.train_unet.run_name or run.resolve().name) or "text-to-image"
+    name = one_line(recipe.train_unet.run_name or run_title(run)) or "text-to-image"
     dataset = one_line(provenance.get("dataset") or _last_part(recipe.data.dataset))
     hub = dataset_id(recipe, provenance)
     gallery = publication.gallery if publication else []
