@@ -567,8 +567,18 @@ def measure(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompt
         "memorisation": {name: value for name, value in copies.items() if isinstance(value, float)} or None,
         "diversity": metrics.diversity(memorisation.pixel_embedding(pictures), study.memory.unseen) if enough else None,
         "judge": judged,
+        "clipped": clipped_colors(study, pictures),
         "clip_score": metrics.clip_score(pictures, prompts.texts, study.recipe.evaluate.clip),
     }
+
+
+def clipped_colors(study: Study, pictures: "np.ndarray") -> dict[str, float] | None:
+    """Return the share of clipped colors in the pictures and in unseen real images. Drawings have flat colors: None."""
+    from t2i.evaluation import metrics
+
+    if study.kind == "drawn" or not len(study.unseen):
+        return None
+    return {"pictures": metrics.clipped_share(pictures), "real": metrics.clipped_share(study.unseen)}
 
 
 def read_pictures(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompts) -> list[dict[str, Any]]:

@@ -269,3 +269,13 @@ def test_no_figure_chooses_that_noise_or_a_copy_would_win() -> None:
     assert figures.figure("judge.kernel_distance").better == "lower"
     known = figures.figure("prompt_following.petal_color")
     assert (known.name, known.better, known.is_share) == ("prompt following, petal color", "higher", True)
+
+
+def test_clipped_colors_are_those_near_black_or_white():
+    pictures = np.full((2, 4, 4, 3), 128, np.uint8)
+    assert metrics.clipped_share(pictures) == 0
+    pictures[0, :, :, 0] = 255
+    pictures[0, :2, :, 1] = 5
+    assert metrics.clipped_share(pictures) == (16 + 8) / 96
+    pictures[1, :, :, 2] = 6  # not near enough
+    assert metrics.clipped_share(pictures) == 24 / 96

@@ -50,6 +50,8 @@ FIGURES = {
     r"memorisation\.share_closer": Figure("closer to a training image than 99% of unseen images", is_share=True),
     r"memorisation\.median_ratio": Figure("distance to training images, relative to unseen images"),
     r"memorisation\.probability_closer": Figure("chance to be nearer to a training image than an unseen image is"),
+    r"clipped\.pictures": Figure("clipped colors"),
+    r"clipped\.real": Figure("clipped colors of unseen real images"),
     r"diversity\.ratio": Figure("diversity relative to real images"),
     r"diversity\.generated": Figure("distance between pictures"),
     r"diversity\.real": Figure("distance between real images"),

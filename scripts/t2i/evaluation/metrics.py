@@ -1,4 +1,4 @@
-"""Metrics of pictures: diversity, PSNR, SSIM and CLIP score.
+"""Metrics of pictures: diversity, PSNR, SSIM, clipped colors and CLIP score.
 
 Pictures are uint8 arrays [N, H, W, 3] (RGB, 0 to 255) unless a function says otherwise. This module needs no
 torchvision.
@@ -109,6 +109,14 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
 
 
 @torch.no_grad()
+def clipped_share(pictures: np.ndarray) -> float:
+    """Return the share of color values near black or white, at most 5 or at least 250.
+
+    Strong guidance drives colors to these ends: pictures become glaring, which the features of a network hardly notice.
+    """
+    return float(((pictures <= 5) | (pictures >= 250)).mean())
+
+
 def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.PathLike | None) -> dict[str, Any] | None:
     """Measure the CLIP score: mean of 100 * max(cosine(picture, prompt), 0) over pairs.
 

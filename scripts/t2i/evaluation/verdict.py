@@ -16,7 +16,13 @@ TOPICS = {"right": "Follows its prompts", "copies": "Copies of training images",
 NAME_CHARACTERS = 60  # longest name from a file within a sentence
 CONTROL = 0.9  # With a smaller share of control images found, the test for copies overlooks copies.
 DISTANCE, FOLLOWING, CLIP, LOSS = "judge.kernel_distance", "prompt_following", "clip_score.mean", "val_loss"
-NAMES = {FOLLOWING: "prompt following", CLIP: "the CLIP score", DISTANCE: "the kernel distance to real images"}
+CLIPPED = "clipped.pictures"
+NAMES = {
+    FOLLOWING: "prompt following",
+    CLIP: "the CLIP score",
+    DISTANCE: "the kernel distance to real images",
+    CLIPPED: "the share of clipped colors",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Choice:
 
     Attributes:
         best: the chosen result.
-        key: the figure that chose: `DISTANCE`, `FOLLOWING`, `CLIP` or `LOSS`.
+        key: the figure that chose: `DISTANCE`, `FOLLOWING`, `CLIP`, `CLIPPED` or `LOSS`.
         rivals: the other results that this figure compared, the best of them first.
         lowest: the result with the lowest kernel distance, if the judge only narrowed the choice. Otherwise None.
     """
@@ -39,10 +45,14 @@ class Choice:
 def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Choice:
     """Choose the best checkpoint and guidance scale of a sweep.
 
-    The judge's kernel distance chooses the best checkpoint and scale. Among the pairs within a standard error of the
-    lowest distance, prompt following (or else the CLIP score) decides, and then the later checkpoint. Without a judge,
-    only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has the guidance
-    scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
+    The judge's kernel distance chooses the best checkpoint and scale. Distances of photos fall as guidance grows, while
+    colors become glaring. So among the pairs whose distance is not measurably higher than the lowest, the share of clipped
+    colors decides: the nearest to that of real images is the best.
+
+    Drawings have no such share. Among their pairs within a standard error of the lowest distance, prompt following (or
+    else the CLIP score) decides, and then the later checkpoint. Without a judge, only prompt following or the CLIP score
+    chooses the best pair. If nothing was measured, the result has the guidance scale nearest to the recipe's, and the
+    checkpoint with the lowest validation loss.
 
     Args:
         sweep_results: figures of each pair of checkpoint and guidance scale, at least one pair.
@@ -51,6 +61,12 @@ def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Ch
     close, lowest = list(sweep_results), None
     if sweep_results[0]["judge"]:
         near = sorted(sweep_results, key=lambda result: float(result["judge"]["kernel_distance"]))
+        if all(result.get("clipped") for result in near):
+            alike = [result for result in near if _distance(result) - _distance(near[0]) <= _chance(result, near[0])]
+            alike.sort(key=lambda result: abs(result["clipped"]["pictures"] - result["clipped"]["real"]))
+            if len(alike) == 1:
+                return Choice(near[0], DISTANCE, near[1:])
+            return Choice(alike[0], CLIPPED, alike[1:], near[0])
         limit = near[0]["judge"]["kernel_distance"] + near[0]["judge"]["standard_error"]
         close = [result for result in sweep_results if result["judge"]["kernel_distance"] <= limit]
         is_scored = bool(close[0]["prompt_following"] or close[0]["clip_score"])
@@ -72,6 +88,15 @@ def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Ch
         ),
     )
     return Choice(ranked[0], LOSS, ranked[1:])
+
+
+def _distance(result: Mapping[str, Any]) -> float:
+    return float(result["judge"]["kernel_distance"])
+
+
+def _chance(result: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Return the largest difference of two kernel distances that chance alone explains in 95 % of cases."""
+    return Z * math.hypot(*(float(one["judge"]["standard_error"]) for one in (result, other)))
 
 
 def sweep_score(result: Mapping[str, Any]) -> float:
@@ -251,14 +276,16 @@ def _best(
     if choice.lowest:
         judged = choice.lowest["judge"]
         distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}"
+        near = "no farther than chance explains from" if choice.key == CLIPPED else "within the standard error of"
         sentences.append(
-            f"{len(choice.rivals) + 1} pairs lie within the standard error of the lowest kernel distance "
-            f"to real images ({distance})."
+            f"{len(choice.rivals) + 1} pairs lie {near} the lowest kernel distance to real images ({distance})."
         )
     value, other = _value(best, choice.key), _value(choice.rivals[0], choice.key)
     among = "Among them, " if choice.lowest else ""
     chosen = f"{among}{NAMES[choice.key]} chose it"
-    better = "lower is better" if choice.key == DISTANCE else "higher is better"
+    better = {DISTANCE: "lower is better", CLIPPED: f"real images: {percent(_real(best))}"}.get(
+        choice.key, "higher is better"
+    )
     sentences.append(f"{chosen[0].upper()}{chosen[1:]}: {_shown(value, choice.key)} ({better}).")
     sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {_shown(other, choice.key)}.")
     limit = _limit(best, choice.rivals[0], choice.key, pictures)
@@ -286,7 +313,14 @@ def _best(
 
 
 def _value(result: Mapping[str, Any], key: str) -> float:
-    return float(result["judge"]["kernel_distance"]) if key == DISTANCE else sweep_score(result)
+    if key == CLIPPED:
+        return float(result["clipped"]["pictures"])
+    return _distance(result) if key == DISTANCE else sweep_score(result)
+
+
+def _real(result: Mapping[str, Any]) -> float:
+    """Return the share of clipped colors in real images, 0 to 1; 0 if it was not measured."""
+    return float((result.get("clipped") or {}).get("real") or 0.0)
 
 
 def _limit(result: Mapping[str, Any], other: Mapping[str, Any], key: str, pictures: int) -> float | None:
@@ -295,7 +329,7 @@ def _limit(result: Mapping[str, Any], other: Mapping[str, Any], key: str, pictur
     It joins the intervals of both results, as of independent pictures. The CLIP score has no known interval.
     """
     if key == DISTANCE:
-        return Z * math.hypot(*(float(one["judge"]["standard_error"]) for one in (result, other)))
+        return _chance(result, other)
     if key == FOLLOWING:
         shares = [sweep_score(one) for one in (result, other)]
         return math.hypot(*((high - low) / 2 for low, high in (wilson(share, pictures) for share in shares)))
@@ -303,7 +337,7 @@ def _limit(result: Mapping[str, Any], other: Mapping[str, Any], key: str, pictur
 
 
 def _shown(value: float, key: str) -> str:
-    return percent(value) if key == FOLLOWING else f"{value:.2f}" if key == CLIP else f"{value:.1f}"
+    return percent(value) if key in (FOLLOWING, CLIPPED) else f"{value:.2f}" if key == CLIP else f"{value:.1f}"
 
 
 def _setting(result: Mapping[str, Any]) -> str:
