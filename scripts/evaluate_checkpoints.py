@@ -146,6 +146,7 @@ def main() -> None:
         "checkpoint": best["checkpoint"],
         "prompts": len(prompts.texts),
         **preset._asdict(),
+        "guidance_rescale": config.guidance_rescale,
         "probe_accuracy": accuracy,
         "unseen_images": len(unseen),
         "near_copies_left_out": left_out,
@@ -195,6 +196,8 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
     }
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
+    if not config.guidance_rescale:
+        del settings["guidance_rescale"]  # Evaluations from before this setting existed had none.
     return settings | preset._asdict() if config.preset else settings
 
 
@@ -211,6 +214,7 @@ def draw_sweep(
         "checkpoints": checkpoints,
         "guidance_scales": config.guidance_scales,
         **study.preset._asdict(),
+        "guidance_rescale": config.guidance_rescale,
         "prompts": prompts.texts,
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
@@ -510,7 +514,8 @@ def draw(
     print(f"{checkpoint.name}, guidance scale {scale:g}: {len(prompts.texts)} pictures", flush=True)
     return sampling.generate(
         pipeline, prompts.texts, [seed + number for number in range(len(prompts.texts))], guidance_scale=scale,
-        num_inference_steps=preset.num_inference_steps, guidance_end=preset.guidance_end, batch_size=config.eval_batch_size,
+        num_inference_steps=preset.num_inference_steps, guidance_end=preset.guidance_end,
+        guidance_rescale=config.guidance_rescale, batch_size=config.eval_batch_size,
     )  # fmt: skip
 
 
@@ -536,6 +541,7 @@ def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, An
         cells.Cell(
             prompt, seed=seed, guidance_scale=drawn["guidance_scale"],
             num_inference_steps=drawn["num_inference_steps"], scheduler=drawn["scheduler"], guidance_end=drawn["guidance_end"],
+            guidance_rescale=drawn["guidance_rescale"],
         )
         for prompt, seed in zip(drawn["prompts"], drawn["seeds"], strict=True)
     ]  # fmt: skip

@@ -642,7 +642,7 @@ def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any,
     try:
         pictures = sampling.generate(
             pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
-            num_inference_steps=config.num_inference_steps, progress=False,
+            guidance_rescale=config.guidance_rescale, num_inference_steps=config.num_inference_steps, progress=False,
         )  # fmt: skip
     except UserError as error:  # A training must not end because of this.
         print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)

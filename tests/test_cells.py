@@ -203,6 +203,7 @@ def test_mistakes_are_sentences(run, tmp_path):
         {"guidance_scale": float("nan")}, {"guidance_scale": "7"}, {"seed": 2**63}, {"seed": 1.0}, {"num_inference_steps": 0},
         {"num_inference_steps": True}, {"num_inference_steps": 3, "scheduler": "pndm"}, {"scheduler": "os"},
         {"prompt": "\ud800"}, {"negative_prompt": None}, {"guidance_end": 1.5}, {"guidance_end": "1"}, {"guidance_end": float("nan")},
+        {"guidance_rescale": -0.1}, {"guidance_rescale": "1"}, {"guidance_rescale": float("nan")},
     ):  # fmt: skip
         with pytest.raises(UserError, match=next(iter(wrong))):
             Cell(**{"prompt": "a"} | wrong)
@@ -216,6 +217,7 @@ def test_mistakes_are_sentences(run, tmp_path):
         "scheduler",
     }
     assert Cell("a", guidance_end=0.5).settings()["guidance_end"] == 0.5
+    assert Cell("a", guidance_rescale=0.7).settings()["guidance_rescale"] == 0.7
     half = Cell("a", guidance_end=0.5, num_inference_steps=5)
     assert (Cell("a").samples, half.samples, Cell("a", guidance_scale=1).samples) == (60, 8, 30)
     place = cells.plan(run, "pipeline", CELL, [])[0]

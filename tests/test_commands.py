@@ -16,6 +16,7 @@ import run_recipe
 from conftest import SCRIPTS, TINY
 from t2i.data import flowers
 from t2i.evaluation.verdict import is_setting
+from t2i.pictures import cells
 
 # The help of launch_local.py is accelerate's own, which imports torch.
 SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "launch_local.py")
@@ -168,20 +169,23 @@ def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_
     shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation", "cells"))
     options = ("--config", workspace / "tiny.yaml", "--model", tmp_path / "unet", "--dataset", workspace / "dataset",
                "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0,
-               "--judge_network", "None", "--report")  # fmt: skip
+               "--judge_network", "None", "--report", "--guidance_rescale", 0.7)  # fmt: skip
     command("evaluate_checkpoints.py", *options, cwd=tmp_path)
     found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
     assert found["report"]["judge"] is None
     assert (tmp_path / "unet/evaluation/report.html").stat().st_size > 10_000
     for part in ("report", "sweep"):
         assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
-        assert found[part]["guidance_end"] == 0.3
+        assert (found[part]["guidance_end"], found[part]["guidance_rescale"]) == (0.3, 0.7)
     card = (tmp_path / "unet/pipeline/README.md").read_text()
     assert "- **Scheduler**: UniPCMultistep, 3 steps, the first 1 of them guided" in card
     assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card
     assert "pipeline.scheduler = UniPCMultistepScheduler.from_config" in card
     said = f"guidance_scale={found['report']['guidance_scale']:g},  # the evaluation drew with generate_images.py --guidance_end 0.3"
-    assert f"{said}\n    height=" in card
+    assert f"{said}\n    guidance_rescale=0.7,\n    height=" in card
+    evaluated = cells.evaluated_grid(tmp_path / "unet")
+    assert evaluated.cell.guidance_rescale == 0.7
+    assert all(one.made for one in cells.plan(tmp_path / "unet", "checkpoint-000004", evaluated.cell, evaluated.axes))
     assert "UniPCMultistep (inference)" in card
 
 

@@ -85,6 +85,20 @@ def test_guidance_that_ends_costs_half_from_there_and_draws_as_stock_does(export
     assert (draw(compiled, guidance_end=0.5, batch_size=1) == found).all()
 
 
+def test_rescaled_guidance_keeps_the_contrast_of_an_unguided_picture(exported):
+    stock, compiled = sampling.load_pipeline(exported), sampling.load_pipeline(exported, engine="openvino")
+    options = {"guidance_scale": 30.0}
+    plain, glaring, rescaled = (
+        draw(stock, guidance_scale=1.0),
+        draw(stock, **options),
+        draw(stock, guidance_rescale=1.0, **options),
+    )
+    far, near = (abs(pictures.std() - plain.std()) for pictures in (glaring, rescaled))
+    assert near < far / 2
+    assert np.abs(draw(compiled, guidance_rescale=1.0, **options) - rescaled).mean() < 1.0
+    assert (draw(stock, guidance_rescale=0.0, **options) == glaring).all()
+
+
 def test_one_seed_for_several_prompts_without_guidance(exported):
     stock, compiled = (sampling.load_pipeline(exported, engine=engine) for engine in ("torch", "openvino"))
     wanted, found = (

@@ -85,6 +85,7 @@ def test_a_prompt_beyond_the_models_tokens_is_said(draw, capsys):
         (["--guidance_scale", "nan"], "guidance_scale = nan is not usable"),
         (["--guidance_scale", "1e30"], "it must be at most 1000"),
         (["--guidance_end", "nan"], "guidance_end = nan is not usable"),
+        (["--guidance_rescale", "2"], "guidance_rescale = 2.0 is not usable"),
         (["--seed", str(2**64)], "it must be at most 9223372036854775807"),
         (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "leaves no seeds"),
         (["--device", "gpu"], "device gpu cannot be used"),
@@ -135,6 +136,13 @@ def test_numbers_that_overflow_and_memory_that_ends_get_a_sentence(draw, workspa
     monkeypatch.setattr(type(broken), "__call__", fails)
     with pytest.raises(UserError, match=r"memory does not suffice for 1 pictures at once .*--batch_size"):
         sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
+
+
+def test_a_rescaled_picture_says_so_and_others_are_as_before(draw, tmp_path):
+    draw("--prompt", "a red flower", "--guidance_rescale", "0.7")
+    draw("--prompt", "a red flower")
+    known = [read_parameters(path) for path in sorted(tmp_path.rglob("*.png"))]
+    assert sorted(one.get("guidance_rescale", 0.0) for one in known) == [0.0, 0.7]
 
 
 def test_when_guidance_ends_the_prompt_stays(workspace):

@@ -318,6 +318,8 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
     validation_epochs: Positive | None = None
     validation_images: Count = 256  # Maximum number of validation images on which the loss is measured.
     guidance_scale: Guidance = 7.5  # Guidance scale of the validation pictures.
+    # How far guidance keeps the contrast of an unguided picture, in validation pictures.
+    guidance_rescale: Share = 0.0
     num_inference_steps: Count = 30  # Number of denoising steps of the validation pictures.
     save_raw_weights: Flag = False  # Save the raw weights in the pipeline instead of the moving average.
     # Number of pictures on the published card, drawn for the prompts of validation and evaluation.
@@ -335,6 +337,8 @@ class EvaluateConfig:
     guidance_scales: Annotated[list[Guidance], Field(min_length=1)] = field(
         default_factory=lambda: [1.5, 3.0, 5.0, 7.5]
     )
+    # How far guidance keeps the contrast of an unguided picture. 0.7 prevents glaring colors at high guidance scales.
+    guidance_rescale: Share = 0.0
     # Preset of generate_images.py for the evaluation's pictures. With None, use the model's scheduler,
     # num_inference_steps and guidance at every step.
     preset: Literal["exact", "fast", "draft"] | None = None

@@ -130,6 +130,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         prompt=_prompt(gallery[0][0] if gallery else _example(recipe)),
         scheduler=scheduler_of(report),
         guidance_end=end if (end := _number(report.get("guidance_end"))) is not None and end < 1 else None,
+        guidance_rescale=_number(report.get("guidance_rescale", recipe.train_unet.guidance_rescale)) or None,
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
         verdict=_verdict(evaluation),

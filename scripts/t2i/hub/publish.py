@@ -112,6 +112,8 @@ def publish_run(
 
     settings = {"unet": result["output_unet_hash"], "guidance_scale": scale, "num_inference_steps": steps}
     settings |= {"scheduler": model_card.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
+    rescale = report.get("guidance_rescale", recipe.train_unet.guidance_rescale)
+    settings |= {"guidance_rescale": rescale} if rescale else {}
     gallery = draw_gallery(pipeline, folder, prompts, settings)
     chosen = choose_license(run, license)
     publication = model_card.Publication(repo_id, chosen, gallery)
@@ -233,6 +235,7 @@ def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict
             guidance_scale=settings["guidance_scale"],
             num_inference_steps=settings["num_inference_steps"],
             guidance_end=settings["guidance_end"],
+            guidance_rescale=settings.get("guidance_rescale", 0.0),
         )
         pipeline.scheduler = saved
         (folder / "images").mkdir(exist_ok=True)

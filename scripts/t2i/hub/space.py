@@ -329,6 +329,7 @@ def write_page_defaults(run: Path, model: Model) -> None:
     write_text(run / "config.yaml", yaml_dump({"train_unet": {"validation_prompts": [words]}}))
     if steps and scale:
         named = re.search(r"(?m)^pipeline\.scheduler = (\w+Scheduler)\.from_config", text, re.ASCII)
+        rescale = re.search(r"\bguidance_rescale=(\d(?:\.\d+)?)", text)
         end = re.search(r"--guidance_end (\d(?:\.\d+)?)", text)
         saved = read_json(model.folder / "model_index.json").get("scheduler") or [None, "DDIMScheduler"]
         sweep = {
@@ -337,6 +338,7 @@ def write_page_defaults(run: Path, model: Model) -> None:
             "scheduler": named[1] if named else saved[1],
             "num_inference_steps": int(float(steps[1])),
             "guidance_end": float(end[1]) if end else 1.0,
+            "guidance_rescale": float(rescale[1]) if rescale else 0.0,
             "prompts": [words],
             "seeds": [0],
         }

@@ -20,6 +20,7 @@ NUMBERS: dict[str, tuple[type, Decimal, Decimal]] = {  # axis -> type, lowest an
     "guidance_scale": (float, Decimal(0), Decimal(100)),
     "num_inference_steps": (int, Decimal(1), Decimal(1000)),
     "guidance_end": (float, Decimal(0), Decimal(1)),
+    "guidance_rescale": (float, Decimal(0), Decimal(1)),
     "seed": (int, Decimal(0), Decimal(2**63 - 1)),
 }
 WORDS = ("checkpoint", "run", "scheduler")

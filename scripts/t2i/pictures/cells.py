@@ -52,6 +52,7 @@ AXES = (
     "guidance_scale",
     "num_inference_steps",
     "guidance_end",
+    "guidance_rescale",
     "scheduler",
     "seed",
     "prompt",
@@ -70,6 +71,7 @@ class Cell:
         num_inference_steps: number of denoising steps, 1 to 1000.
         scheduler: a key of `png.SCHEDULERS` or a class name of diffusers. The cell stores the scheduler's class name.
         guidance_end: share of the steps, from the first step on, that are guided, 0 to 1.
+        guidance_rescale: how far guidance keeps the contrast of an unguided picture, 0 to 1.
 
     Raises:
         UserError: a setting of the picture is out of its bounds.
@@ -82,6 +84,7 @@ class Cell:
     num_inference_steps: int = 30
     scheduler: str = "DDIMScheduler"
     guidance_end: float = 1.0
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -91,7 +94,7 @@ class Cell:
         for name in ("seed", "num_inference_steps"):  # 1.0 and True would give the same picture another key
             if type(getattr(self, name)) is not int:
                 raise UserError(f"{name} {str(getattr(self, name))[:40]} is not a whole number; give one such as 1")
-        for name, example in (("guidance_scale", 7.5), ("guidance_end", 1.0)):
+        for name, example in (("guidance_scale", 7.5), ("guidance_end", 1.0), ("guidance_rescale", 0.7)):
             if type(getattr(self, name)) not in (int, float):
                 raise UserError(f"{name} {str(getattr(self, name))[:40]} is not a number; give one such as {example}")
         scheduler_class = SCHEDULERS.get(self.scheduler.lower(), self.scheduler)
@@ -103,6 +106,8 @@ class Cell:
             )
         if not 0 <= self.guidance_end <= 1:
             raise UserError(f"guidance_end {self.guidance_end} is not a share of the steps; give 0 to 1, such as 0.5")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale {self.guidance_rescale} is out of bounds; give 0 to 1, such as 0.7")
         if not 1 <= self.num_inference_steps <= 1000:
             raise UserError(f"num_inference_steps {self.num_inference_steps} is out of bounds; give 1 to 1000")
         if scheduler_class == "PNDMScheduler" and self.num_inference_steps < PNDM_STEPS:
@@ -112,7 +117,7 @@ class Cell:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} is out of bounds; give 0 to {2**63 - 1}")
         object.__setattr__(self, "scheduler", scheduler_class)
-        for name in ("guidance_scale", "guidance_end"):
+        for name in ("guidance_scale", "guidance_end", "guidance_rescale"):
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 7 is 7.0, and -0.0 is 0.0
 
     @property
@@ -126,10 +131,11 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Return the fields of a cell that identify the picture.
 
-        A `guidance_end` of 1 is left out, so that pictures from before this setting existed keep their keys.
+        A `guidance_end` of 1 and a `guidance_rescale` of 0 are left out, so that pictures from before these settings
+        existed keep their keys.
         """
-        fields = asdict(self)
-        return fields if self.guidance_end < 1 else {key: fields[key] for key in fields if key != "guidance_end"}
+        without = {"guidance_end": 1.0, "guidance_rescale": 0.0}
+        return {key: value for key, value in asdict(self).items() if key not in without or value != without[key]}
 
 
 @dataclass(frozen=True)
@@ -560,6 +566,7 @@ def _draw(pipeline: Any, batch: Sequence[PlannedCell], watch: Callable[..., None
             guidance_scale=cell.guidance_scale,
             num_inference_steps=cell.num_inference_steps,
             guidance_end=cell.guidance_end,
+            guidance_rescale=cell.guidance_rescale,
             batch_size=len(batch),
             progress=False,
             watch=watch,
@@ -783,6 +790,7 @@ def evaluated_grid(run: Path) -> EvaluatedGrid | None:
                 num_inference_steps=int(sweep["num_inference_steps"]),
                 scheduler=str(sweep["scheduler"]),
                 guidance_end=float(sweep.get("guidance_end", 1.0)),
+                guidance_rescale=float(sweep.get("guidance_rescale", 0.0)),
             ),
             Axis("checkpoint", tuple(map(str, sweep["checkpoints"]))),
             Axis("guidance_scale", tuple(map(float, sweep["guidance_scales"]))),

@@ -234,6 +234,7 @@ def generate(
     guidance_scale: float = 7.5,
     num_inference_steps: int = 30,
     guidance_end: float = 1.0,
+    guidance_rescale: float = 0.0,
     batch_size: int = 8,
     progress: bool = True,
     watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
@@ -247,6 +248,8 @@ def generate(
         seeds: seeds of the noise, one per prompt, 0 to 2**63 - 1.
         guidance_end: share of the steps, from the first on, that are guided (at least one). Unguided denoising steps
             take half the time.
+        guidance_rescale: how far the guided prediction is scaled to the standard deviation of the unguided one, 0 to 1.
+            Source: Lin et al., 2024, arXiv:2305.08891, section 3.4, who recommend 0.7.
         watch: function that is called after each denoising step with the step's number (from 1), the number of steps
             and a second function. The second function returns the pictures that the model predicts at this step (x0),
             uint8 [B, R, R, 3]. Watching the drawing does not change the pictures. An exception that `watch` raises ends
@@ -268,6 +271,7 @@ def generate(
             negative_prompt=[negative_prompt] * len(part),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
             num_inference_steps=num_inference_steps,
             output_type="np",
             **_after_steps(pipeline, num_inference_steps, guidance_end, watch),
