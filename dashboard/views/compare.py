@@ -13,10 +13,12 @@ from helpers.charts import curves_chart
 from helpers.evaluation_wall import show_best, show_verdict
 from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
+from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_empty_state, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
 from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
+from helpers.run_samples import show_samples
 
 from t2i.errors import UserError
 from t2i.evaluation.figures import figure, figure_text, flatten
@@ -31,6 +33,7 @@ def main() -> None:
     runs = find_runs()
     if not runs:
         st.title("Compare")
+        show_trainings(find_runs("any"))
         show_empty_state(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
@@ -55,11 +58,15 @@ def main() -> None:
         on_change=reset_values,
     )
     warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+    show_trainings(find_runs("any"))
     st.session_state["_runs"] = list(chosen) if list(chosen) != default else []  # they go along to other pages
     if not chosen:
         st.text("choose one or more runs")
         return
     show_verdicts(chosen)
+    is_evaluated = any(name in evaluated_runs for name in chosen)
+    if not is_evaluated:
+        show_samples(chosen)
     left, right = st.columns([3, 2], gap="large")
     grid = None
     with left:
@@ -75,6 +82,8 @@ def main() -> None:
                 warn(error)
     with right:
         show_curves(chosen, grid)
+    if is_evaluated:
+        show_samples(chosen)
     st.subheader("Evaluation")
     names = list(chosen)
     for start in range(0, len(names), ABREAST):
@@ -199,10 +208,6 @@ def show_evaluation(name: str, run: Path) -> None:
     st.text(f"status: {state.get('status', 'unknown')}   steps: {state.get('steps', 'not finished')}")
     results = sweep_results(run)
     if not results:
-        samples = sorted(path.name for path in (run / "samples").glob("step-*.png"))
-        if samples:
-            st.text(f"samples of training, {Path(samples[-1]).stem}")
-            show_file(run / "samples", samples[-1])
         st.text("Not evaluated yet. This does it:")
         st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
         return

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 from helpers.charts import LEGEND_LINES, curves_chart, line_chart
+from helpers.live_trainings import show_trainings
 from helpers.page_texts import escape, show_empty_state, title_row
 from helpers.run_files import read_or_warn, sweep_results
 from helpers.run_list import choose_runs, find_runs
@@ -62,6 +63,7 @@ def show_folders() -> None:
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
+    show_trainings(runs)
     chosen = choose_runs(list(runs))
     names = sorted({metric for name in chosen for metric in folder_curves(runs[name])})
     options = choose_view(names)

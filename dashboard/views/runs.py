@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
+from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_empty_state, title_row
 from helpers.page_url import name_choices
 from helpers.run_files import read_or_warn, read_settings, sweep_pictures, sweep_results
@@ -35,6 +36,7 @@ def main() -> None:
     kept = title_row("Runs").multiselect(
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
     )  # a status comes from a file, so it is looked up among those there
+    show_trainings(runs)
     names = choose_runs([name for name in runs if not kept or status[name] in kept])
     st.dataframe(
         pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
