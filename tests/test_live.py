@@ -107,6 +107,7 @@ def test_other_kinds_of_files_and_requests_get_a_sentence(training, tmp_path, ca
     assert capsys.readouterr().err == ""
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)

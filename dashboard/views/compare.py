@@ -16,6 +16,7 @@ from helpers.grid_table import show_grid
 from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_empty_state, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
+from helpers.run_colors import color_runs
 from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 from helpers.run_samples import show_samples
@@ -128,7 +129,7 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     for metric in [metric for metric in chosen if metric in names]:
         st.text(metric)
         rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]
-        chart = curves_chart(rows)
+        chart = curves_chart(rows, colors=color_runs(runs))
         points = checkpoint_points(runs, rows, grid)
         if chart is None:
             continue
