@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from itertools import pairwise
 from urllib.parse import urlencode
 
 import pytest
@@ -112,14 +113,46 @@ def choose(page, label, option):
     page.get_by_role("option", name=option, exact=True).click()
 
 
+CONTRASTS = """
+selector => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number);
+  const over = (top, below) => below.map((part, n) => part * (1 - (top[3] ?? 1)) + top[n] * (top[3] ?? 1));
+  const luminance = color => color.map(part => part / 255)
+    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, n) => sum + [0.2126, 0.7152, 0.0722][n] * part, 0);
+  return [...document.querySelectorAll(selector)].filter(one => one.textContent.trim()).map(one => {
+    const element = one.querySelector("p") ?? one, above = [];
+    for (let parent = element; parent; parent = parent.parentElement) above.unshift(parent);
+    const behind = above.reduce((color, parent) => over(numbers(getComputedStyle(parent).backgroundColor), color), [255, 255, 255]);
+    const [red, green, blue, alpha = 1] = numbers(getComputedStyle(element).color);
+    const opacity = above.reduce((product, parent) => product * Number(getComputedStyle(parent).opacity), alpha);
+    const [low, high] = [luminance(over([red, green, blue, opacity], behind)), luminance(behind)].sort((a, b) => a - b);
+    return [one.textContent, (high + 0.05) / (low + 0.05)];
+  });
+}
+"""
+TEXTS = "[data-testid=stCaptionContainer], [data-testid=stImageCaption], button[data-testid$=Active]"
+
+
 def check_looks(page):
-    """What holds on every page: no exception, nothing wider than the window, a text for each picture."""
+    """What holds on every page: no exception, nothing wider than the window, a text for each picture, legible texts."""
     assert page.locator("[data-testid=stException]").count() == 0
     page.wait_for_function(  # a chart takes a moment to follow the window
         "[document.documentElement, document.querySelector('[data-testid=stMain]')].every(e => e.scrollWidth <= innerWidth)"
     )
     assert all(picture.get_attribute("alt") for picture in page.locator("img").all())
     assert page.evaluate("window.harm") is None
+    assert [one for one in page.evaluate(CONTRASTS, TEXTS) if one[1] < 4.5] == []
+
+
+def check_headings(page):
+    """The page has one title, and no heading skips a level."""
+    levels = [
+        int(name[1]) for name in page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(one => one.tagName)")
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
 
 
 def background(page):
@@ -141,6 +174,8 @@ def test_every_page_wide_and_narrow_light_and_dark(visit, name):
             settle(page)
             check_looks(page)
         assert (background(page) > 128) == (scheme == "light")
+    if name != "data":  # another page's headings
+        check_headings(page)
 
 
 def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
@@ -245,6 +280,27 @@ def test_curves_of_two_runs_stand_beside_the_pictures_and_a_point_chooses_its_ch
     expect(rows).to_have_text(["checkpoint-000004"])
     chart.locator(".mark-symbol.role-mark path").nth(1).click()
     expect(rows).to_have_text(["checkpoint-000004", "checkpoint-000008"])
+
+
+def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, folder):
+    page = visit("playground", {"run": "one", "num_inference_steps": 2}, width="narrow")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    picture = page.locator(".st-key-play_result [data-testid=stImage] img").first
+    expect(picture).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("button", name="Download PNG")).to_be_visible(timeout=60_000)
+    settle(page)
+    prompt, draw = (
+        page.get_by_role("textbox", name="Prompt", exact=True),
+        page.get_by_role("button", name="Draw", exact=True),
+    )
+    boxes = [one.bounding_box() for one in (prompt, draw, picture)]
+    assert [box["y"] for box in boxes] == sorted(box["y"] for box in boxes)
+    assert boxes[0]["y"] > 0
+    assert boxes[-1]["y"] + boxes[-1]["height"] <= WIDTHS["narrow"][1]
+    page.set_viewport_size(dict(zip(("width", "height"), WIDTHS["wide"], strict=True)))
+    settle(page)
+    assert picture.bounding_box()["x"] > draw.bounding_box()["x"] + 300  # beside each other
+    assert page.get_by_role("spinbutton", name="Seed").bounding_box()["y"] > draw.bounding_box()["y"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -191,6 +191,15 @@ def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
     assert component(asked, "picture_pair")["right"]["label"] == "guidance scale 1, checkpoint-000010"
 
 
+def test_each_picture_names_its_values_on_all_axes(tmp_path):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = show(
+        tabs="seed", seed="4,7", tab="7", guidance_scale="1.5,3", checkpoint="checkpoint-000010", prompt="a flower"
+    )
+    names = [cell["alt"] for cell in grid_of(app)["cells"]]
+    assert names == [f"guidance scale {scale}, checkpoint-000010, seed 7: a flower" for scale in ("1.5", "3")]
+
+
 def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     assert "stands on two axes" in warnings(show(columns="checkpoint"))

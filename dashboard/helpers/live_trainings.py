@@ -106,7 +106,8 @@ def progress_text(row: dict[str, Any], ends: bool) -> str:
     if is_finite(row.get("step")) and is_finite(row.get("steps")):
         parts.append(f"step {row['step']:,.0f} of {row['steps']:,.0f}")
     if is_finite(row.get("samples_per_second")):
-        parts.append(f"{row['samples_per_second']:,.3g} samples/s")
+        rate = row["samples_per_second"]
+        parts.append(f"{rate:,.0f} samples/s" if rate >= 100 else f"{rate:.3g} samples/s")
     if is_finite(row.get("seconds_left")):
         parts.append(f"{span(row['seconds_left'])} left")
     for key, place in (("memory_bytes", "of memory"), ("gpu_memory_bytes", "on the GPU")):

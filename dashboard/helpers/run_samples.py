@@ -30,7 +30,7 @@ def show_samples(runs: dict[str, Path]) -> None:
         if not files:  # the folder was removed meanwhile
             return
         prompts = {name: prompts_of(runs[name]) for name in files}
-        st.subheader("Samples of training")
+        st.header("Samples of training")
         left, right = st.columns([2, 3], gap="medium", vertical_alignment="bottom")
         options = [ALL, *dict.fromkeys(prompt for of_run in prompts.values() for prompt in of_run)]
         prompt = left.selectbox("Prompt of the samples", options, key="_sample_prompt")

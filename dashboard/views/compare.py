@@ -85,7 +85,7 @@ def main() -> None:
         show_curves(chosen, grid)
     if is_evaluated:
         show_samples(chosen)
-    st.subheader("Evaluation")
+    st.header("Evaluation")
     names = list(chosen)
     for start in range(0, len(names), ABREAST):
         row = names[start : start + ABREAST]

@@ -431,7 +431,7 @@ def show_sweep(runs: dict[str, Path]) -> None:
             for key, value in flatten(figures).items():
                 if is_finite(value):
                     rows.append((line, key, scale, float(value)))
-    st.subheader("Over the guidance scale")
+    st.header("Over the guidance scale")
     if not rows:
         st.text("None of these runs is evaluated yet. This does it:")
         st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)

@@ -74,7 +74,7 @@ def show_best(runs: dict[str, Path]) -> None:
     Only figures that have a better direction can be chosen. If a figure has an interval, the table counts the run's other
     values that lie within the interval of the best one, and so may be as good.
     """
-    st.subheader("Best checkpoint")
+    st.header("Best checkpoint")
     rows = {name: candidates(run) for name, run in runs.items()}
     keys = {key for measured in rows.values() for row in measured for key in row["values"] if figure(key).better}
     if not keys:
@@ -142,7 +142,7 @@ def candidates(run: Path) -> list[dict[str, Any]]:
 
 def show_settings(runs: dict[str, Path]) -> None:
     """Show the settings of the chosen runs side by side, either all settings or only those that differ."""
-    st.subheader("Settings")
+    st.header("Settings")
     columns = {name: flatten(read_settings(run)) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     table = pd.DataFrame(
@@ -161,7 +161,7 @@ def show_settings(runs: dict[str, Path]) -> None:
 
 def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:
     """Show the hashes and versions that the chosen runs were made from, side by side."""
-    st.subheader("Provenance")
+    st.header("Provenance")
     columns = {}
     for name, run in runs.items():
         keys_of_state = ("machine", "precision", "processes", "distribution", "output_unet_hash")
@@ -182,7 +182,7 @@ def show_cards(runs: dict[str, Path]) -> None:
 
     The Markdown of a model card, which may hold users' texts, is never rendered.
     """
-    st.subheader("Model card")
+    st.header("Model card")
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:
         st.text("None of these runs has a card yet; the evaluation writes it:")
