@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
@@ -12,6 +13,8 @@ from playwright.sync_api import expect, sync_playwright
 
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
 from conftest import ROOT, TINY, WARM, warm_start
+from t2i.run_lock import lock_run
+from t2i.training import live
 from test_compare import make_run
 
 expect.set_options(timeout=30_000)
@@ -282,17 +285,52 @@ def test_curves_of_two_runs_stand_beside_the_pictures_and_a_point_chooses_its_ch
     expect(rows).to_have_text(["checkpoint-000004", "checkpoint-000008"])
 
 
-def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, folder):
-    page = visit("playground", {"run": "one", "num_inference_steps": 2}, width="narrow")
-    page.get_by_role("button", name="Draw", exact=True).click()
+@pytest.fixture
+def second(painted):
+    """Another run beside the painted one."""
+    run = make_run(painted[1] / "outputs" / "second", evaluated=False)
+    yield run
+    shutil.rmtree(run)
+
+
+def test_a_training_is_followed_and_asked_without_a_reload(visit, painted, second):
+    (second / "run.json").write_text(json.dumps({"status": "unfinished"}))
+    alone = SimpleNamespace(num_processes=1, is_main_process=True)
+    with lock_run(second, 0, lambda: None), live.listen(second, 10, 100, 4, alone) as training:
+        page = visit("runs", at=painted[0])
+        expect(page.get_by_text("second · step 10 of 100")).to_be_visible()
+        training.after(11)
+        training.write()
+        expect(page.get_by_text("second · step 11 of 100")).to_be_visible()
+        page.get_by_role("button", name="Sample now").click()
+        expect(page.get_by_role("button", name="Sample now …")).to_be_disabled()
+        assert training.after(12).sample
+        expect(page.get_by_role("button", name="Sample now", exact=True)).to_be_enabled()
+    expect(page.get_by_role("button", name="Sample now")).to_have_count(0)
+
+
+def test_the_list_beside_the_curves_switches_a_line_off_and_on(visit, painted, second):
+    page = visit("curves", {"runs": ["one", "second"], "metric": "val_loss"}, at=painted[0])
+    drawn = page.locator("[data-testid=stVegaLiteChart]").first.locator(".mark-line.role-mark path")
+    switches = page.locator(".legend input")
+    expect(switches).to_have_count(2)
+    expect(drawn).to_have_count(4)  # two lines, and upon each the invisible wide one that the pointer meets
+    switches.first.focus()
+    page.keyboard.press("Space")
+    expect(drawn).to_have_count(2)
+    expect(switches.first).to_be_focused()
+    page.get_by_role("button", name="All", exact=True).click()
+    expect(drawn).to_have_count(4)
+
+
+def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, painted):
+    stored = {"prompt": "a red flower", "seed": 7, "guidance_scale": 1.5, "num_inference_steps": 4}
+    page = visit("playground", {"run": "one", "checkpoint": "checkpoint-000010", **stored}, "narrow", at=painted[0])
     picture = page.locator(".st-key-play_result [data-testid=stImage] img").first
-    expect(picture).to_be_visible(timeout=60_000)
-    expect(page.get_by_role("button", name="Download PNG")).to_be_visible(timeout=60_000)
-    settle(page)
-    prompt, draw = (
-        page.get_by_role("textbox", name="Prompt", exact=True),
-        page.get_by_role("button", name="Draw", exact=True),
-    )
+    expect(picture).to_be_visible()
+    expect(page.get_by_role("button", name="Download PNG")).to_be_visible()
+    prompt = page.get_by_role("textbox", name="Prompt", exact=True)
+    draw = page.get_by_role("button", name="Draw", exact=True)
     boxes = [one.bounding_box() for one in (prompt, draw, picture)]
     assert [box["y"] for box in boxes] == sorted(box["y"] for box in boxes)
     assert boxes[0]["y"] > 0

@@ -65,8 +65,7 @@ def main() -> None:
         st.text("choose one or more runs")
         return
     show_verdicts(chosen)
-    is_evaluated = any(name in evaluated_runs for name in chosen)
-    if not is_evaluated:
+    if not has_checkpoints:
         show_samples(chosen)
     left, right = st.columns([3, 2], gap="large")
     grid = None
@@ -83,7 +82,7 @@ def main() -> None:
                 warn(error)
     with right:
         show_curves(chosen, grid)
-    if is_evaluated:
+    if has_checkpoints:
         show_samples(chosen)
     st.header("Evaluation")
     names = list(chosen)

@@ -121,7 +121,7 @@ class Training:
             left = round(per_step * (self._steps - self._done), 1)
         row = {
             "step": self._done, "steps": self._steps, "samples_per_second": rate and round(rate, 2), "seconds_left": left,
-            "memory_bytes": psutil.Process().memory_info().rss, "gpu_memory_bytes": _gpu_memory(), "doing": self._doing,
+            "memory_bytes": _memory(), "gpu_memory_bytes": _gpu_memory(), "doing": self._doing,
             "answered": self._answered, "host": platform.node(), "pid": os.getpid(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -242,6 +242,14 @@ def read_live(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _memory() -> int | None:
+    """Return this process's resident memory in bytes, or None if the system does not tell."""
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except psutil.Error:
+        return None
 
 
 def _gpu_memory() -> int | None:
