@@ -327,6 +327,8 @@ def test_two_runs_stand_in_columns_and_their_curves_beside(tmp_path):
     assert "holds no complete" not in str(grid["cells"])
     chart = json.loads(app.get("vega_lite_chart")[0].proto.spec)
     points = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "point")
+    lines = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "line")
+    assert lines["encoding"]["color"]["scale"] == points["encoding"]["stroke"]["scale"]  # a point has its line's color
     assert any(param["name"] == "mark" for param in chart.get("params", []) + points.get("params", []))
     app.multiselect(key="run").set_value(["two"]).run()
     assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000030"]

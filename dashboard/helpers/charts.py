@@ -159,7 +159,7 @@ def line_chart(
 ) -> alt.Chart:
     """Return a chart of `frame`'s columns x, value, run and metric. Names of runs are shown literally."""
     runs, metrics = frame["run"].nunique(), frame["metric"].nunique()
-    color = "run" if runs > 1 else "metric"
+    color = "run" if runs > 1 or (colors and metrics == 1) else "metric"
     legend, height = None, HEIGHT  # the title already names a single line, and too many lines have no room
     if 1 < max(runs, metrics) <= LEGEND_LINES:
         height += LEGEND_ROW * (max(runs, metrics) - 1)  # the legend takes no height from the plot, also on a phone

@@ -128,12 +128,13 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     for metric in [metric for metric in chosen if metric in names]:
         st.text(metric)
         rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]
-        chart = curves_chart(rows, colors=color_runs(runs))
+        colors = color_runs(runs)
+        chart = curves_chart(rows, colors=colors)
         points = checkpoint_points(runs, rows, grid)
         if chart is None:
             continue
         if len(points):
-            chart = alt.layer(chart, point_chart(points)).properties(height=320)
+            chart = alt.layer(chart, point_chart(points, colors)).properties(height=320)
             st.altair_chart(chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark")
         else:
             st.altair_chart(chart)
@@ -155,9 +156,10 @@ def checkpoint_points(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curv
     return pd.DataFrame(points, columns=["run", "checkpoint", "x", "value", "shown"])
 
 
-def point_chart(points: pd.DataFrame) -> alt.Chart:
-    """Return the chart of `checkpoint_points`, whose points can be clicked."""
+def point_chart(points: pd.DataFrame, colors: dict[str, str]) -> alt.Chart:
+    """Return the chart of `checkpoint_points`, whose points can be clicked, in the `colors` of their runs."""
     several = points["run"].nunique() > 1
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
     mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
     return (
         alt.Chart(points)
@@ -166,8 +168,8 @@ def point_chart(points: pd.DataFrame) -> alt.Chart:
             x="x:Q",
             y="value:Q",
             # Each channel names its class: for a condition or a bare value, Altair tries all classes, which takes 60 ms.
-            fill=alt.Fill("run:N", title=None) if several else alt.FillValue("#d6336c"),
-            stroke=alt.Stroke("run:N", title=None) if several else alt.StrokeValue("#d6336c"),
+            fill=alt.Fill("run:N", title=None, legend=None, scale=scale) if several else alt.FillValue("#d6336c"),
+            stroke=alt.Stroke("run:N", title=None, legend=None, scale=scale) if several else alt.StrokeValue("#d6336c"),
             fillOpacity=alt.FillOpacity("shown:N", legend=None, scale=alt.Scale(domain=[True, False], range=[1, 0])),
             tooltip=[alt.Tooltip("run:N"), alt.Tooltip("checkpoint:N"), alt.Tooltip("value:Q", format=".5~g")],
         )
