@@ -37,7 +37,7 @@ RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # page: its widget 
 STYLE = """<style>
 [data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }
 .stApp [data-testid=stCaptionContainer], .stApp [data-testid=stImageCaption] { opacity: 0.85; }
-.stApp button[data-testid$=Active], .stApp button[data-testid$=Active] * { color: inherit; font-weight: 600; }
+.stApp [data-testid=stButtonGroup] button[data-selected=true] { color: inherit !important; }
 </style>"""
 
 

@@ -134,7 +134,8 @@ selector => {
   });
 }
 """
-TEXTS = "[data-testid=stCaptionContainer], [data-testid=stImageCaption], button[data-testid$=Active]"
+SEGMENT = "[data-testid=stButtonGroup] [data-selected=true]"
+TEXTS = f"[data-testid=stCaptionContainer], [data-testid=stImageCaption], {SEGMENT}"
 
 
 def check_looks(page):
@@ -339,6 +340,10 @@ def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, paint
     settle(page)
     assert picture.bounding_box()["x"] > draw.bounding_box()["x"] + 300  # beside each other
     assert page.get_by_role("spinbutton", name="Seed").bounding_box()["y"] > draw.bounding_box()["y"]
+    page.get_by_role("radio", name="fast").click()
+    expect(page.locator(SEGMENT)).to_have_text("fast")
+    settle(page)
+    check_looks(page)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
