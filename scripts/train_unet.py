@@ -76,7 +76,7 @@ def main() -> None:
     import torch
 
     from t2i import models
-    from t2i.training import loop, stopping, zero
+    from t2i.training import live, loop, stopping, zero
     from t2i.training.alignment import align
     from t2i.training.cuda_graph import capture
 
@@ -87,7 +87,7 @@ def main() -> None:
     if config.dry_run:
         say_long_captions(recipe, splits, known_tokenizer(recipe), accelerator)
         return
-    count = len(splits.train)
+    count, sample_names = len(splits.train), splits.train.rows["id"]
     steps = loop.total_steps(config, count, accelerator.num_processes)
 
     # models
@@ -106,8 +106,7 @@ def main() -> None:
     start_run(run, recipe, splits, frozen, scheduler, input_hashes, accelerator)
     with run.timed("cache"):
         caches = cache_inputs(recipe, splits, frozen, input_hashes, accelerator)
-    scaling_factor, ids = frozen["vae"].config.scaling_factor, splits.train.rows["id"]
-    inputs = Inputs(scheduler, caches, scaling_factor, ids, align(unet, config))
+    inputs = Inputs(scheduler, caches, frozen["vae"].config.scaling_factor, sample_names, align(unet, config))
     frozen.clear()  # This frees the memory of VAE and text encoder.
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         models.use_plain_attention(unet)
@@ -136,13 +135,12 @@ def main() -> None:
 
     # loop
     keep_freed_memory(accelerator)
-    stopped, micro_batches = False, config.gradient_accumulation_steps
-    make = partial(make_batch, inputs, config, accelerator)
+    make, micro_batches = partial(make_batch, inputs, config, accelerator), config.gradient_accumulation_steps
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
     compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
-    with run.timed("train"), stopping.on_signals(folder) as stop:
+    with run.timed("train"), live.listen(folder, start, steps, batch, accelerator) as training:
         progress = loop.progress_bar("UNet", start, steps, accelerator)
         for step in progress:
             terms: dict[str, torch.Tensor] = {}  # These are means over the micro-batches, whose gradients add up.
@@ -160,16 +158,18 @@ def main() -> None:
                 row = {name: value for name, value in row.items() if math.isfinite(value)}  # Drop non-finite values.
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
                 record_samples(folder, done, ids, accelerator)
-            stopped = stopping.agreed(stop, accelerator) and done < steps
+            asked = training.after(done)
             due = done % config.checkpointing_steps == 0 or done == steps
-            if due or done % config.validation_steps == 0:
+            if due or asked.evaluate or done % config.validation_steps == 0:
                 validation = validate(train_state, inputs, folder, config, tracker, done, accelerator)
-            if due or stopped:
+            elif asked.sample:
+                sample(train_state, folder, config, tracker, done, accelerator)
+            if due or asked.stop:
                 saved = {"step": done, "losses": losses, "validation": validation}
                 loop.save(folder, train_state, config, saved, node, accelerator)
-            if stopped:
+            if asked.stop:
                 break
-    if stopped:
+    if training.asked.stop:
         loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish
@@ -629,6 +629,19 @@ def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> 
     return {"val_loss": sum(bands) / TIMESTEP_BANDS, **named}
 
 
+def sample(
+    train_state: "TrainState", folder: Path, config: TrainUnetConfig, tracker: Any, step: int, accelerator: Any
+) -> None:
+    """Draw pictures with the averaged weights between two validations. Every process must call this function."""
+    from t2i.training import loop
+
+    with loop.averaged(train_state) as unet:
+        if accelerator.is_main_process and config.validation_prompts:
+            draw_samples(unet, folder, config, tracker, step)
+        elif accelerator.is_main_process:
+            print("WARNING: no samples were drawn, because this training has no --validation_prompts", file=sys.stderr)
+
+
 def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
     """Draw pictures of the validation prompts with fixed seeds, save them in samples/ and log them.
 
@@ -644,14 +657,14 @@ def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any,
             pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
             guidance_rescale=config.guidance_rescale, num_inference_steps=config.num_inference_steps, progress=False,
         )  # fmt: skip
-    except UserError as error:  # A training must not end because of this.
+        grid = sampling.picture_grid(pictures, columns=min(8, len(prompts)))
+        (folder / "samples").mkdir(exist_ok=True)
+        grid.save(folder / "samples" / f"step-{step:06d}.png")
+    except (UserError, OSError) as error:  # A training must not end because of this.
         print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)
         return
     finally:
         unet.train()
-    grid = sampling.picture_grid(pictures, columns=min(8, len(prompts)))
-    (folder / "samples").mkdir(exist_ok=True)
-    grid.save(folder / "samples" / f"step-{step:06d}.png")
     if tracker:
         tracker.log_image(grid, "samples", step)
 

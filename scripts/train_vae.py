@@ -54,7 +54,7 @@ def main() -> None:
     import torch
 
     from t2i import models
-    from t2i.training import loop, stopping
+    from t2i.training import live, loop, stopping
     from t2i.training.discriminator import Discriminator
 
     stopping.end_in_words()
@@ -109,13 +109,13 @@ def main() -> None:
 
     # loop
     keep_freed_memory(accelerator)
-    stopped, micro_batches, keeps_last = False, config.gradient_accumulation_steps, config.checkpoints_total_limit != 1
+    micro_batches, keeps_last = config.gradient_accumulation_steps, config.checkpoints_total_limit != 1
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
     batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
     compute = partial(loss_and_gradients, train_state, perceptual, config, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph, unless steps differ. Otherwise it is `compute` itself.
     forward_backward = record_pass(compute, partial(make, start * micro_batches), train_state, config, accelerator)
-    with run.timed("train"), stopping.on_signals(folder) as stop:
+    with run.timed("train"), live.listen(folder, start, steps, batch, accelerator) as training:
         progress = loop.progress_bar("VAE", start, steps, accelerator)
         for step in progress:
             if step == steps - config.decoder_only_steps:
@@ -135,16 +135,16 @@ def main() -> None:
                 row = {**loop.mean_terms(terms, accelerator), "lr": schedule.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{row['train_loss']:.4f}", refresh=False)
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
-            stopped = stopping.agreed(stop, accelerator) and done < steps
-            if done % config.validation_steps == 0 and done < steps and accelerator.is_main_process:
+            asked = training.after(done)
+            if (asked.looks or done % config.validation_steps == 0) and done < steps and accelerator.is_main_process:
                 with loop.averaged(train_state):
                     validate(vae, splits.validation, folder, tracker, done)
-            if done % config.checkpointing_steps == 0 or stopped or (done == steps and keeps_last):
+            if done % config.checkpointing_steps == 0 or asked.stop or (done == steps and keeps_last):
                 saved = {"step": done, "before": before}
                 loop.save(folder, train_state, config, saved, node, accelerator)
-            if stopped:
+            if asked.stop:
                 break
-    if stopped:
+    if training.asked.stop:
         loop.exit_stopped(run, tracker, done, steps, accelerator)
 
     # finish

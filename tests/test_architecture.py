@@ -125,6 +125,7 @@ LIGHT = (
     "pictures.png",
     "pictures.cells",
     "tracking.curves",
+    "training.live",
     "tracking.mlflow_tracker",
     "tracking.addresses",
     "data.browse",

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+from itertools import pairwise
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
@@ -11,6 +13,8 @@ from playwright.sync_api import expect, sync_playwright
 
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
 from conftest import ROOT, TINY, WARM, warm_start
+from t2i.run_lock import lock_run
+from t2i.training import live
 from test_compare import PROMPTS, make_run
 
 expect.set_options(timeout=30_000)
@@ -112,14 +116,47 @@ def choose(page, label, option):
     page.get_by_role("option", name=option, exact=True).click()
 
 
+CONTRASTS = """
+selector => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number);
+  const over = (top, below) => below.map((part, n) => part * (1 - (top[3] ?? 1)) + top[n] * (top[3] ?? 1));
+  const luminance = color => color.map(part => part / 255)
+    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, n) => sum + [0.2126, 0.7152, 0.0722][n] * part, 0);
+  return [...document.querySelectorAll(selector)].filter(one => one.textContent.trim()).map(one => {
+    const element = one.querySelector("p") ?? one, above = [];
+    for (let parent = element; parent; parent = parent.parentElement) above.unshift(parent);
+    const behind = above.reduce((color, parent) => over(numbers(getComputedStyle(parent).backgroundColor), color), [255, 255, 255]);
+    const [red, green, blue, alpha = 1] = numbers(getComputedStyle(element).color);
+    const opacity = above.reduce((product, parent) => product * Number(getComputedStyle(parent).opacity), alpha);
+    const [low, high] = [luminance(over([red, green, blue, opacity], behind)), luminance(behind)].sort((a, b) => a - b);
+    return [one.textContent, (high + 0.05) / (low + 0.05)];
+  });
+}
+"""
+SEGMENT = "[data-testid=stButtonGroup] [data-selected=true]"
+TEXTS = f"[data-testid=stCaptionContainer], [data-testid=stImageCaption], {SEGMENT}"
+
+
 def check_looks(page):
-    """What holds on every page: no exception, nothing wider than the window, a text for each picture."""
+    """What holds on every page: no exception, nothing wider than the window, a text for each picture, legible texts."""
     assert page.locator("[data-testid=stException]").count() == 0
     page.wait_for_function(  # a chart takes a moment to follow the window
         "[document.documentElement, document.querySelector('[data-testid=stMain]')].every(e => e.scrollWidth <= innerWidth)"
     )
     assert all(picture.get_attribute("alt") for picture in page.locator("img").all())
     assert page.evaluate("window.harm") is None
+    assert [one for one in page.evaluate(CONTRASTS, TEXTS) if one[1] < 4.5] == []
+
+
+def check_headings(page):
+    """The page has one title, and no heading skips a level."""
+    levels = [
+        int(name[1]) for name in page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(one => one.tagName)")
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
 
 
 def background(page):
@@ -141,6 +178,8 @@ def test_every_page_wide_and_narrow_light_and_dark(visit, name):
             settle(page)
             check_looks(page)
         assert (background(page) > 128) == (scheme == "light")
+    if name != "data":  # another page's headings
+        check_headings(page)
 
 
 def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
@@ -266,6 +305,66 @@ def test_curves_of_two_runs_stand_beside_the_pictures_and_a_point_chooses_its_ch
     expect(rows).to_have_text(["checkpoint-000004"])
     chart.locator(".mark-symbol.role-mark path").nth(1).click()
     expect(rows).to_have_text(["checkpoint-000004", "checkpoint-000008"])
+
+
+@pytest.fixture
+def second(painted):
+    """Another run beside the painted one."""
+    run = make_run(painted[1] / "outputs" / "second", evaluated=False)
+    yield run
+    shutil.rmtree(run)
+
+
+def test_a_training_is_followed_and_asked_without_a_reload(visit, painted, second):
+    (second / "run.json").write_text(json.dumps({"status": "unfinished"}))
+    alone = SimpleNamespace(num_processes=1, is_main_process=True)
+    with lock_run(second, 0, lambda: None), live.listen(second, 10, 100, 4, alone) as training:
+        page = visit("runs", at=painted[0])
+        expect(page.get_by_text("second · step 10 of 100")).to_be_visible()
+        training.after(11)
+        training.write()
+        expect(page.get_by_text("second · step 11 of 100")).to_be_visible()
+        page.get_by_role("button", name="Sample now").click()
+        expect(page.get_by_role("button", name="Sample now …")).to_be_disabled()
+        assert training.after(12).sample
+        expect(page.get_by_role("button", name="Sample now", exact=True)).to_be_enabled()
+    expect(page.get_by_role("button", name="Sample now")).to_have_count(0)
+
+
+def test_the_list_beside_the_curves_switches_a_line_off_and_on(visit, painted, second):
+    page = visit("curves", {"runs": ["one", "second"], "metric": "val_loss"}, at=painted[0])
+    drawn = page.locator("[data-testid=stVegaLiteChart]").first.locator(".mark-line.role-mark path")
+    switches = page.locator(".legend input")
+    expect(switches).to_have_count(2)
+    expect(drawn).to_have_count(4)  # two lines, and upon each the invisible wide one that the pointer meets
+    switches.first.focus()
+    page.keyboard.press("Space")
+    expect(drawn).to_have_count(2)
+    expect(switches.first).to_be_focused()
+    page.get_by_role("button", name="All", exact=True).click()
+    expect(drawn).to_have_count(4)
+
+
+def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, painted):
+    stored = {"prompt": "a red flower", "seed": 7, "guidance_scale": 1.5, "num_inference_steps": 4}
+    page = visit("playground", {"run": "one", "checkpoint": "checkpoint-000010", **stored}, "narrow", at=painted[0])
+    picture = page.locator(".st-key-play_result [data-testid=stImage] img").first
+    expect(picture).to_be_visible()
+    expect(page.get_by_role("button", name="Download PNG")).to_be_visible()
+    prompt = page.get_by_role("textbox", name="Prompt", exact=True)
+    draw = page.get_by_role("button", name="Draw", exact=True)
+    boxes = [one.bounding_box() for one in (prompt, draw, picture)]
+    assert [box["y"] for box in boxes] == sorted(box["y"] for box in boxes)
+    assert boxes[0]["y"] > 0
+    assert boxes[-1]["y"] + boxes[-1]["height"] <= WIDTHS["narrow"][1]
+    page.set_viewport_size(dict(zip(("width", "height"), WIDTHS["wide"], strict=True)))
+    settle(page)
+    assert picture.bounding_box()["x"] > draw.bounding_box()["x"] + 300  # beside each other
+    assert page.get_by_role("spinbutton", name="Seed").bounding_box()["y"] > draw.bounding_box()["y"]
+    page.get_by_role("radio", name="fast").click()
+    expect(page.locator(SEGMENT)).to_have_text("fast")
+    settle(page)
+    check_looks(page)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -191,6 +191,15 @@ def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
     assert component(asked, "picture_pair")["right"]["label"] == "guidance scale 1, checkpoint-000010"
 
 
+def test_each_picture_names_its_values_on_all_axes(tmp_path):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = show(
+        tabs="seed", seed="4,7", tab="7", guidance_scale="1.5,3", checkpoint="checkpoint-000010", prompt="a flower"
+    )
+    names = [cell["alt"] for cell in grid_of(app)["cells"]]
+    assert names == [f"guidance scale {scale}, checkpoint-000010, seed 7: a flower" for scale in ("1.5", "3")]
+
+
 def test_the_same_axis_twice_and_several_values_without_an_axis(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     assert "stands on two axes" in warnings(show(columns="checkpoint"))
@@ -318,6 +327,8 @@ def test_two_runs_stand_in_columns_and_their_curves_beside(tmp_path):
     assert "holds no complete" not in str(grid["cells"])
     chart = json.loads(app.get("vega_lite_chart")[0].proto.spec)
     points = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "point")
+    lines = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "line")
+    assert lines["encoding"]["color"]["scale"] == points["encoding"]["stroke"]["scale"]  # a point has its line's color
     assert any(param["name"] == "mark" for param in chart.get("params", []) + points.get("params", []))
     app.multiselect(key="run").set_value(["two"]).run()
     assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000030"]

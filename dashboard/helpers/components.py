@@ -54,6 +54,23 @@ def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> No
     mount(key=key, data=data, on_chosen_change=on_chosen)
 
 
+def legend(data: dict[str, Any], key: str) -> list[str]:
+    """Show a list of a chart's lines, each with a switch, and return the names of the lines that are switched off.
+
+    Args:
+        data: content of the list. It has a `title`, and `lines` with a `name`, `color`, `figures` (words below the name),
+            and `dashed`. The names in its `hidden` are switched off.
+    """
+    mount = st.components.v2.component("legend", html='<div class="legend"></div>', css=_css(), js=_js("legend"))
+    result = mount(key=key, data=data, default={"hidden": data["hidden"]}, on_hidden_change=_nothing)
+    hidden = result.get("hidden")
+    return [str(name) for name in hidden] if isinstance(hidden, list) else []
+
+
+def _nothing() -> None:
+    """Make the component run its fragment again: that is what a change of its state is for."""
+
+
 def data_address(data: bytes) -> str:
     """Return a PNG or JPEG file as a data address."""
     kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"

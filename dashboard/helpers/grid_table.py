@@ -21,6 +21,7 @@ from t2i.pictures.png import grid_png, labelled_grid
 
 SHOWN = 100  # pictures of a grid at once; the rows of a larger grid are shown in pages
 MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn
+TEXTS = ("prompt", "sample")  # axes whose values are prompts, which every picture's text ends with
 TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
 
 
@@ -126,7 +127,7 @@ def draw_pictures(
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
             return
-        show_table(grid, shown, rows)
+        show_table(grid, shown, rows, tab)
 
     draw()
 
@@ -184,9 +185,12 @@ def choose_rows(grid: Grid) -> slice:
     return slice(start, min(count, start + each))
 
 
-def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) -> None:
-    """Show the planned pictures as a table, two of them compared, and the downloads."""
+def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice, tab: int) -> None:
+    """Show the planned pictures of a tab as a table, two of them compared, and the downloads."""
     shown = {}
+    on_tab = "".join(
+        f", {axis_label(axis.name, grid.labels[2][tab])}" for axis in grid.axes[2:] if axis.name not in TEXTS
+    )
     for one in planned:
         _, row, column = one.at
         source = stored_address(one.path) if one.made else ""
@@ -196,7 +200,7 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice) ->
             "column": column,
             "source": source,
             "label": label,
-            "alt": f"{label}: {one.cell.prompt}",
+            "alt": f"{label}{on_tab}: {one.cell.prompt}",
             "note": "" if source else one.problem or "not drawn yet",
             "under": shown_instead(grid, one, rows),
             "open": partial(open_picture, one),

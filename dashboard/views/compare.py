@@ -13,10 +13,13 @@ from helpers.charts import curves_chart
 from helpers.evaluation_wall import show_best, show_verdict
 from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
+from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_empty_state, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
+from helpers.run_colors import color_runs
 from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
+from helpers.run_samples import show_samples
 
 from t2i.errors import UserError
 from t2i.evaluation.figures import figure, figure_text, flatten
@@ -31,6 +34,7 @@ def main() -> None:
     runs = find_runs()
     if not runs:
         st.title("Compare")
+        show_trainings(find_runs("any"))
         show_empty_state(
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
@@ -55,11 +59,14 @@ def main() -> None:
         on_change=reset_values,
     )
     warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+    show_trainings(find_runs("any"))
     st.session_state["_runs"] = list(chosen) if list(chosen) != default else []  # they go along to other pages
     if not chosen:
         st.text("choose one or more runs")
         return
     show_verdicts(chosen)
+    if not has_checkpoints:
+        show_samples(chosen)
     left, right = st.columns([3, 2], gap="large")
     grid = None
     with left:
@@ -75,7 +82,9 @@ def main() -> None:
                 warn(error)
     with right:
         show_curves(chosen, grid)
-    st.subheader("Evaluation")
+    if has_checkpoints:
+        show_samples(chosen)
+    st.header("Evaluation")
     names = list(chosen)
     for start in range(0, len(names), ABREAST):
         row = names[start : start + ABREAST]
@@ -119,12 +128,13 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     for metric in [metric for metric in chosen if metric in names]:
         st.text(metric)
         rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]
-        chart = curves_chart(rows)
+        colors = color_runs(runs)
+        chart = curves_chart(rows, colors=colors)
         points = checkpoint_points(runs, rows, grid)
         if chart is None:
             continue
         if len(points):
-            chart = alt.layer(chart, point_chart(points)).properties(height=320)
+            chart = alt.layer(chart, point_chart(points, colors)).properties(height=320)
             st.altair_chart(chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark")
         else:
             st.altair_chart(chart)
@@ -146,9 +156,10 @@ def checkpoint_points(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curv
     return pd.DataFrame(points, columns=["run", "checkpoint", "x", "value", "shown"])
 
 
-def point_chart(points: pd.DataFrame) -> alt.Chart:
-    """Return the chart of `checkpoint_points`, whose points can be clicked."""
+def point_chart(points: pd.DataFrame, colors: dict[str, str]) -> alt.Chart:
+    """Return the chart of `checkpoint_points`, whose points can be clicked, in the `colors` of their runs."""
     several = points["run"].nunique() > 1
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
     mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
     return (
         alt.Chart(points)
@@ -157,8 +168,8 @@ def point_chart(points: pd.DataFrame) -> alt.Chart:
             x="x:Q",
             y="value:Q",
             # Each channel names its class: for a condition or a bare value, Altair tries all classes, which takes 60 ms.
-            fill=alt.Fill("run:N", title=None) if several else alt.FillValue("#d6336c"),
-            stroke=alt.Stroke("run:N", title=None) if several else alt.StrokeValue("#d6336c"),
+            fill=alt.Fill("run:N", title=None, legend=None, scale=scale) if several else alt.FillValue("#d6336c"),
+            stroke=alt.Stroke("run:N", title=None, legend=None, scale=scale) if several else alt.StrokeValue("#d6336c"),
             fillOpacity=alt.FillOpacity("shown:N", legend=None, scale=alt.Scale(domain=[True, False], range=[1, 0])),
             tooltip=[alt.Tooltip("run:N"), alt.Tooltip("checkpoint:N"), alt.Tooltip("value:Q", format=".5~g")],
         )
@@ -199,10 +210,6 @@ def show_evaluation(name: str, run: Path) -> None:
     st.text(f"status: {state.get('status', 'unknown')}   steps: {state.get('steps', 'not finished')}")
     results = sweep_results(run)
     if not results:
-        samples = sorted(path.name for path in (run / "samples").glob("step-*.png"))
-        if samples:
-            st.text(f"samples of training, {Path(samples[-1]).stem}")
-            show_file(run / "samples", samples[-1])
         st.text("Not evaluated yet. This does it:")
         st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
         return

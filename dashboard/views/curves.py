@@ -8,9 +8,12 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
-from helpers.charts import LEGEND_LINES, curves_chart, line_chart
+from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart
+from helpers.components import legend
+from helpers.live_trainings import show_trainings
 from helpers.page_texts import escape, show_empty_state, title_row
-from helpers.run_files import read_or_warn, sweep_results
+from helpers.run_colors import color_runs, color_values, differing_settings, ordered
+from helpers.run_files import read_or_warn, read_settings, sweep_results
 from helpers.run_list import choose_runs, find_runs
 
 from t2i.errors import UserError
@@ -35,6 +38,8 @@ POLL_S = 1  # seconds between two looks at what a server has sent so far
 KEPT_S = 60  # seconds that curves of ended runs stay in memory: an evaluation may still add to them
 BAND = re.compile(r"val_loss_\d+_\d+")
 FIRST_METRICS = ("train_loss", "val_loss")  # shown by default
+BY_RUN = "run"  # color of a run of its own
+MOST_VALUES = 8  # values of a setting by which runs are colored
 
 Key = tuple[str, str]  # run's name as shown, metric
 
@@ -62,9 +67,10 @@ def show_folders() -> None:
             "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
         )
         return
+    show_trainings(runs)
     chosen = choose_runs(list(runs))
     names = sorted({metric for name in chosen for metric in folder_curves(runs[name])})
-    options = choose_view(names)
+    options = choose_view(names, len(chosen)) | choose_look({name: runs[name] for name in chosen})
 
     def read_now() -> tuple[dict[Key, Curve], str]:
         read_all = {name: folder_curves(runs[name]) for name in chosen}
@@ -99,10 +105,12 @@ def show_stored() -> None:
     if not stored:
         show_empty_state("No run with metrics in this store yet. This makes one:", "make demo")
         return
-    # Runs may share a name ("unet"); part of the id tells them apart.
-    runs = {f"{run.name} ({run.run_id[:8]})": run for run in stored}
+    folders = folder_names()  # Runs elsewhere may share a name ("unet"); part of the id tells them apart.
+    runs = {folders.get(run.run_id, f"{run.name} ({run.run_id[:8]})"): run for run in stored}
     chosen = {name: runs[name] for name in choose_runs(list(runs), "stored_runs")}
-    options = choose_view(sorted({metric for run in chosen.values() for metric in run.metrics}))
+    here = find_runs("any")
+    options = choose_view(sorted({metric for run in chosen.values() for metric in run.metrics}), len(chosen))
+    options |= choose_look({name: here.get(name) for name in chosen})
 
     def running() -> bool:
         open_ids = {run.run_id for run in chosen.values() if run.status == "RUNNING"}
@@ -128,7 +136,16 @@ def show_stored() -> None:
 def ended_here() -> set[str]:
     """Return the MLflow ids of the ended runs in outputs/. MLflow calls a killed run RUNNING until it is resumed."""
     ended = [run for run in find_runs("any").values() if run_status(run, read_or_warn(run / "run.json")) != "running"]
-    return {str(read_or_warn(run / SPOOL_FOLDER / "state.json").get("run_id")) for run in ended}
+    return {stored_id(run) for run in ended}
+
+
+def folder_names() -> dict[str, str]:
+    """Return the names of the run folders in outputs/ by the MLflow ids of their runs."""
+    return {stored_id(run): name for name, run in reversed(find_runs("any").items())}
+
+
+def stored_id(run: Path) -> str:
+    return str(read_or_warn(run / SPOOL_FOLDER / "state.json").get("run_id"))
 
 
 def stored_runs(uri: str) -> list[StoredRun] | None:
@@ -222,9 +239,17 @@ def _server_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> Iterator
 # --- What is drawn ---------------------------------------------------------------------------------------------------
 
 
-def choose_view(names: list[str]) -> dict[str, Any]:
-    """Show widgets that choose which metrics of `names` are drawn and how, and return the choice."""
+def choose_view(names: list[str], count: int) -> dict[str, Any]:
+    """Show widgets that choose which metrics of `names` are drawn and how, and return the choice.
+
+    By default, many runs show one loss each: two lines per run would hide each other.
+
+    Args:
+        names: metrics of the runs.
+        count: number of runs.
+    """
     defaults = [metric for metric in FIRST_METRICS if metric in names] or names[:1]
+    defaults = defaults[-1:] if count > MANY_LINES else defaults
     metrics = st.multiselect("Metrics", names, default=defaults, key="metric", bind="query-params")
     row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
     scale = row.radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
@@ -240,6 +265,48 @@ def choose_view(names: list[str]) -> dict[str, Any]:
     chosen += [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
     weight = weight if is_finite(weight) and 0 <= weight < 1 else 0.0
     return {"metrics": chosen, "log": scale == "log", "wall_time": x == "wall time", "weight": weight}
+
+
+def choose_look(runs: dict[str, Path | None]) -> dict[str, Any]:
+    """Show widgets that choose what colors stand for, and the baseline, and return the choice.
+
+    Args:
+        runs: chosen runs by name. Settings of a run without a folder are not known.
+    """
+    settings = {name: flatten(read_settings(run)) if run else {} for name, run in runs.items()}
+    differing = differing_settings(settings, MOST_VALUES)
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
+    by = row.selectbox(
+        "Color by",
+        [BY_RUN, *differing],
+        key="color",
+        bind="query-params",
+        help="Color runs by a setting in which they differ.",
+        width=260,
+    )
+    is_averaged = row.toggle(
+        "Mean per color",
+        key="mean",
+        bind="query-params",
+        disabled=by not in differing,
+        help="Draw the mean of the runs with the same value, within a band from the lowest to the highest.",
+    )
+    baseline = row.selectbox(
+        "Baseline",
+        list(runs),
+        index=None,
+        key="baseline",
+        bind="query-params",
+        placeholder="none",
+        help="Pin a run: it is drawn dashed, and the list tells how far others are from it.",
+        width=260,
+    )
+    if by in differing:
+        groups, colors = differing[by], color_values(ordered(differing[by].values()))
+    else:
+        groups, colors = {name: name for name in runs}, color_runs(runs)
+    look = Look(groups, colors, baseline if baseline in runs else "", bool(is_averaged and by in differing))
+    return {"look": look, "setting": by if by in differing else ""}
 
 
 def follow(
@@ -281,19 +348,73 @@ def follow(
 
 
 def draw_curves(curves: dict[Key, Curve], options: dict[str, Any]) -> None:
-    """Draw one chart of all losses, of training and validation together, and one chart per other metric."""
+    """Draw one chart of all losses, of training and validation together, and one chart per other metric.
+
+    A list beside the charts names the lines and switches them off.
+    """
+    if not curves:
+        st.text("no curve to draw: choose runs and metrics")
+        return
+    look: Look = options["look"]
+    left, right = st.columns([4, 1], gap="medium")
+    with right:
+        lines = legend_lines(curves, options)
+        hidden = set(legend({"title": f"{len(lines)} lines", "lines": lines, "hidden": hidden_lines()}, key="_legend"))
     charts: dict[str, list[tuple[str, str, Curve]]] = {}
     for (run, metric), curve in curves.items():
-        charts.setdefault("losses" if "loss" in metric else metric, []).append((run, metric, curve))
+        line = look.groups[run] if look.is_averaged and run != look.baseline else run
+        if line not in hidden:
+            charts.setdefault("losses" if "loss" in metric else metric, []).append((run, metric, curve))
+    with left:
+        draw_charts(charts, options)
+
+
+def hidden_lines() -> list[str]:
+    """Return the names that are switched off in the list of lines."""
+    hidden = getattr(st.session_state.get("_legend"), "hidden", None)
+    return [str(name) for name in hidden] if isinstance(hidden, list) else []
+
+
+def legend_lines(curves: dict[Key, Curve], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the list beside the charts: the baseline first, then the lines with the lowest last loss first.
+
+    Lines of other metrics than losses are in the order of their names.
+    """
+    look: Look = options["look"]
+    metric = next((name for name in ("val_loss", *options["metrics"]) if any(name == one for _, one in curves)), "")
+    last = {run: float(curve.values[-1]) for (run, one), curve in curves.items() if one == metric and len(curve)}
+    runs = list(dict.fromkeys(run for run, _ in curves))
+    members: dict[str, list[str]] = {}
+    for run in runs:
+        members.setdefault(look.groups[run] if look.is_averaged and run != look.baseline else run, []).append(run)
+    zero = last.get(look.baseline)
+    lines = []
+    for name, of_line in members.items():
+        values = [last[run] for run in of_line if is_finite(last.get(run))]
+        mean = sum(values) / len(values) if values else None
+        parts = [f"{metric} {mean:.4g}"] if mean is not None else []
+        if mean is not None and is_finite(zero) and name != look.baseline:
+            parts.append(f"{mean - zero:+.3g}")  # type: ignore[operator]
+        if look.is_averaged and name != look.baseline:
+            parts.insert(0, f"{len(of_line)} runs")
+        elif options["setting"]:
+            parts.insert(0, look.groups[name])
+        color = BASELINE if name == look.baseline else look.colors[name if look.is_averaged else look.groups[name]]
+        order = (name != look.baseline, (mean is None, mean or 0.0) if "loss" in metric else (False, 0.0), name)
+        lines.append(
+            (order, {"name": name, "color": color, "figures": " · ".join(parts), "dashed": name == look.baseline})
+        )
+    return [line for _, line in sorted(lines, key=lambda one: one[0])]
+
+
+def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[str, Any]) -> None:
     if not charts:
-        st.text("no curve to draw: choose runs and metrics")
+        st.text("all lines are switched off")
     for title, rows in charts.items():
         st.text(title)
-        chart = curves_chart(rows, options["weight"], options["log"], options["wall_time"])
+        chart = curves_chart(rows, options["weight"], options["log"], options["wall_time"], options["look"])
         if chart is not None:
             st.altair_chart(chart)
-            if len(rows) > LEGEND_LINES:
-                st.caption(f"{len(rows)} curves; their names stand at the pointer")
         elif options["wall_time"]:
             st.text("no times were recorded: these runs were trained without MLflow")
         else:
@@ -310,7 +431,7 @@ def show_sweep(runs: dict[str, Path]) -> None:
             for key, value in flatten(figures).items():
                 if is_finite(value):
                     rows.append((line, key, scale, float(value)))
-    st.subheader("Over the guidance scale")
+    st.header("Over the guidance scale")
     if not rows:
         st.text("None of these runs is evaluated yet. This does it:")
         st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)

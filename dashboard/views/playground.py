@@ -20,6 +20,7 @@ from helpers.run_files import best_checkpoint, best_run, best_scale, first_promp
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from helpers.training_neighbours import show_neighbours
 from PIL import Image
+from streamlit.delta_generator import DeltaGenerator
 
 from t2i.errors import UserError
 from t2i.pictures import cells
@@ -30,6 +31,17 @@ MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a brow
 SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
 SETTINGS = ("seed", "guidance_scale", "num_inference_steps", "scheduler", "guidance_end")  # widgets of the form
 HISTORY = 12  # pictures in a session's history
+# Prompt, picture and form follow each other on a phone. On a wide page the picture is beside the other two.
+LAYOUT = """<style>
+.st-key-play { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); grid-template-rows: auto 1fr; column-gap: 3rem;
+  grid-template-areas: "ask result" "form result"; align-items: start; }
+.st-key-play > :has(> .st-key-play_ask) { grid-area: ask; }
+.st-key-play > :has(> .st-key-play_result) { grid-area: result; }
+.st-key-play > :has(> .st-key-play_form) { grid-area: form; }
+.st-key-play > * { min-width: 0; width: 100%; }
+@media (max-width: 640px) { .st-key-play { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
+  grid-template-areas: "ask" "result" "form"; } }
+</style>"""
 THUMB, SMALL, LARGE = 72, 84, 384  # pixels per side on the page: in the history, of a step, of the picture
 
 
@@ -43,14 +55,16 @@ def main() -> None:
         return
     if "_history" not in st.session_state:
         st.session_state["_history"] = stored_history(runs)
-    left, right = st.columns([2, 3], gap="large")
-    with left:
+    st.html(LAYOUT)
+    with st.container(key="play"):
+        ask, result, form = (st.container(key=f"play_{name}") for name in ("ask", "result", "form"))
+    with form:
         model = choose_model(runs)
-        if model is None:
-            return
-        settings, asked_to_draw = choose_settings(model[0])
+    if model is None:
+        return
+    settings, asked_to_draw = choose_settings(model[0], ask, form)
     keep_choices()
-    with right:
+    with result:
         warn_of_cut_prompts(model[0], [settings["prompt"], settings["negative_prompt"]])
         try:
             planned = cells.plan(*model, cells.Cell(**settings), [])[0]
@@ -129,14 +143,13 @@ def first_settings(run: Path) -> dict[str, Choice]:
     }
 
 
-def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
-    """Show the form of a picture's settings.
+def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tuple[dict[str, Any], bool]:
+    """Show the prompt and the buttons in the container `ask`, and all other settings of a picture in `form`.
 
-    Return the settings in the form as a `cells.Cell`, and whether to draw them.
+    Return the chosen settings as a `cells.Cell`, and whether to draw them.
     """
     first = first_settings(run)
-    above = st.container()  # for the presets, which depend on the values below
-    with st.container(border=True):
+    with ask:
         prompt = st.text_area(
             "Prompt",
             key="prompt",
@@ -144,6 +157,11 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             max_chars=MAX_PROMPT,
             height=80,
         )
+        with st.container(horizontal=True):
+            draw = st.button("Draw", type="primary")
+            other = st.button("Draw with a random seed", on_click=take_random_seed)
+    above = form.container()  # for the presets, which depend on the values below
+    with form.container(border=True):
         negative = st.text_input(
             "Negative prompt",
             key="negative_prompt",
@@ -200,9 +218,6 @@ def choose_settings(run: Path) -> tuple[dict[str, Any], bool]:
             bind="query-params",
             help="Share of the steps, from the first step on, that are guided. Unguided denoising steps take half the time.",
         )
-        with st.container(horizontal=True):
-            draw = st.button("Draw", type="primary")
-            other = st.button("Draw with a random seed", on_click=take_random_seed)
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
@@ -436,7 +451,7 @@ def show_history() -> None:
     history: Sequence[dict[str, Any]] = st.session_state["_history"]
     if len(history) < 2:
         return
-    st.subheader("Latest pictures")
+    st.header("Latest pictures")
     with st.container(horizontal=True, gap="small"):
         for number, entry in enumerate(history):
             planned: cells.PlannedCell = entry["planned"]

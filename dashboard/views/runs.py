@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
+from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_empty_state, title_row
 from helpers.page_url import name_choices
 from helpers.run_files import read_or_warn, read_settings, sweep_pictures, sweep_results
@@ -35,6 +36,7 @@ def main() -> None:
     kept = title_row("Runs").multiselect(
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
     )  # a status comes from a file, so it is looked up among those there
+    show_trainings(runs)
     names = choose_runs([name for name in runs if not kept or status[name] in kept])
     st.dataframe(
         pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
@@ -72,7 +74,7 @@ def show_best(runs: dict[str, Path]) -> None:
     Only figures that have a better direction can be chosen. If a figure has an interval, the table counts the run's other
     values that lie within the interval of the best one, and so may be as good.
     """
-    st.subheader("Best checkpoint")
+    st.header("Best checkpoint")
     rows = {name: candidates(run) for name, run in runs.items()}
     keys = {key for measured in rows.values() for row in measured for key in row["values"] if figure(key).better}
     if not keys:
@@ -140,7 +142,7 @@ def candidates(run: Path) -> list[dict[str, Any]]:
 
 def show_settings(runs: dict[str, Path]) -> None:
     """Show the settings of the chosen runs side by side, either all settings or only those that differ."""
-    st.subheader("Settings")
+    st.header("Settings")
     columns = {name: flatten(read_settings(run)) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     table = pd.DataFrame(
@@ -159,7 +161,7 @@ def show_settings(runs: dict[str, Path]) -> None:
 
 def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:
     """Show the hashes and versions that the chosen runs were made from, side by side."""
-    st.subheader("Provenance")
+    st.header("Provenance")
     columns = {}
     for name, run in runs.items():
         keys_of_state = ("machine", "precision", "processes", "distribution", "output_unet_hash")
@@ -180,7 +182,7 @@ def show_cards(runs: dict[str, Path]) -> None:
 
     The Markdown of a model card, which may hold users' texts, is never rendered.
     """
-    st.subheader("Model card")
+    st.header("Model card")
     cards = [name for name, run in runs.items() if (run / "pipeline" / "README.md").is_file()]
     if not cards:
         st.text("None of these runs has a card yet; the evaluation writes it:")

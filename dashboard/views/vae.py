@@ -66,7 +66,7 @@ def main() -> None:
         return
     pictures, curves = st.columns([3, 2], gap="large")
     with pictures:
-        st.subheader("Reconstructions")
+        st.header("Reconstructions")
         try:
             show_reconstructions(chosen, reconstructions.validation_images(runs[source]))
         except UserError as error:
@@ -151,7 +151,7 @@ def show_table(
             "label": f"original, {title}",
             "under": "",
             "note": "",
-            "alt": f"original: {caption}",
+            "alt": f"original, {title}: {caption}",
             "open": partial(Image.fromarray, image),
         }
         for column, name in enumerate(vaes, 1):
@@ -185,7 +185,7 @@ def header(name: str, stored: list[Any]) -> str:
 
 def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
     """Show PSNR on the validation split over training, with the chosen checkpoints marked, and the runs' final figures."""
-    st.subheader("PSNR in training")
+    st.header("PSNR in training")
     curves = {name: read_folder(run) for name, run in runs.items()}
     for metric, title in (("val_psnr_db", "PSNR in dB"), ("val_ssim", "SSIM")):
         rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]

@@ -98,6 +98,18 @@ def run_status(folder: Path, state: dict[str, Any] | None = None) -> str:
     return "interrupted" if is_held is False and status != "stopped" else status
 
 
+def holders(folder: Path) -> list[dict[str, Any]]:
+    """Return the running processes that a run's lock file names, one row each: "host", "pid", and whether it "ends" soon.
+
+    Processes of other hosts cannot be seen, so they are listed as running. `run_status` tells whether anyone is at work.
+    """
+    try:
+        with open(folder / LOCK, encoding="utf-8", errors="replace") as file:
+            return _live_holders(file)
+    except (OSError, ValueError, TypeError, RecursionError):  # no lock file, or one that something else wrote
+        return []
+
+
 def _is_held(folder: Path) -> bool | None:
     """Return whether a process holds a lock of a run folder, or None if the lock does not show this."""
     answers: list[bool | None] = []

@@ -123,6 +123,27 @@ def smooth(curve: Curve, weight: float) -> Curve:
     return Curve(curve.steps, curve.times, np.asarray(averages) / debias)
 
 
+def average(curves: Sequence[Curve], points: int = POINTS) -> tuple[Curve, np.ndarray, np.ndarray]:
+    """Return the mean of curves over their steps, and the lowest and highest curve at each step [n].
+
+    Between its steps a curve is a straight line. At a step before its first or after its last one, it is left out.
+
+    Args:
+        curves: at least one curve with finite values. Each has at least one step.
+        points: largest number of steps of the result.
+    """
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
+    if len(steps) > points:
+        steps = steps[np.unique(np.linspace(0, len(steps) - 1, points).round().astype(int))]
+    values = np.full((len(curves), len(steps)), np.nan)
+    for row, curve in zip(values, curves, strict=True):
+        inside = (steps >= curve.steps[0]) & (steps <= curve.steps[-1])
+        row[inside] = np.interp(steps[inside], curve.steps, curve.values)
+    steps, values = steps[(some := ~np.isnan(values).all(axis=0))], values[:, some]
+    mean = Curve(steps, np.full(len(steps), np.nan), np.nanmean(values, axis=0))
+    return mean, np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+
+
 # --- Run folders -----------------------------------------------------------------------------------------------------
 
 

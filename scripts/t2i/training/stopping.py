@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,14 @@ def on_signals(folder: Path) -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def agreed(stop: Stop, accelerator: Any) -> bool:
-    """Return whether any process was asked to stop. Every process must call it at every step, and gets the same answer."""
+def agreed(flags: Sequence[bool], accelerator: Any) -> list[bool]:
+    """Return for each flag whether any process has set it. Every process must call it at every step, and gets the same answer.
+
+    All flags travel in one message between the processes.
+    """
     if accelerator.num_processes == 1:
-        return stop.asked
+        return list(flags)
     import torch
 
-    asked = torch.tensor(float(stop.asked), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum") > 0)
+    asked = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [bool(count > 0) for count in accelerator.reduce(asked, reduction="sum").tolist()]
