@@ -12,6 +12,7 @@ from playwright.sync_api import expect, sync_playwright
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
 from conftest import ROOT, TINY, WARM, warm_start
 from test_compare import make_run
+from test_data_page import make_set
 
 expect.set_options(timeout=30_000)
 pytestmark = pytest.mark.skipif(
@@ -306,3 +307,23 @@ def test_chosen_runs_go_along_and_reload_and_the_theme_work(visit):
     page.wait_for_function(
         "getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor.match(/\\d+/) < 128"
     )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_clicked_picture_opens_in_sight_wherever_the_page_is(visit, painted, width):
+    address, folder = painted
+    if not (folder / "outputs" / "flowers").exists():
+        make_set(folder / "outputs" / "flowers", [f"flower {number}" for number in range(24)], ["rose", "tulip"] * 12)
+    page = visit("data", {"dataset": "flowers"}, width=width, at=address)
+    page.get_by_role("button", name="Show larger: flower 23").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("img", name="flower 23")).to_be_in_viewport()
+    expect(dialog.get_by_text("flower 23", exact=True).first).to_be_in_viewport()
+    expect(page).to_have_url(re.compile("picture=23"))
+    check_looks(page)
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(page).not_to_have_url(re.compile("picture="))
+    page.reload()
+    settle(page)
+    assert page.get_by_role("dialog").count() == 0

@@ -1,7 +1,6 @@
 """The captioned pictures of a data set: search, the audit of its captions, and the pictures that were left out."""
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import read_settings
 from helpers.run_list import OUTPUTS, find_runs
 
-from t2i.captions.auditing import CHECKS
+from t2i.captions.auditing import CHECKS, clean_caption
 from t2i.data import browse
 from t2i.data.images import BadImage
 from t2i.errors import UserError
@@ -26,8 +25,8 @@ from t2i.runs import find_prepared
 PICTURES = 24  # pictures on a page: 2, 3, 4 and 6 columns divide it
 SIDE, LARGE = 320, 1024  # most pixels per side of a picture in the gallery, and of the chosen one
 CAPTION_CHARACTERS = 300  # characters of a caption in the gallery; the chosen picture shows all of them
-MOST_VALUES = 200  # different values of a column that can be a filter
 ANY = "any"
+CLICK = "A click on a picture shows it larger, with all its captions."
 FINDINGS = {name.replace("_", " "): name for name in CHECKS}  # as they are called on the page and in the URL
 
 
@@ -136,7 +135,7 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
                 st.text(
                     f"A run reads these captions by --caption_column {' '.join(map(browse.visible, split.captions))}."
                 )
-            show_audit(browse.audit(split), len(rows), split.folder)
+            show_audit(browse.audit(split), len(rows), split)
             show_lengths(split)
         elif rows.labels:
             st.text("This data set has no captions: training writes them from the labels.")
@@ -147,7 +146,10 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
 
 
 def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
-    """Show the filters of the gallery. Return the rows that match the filters, and the audit's remark on each row."""
+    """Show the filters of the gallery. Return the rows that match the filters, and the audit's remark on each row.
+
+    Duplicates are returned in groups that share a caption.
+    """
     query = st.text_input(
         "Search in captions",
         key="search",
@@ -157,7 +159,7 @@ def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict
     )
     one, two, three = st.columns(3)
     finding = one.selectbox("Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page)
-    kinds = kinds_of(rows)
+    kinds = browse.kinds_of(rows)
     column = (
         two.selectbox("Filter by", list(kinds), key="by", bind="query-params", on_change=no_values) if kinds else None
     )
@@ -174,7 +176,9 @@ def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict
     notes: dict[int, str] = {}
     if finding in FINDINGS and rows.has_captions:
         notes = browse.audit(split)[FINDINGS[finding]] or {}
-        shown = [row for row in shown if row in notes]
+        order = [row for group in browse.duplicate_groups(split) for row in group] if finding == "duplicates" else shown
+        matching = set(shown) & notes.keys()
+        shown = [row for row in order if row in matching]
     if chosen:
         shown = [row for row in shown if values[row] in chosen]
     return shown, notes
@@ -185,23 +189,11 @@ def no_values() -> None:
     first_page()
 
 
-def kinds_of(rows: browse.Rows) -> dict[str, list[str]]:
-    """Return the columns that can serve as filters, as text: columns with few different values, the label first."""
-    columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
-    columns |= rows.columns
-    texts = {}
-    for name, values in columns.items():
-        distinct = set(values)
-        if 1 < len(distinct) <= MOST_VALUES and len(distinct) <= max(2, len(values) // 2):
-            shown = {value: "(none)" if value is None else browse.visible(str(value))[:100] for value in distinct}
-            texts[name] = [shown[value] for value in values]
-    return texts
-
-
 def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], notes: dict[int, str]) -> None:
-    """Show a page of the gallery, and above it the chosen picture."""
+    """Show a page of the gallery, and the chosen picture in a dialog, which is in sight wherever the page is scrolled to."""
     pages = max(1, -(-len(shown) // PICTURES))
-    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    left, middle, right = st.columns([3, 1, 1], vertical_alignment="bottom")
+    chosen = middle.text_input("Picture", key="picture", bind="query-params", placeholder="number", help=CLICK)
     page = right.number_input(
         f"Page, of {pages:,}", min_value=1, max_value=pages, key="page", bind="query-params", disabled=pages == 1
     )
@@ -209,15 +201,21 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
     here = shown[start : start + PICTURES]
     pictures = f"{len(rows):,} pictures" if len(shown) == len(rows) else f"{len(shown):,} of {len(rows):,} pictures"
     left.text(f"{pictures}, {start + 1:,} to {start + len(here):,} shown" if here else "no picture matches")
-    show_chosen(split, rows, notes)
-    if not here:
-        return
-    sources = thumbnails(split, tuple(here))
-    gallery(
-        {"pictures": [card(rows, row, sources[number], notes.get(row, "")) for number, row in enumerate(here)]},
-        key="_gallery",
-        on_chosen=take_chosen,
-    )
+    number = int(chosen) if chosen.isascii() and chosen.isdigit() and len(chosen) < 10 else -1
+    if chosen and not 0 <= number < len(rows):
+        st.text(f"there are pictures 0 to {len(rows) - 1:,}")
+    if here:
+        sources = thumbnails(split, tuple(here))
+        cards = [card(rows, row, sources[position], notes.get(row, "")) for position, row in enumerate(here)]
+        for before, one, row in zip([None, *here], cards, here, strict=False):
+            one["heading"] = (
+                heading_between(rows, before, row) if st.session_state.get("finding") == "duplicates" else ""
+            )
+        gallery({"pictures": cards}, key="_gallery", on_chosen=take_chosen)
+    if 0 <= number < len(rows):
+        st.dialog(f"Picture {number}", width="medium", on_dismiss=close_picture)(show_chosen)(
+            split, rows, number, notes
+        )
 
 
 def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
@@ -257,6 +255,18 @@ def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> 
     ]
 
 
+def heading_between(rows: browse.Rows, before: int | None, row: int) -> str:
+    """Return the heading above a duplicate that shares no caption with the duplicate before it; "" within a group."""
+    shared = shared_captions(rows, row)
+    if before is not None and shared & shared_captions(rows, before):
+        return ""
+    return shorten(browse.visible(rows.captions[row][0]), CAPTION_CHARACTERS)
+
+
+def shared_captions(rows: browse.Rows, row: int) -> set[str]:
+    return {clean_caption(caption).casefold() for caption in rows.captions[row]}
+
+
 def take_chosen() -> None:
     """Remember the clicked picture. The page then looks up the row of the clicked picture among the rows that exist."""
     clicked = getattr(st.session_state.get("_gallery"), "chosen", None)
@@ -264,38 +274,34 @@ def take_chosen() -> None:
         st.session_state["picture"] = str(clicked["row"])
 
 
-def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
-    """Show the chosen picture, all its captions, its other columns and its finding."""
-    row = st.session_state.get("picture", st.query_params.get("picture", ""))
-    with st.expander("One picture", expanded=bool(row)):
-        row = st.text_input("Number of the picture", key="picture", bind="query-params", placeholder="or click one")
-        number = int(row) if row.isascii() and row.isdigit() and len(row) < 10 else -1
-        if not 0 <= number < len(rows):
-            if row:
-                st.text(f"there are pictures 0 to {len(rows) - 1:,}")
-            return
-        left, right = st.columns(2)
-        source = thumbnails(split, (number,), LARGE)[0]
-        if source.startswith("data:"):
-            alt = browse.visible(rows.captions[number][0])[:CAPTION_CHARACTERS] or f"picture {number}"
-            left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
-        else:
-            left.text(source)
-        for caption in rows.captions[number]:
-            right.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
-        facts = {"label": rows.labels[number]} if rows.labels else {}
-        facts |= {name: values[number] for name, values in rows.columns.items()}
-        if note := notes.get(number):
-            facts["finding"] = note
-        shown = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
-        if shown:
-            right.dataframe(pd.DataFrame(shown, columns=["what", "value"]), hide_index=True)
+def close_picture() -> None:
+    st.session_state["picture"] = ""
+
+
+def show_chosen(split: browse.Split, rows: browse.Rows, number: int, notes: dict[int, str]) -> None:
+    """Show a picture, all its captions, its other columns and its finding."""
+    left, right = st.columns(2)
+    source = thumbnails(split, (number,), LARGE)[0]
+    if source.startswith("data:"):
+        alt = browse.visible(rows.captions[number][0])[:CAPTION_CHARACTERS] or f"picture {number}"
+        left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
+    else:
+        left.text(source)
+    for caption in rows.captions[number]:
+        right.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
+    facts = {"label": rows.labels[number]} if rows.labels else {}
+    facts |= {name: values[number] for name, values in rows.columns.items()}
+    if note := notes.get(number):
+        facts["finding"] = note
+    shown = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
+    if shown:
+        right.dataframe(pd.DataFrame(shown, columns=["what", "value"]), hide_index=True)
 
 
 # --- What the captions are like --------------------------------------------------------------------------------------
 
 
-def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
+def show_audit(findings: dict[str, Any], total: int, split: browse.Split) -> None:
     """Show the findings of the caption audit as a table.
 
     A click on a row of the table shows the pictures of the row's finding.
@@ -315,7 +321,22 @@ def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
         placeholder="–",
     )
     st.caption("Choosing a row shows the pictures it is about.")
-    st.text(measured_elsewhere(folder))
+    if text := said_of_templates(split, len(findings["duplicates"] or ())):
+        st.text(text)
+    st.text(measured_elsewhere(split.folder))
+
+
+def said_of_templates(split: browse.Split, duplicates: int) -> str:
+    """Return a sentence on duplicates that a template made, or "" if there are none."""
+    count, names = browse.template_groups(split)
+    if not count:
+        return ""
+    kind = "label" if names == ["label"] else "attributes"
+    share = f"All {count:,} duplicates" if count == duplicates else f"{count:,} of {duplicates:,} duplicates"
+    return (
+        f"{share} share a caption only with pictures of the same {kind}: a template writes such captions, and they are no "
+        "fault. Several captions per picture vary them; docs/data.md says how."
+    )
 
 
 def measured_elsewhere(folder: Path) -> str:
@@ -357,6 +378,7 @@ def show_lengths(split: browse.Split) -> None:
         [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
     )
     st.dataframe(table, hide_index=True, height=240)
+    st.caption("Words such as “a” and “with” are not in this table.")
 
 
 # --- Quarantine ------------------------------------------------------------------------------------------------------

@@ -29,6 +29,14 @@ from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
 from t2i.errors import UserError
 
+MOST_VALUES = 200  # Different values at most of a column that tells kinds of pictures apart.
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# Words of English that are in most captions and say nothing about a picture.
+_COMMON = (
+    "a an and are as at be been being both but by for from has have in into is it its near of off on one or other over some "
+    "such that the their them there these they this those through to under up very was were which while with"
+)
+STOP_WORDS = frozenset(_COMMON.split())
 BATCH = 100  # Rows of images in memory at a time. `t2i.data.dataset_folder` writes row groups of this size.
 SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")
 DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # Errors of reading a damaged or a deleted file.
@@ -412,17 +420,66 @@ def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:
     return kept if kept and whole and len(kept) == count else None
 
 
+def kinds_of(rows: Rows) -> dict[str, list[str]]:
+    """Return the columns that tell kinds of pictures apart, as visible text, the label first.
+
+    Such a column has at least 2 and at most `MOST_VALUES` different values, and each value has two pictures on average.
+    """
+    columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
+    columns |= rows.columns
+    texts = {}
+    for name, values in columns.items():
+        distinct = set(values)
+        if 1 < len(distinct) <= MOST_VALUES and len(distinct) <= max(2, len(values) // 2):
+            shown = {value: "(none)" if value is None else visible(str(value))[:100] for value in distinct}
+            texts[name] = [shown[value] for value in values]
+    return texts
+
+
+@lru_cache(maxsize=8)
+def duplicate_groups(split: Split) -> list[list[int]]:
+    """Return the pictures that the audit reports as duplicates, in groups that share a caption, the largest first.
+
+    A picture with several shared captions is in the group of its first shared caption.
+    """
+    found = audit(split)["duplicates"] or {}
+    by_caption: dict[str, list[int]] = {}
+    for row, captions in enumerate(read_rows(split).captions):
+        for text in dict.fromkeys(auditing.clean_caption(caption).casefold() for caption in captions):
+            by_caption.setdefault(text, []).append(row)
+    shared = [group for group in by_caption.values() if len(group) > 1 and found.keys() >= set(group)]
+    first = {row: number for number, group in reversed(list(enumerate(shared))) for row in group}
+    groups = [[row for row in group if first[row] == number] for number, group in enumerate(shared)]
+    return sorted(filter(None, groups), key=len, reverse=True)
+
+
+def template_groups(split: Split) -> tuple[int, list[str]]:
+    """Find the duplicates that a template made: their captions are shared only by pictures of one kind.
+
+    The kind of a picture is its label. Without labels, it is the values of all columns of `kinds_of`.
+
+    Returns:
+        Number of pictures in such groups, and the names of the columns. The names are [] if there are no such columns.
+    """
+    kinds = kinds_of(read_rows(split))
+    names = ["label"] if "label" in kinds else list(kinds)
+    groups = duplicate_groups(split) if names else []
+    alike = [group for group in groups if all(len({kinds[name][row] for row in group}) == 1 for name in names)]
+    return sum(map(len, alike)), names
+
+
 @lru_cache(maxsize=8)
 def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """Count the words in the captions of a split.
 
     Returns:
         First, the number of words in each caption, int64 [N]. Second, the 50 words that occur in most captions, each
-            with the number of captions that contain it.
+            with the number of captions that contain it. These words are in lower case and without punctuation, and
+            `STOP_WORDS` are not among them.
     """
-    parts = [text.casefold().split() for captions in read_rows(split).captions for text in captions]
-    counts = Counter(word for part in parts for word in set(part))
-    return np.array([len(part) for part in parts], dtype=np.int64), counts.most_common(50)
+    texts = [text for captions in read_rows(split).captions for text in captions]
+    counts = Counter(word for text in texts for word in set(WORD.findall(text.casefold())) - STOP_WORDS)
+    return np.array([len(text.split()) for text in texts], dtype=np.int64), counts.most_common(50)
 
 
 def read_quarantine(file: Path) -> list[dict[str, str]]:
