@@ -23,7 +23,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -36,11 +36,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from t2i.captions.texts import clean
-from t2i.config import DataConfig
+from t2i.config import DataConfig, check_dataset
 from t2i.config_types import unlisted
 from t2i.data import overview
 from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit, image_bytes
-from t2i.data.prepared import Split, check_bad_share, open_splits
+from t2i.data.prepared import Split, check_bad_share, open_splits, repair
 from t2i.data.records import (
     CAPTION_FIX,
     ROWS_PER_BATCH,
@@ -52,12 +52,14 @@ from t2i.data.records import (
     open_candidates,
     shown_file,
 )
+from t2i.data.repairs import LEFT_OUT, Repairs, read_repairs
 from t2i.data.sources import find_source
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json, read_json, write_json
 from t2i.runs import prepared_folder
 
+OWN_VALIDATION = "its own split"  # `validation_from` of a data set that brings a validation split.
 CACHE_VERSION = 1  # Part of every cache key. Change it if the content of a cache folder changes.
 
 
@@ -71,6 +73,17 @@ class Splits:
     quarantine: list[dict[str, str]]  # File, split and reason of each image that was left out.
     fingerprint: str  # Hash of everything: images, captions and settings.
     report: dict[str, Any]  # The report of the cache folder, as `report.json` holds it.
+    repairs: Repairs = field(default_factory=Repairs)  # The repairs that were applied; see `t2i.data.repairs`.
+
+    def repair_hashes(self, captions: bool = True) -> dict[str, str]:
+        """Return the hashes of the repairs that shape a training, by name. Without repairs, there are none.
+
+        Args:
+            captions: whether the training reads captions.
+        """
+        hashes = {"left_out_hash": self.repairs.left_out_hash()}
+        hashes |= {"edits_hash": self.repairs.edits_hash()} if captions else {}
+        return {name: value for name, value in hashes.items() if value}
 
 
 def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: bool = True) -> Splits:
@@ -101,6 +114,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         raise UserError(
             f"cache_dir {cfg.cache_dir} cannot be made ({error.strerror}); give another --cache_dir"
         ) from None
+    repairs = read_repairs(check_dataset(cfg.dataset))  # Before minutes of decoding.
     source = find_source(cfg)
     settings = (
         *("resolution", "image_column", "caption_column", "caption_template", "label_names"),
@@ -124,12 +138,42 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     say(overview.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
-    train, validation, test = open_splits(folder, report)
+    train, validation, test = _repair_all(open_splits(folder, report), repairs, report, cfg, say)
     if train is None:
+        if repairs.left_out:
+            raise UserError(f"{cfg.dataset} has no training image that is not left out; shorten its {LEFT_OUT}")
         raise UserError(
             f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} lists the reasons: fix the images"
         )
-    return Splits(train, validation, test, quarantine, fingerprint=folder.name, report=report)
+    return Splits(train, validation, test, quarantine, folder.name, report, repairs)
+
+
+def _repair_all(
+    splits: tuple[Split | None, ...], repairs: Repairs, report: dict[str, Any], cfg: DataConfig,
+    say: Callable[[str], None],
+) -> list[Split | None]:  # fmt: skip
+    """Apply the repairs to the train, validation and test split, and say what they changed."""
+    names = ("train", "validation", "test")
+    if not (repairs.left_out or repairs.edits):
+        return list(splits)
+    is_drawn = report["validation_from"] != OWN_VALIDATION
+    found: list[Split | None] = []
+    left_out: dict[str, int] = {}
+    edited = 0
+    for name, split in zip(names, splits, strict=True):
+        own_split = "train" if name == "validation" and is_drawn else name
+        repaired, without, changed = (split, 0, 0)
+        if split is not None:
+            repaired, without, changed = repair(split, repairs, own_split, cfg.caption_prefix or "")
+        found.append(repaired)
+        left_out |= {name: without} if without else {}
+        edited += changed
+    shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    say(
+        f"repairs of {cfg.dataset}: {sum(left_out.values()):,} images left out by {LEFT_OUT}"
+        f"{f' ({shown})' if shown else ''}, {edited:,} images with edited captions"
+    )
+    return found
 
 
 # Preparing: digests, splits, pixels, rows
@@ -246,7 +290,7 @@ def _build_in(
         "dataset": source.name,
         "found": found,
         "splits": splits,
-        "validation_from": "its own split" if "validation" in candidates else "train, by content hash",
+        "validation_from": OWN_VALIDATION if "validation" in candidates else "train, by content hash",
         "not_used_because_of_max_train_samples": left_out,
         "quarantined": len(quarantine),
         "quarantined_by_reason": dict(Counter(row["reason"].split(":")[0] for row in quarantine).most_common()),
