@@ -414,7 +414,7 @@ def cache_inputs(
     text_encoder = frozen["text_encoder"].to(accelerator.device)
     for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
-        captions, pixels = split.captions(limit), split.pixels if limit is None else split.pixels[:limit]
+        captions, pixels = split.captions(limit), split.first(limit)
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}

@@ -7,7 +7,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.classList.toggle("wall", Boolean(data.wall));
   const action = data.action ?? "Show larger";
   root.replaceChildren(...data.pictures.flatMap((one) => {
-    const shown = card(one, action, () => setTriggerValue("chosen", { row: one.row }));
+    const shown = card(one, action, () => setTriggerValue("chosen", { row: one.row, split: one.split ?? "" }));
     return one.heading ? [make("p", { class: "heading", dir: "auto" }, one.heading), shown] : [shown];
   }));
 }

@@ -159,7 +159,8 @@ def cache_features(
         network: an `evaluation.networks.FeatureNetwork`.
     """
     if isinstance(pixels, Selection):
-        pixels, rows = pixels.array, pixels.kept[rows]
+        rows = pixels.kept[rows]
+        pixels = pixels.array
     shape = (len(rows), network.features(pixels[rows[:1]]).shape[1])
 
     def fill(features: np.ndarray) -> None:
@@ -225,7 +226,7 @@ def _stored(
 ) -> tuple[np.ndarray, dict[str, Any], Callable[[np.ndarray], np.ndarray | Selection]]:
     """Return the images to compute a cache of, its identity, and a function that selects the wanted rows of the cache.
 
-    If images are left out of a split, the cache is that of the whole split. A slice of the rest gets a cache of its own.
+    If images are left out of a split, the cache is that of the whole split. A part of the rest gets a cache of its own.
     """
     if not isinstance(pixels, Selection):
         return pixels, identity, lambda cached: cached

@@ -21,7 +21,7 @@ class Selection:
     Attributes:
         array: the array with all rows, [M, ...].
         kept: numbers of the selected rows, int64 [N].
-        is_cut: whether this selection is a slice of another one.
+        is_cut: whether more rows could be selected. Their cache is then not that of the whole array.
     """
 
     def __init__(self, array: np.ndarray, kept: np.ndarray, *, is_cut: bool = False) -> None:
@@ -31,9 +31,7 @@ class Selection:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return Selection(self.array, self.kept[key], is_cut=True)  # Read later, as a slice of a memory map is.
+    def __getitem__(self, key: Any) -> np.ndarray:
         rows, *rest = key if isinstance(key, tuple) else (key,)
         return self.array[(self.kept[rows], *rest)]
 
@@ -62,6 +60,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def first(self, limit: int | None) -> np.ndarray | Selection:
+        """Return the first `limit` images, or all images, to compute a cache of."""
+        if limit is None or limit >= len(self) or not isinstance(self.pixels, Selection):
+            return self.pixels[:limit] if isinstance(self.pixels, np.ndarray) else self.pixels
+        return Selection(self.pixels.array, self.pixels.kept[:limit], is_cut=True)
 
     def captions(self, limit: int | None = None) -> list[list[str]]:
         """Return all captions of the first `limit` images, or of all images: at least one each, which may be empty."""
