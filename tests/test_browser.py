@@ -327,3 +327,19 @@ def test_a_clicked_picture_opens_in_sight_wherever_the_page_is(visit, painted, w
     page.reload()
     settle(page)
     assert page.get_by_role("dialog").count() == 0
+
+
+def test_a_wrong_caption_is_found_and_corrected_in_four_interactions(visit, painted):
+    address, folder = painted
+    captions = ["a rose", "a tulip in the grass", "a tulip by the lake", "a red tulip"]
+    make_set(folder / "outputs" / "wrong", captions, ["rose", "rose", "tulip", "tulip"])
+    page = visit("data", {"dataset": "wrong"}, at=address)
+    choose(page, "Finding", "label contradictions")  # 1
+    page.get_by_role("button", name="Show larger: a tulip in the grass").click()  # 2
+    page.get_by_role("dialog").get_by_role("textbox", name="Caption").fill("a rose in the grass")  # 3
+    page.get_by_role("dialog").get_by_role("button", name="Save").click()  # 4
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_text("no picture matches")).to_be_visible()  # nothing contradicts its label any more
+    line = json.loads((folder / "outputs" / "wrong" / "captions.jsonl").read_text(encoding="utf-8"))
+    assert (line["replaces"], line["caption"]) == ("a tulip in the grass", "a rose in the grass")
+    check_looks(page)

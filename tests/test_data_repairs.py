@@ -62,7 +62,7 @@ def test_a_picture_is_left_out_and_taken_back(flowers, only_here):
     app = show(picture="3")
     press(app, "Leave out of training")
     app.run()
-    assert "1 are left out of training" in words(app)
+    assert "left out of training: 1" in words(app)
     assert "left out of training" in gallery(app)[3]["finding"]
     assert rows_of(show(finding="left out")) == [3]
     assert sorted(trained(flowers)) == sorted(CAPTIONS[:3])

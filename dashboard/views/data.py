@@ -301,8 +301,10 @@ def show_pictures(splits: dict[str, browse.Split], split: browse.Split, choice: 
     here = shown[start : start + PICTURES]
     pictures = f"{len(rows):,} pictures" if len(shown) == len(rows) else f"{len(shown):,} of {len(rows):,} pictures"
     left.text(f"{pictures}, {start + 1:,} to {start + len(here):,} shown" if here else "no picture matches")
-    marks = [(rows.left_out, "are left out of training"), (rows.edited, "have edited captions")]
-    if text := ", ".join(f"{len(marked):,} {words}" for marked, words in marks if marked):
+    if choice.groups and here:
+        left.text(f"{len(set(choice.groups.values())):,} groups")
+    marks = [("left out of training", rows.left_out), ("captions edited", rows.edited)]
+    if text := ", ".join(f"{words}: {len(marked):,}" for words, marked in marks if marked):
         left.text(text)
     number = int(chosen) if chosen.isascii() and chosen.isdigit() and len(chosen) < 10 else -1
     if chosen and not 0 <= number < len(rows):
@@ -507,7 +509,7 @@ def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
     lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
     rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]
     if not rows:
-        st.text("No image of this data set was left out.")
+        st.text("No image of this data set is damaged.")
         return
     frame = pd.DataFrame(rows)
     frame["kind"] = [reason.split(":")[0] for reason in frame["reason"]]
