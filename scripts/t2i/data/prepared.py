@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from t2i.data.repairs import Repairs
+from t2i.config import DataConfig
+from t2i.data.repairs import LEFT_OUT, Repairs
 from t2i.errors import UserError
 from t2i.files import read_json
+
+OWN_VALIDATION = "its own split"  # `validation_from` of a data set that brings a validation split.
 
 
 class Selection:
@@ -141,6 +145,34 @@ def repair(split: Split, repairs: Repairs, own_split: str, prefix: str) -> tuple
     edited = sum(not is_left_out[row] for row in changed)
     repaired = Split(pixels, rows, split.fingerprint) if len(pixels) else None
     return repaired, int(is_left_out.sum()), edited
+
+
+def repair_all(
+    splits: tuple[Split | None, ...], repairs: Repairs, report: dict[str, Any], cfg: DataConfig,
+    say: Callable[[str], None],
+) -> list[Split | None]:  # fmt: skip
+    """Apply the repairs to the train, validation and test split, and say what they changed."""
+    names = ("train", "validation", "test")
+    if not (repairs.left_out or repairs.edits):
+        return list(splits)
+    is_drawn = report["validation_from"] != OWN_VALIDATION
+    found: list[Split | None] = []
+    left_out: dict[str, int] = {}
+    edited = 0
+    for name, split in zip(names, splits, strict=True):
+        own_split = "train" if name == "validation" and is_drawn else name
+        repaired, without, changed = (split, 0, 0)
+        if split is not None:
+            repaired, without, changed = repair(split, repairs, own_split, cfg.caption_prefix or "")
+        found.append(repaired)
+        left_out |= {name: without} if without else {}
+        edited += changed
+    shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    say(
+        f"repairs of {cfg.dataset}: {sum(left_out.values()):,} images left out by {LEFT_OUT}"
+        f"{f' ({shown})' if shown else ''}, {edited:,} images with edited captions"
+    )
+    return found
 
 
 def check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, limit: float, listing: Path) -> None:

@@ -40,7 +40,7 @@ from t2i.config import DataConfig, check_dataset
 from t2i.config_types import unlisted
 from t2i.data import overview
 from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit, image_bytes
-from t2i.data.prepared import Split, check_bad_share, open_splits, repair
+from t2i.data.prepared import OWN_VALIDATION, Split, check_bad_share, open_splits, repair_all
 from t2i.data.records import (
     CAPTION_FIX,
     ROWS_PER_BATCH,
@@ -59,7 +59,6 @@ from t2i.errors import UserError
 from t2i.files import hash_json, read_json, write_json
 from t2i.runs import prepared_folder
 
-OWN_VALIDATION = "its own split"  # `validation_from` of a data set that brings a validation split.
 CACHE_VERSION = 1  # Part of every cache key. Change it if the content of a cache folder changes.
 
 
@@ -138,7 +137,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     say(overview.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
-    train, validation, test = _repair_all(open_splits(folder, report), repairs, report, cfg, say)
+    train, validation, test = repair_all(open_splits(folder, report), repairs, report, cfg, say)
     if train is None:
         if repairs.left_out:
             raise UserError(f"{cfg.dataset} has no training image that is not left out; shorten its {LEFT_OUT}")
@@ -146,34 +145,6 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
             f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} lists the reasons: fix the images"
         )
     return Splits(train, validation, test, quarantine, folder.name, report, repairs)
-
-
-def _repair_all(
-    splits: tuple[Split | None, ...], repairs: Repairs, report: dict[str, Any], cfg: DataConfig,
-    say: Callable[[str], None],
-) -> list[Split | None]:  # fmt: skip
-    """Apply the repairs to the train, validation and test split, and say what they changed."""
-    names = ("train", "validation", "test")
-    if not (repairs.left_out or repairs.edits):
-        return list(splits)
-    is_drawn = report["validation_from"] != OWN_VALIDATION
-    found: list[Split | None] = []
-    left_out: dict[str, int] = {}
-    edited = 0
-    for name, split in zip(names, splits, strict=True):
-        own_split = "train" if name == "validation" and is_drawn else name
-        repaired, without, changed = (split, 0, 0)
-        if split is not None:
-            repaired, without, changed = repair(split, repairs, own_split, cfg.caption_prefix or "")
-        found.append(repaired)
-        left_out |= {name: without} if without else {}
-        edited += changed
-    shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
-    say(
-        f"repairs of {cfg.dataset}: {sum(left_out.values()):,} images left out by {LEFT_OUT}"
-        f"{f' ({shown})' if shown else ''}, {edited:,} images with edited captions"
-    )
-    return found
 
 
 # Preparing: digests, splits, pixels, rows
