@@ -100,6 +100,7 @@ def main() -> None:
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
         "unet_hash": training.get("output_unet_hash"),
+        **splits.repair_hashes(),
     }
     state = RunFolder(folder, {**evaluation_settings(config, preset), **input_hashes}, replace=True)
     if state.finished:

@@ -310,6 +310,7 @@ def load_frozen(recipe: Recipe, splits: Any) -> tuple[dict[str, Any], dict[str, 
         "vae_hash": models.hash_model(vae),
         "text_encoder_hash": models.hash_model(text_encoder),
         "tokenizer_hash": models.hash_tokenizer(tokenizer),
+        **splits.repair_hashes(),
     }
     return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}, input_hashes
 
@@ -413,7 +414,7 @@ def cache_inputs(
     text_encoder = frozen["text_encoder"].to(accelerator.device)
     for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
-        captions, pixels = split.captions(limit), split.pixels[:limit]
+        captions, pixels = split.captions(limit), split.first(limit)
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}

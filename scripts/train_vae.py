@@ -68,7 +68,11 @@ def main() -> None:
     # models
     vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
     check_vae(recipe, models.vae_factor(vae))
-    input_hashes = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae)}
+    input_hashes = {
+        "dataset_hash": splits.fingerprint,
+        "vae_hash": models.hash_model(vae),
+        **splits.repair_hashes(captions=False),
+    }
     if perceptual := load_perceptual(config, accelerator):
         input_hashes["perceptual_hash"] = perceptual.identity
     batch = loop.global_batch(config, accelerator.num_processes)

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, WARM, warm_start
 from t2i.run_lock import lock_run
 from t2i.training import live
 from test_compare import PROMPTS, make_run
+from test_data_page import make_set
 
 expect.set_options(timeout=30_000)
 pytestmark = pytest.mark.skipif(
@@ -426,3 +427,39 @@ def test_chosen_runs_go_along_and_reload_and_the_theme_work(visit):
     page.wait_for_function(
         "getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor.match(/\\d+/) < 128"
     )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_clicked_picture_opens_in_sight_wherever_the_page_is(visit, painted, width):
+    address, folder = painted
+    if not (folder / "outputs" / "flowers").exists():
+        make_set(folder / "outputs" / "flowers", [f"flower {number}" for number in range(24)], ["rose", "tulip"] * 12)
+    page = visit("data", {"dataset": "flowers"}, width=width, at=address)
+    page.get_by_role("button", name="Show larger: flower 23").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("img", name="flower 23")).to_be_in_viewport()
+    expect(dialog.get_by_text("flower 23", exact=True).first).to_be_in_viewport()
+    expect(page).to_have_url(re.compile("picture=23"))
+    check_looks(page)
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(page).not_to_have_url(re.compile("picture="))
+    page.reload()
+    settle(page)
+    assert page.get_by_role("dialog").count() == 0
+
+
+def test_a_wrong_caption_is_found_and_corrected_in_four_interactions(visit, painted):
+    address, folder = painted
+    captions = ["a rose", "a tulip in the grass", "a tulip by the lake", "a red tulip"]
+    make_set(folder / "outputs" / "wrong", captions, ["rose", "rose", "tulip", "tulip"])
+    page = visit("data", {"dataset": "wrong"}, at=address)
+    choose(page, "Finding", "label contradictions")  # 1
+    page.get_by_role("button", name="Show larger: a tulip in the grass").click()  # 2
+    page.get_by_role("dialog").get_by_role("textbox", name="Caption").fill("a rose in the grass")  # 3
+    page.get_by_role("dialog").get_by_role("button", name="Save").click()  # 4
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_text("no picture matches")).to_be_visible()  # nothing contradicts its label any more
+    line = json.loads((folder / "outputs" / "wrong" / "captions.jsonl").read_text(encoding="utf-8"))
+    assert (line["replaces"], line["caption"]) == ("a tulip in the grass", "a rose in the grass")
+    check_looks(page)

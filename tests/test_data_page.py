@@ -192,6 +192,38 @@ def test_filters_and_findings_work_together(tmp_path):
     assert rows_of(show(finding="empty", by="label", value=["tulip"])) == []
 
 
+def test_duplicates_stand_in_groups_and_those_of_a_template_are_explained(tmp_path):
+    captions = ["a rose", "a lily", "A  rose", "one lily", "a lily", "a rose", "a daisy", "a daisy"]
+    labels = ["rose", "lily", "rose", "lily", "lily", "rose", "daisy", "aster"]
+    make_set(tmp_path / "outputs" / "one", captions, labels)
+    app = show(finding="duplicates")
+    assert rows_of(app) == [0, 2, 5, 1, 4, 6, 7]
+    assert [one["heading"] for one in gallery(app)] == ["a rose", "", "", "a lily", "", "a daisy", ""]
+    assert {one["finding"] for one in gallery(app)[:3]} == {"shared by 3 images"}
+    assert "5 of 7 duplicates share a caption only with pictures of the same label: a template" in words(app)
+    assert rows_of(show(finding="duplicates", search="lily")) == [1, 4]
+    assert [one["heading"] for one in gallery(show())] == [""] * 8
+    # without labels, a template's pictures have the same values in all columns that tell kinds apart
+    several = [["a rose", "my rose"], ["my rose"], ["a rose"], ["a tulip"]]
+    rows = [
+        {"image": picture(number), "caption": captions, "color": color}
+        for number, (captions, color) in enumerate(zip(several, ["red", "red", "white", "white"], strict=True))
+    ]
+    save_dataset_folder(tmp_path / "two", {"train": iter(rows)})
+    split = browse.find_splits(tmp_path / "two")["train"]
+    assert browse.duplicate_groups(split) == [[0, 2], [1]]  # each picture once, at its first shared caption
+    assert browse.template_groups(split) == (1, ["color"])
+
+
+def test_the_words_of_captions_have_no_punctuation_and_no_common_words(tmp_path):
+    captions = ["a buttercup, by the lake", "Buttercup! It's a baby's-breath.", "the buttercup", "цветок и buttercup"]
+    make_set(tmp_path / "one", captions, LABELS[:4])
+    counts, frequent = browse.words(browse.find_splits(tmp_path / "one")["train"])
+    assert counts.tolist() == [5, 4, 2, 3]
+    assert frequent[0] == ("buttercup", 4)
+    assert {word for word, _ in frequent} == {"buttercup", "lake", "it's", "baby's-breath", "цветок", "и"}
+
+
 def test_the_audit_is_that_of_the_captioning_where_its_notes_are_there(tmp_path):
     folder = make_set(tmp_path / "outputs" / "one", ["a red tulip", "a red tulip", "a red tulip"], ["tulip"] * 3)
     split = browse.find_splits(folder)["train"]

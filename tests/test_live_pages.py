@@ -101,7 +101,7 @@ def test_a_training_that_ended_is_not_shown(tmp_path):
     ],
 )
 def test_only_a_page_that_nobody_else_opens_has_control(monkeypatch, address, hosts, variables, may):
-    from helpers.live_trainings import CONTROL, has_control
+    from helpers.page_rights import CONTROL, has_control
 
     bind(monkeypatch, address, hosts)
     for key, value in variables.items():

@@ -6,7 +6,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.state = state;
   root.classList.toggle("wall", Boolean(data.wall));
   const action = data.action ?? "Show larger";
-  root.replaceChildren(...data.pictures.map((one) => card(one, action, () => setTriggerValue("chosen", { row: one.row }))));
+  root.replaceChildren(...data.pictures.flatMap((one) => {
+    const shown = card(one, action, () => setTriggerValue("chosen", { row: one.row, split: one.split ?? "" }));
+    return one.heading ? [make("p", { class: "heading", dir: "auto" }, one.heading), shown] : [shown];
+  }));
 }
 
 function card(one, action, choose) {

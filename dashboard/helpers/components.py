@@ -46,9 +46,11 @@ def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> No
     Args:
         data: content of the gallery of pictures. Each of the gallery's `pictures` has `source` (a data address or ""),
             `alt`, `caption`, `label`, `finding`, `title` and `row`. A picture's `note` is the text shown if there is no
-            picture. A picture with `is_miss` has an outline. If the gallery has `wall`, its pictures are smaller and
-            scroll. The gallery's `action` says what a click does.
-        on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row}.
+            picture. A picture with `is_miss` has an outline. A `heading` of a picture stands above it, in a row of its
+            own. If the gallery has `wall`, its pictures are smaller and scroll. The gallery's `action` says what a
+            click does.
+        on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row, split}.
+            The split is that of the picture's data, or "".
     """
     mount = st.components.v2.component("gallery", html='<div class="gallery"></div>', css=_css(), js=_js("gallery"))
     mount(key=key, data=data, on_chosen_change=on_chosen)

@@ -1,17 +1,16 @@
 """Show the trainings that run now, again every few seconds, and ask them for samples, for an evaluation, or to stop."""
 
-import os
 import platform
 import time
 from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
+from helpers.page_rights import has_control
 from helpers.page_texts import warn
 from t2i.errors import UserError
 from t2i.evaluation.figures import is_finite
@@ -20,7 +19,6 @@ from t2i.training.live import REQUESTS, ask, read_live, read_requests
 
 EVERY_S = 2  # seconds between two looks at the running trainings
 MOST = 6  # trainings that are shown one by one
-CONTROL = "T2I_DASHBOARD_CONTROL"  # environment variable: "on" shows the buttons to everybody who opens the pages
 BUTTONS = {
     "sample": ("Sample now", "Draw the validation prompts with the present weights. An autoencoder also measures."),
     "evaluate": (
@@ -139,28 +137,6 @@ def span(seconds: float) -> str:
 def may_ask(processes: Collection[dict[str, Any]]) -> bool:
     """Return whether this page may ask a run's processes: they work on this machine, and only its users open the page."""
     return any(one["host"] == platform.node() for one in processes) and has_control()
-
-
-def has_control() -> bool:
-    """Return whether the page shows buttons that act on trainings.
-
-    By default it does so only if nobody but this machine can open it. Behind a proxy the server is bound to this machine
-    as well, so the host names that it admits are also looked at. A Space never has control.
-    """
-    if "SPACE_ID" in os.environ:  # The Hub sets it in each Space.
-        return False
-    if os.environ.get(CONTROL) == "on":
-        return True
-    hosts = [st.get_option("server.address"), *(st.get_option("server.allowedHosts") or [None])]
-    return all(map(is_loopback, hosts))
-
-
-def is_loopback(host: Any) -> bool:
-    """Return whether a host name or address means this machine alone."""
-    try:
-        return host == "localhost" or ip_address(str(host)).is_loopback
-    except ValueError:
-        return False
 
 
 def waiting_requests(run: Path) -> set[str]:

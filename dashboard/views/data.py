@@ -1,7 +1,8 @@
 """The captioned pictures of a data set: search, the audit of its captions, and the pictures that were left out."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pandas as pd
 import streamlit as st
 from helpers.charts import bar_chart
 from helpers.components import data_address, gallery
-from helpers.page_texts import shorten, show_empty_state, warn
+from helpers.data_repairs import show_editor
+from helpers.loss_jobs import measured_losses, show_measuring
+from helpers.page_texts import escape, shorten, show_empty_state, warn
 from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import read_settings
 from helpers.run_list import OUTPUTS, find_runs
@@ -19,15 +22,20 @@ from helpers.run_list import OUTPUTS, find_runs
 from t2i.captions.auditing import CHECKS
 from t2i.data import browse
 from t2i.data.images import BadImage
+from t2i.data.repairs import ID_DIGITS
 from t2i.errors import UserError
+from t2i.evaluation.image_losses import Losses, excess
 from t2i.files import read_json
 from t2i.runs import find_prepared
 
 PICTURES = 24  # pictures on a page: 2, 3, 4 and 6 columns divide it
 SIDE, LARGE = 320, 1024  # most pixels per side of a picture in the gallery, and of the chosen one
 CAPTION_CHARACTERS = 300  # characters of a caption in the gallery; the chosen picture shows all of them
-MOST_VALUES = 200  # different values of a column that can be a filter
 ANY = "any"
+NEAR, OUT, EDITED = MARKS = ("near duplicates", "left out", "edited")
+ORDER = "order of the data set"
+SORT_HELP = "A model's loss sorts wrong captions to the front. “Wrong captions” beside the pictures measures it."
+CLICK = "A click on a picture shows it larger, with all its captions."
 FINDINGS = {name.replace("_", " "): name for name in CHECKS}  # as they are called on the page and in the URL
 
 
@@ -43,27 +51,46 @@ def main() -> None:
     left, right = st.columns([3, 1])
     gone = gone_names("dataset", sets)
     name = next(iter(asked("dataset")), "" if gone else next(iter(sets)))
-    folder, runs = sets.get(name, (None, {}))
-    splits = browse.find_splits(folder, caption_columns(runs)) if folder else {}
+    found = sets.get(name)
+    splits = found.splits() if found else {}
     if splits:
         name_choices({"dataset": name, "split": next(iter(splits))})
     options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params", "on_change": first_page}
     left.selectbox("Data set", list(sets), key="dataset", **options)
-    if folder is None or not splits:
+    if found is None or not splits:
         warn_of_gone(gone or [name], f"{OUTPUTS}/", "choose another data set")
         return
     chosen = right.selectbox("Split", list(splits), key="split", **options)
     split = splits[chosen] if chosen in splits else next(iter(splits.values()))
     try:
-        rows = browse.read_rows(split)
-        show_split(split, rows)
+        show_split(found, splits, split)
     except UserError as error:
         warn(error)
-    show_quarantine(folder, runs)
+    show_quarantine(found.folder, found.runs)
 
 
-def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
-    """Return the folders of data sets by name, each with the runs that read it.
+@dataclass
+class DataSet:
+    """A data set that the page shows.
+
+    Attributes:
+        folder: the dataset folder, or the folder of a run's prepared images.
+        home: the folder with the data set's repairs, or None for a data set of the Hub.
+        prefix: the `--caption_prefix` of prepared captions.
+        runs: the runs that read the data set, by name, the newest first.
+    """
+
+    folder: Path
+    home: Path | None
+    prefix: str = ""
+    runs: dict[str, Path] = field(default_factory=dict)
+
+    def splits(self) -> dict[str, browse.Split]:
+        return browse.find_splits(self.folder, caption_columns(self.runs), self.home, self.prefix)
+
+
+def find_data() -> dict[str, DataSet]:
+    """Return the data sets by name.
 
     The page lists the dataset folders below outputs/ and the dataset folders that a run names. For a run on another
     source of images, the page lists the folder of the run's prepared images. The page opens only the listed folders,
@@ -74,10 +101,8 @@ def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
     shards = [file for file in shards if file.resolve().is_relative_to(inside)]
     folders = sorted({file.parent.parent if file.parent.name == "data" else file.parent for file in shards})
     folders = [folder for folder in folders if not folder.name.startswith(".")]
-    sets: dict[str, tuple[Path, dict[str, Path]]] = {
-        folder.relative_to(OUTPUTS).as_posix(): (folder, {}) for folder in folders
-    }
-    names = {folder.resolve(): name for name, (folder, _) in sets.items()}
+    sets = {folder.relative_to(OUTPUTS).as_posix(): DataSet(folder, folder) for folder in folders}
+    names = {found.folder.resolve(): name for name, found in sets.items()}
     for name, run in find_runs("any").items():
         settings = read_settings(run).get("data")
         if not isinstance(settings, dict) or not isinstance(settings.get("dataset"), str):
@@ -85,8 +110,11 @@ def find_data() -> dict[str, tuple[Path, dict[str, Path]]]:
         source = settings["dataset"]
         folder = data_folder(source, settings, run)
         if folder is not None:
-            title = names.setdefault(folder.resolve(), source if folder == Path(source) else f"{source} ({name})")
-            sets.setdefault(title, (folder, {}))[1][name] = run
+            is_itself = folder == Path(source)
+            title = names.setdefault(folder.resolve(), source if is_itself else f"{source} ({name})")
+            home = Path(source) if Path(source).is_dir() else None
+            prefix = "" if is_itself else str(settings.get("caption_prefix") or "")
+            sets.setdefault(title, DataSet(folder, home, prefix)).runs[name] = run
     return sets
 
 
@@ -124,19 +152,24 @@ def first_page() -> None:
     st.session_state["picture"] = ""
 
 
-def show_split(split: browse.Split, rows: browse.Rows) -> None:
+def show_split(found: DataSet, splits: dict[str, browse.Split], split: browse.Split) -> None:
     """Show the filters and the gallery of a split, and beside the gallery figures on the captions."""
+    rows = browse.read_rows(split)
+    if message := st.session_state.pop("_said", ""):
+        st.toast(escape(message))
+    measured = measured_losses(found.runs)
     left, right = st.columns([3, 2], gap="large")
     with left:
-        shown, notes = choose_rows(split, rows)
-        show_pictures(split, rows, shown, notes)
+        choice = choose_pictures(splits, split, rows, measured)
+        show_pictures(splits, split, choice)
     with right:  # after the pictures, which are there sooner
         if rows.has_captions:
             if split.captions:
                 st.text(
                     f"A run reads these captions by --caption_column {' '.join(map(browse.visible, split.captions))}."
                 )
-            show_audit(browse.audit(split), len(rows), split.folder)
+            show_measuring(found.runs, found.home, measured)
+            show_audit(browse.audit(split), len(rows), split)
             show_lengths(split)
         elif rows.labels:
             st.text("This data set has no captions: training writes them from the labels.")
@@ -146,38 +179,108 @@ def show_split(split: browse.Split, rows: browse.Rows) -> None:
             )
 
 
-def choose_rows(split: browse.Split, rows: browse.Rows) -> tuple[list[int], dict[int, str]]:
-    """Show the filters of the gallery. Return the rows that match the filters, and the audit's remark on each row."""
-    query = st.text_input(
-        "Search in captions",
-        key="search",
-        bind="query-params",
-        on_change=first_page,
-        placeholder='words, or "a phrase in quotes"',
-    )
+Picture = tuple[str, int]  # name of a split, and a row of it
+
+
+@dataclass
+class Choice:
+    """The pictures that match the filters.
+
+    Attributes:
+        pictures: the pictures in their order.
+        notes: a remark on some pictures.
+        groups: number of the group of each picture, if the pictures stand in groups. A group has a heading.
+        headings: heading of each group by its number.
+    """
+
+    pictures: list[Picture]
+    notes: dict[Picture, str] = field(default_factory=dict)
+    groups: dict[Picture, int] = field(default_factory=dict)
+    headings: list[str] = field(default_factory=list)
+
+
+def choose_pictures(
+    splits: dict[str, browse.Split], split: browse.Split, rows: browse.Rows, measured: dict[str, Losses]
+) -> Choice:
+    """Show the filters of the gallery, and return the pictures that match the filters."""
+    options: dict[str, Any] = {"bind": "query-params", "on_change": first_page}
+    one, two = st.columns([2, 1])
+    query = one.text_input("Search in captions", key="search", placeholder='words, or "a phrase in quotes"', **options)
+    orders = {ORDER: None} | {f"loss of {name}": losses for name, losses in measured.items()}
+    order = two.selectbox("Sort by", list(orders), key="sort", help=SORT_HELP, **options)
     one, two, three = st.columns(3)
-    finding = one.selectbox("Caption audit", [ANY, *FINDINGS], key="finding", bind="query-params", on_change=first_page)
-    kinds = kinds_of(rows)
+    finding = one.selectbox("Finding", [ANY, *FINDINGS, *MARKS], key="finding", **options)
+    kinds = browse.kinds_of(rows)
     column = (
         two.selectbox("Filter by", list(kinds), key="by", bind="query-params", on_change=no_values) if kinds else None
     )
     values = kinds[column] if column else []
     chosen = (
-        three.multiselect(
-            "Values", sorted(set(values)), key="value", bind="query-params", on_change=first_page, placeholder="any"
-        )
-        if column
-        else []
+        three.multiselect("Values", sorted(set(values)), key="value", placeholder="any", **options) if column else []
     )
     texts = ["\n".join(captions) for captions in rows.captions]
     shown = browse.search(texts, query) if query.strip() else list(range(len(rows)))
-    notes: dict[int, str] = {}
-    if finding in FINDINGS and rows.has_captions:
-        notes = browse.audit(split)[FINDINGS[finding]] or {}
-        shown = [row for row in shown if row in notes]
     if chosen:
         shown = [row for row in shown if values[row] in chosen]
-    return shown, notes
+    matching = set(shown)
+    if finding == NEAR:
+        return near_duplicates(splits, split, matching)
+    choice = Choice([(split.name, row) for row in shown])
+    if finding in FINDINGS and rows.has_captions:
+        notes = browse.audit(split)[FINDINGS[finding]] or {}
+        choice = Choice([(split.name, row) for row in shown if row in notes])
+        choice.notes = {(split.name, row): note for row, note in notes.items()}
+        if finding == "duplicates":
+            choice = in_groups(split, rows, matching, choice.notes)
+    elif finding in (OUT, EDITED):
+        marked = rows.left_out if finding == OUT else rows.edited
+        choice = Choice([(split.name, row) for row in shown if row in marked])
+    losses = orders.get(order)
+    return by_loss(split, choice, losses) if losses else choice
+
+
+def in_groups(split: browse.Split, rows: browse.Rows, matching: set[int], notes: dict[Picture, str]) -> Choice:
+    """Return the duplicates in groups that share a caption."""
+    choice = Choice([], notes)
+    for number, group in enumerate(browse.duplicate_groups(split)):
+        here = [(split.name, row) for row in group if row in matching]
+        choice.pictures += here
+        choice.groups |= dict.fromkeys(here, number)
+        choice.headings.append(shorten(browse.visible(rows.captions[group[0]][0]), CAPTION_CHARACTERS))
+    return choice
+
+
+def near_duplicates(splits: dict[str, browse.Split], split: browse.Split, matching: set[int]) -> Choice:
+    """Return the groups of nearly equal pictures, over all splits, that have a matching picture in the shown split."""
+    progress = st.progress(0.0, "comparing the pictures")
+    groups = browse.near_duplicates(
+        list(splits.values()), lambda share: progress.progress(share, "comparing the pictures")
+    )
+    progress.empty()
+    choice = Choice([])
+    for group in groups:
+        if not any(name == split.name and row in matching for name, row in group):
+            continue
+        counts = Counter(name for name, _ in group)
+        shown = ", ".join(f"{count} in {browse.visible(name)}" for name, count in counts.items())
+        choice.pictures += group
+        choice.groups |= dict.fromkeys(group, len(choice.headings))
+        choice.headings.append(f"{len(group)} pictures that are nearly the same: {shown}")
+    return choice
+
+
+def by_loss(split: browse.Split, choice: Choice, losses: Losses) -> Choice:
+    """Return the pictures by how much their captions raise the loss, the highest first. Pictures without loss come last."""
+    ids, _ = browse.identities(split.as_stored())
+    found = {picture: losses[ids[picture[1]][:ID_DIGITS]] for picture in choice.pictures
+             if ids[picture[1]][:ID_DIGITS] in losses}  # fmt: skip
+    pictures = sorted(choice.pictures, key=lambda one: -excess(found[one]) if one in found else math.inf)
+    notes = {
+        one: f"the caption changes the loss by {excess(pair):+.1%} to {pair[0]:.3f}" for one, pair in found.items()
+    }
+    return Choice(
+        pictures, {one: " · ".join(filter(None, [choice.notes.get(one), notes.get(one)])) for one in pictures}
+    )
 
 
 def no_values() -> None:
@@ -185,23 +288,12 @@ def no_values() -> None:
     first_page()
 
 
-def kinds_of(rows: browse.Rows) -> dict[str, list[str]]:
-    """Return the columns that can serve as filters, as text: columns with few different values, the label first."""
-    columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
-    columns |= rows.columns
-    texts = {}
-    for name, values in columns.items():
-        distinct = set(values)
-        if 1 < len(distinct) <= MOST_VALUES and len(distinct) <= max(2, len(values) // 2):
-            shown = {value: "(none)" if value is None else browse.visible(str(value))[:100] for value in distinct}
-            texts[name] = [shown[value] for value in values]
-    return texts
-
-
-def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], notes: dict[int, str]) -> None:
-    """Show a page of the gallery, and above it the chosen picture."""
+def show_pictures(splits: dict[str, browse.Split], split: browse.Split, choice: Choice) -> None:
+    """Show a page of the gallery, and the chosen picture in a dialog, which is in sight wherever the page is scrolled to."""
+    rows, shown = browse.read_rows(split), choice.pictures
     pages = max(1, -(-len(shown) // PICTURES))
-    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    left, middle, right = st.columns([3, 1, 1], vertical_alignment="bottom")
+    chosen = middle.text_input("Picture", key="picture", bind="query-params", placeholder="number", help=CLICK)
     page = right.number_input(
         f"Page, of {pages:,}", min_value=1, max_value=pages, key="page", bind="query-params", disabled=pages == 1
     )
@@ -209,23 +301,51 @@ def show_pictures(split: browse.Split, rows: browse.Rows, shown: list[int], note
     here = shown[start : start + PICTURES]
     pictures = f"{len(rows):,} pictures" if len(shown) == len(rows) else f"{len(shown):,} of {len(rows):,} pictures"
     left.text(f"{pictures}, {start + 1:,} to {start + len(here):,} shown" if here else "no picture matches")
-    show_chosen(split, rows, notes)
-    if not here:
-        return
-    sources = thumbnails(split, tuple(here))
-    gallery(
-        {"pictures": [card(rows, row, sources[number], notes.get(row, "")) for number, row in enumerate(here)]},
-        key="_gallery",
-        on_chosen=take_chosen,
-    )
+    if choice.groups and here:
+        left.text(f"{len(set(choice.groups.values())):,} groups")
+    marks = [("left out of training", rows.left_out), ("captions edited", rows.edited)]
+    if text := ", ".join(f"{words}: {len(marked):,}" for words, marked in marks if marked):
+        left.text(text)
+    number = int(chosen) if chosen.isascii() and chosen.isdigit() and len(chosen) < 10 else -1
+    if chosen and not 0 <= number < len(rows):
+        st.text(f"there are pictures 0 to {len(rows) - 1:,}")
+    if here:
+        gallery({"pictures": cards(splits, split, choice, here)}, key="_gallery", on_chosen=take_chosen)
+        st.session_state["_shown"] = here  # a click names the position on the page
+    if 0 <= number < len(rows):
+        note = choice.notes.get((split.name, number), "")
+        st.dialog(f"Picture {number}", width="medium", on_dismiss=close_picture)(show_chosen)(split, number, note)
 
 
-def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]:
+def cards(
+    splits: dict[str, browse.Split], split: browse.Split, choice: Choice, here: list[Picture]
+) -> list[dict[str, Any]]:
+    """Return the data of the pictures of a page of the gallery."""
+    sources: dict[Picture, str] = {}
+    for name in dict.fromkeys(name for name, _ in here):
+        of_split = tuple(row for one, row in here if one == name)
+        addresses = thumbnails(splits[name].as_stored(), of_split)
+        sources |= {(name, row): address for row, address in zip(of_split, addresses, strict=True)}
+    found = []
+    for before, picture in zip([None, *here], here, strict=False):
+        name, row = picture
+        rows = browse.read_rows(splits[name])
+        marks = ["left out of training" * (row in rows.left_out), "caption edited" * (row in rows.edited)]
+        marks = [f"in {name}" * (name != split.name), choice.notes.get(picture, ""), *marks]
+        group = choice.groups.get(picture)
+        is_first = group is not None and (before is None or choice.groups.get(before) != group)
+        heading = choice.headings[group] if group is not None and is_first else ""
+        found.append(card(rows, picture, sources[picture], " · ".join(filter(None, marks))) | {"heading": heading})
+    return found
+
+
+def card(rows: browse.Rows, picture: Picture, source: str, note: str) -> dict[str, Any]:
     """Return the data of a picture in the gallery.
 
-    `picture` is the picture's data address, or the reason why the picture cannot be shown.
+    `source` is the picture's data address, or the reason why the picture cannot be shown.
     """
-    there = picture.startswith("data:")
+    split, row = picture
+    there = source.startswith("data:")
     first, *others = rows.captions[row]
     short = shorten(browse.visible(first), CAPTION_CHARACTERS)
     more = f" (+{len(others)} more)" if others else ""
@@ -233,8 +353,9 @@ def card(rows: browse.Rows, row: int, picture: str, note: str) -> dict[str, Any]
     empty = "(no caption)" if rows.has_captions else ""
     return {
         "row": row,
-        "source": picture if there else "",
-        "note": "" if there else picture,
+        "split": split,
+        "source": source if there else "",
+        "note": "" if there else source,
         "alt": short or f"picture {row}",
         "caption": f"{short}{more}" or empty,
         "label": label[:100],
@@ -258,44 +379,45 @@ def thumbnails(split: browse.Split, rows: tuple[int, ...], side: int = SIDE) -> 
 
 
 def take_chosen() -> None:
-    """Remember the clicked picture. The page then looks up the row of the clicked picture among the rows that exist."""
+    """Remember the clicked picture. A picture of another split also chooses that split."""
     clicked = getattr(st.session_state.get("_gallery"), "chosen", None)
-    if isinstance(clicked, dict) and isinstance(clicked.get("row"), int):
-        st.session_state["picture"] = str(clicked["row"])
+    if not isinstance(clicked, dict) or not isinstance(clicked.get("row"), int):
+        return
+    names = {name for name, row in st.session_state.get("_shown", ()) if row == clicked["row"]}
+    if isinstance(clicked.get("split"), str) and clicked["split"] in names:
+        st.session_state["split"] = clicked["split"]
+    st.session_state["picture"] = str(clicked["row"])
 
 
-def show_chosen(split: browse.Split, rows: browse.Rows, notes: dict[int, str]) -> None:
-    """Show the chosen picture, all its captions, its other columns and its finding."""
-    row = st.session_state.get("picture", st.query_params.get("picture", ""))
-    with st.expander("One picture", expanded=bool(row)):
-        row = st.text_input("Number of the picture", key="picture", bind="query-params", placeholder="or click one")
-        number = int(row) if row.isascii() and row.isdigit() and len(row) < 10 else -1
-        if not 0 <= number < len(rows):
-            if row:
-                st.text(f"there are pictures 0 to {len(rows) - 1:,}")
-            return
-        left, right = st.columns(2)
-        source = thumbnails(split, (number,), LARGE)[0]
-        if source.startswith("data:"):
-            alt = browse.visible(rows.captions[number][0])[:CAPTION_CHARACTERS] or f"picture {number}"
-            left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
-        else:
-            left.text(source)
-        for caption in rows.captions[number]:
-            right.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
-        facts = {"label": rows.labels[number]} if rows.labels else {}
-        facts |= {name: values[number] for name, values in rows.columns.items()}
-        if note := notes.get(number):
-            facts["finding"] = note
-        shown = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
-        if shown:
-            right.dataframe(pd.DataFrame(shown, columns=["what", "value"]), hide_index=True)
+def close_picture() -> None:
+    st.session_state["picture"] = ""
+
+
+def show_chosen(split: browse.Split, number: int, note: str) -> None:
+    """Show a picture, all its captions, its other columns and its finding. Captions can be edited if that is allowed."""
+    rows = browse.read_rows(split)
+    left, right = st.columns(2)
+    source = thumbnails(split.as_stored(), (number,), LARGE)[0]
+    if source.startswith("data:"):
+        alt = browse.visible(rows.captions[number][0])[:CAPTION_CHARACTERS] or f"picture {number}"
+        left.image(source, alt=alt, width="stretch")  # small ones enlarged, as in the gallery
+    else:
+        left.text(source)
+    with right:
+        show_editor(split, rows, number)
+    facts = {"label": rows.labels[number]} if rows.labels else {}
+    facts |= {name: values[number] for name, values in rows.columns.items()}
+    if note:
+        facts["finding"] = note
+    shown = [(name, browse.visible(str(value))) for name, value in facts.items() if value is not None]
+    if shown:
+        right.dataframe(pd.DataFrame(shown, columns=["what", "value"]), hide_index=True)
 
 
 # --- What the captions are like --------------------------------------------------------------------------------------
 
 
-def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
+def show_audit(findings: dict[str, Any], total: int, split: browse.Split) -> None:
     """Show the findings of the caption audit as a table.
 
     A click on a row of the table shows the pictures of the row's finding.
@@ -315,7 +437,22 @@ def show_audit(findings: dict[str, Any], total: int, folder: Path) -> None:
         placeholder="–",
     )
     st.caption("Choosing a row shows the pictures it is about.")
-    st.text(measured_elsewhere(folder))
+    if text := said_of_templates(split, len(findings["duplicates"] or ())):
+        st.text(text)
+    st.text(measured_elsewhere(split.folder))
+
+
+def said_of_templates(split: browse.Split, duplicates: int) -> str:
+    """Return a sentence on duplicates that a template made, or "" if there are none."""
+    count, names = browse.template_groups(split)
+    if not count:
+        return ""
+    kind = "label" if names == ["label"] else "attributes"
+    share = f"All {count:,} duplicates" if count == duplicates else f"{count:,} of {duplicates:,} duplicates"
+    return (
+        f"{share} share a caption only with pictures of the same {kind}: a template writes such captions, and they are no "
+        "fault. Several captions per picture vary them; docs/data.md says how."
+    )
 
 
 def measured_elsewhere(folder: Path) -> str:
@@ -357,6 +494,7 @@ def show_lengths(split: browse.Split) -> None:
         [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
     )
     st.dataframe(table, hide_index=True, height=240)
+    st.caption("Words such as “a” and “with” are not in this table.")
 
 
 # --- Quarantine ------------------------------------------------------------------------------------------------------
@@ -371,7 +509,7 @@ def show_quarantine(folder: Path, runs: dict[str, Path]) -> None:
     lists = {"the data set": folder / "quarantine.jsonl"} | {run: at / "quarantine.jsonl" for run, at in runs.items()}
     rows = [{"left out by": name, **row} for name, file in lists.items() for row in browse.read_quarantine(file)]
     if not rows:
-        st.text("No image of this data set was left out.")
+        st.text("No image of this data set is damaged.")
         return
     frame = pd.DataFrame(rows)
     frame["kind"] = [reason.split(":")[0] for reason in frame["reason"]]

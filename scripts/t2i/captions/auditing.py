@@ -492,7 +492,7 @@ def _duplicates(captions: Sequence[str], image_ids: Sequence[str]) -> _Result:
     shared = [group for group in groups.values() if len({image_ids[i] for i in group}) > 1]
     shared.sort(key=len, reverse=True)
     notes = {group[0]: f"shared by {len(group)} images" for group in shared}  # these first: one example per caption
-    notes |= {i: "" for group in shared for i in group[1:]}
+    notes |= {i: f"shared by {len(group)} images" for group in shared for i in group[1:]}
     return notes, {_short(captions[group[0]]): len(group) for group in shared}
 
 

@@ -5,14 +5,15 @@ This module reads two forms of data set. The first form is a dataset folder with
 prepares for a training. This module imports neither torch nor `datasets`, because importing them takes seconds.
 """
 
+import hashlib
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,23 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from t2i.captions import auditing
-from t2i.captions.texts import label_captions, prefixed_all
+from t2i.captions.texts import clean, label_captions, prefixed_all
 from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
+from t2i.data.near_duplicates import SIDE, group, thumbnail
+from t2i.data.repairs import CAPTIONS, ID_DIGITS, LEFT_OUT, read_repairs
+from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.errors import UserError
+from t2i.files import read_json
 
+MOST_VALUES = 200  # Different values at most of a column that tells kinds of pictures apart.
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# Words of English that are in most captions and say nothing about a picture.
+_COMMON = (
+    "a an and are as at be been being both but by for from has have in into is it its near of off on one or other over some "
+    "such that the their them there these they this those through to under up very was were which while with"
+)
+STOP_WORDS = frozenset(_COMMON.split())
 BATCH = 100  # Rows of images in memory at a time. `t2i.data.dataset_folder` writes row groups of this size.
 SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")
 DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # Errors of reading a damaged or a deleted file.
@@ -46,12 +59,22 @@ class Split:
         files: path, size (bytes) and modification time (ns) of each file of the split. The files are the Parquet shards
             in order, or `<split>.arrow` and `<split>.npy` of prepared images.
         captions: names of the caption columns of Parquet shards. Without names, use `caption`, else `text`.
+        home: folder with the data set's repairs (`t2i.data.repairs`), or None for a data set of the Hub.
+        repairs: path, size and modification time of each file of repairs. Without files, the rows are as they are stored.
+        prefix: the `--caption_prefix` of prepared captions.
     """
 
     folder: Path
     name: str
     files: tuple[tuple[Path, int, int], ...]
     captions: tuple[str, ...] = ()
+    home: Path | None = None
+    repairs: tuple[tuple[Path, int, int], ...] = ()
+    prefix: str = ""
+
+    def as_stored(self) -> "Split":
+        """Return this split without the repairs."""
+        return replace(self, repairs=())
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,8 @@ class Rows:
         columns: columns of text, numbers or truth values besides caption and label, by name.
         image: name of the column of pictures.
         has_captions: whether the split has a caption column.
+        left_out: numbers of the rows that no training reads.
+        edited: numbers of the rows whose captions a person has edited.
     """
 
     captions: list[list[str]]
@@ -71,6 +96,8 @@ class Rows:
     columns: dict[str, list[Any]]
     image: str
     has_captions: bool
+    left_out: frozenset[int] = frozenset()
+    edited: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -79,10 +106,16 @@ class Rows:
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def find_splits(folder: Path, captions: tuple[str, ...] = ()) -> dict[str, Split]:
+def find_splits(
+    folder: Path, captions: tuple[str, ...] = (), home: Path | None = None, prefix: str = ""
+) -> dict[str, Split]:
     """Return the splits of a dataset folder or of prepared images by name, train first; {} if there are no splits.
 
-    `captions` names the caption columns of a dataset folder. Prepared images have columns of their own.
+    Args:
+        folder: the dataset folder, or the folder of prepared images.
+        captions: names of the caption columns of a dataset folder. Prepared images have columns of their own.
+        home: folder with the data set's repairs. With None, the rows are as they are stored.
+        prefix: the `--caption_prefix` of prepared captions.
     """
     found: dict[str, list[Path]] = {}
     for pattern in ("*.parquet", "*/*.parquet"):
@@ -97,7 +130,11 @@ def find_splits(folder: Path, captions: tuple[str, ...] = ()) -> dict[str, Split
     order = ["train", "validation", "test"]
     names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
     try:
-        return {name: Split(folder, name, tuple(map(_state, found[name])), captions) for name in names}
+        lists = [home / file for file in (LEFT_OUT, CAPTIONS) if (home / file).is_file()] if home else []
+        states = tuple(map(_state, lists))
+        return {
+            name: Split(folder, name, tuple(map(_state, found[name])), captions, home, states, prefix) for name in names
+        }
     except OSError:  # A file was deleted while the folder was listed.
         return {}
 
@@ -116,9 +153,13 @@ def read_rows(split: Split) -> Rows:
 
     The rows are cached per `Split`, so they are reused until a file of the split changes.
 
+    Repairs of the data set are applied: edited captions are those of the rows, and rows to leave out are marked.
+
     Raises:
-        UserError: a file of the split is damaged or was deleted.
+        UserError: a file of the split or of its repairs is damaged or was deleted.
     """
+    if split.repairs:
+        return _repaired(split, read_rows(split.as_stored()))
     try:
         tables: list[pa.Table] = []
         images: list[str] = []
@@ -156,6 +197,72 @@ def read_rows(split: Split) -> Rows:
         images[0] if images else "",
         bool(text),
     )
+
+
+def _repaired(split: Split, rows: Rows) -> Rows:
+    repairs = read_repairs(split.home)
+    if not (repairs.left_out or repairs.edits):
+        return rows
+    ids, files = identities(split.as_stored())
+    own = own_splits(split, rows)
+    left_out = set()
+    for name in set(own):
+        here = [row for row, split_name in enumerate(own) if split_name == name]
+        marked = repairs.is_left_out([ids[row] for row in here], [files[row] for row in here], name)
+        left_out |= {row for row, is_left_out in zip(here, marked, strict=True) if is_left_out}
+    captions, edited = list(rows.captions), set()
+    for row in [row for row, image in enumerate(ids) if image[:ID_DIGITS] in repairs.edits]:
+        before = [clean(text) for text in captions[row]]
+        after = repairs.edited_captions(ids[row], before, split.prefix)
+        if after != before and rows.has_captions:
+            captions[row] = after
+            edited.add(row)
+    return replace(rows, captions=captions, left_out=frozenset(left_out), edited=frozenset(edited))
+
+
+@lru_cache(maxsize=8)
+def identities(split: Split) -> tuple[list[str], list[str]]:
+    """Return the hash and the file name of each picture of a split, as a training knows them.
+
+    Returns:
+        The first 32 hex digits of the SHA-256 of each image file, or 16 digits for prepared images. "" stands for a
+        missing image. Names of files, or names such as `train[3]` for images without a name.
+
+    Raises:
+        UserError: a file of the split is damaged or was deleted.
+    """
+    rows = read_rows(split)
+    if split.files[0][0].suffix != ".parquet":
+        return ["" if one is None else str(one) for one in rows.columns["id"]], list(map(str, rows.columns["file"]))
+    ids: list[str] = []
+    files: list[str] = []
+    try:
+        for path, *_ in split.files if rows.image else ():
+            with pq.ParquetFile(path, memory_map=True) as file:
+                for batch in file.iter_batches(BATCH, columns=[rows.image]):
+                    for cell in batch.column(0).to_pylist():
+                        data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+                        ids.append(hashlib.sha256(data).hexdigest()[:32] if data else "")
+                        name = Path(name).name if name and os.path.isabs(name) else name
+                        files.append(name or f"{split.name}[{len(files)}]")
+    except DAMAGE as error:
+        raise UserError(_unreadable(split, error)) from None
+    return (ids, files) if ids else ([""] * len(rows), [""] * len(rows))
+
+
+def own_splits(split: Split, rows: Rows) -> list[str]:
+    """Return for each row the split to which a training assigns the row in the data set itself.
+
+    A validation split that a training took from the train split is a part of the train split.
+    """
+    name = SPLIT_NAMES.get(split.name.lower(), "train")
+    if split.files[0][0].suffix != ".parquet" and name == "validation":
+        report = read_json(split.folder / "report.json")
+        name = "train" if str(report.get("validation_from")).startswith("train") else name
+    named = next((values for key, values in rows.columns.items() if key.lower() in SPLIT_COLUMNS), None)
+    if name != "train" or named is None:
+        return [name] * len(rows)
+    return [SPLIT_NAMES.get(str(value).strip().lower(), name) for value in named]
 
 
 def _parquet_rows(path: Path, named: tuple[str, ...]) -> tuple[pa.Table, str, dict[str, list[str]]]:
@@ -412,17 +519,104 @@ def _looked_at(split: Split, count: int) -> list[dict[str, Any]] | None:
     return kept if kept and whole and len(kept) == count else None
 
 
+def kinds_of(rows: Rows) -> dict[str, list[str]]:
+    """Return the columns that tell kinds of pictures apart, as visible text, the label first.
+
+    Such a column has at least 2 and at most `MOST_VALUES` different values, and each value has two pictures on average.
+    """
+    columns: dict[str, Sequence[Any]] = {"label": rows.labels} if rows.labels else {}
+    columns |= rows.columns
+    texts = {}
+    for name, values in columns.items():
+        distinct = set(values)
+        if 1 < len(distinct) <= MOST_VALUES and len(distinct) <= max(2, len(values) // 2):
+            shown = {value: "(none)" if value is None else visible(str(value))[:100] for value in distinct}
+            texts[name] = [shown[value] for value in values]
+    return texts
+
+
+@lru_cache(maxsize=8)
+def duplicate_groups(split: Split) -> list[list[int]]:
+    """Return the pictures that the audit reports as duplicates, in groups that share a caption, the largest first.
+
+    A picture with several shared captions is in the group of its first shared caption.
+    """
+    found = audit(split)["duplicates"] or {}
+    by_caption: dict[str, list[int]] = {}
+    for row, captions in enumerate(read_rows(split).captions):
+        for text in dict.fromkeys(auditing.clean_caption(caption).casefold() for caption in captions):
+            by_caption.setdefault(text, []).append(row)
+    shared = [group for group in by_caption.values() if len(group) > 1 and found.keys() >= set(group)]
+    first = {row: number for number, group in reversed(list(enumerate(shared))) for row in group}
+    groups = [[row for row in group if first[row] == number] for number, group in enumerate(shared)]
+    return sorted(filter(None, groups), key=len, reverse=True)
+
+
+def near_duplicates(
+    splits: Sequence[Split], progress: Callable[[float], None] = lambda share: None
+) -> list[list[tuple[str, int]]]:
+    """Return the groups of pictures that are nearly the same, over all splits of a data set, the largest first.
+
+    Args:
+        splits: the splits of the data set.
+        progress: called with the share of the work that is done, 0..1.
+
+    Returns:
+        The split's name and the row of each picture of a group.
+
+    Raises:
+        UserError: a file of a split is damaged or was deleted.
+    """
+    stored = tuple(split.as_stored() for split in splits)
+    if stored not in _near_duplicates:
+        pictures = [(split, row) for split in stored for row in range(len(read_rows(split)))]
+        thumbnails = np.zeros((len(pictures), 3 * SIDE * SIDE), np.float32)
+        number = 0
+        for split in stored:
+            for start in range(0, len(read_rows(split)), BATCH):
+                rows = range(start, min(start + BATCH, len(read_rows(split))))
+                for picture in read_pictures(split, rows, 2 * SIDE):
+                    if not isinstance(picture, BadImage):
+                        thumbnails[number] = thumbnail(picture)
+                    number += 1
+                progress(0.8 * number / len(pictures))
+        groups = group(thumbnails, lambda share: progress(0.8 + 0.2 * share))
+        while len(_near_duplicates) >= 4:
+            _near_duplicates.pop(next(iter(_near_duplicates)))
+        _near_duplicates[stored] = [[(pictures[n][0].name, pictures[n][1]) for n in members] for members in groups]
+    return _near_duplicates[stored]
+
+
+_near_duplicates: dict[tuple[Split, ...], list[list[tuple[str, int]]]] = {}  # of the data sets last compared
+
+
+def template_groups(split: Split) -> tuple[int, list[str]]:
+    """Find the duplicates that a template made: their captions are shared only by pictures of one kind.
+
+    The kind of a picture is its label. Without labels, it is the values of all columns of `kinds_of`.
+
+    Returns:
+        Number of pictures in such groups, and the names of the columns. The names are [] if there are no such columns.
+    """
+    kinds = kinds_of(read_rows(split))
+    names = ["label"] if "label" in kinds else list(kinds)
+    groups = duplicate_groups(split) if names else []
+    alike = [group for group in groups if all(len({kinds[name][row] for row in group}) == 1 for name in names)]
+    return sum(map(len, alike)), names
+
+
 @lru_cache(maxsize=8)
 def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """Count the words in the captions of a split.
 
     Returns:
         First, the number of words in each caption, int64 [N]. Second, the 50 words that occur in most captions, each
-            with the number of captions that contain it.
+            with the number of captions that contain it. These words are in lower case and without punctuation, and
+            `STOP_WORDS` are not among them.
     """
-    parts = [text.casefold().split() for captions in read_rows(split).captions for text in captions]
-    counts = Counter(word for part in parts for word in set(part))
-    return np.array([len(part) for part in parts], dtype=np.int64), counts.most_common(50)
+    texts = [text for captions in read_rows(split).captions for text in captions]
+    counts = Counter(word for text in texts for word in set(WORD.findall(text.casefold())) - STOP_WORDS)
+    return np.array([len(text.split()) for text in texts], dtype=np.int64), counts.most_common(50)
 
 
 def read_quarantine(file: Path) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from t2i.data.prepared import Selection
 from t2i.errors import UserError
 from t2i.files import hash_json, write_json
 from t2i.models import encode_captions, vae_factor
@@ -51,7 +52,7 @@ class TextCache:
 
 
 def cache_latents(
-    pixels: np.ndarray,
+    pixels: np.ndarray | Selection,
     identity: dict[str, Any],
     vae: Any,
     cache_dir: str,
@@ -59,11 +60,12 @@ def cache_latents(
     flip: bool,
     batch_size: int | None = None,
     say: Callable[[str], None] = print,
-) -> np.ndarray:
+) -> np.ndarray | Selection:
     """Return the means and log-variances of the latents of images, from the cache or newly computed.
 
     Args:
-        pixels: the images, uint8 [N, R, R, 3].
+        pixels: the images, uint8 [N, R, R, 3]. If images are left out, theirs are computed as well, so that a longer list
+            of them changes no cache.
         identity: hashes of the images and of the VAE, which name the cache.
         vae: the VAE in evaluation mode.
         cache_dir: folder that holds all caches.
@@ -74,6 +76,7 @@ def cache_latents(
     Returns:
         Means and log-variances, float32 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
     """
+    pixels, identity, select = _stored(pixels, identity)
     count, resolution = pixels.shape[0], pixels.shape[1]
     if batch_size is None:  # On a CPU, small batches are faster and need less memory.
         batch_size = max(1, CPU_BATCH_PIXELS // resolution**2) if vae.device.type == "cpu" else 32
@@ -90,7 +93,8 @@ def cache_latents(
                 latents[start : start + batch_size, mirrored] = moments.float().cpu().numpy()
 
     key = hash_json({"kind": "latents", "shape": shape, **identity})
-    return _cached(Path(cache_dir) / "latents" / key, shape, "float32", f"latents of {count} images", fill, say)
+    what = f"latents of {count} images"
+    return select(_cached(Path(cache_dir) / "latents" / key, shape, "float32", what, fill, say))
 
 
 def cache_text(
@@ -138,7 +142,7 @@ def cache_text(
 
 
 def cache_features(
-    pixels: np.ndarray,
+    pixels: np.ndarray | Selection,
     rows: np.ndarray,
     fingerprint: str,
     network: Any,
@@ -154,6 +158,9 @@ def cache_features(
         fingerprint: hash of all images.
         network: an `evaluation.networks.FeatureNetwork`.
     """
+    if isinstance(pixels, Selection):
+        rows = pixels.kept[rows]
+        pixels = pixels.array
     shape = (len(rows), network.features(pixels[rows[:1]]).shape[1])
 
     def fill(features: np.ndarray) -> None:
@@ -167,14 +174,14 @@ def cache_features(
 
 
 def cache_alignment(
-    pixels: np.ndarray,
+    pixels: np.ndarray | Selection,
     fingerprint: str,
     network: Any,
     cache_dir: str,
     *,
     flip: bool,
     say: Callable[[str], None] = print,
-) -> np.ndarray:
+) -> np.ndarray | Selection:
     """Return the targets of the denoiser's alignment, from the cache or newly computed.
 
     The targets are a network's features, in as many of their principal axes as the denoiser aligns channels.
@@ -191,6 +198,7 @@ def cache_alignment(
         Targets, float16 [N, F, K, s, s], memory-mapped. F is 2 with `flip`, otherwise 1. K is `network.channels`, or the number
         of the network's features if that is smaller.
     """
+    pixels, identity, select = _stored(pixels, {"images": fingerprint})
     count, side = len(pixels), network.side
     features = network.maps(np.array(pixels[:1])).shape[1]
     shape = (count, 2 if flip else 1, min(network.channels, features), side, side)
@@ -208,9 +216,24 @@ def cache_alignment(
                     raise UserError(f"alignment_network {network.source} gives non-finite features; take another one")
                 targets[start : start + 32, mirrored] = rotated.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy()
 
-    key = hash_json({"kind": "alignment", "shape": shape, "images": fingerprint, "network": network.identity()})
+    key = hash_json({"kind": "alignment", "shape": shape, **identity, "network": network.identity()})
     what = f"alignment of {count} images"
-    return _cached(Path(cache_dir) / "alignment" / key, shape, "float16", what, fill, say)
+    return select(_cached(Path(cache_dir) / "alignment" / key, shape, "float16", what, fill, say))
+
+
+def _stored(
+    pixels: np.ndarray | Selection, identity: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, Any], Callable[[np.ndarray], np.ndarray | Selection]]:
+    """Return the images to compute a cache of, its identity, and a function that selects the wanted rows of the cache.
+
+    If images are left out of a split, the cache is that of the whole split. A part of the rest gets a cache of its own.
+    """
+    if not isinstance(pixels, Selection):
+        return pixels, identity, lambda cached: cached
+    kept = pixels.kept
+    if pixels.is_cut:
+        return np.asarray(pixels), identity | {"rows": hash_json(kept.tolist())}, lambda cached: cached
+    return pixels.array, identity, lambda cached: Selection(cached, kept)
 
 
 def _principal_axes(parts: Iterable[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:

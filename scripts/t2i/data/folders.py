@@ -29,15 +29,11 @@ from t2i.config_types import unlisted
 from t2i.data.caption_files import METADATA, SIDECARS, TABLES, TEXTS, metadata_rows, read_sidecar, refuse_pointer
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
 from t2i.data.records import LeftOut, Source, check_label_names, label_name
+from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
 READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
 # Pictures in formats that are not decoded. Without a readable image of the same name they are listed as bad images, and
 # beside one as its companion files.
@@ -50,7 +46,7 @@ UNREADABLE |= {".exr", ".hdr", ".ppm", ".pgm", ".pbm", ".dds", ".qoi", ".icns"}
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".html", ".py", ".lock"}
 NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
-NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "left_out.jsonl"}
 UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
 # Folders in which storage systems, unpackers and photo programs keep copies, thumbnails and deleted files.
 FOREIGN_FOLDERS = re.compile(
@@ -65,7 +61,6 @@ _SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
 
 
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
-SPLIT_COLUMNS = {"split", "set", "subset"}
 
 
 def split_name(folder: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,36 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from t2i.config import DataConfig
+from t2i.data.repairs import LEFT_OUT, Repairs
 from t2i.errors import UserError
 from t2i.files import read_json
+
+OWN_VALIDATION = "its own split"  # `validation_from` of a data set that brings a validation split.
+
+
+class Selection:
+    """Some rows of a memory-mapped array, which are read as if there were no others.
+
+    Attributes:
+        array: the array with all rows, [M, ...].
+        kept: numbers of the selected rows, int64 [N].
+        is_cut: whether more rows could be selected. Their cache is then not that of the whole array.
+    """
+
+    def __init__(self, array: np.ndarray, kept: np.ndarray, *, is_cut: bool = False) -> None:
+        self.array, self.kept, self.is_cut = array, kept, is_cut
+        self.shape, self.dtype = (len(kept), *array.shape[1:]), array.dtype
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        rows, *rest = key if isinstance(key, tuple) else (key,)
+        return self.array[(self.kept[rows], *rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.array[self.kept].astype(dtype or self.dtype, copy=False)
 
 
 @dataclass
@@ -19,20 +48,28 @@ class Split:
     """The prepared images of one split.
 
     Attributes:
-        pixels: the images, uint8 [N, R, R, 3], memory-mapped and read-only. `pixels[i]` belongs to `rows[i]`.
+        pixels: the images, uint8 [N, R, R, 3], memory-mapped and read-only. `pixels[i]` belongs to `rows[i]`. If images
+            are left out, it is a `Selection`.
         rows: a row of text per image, memory-mapped. Each row has the strings `id`, `file` and `caption`, `label` if the
             data set has labels, and the data set's other plain columns. `id` is 16 hex digits of the image file's
             SHA-256, so copies of an image have the same `id`. `caption` is the first caption of the image. If images may
             have several captions, the list `captions` holds all of them.
-        fingerprint: hash of the pixels, which does not depend on the captions.
+        fingerprint: hash of the pixels, which does not depend on the captions. It covers images that are left out, so a
+            longer list of them changes no cache.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Selection
     rows: datasets.Dataset
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def first(self, limit: int | None) -> np.ndarray | Selection:
+        """Return the first `limit` images, or all images, to compute a cache of."""
+        if limit is None or limit >= len(self) or not isinstance(self.pixels, Selection):
+            return self.pixels[:limit] if isinstance(self.pixels, np.ndarray) else self.pixels
+        return Selection(self.pixels.array, self.pixels.kept[:limit], is_cut=True)
 
     def captions(self, limit: int | None = None) -> list[list[str]]:
         """Return all captions of the first `limit` images, or of all images: at least one each, which may be empty."""
@@ -72,6 +109,70 @@ def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split
     if len(pixels) != len(rows):
         raise UserError(f"the cache folder {folder} is damaged; delete the folder and run again")
     return Split(pixels, rows, counts["fingerprint"])
+
+
+def repair(split: Split, repairs: Repairs, own_split: str, prefix: str) -> tuple[Split | None, int, int]:
+    """Apply the repairs of a data set to a prepared split.
+
+    Args:
+        split: the split as `open_splits` returns it.
+        repairs: the repairs of the data set.
+        own_split: the data set's own split, from which the images come.
+        prefix: the `--caption_prefix` of the captions.
+
+    Returns:
+        The repaired split, or None if no image is kept. The number of images left out, and of kept images with another
+        caption.
+    """
+    rows = split.rows
+    ids, files = list(rows["id"]), list(rows["file"])
+    is_left_out = repairs.is_left_out(ids, files, own_split)
+    captions = split.captions()
+    changed: dict[int, list[str]] = {}
+    for row in [row for row, image in enumerate(ids) if image in repairs.edits]:
+        texts = repairs.edited_captions(ids[row], captions[row], prefix)
+        if texts != captions[row]:
+            captions[row] = changed[row] = texts
+    if changed:
+        columns: dict[str, list[Any]] = {"caption": [texts[0] for texts in captions]}
+        columns |= {"captions": captions} if isinstance(rows.features.get("captions"), datasets.List) else {}
+        for name, values in columns.items():
+            rows = rows.remove_columns(name).add_column(name, values, feature=split.rows.features[name])
+    pixels = split.pixels
+    if is_left_out.any():
+        kept = np.flatnonzero(~is_left_out)
+        rows, pixels = rows.select(kept), Selection(np.asanyarray(split.pixels), kept)
+    edited = sum(not is_left_out[row] for row in changed)
+    repaired = Split(pixels, rows, split.fingerprint) if len(pixels) else None
+    return repaired, int(is_left_out.sum()), edited
+
+
+def repair_all(
+    splits: tuple[Split | None, ...], repairs: Repairs, report: dict[str, Any], cfg: DataConfig,
+    say: Callable[[str], None],
+) -> list[Split | None]:  # fmt: skip
+    """Apply the repairs to the train, validation and test split, and say what they changed."""
+    names = ("train", "validation", "test")
+    if not (repairs.left_out or repairs.edits):
+        return list(splits)
+    is_drawn = report["validation_from"] != OWN_VALIDATION
+    found: list[Split | None] = []
+    left_out: dict[str, int] = {}
+    edited = 0
+    for name, split in zip(names, splits, strict=True):
+        own_split = "train" if name == "validation" and is_drawn else name
+        repaired, without, changed = (split, 0, 0)
+        if split is not None:
+            repaired, without, changed = repair(split, repairs, own_split, cfg.caption_prefix or "")
+        found.append(repaired)
+        left_out |= {name: without} if without else {}
+        edited += changed
+    shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    say(
+        f"repairs of {cfg.dataset}: {sum(left_out.values()):,} images left out by {LEFT_OUT}"
+        f"{f' ({shown})' if shown else ''}, {edited:,} images with edited captions"
+    )
+    return found
 
 
 def check_bad_share(name: str, quarantine: list[dict[str, str]], found: int, limit: float, listing: Path) -> None:

@@ -23,7 +23,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -36,11 +36,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from t2i.captions.texts import clean
-from t2i.config import DataConfig
+from t2i.config import DataConfig, check_dataset
 from t2i.config_types import unlisted
 from t2i.data import overview
 from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit, image_bytes
-from t2i.data.prepared import Split, check_bad_share, open_splits
+from t2i.data.prepared import OWN_VALIDATION, Split, check_bad_share, open_splits, repair_all
 from t2i.data.records import (
     CAPTION_FIX,
     ROWS_PER_BATCH,
@@ -52,6 +52,7 @@ from t2i.data.records import (
     open_candidates,
     shown_file,
 )
+from t2i.data.repairs import LEFT_OUT, Repairs, read_repairs
 from t2i.data.sources import find_source
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
@@ -71,6 +72,17 @@ class Splits:
     quarantine: list[dict[str, str]]  # File, split and reason of each image that was left out.
     fingerprint: str  # Hash of everything: images, captions and settings.
     report: dict[str, Any]  # The report of the cache folder, as `report.json` holds it.
+    repairs: Repairs = field(default_factory=Repairs)  # The repairs that were applied; see `t2i.data.repairs`.
+
+    def repair_hashes(self, captions: bool = True) -> dict[str, str]:
+        """Return the hashes of the repairs that shape a training, by name. Without repairs, there are none.
+
+        Args:
+            captions: whether the training reads captions.
+        """
+        hashes = {"left_out_hash": self.repairs.left_out_hash()}
+        hashes |= {"edits_hash": self.repairs.edits_hash()} if captions else {}
+        return {name: value for name, value in hashes.items() if value}
 
 
 def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: bool = True) -> Splits:
@@ -101,6 +113,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         raise UserError(
             f"cache_dir {cfg.cache_dir} cannot be made ({error.strerror}); give another --cache_dir"
         ) from None
+    repairs = read_repairs(check_dataset(cfg.dataset))  # Before minutes of decoding.
     source = find_source(cfg)
     settings = (
         *("resolution", "image_column", "caption_column", "caption_template", "label_names"),
@@ -124,12 +137,14 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     say(overview.table(report))
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
-    train, validation, test = open_splits(folder, report)
+    train, validation, test = repair_all(open_splits(folder, report), repairs, report, cfg, say)
     if train is None:
+        if repairs.left_out:
+            raise UserError(f"{cfg.dataset} has no training image that is not left out; shorten its {LEFT_OUT}")
         raise UserError(
             f"{source.name} has no usable training image; {folder / 'quarantine.jsonl'} lists the reasons: fix the images"
         )
-    return Splits(train, validation, test, quarantine, fingerprint=folder.name, report=report)
+    return Splits(train, validation, test, quarantine, folder.name, report, repairs)
 
 
 # Preparing: digests, splits, pixels, rows
@@ -246,7 +261,7 @@ def _build_in(
         "dataset": source.name,
         "found": found,
         "splits": splits,
-        "validation_from": "its own split" if "validation" in candidates else "train, by content hash",
+        "validation_from": OWN_VALIDATION if "validation" in candidates else "train, by content hash",
         "not_used_because_of_max_train_samples": left_out,
         "quarantined": len(quarantine),
         "quarantined_by_reason": dict(Counter(row["reason"].split(":")[0] for row in quarantine).most_common()),

@@ -17,9 +17,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from t2i.config import SourceConfig
 from t2i.data.caption_files import METADATA
-from t2i.data.folders import SPLIT_COLUMNS, SPLIT_NAMES, leave_out, names_splits, pick_images, told_split
+from t2i.data.folders import leave_out, names_splits, pick_images, told_split
 from t2i.data.images import image_digest
 from t2i.data.records import OTHER_SPLITS, LeftOut, Source
+from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json, sha256_file

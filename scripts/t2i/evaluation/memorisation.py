@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2i.data.prepared import Selection
 from t2i.errors import UserError
 from t2i.evaluation.attributes import to_tensor
 
@@ -16,7 +17,7 @@ TWIN = 0.1  # Training images with a smaller distance, relative to the 50 neares
 COPY = 1 / 3  # A copy's distance to its training image, as a share of the distance to the second nearest.
 
 
-def pixel_embedding(pixels: np.ndarray, size: int = 16) -> Tensor:
+def pixel_embedding(pixels: np.ndarray | Selection, size: int = 16) -> Tensor:
     """Return pictures as thumbnails in [-1, 1], float32 [N, 3 * size^2].
 
     Thumbnails have no fine detail, so they do not show whether a picture is soft.

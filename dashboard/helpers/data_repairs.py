@@ -1,0 +1,122 @@
+"""Edit captions and mark images to leave out on the page Data, where that is allowed."""
+
+import os
+from pathlib import Path
+
+import streamlit as st
+
+from helpers.page_rights import has_control, is_space
+from helpers.page_texts import escape
+from t2i.captions.texts import clean
+from t2i.config import read_yaml
+from t2i.data import browse
+from t2i.data.repairs import edit_captions, set_left_out
+from t2i.errors import UserError
+
+
+def why_not(home: Path | None) -> str:
+    """Return why a data set cannot be edited on this page, or "" if it can be."""
+    if is_space():
+        return "A Space shows data and never edits it."
+    if not has_control():
+        return "Editing is off, because other machines may open this page. It is on for --server.address 127.0.0.1."
+    if home is None:
+        return (
+            "This data set is on the Hub, so it cannot be edited here. scripts/caption_to_hub.py with --captioner existing "
+            "writes a folder that can be."
+        )
+    if not os.access(home, os.W_OK):
+        return f"Editing is off, because {home} is read-only."
+    return ""
+
+
+def show_editor(split: browse.Split, rows: browse.Rows, number: int) -> None:
+    """Show the captions of a picture as a text that can be edited, and a button that leaves the picture out.
+
+    If the page may not edit the data set, show the captions and the reason.
+    """
+    reason = why_not(split.home)
+    if reason or not rows.has_captions:
+        for caption in rows.captions[number]:
+            st.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
+        st.caption(escape(reason))
+    else:
+        count = len(rows.captions[number])
+        key = f"captions {split.name} {number}"
+        with st.form(f"edit {split.name} {number}", border=False):
+            st.text_area(
+                "Caption" if count == 1 else f"Captions, one per line, at most {count}",
+                "\n".join(map(browse.visible, rows.captions[number])), key=key, height="content",
+            )  # fmt: skip
+            st.form_submit_button("Save", type="primary", on_click=save, args=(split, number, key))
+        if number in rows.edited:
+            original = browse.read_rows(split.as_stored()).captions[number]
+            st.caption(escape(f"Before the edit: {' / '.join(map(browse.visible, original))}"))
+    if not reason:
+        is_out = number in rows.left_out
+        label = "Train on this picture again" if is_out else "Leave out of training"
+        st.button(label, on_click=leave_out, args=(split, rows, number, not is_out))
+    if error := st.session_state.pop("_error", ""):
+        st.warning(escape(error))
+    if st.session_state.pop("_saved", False):
+        st.rerun()  # the page behind the dialog shows the change
+
+
+def save(split: browse.Split, number: int, key: str) -> None:
+    """Write the typed captions of a picture into captions.jsonl, and close the dialog."""
+    if why_not(split.home):  # a button of a page that was opened before
+        return
+    stored = split.as_stored()
+    words = clean(split.prefix)
+
+    def without_prefix(text: str) -> str:
+        return clean(text).removeprefix(words).lstrip()
+
+    try:
+        ids, files = browse.identities(stored)
+        changed = edit_captions(
+            Path(str(split.home)), require_id(ids[number]), files[number],
+            [without_prefix(text) for text in browse.read_rows(stored).captions[number]],
+            [without_prefix(line) for line in st.session_state[key].split("\n")], captioning_prefix(split),
+        )  # fmt: skip
+    except UserError as error:
+        st.session_state["_error"] = str(error)
+        return
+    close(f"{changed} of the captions changed. Trainings read them from now on." if changed else "Nothing was changed.")
+
+
+def leave_out(split: browse.Split, rows: browse.Rows, number: int, is_left_out: bool) -> None:
+    """Write a picture into left_out.jsonl, or take it off that list, and close the dialog."""
+    if why_not(split.home):
+        return
+    try:
+        ids, files = browse.identities(split.as_stored())
+        own_split = browse.own_splits(split, rows)[number]
+        set_left_out(Path(str(split.home)), require_id(ids[number]), own_split, files[number], is_left_out)
+    except UserError as error:
+        st.session_state["_error"] = str(error)
+        return
+    close(
+        f"Trainings {'leave picture' if is_left_out else 'read picture'} {number}{' out' if is_left_out else ''} from now on."
+    )
+
+
+def require_id(image: str) -> str:
+    if not image:
+        raise UserError("this picture has no image file, so nothing can be noted on it; add the image to the data set")
+    return image
+
+
+def close(message: str) -> None:
+    st.session_state["picture"] = ""
+    st.session_state["_saved"] = True
+    st.session_state["_said"] = message
+
+
+def captioning_prefix(split: browse.Split) -> str:
+    """Return the prefix that scripts/caption_to_hub.py put before the captions of a dataset folder; "" without one."""
+    try:
+        data = read_yaml(split.folder / "config.yaml").get("data")
+        return str(data.get("caption_prefix") or "") if isinstance(data, dict) else ""
+    except (OSError, UserError, AttributeError):
+        return ""

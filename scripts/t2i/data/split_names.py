@@ -1,0 +1,8 @@
+"""Names that a split may have. This module imports nothing, so that a web page can import it."""
+
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+SPLIT_COLUMNS = {"split", "set", "subset"}  # Columns that name an image's split.
