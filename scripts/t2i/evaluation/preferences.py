@@ -127,7 +127,7 @@ def track(first: PlannedCell, second: PlannedCell, counted: Count, experiment: s
     from t2i.tracking.mlflow_tracker import DEFAULT_EXPERIMENT, Tracker
 
     run, opponent = first.run, _model(second)["model"]
-    values = {"won": counted.first, "lost": counted.second, "no_difference": counted.neither}
+    values: dict[str, float] = {"won": counted.first, "lost": counted.second, "no_difference": counted.neither}
     if counted.share is not None:
         values["share_won"] = counted.share
     tracker = Tracker(run, experiment=experiment or DEFAULT_EXPERIMENT, run_name=run.name, config={})
