@@ -37,7 +37,8 @@ class Mirror:
 
     def restore(self) -> str:
         """Download the run of an earlier job, and return the name of its newest checkpoint, or ""."""
-        snapshot_download(self.repo_id, allow_patterns=["run/*"], local_dir=self.run.parent)
+        # One file at a time: on a failed connection huggingface_hub closes the client that its other threads still use.
+        snapshot_download(self.repo_id, allow_patterns=["run/*"], local_dir=self.run.parent, max_workers=1)
         self._pushed = self.newest()
         return self._pushed
 
