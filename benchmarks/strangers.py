@@ -4,12 +4,13 @@ python benchmarks/strangers.py PHOTOS outputs/new/unet outputs/old/unet --output
 
 Each run must have been evaluated: its pictures have the checkpoint and guidance scale that the evaluation chose. Each run
 draws the same prompts from the seeds 0, 1, 2 and so on, and no picture is chosen by hand. The photos are the first test
-photos of the same species. `key.json` tells what each picture is, so readers must not see it. One sheet per run shows the
-same pictures above the photos.
+photos of the same species. Readers see the output folder, which holds nothing but the pictures. A folder beside it with
+"-key" in its name holds key.json, which tells what each picture is, and a sheet per run with its pictures above the photos.
+Readers must not see that folder.
 
 Readers answer in a JSON file: {"NAME.png": {"real": true, "species": "rose"}}. Then count the answers:
 
-python benchmarks/strangers.py PHOTOS --output_dir outputs/strangers --answers answers.json
+python benchmarks/strangers.py --output_dir outputs/strangers --answers answers.json
 """
 
 import argparse
@@ -23,7 +24,7 @@ import common  # noqa: F401  makes t2i importable
 import numpy as np
 from PIL import Image
 
-from t2i.captions.texts import label_captions
+from t2i.captions.texts import label_captions, prefixed
 from t2i.config import load_recipe
 from t2i.data.preparing import load_splits
 from t2i.evaluation.figures import percent
@@ -34,7 +35,7 @@ from t2i.pictures.sampling import generate, load_pipeline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="PHOTOS", help="data set of the runs, one class per species")
+    parser.add_argument("dataset", metavar="PHOTOS", nargs="?", help="data set of the runs, one class per species")
     parser.add_argument("runs", metavar="RUN", nargs="*", help="evaluated run folders of train_unet.py")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/strangers"), help="folder for the pictures")
     parser.add_argument("--count", type=int, default=24, help="pictures per source (default: 24)")
@@ -42,11 +43,20 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, help="answers of a reader to count, instead of drawing")
     options = parser.parse_args()
     if options.answers:
-        score(read_object(options.output_dir / "key.json"), read_object(options.answers))
+        score(read_object(key_folder(options.output_dir) / "key.json"), read_object(options.answers))
         return
     if not options.runs:
-        parser.error("name a RUN to draw with, or give --answers")
+        parser.error("name PHOTOS and a RUN to draw with, or give --answers")
+    if options.output_dir.exists():
+        parser.error(
+            f"{options.output_dir} exists, and its pictures would mix with new ones; give another --output_dir"
+        )
     draw(options)
+
+
+def key_folder(output_dir: Path) -> Path:
+    """Return the folder beside the readers' folder that tells what each picture is."""
+    return output_dir.with_name(f"{output_dir.name}-key")
 
 
 def draw(options: argparse.Namespace) -> None:
@@ -58,7 +68,8 @@ def draw(options: argparse.Namespace) -> None:
     species = sorted(label for label, _ in common_labels)
     wanted = [species[number % len(species)] for number in range(options.count)]
     sources = {"real": real_photos(splits.test or splits.validation, wanted)}
-    texts = [label_captions(label, recipe.data.caption_template[:1])[0] for label in wanted]
+    captions = [label_captions(label, recipe.data.caption_template[:1])[0] for label in wanted]
+    texts = [prefixed(caption, recipe.data.caption_prefix) for caption in captions]
     for run in map(Path, options.runs):
         report = read_object(run / "evaluation" / "evaluation.json")["report"]
         pipeline = load_pipeline(
@@ -68,8 +79,9 @@ def draw(options: argparse.Namespace) -> None:
             pipeline, texts, list(range(options.count)), guidance_scale=report["guidance_scale"],
             num_inference_steps=report["num_inference_steps"], guidance_end=report["guidance_end"],
         )  # fmt: skip
-    pictures = options.output_dir / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    pictures, secret = options.output_dir, key_folder(options.output_dir)
+    pictures.mkdir(parents=True)
+    secret.mkdir(exist_ok=True)
     key = {}
     for source, images in sources.items():
         for image, label in zip(images, wanted, strict=True):
@@ -77,10 +89,10 @@ def draw(options: argparse.Namespace) -> None:
             # No text, no time and no size tells where a picture comes from.
             Image.fromarray(image).resize((256, 256), Image.Resampling.BICUBIC).save(pictures / name)
             key[name] = {"source": source, "species": label}
-    write_json(options.output_dir / "key.json", dict(sorted(key.items())))
+    write_json(secret / "key.json", dict(sorted(key.items())))
     for number, run in enumerate(options.runs):
         both = np.concatenate([sources[str(Path(run))], sources["real"]])
-        picture_grid(both, columns=options.count // 2).save(options.output_dir / f"sheet-{number}.png")
+        picture_grid(both, columns=options.count // 2).save(secret / f"sheet-{number}.png")
     print(f"{len(key)} pictures in {pictures}, of {', '.join(species)}")
 
 

@@ -5,6 +5,9 @@ python scripts/evaluate_checkpoints.py --model outputs/demo/unet
 Each checkpoint draws pictures for the same few prompts at each guidance scale. The best pair of checkpoint and guidance
 scale is chosen on a few prompts, and reported on other prompts. The script writes evaluation/ into the run folder, and
 the model card into the run's pipeline/.
+
+With --report, the script also writes evaluation/report.html, one file that can be mailed. For a finished evaluation, the
+script then only writes this file.
 """
 
 import dataclasses
@@ -17,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.command_line import option
-from t2i.config import EvaluateConfig, Recipe, load_recipe, parse
+from t2i.config import EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse
 from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import percent
+from t2i.evaluation.verdict import choose, make_verdict, verdict_of
 from t2i.files import read_object, write_json
 from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem
 from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
@@ -101,8 +105,12 @@ def main() -> None:
     if state.finished:
         print(f"reusing the finished evaluation in {folder}")
         print_sweep(state.state["cells"])
+        print_verdict(verdict_of(state.state))
+        if config.report:
+            save_report(run, state.state, splits.train, pixel_embedding(splits.train.pixels), trained)
         return
     folder.mkdir(exist_ok=True)
+    (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
 
     # classifier
     kind = kind_of(splits)
@@ -126,8 +134,8 @@ def main() -> None:
     memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
     study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
-        sweep, sweep_results = draw_sweep(study, checkpoints, folder)
-    best = choose(sweep_results, trained.guidance_scale)
+        sweep, sweep_results, readings = draw_sweep(study, checkpoints, folder)
+    best = choose(sweep_results, trained.guidance_scale).best
 
     # report
     with state.timed("report"):
@@ -146,7 +154,8 @@ def main() -> None:
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, best["guidance_scale"]),
     }
-    results = {"report": report, "cells": sweep_results, "prompts": prompts.texts, "sweep": sweep}
+    results: dict[str, Any] = {"report": report, "cells": sweep_results, "prompts": prompts.texts, "sweep": sweep}
+    results |= {"readings": readings[sweep_results.index(best)], "verdict": make_verdict(results)}
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
     if trained.report_to == "mlflow":
@@ -154,6 +163,9 @@ def main() -> None:
     state.finish(**results)
     print_sweep(sweep_results)
     print_report(report, folder)
+    print_verdict(results["verdict"])
+    if config.report:
+        save_report(run, results, splits.train, thumbnails, trained)
 
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:
@@ -178,16 +190,20 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
 
     A finished evaluation is reused only if its settings have not changed since.
     """
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset")}
+    settings = {
+        key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset", "report")
+    }
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
     return settings | preset._asdict() if config.preset else settings
 
 
-def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def draw_sweep(
+    study: Study, checkpoints: list[str], folder: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[list[dict[str, Any]]]]:
     """Draw and measure each checkpoint at each guidance scale.
 
-    Return the pictures, and a result per pair of checkpoint and guidance scale.
+    Return what was drawn, a result per pair of checkpoint and guidance scale, and the pair's `read_pictures`.
     """
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
@@ -199,17 +215,20 @@ def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
     results: list[dict[str, Any]] = []
+    readings: list[list[dict[str, Any]]] = []
     for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
         pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
         keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
-        figures = measure(study, pictures, judged_features(study, pictures), prompts)
+        features = judged_features(study, pictures)
+        figures = measure(study, pictures, features, prompts)
+        readings.append(read_pictures(study, pictures, features, prompts))
         grid = f"grid-{checkpoint}-{scale:g}.png"
         save_grid(pictures, folder / grid)
         val_loss = logged_loss(study.run, checkpoint)
         results.append(
             {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
         )
-    return sweep, results
+    return sweep, results, readings
 
 
 def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarray, dict[str, Any]]":
@@ -552,6 +571,28 @@ def measure(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompt
     }
 
 
+def read_pictures(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompts) -> list[dict[str, Any]]:
+    """Return what the classifier or the probe reads in each picture: {"wanted": ..., "read": ...} per attribute.
+
+    If neither reads pictures of this data set, the list is empty.
+    """
+    from t2i.evaluation import attributes
+
+    labels = labels_wanted(prompts)
+    if study.classifier:
+        heads = study.classifier.heads
+        found = attributes.predict(study.classifier, pictures)
+        read = [{name: heads[name][found[name][row]] for name in heads} for row in range(len(pictures))]
+    elif study.judge and study.judge.probe and features is not None and labels is not None:
+        read = [{"label": label} for label in study.judge.probe.predict(features)]
+    else:
+        return []
+    return [
+        {name: {"wanted": wanted.get(name), "read": value} for name, value in values.items()}
+        for values, wanted in zip(read, prompts.wanted, strict=True)
+    ]
+
+
 def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held_out: bool) -> dict[str, float] | None:
     """Return prompt following, only on prompts whose attribute combinations are held out (or seen in training)."""
     from t2i.data.flowers import COMBINED
@@ -561,43 +602,6 @@ def following_of(pictures: "np.ndarray", prompts: Prompts, classifier: Any, held
     if classifier is None or not any(prompts.held_out):
         return None
     return attributes.prompt_following(classifier, pictures[rows], [prompts.wanted[row] for row in rows], COMBINED)
-
-
-def choose(sweep_results: list[dict[str, Any]], guidance_scale: float) -> dict[str, Any]:
-    """Return the result of the best checkpoint and scale.
-
-    The judge's kernel distance chooses the best checkpoint and scale. Among the pairs within a standard error of the
-    lowest distance, prompt following (or else the CLIP score) decides, and then the later checkpoint. Without a judge,
-    only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has the guidance
-    scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
-    """
-    close = sweep_results
-    if sweep_results[0]["judge"]:
-        lowest = min(sweep_results, key=lambda result: float(result["judge"]["kernel_distance"]))
-        limit = lowest["judge"]["kernel_distance"] + lowest["judge"]["standard_error"]
-        close = [result for result in sweep_results if result["judge"]["kernel_distance"] <= limit]
-        if not (lowest["prompt_following"] or lowest["clip_score"]):
-            return lowest
-    if close[0]["prompt_following"] or close[0]["clip_score"]:
-        return max(close, key=lambda result: (sweep_score(result), checkpoint_step(Path(result["checkpoint"])) or 0))
-    return max(
-        close,
-        key=lambda result: (
-            -abs(result["guidance_scale"] - guidance_scale),
-            float("-inf") if result["val_loss"] is None else -result["val_loss"],
-        ),
-    )
-
-
-def sweep_score(result: dict[str, Any]) -> float:
-    """Return the mean share of attributes that follow the prompt, else the CLIP score.
-
-    A higher share or score is better.
-    """
-    if result["prompt_following"]:
-        shares = [share for name, share in result["prompt_following"].items() if name != "all"]
-        return round(sum(shares) / len(shares), 3)
-    return float(result["clip_score"]["mean"])
 
 
 def logged_loss(run: Path, checkpoint: str) -> float | None:
@@ -632,6 +636,39 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
             )
             seconds[f"seconds_per_picture_{name}"] = round(time.perf_counter() - start, 3)
     return seconds
+
+
+def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any, trained: TrainUnetConfig) -> None:
+    """Write the HTML report of a finished evaluation, and send it to the training's MLflow run.
+
+    Args:
+        results: content of evaluation.json.
+        train: training split, in which the images nearest to the pictures are looked up.
+        thumbnails: `pixel_embedding` of its images.
+        trained: settings of the training.
+    """
+    import numpy as np
+
+    from t2i.evaluation import memorisation, report
+    from t2i.pictures import cells
+    from t2i.tracking.mlflow_tracker import Tracker
+
+    pairs = []
+    for planned in report.wall_cells(run, results) if len(train) > 1 else ():
+        drawn = cells.read_cell(planned.run, planned.model_hash, planned.cell) if planned.made else None
+        if drawn is None:
+            continue
+        picture = np.asarray(drawn)
+        ((row, distance),) = memorisation.nearest_images(picture, thumbnails, 1)
+        caption = str(train.rows[row].get("caption") or "")
+        pairs.append(report.Pair(picture, np.asarray(train.pixels[row]), distance, planned.cell.prompt, caption))
+    pairs.sort(key=lambda pair: pair.distance)
+    path = report.write_report(run, results, pairs)
+    print(f"report in one file: {path}")
+    if trained.report_to == "mlflow":
+        tracker = Tracker(run, experiment=trained.experiment, run_name=run.name, config={})
+        tracker.log_artifact(path)
+        tracker.finish()
 
 
 def save_grid(pictures: "np.ndarray", path: Path, count: int = 32) -> None:
@@ -697,6 +734,12 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
         share = report["memorisation"]["share_closer"]
         print(f"  memorisation: {share:.1%} closer to a training image than 99 % of unseen images are")
     print(f"pictures: {folder}/*.png")
+
+
+def print_verdict(verdict: dict[str, Any] | None) -> None:
+    """Print the sentences of the verdict."""
+    for sentences in (verdict or {"sentences": {}})["sentences"].values():
+        print(" ".join(sentences))
 
 
 def print_judge(judged: dict[str, Any]) -> None:

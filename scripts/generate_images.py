@@ -49,8 +49,7 @@ class Options:
     # the value of the preset.
     guidance_end: Share | None = None
     # Scheduler that suits the model: ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name
-    # of
-    # diffusers. With None, use the value of the preset.
+    # of diffusers. With None, use the value of the preset.
     scheduler: str | None = None
     seed: Seed = 0  # Seed of each prompt's first picture. Further pictures of a prompt take the following seeds.
     num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1  # Number of pictures per prompt.

@@ -334,7 +334,7 @@ def step_options(vae: Any, config: TrainVaeConfig, resolution: int, number: int,
     step, options = number // config.gradient_accumulation_steps, dict[str, Any]()
     if step >= steps - config.decoder_only_steps:
         options["decoder_only"] = True
-    elif config.equivariance_share:
+    elif config.equivariance_share and step >= config.equivariance_start:
         factor = vae_factor(vae)
         latents = image_side(config, resolution, number) // factor
         transform = draw_transform(config.seed, number, config.equivariance_share, latents, factor)

@@ -118,6 +118,8 @@ LIGHT = (
     "run_lock",
     "runs",
     "evaluation.figures",
+    "evaluation.report",
+    "evaluation.verdict",
     "hub.model_card",
     "pictures.axes",
     "pictures.png",

@@ -15,6 +15,7 @@ from PIL import Image
 import run_recipe
 from conftest import SCRIPTS, TINY
 from t2i.data import flowers
+from t2i.evaluation.verdict import is_setting
 
 # The help of launch_local.py is accelerate's own, which imports torch.
 SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "launch_local.py")
@@ -120,10 +121,26 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     assert "chosen: checkpoint-" in done.stdout
     card = ModelCard.load(workspace / "unet/pipeline/README.md")
     assert card.data.eval_results
-    again = command(
-        "evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset", cwd=workspace
-    )
+    for sentences in results["verdict"]["sentences"].values():
+        assert " ".join(sentences) in done.stdout
+    best = results["verdict"]["best"]
+    assert {key: best[key] for key in ("checkpoint", "guidance_scale")}.items() <= results["report"].items()
+    assert "- **Best setting**: Of 4 pairs of checkpoint and guidance scale, checkpoint-" in card.content
+    (cell,) = (cell for cell in results["cells"] if is_setting(cell, best["checkpoint"], best["guidance_scale"]))
+    read = [{name: one["wanted"] == one["read"] for name, one in reading.items()} for reading in results["readings"]]
+    shares = {name: np.mean([one[name] for one in read]) for name in flowers.ATTRIBUTES}
+    assert shares == {name: cell["prompt_following"][name] for name in shares}
+    assert not (workspace / "unet/evaluation/report.html").exists()
+    before = (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns
+    again = command("evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset",
+                    "--report", cwd=workspace)  # fmt: skip
     assert "reusing the finished evaluation" in again.stdout
+    assert (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns == before
+    page = (workspace / "unet/evaluation/report.html").read_text()
+    assert page.count("<img") == 4 + 3 * 4 + 2 * 4  # the wall, a grid for three of four prompts, and pairs
+    assert "Pictures nearest to training images" in page
+    tracked = [path for path in workspace.rglob("report.html") if path.parent.name != "evaluation"]
+    assert tracked
 
 
 def test_labels_of_photos_are_read_by_a_probe(workspace, command, tmp_path):
@@ -142,16 +159,20 @@ def test_labels_of_photos_are_read_by_a_probe(workspace, command, tmp_path):
     assert 0 <= report["judge"]["reconstructions"]["named"] <= 1
     assert not (tmp_path / "unet/evaluation/classifier").exists()
     assert "(on unseen real images: " in done.stdout
+    found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
+    assert {reading["label"]["wanted"] for reading in found["readings"]} <= {"white", "burgundy"}
+    assert "pictures show the label that their prompt names" in found["verdict"]["sentences"]["right"][0]
 
 
 def test_evaluation_by_a_preset_and_the_card_draw_alike(workspace, command, tmp_path):
     shutil.copytree(workspace / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns("evaluation", "cells"))
     options = ("--config", workspace / "tiny.yaml", "--model", tmp_path / "unet", "--dataset", workspace / "dataset",
                "--preset", "draft", "--checkpoints", "checkpoint-000004", "--classifier_steps", 0,
-               "--judge_network", "None")  # fmt: skip
+               "--judge_network", "None", "--report")  # fmt: skip
     command("evaluate_checkpoints.py", *options, cwd=tmp_path)
     found = json.loads((tmp_path / "unet/evaluation/evaluation.json").read_text())
     assert found["report"]["judge"] is None
+    assert (tmp_path / "unet/evaluation/report.html").stat().st_size > 10_000
     for part in ("report", "sweep"):
         assert (found[part]["scheduler"], found[part]["num_inference_steps"]) == ("UniPCMultistepScheduler", 3)
         assert found[part]["guidance_end"] == 0.3

@@ -1,6 +1,8 @@
-"""The walk of a checkpoint onto Compare: which modules it enters, and that a grid is planned once per render.
+"""The walk of a checkpoint onto Compare: which modules it enters, and that wall and grid are planned once per render.
 
 python tests/test_compare_flow.py     prints the call list of docs/architecture.md
+
+The run's evaluation has a verdict, so the walk leads over the wall of the best pictures to the grid.
 
 The walk begins at the `main` of the page and ends when the grid's cells are handed to the browser (`picture_grid`). A
 function is on the walk if the checkpoint's name stands in its arguments or in what it returns. Functions are listed in the
@@ -23,10 +25,11 @@ if __name__ == "__main__":
 import pytest
 
 from conftest import ROOT
-from test_compare import EVIL, grid_of, make_run, show
+from test_compare import EVIL, grid_of, show
+from test_evaluation_wall import evaluated_run
 
 CHECKPOINT = "checkpoint-000010"
-MOST_REENTRIES = 5
+MOST_REENTRIES = 6
 PAGE = ("dashboard/views/compare.py", "main")
 LAST = "picture_grid"
 Function = tuple[str, str]  # file below the repository's root, qualified name
@@ -77,7 +80,7 @@ def walking() -> Iterator[Walk]:
 
 def walk_of_compare(folder: Path) -> Walk:
     """The walk on a small evaluated run in `folder`/outputs, after a first render that imports what is needed."""
-    make_run(folder / "outputs" / "one")
+    evaluated_run(folder / "outputs" / "one")
     query = {"tab": f"2. {EVIL}"}
     show(**query)
     with walking() as walk:
@@ -96,10 +99,10 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
     return walk_of_compare(tmp_path)
 
 
-def test_the_walk_of_a_checkpoint_is_short_and_plans_its_grid_once(walk):
+def test_the_walk_of_a_checkpoint_is_short_and_plans_wall_and_grid_once(walk):
     stops = walk.stops()
     assert stops[-1] == ("dashboard/helpers/components.py", [LAST])
-    assert walk.calls["scripts/t2i/pictures/cells.py", "plan"] == 1
+    assert walk.calls["scripts/t2i/pictures/cells.py", "plan"] == 2
     assert reentries(stops) <= MOST_REENTRIES, call_list(stops)
 
 

@@ -212,10 +212,11 @@ def test_each_phase_has_its_options():
         adversarial_start=4,
         decoder_only_steps=3,
         equivariance_share=1.0,
+        equivariance_start=1,
         gradient_accumulation_steps=2,
     )
     options = [train_vae.step_options(vae, config, 32, number, 10) for number in range(20)]
-    assert [set(one) for one in options] == [{"transform"}] * 8 + [{"transform", "adversarial"}] * 6 + [
+    assert [set(one) for one in options] == [set()] * 2 + [{"transform"}] * 6 + [{"transform", "adversarial"}] * 6 + [
         {"decoder_only", "adversarial"}
     ] * 6
 

@@ -4,12 +4,14 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const state = JSON.stringify(data);
   if (root.state === state) return; // an unchanged gallery keeps its elements and the focus
   root.state = state;
-  root.replaceChildren(...data.pictures.map((one) => card(one, () => setTriggerValue("chosen", { row: one.row }))));
+  root.classList.toggle("wall", Boolean(data.wall));
+  const action = data.action ?? "Show larger";
+  root.replaceChildren(...data.pictures.map((one) => card(one, action, () => setTriggerValue("chosen", { row: one.row }))));
 }
 
-function card(one, choose) {
+function card(one, action, choose) {
   const inside = one.source ? picture(one.source, one.alt) : make("span", { class: "frame empty" }, one.note);
-  const button = make("button", { type: "button", class: "cell", "aria-label": `Show larger: ${one.alt}`, title: one.title }, inside);
+  const button = make("button", { type: "button", class: one.is_miss ? "cell miss" : "cell", "aria-label": `${action}: ${one.alt}`, title: one.title }, inside);
   button.onclick = choose;
   const words = make("figcaption", {}, make("span", { class: "caption", dir: "auto" }, one.caption));
   if (one.label) words.append(make("span", { class: "label", dir: "auto" }, one.label));

@@ -46,7 +46,8 @@ def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> No
     Args:
         data: content of the gallery of pictures. Each of the gallery's `pictures` has `source` (a data address or ""),
             `alt`, `caption`, `label`, `finding`, `title` and `row`. A picture's `note` is the text shown if there is no
-            picture.
+            picture. A picture with `is_miss` has an outline. If the gallery has `wall`, its pictures are smaller and
+            scroll. The gallery's `action` says what a click does.
         on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row}.
     """
     mount = st.components.v2.component("gallery", html='<div class="gallery"></div>', css=_css(), js=_js("gallery"))

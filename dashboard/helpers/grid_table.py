@@ -13,8 +13,9 @@ from helpers.drawing_jobs import GridJob, expected_seconds, running_job
 from helpers.grid_choice import AXES, BEST, LAST, Grid
 from helpers.page_texts import escape, warn
 from helpers.picture_table import show_pictures, stored_address
-from helpers.run_files import is_finite, read_or_warn
+from helpers.run_files import read_or_warn
 from t2i.errors import UserError
+from t2i.evaluation.figures import is_finite
 from t2i.pictures import cells
 from t2i.pictures.png import grid_png, labelled_grid
 

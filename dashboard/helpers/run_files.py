@@ -12,6 +12,7 @@ import yaml
 from helpers.page_texts import escape
 from helpers.run_list import checkpoints_of
 from t2i.errors import UserError
+from t2i.evaluation.figures import is_finite
 from t2i.files import read_json
 from t2i.pictures.cells import EvaluatedGrid
 from t2i.pictures.png import cut_prompt
@@ -137,21 +138,3 @@ def _tokenizer(folder: Path) -> Any:
 
 
 # --- Values of files -------------------------------------------------------------------------------------------------
-
-
-def is_finite(value: Any) -> bool:
-    """Return whether a value read from a file is a finite number, which tables and charts accept."""
-    most = 2**63 if isinstance(value, int) else 1e300
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < most
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dictionary as one row, with keys such as `memorisation.share_closer`."""
-    row: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            row |= flatten(value, f"{prefix}{key}.")
-        else:
-            accepted = isinstance(value, float | bool | None) or is_finite(value)  # a table accepts no larger integer
-            row[f"{prefix}{key}"] = value if accepted else str(value)
-    return row

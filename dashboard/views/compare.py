@@ -1,4 +1,4 @@
-"""Pictures and curves of the chosen runs side by side: a grid over any settings, two pictures compared, the evaluation."""
+"""What the evaluation found, and pictures and curves of the chosen runs: a grid over any settings, two pictures compared."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 from helpers.charts import curves_chart
+from helpers.evaluation_wall import show_best, show_verdict
 from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
 from helpers.page_texts import show_empty_state, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
-from helpers.run_files import best_scale, flatten, is_finite, read_or_warn, sweep_results
+from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 
 from t2i.errors import UserError
-from t2i.evaluation.figures import figure, percent
+from t2i.evaluation.figures import figure, figure_text, flatten
 from t2i.pictures import cells
 from t2i.tracking.curves import Curve, read_folder
 
@@ -58,6 +59,7 @@ def main() -> None:
     if not chosen:
         st.text("choose one or more runs")
         return
+    show_verdicts(chosen)
     left, right = st.columns([3, 2], gap="large")
     grid = None
     with left:
@@ -80,6 +82,21 @@ def main() -> None:
         for column, name in zip(st.columns(len(row)), row, strict=True):
             with column:
                 show_evaluation(name, runs[name])
+
+
+def show_verdicts(runs: dict[str, Path]) -> None:
+    """Show the verdict on each evaluated run. A run that is chosen alone also gets the wall of its best pictures."""
+    evaluated = {name: grid for name, run in runs.items() if (grid := cells.evaluated_grid(run))}
+    names = list(evaluated)
+    if names and len(runs) == 1:
+        show_best(runs[names[0]], evaluated[names[0]])
+        return
+    for start in range(0, len(names), ABREAST):
+        row = names[start : start + ABREAST]
+        for column, name in zip(st.columns(len(row)), row, strict=True):
+            with column:
+                st.text(name)
+                show_verdict(runs[name], read_or_warn(runs[name] / "evaluation" / "evaluation.json"))
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
@@ -197,16 +214,9 @@ def show_evaluation(name: str, run: Path) -> None:
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         count = report.get("prompts")
-        table = [(figure(key).name, report_text(key, value, count)) for key, value in flatten(report).items()]
+        table = [(figure(key).name, figure_text(key, value, count)) for key, value in flatten(report).items()]
         st.dataframe(pd.DataFrame(table, columns=["figure", "value"]), hide_index=True, placeholder="–")
         show_file(run / "evaluation", "report.png")
-
-
-def report_text(key: str, value: Any, count: Any) -> str:
-    """Return a figure of the report as text. A share of its `count` pictures has its interval."""
-    if figure(key).is_share and is_finite(value):
-        return percent(value, count if isinstance(count, int) else None)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_judge(report: dict[str, Any]) -> None:

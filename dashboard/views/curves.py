@@ -10,11 +10,11 @@ import pandas as pd
 import streamlit as st
 from helpers.charts import LEGEND_LINES, curves_chart, line_chart
 from helpers.page_texts import escape, show_empty_state, title_row
-from helpers.run_files import flatten, is_finite, read_or_warn, sweep_results
+from helpers.run_files import read_or_warn, sweep_results
 from helpers.run_list import choose_runs, find_runs
 
 from t2i.errors import UserError
-from t2i.evaluation.figures import figure, rank
+from t2i.evaluation.figures import figure, flatten, is_finite, rank
 from t2i.run_lock import run_status
 from t2i.tracking.curves import (
     Curve,

@@ -8,10 +8,10 @@ import pandas as pd
 import streamlit as st
 from helpers.page_texts import show_empty_state, title_row
 from helpers.page_url import name_choices
-from helpers.run_files import flatten, is_finite, read_or_warn, read_settings, sweep_pictures, sweep_results
+from helpers.run_files import read_or_warn, read_settings, sweep_pictures, sweep_results
 from helpers.run_list import choose_runs, find_runs, step_of
 
-from t2i.evaluation.figures import figure, interval, rank
+from t2i.evaluation.figures import figure, flatten, interval, is_finite, rank
 from t2i.redaction import redact_config
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders

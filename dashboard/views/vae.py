@@ -16,11 +16,12 @@ from helpers.model_pool import drawing_turn
 from helpers.page_texts import shorten, show_empty_state, warn
 from helpers.page_url import gone_names, name_choices, warn_of_gone
 from helpers.picture_table import encode_png, show_pictures
-from helpers.run_files import is_finite, read_or_warn
+from helpers.run_files import read_or_warn
 from helpers.run_list import OUTPUTS, find_runs, step_of
 from PIL import Image
 
 from t2i.errors import UserError
+from t2i.evaluation.figures import is_finite
 from t2i.pictures import reconstructions
 from t2i.pictures.reconstructions import Images, Vae
 from t2i.tracking.curves import read_folder

@@ -290,6 +290,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     discriminator_learning_rate: Positive = 2e-4  # Learning rate of the discriminator, which is constant.
     # Share of batches that decode rotated and shrunk latents (EQ-VAE, arXiv:2502.09509). The paper has 0.5. 0 disables it.
     equivariance_share: Share = 0.0
+    equivariance_start: Natural = 0  # Number of updates before equivariance_share holds.
 
 
 @dataclass
@@ -355,6 +356,8 @@ class EvaluateConfig:
     # facebook/dinov2-small. With None, no network judges.
     judge_network: Annotated[PathText | None, _alias("kid_network")] = JUDGE
     clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. With None, leave the CLIP score out.
+    # Also write evaluation/report.html: one file that holds the evaluation and opens without a network.
+    report: Flag = False
 
 
 @dataclass

@@ -61,6 +61,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_optional(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file, or {} if the file is missing or holds no object. A damaged file is refused."""
+    content = read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append `row` to a file as one line of JSON."""
     with open(path, "a", encoding="utf-8") as file:

@@ -5,7 +5,9 @@ Page, report and model card take names, directions and intervals from this table
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Z = 1.96  # Quantile of the normal distribution for intervals of 95 %.
 
@@ -108,3 +110,30 @@ def percent(share: float, count: int | None = None) -> str:
         return text
     low, high = wilson(share, count)
     return f"{text} ({100 * low:.0f}–{100 * high:.0f}%)"
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value read from a file is a finite number, which tables and charts accept."""
+    most = 2**63 if isinstance(value, int) else 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < most
+
+
+def figure_text(key: str, value: Any, count: Any = None) -> str:
+    """Return a figure as text. A share has its interval if the `count` of its pictures is known. None is a dash."""
+    if value is None:
+        return "–"
+    if figure(key).is_share and is_finite(value):
+        return percent(value, count if isinstance(count, int) else None)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dictionary as one row, with keys such as `memorisation.share_closer`."""
+    row: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            row |= flatten(value, f"{prefix}{key}.")
+        else:
+            accepted = isinstance(value, float | bool | None) or is_finite(value)  # a table accepts no larger integer
+            row[f"{prefix}{key}"] = value if accepted else str(value)
+    return row

@@ -17,7 +17,8 @@ from typing import Any
 from t2i.config import Recipe, load_recipe
 from t2i.errors import UserError
 from t2i.evaluation.figures import percent
-from t2i.files import read_json, read_object, write_text
+from t2i.evaluation.verdict import TOPICS, verdict_of
+from t2i.files import read_object, read_optional, write_text
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
 
@@ -80,7 +81,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     from huggingface_hub import ModelCard, ModelCardData
 
     recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
-    provenance = _optional(run / "provenance.json")
+    provenance = read_optional(run / "provenance.json")
     report = (evaluation or {}).get("report") or {}
     sweep_results = (evaluation or {}).get("cells") or []
     vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
@@ -130,6 +131,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         guidance_end=end if (end := _number(report.get("guidance_end"))) is not None and end < 1 else None,
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
+        verdict=_verdict(evaluation),
         figures=_figures(result, report, vae_run),
         protocol=_protocol(result, report),
         following=_following(report),
@@ -187,7 +189,7 @@ def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
     folder = Path(recipe.vae.vae) if recipe.vae.vae else None
     if folder is None or not (folder / "config.yaml").is_file():
         return {}
-    result = _optional(folder / "run.json")
+    result = read_optional(folder / "run.json")
     if not result.get("output_vae_hash") or result["output_vae_hash"] != hashes.get("vae_hash"):
         return {}
     figures = {key: result.get(key) for key in ("psnr_db", "ssim", "scaling_factor")}
@@ -219,10 +221,10 @@ def escape_markdown(value: Any) -> str:
 
 
 def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
-    unet = _optional(pipeline / "unet/config.json")
-    vae = _optional(pipeline / "vae/config.json")
-    text = _optional(pipeline / "text_encoder/config.json")
-    scheduler = _optional(pipeline / "scheduler/scheduler_config.json")
+    unet = read_optional(pipeline / "unet/config.json")
+    vae = read_optional(pipeline / "vae/config.json")
+    text = read_optional(pipeline / "text_encoder/config.json")
+    scheduler = read_optional(pipeline / "scheduler/scheduler_config.json")
     base = recipe.unet.pretrained_model_name_or_path
     channels = "/".join(str(width) for width in unet.get("block_out_channels") or [])
     origin = f", fine-tuned from {_source(base)}" if base else ", trained from scratch"
@@ -352,6 +354,15 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
     rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
+
+
+def _verdict(evaluation: dict[str, Any] | None) -> dict[str, str]:
+    """Return the sentences of the evaluation's verdict by their titles, or {} without a verdict."""
+    verdict = verdict_of(evaluation)
+    sentences = verdict["sentences"] if verdict else {}
+    return {
+        TOPICS[topic]: " ".join(map(escape_markdown, texts)) for topic, texts in sentences.items() if topic in TOPICS
+    }
 
 
 def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
@@ -564,10 +575,6 @@ def _source(name: str | None) -> str:
 
 def _last_part(path: Any) -> str | None:
     return None if path is None else str(path).rstrip("/").split("/")[-1]
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i.config import ModelHubConfig, Recipe, TrainVaeConfig, load_recipe
 from t2i.errors import UserError
-from t2i.files import read_json, read_object, write_text
+from t2i.files import read_object, read_optional, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
 from t2i.loading import explain_loading
@@ -100,8 +100,7 @@ def publish_run(
     from t2i.pictures import sampling
 
     recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
-    evaluated = run / "evaluation" / "evaluation.json"
-    evaluation = read_json(evaluated) if evaluated.is_file() else {}
+    evaluation = read_optional(run / "evaluation" / "evaluation.json")
     report = evaluation.get("report") or {}
     scale = report.get("guidance_scale", recipe.train_unet.guidance_scale)
     steps = report.get("num_inference_steps", recipe.train_unet.num_inference_steps)
@@ -253,8 +252,7 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
     Returns:
         Paths of the written result files, relative to the pipeline folder.
     """
-    provenance = run / "provenance.json"
-    dataset = model_card.dataset_id(recipe, read_json(provenance) if provenance.is_file() else {})
+    dataset = model_card.dataset_id(recipe, read_optional(run / "provenance.json"))
     figures = model_card.measured(result, report)
     if not dataset or not figures:
         return []

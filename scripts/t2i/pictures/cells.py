@@ -28,7 +28,7 @@ from PIL import Image
 
 from t2i.config_types import MAX_GUIDANCE
 from t2i.errors import UserError
-from t2i.files import hash_files, hash_json, read_json, read_object
+from t2i.files import hash_files, hash_json, read_json, read_object, read_optional
 from t2i.pictures.png import (
     DAMAGE,
     PNDM_STEPS,
@@ -188,7 +188,7 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
         twin = _checkpoint_of_pipeline(folder) if folder.name == "pipeline" else None
         if twin:
             return weights_hash(*twin)
-        run = _run_json(folder.parent) if folder.name == "pipeline" else {}
+        run = read_optional(folder.parent / "run.json") if folder.name == "pipeline" else {}
         if run.get("status") == "finished" and run.get("output_unet_hash"):
             return hash_json({"unet": run["output_unet_hash"], **_frozen_part_hashes(folder, run)})
         return hash_json({"unet": hash_files(folder / "unet"), **_frozen_part_hashes(folder, run)})
@@ -199,7 +199,9 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
     unet = {name: file["sha256"] for name, file in _unet_files(folder, weights).items()}
     if not unet:
         raise UserError(f"{folder / 'manifest.json'} names no UNet; restore the checkpoint from a copy")
-    return hash_json({"unet": unet, **_frozen_part_hashes(folder.parent / "pipeline", _run_json(folder.parent))})
+    return hash_json(
+        {"unet": unet, **_frozen_part_hashes(folder.parent / "pipeline", read_optional(folder.parent / "run.json"))}
+    )
 
 
 def _unet_files(checkpoint: Path, weights: str) -> dict[str, dict[str, Any]]:
@@ -233,11 +235,6 @@ def _checkpoint_of_pipeline(pipeline: Path) -> tuple[Path, str] | None:
                 if all(own[name] == file["sha256"] for name, file in files.items()):
                     return checkpoint, weights
     return None
-
-
-def _run_json(run: Path) -> dict[str, Any]:
-    state = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    return state if isinstance(state, dict) else {}
 
 
 def _frozen_part_hashes(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -759,6 +756,19 @@ class EvaluatedGrid:
     @property
     def axes(self) -> tuple[Axis, Axis, Axis]:
         return self.checkpoints, self.guidance_scales, self.samples
+
+
+def best_cells(run: Path, evaluated: EvaluatedGrid, report: Any) -> list[PlannedCell]:
+    """Plan the pictures of all evaluated prompts at the checkpoint and guidance scale that the evaluation chose.
+
+    Args:
+        report: "report" in evaluation.json. If it names no usable pair, there are no pictures.
+    """
+    try:
+        cell = replace(evaluated.cell, guidance_scale=float(report["guidance_scale"]))
+        return plan(run, str(report["checkpoint"]), cell, [evaluated.samples])
+    except (KeyError, TypeError, ValueError, UserError):
+        return []
 
 
 def evaluated_grid(run: Path) -> EvaluatedGrid | None:

@@ -99,6 +99,7 @@ _LATER = {
     "adversarial_start": 0,
     "discriminator_learning_rate": 2e-4,
     "equivariance_share": 0.0,
+    "equivariance_start": 0,
     "alignment_weight": 0.0,
     "optimizer": "adamw",
     "addition_embed_type": None,

@@ -1,0 +1,320 @@
+"""Choose the best checkpoint and guidance scale, and say in plain sentences what an evaluation found.
+
+The evaluation stores its verdict in evaluation.json. The dashboard, the model card and the HTML report read the verdict
+by `verdict_of`, so all of them say the same. This module imports no torch.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from t2i.evaluation.figures import Z, percent, wilson, words
+
+TOPICS = {"right": "Follows its prompts", "copies": "Copies of training images", "best": "Best setting"}
+NAME_CHARACTERS = 60  # longest name from a file within a sentence
+CONTROL = 0.9  # With a smaller share of control images found, the test for copies overlooks copies.
+DISTANCE, FOLLOWING, CLIP, LOSS = "judge.kernel_distance", "prompt_following", "clip_score.mean", "val_loss"
+NAMES = {FOLLOWING: "prompt following", CLIP: "the CLIP score", DISTANCE: "the kernel distance to real images"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen result of a sweep, and why it was chosen.
+
+    Attributes:
+        best: the chosen result.
+        key: the figure that chose: `DISTANCE`, `FOLLOWING`, `CLIP` or `LOSS`.
+        rivals: the other results that this figure compared, the best of them first.
+        lowest: the result with the lowest kernel distance, if the judge only narrowed the choice. Otherwise None.
+    """
+
+    best: dict[str, Any]
+    key: str
+    rivals: list[dict[str, Any]]
+    lowest: dict[str, Any] | None = None
+
+
+def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Choice:
+    """Choose the best checkpoint and guidance scale of a sweep.
+
+    The judge's kernel distance chooses the best checkpoint and scale. Among the pairs within a standard error of the
+    lowest distance, prompt following (or else the CLIP score) decides, and then the later checkpoint. Without a judge,
+    only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has the guidance
+    scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
+
+    Args:
+        sweep_results: figures of each pair of checkpoint and guidance scale, at least one pair.
+        guidance_scale: guidance scale of the recipe.
+    """
+    close, lowest = list(sweep_results), None
+    if sweep_results[0]["judge"]:
+        near = sorted(sweep_results, key=lambda result: float(result["judge"]["kernel_distance"]))
+        limit = near[0]["judge"]["kernel_distance"] + near[0]["judge"]["standard_error"]
+        close = [result for result in sweep_results if result["judge"]["kernel_distance"] <= limit]
+        is_scored = bool(close[0]["prompt_following"] or close[0]["clip_score"])
+        if len(close) == 1 or not is_scored:
+            return Choice(near[0], DISTANCE, near[1:])
+        lowest = near[0]
+    if close[0]["prompt_following"] or close[0]["clip_score"]:
+        ranked = sorted(
+            close,
+            key=lambda result: (sweep_score(result), _step(result["checkpoint"])),
+            reverse=True,
+        )
+        return Choice(ranked[0], FOLLOWING if close[0]["prompt_following"] else CLIP, ranked[1:], lowest)
+    ranked = sorted(
+        close,
+        key=lambda result: (
+            abs(result["guidance_scale"] - guidance_scale),
+            math.inf if result["val_loss"] is None else result["val_loss"],
+        ),
+    )
+    return Choice(ranked[0], LOSS, ranked[1:])
+
+
+def sweep_score(result: Mapping[str, Any]) -> float:
+    """Return the mean share of attributes that follow the prompt, else the CLIP score.
+
+    A higher share or score is better.
+    """
+    if result["prompt_following"]:
+        shares = [share for name, share in result["prompt_following"].items() if name != "all"]
+        return round(sum(shares) / len(shares), 3)
+    return float(result["clip_score"]["mean"])
+
+
+def verdict_of(evaluation: Any) -> dict[str, Any] | None:
+    """Return the verdict in the content of an evaluation.json, or make it from the figures there.
+
+    Evaluations of earlier versions have no verdict, but all its figures. The result is None if the figures are missing or
+    damaged.
+    """
+    if not isinstance(evaluation, Mapping):
+        return None
+    stored = evaluation.get("verdict")
+    if isinstance(stored, Mapping) and isinstance(stored.get("sentences"), Mapping):
+        lists = [stored["sentences"].get(topic) for topic in TOPICS]
+        if all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
+            return dict(stored)
+    try:
+        return make_verdict(evaluation)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):  # a damaged file
+        return None
+
+
+def make_verdict(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the verdict of an evaluation.
+
+    Args:
+        evaluation: "report", "cells" (the sweep's results) and "sweep" of evaluate_checkpoints.py.
+
+    Returns:
+        Figures under the keys of `TOPICS`, and under "sentences" a list of sentences for each of these keys. No sentence
+            has more than 200 characters.
+    """
+    report, sweep = evaluation["report"], evaluation["sweep"]
+    right, right_sentences = _right(report)
+    copies, copies_sentences = _copies(report)
+    best, best_sentences = _best(report, evaluation["cells"], len(sweep["prompts"]))
+    sentences = {"right": right_sentences, "copies": copies_sentences, "best": best_sentences}
+    return {"right": right, "copies": copies, "best": best, "sentences": sentences}
+
+
+def outcome(reading: Any) -> tuple[list[str], list[str]]:
+    """Return what a picture shows as wanted, and what it shows instead of what was wanted, as texts.
+
+    Args:
+        reading: a picture's entry of "readings" in evaluation.json: {"wanted": ..., "read": ...} per attribute.
+    """
+    right: list[str] = []
+    wrong: list[str] = []
+    for name, values in reading.items() if isinstance(reading, Mapping) else ():
+        if not isinstance(values, Mapping) or values.get("wanted") is None:
+            continue
+        wanted, read, shown = values["wanted"], values.get("read"), words(_name(name))
+        if wanted == read:
+            right.append(f"{shown} {_name(wanted)}")
+        else:
+            wrong.append(f"{shown} {_name(read)}, not {_name(wanted)}")
+    return right, wrong
+
+
+def is_setting(results: Any, checkpoint: Any, scale: Any) -> bool:
+    """Return whether an object of an evaluation, such as its report, is about this checkpoint and guidance scale."""
+    return (results["checkpoint"], float(results["guidance_scale"])) == (checkpoint, float(scale))
+
+
+# --- Topics ----------------------------------------------------------------------------------------------------------
+
+
+def _right(report: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the figures and sentences on what the model gets right."""
+    following, count = report["prompt_following"], report["prompts"]
+    if not following:
+        if report["clip_score"]:
+            score = float(report["clip_score"]["mean"])
+            return {"clip_score": score}, [
+                f"The pictures have a CLIP score of {score:.2f}.",
+                "It compares models that the same CLIP model measured. Which pictures are right was not measured.",
+            ]
+        return {}, ["Whether the pictures follow their prompts was not measured."]
+    share = float(following["all"])
+    shares = {name: float(value) for name, value in following.items() if name != "all"}
+    figures = {"share": share, "interval": list(wilson(share, count)), "pictures": count, "attributes": shares}
+    accuracy = {name: float(value) for name, value in (report["probe_accuracy"] or {}).items() if value is not None}
+    if len(shares) == 1:
+        (name,) = shares
+        sentences = [f"{percent(share, count)} of {count} pictures show the {_name(name)} that their prompt names."]
+        if name in accuracy:
+            sentences.append(f"Of unseen real images, the same test recognises {percent(accuracy[name])}.")
+        return figures, sentences
+    top, bottom = max(shares, key=lambda name: shares[name]), min(shares, key=lambda name: shares[name])
+    sentences = [
+        f"{percent(share, count)} of {count} pictures show the whole combination of attributes that their prompt names."
+    ]
+    held_out = report.get("prompt_following_held_out")
+    if held_out:
+        unseen, pictures = float(held_out["all"]), count // 2
+        figures |= {"held_out": {"share": unseen, "interval": list(wilson(unseen, pictures)), "pictures": pictures}}
+        sentences.append(f"For combinations that training never showed, the share is {percent(unseen, pictures)}.")
+    sentences.append(
+        f"Most often right is the {words(_name(top))} ({percent(shares[top])}), "
+        f"most often wrong the {words(_name(bottom))} (right in {percent(shares[bottom])})."
+    )
+    if accuracy:
+        weakest = min(accuracy, key=lambda name: accuracy[name])
+        sentences.append(
+            "The classifier that reads the pictures errs too: "
+            f"it reads the {words(_name(weakest))} right in {percent(accuracy[weakest])} of unseen real images."
+        )
+    return figures, sentences
+
+
+def _copies(report: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the figures and sentences on how close the pictures come to copies, beside unseen real images."""
+    measured, count = report["memorisation"], report["prompts"]
+    if not measured or measured.get("copies") is None:
+        return {}, ["Whether the pictures copy training images was not measured."]
+    share, of_unseen, unseen = float(measured["copies"]), float(measured["copies_held_out"]), report["unseen_images"]
+    (low, high), (unseen_low, unseen_high) = wilson(share, count), wilson(of_unseen, unseen)
+    control = (report["judge"] or {}).get("control_copies")
+    figures = {
+        "share": share,
+        "interval": [low, high],
+        "pictures": count,
+        "share_of_unseen_images": of_unseen,
+        "interval_of_unseen_images": [unseen_low, unseen_high],
+        "unseen_images": unseen,
+        "control": control,
+        "is_more": low > unseen_high,
+    }
+    sentences = [
+        f"{percent(share, count)} of {count} pictures are copies of a training image.",
+        f"Of {unseen} real images that training never saw, {percent(of_unseen, unseen)} count as copies too.",
+    ]
+    if low > unseen_high:
+        sentences.append("The model copies more than chance explains.")
+    elif share > of_unseen:
+        sentences.append("The intervals overlap, so the difference may be chance.")
+    else:
+        sentences.append("So copies are no more frequent than among unseen real images.")
+    if control is not None and control < CONTROL:
+        sentences.append(
+            f"The test is weak here: it finds only {percent(control)} of training images that the autoencoder reconstructed."
+        )
+    return figures, sentences
+
+
+def _best(
+    report: Mapping[str, Any], results: Sequence[dict[str, Any]], pictures: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the figures and sentences on the best checkpoint and guidance scale, and why it was chosen.
+
+    Args:
+        pictures: number of pictures on which each result was measured.
+    """
+    name, scale = report["checkpoint"], float(report["guidance_scale"])
+    figures: dict[str, Any] = {"checkpoint": name, "guidance_scale": scale, "settings": len(results)}
+    if len(results) == 1:
+        return figures | {"chosen_by": None}, [f"Only {_setting(report)} was evaluated."]
+    sentences = [f"Of {len(results)} pairs of checkpoint and guidance scale, {_setting(report)} is the best."]
+    choice = choose(results, scale)
+    (best, *_) = [result for result in results if is_setting(result, name, scale)]
+    if choice.key == LOSS:
+        sentences.append("No figure of its pictures chose it: it has the lowest validation loss at its guidance scale.")
+        return figures | {"chosen_by": LOSS, "value": best["val_loss"]}, sentences
+    if best is not choice.best:
+        sentences.append("An earlier version of the evaluation chose it, by another rule.")
+        return figures | {"chosen_by": None}, sentences
+    if choice.lowest:
+        judged = choice.lowest["judge"]
+        distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}"
+        sentences.append(
+            f"{len(choice.rivals) + 1} pairs lie within the standard error of the lowest kernel distance "
+            f"to real images ({distance})."
+        )
+    value, other = _value(best, choice.key), _value(choice.rivals[0], choice.key)
+    among = "Among them, " if choice.lowest else ""
+    chosen = f"{among}{NAMES[choice.key]} chose it"
+    better = "lower is better" if choice.key == DISTANCE else "higher is better"
+    sentences.append(f"{chosen[0].upper()}{chosen[1:]}: {_shown(value, choice.key)} ({better}).")
+    sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {_shown(other, choice.key)}.")
+    limit = _limit(best, choice.rivals[0], choice.key, pictures)
+    gap = abs(value - other)
+    if limit is not None:
+        known = f"{limit:.1f}" if choice.key == DISTANCE else f"{100 * limit:.1f} percentage points"
+        sentences.append(
+            f"The difference is larger than chance explains ({known})."
+            if gap > limit
+            else f"Chance alone explains a difference of up to {known}, so both may be equally good."
+        )
+    runner_up = choice.rivals[0]
+    return figures | {
+        "chosen_by": choice.key,
+        "value": value,
+        "runner_up": {
+            "checkpoint": runner_up["checkpoint"],
+            "guidance_scale": runner_up["guidance_scale"],
+            "value": other,
+        },
+        "difference": gap,
+        "limit": limit,
+        "is_clear": None if limit is None else gap > limit,
+    }, sentences
+
+
+def _value(result: Mapping[str, Any], key: str) -> float:
+    return float(result["judge"]["kernel_distance"]) if key == DISTANCE else sweep_score(result)
+
+
+def _limit(result: Mapping[str, Any], other: Mapping[str, Any], key: str, pictures: int) -> float | None:
+    """Return the largest difference between two results that chance alone explains in 95 % of cases.
+
+    It joins the intervals of both results, as of independent pictures. The CLIP score has no known interval.
+    """
+    if key == DISTANCE:
+        return Z * math.hypot(*(float(one["judge"]["standard_error"]) for one in (result, other)))
+    if key == FOLLOWING:
+        shares = [sweep_score(one) for one in (result, other)]
+        return math.hypot(*((high - low) / 2 for low, high in (wilson(share, pictures) for share in shares)))
+    return None
+
+
+def _shown(value: float, key: str) -> str:
+    return percent(value) if key == FOLLOWING else f"{value:.2f}" if key == CLIP else f"{value:.1f}"
+
+
+def _setting(result: Mapping[str, Any]) -> str:
+    return f"{_name(result['checkpoint'])} at guidance scale {float(result['guidance_scale']):g}"
+
+
+def _step(checkpoint: str) -> int:
+    """Return the step in a checkpoint's name, or 0. The name comes from a file, so it never becomes part of a path."""
+    name = re.fullmatch(r"checkpoint-([0-9]{1,15})", checkpoint)
+    return int(name[1]) if name else 0
+
+
+def _name(value: Any) -> str:
+    return str(value)[:NAME_CHARACTERS]

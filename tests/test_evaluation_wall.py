@@ -1,0 +1,117 @@
+"""The top of the page Compare: the verdict of an evaluation, the wall of pictures at the best setting, the report's download."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from t2i.evaluation.verdict import TOPICS, make_verdict
+from test_compare import EVIL, PROMPTS, SCALES, component, grid_of, make_run, show, warnings
+from test_verdict import evaluation, result
+
+READINGS = [
+    {"petal_color": {"wanted": "red", "read": "red"}, "petal_count": {"wanted": 5, "read": 5}},
+    {"petal_color": {"wanted": "red", "read": EVIL}, "petal_count": {"wanted": 5, "read": 5}},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def evaluated_run(folder: Path, **more) -> Path:
+    """A run whose evaluation has figures, but no verdict, as earlier versions left it; checkpoint 20 at scale 3 is the best."""
+    run = make_run(folder)
+    file = run / "evaluation" / "evaluation.json"
+    distances = {(20, 3.0): 10.0}
+    results = [result(step, scale, distances.get((step, scale), 50.0), 0.5) for step in (10, 20) for scale in SCALES]
+    figures = evaluation(results)
+    sweep = json.loads(file.read_text())["sweep"]
+    file.write_text(json.dumps(figures | {"sweep": sweep, "readings": READINGS} | more))
+    return run
+
+
+def marked(app) -> str:
+    return " ".join(element.value for element in app.markdown).replace("\\", "")
+
+
+def test_the_verdict_and_the_wall_stand_above_the_grid(tmp_path):
+    run = evaluated_run(tmp_path / "outputs" / "one")
+    app = show()
+    assert not warnings(app)
+    verdict = make_verdict(json.loads((run / "evaluation" / "evaluation.json").read_text()))
+    for topic, title in TOPICS.items():
+        assert f"**{title}**" in marked(app)
+        assert " ".join(verdict["sentences"][topic]) in marked(app)
+    names = [element.proto.component_name for element in app.get("bidi_component")]
+    assert names == ["gallery", "picture_grid", "picture_pair"]
+    wall = component(app, "gallery")["pictures"]
+    assert [picture["caption"] for picture in wall] == PROMPTS
+    best = [cell["source"] for cell in grid_of(app)["cells"]][3]  # of the first prompt, checkpoint 20 at scale 3
+    assert wall[0]["source"] == best
+    assert [picture["is_miss"] for picture in wall] == [False, True]
+    assert wall[0]["label"] == "✓ petal color red, petal count 5"
+    assert wall[1]["finding"].startswith("✗ petal color a <script>")
+    assert "<script" not in marked(app)
+
+
+def test_a_stored_verdict_is_shown_and_its_markdown_is_not_read(tmp_path):
+    stored = {"sentences": {topic: [f"{EVIL} {topic}"] for topic in TOPICS}}
+    evaluated_run(tmp_path / "outputs" / "one", verdict=stored, readings="none")
+    app = show()
+    shown = [element.value for element in app.markdown if "best" in element.value]
+    assert "\\*\\*bold\\*\\*" in shown[0]
+    assert "<script" not in shown[0]
+    assert not any(picture["is_miss"] for picture in component(app, "gallery")["pictures"])
+
+
+def test_an_evaluation_without_figures_and_several_runs(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show()
+    assert any("lacks figures" in element.value for element in app.caption)
+    assert not component(app, "gallery")
+    evaluated_run(tmp_path / "outputs" / "two")
+    app = show(run=["one", "two"])
+    assert "**Best setting**" in marked(app)
+    assert not component(app, "gallery")
+    make_run(tmp_path / "outputs" / "three", evaluated=False)
+    app = show(run="three")
+    assert not component(app, "gallery")
+    assert not any("lacks figures" in element.value for element in app.caption)
+
+
+def test_a_click_on_the_wall_shows_its_prompt_in_the_grid(tmp_path, monkeypatch):
+    evaluated_run(tmp_path / "outputs" / "one")
+    app = show()
+    module = sys.modules["helpers.evaluation_wall"]
+    state = {"_wall": SimpleNamespace(chosen={"row": 1})}
+    monkeypatch.setattr(module.st, "session_state", state)
+    module.take_clicked_prompt([f"1. {PROMPTS[0]}", f"2. {EVIL}"])
+    for wrong in ({"row": 9}, {"row": "1"}, None):
+        module.take_clicked_prompt.__globals__["st"].session_state["_wall"] = SimpleNamespace(chosen=wrong)
+        module.take_clicked_prompt(["another"])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert state["tab"] == f"2. {EVIL}"
+    app.session_state["tab"] = state["tab"]
+    app.run()
+    assert EVIL in grid_of(app)["cells"][0]["alt"]
+
+
+def test_the_report_is_offered_if_it_lies_in_the_run_folder(tmp_path):
+    run = evaluated_run(tmp_path / "outputs" / "one")
+
+    def offered() -> list[str]:
+        return [element.proto.label for element in show().get("download_button") if "Report" in element.proto.label]
+
+    assert offered() == []
+    report = run / "evaluation" / "report.html"
+    (tmp_path / "other.html").write_text("private")
+    report.symlink_to(tmp_path / "other.html")
+    assert offered() == []
+    report.unlink()
+    report.write_text("a report")
+    assert offered() == ["Report as one file"]
