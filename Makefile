@@ -8,7 +8,7 @@
 #                      (MODEL=ORG/MODEL takes one from the Hub; DRY_RUN=1 only stages the page)
 # make sagemaker-train run the model card's job on SageMaker, after showing its price and asking (DRY_RUN=1, YES=1, WAIT=1, ARGS="…")
 # make hf-train        run the model card's training on Hugging Face Jobs (the same variables)
-# make jobs            list this suite's jobs on Hugging Face Jobs, with state and cost so far
+# make jobs            list this suite's jobs on every cloud: state, cost so far, and the command that fetches each
 # make clean-caches    list files that can be made again, ask, and remove them (DRY_RUN=1 only lists)
 #
 # make test            run the test suite
@@ -18,6 +18,7 @@
 # make lock            pin all packages again after a change of requirements (needs uv)
 # make prove-captions  kill captioning at random moments: no caption is lost or made twice
 # make prove-resume    kill training at random moments and resume it: it equals an undisturbed run
+# make prove-container build the Dockerfile's steps in a new root folder, train, stop and resume there (SIZE=1: only the image's size)
 # make prove-space     start a Space in an environment with only its own requirements, and draw
 # make load-dashboard  click through the dashboard in 20 sessions for two minutes: no error, bounded memory (ARGS="--outputs outputs")
 # make sagemaker-rehearse  play the SageMaker job on this machine as two hosts, with an interruption (FRESH=1: in a fresh environment)
@@ -35,7 +36,7 @@ SCRIPT ?= scripts/train_unet.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
-        prove-space load-dashboard sagemaker-train sagemaker-rehearse hf-train jobs train-inputs clean-caches lock
+        prove-container prove-space load-dashboard sagemaker-train sagemaker-rehearse hf-train jobs train-inputs clean-caches lock
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -82,7 +83,7 @@ hf-train: $(READY)
 	$(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS)
 
 jobs: $(READY)
-	$(BIN)/python scripts/launch_hf_job.py --jobs
+	$(BIN)/python scripts/list_jobs.py $(ARGS)
 
 sagemaker-rehearse: $(READY)
 	$(BIN)/python tests/rehearse_sagemaker.py $(if $(call yes,$(FRESH)),--fresh)
@@ -109,6 +110,9 @@ prove-captions: $(READY)
 
 prove-resume: $(READY)
 	$(BIN)/python tests/prove_resume.py --kills 20
+
+prove-container: $(READY)
+	$(BIN)/python tests/prove_container.py $(if $(call yes,$(SIZE)),--size)
 
 prove-space: $(READY)
 	$(BIN)/python tests/prove_space.py

@@ -35,9 +35,7 @@ def main() -> None:
 
     with hf_account.in_words():  # errors that have no sentence of their own
         account = hf_account.look(config)
-        if options.jobs:
-            list_jobs(account)
-        elif options.stop:
+        if options.stop:
             stop(options.stop, account)
         elif options.fetch:
             if options.wait:
@@ -55,7 +53,6 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--inside", help="accelerate's YAML for the training in the container (default: by the flavor's GPUs)"
     )
-    parser.add_argument("--jobs", action="store_true", help="list this suite's jobs with state and cost so far")
     launch.add_options(parser)
     return parser.parse_args()
 
@@ -83,17 +80,22 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
         raise UserError("; ".join(account.missing))
     hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
     repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
-    newest, active = ("", "") if account.missing else hf_account.find_run(account, repo_id)
-    if active and not options.dry_run:
+    run = hf_account.find_run(account, repo_id)
+    if run.active and not options.dry_run:
         raise UserError(
-            f"{active} is at work on the same command; stop it with --stop {active}, or fetch it once it ended"
+            f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
+        )
+    if run.finished_by and not options.dry_run:
+        raise UserError(
+            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, or "
+            "change the command, for example by --run_name"
         )
     images = options.train_images or (costs.count_images(command.recipe.data) if command.recipe else None)
     estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
     secrets = hf_job.secrets_here(config, account.token)
     plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
     plan += costs.report(estimate, command, config, prices)
-    plan += [f"NOTE: {note}" for note in notes(command, config, estimate, repo_id, newest, secrets)]
+    plan += [f"NOTE: {note}" for note in notes(command, config, estimate, repo_id, run.newest, secrets)]
     plan += [f"MISSING: {sentence}" for sentence in account.missing]
     if options.dry_run:
         hidden = dict.fromkeys(secrets, "[redacted]")
@@ -148,17 +150,11 @@ def submit(
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
 
-def require(account: "Account") -> None:
-    """Raise `UserError` if the Hub cannot be asked for jobs of this account."""
-    if account.missing:
-        raise UserError("; ".join(account.missing))
-
-
 def wait(job_id: str, account: "Account") -> None:
     """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
     from t2i.clouds import hf_account
 
-    require(account)
+    account.require()
     keeps = f"; {job_id} keeps running, and --fetch {job_id} --wait follows it again"
     try:
         with hf_account.in_words("the log cannot be followed any more: ", keeps):
@@ -176,9 +172,9 @@ def wait(job_id: str, account: "Account") -> None:
 
 def stop(job_id: str, account: "Account") -> None:
     """Cancel a job. Its checkpoints stay in its repository."""
-    require(account)
+    account.require()
     account.api.cancel_job(job_id=job_id, namespace=account.namespace)
-    print(f"{job_id} is cancelled; its last checkpoint is kept, and the same command resumes from it")
+    print(f"{job_id} is cancelled; checkpoints in its repository are kept, and the same command resumes from them")
 
 
 def fetch(job_id: str, folder: Path, account: "Account") -> None:
@@ -187,19 +183,23 @@ def fetch(job_id: str, folder: Path, account: "Account") -> None:
 
     from t2i.clouds import hf_account
 
-    require(account)
+    account.require()
     with launch.fetched_into(folder) as part:
         job = account.api.inspect_job(job_id=job_id, namespace=account.namespace)
         repo_id = hf_account.repository_of(job)
         if not repo_id:
-            raise UserError(f"{job_id} was not submitted by this suite; fetch a job that --jobs lists")
+            raise UserError(f"{job_id} was not submitted by this suite; fetch a job that `make jobs` lists")
         if job.status.stage not in hf_account.ENDED:
             raise UserError(f"{job_id} is still running; fetch it when it has ended, or add --wait")
         files = [name for name in account.api.list_repo_files(repo_id) if name.startswith("run/")]
         wanted = [name for name in files if launch.is_result(name.removeprefix("run/"))]
         with tempfile.TemporaryDirectory(dir=part.parent) as scratch:
             snapshot_download(
-                repo_id, allow_patterns=wanted or ["run/run.json"], local_dir=scratch, token=account.token
+                repo_id,
+                allow_patterns=wanted or ["run/run.json"],
+                local_dir=scratch,
+                token=account.token,
+                max_workers=1,
             )
             for path in (Path(scratch) / "run").glob("*"):
                 path.replace(part / path.name)
@@ -211,23 +211,6 @@ def fetch(job_id: str, folder: Path, account: "Account") -> None:
     if job.status.stage != "COMPLETED":
         print(hf_account.describe_end(account.api, job))
     launch.say_fetched(folder)
-
-
-def list_jobs(account: "Account") -> None:
-    """Print a table of this suite's jobs: state, cost so far, and the command that fetches each."""
-    from t2i.clouds import hf_account
-
-    require(account)
-    rows = [("job", "state", "flavor", "USD so far", "fetch with")]
-    for job in account.api.list_jobs(namespace=account.namespace):
-        if hf_account.repository_of(job):
-            usd = hf_account.usd_so_far(job, account.usd_per_hour)
-            cost = "unknown" if usd is None else f"{usd:.2f}"
-            command = f"python scripts/launch_hf_job.py --fetch {job.id}"
-            rows.append((job.id, str(job.status.stage), str(job.flavor), cost, command))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

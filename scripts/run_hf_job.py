@@ -35,7 +35,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    start = time.monotonic()
+    start = time.monotonic() - float(os.environ.get("T2I_SECONDS", "0"))
     job = json.loads((CODE / "job.json").read_text(encoding="utf-8"))
     mirror = Mirror(WORK, job["repository"], say)
     try:

@@ -6,11 +6,12 @@
 
 Routes and fields are those that huggingface_hub 2.4 sends and reads (hf_api.py, _jobs_api.py). A job's command runs with the
 submitted environment and secrets, in mounts of its own: /tmp/t2i-job is a folder of that job alone. The "image" is this
-machine, with this Python as python3. pip may not use an index.
+machine, with this Python as python3. pip may not use an index, and looks only for the packages that are named.
 
 Faults to order: `fault("402", method="POST", path="/api/jobs")` and every other status, as of any route;
 `missing_images` holds images that cannot be pulled; `cut_logs` is how many log streams break after their first line;
-`JobRun.preempt()` kills a job as a lost machine does. A job's own timeout kills it, too.
+`JobRun.preempt()` kills a job as a lost machine does, and `JobRun.time_out()` as its timeout does, which is kept by the clock as
+well. `exchanges` holds method, path, headers and body of each request.
 Not covered: volumes, ports, ssh, several machines, attempts after the first, prices that change.
 """
 
@@ -36,7 +37,8 @@ from loopback_hub import Handler, LoopbackHub, Refusal
 WORK = "/tmp/t2i-job"  # of t2i.clouds.hf_job
 GRACE_S = 20.0  # from SIGTERM to SIGKILL of a cancelled job
 ENDED = ("COMPLETED", "CANCELED", "ERROR")
-HARDWARE = {"cpu-basic": 167, "t4-small": 6667, "h200": 83333}  # micro-dollars per minute
+# micro-dollars per minute
+HARDWARE = {"cpu-basic": 167, "t4-small": 6667, "l4x1": 13333, "a10g-small": 16667, "a100-large": 41667, "h200": 83333}
 JOB_ROUTES = [
     ("GET", r"/api/jobs/hardware", "hardware"),
     ("GET", r"/api/jobs/(?P<namespace>[^/]+)", "list_jobs"),
@@ -97,6 +99,7 @@ class JobRun:
         of_hub = {key: value for key, value in hub.environment().items() if key != "HF_TOKEN"}
         machine = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
                    "HOME": str(self._folder / "home"), "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8",
+                   "PIP_NO_DEPS": "1",  # the requirements' own requirements are all here; checking them takes 8 s
                    "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         self._process = subprocess.Popen(
             [*unshared(), str(self._folder / "work"), *self.spec["command"], *self.spec["arguments"]],
@@ -105,7 +108,7 @@ class JobRun:
         )  # fmt: skip
         self.stage, self.started, self._begin = "RUNNING", now(), time.monotonic()
         threading.Thread(target=self._read, daemon=True).start()
-        timer = threading.Timer(self.spec.get("timeoutSeconds", 1800), self.kill, ("Job timeout",))
+        timer = threading.Timer(self.spec.get("timeoutSeconds", 1800), self.time_out)
         timer.daemon = True
         timer.start()
 
@@ -128,6 +131,10 @@ class JobRun:
         if self._process and self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+    def time_out(self) -> None:
+        """End the job as its timeout does, at this moment."""
+        self.kill("Job timeout")
 
     def preempt(self) -> None:
         """End the job as a machine that is taken away does."""
@@ -174,6 +181,7 @@ class JobsHub(LoopbackHub):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder, self.jobs, self.requests_of_jobs = folder, [], []
+        self.exchanges: list[tuple[str, str, dict[str, str], bytes]] = []
         self.missing_images: set[str] = set()
         self.cut_logs = 0
         self.extra_env: dict[str, str] = {}  # of every job's machine
@@ -189,6 +197,7 @@ class JobsHandler(Handler):
     """The routes of Jobs before those of repositories."""
 
     def route(self) -> tuple[int, Any, dict[str, str]]:
+        self.hub.exchanges.append((self.command, self.path, dict(self.headers), self.body))
         for method, pattern, name in JOB_ROUTES:
             match = re.fullmatch(pattern, self.url.path)
             if match and method == self.command:

@@ -31,15 +31,26 @@ PAGES = [
 ]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"(?m)^([a-z][\w-]*):(?!=)", MAKEFILE))
-FOREIGN = {"apt-get", "aws", "export", "hf", "mlflow", "pip", "source", "uv"}  # programs whose options are not checked
+FOREIGN = {
+    "apt-get",
+    "aws",
+    "docker",
+    "export",
+    "hf",
+    "mlflow",
+    "pip",
+    "source",
+    "uv",
+}  # programs whose options are not checked
 LAUNCHERS = {"accelerate", "torchrun"}
 PROGRAMS = {*FOREIGN, *LAUNCHERS, "make", "python", "streamlit"}
 ARGS_OF = {
     "publish": "publish_model.py",
     "space": "publish_space.py",
     "clean-caches": "clean_caches.py",
+    "jobs": "list_jobs.py",
 }  # make target: its script
-DIAGRAMS = {"README.md": 1, "docs/architecture.md": 1}  # blocks that hold no commands
+DIAGRAMS = {"README.md": 1, "docs/architecture.md": 1, "docs/clouds.md": 2}  # blocks that hold no commands
 FOLDERS = "accelerate_configs|benchmarks|dashboard|datasets_card|docs|scripts|tests"
 
 
@@ -235,8 +246,10 @@ def parse(script: str, words: list[str]) -> None:
         recipe = config.load_recipe(module.check_options(module.parse_options(module.Options, "", own)).config)
         for section, options in overrides.items():
             config.override(recipe, section, [word for option in options for word in option])
-    elif script in ("run_sagemaker_job", "run_hf_job"):
+    elif script in ("run_sagemaker_job", "run_hf_job", "list_jobs"):
         assert words == []
+    elif script == "run_container":
+        check(shlex.join(words))
     else:
         module = importlib.import_module(script)
         module.check_options(module.parse_options(module.Options, "", words))

@@ -1,4 +1,4 @@
-"""Run a job's training in a cloud's container: `accelerate launch`, its log, and SIGTERM passed on. This module imports no torch."""
+"""Run a training in a container: `accelerate launch`, its log, and signals passed on. This module imports no torch."""
 
 import signal
 import subprocess
@@ -16,7 +16,7 @@ LOGGED = {
 
 
 class Training:
-    """The launcher of a training, whose log is printed and which SIGTERM reaches.
+    """The launcher of a training, whose log is printed. SIGTERM and Ctrl-C reach the training.
 
     Args:
         words: the command of the launcher.
@@ -37,7 +37,8 @@ class Training:
     def run(self) -> int:
         """Run the launcher, print its log until it ends, and return its exit code."""
         # Before the launcher starts: the container's first process loses signals that it does not handle.
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
         self._launcher = subprocess.Popen(
             self.words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace",

@@ -81,6 +81,11 @@ class Prices:
     region: str = "us-east-1"  # Region in which the prices are valid.
     file: str = field(default="", init=False)  # Name of the price file.
 
+    @property
+    def usd_per_hour(self) -> dict[str, float]:
+        """Return the price of each kind of machine."""
+        return {name: machine.usd_per_hour for name, machine in self.instances.items()}
+
 
 def read_prices(path: Path = PRICES) -> Prices:
     """Read the price file. Raises `UserError` that names a wrong key."""

@@ -13,8 +13,8 @@ import httpx2
 from huggingface_hub import HfApi, JobHardware, JobInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from t2i.clouds import costs
-from t2i.clouds.hf_job import LABEL, HfJobsConfig
+from t2i.clouds import costs, launch
+from t2i.clouds.hf_job import LABEL, PRICES, HfJobsConfig
 from t2i.config_types import known_key
 from t2i.errors import UserError
 from t2i.hub import upload
@@ -33,6 +33,11 @@ class Account:
     token: str = ""
     usd_per_hour: dict[str, float] = field(default_factory=dict)  # Today's prices by flavor. Empty if unknown.
     missing: list[str] = field(default_factory=list)  # What a job lacks, in sentences.
+
+    def require(self) -> None:
+        """Raise `UserError` if the Hub cannot be asked for jobs of this account."""
+        if self.missing:
+            raise UserError("; ".join(self.missing))
 
 
 @contextmanager
@@ -111,19 +116,28 @@ def renew_prices(prices: costs.Prices, account: Account) -> None:
             prices.as_of = datetime.now(UTC).date()
 
 
-def find_run(account: Account, repo_id: str) -> tuple[str, str]:
-    """Return the newest checkpoint of the run in a repository, or "", and the run's job at work, or "".
+@dataclass
+class Run:
+    """The run of a command, as far as its repository and its jobs tell. A missing repository has no run."""
 
-    A missing repository has no run.
-    """
-    newest, active = "", ""
-    if account.api.repo_exists(repo_id):
-        newest = newest_checkpoint(account.api, repo_id)
+    newest: str = ""  # Name of the newest checkpoint.
+    active: str = ""  # Job that is at work on the run.
+    finished_by: str = ""  # Job that finished the run.
+
+
+def find_run(account: Account, repo_id: str) -> Run:
+    """Look up the run that a repository keeps, and its jobs."""
+    run = Run()
+    if not account.missing and account.api.repo_exists(repo_id):
+        run.newest = newest_checkpoint(account.api, repo_id)
+        finished = is_finished(account.api, repo_id)
         labels = {LABEL: repo_id.split("/")[1]}
         for job in account.api.list_jobs(labels=labels, namespace=account.namespace):
-            if (job.labels or {}).get(LABEL) == labels[LABEL] and str(job.status.stage) not in ENDED:
-                active = job.id
-    return newest, active
+            if _text(job.status.stage) not in ENDED:
+                run.active = job.id
+            elif finished and _text(job.status.stage) == "COMPLETED":
+                run.finished_by = job.id
+    return run
 
 
 def newest_checkpoint(api: HfApi, repo_id: str) -> str:
@@ -168,7 +182,7 @@ def describe_end(api: HfApi, job: JobInfo) -> str:
     """Return how a job ended that did not complete, and how its run resumes, in one sentence."""
     repo_id = repository_of(job)
     why = redact(" ".join((job.status.message or "no reason given").split()))[:300]
-    stage = str(getattr(job.status.stage, "value", job.status.stage))
+    stage = _text(job.status.stage)
     if stage == "ERROR" and not (job.durations and job.durations.running_secs) and not job.started_at:
         return f"{job.id} never started ({why}); check image {job.docker_image or job.space_id} and flavor in the YAML"
     newest = newest_checkpoint(api, repo_id) if repo_id and api.repo_exists(repo_id) else ""
@@ -182,8 +196,20 @@ def repository_of(job: JobInfo) -> str:
     return f"{job.owner.name}/{name}" if name else ""
 
 
-def usd_so_far(job: JobInfo, prices: dict[str, float]) -> float | None:
-    """Return the cost of a job so far in USD, or None if the price of its flavor is unknown."""
-    usd = prices.get(str(getattr(job.flavor, "value", job.flavor)))
-    seconds: Any = job.durations.running_secs if job.durations else None
-    return None if usd is None else usd * (seconds or 0) / 3600
+def jobs(account: Account, file: Path) -> list[launch.Job]:
+    """Return this suite's jobs of the account. `file` is the YAML of the commands that fetch them."""
+    account.require()
+    prices = costs.read_prices(PRICES).usd_per_hour | account.usd_per_hour
+    found = []
+    for job in account.api.list_jobs(namespace=account.namespace):
+        if repository_of(job):
+            flavor, ran = _text(job.flavor), job.durations.running_secs if job.durations else None
+            fetch = f"python scripts/launch_hf_job.py --config_file {file} --fetch {job.id}"
+            usd = launch.usd_so_far(prices.get(flavor), ran)
+            found.append(launch.Job(job.id, _text(job.status.stage), flavor, usd, fetch))
+    return found
+
+
+def _text(value: Any) -> str:
+    """Return the text of a value that huggingface_hub may give as a member of an enumeration."""
+    return str(getattr(value, "value", value))

@@ -25,6 +25,7 @@ KIND = "HF_JOBS"
 CLOUD = "Hugging Face Jobs"
 PRICES = staging.ROOT / "accelerate_configs" / "hf_jobs_prices.yaml"
 WORK = "/tmp/t2i-job"  # in the container: code/, run/, inputs/, cache/
+SECONDS = "T2I_SECONDS"  # variable of the container: seconds that the job had run when run_hf_job.py started
 LABEL = "t2i-run"  # label of a job that names the repository of its run, without the namespace
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -207,10 +208,12 @@ def request(config: HfJobsConfig, namespace: str, repo_id: str, commit: str, sec
         "from huggingface_hub import snapshot_download; "
         f"snapshot_download('{repo_id}', revision='{commit}', allow_patterns='code/*', local_dir='{WORK}')"
     )
-    # `exec` makes the script the container's first process, which signals reach.
+    # `exec` makes the script the container's first process, which signals reach. The script counts the timeout from the
+    # shell's start.
     start = (
         f'{pip} huggingface_hub=={version("huggingface_hub")} && python3 -c "{download}" && '
-        f"{pip} --requirement {WORK}/code/scripts/requirements.txt && exec python3 {WORK}/code/scripts/run_hf_job.py"
+        f"{pip} --requirement {WORK}/code/scripts/requirements.txt && "
+        f"export {SECONDS}=$SECONDS && exec python3 {WORK}/code/scripts/run_hf_job.py"
     )
     own = {"PIP_BREAK_SYSTEM_PACKAGES": "1"}  # the image's Python is there for this job alone
     return {

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -188,6 +189,36 @@ def secrets_here(server: Address) -> dict[str, str]:
     if server.password:
         secrets["MLFLOW_TRACKING_PASSWORD"] = server.password
     return secrets
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A job of a cloud, for `make jobs`."""
+
+    name: str
+    state: str
+    machine: str
+    usd: float | None  # Cost so far. None if the price of the machine is unknown.
+    fetch: str  # Command that fetches the job's result.
+
+
+def usd_so_far(usd_per_hour: float | None, seconds: float | None, machines: int = 1) -> float | None:
+    """Return the cost in USD of machines that ran for some seconds, or None if their price is unknown."""
+    return None if usd_per_hour is None else usd_per_hour * machines * (seconds or 0) / 3600
+
+
+def job_table(jobs: list[Job]) -> list[str]:
+    """Return a table of jobs as lines for the terminal."""
+    rows = [("job", "state", "machine", "USD so far", "fetch with")]
+    rows += [
+        (job.name, job.state, job.machine, "unknown" if job.usd is None else f"{job.usd:.2f}", job.fetch)
+        for job in jobs
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 # --- Fetching --------------------------------------------------------------------------------------------------------
