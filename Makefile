@@ -1,12 +1,14 @@
 # make demo            run data, training, evaluation and report in a quarter of an hour on two CPU cores
 # make dashboard       show the runs in outputs/
-# make train           run one training, here or on SageMaker: CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…".
+# make train           run one training, here or in a cloud: CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…".
 #                      Without ARGS it trains the demo's denoiser in outputs/train, and first makes missing drawings and autoencoder.
 # make export          compile a model for pictures on a CPU: MODEL=outputs/demo/unet
 # make publish         push a trained model with its card to the Hub: MODEL=outputs/demo/unet REPO=ORG/NAME (ARGS="--license …")
 # make space           push a page where everybody can try the model: MODEL=outputs/demo/unet SPACE=ORG/NAME
 #                      (MODEL=ORG/MODEL takes one from the Hub; DRY_RUN=1 only stages the page)
 # make sagemaker-train run the model card's job on SageMaker, after showing its price and asking (DRY_RUN=1, YES=1, WAIT=1, ARGS="…")
+# make hf-train        run the model card's training on Hugging Face Jobs (the same variables)
+# make jobs            list this suite's jobs on every cloud: state, cost so far, and the command that fetches each
 # make clean-caches    list files that can be made again, ask, and remove them (DRY_RUN=1 only lists)
 #
 # make test            run the test suite
@@ -16,6 +18,7 @@
 # make lock            pin all packages again after a change of requirements (needs uv)
 # make prove-captions  kill captioning at random moments: no caption is lost or made twice
 # make prove-resume    kill training at random moments and resume it: it equals an undisturbed run
+# make prove-container build the Dockerfile's steps in a new root folder, train, stop and resume there (SIZE=1: only the image's size)
 # make prove-space     start a Space in an environment with only its own requirements, and draw
 # make load-dashboard  click through the dashboard in 20 sessions for two minutes: no error, bounded memory (ARGS="--outputs outputs")
 # make sagemaker-rehearse  play the SageMaker job on this machine as two hosts, with an interruption (FRESH=1: in a fresh environment)
@@ -33,7 +36,7 @@ SCRIPT ?= scripts/train_unet.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
-        prove-space load-dashboard sagemaker-train sagemaker-rehearse train-inputs clean-caches lock
+        prove-container prove-space load-dashboard sagemaker-train sagemaker-rehearse hf-train jobs train-inputs clean-caches lock
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -42,15 +45,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The YAML's compute_environment decides where a training runs: on SageMaker as a job, or here by accelerate.
+# The YAML's compute_environment decides where a training runs: as a job of SageMaker or Hugging Face, or here by accelerate.
 yes = $(filter 1 y yes true,$(1))
 SUBMIT = $(if $(call yes,$(DRY_RUN)),--dry_run) $(if $(call yes,$(YES)),--yes) $(if $(call yes,$(WAIT)),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
 # Without ARGS, the demo's training runs, on its drawings and its autoencoder.
 DEMO := outputs/demo
 TRAINS = $(patsubst train_%,%,$(basename $(notdir $(SCRIPT))))
+AWAY = $(filter sagemaker% hf_jobs%,$(notdir $(CONFIG)))
 ifndef ARGS
-train: $(if $(filter sagemaker%,$(notdir $(CONFIG))),,train-inputs)
-train: ARGS = --config $(if $(filter sagemaker%,$(notdir $(CONFIG))),flowers,demo --dataset $(DEMO)/dataset \
+train: $(if $(AWAY),,train-inputs)
+train: ARGS = --config $(if $(AWAY),flowers,demo --dataset $(DEMO)/dataset \
               $(if $(filter unet,$(TRAINS)),--vae $(DEMO)/vae) --output_dir outputs/train/$(TRAINS))
 endif
 train-inputs: $(READY)
@@ -62,6 +66,8 @@ train-inputs: $(READY)
 train: $(READY)
 	@if grep -qsE "^compute_environment: *[\"']?AMAZON_SAGEMAKER" $(CONFIG); then \
 	  set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
+	elif grep -qsE "^compute_environment: *[\"']?HF_JOBS" $(CONFIG); then \
+	  set -x; $(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
 	else \
 	  set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS); \
 	fi
@@ -70,6 +76,14 @@ sagemaker-train: ARGS ?= --config flowers
 sagemaker-train: CONFIG = accelerate_configs/sagemaker.yaml
 sagemaker-train: $(READY)
 	$(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS)
+
+hf-train: ARGS ?= --config flowers
+hf-train: CONFIG = accelerate_configs/hf_jobs.yaml
+hf-train: $(READY)
+	$(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS)
+
+jobs: $(READY)
+	$(BIN)/python scripts/list_jobs.py $(ARGS)
 
 sagemaker-rehearse: $(READY)
 	$(BIN)/python tests/rehearse_sagemaker.py $(if $(call yes,$(FRESH)),--fresh)
@@ -96,6 +110,9 @@ prove-captions: $(READY)
 
 prove-resume: $(READY)
 	$(BIN)/python tests/prove_resume.py --kills 20
+
+prove-container: $(READY)
+	$(BIN)/python tests/prove_container.py $(if $(call yes,$(SIZE)),--size)
 
 prove-space: $(READY)
 	$(BIN)/python tests/prove_space.py

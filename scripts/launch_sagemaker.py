@@ -14,7 +14,6 @@ AWS's packages.
 import argparse
 import json
 import os
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -24,8 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from t2i.clouds import aws_account as aws
-from t2i.clouds import aws_errors, costs, sagemaker_job
-from t2i.clouds.launch import check_push, confirm, forwarded_variables, positive
+from t2i.clouds import aws_errors, costs, launch, sagemaker_job
 from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
 from t2i.config import check_optimizer
 from t2i.errors import UserError, run_main
@@ -42,11 +40,14 @@ def main() -> None:
     config = sagemaker_job.read_config(Path(options.config_file))
     aws.find_region(config)
     with aws_errors.in_words():  # errors that have no sentence of their own
-        launch(options, config)
+        act(options, config)
 
 
-def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
-    """Plan, confirm and submit a job, or fetch the result of an earlier job."""
+def act(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
+    """Plan, confirm and submit a job, or stop a job, or fetch the result of an earlier job."""
+    if options.stop:
+        stop(options.stop, config)
+        return
     if options.fetch:
         fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
         return
@@ -59,7 +60,7 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
     sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)
-    check_push(command)
+    launch.check_push(command, token_travels=bool(os.environ.get("HF_TOKEN")))
 
     # check the account
     account = aws.look(config, inputs)
@@ -92,7 +93,7 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
             print("\n".join(plan), file=sys.stderr)
             return
         print("\n".join(plan))
-        confirm(options.yes)
+        launch.confirm(options.yes)
 
         # submit
         channels = aws.upload(inputs, files, hashes, account)
@@ -101,7 +102,7 @@ def launch(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -
     print(
         f"submitted {job}\n"
         f"  state: aws sagemaker describe-training-job --training-job-name {job} --region {config.region}\n"
-        f"  stop:  aws sagemaker stop-training-job --training-job-name {job} --region {config.region}\n"
+        f"  stop:  python scripts/launch_sagemaker.py --config_file {options.config_file} --stop {job}\n"
         f"  fetch: python scripts/launch_sagemaker.py --config_file {options.config_file} --fetch {job}"
     )
     if options.wait:
@@ -120,24 +121,7 @@ def read_options() -> argparse.Namespace:
         default=str(CONFIGS / "deepspeed_zero2.yaml"),
         help="accelerate's YAML for the training in the job's containers",
     )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the plan and the job's request as JSON, and send nothing"
-    )
-    parser.add_argument("--yes", action="store_true", help="submit the job without asking")
-    parser.add_argument("--wait", action="store_true", help="follow the job's log until it ends")
-    parser.add_argument("--train_images", type=positive(int), help="number of training images, for the cost estimate")
-    parser.add_argument(
-        "--samples_per_second",
-        type=positive(float),
-        help="measured speed of the job in samples per second, for the cost estimate",
-    )
-    parser.add_argument(
-        "--fetch", metavar="JOB", help="fetch the result of the job with this name instead of submitting a job"
-    )
-    parser.add_argument("--output_dir", help="folder into which --fetch writes the result (default: outputs/JOB)")
-    parser.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="scripts/X.py …", help="training script and its arguments"
-    )
+    launch.add_options(parser)
     return parser.parse_args()
 
 
@@ -310,7 +294,7 @@ def trainer(
 def environment(config: sagemaker_job.SageMakerConfig, secret: str | None) -> dict[str, str]:
     """Return the environment variables of the container. `secret` names the job's secret in Secrets Manager."""
     server, _ = sagemaker_job.tracking_server(config)
-    variables = forwarded_variables(server, config.additional_args.environment)
+    variables = launch.forwarded_variables(server, config.additional_args.environment)
     return variables | {sagemaker_job.SECRETS: secret} if secret else variables
 
 
@@ -396,25 +380,41 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
     return lines
 
 
+def stop(job: str, config: sagemaker_job.SageMakerConfig) -> None:
+    """Ask SageMaker to stop a job. The job saves a checkpoint first."""
+    from botocore.exceptions import ClientError
+
+    session = aws.open_session(config)
+    aws.check_credentials(session)
+    try:
+        session.client("sagemaker").stop_training_job(TrainingJobName=job)
+    except ClientError as error:
+        raise UserError(
+            f"{job} cannot be stopped: {aws_errors.explain(error)}; check its name and the region {config.region} "
+            f"({config.region_from})"
+        ) from None
+    print(f"{job} is being stopped; it saves a checkpoint first, and --fetch brings its curves home")
+
+
 def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None:
     """Download the result of an ended job as a run folder: model, settings, curves and samples, but no checkpoints."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    if folder.exists():
-        raise UserError(f"{folder} exists already; give another --output_dir, or delete it")
-    part = folder.with_name(f".{folder.name}.part")  # an interrupted fetch can be repeated
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        session = aws.open_session(config)
-        aws.check_credentials(session)
-        state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
-        if state["TrainingJobStatus"] not in ENDED:
-            raise UserError(f"{job} is still running ({state.get('SecondaryStatus', '')}); fetch it when it has ended")
-        part.mkdir(parents=True)
-        s3, uri = session.client("s3"), state.get("CheckpointConfig", {}).get("S3Uri")
-        if uri:
-            fetch_run(s3, uri, part)
-        fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
+        with launch.fetched_into(folder) as part:
+            session = aws.open_session(config)
+            aws.check_credentials(session)
+            state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
+            if state["TrainingJobStatus"] not in ENDED:
+                raise UserError(
+                    f"{job} is still running ({state.get('SecondaryStatus', '')}); fetch it when it has ended"
+                )
+            s3, uri = session.client("s3"), state.get("CheckpointConfig", {}).get("S3Uri")
+            if uri:
+                fetch_run(s3, uri, part)
+            fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
+            write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
+                       "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip
     except ClientError as error:
         hint = f"check its name and the region {config.region} ({config.region_from})"
         codes = ("ValidationException", "ResourceNotFound", "404", "NoSuchKey", "NoSuchBucket")
@@ -427,16 +427,10 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
         raise UserError(
             f"{job} cannot be stored in {folder} ({aws_errors.brief(error)}); make room, and fetch it again"
         ) from None
-    write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
-               "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip
-    os.replace(part, folder)
-    models = [name for name in ("pipeline", "vae") if (folder / name).is_dir()]
     if state["TrainingJobStatus"] != "Completed":
         print(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
         print(f"a new job resumes from its checkpoints with checkpoint_s3_uri: {uri}")
-    print(f"{folder}: {', '.join(models) or 'no model'}; show it with streamlit run dashboard")
-    if "pipeline" in models:
-        print(f"python scripts/generate_images.py --model {folder} --prompt …")
+    launch.say_fetched(folder)
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:
@@ -445,9 +439,8 @@ def fetch_run(s3: Any, uri: str, folder: Path) -> None:
     prefix = f"{parts.path.strip('/')}/run/".lstrip("/")
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
         for item in page.get("Contents", []):
-            name = Path(item["Key"][len(prefix) :])
-            head = name.parts[0] if name.parts else "."
-            if head.startswith((".", "checkpoint-", "node-")) or head in ("pipeline", "vae") or ".." in name.parts:
+            name = item["Key"][len(prefix) :]
+            if not launch.is_result(name) or name.startswith(("pipeline/", "vae/")):
                 continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             s3.download_file(parts.netloc, item["Key"], str(folder / name))

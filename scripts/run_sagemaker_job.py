@@ -9,18 +9,14 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from t2i.clouds import sagemaker_job
+from t2i.clouds.container import LOGGED, Training
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Path("/opt/ml/input/config/resourceconfig.json")
@@ -78,8 +74,7 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
         "T2I_WORLD_SIZE": str(processes),
-        "PYTHONUNBUFFERED": "1",
-        "TQDM_MININTERVAL": "60",  # s; in a log, each update of a progress bar is a line
+        **LOGGED,
     }
     variables.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
     if name := os.environ.get(sagemaker_job.SECRETS):
@@ -109,51 +104,20 @@ def wait_for_name(host: str) -> bool:
 
 
 def run(words: list[str], environment: dict[str, str], script: str, first: bool) -> int:
-    """Run the launcher, pass SIGTERM on to the training, and copy the model to the folder that SageMaker uploads."""
-    launcher: subprocess.Popen[str] | None = None
-    stopped = False
-
-    def stop(number: int, frame: Any) -> None:
-        nonlocal stopped
-        if launcher is None or launcher.poll() is None:
-            stopped = True
-            pass_on(launcher, script)
-
-    # Before the launcher starts: the container's first process loses signals that it does not handle.
-    signal.signal(signal.SIGTERM, stop)
-    launcher = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    if stopped:
-        pass_on(launcher, script)
-    error = ""
-    for line in launcher.stdout or ():
-        print(line, end="", flush=True)
-        if line.startswith("error: "):
-            error = line.removeprefix("error: ").strip()
-    code = launcher.wait()
-    if stopped and code:
+    """Run the training, and copy the model to the folder that SageMaker uploads. Return the container's exit code."""
+    training = Training(words, ROOT, environment, script)
+    code = training.run()
+    if training.stopped and code:
         print(
             "interrupted: the checkpoint is saved; SageMaker resumes from it, or a new job with its checkpoint_s3_uri",
             flush=True,
         )
         return 75
     if code:
-        return fail(error or f"the training ended with code {code}; its log gives the reason")
+        return fail(training.error or f"the training ended with code {code}; its log gives the reason")
     if first:
         leave_model()
     return 0
-
-
-def pass_on(launcher: "subprocess.Popen[str] | None", script: str) -> None:
-    """Send SIGTERM directly to the training's processes.
-
-    The launcher would kill the training's processes after 30 s, but saving a checkpoint may take longer."""
-    with suppress(psutil.Error):  # a process may end meanwhile, which must not end this one
-        for worker in psutil.Process(launcher.pid).children(recursive=True) if launcher else ():
-            with suppress(psutil.Error):
-                if any(word.endswith(script) for word in worker.cmdline()):
-                    worker.send_signal(signal.SIGTERM)
 
 
 def leave_model() -> None:

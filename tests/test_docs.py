@@ -31,15 +31,26 @@ PAGES = [
 ]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"(?m)^([a-z][\w-]*):(?!=)", MAKEFILE))
-FOREIGN = {"apt-get", "aws", "export", "hf", "mlflow", "pip", "source", "uv"}  # programs whose options are not checked
+FOREIGN = {
+    "apt-get",
+    "aws",
+    "docker",
+    "export",
+    "hf",
+    "mlflow",
+    "pip",
+    "source",
+    "uv",
+}  # programs whose options are not checked
 LAUNCHERS = {"accelerate", "torchrun"}
 PROGRAMS = {*FOREIGN, *LAUNCHERS, "make", "python", "streamlit"}
 ARGS_OF = {
     "publish": "publish_model.py",
     "space": "publish_space.py",
     "clean-caches": "clean_caches.py",
+    "jobs": "list_jobs.py",
 }  # make target: its script
-DIAGRAMS = {"README.md": 1, "docs/architecture.md": 1}  # blocks that hold no commands
+DIAGRAMS = {"README.md": 1, "docs/architecture.md": 1, "docs/clouds.md": 2}  # blocks that hold no commands
 FOLDERS = "accelerate_configs|benchmarks|dashboard|datasets_card|docs|scripts|tests"
 
 
@@ -144,7 +155,7 @@ def check_make(words: list[str]) -> None:
         assert "…" in variables.get(name, "…") or (ROOT / variables[name]).is_file(), f"no file {variables[name]}"
     arguments = [word for word in shlex.split(variables.get("ARGS", "")) if word != "…"]
     for target in targets:
-        if target in ("train", "sagemaker-train"):
+        if target in ("train", "sagemaker-train", "hf-train"):
             check_script(variables.get("SCRIPT", "scripts/train_unet.py"), arguments)
         elif target in ARGS_OF and not any("…" in word for word in arguments):
             check_script(ARGS_OF[target], [*required(ARGS_OF[target]), *arguments])
@@ -222,7 +233,7 @@ def parse(script: str, words: list[str]) -> None:
     """Parse a command line as a script of scripts/ does, up to its first work."""
     if sections := sections_of(script):
         config.parse(sections, "", words)
-    elif script == "launch_sagemaker":
+    elif script in ("launch_sagemaker", "launch_hf_job"):
         module = importlib.import_module(script)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [script, *words])
@@ -235,8 +246,10 @@ def parse(script: str, words: list[str]) -> None:
         recipe = config.load_recipe(module.check_options(module.parse_options(module.Options, "", own)).config)
         for section, options in overrides.items():
             config.override(recipe, section, [word for option in options for word in option])
-    elif script == "run_sagemaker_job":
+    elif script in ("run_sagemaker_job", "run_hf_job", "list_jobs"):
         assert words == []
+    elif script == "run_container":
+        check(shlex.join(words))
     else:
         module = importlib.import_module(script)
         module.check_options(module.parse_options(module.Options, "", words))
@@ -335,6 +348,8 @@ def known_options() -> set[str]:
             names |= set(options_of(importlib.import_module(script.stem).Options))
     sources = [
         SCRIPTS / "launch_sagemaker.py",
+        SCRIPTS / "launch_hf_job.py",
+        SCRIPTS / "t2i/clouds/launch.py",
         *(ROOT / "benchmarks").glob("*.py"),
         *(ROOT / "benchmarks").glob("*.sh"),
     ]

@@ -26,7 +26,7 @@ from local_sagemaker import aws
 from rehearse_sagemaker import finish_in_moto, launch
 from t2i import config
 from t2i.clouds import aws_account, costs, sagemaker_job
-from t2i.clouds.launch import FORWARDED, OF_A_SERVER
+from t2i.clouds.launch import FORWARDED, OF_A_SERVER, SECRET_NAMES
 from t2i.clouds.staging import SECTIONS
 from t2i.errors import UserError
 
@@ -82,7 +82,7 @@ def size_counted_once(recipe, count=costs.unet_size):
 def launcher(tmp_path, cloud, monkeypatch):
     """Run launch_sagemaker.py with the model card's YAML, changed by `changes`; returns what it printed."""
     for name in (
-        *sagemaker_job.SECRET_NAMES,
+        *SECRET_NAMES,
         *FORWARDED,
         *OF_A_SERVER,
         "MLFLOW_TRACKING_URI",
@@ -690,7 +690,7 @@ def test_an_mlflow_address_with_odd_letters(monkeypatch):
 def test_the_job_gets_an_mlflow_address_that_it_can_reach(monkeypatch, shell, named, sent, said):
     extra = {"environment": {} if named is None else {"MLFLOW_TRACKING_URI": named}}
     settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": extra}, "test")
-    for name in sagemaker_job.SECRET_NAMES:
+    for name in SECRET_NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shell)
     assert launch_sagemaker.environment(settings, None).get("MLFLOW_TRACKING_URI") == sent

@@ -13,16 +13,18 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from t2i.clouds import launch, sagemaker_job
+from t2i.clouds import costs, launch, sagemaker_job
 from t2i.clouds.aws_errors import NO_CREDENTIALS, NOT_ALLOWED, brief, explain, in_words
 from t2i.errors import UserError
 
 PLACEHOLDER = "000000000000"  # stands for the account in a dry run without credentials
 DEFAULT_REGION = "us-east-1"
+JOBS = 50  # number of jobs that are listed; each is asked for once
 ROLE_ARN = re.compile(r"arn:(aws[a-z-]*):iam::(\d{12}):role/((?:[\w+=,.@-]+/)*)([\w+=,.@-]{1,64})", re.ASCII)
 ROLE_NAME = re.compile(r"/?(?:[\w+=,.@-]+/)*([\w+=,.@-]{1,64})", re.ASCII)
 
@@ -263,6 +265,34 @@ def check_credentials(session: Any) -> None:
             raise UserError(explain(error)) from None
     if credentials is None:
         raise UserError(NO_CREDENTIALS)
+
+
+def jobs(config: sagemaker_job.SageMakerConfig, file: Path) -> list[launch.Job]:
+    """Return the newest `JOBS` jobs that this suite submitted with the YAML's base_job_name.
+
+    A job's cost so far is that of the price file for its billed time, or for its training time as long as it runs.
+    `file` is the YAML of the commands that fetch the jobs.
+    """
+    session = open_session(config)
+    check_credentials(session)
+    client, prices = session.client("sagemaker"), costs.read_prices().usd_per_hour
+    base = f"{config.base_job_name}-"
+    listed = client.list_training_jobs(
+        NameContains=base, SortBy="CreationTime", SortOrder="Descending", MaxResults=JOBS
+    )["TrainingJobSummaries"]
+    found = []
+    for name in (summary["TrainingJobName"] for summary in listed):
+        if not name.startswith(base):
+            continue
+        state = client.describe_training_job(TrainingJobName=name)
+        kind, machines = (state["ResourceConfig"][key] for key in ("InstanceType", "InstanceCount"))
+        seconds, begin = state.get("BillableTimeInSeconds"), state.get("TrainingStartTime")
+        if seconds is None and begin:
+            seconds = ((state.get("TrainingEndTime") or datetime.now(UTC)) - begin).total_seconds()
+        usd = launch.usd_so_far(prices.get(kind), seconds, machines)
+        fetch = f"python scripts/launch_sagemaker.py --config_file {file} --fetch {name}"
+        found.append(launch.Job(name, state["TrainingJobStatus"], f"{machines} x {kind}", usd, fetch))
+    return found
 
 
 # --- Uploads and secrets -----------------------------------------------------------------------------------------------

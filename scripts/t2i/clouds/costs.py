@@ -17,7 +17,7 @@ from t2i.config import DataConfig, Recipe, TrainConfig
 from t2i.config_types import Natural, NonNegative, Positive, checked
 from t2i.files import read_json
 
-PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"  # of the only cloud with prices so far
+PRICES = ROOT / "accelerate_configs" / "sagemaker_prices.yaml"
 SPOT_SHARE = 0.3  # usual spot price as a share of the price on demand (AWS: "up to 90 %" off)
 
 
@@ -46,6 +46,16 @@ class Rental(Protocol):
 
 
 @dataclass
+class Measured:
+    """A measured training speed of one GPU."""
+
+    million_parameters: Positive  # Size of the measured UNet, in millions of parameters.
+    batch: Positive  # Samples per GPU and update.
+    precision: str
+    samples_per_second: Positive
+
+
+@dataclass
 class Instance:
     """A kind of machine in the price file."""
 
@@ -55,6 +65,8 @@ class Instance:
     fp16_tflops: Positive  # Peak of one GPU in fp16 and bf16, in TFLOP/s.
     fp32_tflops: Positive
     network_gbps: Positive  # Sustained bandwidth between machines.
+    # Measured speed of this machine, used for an equal UNet, batch and precision on one GPU. None if none was measured.
+    measured: Measured | None = None
 
 
 @dataclass
@@ -68,6 +80,11 @@ class Prices:
     instances: dict[str, Instance]
     region: str = "us-east-1"  # Region in which the prices are valid.
     file: str = field(default="", init=False)  # Name of the price file.
+
+    @property
+    def usd_per_hour(self) -> dict[str, float]:
+        """Return the price of each kind of machine."""
+        return {name: machine.usd_per_hour for name, machine in self.instances.items()}
 
 
 def read_prices(path: Path = PRICES) -> Prices:
@@ -88,6 +105,7 @@ class Estimate:
     samples_per_second: float | None = None
     # How samples_per_second was estimated. The text is empty if the user measured samples_per_second.
     assumed: str = ""
+    is_kept: bool = False  # Whether samples_per_second is a kept measurement of the price file.
     hours: float | None = None
     usd_per_hour: float | None = None
     usd: float | None = None  # Cost of the job without the discount of spare capacity.
@@ -137,14 +155,27 @@ def estimate(
     if samples_per_second is None and command.script == "train_unet.py" and not pretrained:
         precision = config.mixed_precision or inner.get("mixed_precision")
         zero = inner.get("distributed_type") == "DEEPSPEED"
-        result.samples_per_second, result.assumed = _assume(
-            command.recipe, machine, prices.utilisation, config.num_machines, precision in ("fp16", "bf16"), zero
-        )
+        if (speed := _measured(command.recipe, machine, precision)) and processes == 1:
+            result.samples_per_second, result.is_kept = speed, True
+        else:
+            result.samples_per_second, result.assumed = _assume(
+                command.recipe, machine, prices.utilisation, config.num_machines, precision in ("fp16", "bf16"), zero
+            )
     if result.samples_per_second and result.updates:
         result.hours = result.updates * batch / result.samples_per_second / 3600 + prices.overhead_minutes / 60
         if result.usd_per_hour:
             result.usd = result.hours * result.usd_per_hour
     return result
+
+
+def _measured(recipe: Recipe, machine: Instance, precision: Any) -> float | None:
+    """Return the measured samples per second of the machine, or None if the measurement was of another training."""
+    known, settings = machine.measured, recipe.train_unet
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps
+    if not known or settings.gradient_checkpointing or (known.batch, known.precision) != (batch, precision):
+        return None
+    same_size = round(unet_size(recipe)[1] / 1e6) == known.million_parameters
+    return known.samples_per_second if same_size else None
 
 
 def _assume(
@@ -264,7 +295,8 @@ def report(estimate: Estimate, command: Command, config: Rental, prices: Prices)
         )
     if estimate.samples_per_second and estimate.hours and estimate.updates:
         samples = estimate.updates * (estimate.global_batch or 0)
-        how = f"assumed: {estimate.assumed}" if estimate.assumed else "as you measured"
+        given = f"measured, {prices.file}" if estimate.is_kept else "as you measured"
+        how = f"assumed: {estimate.assumed}" if estimate.assumed else given
         lines.append(f"{estimate.samples_per_second:.0f} samples/s ({how})")
         lines.append(
             f"{samples:,} samples / {estimate.samples_per_second:.0f} per s + {prices.overhead_minutes:g} min = {estimate.hours:.1f} h"

@@ -6,13 +6,19 @@ This module imports no torch.
 import argparse
 import math
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from t2i.clouds.staging import Command
 from t2i.errors import UserError
+from t2i.redaction import redact
 from t2i.tracking.addresses import Address, is_managed, split_uri
 
 SERVER = "MLFLOW_TRACKING_URI"
@@ -36,8 +42,57 @@ def positive(kind: Any) -> Any:
     return parse
 
 
-def check_push(command: Command) -> None:
-    """Raise `UserError` if the Hub would refuse, at the job's end, the push that the arguments ask for."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all launchers share, and the training command, to a launcher's parser."""
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the plan and the job's request as JSON, and send nothing"
+    )
+    parser.add_argument("--yes", action="store_true", help="submit the job without asking")
+    parser.add_argument("--wait", action="store_true", help="follow the job's log until it ends")
+    parser.add_argument("--train_images", type=positive(int), help="number of training images, for the cost estimate")
+    parser.add_argument(
+        "--samples_per_second",
+        type=positive(float),
+        help="measured speed of the job in samples per second, for the cost estimate",
+    )
+    parser.add_argument(
+        "--fetch", metavar="JOB", help="fetch the result of the job with this name instead of submitting a job"
+    )
+    parser.add_argument("--stop", metavar="JOB", help="stop the job with this name, which keeps its checkpoints")
+    parser.add_argument("--output_dir", help="folder into which --fetch writes the result (default: outputs/JOB)")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="scripts/X.py …", help="training script and its arguments"
+    )
+
+
+def check_environment(environment: dict[str, str], file: Path, fix: str, allowed: tuple[str, ...] = ()) -> None:
+    """Raise `UserError` if the environment variables of a cloud's YAML hold a credential or a local MLflow server.
+
+    Args:
+        environment: environment variables by name.
+        file: path of the cloud's YAML, for messages.
+        fix: words on where a credential belongs, for messages.
+        allowed: names of variables that are never credentials.
+    """
+    shown = {name: f"{name}={value}" for name, value in environment.items() if name not in allowed}
+    secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
+    if secret:
+        raise UserError(
+            f"{file}: environment holds a credential in {secret[0]}, which the request shows in plain text; {fix}"
+        )
+    server = environment.get(SERVER, "").strip()
+    if server and split_uri(server, f"{file}: {SERVER} in environment").is_local:
+        raise UserError(
+            f"{file}: {SERVER} in environment is {server}, which means the job's own machine inside the job; "
+            "give the server's address on the network"
+        )
+
+
+def check_push(command: Command, token_travels: bool) -> None:
+    """Raise `UserError` if the Hub would refuse, at the job's end, the push that the arguments ask for.
+
+    The access of the token is checked only if `token_travels`, that is, if the job gets the token of this shell.
+    """
     settings = command.settings
     if settings is None or not getattr(settings, "push_to_hub", False):
         return
@@ -47,7 +102,7 @@ def check_push(command: Command) -> None:
     option = "hub_dataset_id" if captions else "hub_model_id"
     repo_id = upload.check_repo_id(getattr(settings, option), f"--{option}")
     upload.check_license(settings.license or None)
-    if os.environ.get("HF_TOKEN"):  # the token that travels
+    if token_travels:
         target = upload.Target(settings.hub_revision, settings.create_pr)
         say = partial(print, file=sys.stderr)
         upload.check_access(repo_id, "dataset" if captions else "model", say, target)
@@ -134,3 +189,69 @@ def secrets_here(server: Address) -> dict[str, str]:
     if server.password:
         secrets["MLFLOW_TRACKING_PASSWORD"] = server.password
     return secrets
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A job of a cloud, for `make jobs`."""
+
+    name: str
+    state: str
+    machine: str
+    usd: float | None  # Cost so far. None if the price of the machine is unknown.
+    fetch: str  # Command that fetches the job's result.
+
+
+def usd_so_far(usd_per_hour: float | None, seconds: float | None, machines: int = 1) -> float | None:
+    """Return the cost in USD of machines that ran for some seconds, or None if their price is unknown."""
+    return None if usd_per_hour is None else usd_per_hour * machines * (seconds or 0) / 3600
+
+
+def job_table(jobs: list[Job]) -> list[str]:
+    """Return a table of jobs as lines for the terminal."""
+    rows = [("job", "state", "machine", "USD so far", "fetch with")]
+    rows += [
+        (job.name, job.state, job.machine, "unknown" if job.usd is None else f"{job.usd:.2f}", job.fetch)
+        for job in jobs
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+# --- Fetching --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fetched_into(folder: Path) -> Iterator[Path]:
+    """Give a folder to download a job's result to. At the end of the `with` block it becomes `folder`.
+
+    An interrupted fetch leaves no `folder`, and can be repeated. An existing `folder` raises `UserError`.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; give another --output_dir, or delete it")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    os.replace(part, folder)
+
+
+def is_result(name: str) -> bool:
+    """Return whether a file of a run folder, given by its relative path, is fetched: all but checkpoints and hidden files."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and not parts[0].startswith((".", "checkpoint-", "node-"))
+
+
+def say_fetched(folder: Path) -> None:
+    """Print what a fetched run folder holds, and the command that draws with its model."""
+    models = [name for name in ("pipeline", "vae") if (folder / name).is_dir()]
+    print(f"{folder}: {', '.join(models) or 'no model'}; show it with streamlit run dashboard")
+    if "pipeline" in models:
+        print(f"python scripts/generate_images.py --model {folder} --prompt …")

@@ -15,13 +15,13 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from t2i.clouds import launch, staging
-from t2i.clouds.launch import CURVES_AT_HOME, SECRET_NAMES, SERVER
+from t2i.clouds.launch import CURVES_AT_HOME, SERVER
 from t2i.clouds.staging import ROOT, Command, read_inside, read_mapping
 from t2i.config_types import Count, Flag, checked, known_key, matching
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.redaction import redact
-from t2i.tracking.addresses import MANAGED_MLFLOW, Address, is_managed, split_uri
+from t2i.tracking.addresses import MANAGED_MLFLOW, Address, is_managed
 
 CHANNELS = "/opt/ml/input/data"  # in the container, with one folder per channel
 RUN = "/opt/ml/checkpoints/run"  # the run folder in the container, which SageMaker syncs with S3
@@ -236,25 +236,14 @@ def read_config(path: Path) -> SageMakerConfig:
         )
     if _is_old(config.py_version) and not config.image_uri:
         raise UserError(_to_change(path, f"py_version {config.py_version}, older than Python 3.11", [], values))
-    shown = {name: f"{name}={value}" for name, value in additional.environment.items() if name != SECRETS}
-    secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
-    if secret:
-        raise UserError(
-            f"{path}: environment holds a credential in {secret[0]}, which the request shows in plain text; export it in the "
-            f"launching shell, or name a secret of Secrets Manager in {SECRETS}"
-        )
+    fix = f"export it in the launching shell, or name a secret of Secrets Manager in {SECRETS}"
+    launch.check_environment(additional.environment, path, fix, allowed=(SECRETS,))
     tags = [name for name, value in additional.tags.items() if redact(f"{name}={value}") != f"{name}={value}"]
     if tags:
         raise UserError(f"{path}: the tag {tags[0]} looks like a credential; remove it")
     own = [name for name in additional.environment if name.startswith("SM_") or name == "T2I_WORLD_SIZE"]
     if own:
         raise UserError(f"{path}: environment sets {own[0]}, which SageMaker or this suite sets; remove it")
-    server = additional.environment.get(SERVER, "").strip()
-    if server and split_uri(server, f"{path}: {SERVER} in environment").is_local:
-        raise UserError(
-            f"{path}: {SERVER} in environment is {server}, which means the job's own machine inside the job; "
-            "give the server's address on the network"
-        )
     if bool(additional.subnets) != bool(additional.security_group_ids):
         raise UserError(f"{path}: subnets and security_group_ids belong together; give both or neither")
     return config

@@ -37,7 +37,8 @@ FOLDERS = {
     "audit_tokenizer": ("caption", ""),
 }
 AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "run_recipe.py",
-           "launch_sagemaker.py", "run_sagemaker_job.py")  # fmt: skip
+           "launch_sagemaker.py", "run_sagemaker_job.py", "launch_hf_job.py", "run_hf_job.py", "run_container.py",
+           "list_jobs.py")  # fmt: skip
 
 
 # --- The training command --------------------------------------------------------------------------------------------

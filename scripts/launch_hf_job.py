@@ -1,0 +1,217 @@
+"""Submit a training to Hugging Face Jobs, resume it, follow it, stop it, and download its result.
+
+python scripts/launch_hf_job.py --config_file accelerate_configs/hf_jobs.yaml scripts/train_unet.py --config flowers
+python scripts/launch_hf_job.py --config_file accelerate_configs/hf_jobs.yaml --fetch JOB
+
+The arguments after the training script's name belong to the script, and are sent as typed. Checkpoints go to a private
+repository of yours as they are made. The same command resumes from them after a timeout, a stop or a failure. The
+launcher checks the job, shows it and asks for consent before it sends anything to the Hub.
+
+huggingface_hub is imported in functions, because importing it takes a second, which --help need not take.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i.clouds import costs, hf_job, launch, staging
+from t2i.config import check_optimizer
+from t2i.errors import UserError, run_main
+from t2i.files import write_json
+
+if TYPE_CHECKING:
+    from t2i.clouds.hf_account import Account
+
+CONFIGS = staging.ROOT / "accelerate_configs"
+
+
+def main() -> None:
+    options = read_options()
+    config = hf_job.read_config(Path(options.config_file))
+    from t2i.clouds import hf_account
+
+    with hf_account.in_words():  # errors that have no sentence of their own
+        account = hf_account.look(config)
+        if options.stop:
+            stop(options.stop, account)
+        elif options.fetch:
+            if options.wait:
+                wait(options.fetch, account)
+            fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), account)
+        else:
+            plan_and_submit(options, config, account)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config_file", default=str(CONFIGS / "hf_jobs.yaml"), help="the YAML for Hugging Face Jobs")
+    parser.add_argument(
+        "--inside", help="accelerate's YAML for the training in the container (default: by the flavor's GPUs)"
+    )
+    launch.add_options(parser)
+    return parser.parse_args()
+
+
+# --- The plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, account: "Account") -> None:
+    """Check the command, show the plan, ask, and submit the job."""
+    from t2i.clouds import hf_account
+
+    command = staging.read_command(options.command, hf_job.CLOUD)
+    prices = costs.read_prices(hf_job.PRICES)
+    hf_account.renew_prices(prices, account)
+    machine = prices.instances.get(config.flavor)
+    gpus = machine.gpus if machine else None
+    inside = Path(options.inside) if options.inside else hf_job.default_inside(gpus)
+    inner = staging.read_inside(inside)
+    hf_job.check_precision(config, inside, inner, 1 if gpus is None else gpus)
+    if command.script == "train_unet.py":
+        check_optimizer(command.settings.optimizer, inner)
+    inputs = hf_job.local_inputs(command)
+    launch.check_push(command, token_travels=bool(account.token))
+    if account.missing and not options.dry_run:
+        raise UserError("; ".join(account.missing))
+    hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
+    repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
+    run = hf_account.find_run(account, repo_id)
+    if run.active and not options.dry_run:
+        raise UserError(
+            f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
+        )
+    if run.finished_by and not options.dry_run:
+        raise UserError(
+            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, or "
+            "change the command, for example by --run_name"
+        )
+    images = options.train_images or (costs.count_images(command.recipe.data) if command.recipe else None)
+    estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
+    secrets = hf_job.secrets_here(config, account.token)
+    plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
+    plan += costs.report(estimate, command, config, prices)
+    plan += [f"NOTE: {note}" for note in notes(command, config, estimate, repo_id, run.newest, secrets)]
+    plan += [f"MISSING: {sentence}" for sentence in account.missing]
+    if options.dry_run:
+        hidden = dict.fromkeys(secrets, "[redacted]")
+        request = hf_job.request(config, account.namespace or "NAMESPACE", repo_id, "COMMIT", hidden)
+        print(json.dumps(request, indent=2))
+        print("\n".join(plan), file=sys.stderr)
+        return
+    print("\n".join(plan))
+    launch.confirm(options.yes)
+    job = submit(command, config, account, inside, inputs, hashes, repo_id, secrets)
+    own = f"python scripts/launch_hf_job.py --config_file {options.config_file}"
+    print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
+    if options.wait:
+        wait(job.id, account)
+
+
+def notes(
+    command: staging.Command, config: hf_job.HfJobsConfig, estimate: costs.Estimate, repo_id: str, newest: str,
+    secrets: dict[str, str],
+) -> list[str]:  # fmt: skip
+    """Return sentences that a user should read before paying for the job."""
+    save = config.save_before_timeout / 60
+    texts = [
+        f"the run is kept in the private repository {repo_id}",
+        f"the training resumes there from {newest}" if newest else "the training starts anew, since no run is there",
+        f"{save:g} min before the timeout the training saves a checkpoint and ends; the same command resumes from it",
+        f"{', '.join(secrets)} go to the job as secrets of the Hub",
+    ]
+    if command.recipe is None:
+        texts.append(
+            f"{command.script} is your own script: local folders in its arguments are not sent; "
+            f"--fetch brings home what the script writes to {hf_job.WORK}/run"
+        )
+    return [text for text in (*texts, hf_job.tracking_server(config)[1], costs.too_long(estimate, config)) if text]
+
+
+def submit(
+    command: staging.Command, config: hf_job.HfJobsConfig, account: "Account", inside: Path, inputs: dict[str, str],
+    hashes: dict[str, str], repo_id: str, secrets: dict[str, str],
+) -> Any:  # fmt: skip
+    """Upload inputs and code, submit the job, and return the Hub's `JobInfo`."""
+    from t2i.clouds import hf_account
+
+    repositories = hf_account.upload_inputs(account, inputs, hashes)
+    with tempfile.TemporaryDirectory() as name:
+        hf_job.stage(Path(name), command, config, inside, repositories, repo_id)
+        commit = hf_account.upload_code(Path(name), repo_id)
+    with hf_account.in_words("the Hub does not start the job: ", "; nothing runs and nothing is billed"):
+        return account.api.run_job(**hf_job.request(config, account.namespace, repo_id, commit, secrets))
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------------
+
+
+def wait(job_id: str, account: "Account") -> None:
+    """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
+    from t2i.clouds import hf_account
+
+    account.require()
+    keeps = f"; {job_id} keeps running, and --fetch {job_id} --wait follows it again"
+    try:
+        with hf_account.in_words("the log cannot be followed any more: ", keeps):
+            for line in account.api.fetch_job_logs(job_id=job_id, namespace=account.namespace, follow=True):
+                print(line, flush=True)
+            job = account.api.wait_for_job(job_id, namespace=account.namespace)
+    except KeyboardInterrupt:
+        print(f"\n{job_id} keeps running; stop it with --stop {job_id}", file=sys.stderr)
+        raise SystemExit(130) from None
+    if job.status.stage != "COMPLETED":
+        raise UserError(hf_account.describe_end(account.api, job))
+    if job.durations and job.durations.running_secs:
+        print(f"{job_id} ran {job.durations.running_secs / 60:.0f} min")
+
+
+def stop(job_id: str, account: "Account") -> None:
+    """Cancel a job. Its checkpoints stay in its repository."""
+    account.require()
+    account.api.cancel_job(job_id=job_id, namespace=account.namespace)
+    print(f"{job_id} is cancelled; checkpoints in its repository are kept, and the same command resumes from them")
+
+
+def fetch(job_id: str, folder: Path, account: "Account") -> None:
+    """Download the run of an ended job as a run folder: model, settings, curves and samples, but no checkpoints."""
+    from huggingface_hub import snapshot_download
+
+    from t2i.clouds import hf_account
+
+    account.require()
+    with launch.fetched_into(folder) as part:
+        job = account.api.inspect_job(job_id=job_id, namespace=account.namespace)
+        repo_id = hf_account.repository_of(job)
+        if not repo_id:
+            raise UserError(f"{job_id} was not submitted by this suite; fetch a job that `make jobs` lists")
+        if job.status.stage not in hf_account.ENDED:
+            raise UserError(f"{job_id} is still running; fetch it when it has ended, or add --wait")
+        files = [name for name in account.api.list_repo_files(repo_id) if name.startswith("run/")]
+        wanted = [name for name in files if launch.is_result(name.removeprefix("run/"))]
+        with tempfile.TemporaryDirectory(dir=part.parent) as scratch:
+            snapshot_download(
+                repo_id,
+                allow_patterns=wanted or ["run/run.json"],
+                local_dir=scratch,
+                token=account.token,
+                max_workers=1,
+            )
+            for path in (Path(scratch) / "run").glob("*"):
+                path.replace(part / path.name)
+        write_json(
+            part / "hf_job.json",
+            {"id": job.id, "stage": job.status.stage, "flavor": job.flavor, "repository": repo_id, "url": job.url,
+             "running_seconds": job.durations.running_secs if job.durations else None},
+        )  # fmt: skip
+    if job.status.stage != "COMPLETED":
+        print(hf_account.describe_end(account.api, job))
+    launch.say_fetched(folder)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,118 @@
+"""Keep a run folder in a private repository of the Hub, as its checkpoints are made. This module imports no torch."""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from t2i.errors import UserError
+from t2i.hub import upload
+from t2i.runs import checkpoint_folders
+
+POLL_S = 5.0  # between two looks at the run folder
+
+
+class Mirror:
+    """The copy of a run folder in a private repository, where the folder is named run/.
+
+    A thread pushes the run folder once per new checkpoint. Each push is one commit, so the repository never holds part
+    of a checkpoint. Checkpoints that the training removes are removed in the repository.
+
+    Args:
+        work: folder that holds run/. A copy of it is made beside it during a push, by hard links if possible.
+        repo_id: the repository, `owner/name`.
+        say: function that prints one line.
+    """
+
+    def __init__(self, work: Path, repo_id: str, say: Callable[[str], Any] = print) -> None:
+        self.run, self.repo_id, self._say = work / "run", repo_id, say
+        self._copy, self._pushed = work / "sent", ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def restore(self) -> str:
+        """Download the run of an earlier job, and return the name of its newest checkpoint, or ""."""
+        # One file at a time: on a failed connection huggingface_hub closes the client that its other threads still use.
+        snapshot_download(self.repo_id, allow_patterns=["run/*"], local_dir=self.run.parent, max_workers=1)
+        self._pushed = self.newest()
+        return self._pushed
+
+    def newest(self) -> str:
+        """Return the name of the newest complete checkpoint on this machine, or ""."""
+        folders = checkpoint_folders(self.run)
+        return folders[-1].name if folders else ""
+
+    def start(self) -> None:
+        """Push each new checkpoint from now on."""
+        self._thread.start()
+
+    def end(self, deadline: float) -> None:
+        """Push the run folder for the last time. The push is retried for `deadline` seconds.
+
+        Raises:
+            UserError: the Hub did not accept the push.
+        """
+        self._ended.set()
+        self._thread.join()
+        self._push(deadline)
+
+    def _follow(self) -> None:
+        while not self._ended.wait(POLL_S):
+            if self.newest() in ("", self._pushed):
+                continue
+            try:
+                self._push(600.0)
+            except (UserError, OSError) as error:  # the next checkpoint, or the end of the training, tries again
+                self._say(f"WARNING: {self.newest()} is not in {self.repo_id} yet: {error}")
+
+    def _push(self, deadline: float) -> None:
+        shutil.rmtree(self._copy, ignore_errors=True)
+        copy_run(self.run, self._copy / "run")
+        whole = checkpoint_folders(self._copy / "run")
+        newest = whole[-1].name if whole else ""
+        if not any((self._copy / "run").iterdir()):
+            return  # a training that ended before it made a file
+        message = f"run at {newest}" if newest else "run without a checkpoint"
+        upload.push_folder(
+            self._copy, self.repo_id, "model", files=["run/*"], message=message, deadline=deadline, say=self._say
+        )
+        shutil.rmtree(self._copy, ignore_errors=True)
+        self._pushed = newest
+        if newest:
+            self._say(f"{newest} is in {self.repo_id}")
+
+
+def copy_run(run: Path, copy: Path) -> None:
+    """Copy a run folder at one moment: its complete checkpoints by hard links, and its other visible files.
+
+    Checkpoints that the training removes meanwhile are left out.
+    """
+    copy.mkdir(parents=True)
+    for folder in checkpoint_folders(run):
+        try:
+            shutil.copytree(folder, copy / folder.name, copy_function=_link)
+        except (OSError, shutil.Error):  # removed meanwhile
+            shutil.rmtree(copy / folder.name, ignore_errors=True)
+    for file in run.rglob("*"):
+        name = file.relative_to(run)
+        if any(part.startswith(".") for part in name.parts) or name.parts[0].startswith("checkpoint-"):
+            continue
+        if file.is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(file, copy / name)
+
+
+def _link(source: str, target: str) -> None:
+    """Make a hard link, or a copy if the disk has no hard links. A checkpoint's files never change."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

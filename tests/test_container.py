@@ -1,0 +1,127 @@
+"""The Dockerfile: its steps one by one in a fresh root folder, and a container of it that is stopped."""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from local_image import Image, context, instructions, why_not
+
+# Stands for a training: says what it sees, writes where trainings write, and saves on SIGTERM.
+TRAINS = """
+import json, os, pathlib, signal, sys, time
+def save(number, frame):
+    pathlib.Path("outputs/saved").write_text("")
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(".cache/kept").write_text("")
+told = {"user": os.getuid(), "arguments": sys.argv[1:], "environment": dict(os.environ), "revision": open("REVISION").read()}
+for path in ("/suite/scripts/x", "/etc/x", "/usr/x"):
+    try:
+        open(path, "w")
+        told["wrote"] = path
+    except OSError:
+        pass
+pathlib.Path("outputs/part").write_text(json.dumps(told))
+os.rename("outputs/part", "outputs/told.json")
+time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def image():
+    """The Dockerfile's image. pip finds every requirement in this Python, and looks no further."""
+    if reason := why_not():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="t2i-image-", dir="/tmp"))
+    folder.chmod(0o755)
+    made = Image(folder, Path(sys.executable).parent, {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1"})
+    made.build()
+    yield made
+    shutil.rmtree(folder)
+
+
+def test_the_image_holds_the_code_and_no_secret(image, tmp_path):
+    """Files of this checkout that hold a canary do not get in, wherever a user may have left them."""
+    copied = {
+        str(path.relative_to(image.root / "suite")) for path in (image.root / "suite").rglob("*") if path.is_file()
+    }
+    assert copied - {"REVISION"} == set(context(ROOT))
+    assert {name.split("/")[0] for name in copied} == {
+        "accelerate_configs",
+        "datasets_card",
+        "scripts",
+        "LICENSE",
+        "REVISION",
+    }
+    for name in (
+        ".env",
+        "scripts/.env",
+        "outputs/run/run.json",
+        "hf_token",
+        ".git/config",
+        "scripts/t2i/__pycache__/a.pyc",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("canary")
+    shutil.copy(ROOT / ".dockerignore", tmp_path)
+    (tmp_path / "scripts/kept.py").write_text("")
+    assert context(tmp_path) == ["scripts/kept.py"]
+    names = [name for name, _ in instructions((ROOT / "Dockerfile").read_text())]
+    assert len(names) == len(image.steps)
+    assert names.index("USER") < names.index("ENTRYPOINT")
+    assert not any("TOKEN" in step or "PASSWORD" in step for step in image.steps)
+
+
+def test_a_stopped_container_saves_and_ends_with_75(image, tmp_path):
+    """accelerate's launcher starts a stand-in for a training, as first process of the container and another user than root."""
+    for name in ("outputs", "cache"):
+        (tmp_path / name).mkdir()
+        shutil.chown(tmp_path / name, 10001)
+    for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
+        folder.chmod(0o755)
+    (tmp_path / "train.py").write_text(TRAINS)
+    words = [
+        "accelerate",
+        "launch",
+        "--quiet",
+        "--config_file",
+        "accelerate_configs/cpu.yaml",
+        "/data/train.py",
+        "a  b",
+    ]
+    mounts = {tmp_path: "/data", tmp_path / "outputs": "/suite/outputs", tmp_path / "cache": "/suite/.cache"}
+    assert sorted(image.volumes) == ["/suite/.cache", "/suite/outputs"]
+    container = image.start(words, mounts, {"HF_TOKEN": "hf_canary"})
+    try:
+        container.wait_for(tmp_path / "outputs/told.json", 120)
+        assert "run_container.py" in " ".join(container.first.cmdline())
+        assert container.first.uids().real == 10001
+        assert container.stop(60) == 75
+    finally:
+        container.kill()
+    assert "saved\n" in container.log
+    assert "the same command resumes" in container.log
+    assert "hf_canary" not in container.log
+    assert (tmp_path / "outputs/saved").exists()
+    assert (tmp_path / "cache/kept").exists()
+    told = json.loads((tmp_path / "outputs/told.json").read_text())
+    assert (told["user"], told["arguments"], told["revision"]) == (10001, ["a  b"], "0123456789abcdef\n")
+    assert "wrote" not in told
+    assert told["environment"]["HF_HOME"] == "/suite/.cache/huggingface"
+
+
+def test_other_commands_run_as_typed(image):
+    for words, code, sentence in (
+        ([], 0, "the training, which saves a checkpoint"),
+        (["python3", "-c", "import os, sys; print('first', os.getpid()); sys.exit(3)"], 3, "first 1\n"),
+        (["acelerate", "launch"], 127, "error: acelerate cannot be run (No such file or directory)"),
+    ):
+        container = image.start(words, {})
+        assert container.end(60) == code
+        assert sentence in container.log

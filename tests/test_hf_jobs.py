@@ -1,0 +1,508 @@
+"""Hugging Face Jobs: the YAML, the request, the dry run, every fault's sentence, and a job played through on this machine."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from unittest import mock
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import psutil
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import launch_hf_job
+import list_jobs
+import run_hf_job
+from conftest import ROOT, SCRIPTS, TINY
+from local_jobs import JobRun, JobsHub, why_not
+from local_sagemaker import aws
+from t2i import config
+from t2i.clouds import costs, hf_job, mirror, sagemaker_job, staging
+from t2i.errors import UserError
+
+UNET = str(SCRIPTS / "train_unet.py")
+CARD = ["--train_images", "6811", UNET, "--config", "flowers"]
+BASE = yaml.safe_load((ROOT / "accelerate_configs" / "hf_jobs.yaml").read_text())
+CPU = {"flavor": "cpu-basic", "timeout": "30m", "save_before_timeout": "1m"}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with Jobs, this process's clients brought to it. They read the constants' environment variables at import only."""
+    with JobsHub(tmp_path / "jobs") as hub:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE  # of every file's address, made from ENDPOINT at import
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + urlsplit(template).path)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield hub
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """Run launch_hf_job.py in this process with the suite's YAML, changed by `changes`; returns what it printed."""
+    monkeypatch.setattr(costs, "unet_size", lambda recipe: (36.2e9 / 3, 148_000_000))  # counting imports torch
+
+    def run(*words, **changes):
+        file = tmp_path / "hf_jobs.yaml"
+        file.write_text(yaml.safe_dump(BASE | changes))
+        out = io.StringIO()
+        argv = ["launch_hf_job.py", "--config_file", str(file), *map(str, words)]
+        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            launch_hf_job.main()
+        return out.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def short(hub, tmp_path, monkeypatch):
+    """Let jobs run a shell command in place of what was submitted; returns a function that sets the command."""
+    if reason := why_not(tmp_path):
+        pytest.skip(reason)
+    real = JobRun._start
+
+    def put(script):
+        def start(job, hub):
+            job.spec = job.spec | {"command": ["bash", "-c", script]}
+            real(job, hub)
+
+        monkeypatch.setattr(JobRun, "_start", start)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flavour": "t4-small"}, "did you mean 'flavor'"),
+        ({"compute_environment": "LOCAL_MACHINE"}, "make train CONFIG="),
+        ({"timeout": "soon"}, "timeout = 'soon' is not usable: give a time such as 90s, 30m, 12h or 2d"),
+        ({"timeout": None}, "timeout is missing"),
+        ({"timeout": "5m"}, "leaves no time to train"),
+        ({"image": "a b"}, "image = 'a b'"),
+        ({"attempts": 0}, "attempts = 0"),
+        ({"environment": {"HF_TOKEN": "x"}}, "holds a credential in HF_TOKEN"),
+        ({"environment": {"MLFLOW_TRACKING_URI": "http://localhost:5000"}}, "the job's own machine"),
+        ({"secrets": ["T2I_NO_SUCH_VARIABLE"]}, "which this shell does not set"),
+    ],
+)
+def test_a_wrong_yaml_is_refused_in_one_sentence(changes, words, tmp_path):
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(BASE | changes))
+    with pytest.raises(UserError) as told:
+        hf_job.read_config(tmp_path / "jobs.yaml")
+    assert words in str(told.value)
+    assert "jobs.yaml" in str(told.value)
+
+
+def test_what_is_wrong_is_refused_before_anything_is_sent(hub, launcher):
+    for words, changes, sentence in (
+        (CARD, {"flavor": "t4-smal"}, "did you mean 't4-small'"),
+        (CARD, {"flavor": "cpu-basic", "mixed_precision": "fp16"}, "fp16 of mixed_precision needs a GPU"),
+        ([*CARD, "--dataset", "s3://photos/flowers"], {}, "needs an AWS account"),
+        ([*CARD, "--push_to_hub", "--hub_model_id", "me"], {}, "hub_model_id"),
+        ([UNET], {}, "no data set"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            launcher("--yes", *words, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_TOKEN")
+        with pytest.raises(UserError, match="there is no token for the Hub; run `hf auth login`"):
+            launcher("--yes", *CARD)
+    assert {method for method, _ in hub.requests} == {"GET"}
+
+
+def test_a_dry_run_shows_the_request_and_sends_nothing(hub, launcher):
+    told = launcher("--dry_run", *CARD)
+    request, _ = json.JSONDecoder().raw_decode(told)
+    assert {method for method, _ in hub.requests} == {"GET"}
+    assert hub.token not in told
+    assert request["secrets"] == {"HF_TOKEN": "[redacted]"}
+    assert (request["flavor"], request["timeout"], request["attempts"]) == ("t4-small", 21600, 1)
+    assert "31,927 updates of 32 samples = 150.0 epochs of 6,811 images" in told
+    assert "at most 2.40 USD: timeout 6 h ends the job" in told
+    measured = launcher("--dry_run", *CARD, flavor="h200")
+    assert "1330 samples/s (measured, hf_jobs_prices.yaml)" in measured
+    assert "5.00 USD per hour" in measured  # the Hub's price of today
+    assert "ends it after 0.2 h; raise timeout" in launcher("--dry_run", *CARD, timeout="12m")
+
+
+def test_the_costs_in_the_documents_are_those_of_dry_runs(hub, launcher):
+    text = (ROOT / "docs" / "clouds.md").read_text().split("## Compare the costs")[1].split("##")[0]
+    table = {
+        row[0]: row
+        for row in ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines())
+        if row
+    }
+    flavors = ("t4-small", "l4x1", "a10g-small", "a100-large", "h200")
+    for flavor in flavors:
+        told = launcher("--dry_run", *CARD, flavor=flavor)
+        _, speed, _, hours, price, usd = table[flavor]
+        assert f"{speed.replace(',', '')} samples/s (" in told
+        assert f"1,021,664 samples / {speed.replace(',', '')} per s + 10 min = " in told
+        assert f"1 x {flavor}: {price} USD per hour" in told
+        assert f"h x {price} USD = {usd} USD" in told
+        assert float(hours) == pytest.approx(float(usd) / float(price), abs=0.02)
+    # SageMaker's job beside them
+    command = staging.read_command(CARD[2:], "SageMaker")
+    config = sagemaker_job.read_config(ROOT / "accelerate_configs/sagemaker.yaml")
+    inner = staging.read_inside(ROOT / "accelerate_configs/deepspeed_zero2.yaml")
+    found = costs.estimate(command, config, inner, costs.read_prices(), 6811, None)
+    _, speed, _, hours, price, usd = table["SageMaker, 2 x `ml.g4dn.xlarge"]
+    assert (f"{found.samples_per_second:.0f}", f"{found.hours:.1f}") == (speed, hours)
+    assert (f"{found.usd_per_hour:.2f}", f"{found.usd:.2f}") == (price, usd)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20), max_size=6))
+def test_every_argument_arrives_as_typed(words):
+    command = staging.Command("mine.py", words, None)
+    job = {"script": "mine.py", "mixed_precision": None,
+           "arguments": staging.container_arguments(command, {}, "in", "run", "cache")}  # fmt: skip
+    job = json.loads(json.dumps(job, ensure_ascii=False))
+    line = run_hf_job.launch_words(job, 1)
+    assert line[len(line) - len(words) :] == words
+
+
+def test_each_refusal_of_the_hub_is_one_sentence(hub, launcher, short):
+    short("echo hello")
+    jobs = {"method": "POST", "path": "/api/jobs"}
+    for status, words in (
+        ("402", "no credit for Jobs"), ("429", "reached its quota"), ("403", "may not do this"),
+        ("401", "does not accept the token"), ("400", "correct flavor, image or timeout"), ("503", "the Hub is busy"),
+    ):  # fmt: skip
+        hub.fault(status, **jobs)
+        with pytest.raises(UserError) as told:
+            launcher("--yes", *CARD)
+        text = str(told.value)
+        assert text.startswith("the Hub does not start the job: ")
+        assert words in text
+        assert text.endswith("; nothing runs and nothing is billed")
+    assert hub.jobs == []
+
+
+def test_a_job_that_ends_badly_says_why_and_what_to_do(hub, launcher, short, tmp_path):
+    short("echo hello; exec sleep 60")
+    hub.missing_images.add(BASE["image"])
+    with pytest.raises(UserError, match=r"never started \(Failed to pull image .*; check image"):
+        launcher("--yes", "--wait", *CARD)
+    hub.missing_images.clear()
+    launcher("--yes", *CARD)
+    with pytest.raises(UserError, match="is at work on the same command; stop it with --stop"):
+        launcher("--yes", *CARD)
+    with pytest.raises(UserError, match="is still running"):
+        launcher("--fetch", hub.jobs[-1].id, "--output_dir", tmp_path / "home")
+    repo = "models/me/" + hub.jobs[-1].spec["labels"][hf_job.LABEL]
+    hub.edit(repo, {"run/checkpoint-000040/manifest.json": "{}", "run/checkpoint-000020/manifest.json": "{}"})
+    hub.jobs[-1].preempt()
+    with pytest.raises(UserError, match=r"ended as ERROR \(The machine was reclaimed\); checkpoint-000040 is in me/"):
+        launcher("--fetch", hub.jobs[-1].id, "--wait")
+    assert "resumes there from checkpoint-000040" in launcher("--dry_run", *CARD)
+    launcher("--yes", *CARD)
+    assert "is cancelled" in launcher("--stop", hub.jobs[-1].id)
+    with pytest.raises(UserError, match="the Hub knows no such job"):
+        launcher("--stop", "nobodys-job")
+
+
+def test_a_log_that_breaks_is_followed_again(hub, launcher, short):
+    short("echo one; echo two; sleep 1; echo three")
+    hub.cut_logs = 1
+    told = launcher("--yes", "--wait", *CARD)
+    assert [told.count(word) for word in ("one\n", "two\n", "three\n")] == [1, 1, 1]
+
+
+def test_a_log_that_stays_broken_is_told_and_the_job_runs_on(hub, launcher, short, monkeypatch):
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1))
+    )  # of the client's retries
+    short("echo one; exec sleep 60")
+    launcher("--yes", *CARD)
+    hub.fault("reset", times=float("inf"), path="/logs")
+    with pytest.raises(UserError) as told:
+        launcher("--fetch", hub.jobs[-1].id, "--wait")
+    job = hub.jobs[-1].id
+    assert str(told.value).startswith("the log cannot be followed any more: the Hub cannot be reached (")
+    assert str(told.value).endswith(f"; {job} keeps running, and --fetch {job} --wait follows it again")
+    assert hub.jobs[-1].stage == "RUNNING"
+
+
+def test_checkpoints_are_pushed_whole_and_restored(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "POLL_S", 0.05)
+    hub.create("models/me/run")
+    said, run = [], tmp_path / "work" / "run"
+
+    def checkpoint(step):
+        folder = run / f"checkpoint-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(str(step))
+        manifest = {"step": step, "files": {"state.json": {"bytes": len(str(step)), "sha256": ""}}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    checkpoint(20)
+    (run / ".checkpoint-000040.part").mkdir()
+    (run / ".checkpoint-000040.part/state.json").write_text("half")
+    (run / "checkpoint-000060").mkdir()  # without its manifest
+    (run / "checkpoint-000060/state.json").write_text("half")
+    (run / "run.json").write_text("{}")
+    kept = mirror.Mirror(tmp_path / "work", "me/run", said.append)
+    assert kept.restore() == "checkpoint-000020"  # nothing is there, and nothing here is lost
+    kept._pushed = ""
+    kept.start()
+    while not said:
+        time.sleep(0.01)
+    assert said == ["checkpoint-000020 is in me/run"]
+    checkpoint(80)
+    kept.end(10.0)
+    names = {name for name in hub.files("models/me/run") if name.startswith("run/")}
+    assert names == {"run/run.json", *(f"run/checkpoint-{step:06d}/{file}" for step in (20, 80)
+                                       for file in ("state.json", "manifest.json"))}  # fmt: skip
+    other = mirror.Mirror(tmp_path / "other", "me/run", said.append)
+    assert other.restore() == "checkpoint-000080"
+    assert (tmp_path / "other/run/checkpoint-000080/state.json").read_text() == "80"
+    assert hub.repos["models/me/run"].private
+
+
+def halt_at_checkpoint(job, step):
+    """Halt a job's training once it has written a checkpoint, so that it cannot end before it is cut off."""
+    wanted = job.work / "run" / f"checkpoint-{step:06d}" / "manifest.json"
+    while not wanted.is_file():
+        assert job.stage == "RUNNING", job.log()[-6000:]
+        time.sleep(0.002)
+    for child in psutil.Process(job.pid).children(recursive=True):
+        if any("train_unet.py" in word for word in child.cmdline()):
+            child.suspend()
+
+
+def test_a_job_is_cut_off_and_the_same_command_goes_on(hub, launcher, tmp_path, command):
+    """The thinnest path through everything real: submit, train, be cut off by the timeout, resume, fetch, draw."""
+    if reason := why_not(tmp_path):
+        pytest.skip(reason)
+    from t2i import models
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 8, "--test_count", 4,
+            "--size", 32, "--workers", 1, cwd=tmp_path, fork=True)  # fmt: skip
+    models.build_vae(config.load_recipe(str(tmp_path / "tiny.yaml")).vae).save_pretrained(tmp_path / "vae")
+    run_name = '00\'42 a=b "c"'
+    words = ["--yes", "--train_images", 40, UNET, "--config", tmp_path / "tiny.yaml", "--dataset", tmp_path / "dataset",
+             "--vae", tmp_path / "vae", "--checkpointing_steps", 20, "--validation_steps", 20, "--max_train_steps", 60,
+             "--report_to", "none", "--run_name", run_name]  # fmt: skip
+    told = launcher(*words, **CPU)
+    assert "the training starts anew" in told
+    cut = hub.jobs[-1]
+    repo = "models/me/" + cut.spec["labels"][hf_job.LABEL]
+    halt_at_checkpoint(cut, 20)
+    while not any(name.startswith("run/checkpoint-000020/") for name in hub.files(repo)):
+        assert cut.stage == "RUNNING", cut.log()[-6000:]
+        time.sleep(0.05)
+    cut.time_out()
+    assert cut.wait(20) == "ERROR"
+    with pytest.raises(
+        UserError, match=r"ended as ERROR \(Job timeout\); checkpoint-000020 is in me/.* resumes from it"
+    ):
+        launcher("--fetch", cut.id, "--wait", **CPU)
+    told += launcher(*words, **CPU)
+    assert "the training resumes there from checkpoint-000020" in told
+    job = hub.jobs[-1]
+    assert job.wait(1200) == "COMPLETED", job.log()[-6000:]
+    assert "the run of an earlier job is here, at checkpoint-000020" in job.log()
+    assert re.search(r"^going on from .*checkpoint-000020", job.log(), re.MULTILINE), job.log()[-3000:]
+    assert f"finished; the run is in {repo.removeprefix('models/')}" in job.log()
+    with pytest.raises(
+        UserError, match=f"{job.id} has finished the run of this command; bring it home with --fetch {job.id}"
+    ):
+        launcher(*words, **CPU)
+    told += launcher("--fetch", job.id, "--output_dir", tmp_path / "home", **CPU)
+    state = json.loads((tmp_path / "home/run.json").read_text())
+    assert (state["status"], state["steps"]) == ("finished", 60)
+    assert config.load_recipe(str(tmp_path / "home/config.yaml")).train_unet.run_name == run_name
+    command("generate_images.py", "--model", tmp_path / "home", "--prompt", "a red flower", "--num_inference_steps", 2,
+            "--output_dir", tmp_path / "pictures", cwd=tmp_path, fork=True)  # fmt: skip
+    assert list((tmp_path / "pictures").glob("*.png"))
+    logs = told + cut.log() + job.log()
+    check_token_is_nowhere_else(hub, logs, [hub.folder, tmp_path / "home", tmp_path / "hf_jobs.yaml"])
+
+
+def check_token_is_nowhere_else(hub, logs, places):
+    """The token stands only in Authorization headers and in `secrets`: in no other part of a request, log, file or commit."""
+    token, seen = hub.token, 0
+    for method, path, headers, body in hub.exchanges:
+        others = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+        assert token not in path + json.dumps(others)
+        if method == "POST" and path == "/api/jobs/me":
+            sent = json.loads(body)
+            assert sent["secrets"]["HF_TOKEN"] == token
+            body, seen = json.dumps(sent | {"secrets": sorted(sent["secrets"])}).encode(), seen + 1
+        assert token.encode() not in body
+    assert seen == len(hub.jobs) > 0
+    assert token not in logs
+    for job in hub.jobs:
+        assert token not in job.log() + json.dumps(job.info())
+    for repo in hub.repos:
+        assert not any(token.encode() in file.content for commit in hub.commits(repo) for file in commit.files.values())
+    for place in places:
+        for path in [place, *place.rglob("*")]:
+            assert not (path.is_file() and token.encode() in path.read_bytes()), path
+
+
+# Stands for a training and its launcher: writes a checkpoint, and another one on SIGTERM.
+TRAINS = """
+import json, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[1])
+def checkpoint(step):
+    folder = run / f"checkpoint-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {"state.json": {"bytes": 2, "sha256": ""}}}))
+def save(number, frame):
+    checkpoint(30)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+checkpoint(20)
+time.sleep(60)
+"""
+
+
+def test_a_training_saves_by_itself_before_the_timeout(hub, tmp_path):
+    """run_hf_job.py by the clock, with a stand-in for the training and its launcher."""
+    hub.create("models/me/run")
+    code = tmp_path / "code"
+    shutil.copytree(SCRIPTS, code / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (code / "scripts/train_unet.py").write_text(TRAINS)
+    stub = tmp_path / "stub/accelerate/commands"
+    stub.mkdir(parents=True)
+    for folder in (stub, stub.parent):
+        (folder / "__init__.py").write_text("")
+    starts = "import subprocess, sys\nsys.exit(subprocess.run([sys.executable, *sys.argv[5:]]).returncode and 1)\n"
+    (stub / "launch.py").write_text(starts)
+    job = {"script": "train_unet.py", "arguments": [str(tmp_path / "run")], "mixed_precision": None, "inputs": {},
+           "repository": "me/run", "timeout": 3600, "save_after": 3002}  # fmt: skip
+    (code / "job.json").write_text(json.dumps(job))
+    variables = os.environ | hub.environment() | {"PYTHONPATH": str(tmp_path / "stub"), hf_job.SECONDS: "3000"}
+    done = subprocess.run([sys.executable, code / "scripts/run_hf_job.py"], env=variables, capture_output=True, text=True,
+                          timeout=100, check=False)  # fmt: skip
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "the job's timeout of 3600 s is near: the training saves a checkpoint and ends" in done.stdout
+    assert "stopped at checkpoint-000030, which is in me/run; the same command resumes" in done.stdout
+    assert "run/checkpoint-000030/manifest.json" in hub.files("models/me/run")
+
+
+def test_the_requests_are_these_to_the_byte(hub, launcher, short, monkeypatch):
+    """The golden requests: everything that is sent to submit the model card's job, and to stop it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-of-mlflow")
+    short("exec sleep 60")
+    launcher("--yes", *CARD, environment={"NCCL_DEBUG": "WARN"})
+    name = "t2i-7293bb57d658"
+    code, head = hub.commits(f"models/me/{name}")[-1], hub.commits(f"models/me/{name}")[0]
+    sent = [(method, path, body) for method, path, _, body in hub.exchanges if method != "GET"]
+    assert [(method, path) for method, path, _ in sent] == [
+        ("POST", "/api/repos/create"),
+        ("POST", f"/api/models/me/{name}/preupload/main"),
+        ("POST", f"/api/models/me/{name}/commit/main"),
+        ("POST", "/api/jobs/me"),
+    ]
+    assert json.loads(sent[0][2]) == {"name": name, "organization": "me", "type": "model", "visibility": "private"}
+    commit = [json.loads(line) for line in sent[2][2].splitlines()]
+    assert commit[0] == {
+        "key": "header",
+        "value": {"summary": "code of a job", "description": "", "parentCommit": head.id},
+    }
+    assert {line["key"] for line in commit[1:]} == {"file"}
+    assert {line["value"]["path"].split("/")[0] for line in commit[1:]} == {"code"}
+    files = hub.files(f"models/me/{name}")
+    assert {"code/job.json", "code/accelerate.yaml", "code/REVISION", "code/scripts/run_hf_job.py"} <= set(files)
+    assert json.loads(files["code/job.json"]) == {
+        "script": "train_unet.py",
+        "arguments": ["--config", "flowers", "--output_dir", "/tmp/t2i-job/run", "--cache_dir", "/tmp/t2i-job/cache"],
+        "mixed_precision": None, "inside": "single_gpu.yaml", "inputs": {}, "repository": f"me/{name}", "timeout": 21600,
+        "save_after": 21000,
+    }  # fmt: skip
+    pip = "python3 -m pip install --quiet --disable-pip-version-check"
+    assert json.loads(sent[3][2]) == {
+        "dockerImage": "pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime",
+        "command": [
+            "bash", "-c",
+            f"{pip} huggingface_hub==2.4.0 && python3 -c \"from huggingface_hub import snapshot_download; "
+            f"snapshot_download('me/{name}', revision='{code.id}', allow_patterns='code/*', local_dir='/tmp/t2i-job')\" && "
+            f"{pip} --requirement /tmp/t2i-job/code/scripts/requirements.txt && export T2I_SECONDS=$SECONDS && "
+            "exec python3 /tmp/t2i-job/code/scripts/run_hf_job.py",
+        ],
+        "arguments": [],
+        "environment": {
+            "PIP_BREAK_SYSTEM_PACKAGES": "1", "NCCL_DEBUG": "WARN", "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
+        },
+        "secrets": {"HF_TOKEN": hub.token, "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow"},
+        "flavor": "t4-small",
+        "timeoutSeconds": 21600,
+        "attempts": 1,
+        "labels": {"t2i-run": name, "name": "t2i"},
+    }  # fmt: skip
+    job = hub.jobs[-1].id
+    hub.exchanges.clear()
+    launcher("--stop", job)
+    assert [(method, path, body) for method, path, _, body in hub.exchanges] == [
+        ("GET", "/api/whoami-v2", b""),
+        ("GET", "/api/jobs/hardware", b""),
+        ("POST", f"/api/jobs/me/{job}/cancel", b""),
+    ]
+
+
+def test_jobs_of_both_clouds_are_listed_and_stopped(hub, launcher, short, tmp_path, monkeypatch, capsys):
+    for name in ("AWS_PROFILE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    short("exec sleep 60")
+    launcher("--yes", *CARD)
+    hub.jobs[-1]._begin -= 1800  # half an hour ago
+    sagemaker = tmp_path / "sagemaker.yaml"
+    sagemaker.write_text((ROOT / "accelerate_configs/sagemaker.yaml").read_text())
+    files = ["--config_files", str(tmp_path / "hf_jobs.yaml"), str(sagemaker)]
+    with aws() as cloud:
+        client = cloud.session.client("sagemaker")
+        for name, kind in (("t2i-20261129", "ml.g4dn.xlarge"), ("other", "ml.g5.xlarge")):
+            client.create_training_job(
+                TrainingJobName=name, RoleArn=cloud.role, OutputDataConfig={"S3OutputPath": "s3://b/c"},
+                AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
+                ResourceConfig={"InstanceType": kind, "InstanceCount": 2, "VolumeSizeInGB": 1},
+                StoppingCondition={"MaxRuntimeInSeconds": 60},
+            )  # fmt: skip
+        from moto.sagemaker.models import sagemaker_backends
+
+        record = sagemaker_backends["123456789012"]["us-east-1"].training_jobs["t2i-20261129"]
+        record.training_job_status, record.billable_time_in_seconds = "Stopped", 3600
+        monkeypatch.setattr(sys, "argv", ["list_jobs.py", *files])
+        list_jobs.main()
+    told = capsys.readouterr().out
+    table = [re.split(r"  +", line) for line in told.splitlines()]
+    job = hub.jobs[-1].id
+    assert table == [
+        ["job", "state", "machine", "USD so far", "fetch with"],
+        [job, "RUNNING", "t4-small", "0.20", f"python scripts/launch_hf_job.py --config_file {files[1]} --fetch {job}"],
+        ["t2i-20261129", "Stopped", "2 x ml.g4dn.xlarge", "1.47",
+         f"python scripts/launch_sagemaker.py --config_file {sagemaker} --fetch t2i-20261129"],
+    ]  # fmt: skip
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    list_jobs.main()
+    out = capsys.readouterr()
+    assert job in out.out
+    assert "no jobs by sagemaker.yaml: no AWS credentials: run aws configure" in out.err
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="no cloud could be asked for jobs"):
+        list_jobs.main()
