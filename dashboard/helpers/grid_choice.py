@@ -24,6 +24,7 @@ AXES = {  # of `cells.AXES`, as they are called on the page
     "seed": "seed",
     "num_inference_steps": "steps",
     "guidance_end": "guidance end",
+    "guidance_rescale": "guidance rescale",
     "scheduler": "scheduler",
     "run": "run",
 }
@@ -332,6 +333,7 @@ def default_texts(
         "guidance_scale": scales if "guidance_scale" in chosen else f"{best_scale:g}",
         "num_inference_steps": f"{max(1, steps // 2)},{steps}" if "num_inference_steps" in chosen else str(steps),
         "guidance_end": "0.5,1" if "guidance_end" in chosen else f"{cell.guidance_end:g}",
+        "guidance_rescale": "0,0.7" if "guidance_rescale" in chosen else f"{cell.guidance_rescale:g}",
         "seed": f"{seed}-{seed + 3}" if "seed" in chosen else str(seed),
     }
     if "sample" in chosen:

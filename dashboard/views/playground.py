@@ -29,7 +29,14 @@ from t2i.pictures.png import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
 # Bounds of this page, which strangers may use; generate_images.py and Compare accept more.
 MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed
 SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
-SETTINGS = ("seed", "guidance_scale", "num_inference_steps", "scheduler", "guidance_end")  # widgets of the form
+SETTINGS = (
+    "seed",
+    "guidance_scale",
+    "num_inference_steps",
+    "scheduler",
+    "guidance_end",
+    "guidance_rescale",
+)  # widgets of the form
 HISTORY = 12  # pictures in a session's history
 # Prompt, picture and form follow each other on a phone. On a wide page the picture is beside the other two.
 LAYOUT = """<style>
@@ -140,6 +147,7 @@ def first_settings(run: Path) -> dict[str, Choice]:
         "num_inference_steps": min(default.num_inference_steps, MAX_STEPS),
         "scheduler": scheduler if scheduler in schedulers else next(iter(schedulers), "ddim"),
         "guidance_end": default.guidance_end,
+        "guidance_rescale": default.guidance_rescale,
     }
 
 
@@ -218,6 +226,17 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             bind="query-params",
             help="Share of the steps, from the first step on, that are guided. Unguided denoising steps take half the time.",
         )
+        rescale = two.number_input(
+            "Guidance rescale",
+            0.0,
+            1.0,
+            None,
+            0.1,
+            "%g",
+            key="guidance_rescale",
+            bind="query-params",
+            help="How far guidance keeps the contrast of an unguided picture. 0.7 prevents glaring colors.",
+        )
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
@@ -226,6 +245,7 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
         "num_inference_steps": steps,
         "scheduler": scheduler,
         "guidance_end": end,
+        "guidance_rescale": rescale,
     }
     settings |= {key: first[key] for key, value in settings.items() if value is None}  # a field was emptied
     with above:
@@ -380,9 +400,10 @@ def settings_text(planned: cells.PlannedCell) -> str:
     """Return a picture's own settings as a line of text."""
     cell = planned.cell
     end = f" until {cell.guidance_end:g} of the steps" if cell.guidance_end < 1 else ""
+    rescaled = f", rescaled by {cell.guidance_rescale:g}" if cell.guidance_rescale else ""
     parts = [
         f"seed {cell.seed}",
-        f"guidance scale {cell.guidance_scale:g}{end}",
+        f"guidance scale {cell.guidance_scale:g}{end}{rescaled}",
         f"{cell.num_inference_steps} steps of {SHORT_NAMES.get(cell.scheduler, cell.scheduler)}",
         f"{planned.run.as_posix().removeprefix(f'{OUTPUTS}/')}/{planned.checkpoint}",
         f"“{cell.prompt}”",
