@@ -78,6 +78,7 @@ def draw(options: argparse.Namespace) -> None:
         sources[str(run)] = generate(
             pipeline, texts, list(range(options.count)), guidance_scale=report["guidance_scale"],
             num_inference_steps=report["num_inference_steps"], guidance_end=report["guidance_end"],
+            guidance_rescale=report.get("guidance_rescale", 0.0),
         )  # fmt: skip
     pictures, secret = options.output_dir, key_folder(options.output_dir)
     pictures.mkdir(parents=True)
