@@ -48,7 +48,7 @@ class Options:
     # Share of the steps, from the first step on, that are guided. At least one denoising step is guided. With None, use
     # the value of the preset.
     guidance_end: Share | None = None
-    # How far guidance keeps the contrast of an unguided picture. 0.7 prevents glaring colors at high guidance scales.
+    # How far guidance keeps the contrast of an unguided picture. 0.35 to 0.7 prevents glaring colors at high scales.
     guidance_rescale: Share = 0.0
     # Scheduler that suits the model: ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, unipc, deis, or a class name
     # of diffusers. With None, use the value of the preset.

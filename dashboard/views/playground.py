@@ -235,7 +235,7 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             "%g",
             key="guidance_rescale",
             bind="query-params",
-            help="How far guidance keeps the contrast of an unguided picture. 0.7 prevents glaring colors.",
+            help="How far guidance keeps the contrast of an unguided picture. 0.35 to 0.7 prevents glaring colors.",
         )
     settings = {
         "prompt": clean(prompt),
