@@ -39,6 +39,7 @@ from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
 from t2i.runs import own_checkpoint
+from t2i.training.stopping import EXIT_STOPPED
 
 # t2i.data, t2i.hub and transformers are imported in functions: they take seconds, and most runs do without them.
 SCRIPTS = Path(__file__).parent
@@ -53,8 +54,7 @@ SET_HERE = {
     "dry_run": "leave it out",
 }
 # exit codes of a stage after Ctrl-C or SIGTERM: before its first step, after saving a checkpoint, and ended by the signal
-RESUMABLE = (130, 75, 143, -signal.SIGINT, -signal.SIGTERM)
-EXIT_STOPPED = 75  # as in t2i.training.stopping: the same command resumes
+RESUMABLE = (130, EXIT_STOPPED, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclass

@@ -129,9 +129,10 @@ def pip_settings() -> dict[str, str]:
 
 
 def local_folders(settings: dict[str, str]) -> list[str]:
-    """Return the folders of this machine in which pip may look for packages."""
+    """Return the folders of this machine that pip's settings name, also those of the files that they name."""
     words = (word.removeprefix("file://") for value in settings.values() for word in value.split())
-    return sorted({word for word in words if word.startswith("/") and Path(word).is_dir()})
+    paths = [Path(word) for word in words if word.startswith("/")]
+    return sorted({str(path if path.is_dir() else path.parent) for path in paths if path.exists()})
 
 
 def main() -> None:

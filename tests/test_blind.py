@@ -12,6 +12,7 @@ from t2i.errors import UserError
 from t2i.evaluation import preferences
 from t2i.pictures import cells
 from test_compare import APP, PROMPTS, component, make_run
+from test_playground import press
 
 CHECKPOINTS = {"a_checkpoint": "checkpoint-000020", "b_checkpoint": "checkpoint-000010"}
 SAME = dict.fromkeys(CHECKPOINTS, "checkpoint-000010")
@@ -28,12 +29,6 @@ def show(**query: str) -> AppTest:
     for key, value in query.items():
         app.query_params[key] = value
     app.switch_page("views/blind.py").run()
-    assert not app.exception
-    return app
-
-
-def press(app: AppTest, label: str) -> AppTest:
-    next(button for button in app.button if button.label == label).click().run()
     assert not app.exception
     return app
 

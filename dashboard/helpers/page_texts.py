@@ -23,6 +23,13 @@ def show_empty_state(sentence: str, command: str) -> None:
     st.code(command, language="sh", wrap_lines=True)
 
 
+def show_no_runs() -> None:
+    """Show on a page of runs that there is none, and the command that makes the first."""
+    show_empty_state(
+        "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
+    )
+
+
 def warn(error: Exception) -> None:
     """Show the sentence of an error as a warning. The error's sentence may contain users' texts, so it is escaped."""
     st.warning(escape(error))

@@ -1,7 +1,7 @@
 """Two models compared by eye without knowing which is which: a pair of pictures at a time, by keyboard, with a win rate."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import streamlit as st
 from helpers.components import data_address, picture_pair
 from helpers.drawing_jobs import GridJob, running_job
 from helpers.grid_table import show_progress
-from helpers.page_texts import escape, show_empty_state, warn
+from helpers.page_texts import escape, show_no_runs, warn
 from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
 from helpers.picture_table import encode_png
 from helpers.run_files import best_checkpoint, best_scale, first_prompt, read_settings, sweep_results
@@ -36,9 +36,7 @@ def main() -> None:
     st.title("Blind test")
     runs = find_runs()
     if not runs:
-        show_empty_state(
-            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
-        )
+        show_no_runs()
         return
     test = st.container()  # above the models: their widgets come first in this function, as the test depends on them
     with st.expander("The two models", expanded=False):
@@ -68,8 +66,9 @@ def show_test(models: Sequence[tuple[Path, str, cells.Cell]]) -> None:
         "Which picture is better? The page does not say which model drew which picture. You can answer by arrow keys."
     )
     draw_missing(pairs)
-    ask([pair for pair in pairs if all(one.made for one in pair)])
-    show_result(pairs)
+    known = preferences.answers(*pairs[0])
+    ask([pair for pair in pairs if all(one.made for one in pair)], known)
+    show_result(pairs, known)
 
 
 # --- What is compared ------------------------------------------------------------------------------------------------
@@ -197,12 +196,11 @@ def watch(job: GridJob) -> None:
     look()
 
 
-def ask(pairs: Sequence[Pair]) -> None:
+def ask(pairs: Sequence[Pair], known: Mapping[tuple[str, int], str]) -> None:
     """Show a pair that has no answer yet, and the buttons that answer. Order and sides are drawn anew in each session."""
     if not pairs:
         return
     seed = st.session_state.setdefault("_blind_seed", random.randrange(2**32))
-    known = preferences.answers(*pairs[0])
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))
     again: tuple[str, int] | None = st.session_state.get("_blind_again")
     open_pairs = [
@@ -256,9 +254,8 @@ def go_back() -> None:
     st.session_state["_blind_again"] = st.session_state.pop("_blind_last")
 
 
-def show_result(pairs: Sequence[Pair]) -> None:
+def show_result(pairs: Sequence[Pair], known: Mapping[tuple[str, int], str]) -> None:
     """Show how many pairs are judged, and on demand the share that the first model won, with its interval."""
-    known = preferences.answers(*pairs[0])
     counted = preferences.count([choice for pair in pairs if (choice := known.get(at(pair)))])
     st.text(f"{counted.judged} of {len(pairs)} pairs judged")
     if not counted.judged or not st.toggle("Show the result", key="_blind_result"):

@@ -14,7 +14,7 @@ from helpers.evaluation_wall import show_best, show_verdict
 from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
 from helpers.live_trainings import show_trainings
-from helpers.page_texts import show_empty_state, title_row, warn
+from helpers.page_texts import show_no_runs, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
 from helpers.run_colors import color_runs
 from helpers.run_files import best_scale, read_or_warn, sweep_results
@@ -35,9 +35,7 @@ def main() -> None:
     if not runs:
         st.title("Compare")
         show_trainings(find_runs("any"))
-        show_empty_state(
-            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
-        )
+        show_no_runs()
         return
     evaluated_runs = [name for name in runs if cells.evaluated_grid(runs[name])]
     gone = gone_names("run", runs)

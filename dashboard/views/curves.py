@@ -11,7 +11,7 @@ import streamlit as st
 from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart
 from helpers.components import legend
 from helpers.live_trainings import show_trainings
-from helpers.page_texts import escape, show_empty_state, title_row
+from helpers.page_texts import escape, show_empty_state, show_no_runs, title_row
 from helpers.run_colors import color_runs, color_values, differing_settings, ordered
 from helpers.run_files import read_or_warn, read_settings, sweep_results
 from helpers.run_list import choose_runs, find_runs
@@ -63,9 +63,7 @@ def main() -> None:
 def show_folders() -> None:
     runs = find_runs("any")
     if not runs:
-        show_empty_state(
-            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
-        )
+        show_no_runs()
         return
     show_trainings(runs)
     chosen = choose_runs(list(runs))

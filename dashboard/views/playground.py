@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 from helpers.drawing_jobs import PictureJob, running_job
-from helpers.page_texts import escape, show_empty_state, warn
+from helpers.page_texts import escape, show_no_runs, warn
 from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, warn_of_cut_prompts
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
@@ -56,9 +56,7 @@ def main() -> None:
     st.title("Playground")
     runs = find_runs()
     if not runs:
-        show_empty_state(
-            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
-        )
+        show_no_runs()
         return
     if "_history" not in st.session_state:
         st.session_state["_history"] = stored_history(runs)
@@ -178,33 +176,29 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             help="Negative prompt: what the picture should not show.",
         )
         one, two = st.columns(2)
-        seed = one.number_input(
+        seed = number(
+            one,
             "Seed",
+            "seed",
             0,
             MAX_SEED,
-            None,
-            key="seed",
-            bind="query-params",
             help="Seed of the noise from which the picture is made. The same seed gives the same picture.",
         )
-        scale = two.number_input(
+        scale = number(
+            two,
             "Guidance scale",
+            "guidance_scale",
             0.0,
             MAX_SCALE,
-            None,
             0.5,
-            "%g",
-            key="guidance_scale",
-            bind="query-params",
             help="Strength with which the picture follows the prompt. A guidance scale of 1 disables guidance.",
         )
-        steps = one.number_input(
+        steps = number(
+            one,
             "Steps",
+            "num_inference_steps",
             1,
             MAX_STEPS,
-            None,
-            key="num_inference_steps",
-            bind="query-params",
             help="Number of denoising steps. The time to draw grows with the number of steps.",
         )
         scheduler = two.selectbox(
@@ -215,28 +209,19 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             key="scheduler",
             bind="query-params",
         )
-        end = one.number_input(
+        end = number(
+            one,
             "Guidance end",
+            "guidance_end",
             0.0,
             1.0,
-            None,
             0.1,
-            "%g",
-            key="guidance_end",
-            bind="query-params",
             help="Share of the steps, from the first step on, that are guided. Unguided denoising steps take half the time.",
         )
-        rescale = two.number_input(
-            "Guidance rescale",
-            0.0,
-            1.0,
-            None,
-            0.1,
-            "%g",
-            key="guidance_rescale",
-            bind="query-params",
+        rescale = number(
+            two, "Guidance rescale", "guidance_rescale", 0.0, 1.0, 0.1,
             help="How far guidance keeps the contrast of an unguided picture. 0.35 to 0.7 prevents glaring colors.",
-        )
+        )  # fmt: skip
     settings = {
         "prompt": clean(prompt),
         "negative_prompt": clean(negative),
@@ -251,6 +236,12 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
     with above:
         show_preset(settings)
     return settings, draw or other
+
+
+def number(column: DeltaGenerator, title: str, key: str, low: Any, high: Any, step: Any = None, *, help: str) -> Any:
+    """Show the widget of a number, and return its value; None if the user emptied it. Floats are shown without zeros."""
+    shown = "%g" if isinstance(low, float) else None
+    return column.number_input(title, low, high, None, step, shown, key=key, bind="query-params", help=help)
 
 
 def clean(text: str | None) -> str:

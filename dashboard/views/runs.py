@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 from helpers.live_trainings import show_trainings
-from helpers.page_texts import show_empty_state, title_row
+from helpers.page_texts import show_no_runs, title_row
 from helpers.page_url import name_choices
 from helpers.run_files import read_or_warn, read_settings, sweep_pictures, sweep_results
 from helpers.run_list import choose_runs, find_runs, step_of
@@ -26,9 +26,7 @@ def main() -> None:
     runs = find_runs("any")
     if not runs:
         st.title("Runs")
-        show_empty_state(
-            "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
-        )
+        show_no_runs()
         return
     states = {name: read_or_warn(run / "run.json") for name, run in runs.items()}
     status = {name: run_status(run, states[name]) for name, run in runs.items()}

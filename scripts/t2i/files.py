@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,27 @@ def read_optional(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file, or {} if the file is missing or holds no object. A damaged file is refused."""
     content = read_json(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
+
+
+def json_lines(file: Path, containing: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in the lines of a file. Other lines are skipped, and a missing file has none.
+
+    Args:
+        containing: text that the wanted lines contain. Other lines are not parsed.
+    """
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # the file does not exist yet, or was deleted after listing
+        return
+    for line in text.split("\n"):
+        if containing not in line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a process died while it wrote this line
+        if isinstance(row, dict):
+            yield row
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from t2i.data.near_duplicates import SIDE, group, thumbnail
 from t2i.data.repairs import CAPTIONS, ID_DIGITS, LEFT_OUT, read_repairs
 from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.errors import UserError
-from t2i.files import read_json
+from t2i.files import json_lines, read_json
 
 MOST_VALUES = 200  # Different values at most of a column that tells kinds of pictures apart.
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -624,15 +624,5 @@ def read_quarantine(file: Path) -> list[dict[str, str]]:
 
     Incomplete lines of `quarantine.jsonl` are skipped. Without a `quarantine.jsonl`, the result is [].
     """
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            found.append({key: auditing.clean_caption(row.get(key)) for key in ("file", "split", "reason")})
-        except (ValueError, AttributeError, RecursionError):
-            continue
-    return found
+    keys = ("file", "split", "reason")
+    return [{key: auditing.clean_caption(row.get(key)) for key in keys} for row in json_lines(file)]

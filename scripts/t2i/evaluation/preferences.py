@@ -4,16 +4,14 @@ The file `<run>/preferences.jsonl` has a line for each answer. It is only append
 pair of pictures replaces the earlier one.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
 from t2i.evaluation.figures import wilson
-from t2i.files import append_jsonl, hash_json
+from t2i.files import append_jsonl, hash_json, json_lines
 from t2i.pictures.cells import PlannedCell
 from t2i.runs import checkpoint_step
 
@@ -97,7 +95,7 @@ def answers(first: PlannedCell, second: PlannedCell) -> dict[tuple[str, int], st
     """
     keys = [_key(_model(first)), _key(_model(second))]
     found = {}
-    for row in _rows(first.run / FILE):
+    for row in json_lines(first.run / FILE):
         try:
             pair = [_key(row["first"]), _key(row["second"])]
             at, preferred = (str(row["prompt"]), int(row["seed"])), str(row["preferred"])
@@ -148,19 +146,3 @@ def _model(planned: PlannedCell) -> dict[str, Any]:
 def _key(model: dict[str, Any]) -> str:
     """Return the identity of a model with settings. The name is left out: a copied or renamed run is the same model."""
     return hash_json({key: value for key, value in model.items() if key != "model"})
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -3,7 +3,6 @@
 This module imports no torch, imports MLflow only to query a server, and writes nothing.
 """
 
-import json
 import math
 import socket
 import sqlite3
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from t2i.errors import UserError
+from t2i.files import json_lines
 from t2i.redaction import redact
 from t2i.tracking.addresses import database_file, resolve_uri, uses_proxy
 from t2i.tracking.mlflow_client import explain, import_mlflow
@@ -155,12 +155,12 @@ def read_folder(run: Path) -> dict[str, Curve]:
     """
     times = {
         (key, record.get("step")): record["time"] / 1000
-        for record in _json_lines(run / SPOOL_FILE, containing='"metrics"')
+        for record in json_lines(run / SPOOL_FILE, containing='"metrics"')
         if record.get("kind") == "metrics" and isinstance(record.get("values"), dict) and _is_number(record.get("time"))
         for key in record["values"]
     }
     columns: dict[str, list[tuple[float, float, float]]] = {}
-    for row in _json_lines(run / "metrics.jsonl"):
+    for row in json_lines(run / "metrics.jsonl"):
         step = row.pop("step", None)
         if not _is_number(step):
             continue
@@ -169,22 +169,6 @@ def read_folder(run: Path) -> dict[str, Curve]:
                 columns.setdefault(key, []).append((step, times.get((key, step), math.nan), value))
     curves = {key: make_curve(*zip(*points, strict=True)) for key, points in columns.items()}
     return {key: curve for key, curve in curves.items() if len(curve)}
-
-
-def _json_lines(file: Path, containing: str = "") -> Iterator[dict[str, Any]]:
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # the file does not exist yet, or was deleted after listing
-        return
-    for line in text.split("\n"):
-        if containing not in line:
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a run died while it wrote this line
-        if isinstance(row, dict):
-            yield row
 
 
 def _is_number(value: Any) -> bool:
