@@ -83,6 +83,16 @@ def _own_main():
     sys.modules["__main__"] = own
 
 
+@pytest.fixture(autouse=True)
+def _own_tracking_server():
+    """Commands that run in the tests' process move a server's user and password into MLflow's variables: undo it."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW")}
+    yield
+    for key in [key for key in os.environ if key.startswith("MLFLOW") and key not in before]:
+        del os.environ[key]
+    os.environ.update(before)
+
+
 def plain_environment(home):
     """Environment of a subprocess: an empty home, no network for the Hub, one thread, tracking beside the test's files."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HF_", "ACCELERATE"))}
