@@ -80,15 +80,16 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
         raise UserError("; ".join(account.missing))
     hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
     repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
-    run = hf_account.find_run(account, repo_id)
+    whole = hf_job.command_hash(command, hashes)
+    run = hf_account.find_run(account, repo_id, whole)
     if run.active and not options.dry_run:
         raise UserError(
             f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
         )
     if run.finished_by and not options.dry_run:
         raise UserError(
-            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, or "
-            "change the command, for example by --run_name"
+            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, "
+            "raise --max_train_steps to extend it, or start another run, for example by --run_name"
         )
     images = options.train_images or (costs.count_images(command.recipe.data) if command.recipe else None)
     estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
@@ -99,7 +100,7 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     plan += [f"MISSING: {sentence}" for sentence in account.missing]
     if options.dry_run:
         hidden = dict.fromkeys(secrets, "[redacted]")
-        request = hf_job.request(config, account.namespace or "NAMESPACE", repo_id, "COMMIT", hidden)
+        request = hf_job.request(config, account.namespace or "NAMESPACE", repo_id, "COMMIT", whole, hidden)
         print(json.dumps(request, indent=2))
         print("\n".join(plan), file=sys.stderr)
         return
@@ -143,8 +144,9 @@ def submit(
     with tempfile.TemporaryDirectory() as name:
         hf_job.stage(Path(name), command, config, inside, repositories, repo_id)
         commit = hf_account.upload_code(Path(name), repo_id)
+    whole = hf_job.command_hash(command, hashes)
     with hf_account.in_words("the Hub does not start the job: ", "; nothing runs and nothing is billed"):
-        return account.api.run_job(**hf_job.request(config, account.namespace, repo_id, commit, secrets))
+        return account.api.run_job(**hf_job.request(config, account.namespace, repo_id, commit, whole, secrets))
 
 
 # --- Jobs ------------------------------------------------------------------------------------------------------------

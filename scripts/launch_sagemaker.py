@@ -49,6 +49,10 @@ def act(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> N
         stop(options.stop, config)
         return
     if options.fetch:
+        if options.wait:
+            session = aws.open_session(config)
+            aws.check_credentials(session)
+            wait(options.fetch, config, session)
         fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
         return
     command = sagemaker_job.read_command(options.command)
@@ -106,7 +110,7 @@ def act(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> N
         f"  fetch: python scripts/launch_sagemaker.py --config_file {options.config_file} --fetch {job}"
     )
     if options.wait:
-        wait(job, config, account)
+        wait(job, config, account.session)
 
 
 def read_options() -> argparse.Namespace:
@@ -319,11 +323,11 @@ def submit(
 # --- Waiting and fetching --------------------------------------------------------------------------------------------
 
 
-def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) -> None:
+def wait(job: str, config: sagemaker_job.SageMakerConfig, session: Any) -> None:
     """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client, logs = account.session.client("sagemaker"), account.session.client("logs")
+    client, logs = session.client("sagemaker"), session.client("logs")
     seen: dict[str, str] = {}
     start, status = time.monotonic(), ""
     try:
@@ -340,13 +344,16 @@ def wait(job: str, config: sagemaker_job.SageMakerConfig, account: aws.Account) 
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         print(
-            f"\n{job} keeps running; stop it with: aws sagemaker stop-training-job --training-job-name {job} --region {config.region}",
+            f"\n{job} keeps running; stop it with --stop {job}, or follow it again with --fetch {job} --wait",
             file=sys.stderr,
         )
         raise SystemExit(130) from None
     except (ClientError, BotoCoreError) as error:
+        if is_unknown(error):
+            raise UserError(f"{job} cannot be followed: {aws_errors.brief(error)}; {check_name(config)}") from None
         raise UserError(
-            f"{job} cannot be followed any more: {aws_errors.explain(error)}; it keeps running, and --fetch brings its result home"
+            f"{job} cannot be followed any more: {aws_errors.explain(error)}; it keeps running, and "
+            f"--fetch {job} --wait follows it again"
         ) from None
     if state["TrainingJobStatus"] != "Completed":
         raise UserError(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
@@ -380,6 +387,17 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
     return lines
 
 
+def is_unknown(error: Exception) -> bool:
+    """Return whether AWS answers that a job, or an object of it, does not exist."""
+    code = getattr(error, "response", {}).get("Error", {}).get("Code")
+    return code in ("ValidationException", "ResourceNotFound", "404", "NoSuchKey", "NoSuchBucket")
+
+
+def check_name(config: sagemaker_job.SageMakerConfig) -> str:
+    """Return the advice for an unknown job."""
+    return f"check its name and the region {config.region} ({config.region_from})"
+
+
 def stop(job: str, config: sagemaker_job.SageMakerConfig) -> None:
     """Ask SageMaker to stop a job. The job saves a checkpoint first."""
     from botocore.exceptions import ClientError
@@ -389,10 +407,9 @@ def stop(job: str, config: sagemaker_job.SageMakerConfig) -> None:
     try:
         session.client("sagemaker").stop_training_job(TrainingJobName=job)
     except ClientError as error:
-        raise UserError(
-            f"{job} cannot be stopped: {aws_errors.explain(error)}; check its name and the region {config.region} "
-            f"({config.region_from})"
-        ) from None
+        if is_unknown(error):
+            raise UserError(f"{job} cannot be stopped: {aws_errors.brief(error)}; {check_name(config)}") from None
+        raise UserError(f"{job} cannot be stopped: {aws_errors.explain(error)}") from None
     print(f"{job} is being stopped; it saves a checkpoint first, and --fetch brings its curves home")
 
 
@@ -407,7 +424,7 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
             state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
             if state["TrainingJobStatus"] not in ENDED:
                 raise UserError(
-                    f"{job} is still running ({state.get('SecondaryStatus', '')}); fetch it when it has ended"
+                    f"{job} is still running ({state.get('SecondaryStatus', '')}); fetch it when it has ended, or add --wait"
                 )
             s3, uri = session.client("s3"), state.get("CheckpointConfig", {}).get("S3Uri")
             if uri:
@@ -416,11 +433,9 @@ def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None
             write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
                        "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip
     except ClientError as error:
-        hint = f"check its name and the region {config.region} ({config.region_from})"
-        codes = ("ValidationException", "ResourceNotFound", "404", "NoSuchKey", "NoSuchBucket")
-        unknown = error.response["Error"]["Code"] in codes
-        raise UserError(f"{job} cannot be fetched: {aws_errors.brief(error) if unknown else aws_errors.explain(error)}"
-                        + (f"; {hint}" if unknown else "")) from None  # fmt: skip
+        if is_unknown(error):
+            raise UserError(f"{job} cannot be fetched: {aws_errors.brief(error)}; {check_name(config)}") from None
+        raise UserError(f"{job} cannot be fetched: {aws_errors.explain(error)}") from None
     except BotoCoreError:  # some of these are OSErrors, too
         raise
     except (OSError, tarfile.TarError) as error:

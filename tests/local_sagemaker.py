@@ -496,7 +496,7 @@ def aws(region: str = "us-east-1") -> Iterator[Cloud]:
     """Give AWS within this process, by moto: S3, IAM, STS and a SageMaker that records training jobs and starts none."""
     import boto3
     from moto import mock_aws
-    from moto.core.responses import ActionResult
+    from moto.core.responses import ActionResult, EmptyResult
     from moto.iam.responses import IamResponse
     from moto.sagemaker.responses import SageMakerResponse
 
@@ -511,6 +511,12 @@ def aws(region: str = "us-east-1") -> Iterator[Cloud]:
         cloud.requests.append(json.loads(response.body))
         return create(response)
 
+    def stop(response: Any) -> EmptyResult:  # moto cannot stop training jobs
+        name = response._get_param("TrainingJobName")
+        response.sagemaker_backend.describe_training_job(name)  # raises moto's error for an unknown job
+        response.sagemaker_backend.training_jobs[name].training_job_status = "Stopping"
+        return EmptyResult()
+
     settings = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
                 "AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": region}  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -520,6 +526,7 @@ def aws(region: str = "us-east-1") -> Iterator[Cloud]:
         stack.enter_context(mock_aws())
         stack.enter_context(mock.patch.object(IamResponse, "simulate_principal_policy", allow, create=True))
         stack.enter_context(mock.patch.object(SageMakerResponse, "create_training_job", take_down))
+        stack.enter_context(mock.patch.object(SageMakerResponse, "stop_training_job", stop, create=True))
         telemetry = "sagemaker.core.telemetry.telemetry_logging._send_telemetry_request"  # moto would not stop it
         stack.enter_context(mock.patch(telemetry))
         session = boto3.Session(region_name=region)

@@ -129,10 +129,15 @@ def pip_settings() -> dict[str, str]:
 
 
 def local_folders(settings: dict[str, str]) -> list[str]:
-    """Return the folders of this machine that pip's settings name, also those of the files that they name."""
+    """Return the folders of this machine that pip's settings name, also those of the files that they name.
+
+    An index in a folder `simple` links to packages in a folder beside it, so the folder above both is returned.
+    """
     words = (word.removeprefix("file://") for value in settings.values() for word in value.split())
     paths = [Path(word) for word in words if word.startswith("/")]
-    return sorted({str(path if path.is_dir() else path.parent) for path in paths if path.exists()})
+    return sorted({
+        str(path if path.is_dir() and path.name != "simple" else path.parent) for path in paths if path.exists()
+    })  # fmt: skip
 
 
 def main() -> None:

@@ -2,12 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 import yaml
+from accelerate import PartialState
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from t2i.config import RECIPES, Recipe, check_unet, check_vae, load_recipe, parse, to_dict
 from t2i.errors import UserError
 
@@ -254,3 +260,18 @@ def test_every_number_of_a_recipe_is_finite(tmp_path, value):
                 shown = f"[{value}]" if item.name == "guidance_scales" else value
                 with pytest.raises(UserError, match=f"{item.name}.* is not usable"):
                     load_recipe(recipe(tmp_path, f"{section.name}: {{{item.name}: {shown}}}\n"))
+
+
+def test_the_yaml_for_a_mac_trains_on_its_gpu_in_float32_in_one_process(monkeypatch):
+    """accelerate's launcher reads the YAML, and accelerate takes the GPU of a Mac as soon as torch says that there is one."""
+    taken = []
+    with mock.patch.object(launch, "simple_launcher", taken.append):
+        words = ["--quiet", "--config_file", str(ROOT / "accelerate_configs/mps.yaml"), "train_unet.py"]
+        launch.launch_command(launch.launch_command_parser().parse_args(words))
+    command, environment = prepare_simple_launcher_cmd_env(*taken)
+    assert command[1:] == ["train_unet.py"]
+    assert (environment["ACCELERATE_USE_CPU"], environment["ACCELERATE_MIXED_PRECISION"]) == ("False", "no")
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")  # accelerate changes it
+    for name in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, name, lambda: True)
+    assert PartialState.default_device.fget(None) == torch.device("mps")

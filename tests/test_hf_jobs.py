@@ -287,7 +287,7 @@ def halt_at_checkpoint(job, step):
 
 
 def test_a_job_is_cut_off_and_the_same_command_goes_on(hub, launcher, tmp_path, command):
-    """The thinnest path through everything real: submit, train, be cut off by the timeout, resume, fetch, draw."""
+    """Through everything real: submit, train, be cut off by the timeout, resume, finish, extend, fetch, draw."""
     if reason := why_not(tmp_path):
         pytest.skip(reason)
     from t2i import models
@@ -325,9 +325,15 @@ def test_a_job_is_cut_off_and_the_same_command_goes_on(hub, launcher, tmp_path, 
         UserError, match=f"{job.id} has finished the run of this command; bring it home with --fetch {job.id}"
     ):
         launcher(*words, **CPU)
+    words[words.index("--max_train_steps") + 1] = 70
+    told += launcher(*words, **CPU)
+    assert "the training resumes there from checkpoint-000060" in told
+    job = hub.jobs[-1]
+    assert job.wait(1200) == "COMPLETED", job.log()[-6000:]
+    assert "the run is extended from 60 to 70 updates at checkpoint-000060" in job.log()
     told += launcher("--fetch", job.id, "--output_dir", tmp_path / "home", **CPU)
     state = json.loads((tmp_path / "home/run.json").read_text())
-    assert (state["status"], state["steps"]) == ("finished", 60)
+    assert (state["status"], state["steps"]) == ("finished", 70)
     assert config.load_recipe(str(tmp_path / "home/config.yaml")).train_unet.run_name == run_name
     command("generate_images.py", "--model", tmp_path / "home", "--prompt", "a red flower", "--num_inference_steps", 2,
             "--output_dir", tmp_path / "pictures", cwd=tmp_path, fork=True)  # fmt: skip
@@ -449,7 +455,7 @@ def test_the_requests_are_these_to_the_byte(hub, launcher, short, monkeypatch):
         "flavor": "t4-small",
         "timeoutSeconds": 21600,
         "attempts": 1,
-        "labels": {"t2i-run": name, "name": "t2i"},
+        "labels": {"t2i-run": name, "t2i-command": "7293bb57d658", "name": "t2i"},
     }  # fmt: skip
     job = hub.jobs[-1].id
     hub.exchanges.clear()

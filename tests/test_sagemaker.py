@@ -632,12 +632,11 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     request = cloud.requests[-1]
     job, logs = request["TrainingJobName"], cloud.session.client("logs")
     settings = sagemaker_job.checked(sagemaker_job.SageMakerConfig, BASE | {"additional_args": {}}, "test")
-    there = aws_account.Account(cloud.session)
     monkeypatch.setattr("time.sleep", mock.Mock(side_effect=KeyboardInterrupt))
     known = backend()
     known.training_jobs[job].training_job_status = "InProgress"
     with pytest.raises(SystemExit) as error:
-        launch_sagemaker.wait(job, settings, there)
+        launch_sagemaker.wait(job, settings, cloud.session)
     assert error.value.code == 130
     assert known.training_jobs[job].training_job_status == "InProgress"
     logs.create_log_group(logGroupName=launch_sagemaker.LOGS)
@@ -655,10 +654,10 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     ]
     assert launch_sagemaker.new_lines(logs, job, seen) == []
     finish_in_moto(request)
-    launch_sagemaker.wait(job, settings, there)
+    launch_sagemaker.wait(job, settings, cloud.session)
     known.training_jobs[job].training_job_status = "Failed"
     with pytest.raises(UserError, match=f"{job} ended as Failed"):
-        launch_sagemaker.wait(job, settings, there)
+        launch_sagemaker.wait(job, settings, cloud.session)
 
 
 def test_an_mlflow_address_with_odd_letters(monkeypatch):
@@ -848,6 +847,32 @@ def test_a_stop_reaches_the_training_whatever_else_is_there(tmp_path):
     told = done.communicate(timeout=20)[0]
     assert done.returncode == 75, told
     assert "interrupted: the checkpoint is saved" in told
+
+
+def test_a_job_is_stopped_followed_and_fetched(tmp_path, launcher, cloud, monkeypatch):
+    launcher("--yes", UNET, "--config", "flowers", base_job_name="stopped")
+    request = cloud.requests[-1]
+    job = request["TrainingJobName"]
+    record = backend().training_jobs[job]
+    record.training_job_status = "InProgress"
+    assert f"{job} is being stopped; it saves a checkpoint first" in launcher("--stop", job)
+    assert record.training_job_status == "Stopping"
+
+    def end(_):
+        finish_in_moto(request)
+        record.training_job_status = "Completed"
+
+    monkeypatch.setattr("time.sleep", end)
+    told = launcher("--fetch", job, "--wait", "--output_dir", tmp_path / "home")
+    assert re.search(r"\] Stopping, .*\n\[0 min\] Completed", told)
+    assert json.loads((tmp_path / "home/sagemaker.json").read_text())["TrainingJobStatus"] == "Completed"
+    for words, verb in ((("--stop", "nobodys-job"), "stopped"), (("--fetch", "nobodys-job", "--wait"), "followed")):
+        with pytest.raises(
+            UserError, match=rf"nobodys-job cannot be {verb}: .*; check its name and the region us-east-1"
+        ):
+            launcher(*words)
+    with pytest.raises(UserError, match="profile"):
+        launcher("--stop", job, profile="nope")
 
 
 def test_fetching_what_there_is(tmp_path, launcher, cloud):

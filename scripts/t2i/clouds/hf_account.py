@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, JobHardware, JobInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from t2i.clouds import costs, launch
-from t2i.clouds.hf_job import LABEL, PRICES, HfJobsConfig
+from t2i.clouds.hf_job import COMMAND_LABEL, LABEL, PRICES, HfJobsConfig
 from t2i.config_types import known_key
 from t2i.errors import UserError
 from t2i.hub import upload
@@ -122,21 +122,24 @@ class Run:
 
     newest: str = ""  # Name of the newest checkpoint.
     active: str = ""  # Job that is at work on the run.
-    finished_by: str = ""  # Job that finished the run.
+    finished_by: str = ""  # Job that finished the run by the same command, as the last job of the run.
 
 
-def find_run(account: Account, repo_id: str) -> Run:
-    """Look up the run that a repository keeps, and its jobs."""
+def find_run(account: Account, repo_id: str, command: str) -> Run:
+    """Look up the run that a repository keeps, and its jobs.
+
+    Args:
+        command: `hf_job.command_hash` of the command that shall run. A longer one extends a finished run.
+    """
     run = Run()
     if not account.missing and account.api.repo_exists(repo_id):
         run.newest = newest_checkpoint(account.api, repo_id)
-        finished = is_finished(account.api, repo_id)
         labels = {LABEL: repo_id.split("/")[1]}
-        for job in account.api.list_jobs(labels=labels, namespace=account.namespace):
-            if _text(job.status.stage) not in ENDED:
-                run.active = job.id
-            elif finished and _text(job.status.stage) == "COMPLETED":
-                run.finished_by = job.id
+        jobs = list(account.api.list_jobs(labels=labels, namespace=account.namespace))
+        run.active = next((job.id for job in jobs if _text(job.status.stage) not in ENDED), "")
+        last = max(jobs, key=lambda job: job.created_at or datetime.min.replace(tzinfo=UTC), default=None)
+        if last and _text(last.status.stage) == "COMPLETED" and (last.labels or {}).get(COMMAND_LABEL) == command:
+            run.finished_by = last.id if is_finished(account.api, repo_id) else ""
     return run
 
 

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator
 from t2i.clouds import launch, staging
 from t2i.clouds.launch import CURVES_AT_HOME, SERVER
 from t2i.clouds.staging import Command, read_mapping
+from t2i.command_line import plain_option, typed_options
 from t2i.config_types import Count, checked, known_key, matching
 from t2i.errors import UserError
 from t2i.files import hash_json, sha256_file, write_json
@@ -27,6 +28,10 @@ PRICES = staging.ROOT / "accelerate_configs" / "hf_jobs_prices.yaml"
 WORK = "/tmp/t2i-job"  # in the container: code/, run/, inputs/, cache/
 SECONDS = "T2I_SECONDS"  # variable of the container: seconds that the job had run when run_hf_job.py started
 LABEL = "t2i-run"  # label of a job that names the repository of its run, without the namespace
+COMMAND_LABEL = (
+    "t2i-command"  # label of a job with the hash of its whole command, which tells an extension from a repetition
+)
+LENGTH = ("max_train_steps", "num_train_epochs", "lr_on_extend")  # options that may change when a run is extended
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -159,14 +164,26 @@ def run_name(command: Command, config: HfJobsConfig, hashes: dict[str, str]) -> 
     """Return the name of the repository that keeps the command's run.
 
     The same script with the same arguments, recipe and inputs has the same repository on every flavor. A later job
-    therefore resumes the run of an earlier one.
+    therefore resumes the run of an earlier one. A raised --max_train_steps keeps the name too, and extends the run.
 
     Args:
         hashes: hash of each input folder by option, from `staging.hash_folder`.
     """
+    words = command.arguments
+    if command.recipe:  # an own script may mean something else by these options
+        words = [word for name, _, typed in typed_options(words) if plain_option(name) not in LENGTH for word in typed]
+    return f"{config.base_job_name}-{_hash(command, words, hashes)}"
+
+
+def command_hash(command: Command, hashes: dict[str, str]) -> str:
+    """Return the hash of a whole command. `hashes` are those of `run_name`."""
+    return _hash(command, command.arguments, hashes)
+
+
+def _hash(command: Command, words: list[str], hashes: dict[str, str]) -> str:
     file = staging.recipe_file(command.arguments)
     recipe = sha256_file(Path(file)) if file else None
-    return f"{config.base_job_name}-{hash_json([command.script, command.arguments, recipe, hashes])[:12]}"
+    return hash_json([command.script, words, recipe, hashes])[:12]
 
 
 def stage(
@@ -196,11 +213,14 @@ def stage(
     )
 
 
-def request(config: HfJobsConfig, namespace: str, repo_id: str, commit: str, secrets: dict[str, str]) -> dict[str, Any]:
+def request(
+    config: HfJobsConfig, namespace: str, repo_id: str, commit: str, command: str, secrets: dict[str, str]
+) -> dict[str, Any]:
     """Return the arguments of `HfApi.run_job` for this job.
 
     Args:
         commit: commit of the repository with the staged code.
+        command: `command_hash` of the job's command.
     """
     name = repo_id.split("/")[1]
     pip = "python3 -m pip install --quiet --disable-pip-version-check"
@@ -225,6 +245,6 @@ def request(config: HfJobsConfig, namespace: str, repo_id: str, commit: str, sec
         "timeout": config.timeout,
         "attempts": config.attempts,
         "name": config.base_job_name,
-        "labels": {LABEL: name},
+        "labels": {LABEL: name, COMMAND_LABEL: command},
         "namespace": namespace,
     }
