@@ -68,13 +68,8 @@ def main() -> None:
     # models
     vae = models.load_vae(recipe.vae.vae, recipe.vae.vae_revision) if recipe.vae.vae else models.build_vae(recipe.vae)
     check_vae(recipe, models.vae_factor(vae))
-    input_hashes = {
-        "dataset_hash": splits.fingerprint,
-        "vae_hash": models.hash_model(vae),
-        **splits.repair_hashes(captions=False),
-    }
-    if perceptual := load_perceptual(config, accelerator):
-        input_hashes["perceptual_hash"] = perceptual.identity
+    perceptual = load_perceptual(config, accelerator)
+    input_hashes = hash_inputs(vae, splits, perceptual)
     batch = loop.global_batch(config, accelerator.num_processes)
     identity = loop.identity(recipe.data, recipe.vae, config, steps=steps, global_batch=batch, **input_hashes)
     run = RunFolder(folder, identity)
@@ -155,6 +150,15 @@ def main() -> None:
     del forward_backward  # This frees the memory of a step.
     finish(run, train_state, recipe, splits, before, steps, tracker, accelerator)
     push(folder, config, accelerator)
+
+
+def hash_inputs(vae: Any, splits: Any, perceptual: Any) -> dict[str, str]:
+    """Return the hashes of everything that the training reads, by name. `perceptual` is None without that term."""
+    from t2i import models
+
+    further = {"perceptual_hash": perceptual.identity} if perceptual else {}
+    hashes = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae), **further}
+    return {**hashes, **splits.repair_hashes(captions=False)}
 
 
 def finish(

@@ -302,7 +302,6 @@ def push_folder(
         raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
     api = _connect(repo_id)
     url = _address(api, repo_id, repo_type) + (f"/tree/{target.revision}" if target.revision else "")
-    unchanged = f"{folder} is unchanged"
     wait, sent, left = FIRST_WAIT_S, False, deadline
     until: float | None = None
     while True:
@@ -329,22 +328,25 @@ def push_folder(
         now = time.monotonic()
         until = until or now + deadline - (silence_s if failure.silence else 0)
         left = until - now
-        if failure.denied:
-            raise HubError(f"{failure.reason}; {_login(repo_id)}; {unchanged}")
-        if not failure.passing:  # the same command would fail in the same way
-            raise HubError(
-                f"the push to {repo_id} failed: {failure.reason}; correct that, then push again; {unchanged}"
-            )
-        if left <= 0 or failure.retry_after > left:
-            raise HubError(
-                f"the push to {repo_id} failed: {failure.reason}; {unchanged}, and the same command repeats the push"
-            )
+        _check_retry(failure, repo_id, left, f"{folder} is unchanged")
         pause = min(max(wait, failure.retry_after), left)
         say(
             f"the push to {repo_id} is interrupted: {failure.reason}; trying again in {pause:.0f} s ({left:.0f} s left)"
         )
         time.sleep(pause)
         wait, left = min(2 * wait, LONGEST_WAIT_S), left - pause
+
+
+def _check_retry(failure: "_Failure", repo_id: str, left: float, unchanged: str) -> None:
+    """Raise `HubError` if a failed push is not tried again in the `left` seconds."""
+    if failure.denied:
+        raise HubError(f"{failure.reason}; {_login(repo_id)}; {unchanged}")
+    if not failure.passing:  # the same command would fail in the same way
+        raise HubError(f"the push to {repo_id} failed: {failure.reason}; correct that, then push again; {unchanged}")
+    if left <= 0 or failure.retry_after > left:
+        raise HubError(
+            f"the push to {repo_id} failed: {failure.reason}; {unchanged}, and the same command repeats the push"
+        )
 
 
 # --- What differs ----------------------------------------------------------------------------------------------------
