@@ -240,7 +240,7 @@ def test_a_log_that_stays_broken_is_told_and_the_job_runs_on(hub, launcher, shor
 
 
 def test_a_longer_command_extends_the_finished_run(hub, launcher, short):
-    """The repository stays, so the training finds its checkpoints there. That the training then extends the run, test_resume.py shows."""
+    """The repository stays, so the training finds its checkpoints there. test_resume.py shows that it then extends the run."""
     short("true")
     launcher("--yes", *CARD, "--max_train_steps", 60)
     first = hub.jobs[-1]

@@ -1,14 +1,12 @@
 """Caches of latents and text embeddings, computed once and addressed by content.
 
 The folder of a cache is named by a hash. The hash covers the model's weights, transform and precision, and the images or
-captions. A stale cache therefore cannot be read by mistake. Arrays are memory-mapped `.npy` files, so memory does not grow
-with the data set. Latents are stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per
-distinct caption, and an image may have several captions.
+captions. A stale cache therefore cannot be read by mistake. All processes that want a cache compute it together
+(`t2i.data.shared_array`). Arrays are memory-mapped `.npy` files, so memory does not grow with the data set. Latents are
+stored unscaled, as the posterior's mean and log-variance. Hidden states are stored once per distinct caption, and an image
+may have several captions.
 """
 
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
-from tqdm import tqdm
 
 from t2i.data.prepared import Selection
+from t2i.data.shared_array import shared_array
 from t2i.errors import UserError
-from t2i.files import hash_json, write_json
+from t2i.files import hash_json
 from t2i.models import encode_captions, vae_factor
 
 NULL_CAPTION = ""  # The empty caption replaces a dropped one. Guidance in the stock pipeline moves away from it.
 FLOAT16_MAX = 65504.0  # Largest number of float16.
 AXES_IMAGES = 1024  # Images whose features give the principal axes of an alignment.
+NETWORK_BATCH = 32  # Images per call of the judge's network and of the alignment's.
 CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 16 images of 64 px.
 
 
@@ -84,17 +82,17 @@ def cache_latents(
     shape = (count, 2 if flip else 1, 2 * vae.config.latent_channels, side, side)
 
     @torch.no_grad()
-    def fill(latents: np.ndarray) -> None:
-        for start in tqdm(range(0, count, batch_size), desc="latents", unit="batch"):
-            images = to_pixels(pixels[start : start + batch_size]).to(vae.device, vae.dtype)
+    def fill(latents: np.ndarray, first: int, stop: int) -> None:
+        for start in range(first, stop, batch_size):
+            images = to_pixels(pixels[start : min(start + batch_size, stop)]).to(vae.device, vae.dtype)
             for mirrored in range(shape[1]):
                 posterior = vae.encode(images.flip(3) if mirrored else images).latent_dist
                 moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
-                latents[start : start + batch_size, mirrored] = moments.float().cpu().numpy()
+                latents[start : start + len(images), mirrored] = moments.float().cpu().numpy()
 
     key = hash_json({"kind": "latents", "shape": shape, **identity})
-    what = f"latents of {count} images"
-    return select(_cached(Path(cache_dir) / "latents" / key, shape, "float32", what, fill, say))
+    what, folder = f"latents of {count} images", Path(cache_dir) / "latents" / key
+    return select(shared_array(folder, shape, "float32", what, fill, batch_size, say))
 
 
 def cache_text(
@@ -130,14 +128,14 @@ def cache_text(
     distinct = list(numbers)
     shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
 
-    def fill(embeddings: np.ndarray) -> None:
-        for start in tqdm(range(0, len(distinct), batch_size), desc="text embeddings", unit="batch"):
-            hidden = encode_captions(text_encoder, tokenizer, distinct[start : start + batch_size])
-            embeddings[start : start + batch_size] = hidden.float().cpu().numpy()
+    def fill(embeddings: np.ndarray, first: int, stop: int) -> None:
+        for start in range(first, stop, batch_size):
+            hidden = encode_captions(text_encoder, tokenizer, distinct[start : min(start + batch_size, stop)])
+            embeddings[start : start + len(hidden)] = hidden.float().cpu().numpy()
 
     key = hash_json({"kind": "text", "captions": hash_json(distinct), **identity})
-    what = f"embeddings of {len(distinct)} distinct captions"
-    embeddings = _cached(Path(cache_dir) / "text" / key, shape, "float16", what, fill, say)
+    what, folder = f"embeddings of {len(distinct)} distinct captions", Path(cache_dir) / "text" / key
+    embeddings = shared_array(folder, shape, "float16", what, fill, batch_size, say)
     return TextCache(embeddings, np.array(rows, np.int64), np.array(counts, np.int64))
 
 
@@ -163,14 +161,15 @@ def cache_features(
         pixels = pixels.array
     shape = (len(rows), network.features(pixels[rows[:1]]).shape[1])
 
-    def fill(features: np.ndarray) -> None:
-        for start in tqdm(range(0, len(rows), 32), desc="features", unit="batch"):
-            features[start : start + 32] = network.features(pixels[rows[start : start + 32]]).numpy()
+    def fill(features: np.ndarray, first: int, stop: int) -> None:
+        for start in range(first, stop, NETWORK_BATCH):
+            end = min(start + NETWORK_BATCH, stop)
+            features[start:end] = network.features(pixels[rows[start:end]]).numpy()
 
     identity = {"images": fingerprint, "rows": hash_json(rows.tolist()), "network": network.identity()}
     key = hash_json({"kind": "features", "shape": shape, **identity})
-    what = f"features of {len(rows)} images"
-    return torch.from_numpy(np.array(_cached(Path(cache_dir) / "features" / key, shape, "float32", what, fill, say)))
+    what, folder = f"features of {len(rows)} images", Path(cache_dir) / "features" / key
+    return torch.from_numpy(np.array(shared_array(folder, shape, "float32", what, fill, NETWORK_BATCH, say)))
 
 
 def cache_alignment(
@@ -203,22 +202,30 @@ def cache_alignment(
     features = network.maps(np.array(pixels[:1])).shape[1]
     shape = (count, 2 if flip else 1, min(network.channels, features), side, side)
 
-    def fill(targets: np.ndarray) -> None:
+    def fill_axes(axes: np.ndarray, *_: int) -> None:  # in one range
         sample = np.linspace(0, count - 1, min(count, AXES_IMAGES)).round().astype(int)
-        batches = (np.array(pixels[sample[i : i + 32]]) for i in range(0, len(sample), 32))
-        mean, axes = _principal_axes((network.maps(batch) for batch in batches), shape[2])
-        for start in tqdm(range(0, count, 32), desc="alignment", unit="batch"):
-            images = np.array(pixels[start : start + 32])
+        batches = (np.array(pixels[sample[i : i + NETWORK_BATCH]]) for i in range(0, len(sample), NETWORK_BATCH))
+        mean, columns = _principal_axes((network.maps(batch) for batch in batches), shape[2])
+        axes[0], axes[1:] = mean, columns.T
+
+    def fill(targets: np.ndarray, first: int, stop: int) -> None:
+        for start in range(first, stop, NETWORK_BATCH):
+            images = np.array(pixels[start : min(start + NETWORK_BATCH, stop)])
             for mirrored in range(shape[1]):
                 maps = network.maps(images[:, :, ::-1].copy() if mirrored else images).permute(0, 2, 3, 1)
                 rotated = ((maps - mean) @ axes).permute(0, 3, 1, 2)
                 if not rotated.isfinite().all():
                     raise UserError(f"alignment_network {network.source} gives non-finite features; take another one")
-                targets[start : start + 32, mirrored] = rotated.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy()
+                targets[start : start + len(images), mirrored] = rotated.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy()
 
     key = hash_json({"kind": "alignment", "shape": shape, **identity, "network": network.identity()})
-    what = f"alignment of {count} images"
-    return select(_cached(Path(cache_dir) / "alignment" / key, shape, "float16", what, fill, say))
+    what, folder = f"alignment of {count} images", Path(cache_dir) / "alignment" / key
+    mean, axes = torch.zeros(()), torch.zeros(())
+    if not folder.is_dir():
+        axes_folder, rows = folder.with_name(f"{key}-axes"), 1 + shape[2]  # the mean, then the axes
+        stored = shared_array(axes_folder, (rows, features), "float32", f"axes of the {what}", fill_axes, rows, say)
+        mean, axes = torch.from_numpy(np.array(stored[0])), torch.from_numpy(np.array(stored[1:]).T.copy())
+    return select(shared_array(folder, shape, "float16", what, fill, NETWORK_BATCH, say))
 
 
 def _stored(
@@ -263,42 +270,3 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 def to_images(pixels: torch.Tensor) -> np.ndarray:
     """Convert pixels, float [B, 3, R, R] in [-1, 1], to images, uint8 [B, R, R, 3]."""
     return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _cached(
-    folder: Path,
-    shape: tuple[int, ...],
-    dtype: str,
-    what: str,
-    fill: Callable[[np.ndarray], None],
-    say: Callable[[str], None],
-) -> np.ndarray:
-    """Return the array that is cached in `folder`. If it is missing, `fill` computes it first.
-
-    One process per machine computes the array, and the other processes wait for the lock.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            say(f"reusing {what} in {folder}")
-        else:
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            free = shutil.disk_usage(folder.parent).free
-            if size > free:
-                raise UserError(
-                    f"{what} need {size / 1e6:.0f} MB in {folder.parent}, which has {free / 1e6:.0f} MB free; "
-                    "give another --cache_dir"
-                )
-            say(f"computing {what}: {size / 1e6:.1f} MB in {folder}")
-            part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
-            part.mkdir()
-            try:
-                array = np.lib.format.open_memmap(part / "array.npy", mode="w+", dtype=dtype, shape=shape)
-                fill(array)
-                array.flush()
-                del array
-                write_json(part / "cache.json", {"what": what, "shape": shape})
-                os.replace(part, folder)  # The folder appears complete or not at all.
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    return np.load(folder / "array.npy", mmap_mode="r", allow_pickle=False)
