@@ -83,7 +83,7 @@ def test_a_killed_process_loses_only_the_range_it_was_in(tmp_path):
     found = compute(tmp_path / "key", 10, fill, say=said.append)
     assert seen == [3, 4, 5, 6, 7, 8, 9]
     np.testing.assert_array_equal(found[:, 1], np.arange(10))
-    assert said == [f"resuming numbers in {tmp_path / '.key.part'}"]
+    assert said == [f"computing numbers, which another process began, in {tmp_path}"]
 
 
 def test_a_failing_computation_ends_with_its_error_and_the_next_one_resumes(tmp_path):

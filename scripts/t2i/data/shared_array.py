@@ -81,7 +81,9 @@ def _compute(
         while not folder.is_dir():
             try:
                 pending = _pending(part, len(ranges), folder)
-                bar.update(shape[0] - sum(ranges[number][1] - ranges[number][0] for number in pending) - bar.n)
+                done = shape[0] - sum(ranges[number][1] - ranges[number][0] for number in pending)
+                if done > bar.n:
+                    bar.update(done - bar.n)
                 if not pending:
                     _finish(part, locks, folder, what, shape)
                 elif not _compute_one(pending, ranges, part, locks, folder, fill):
@@ -108,7 +110,7 @@ def _begin(part: Path, locks: Path, shape: tuple[int, ...], dtype: str, what: st
     """Create the files of an array without rows, unless a process has done so. The caller holds the lock of the folder."""
     locks.mkdir(exist_ok=True)
     if (part / "array.npy").is_file():
-        say(f"resuming {what} in {part}")
+        say(f"computing {what}, which another process began, in {part.parent}")
         return
     shutil.rmtree(part, ignore_errors=True)  # A process was killed here.
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
