@@ -1,6 +1,7 @@
 """The commands that users type, on models built here: training, resuming, drawing, evaluating, whole recipes, mistakes."""
 
 import json
+import re
 import shutil
 import sys
 from itertools import pairwise
@@ -42,6 +43,12 @@ def test_training_leaves_what_it_promises(workspace):
     assert len(list((workspace / "unet/samples").glob("step-*.png"))) == 2
     assert yaml.safe_load((workspace / "unet/config.yaml").read_text())["unet"]["unet_channels"] == [16, 32]
     assert not [path for path in workspace.rglob("*") if path.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]
+
+
+def test_the_terminal_shows_only_what_the_suite_says(workspace):
+    """Saving a model imports DeepSpeed, which warned of a missing GPU on standard output."""
+    for name in ("vae.log", "unet.log"):
+        assert not re.search(r"\bINFO\b|\[WARNING\]|real_accelerator", (workspace / name).read_text())
 
 
 def test_a_finished_run_is_reused_and_another_refused(workspace, command):

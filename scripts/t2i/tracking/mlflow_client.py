@@ -47,12 +47,11 @@ def say(text: str) -> None:
     tqdm.write(redact(text), file=sys.stderr)
 
 
-def import_mlflow() -> Any:
-    """Import MLflow so that it prints little and gives up on a dead server at once.
+def set_variables() -> None:
+    """Set MLflow's variables so that it prints little and gives up on a dead server at once.
 
-    The user's own settings of MLflow stay in effect.
-
-    MLflow's own retries are not needed, because the sender of the spool retries.
+    The user's own settings of MLflow stay in effect. MLflow's own retries are not needed, because the sender of the spool
+    retries. MLflow reads some variables at its import, which DeepSpeed may cause.
     """
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -62,6 +61,11 @@ def import_mlflow() -> Any:
         "MLFLOW_LOGGING_LEVEL": "ERROR",  # otherwise it prints a line for each of 60 database migrations
     }.items():
         os.environ.setdefault(name, value)
+
+
+def import_mlflow() -> Any:
+    """Import MLflow after `set_variables`."""
+    set_variables()
     import mlflow
 
     return mlflow

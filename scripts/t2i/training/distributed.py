@@ -14,6 +14,7 @@ from t2i.command_line import option
 from t2i.config import TrainConfig, TrainUnetConfig, check_optimizer
 from t2i.errors import UserError
 from t2i.machine import find_launcher
+from t2i.tracking import mlflow_client
 
 PRECISIONS = ("no", "bf16", "fp16")  # The suite trains in these precisions.
 # Number of gradients reduced at once: 100 MB in fp16. DeepSpeed's default takes 1 GB of a 16 GB card.
@@ -30,9 +31,14 @@ def quiet_libraries() -> None:
     # This hides a note about image processors without torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    mlflow_client.set_variables()
     import diffusers.utils.logging
+    import torch
     import transformers.utils.logging
 
+    if not torch.accelerator.is_available():
+        # Otherwise DeepSpeed, which saving a model imports, warns on each terminal that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Loading a model takes a second at most and needs no progress bar.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
