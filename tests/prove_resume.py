@@ -70,8 +70,8 @@ def prove(
     """Run the proof of one mode in `folder` and return a summary. Raises AssertionError for any difference.
 
     Args:
-        run_whole: runs the undisturbed training, by its output folder and the arguments of train_unet.py. None: the launcher
-            does.
+        run_whole: runs a training to its end, by its output folder and the arguments of train_unet.py. It runs the undisturbed
+            training, and the end of a disturbed one after the last kill. With None, the launcher does.
     """
     chance, workers = random.Random(f"{mode} {seed}"), 1 if mode in ALONE else 2
     whole, disturbed = folder / f"{mode}-undisturbed", folder / f"{mode}-disturbed"
@@ -89,6 +89,9 @@ def prove(
     while done < kills:
         shutil.rmtree(disturbed, ignore_errors=True)
         while True:
+            if run_whole and done >= kills:
+                run_whole(disturbed, arguments(disturbed, mode))
+                break
             logged = log_size(disturbed)
             (process, mark), last, early = start(folder, disturbed, mode), done >= kills, done % 6 == 5
             if last or (not early and not wait_for_step(disturbed, process, logged)):

@@ -544,7 +544,7 @@ def test_killed_in_mid_epoch_and_mid_accumulation_goes_on_bit_for_bit(workspace,
     """A sample of `make prove-resume` on two processes: epochs end within the run, accumulation 2, SIGKILL to all at once."""
     (workspace / "recipe.yaml").write_text(prove_resume.SETTINGS)
 
-    def run_whole(folder, arguments):  # what is not disturbed needs no launcher
+    def run_whole(folder, arguments):  # a training that is not killed needs no launcher
         ranks("train_unet.py", *arguments, cwd=workspace, env={"ACCELERATE_USE_CPU": "true"})
 
     print(prove_resume.prove(workspace, "two", kills=1, seed=os.getpid(), run_whole=run_whole))
