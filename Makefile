@@ -36,7 +36,7 @@ SCRIPT ?= scripts/train_unet.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test train export publish named space space-named dashboard screenshots style bench prove-captions prove-resume \
-        prove-container prove-space load-dashboard sagemaker-train sagemaker-rehearse hf-train jobs train-inputs clean-caches lock
+        prove-container prove-space load-dashboard sagemaker-train sagemaker-rehearse hf-train jobs train-config train-inputs clean-caches lock
 
 demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
@@ -51,36 +51,41 @@ SUBMIT = $(if $(call yes,$(DRY_RUN)),--dry_run) $(if $(call yes,$(YES)),--yes) $
 # Without ARGS, the demo's training runs, on its drawings and its autoencoder.
 DEMO := outputs/demo
 TRAINS = $(patsubst train_%,%,$(basename $(notdir $(SCRIPT))))
-AWAY = $(filter sagemaker% hf_jobs%,$(notdir $(CONFIG)))
+# What CONFIG's compute_environment says: AMAZON_SAGEMAKER, HF_JOBS, LOCAL_MACHINE, or nothing.
+KIND = $(shell sed -nE "s/^compute_environment *: *[\"']?([A-Za-z_]+).*/\1/p" "$(CONFIG)" 2>/dev/null)
+AWAY = $(filter AMAZON_SAGEMAKER HF_JOBS,$(KIND))
+# CONFIG of sagemaker-train and hf-train: their own YAML, unless the command or the shell names one.
+own_config = $(if $(filter file,$(origin CONFIG)),accelerate_configs/$(1).yaml,$(CONFIG))
 ifndef ARGS
 train: $(if $(AWAY),,train-inputs)
 train: ARGS = --config $(if $(AWAY),flowers,demo --dataset $(DEMO)/dataset \
               $(if $(filter unet,$(TRAINS)),--vae $(DEMO)/vae) --output_dir outputs/train/$(TRAINS))
 endif
-train-inputs: $(READY)
+train-inputs: $(READY) train-config
 	@[ -f $(DEMO)/dataset/README.md ] || { set -x; $(BIN)/python scripts/make_flowers.py --output_dir $(DEMO)/dataset --size 64; }
 	@[ "$(TRAINS)" != unet ] || [ -f $(DEMO)/vae/vae/config.json ] || { set -x; \
 	  $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml scripts/train_vae.py --config demo \
 	    --dataset $(DEMO)/dataset --output_dir $(DEMO)/vae; }
 
-train: $(READY)
-	@if grep -qsE "^compute_environment: *[\"']?AMAZON_SAGEMAKER" $(CONFIG); then \
-	  set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
-	elif grep -qsE "^compute_environment: *[\"']?HF_JOBS" $(CONFIG); then \
-	  set -x; $(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS); \
-	else \
-	  set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS); \
-	fi
+train-config:
+	@[ -f "$(CONFIG)" ] || { echo "error: CONFIG=$(CONFIG) does not exist; take a YAML of accelerate_configs/, or a copy" >&2; exit 2; }
+	@case "$(KIND)" in AMAZON_SAGEMAKER|HF_JOBS|LOCAL_MACHINE|"") ;; *) \
+	  echo "error: $(CONFIG): compute_environment is $(KIND); write LOCAL_MACHINE, AMAZON_SAGEMAKER or HF_JOBS" >&2; exit 2 ;; esac
+
+train: $(READY) train-config
+	@case "$(KIND)" in \
+	  AMAZON_SAGEMAKER) set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS) ;; \
+	  HF_JOBS) set -x; $(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS) ;; \
+	  *) set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS) ;; \
+	esac
 
 sagemaker-train: ARGS ?= --config flowers
-sagemaker-train: CONFIG = accelerate_configs/sagemaker.yaml
 sagemaker-train: $(READY)
-	$(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS)
+	$(BIN)/python scripts/launch_sagemaker.py --config_file $(call own_config,sagemaker) $(SUBMIT) $(SCRIPT) $(ARGS)
 
 hf-train: ARGS ?= --config flowers
-hf-train: CONFIG = accelerate_configs/hf_jobs.yaml
 hf-train: $(READY)
-	$(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS)
+	$(BIN)/python scripts/launch_hf_job.py --config_file $(call own_config,hf_jobs) $(SUBMIT) $(SCRIPT) $(ARGS)
 
 jobs: $(READY)
 	$(BIN)/python scripts/list_jobs.py $(ARGS)

@@ -12,6 +12,7 @@ huggingface_hub is imported in functions, because importing it takes a second, w
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -23,13 +24,14 @@ from t2i.errors import UserError, run_main
 from t2i.files import write_json
 
 if TYPE_CHECKING:
-    from t2i.clouds.hf_account import Account
+    from t2i.clouds.hf_account import Account, Run
 
 CONFIGS = staging.ROOT / "accelerate_configs"
 
 
 def main() -> None:
     options = read_options()
+    launch.check_options(options)
     config = hf_job.read_config(Path(options.config_file))
     from t2i.clouds import hf_account
 
@@ -40,7 +42,7 @@ def main() -> None:
         elif options.fetch:
             if options.wait:
                 wait(options.fetch, account)
-            fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), account)
+            fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), account)
         else:
             plan_and_submit(options, config, account)
 
@@ -63,13 +65,16 @@ def read_options() -> argparse.Namespace:
 def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, account: "Account") -> None:
     """Check the command, show the plan, ask, and submit the job."""
     from t2i.clouds import hf_account
+    from t2i.training.distributed import quiet_libraries
 
+    hf_job.check_secrets(config, Path(options.config_file))
+    hf_account.ask_hardware(account)
+    hf_account.check_flavor(config, account)
     command = staging.read_command(options.command, hf_job.CLOUD)
     prices = costs.read_prices(hf_job.PRICES)
     hf_account.renew_prices(prices, account)
-    machine = prices.instances.get(config.flavor)
-    gpus = machine.gpus if machine else None
-    inside = Path(options.inside) if options.inside else hf_job.default_inside(gpus)
+    gpus = hf_account.count_gpus(config.flavor, prices, account)
+    inside = Path(options.inside) if options.inside else hf_job.default_inside(config.flavor, gpus)
     inner = staging.read_inside(inside)
     hf_job.check_precision(config, inside, inner, 1 if gpus is None else gpus)
     if command.script == "train_unet.py":
@@ -81,18 +86,12 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
     repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
     whole = hf_job.command_hash(command, hashes)
-    run = hf_account.find_run(account, repo_id, whole)
-    if run.active and not options.dry_run:
-        raise UserError(
-            f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
-        )
-    if run.finished_by and not options.dry_run:
-        raise UserError(
-            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, "
-            "raise --max_train_steps to extend it, or start another run, for example by --run_name"
-        )
     images = options.train_images or (costs.count_images(command.recipe.data) if command.recipe else None)
+    quiet_libraries()  # counting a UNet's weights imports torch and transformers
     estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
+    run = hf_account.find_run(account, repo_id, whole)
+    if not options.dry_run:
+        check_run(run, estimate)
     secrets = hf_job.secrets_here(config, account.token)
     plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
     plan += costs.report(estimate, command, config, prices)
@@ -106,11 +105,39 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
         return
     print("\n".join(plan))
     launch.confirm(options.yes)
+    check_run(hf_account.find_run(account, repo_id, whole), estimate)  # meanwhile, another launch may have been faster
     job = submit(command, config, account, inside, inputs, hashes, repo_id, secrets)
-    own = f"python scripts/launch_hf_job.py --config_file {options.config_file}"
+    own = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(options.config_file))}"
     print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
     if options.wait:
         wait(job.id, account)
+
+
+def check_run(run: "Run", estimate: costs.Estimate) -> None:
+    """Raise `UserError` if the run of the command's repository is at work, has finished, or cannot be resumed by this command."""
+    if run.active:
+        raise UserError(
+            f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
+        )
+    if run.finished_by:
+        raise UserError(
+            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, "
+            "raise --max_train_steps to extend it, or start another run, for example by --run_name"
+        )
+    for name, there, now, fix in (
+        ("is shorter: updates", run.steps, estimate.updates, "raise --max_train_steps"),
+        (
+            "makes other batches: samples per update",
+            run.global_batch,
+            estimate.global_batch,
+            "choose a flavor with as many GPUs",
+        ),
+    ):
+        if there and now and (now < there if "shorter" in name else now != there):
+            raise UserError(
+                f"the command has a run already, and {name} {there} there, {now} now; {fix}, or start another run, for example "
+                "by --run_name"
+            )
 
 
 def notes(
@@ -123,7 +150,7 @@ def notes(
         f"the run is kept in the private repository {repo_id}",
         f"the training resumes there from {newest}" if newest else "the training starts anew, since no run is there",
         f"{save:g} min before the timeout the training saves a checkpoint and ends; the same command resumes from it",
-        f"{', '.join(secrets)} go to the job as secrets of the Hub",
+        f"the job gets these secrets: {', '.join(secrets)}",
     ]
     if command.recipe is None:
         texts.append(
@@ -174,7 +201,14 @@ def wait(job_id: str, account: "Account") -> None:
 
 def stop(job_id: str, account: "Account") -> None:
     """Cancel a job. Its checkpoints stay in its repository."""
+    from t2i.clouds import hf_account
+
     account.require()
+    job = account.api.inspect_job(job_id=job_id, namespace=account.namespace)
+    if not hf_account.repository_of(job):
+        raise UserError(f"{job_id} was not submitted by this suite; stop a job that `make jobs` lists")
+    if job.status.stage in hf_account.ENDED:
+        raise UserError(f"{job_id} has ended already ({job.status.stage}); nothing is left to stop")
     account.api.cancel_job(job_id=job_id, namespace=account.namespace)
     print(f"{job_id} is cancelled; checkpoints in its repository are kept, and the same command resumes from them")
 
@@ -193,6 +227,8 @@ def fetch(job_id: str, folder: Path, account: "Account") -> None:
             raise UserError(f"{job_id} was not submitted by this suite; fetch a job that `make jobs` lists")
         if job.status.stage not in hf_account.ENDED:
             raise UserError(f"{job_id} is still running; fetch it when it has ended, or add --wait")
+        if not account.api.repo_exists(repo_id):
+            raise UserError(f"the repository {repo_id} of {job_id} no longer exists, so nothing of its run is left")
         files = [name for name in account.api.list_repo_files(repo_id) if name.startswith("run/")]
         wanted = [name for name in files if launch.is_result(name.removeprefix("run/"))]
         with tempfile.TemporaryDirectory(dir=part.parent) as scratch:

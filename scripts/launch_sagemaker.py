@@ -14,6 +14,7 @@ AWS's packages.
 import argparse
 import json
 import os
+import shlex
 import sys
 import tarfile
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from t2i.clouds import aws_account as aws
-from t2i.clouds import aws_errors, costs, launch, sagemaker_job
+from t2i.clouds import aws_errors, costs, launch, sagemaker_job, staging
 from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
 from t2i.config import check_optimizer
 from t2i.errors import UserError, run_main
@@ -37,6 +38,7 @@ ENDED = ("Completed", "Failed", "Stopped")
 
 def main() -> None:
     options = read_options()
+    launch.check_options(options)
     config = sagemaker_job.read_config(Path(options.config_file))
     aws.find_region(config)
     with aws_errors.in_words():  # errors that have no sentence of their own
@@ -53,7 +55,7 @@ def act(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> N
             session = aws.open_session(config)
             aws.check_credentials(session)
             wait(options.fetch, config, session)
-        fetch(options.fetch, Path(options.output_dir or f"outputs/{options.fetch}"), config)
+        fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), config)
         return
     command = sagemaker_job.read_command(options.command)
     inside = Path(options.inside)
@@ -103,11 +105,12 @@ def act(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> N
         channels = aws.upload(inputs, files, hashes, account)
         secret = aws.store_secret(config, secrets, account)
         job = submit(config, account, source, channels, secret)
+    file = shlex.quote(str(options.config_file))
     print(
         f"submitted {job}\n"
         f"  state: aws sagemaker describe-training-job --training-job-name {job} --region {config.region}\n"
-        f"  stop:  python scripts/launch_sagemaker.py --config_file {options.config_file} --stop {job}\n"
-        f"  fetch: python scripts/launch_sagemaker.py --config_file {options.config_file} --fetch {job}"
+        f"  stop:  python scripts/launch_sagemaker.py --config_file {file} --stop {job}\n"
+        f"  fetch: python scripts/launch_sagemaker.py --config_file {file} --fetch {job}"
     )
     if options.wait:
         wait(job, config, account.session)
@@ -404,8 +407,12 @@ def stop(job: str, config: sagemaker_job.SageMakerConfig) -> None:
 
     session = aws.open_session(config)
     aws.check_credentials(session)
+    client = session.client("sagemaker")
     try:
-        session.client("sagemaker").stop_training_job(TrainingJobName=job)
+        status = client.describe_training_job(TrainingJobName=job)["TrainingJobStatus"]
+        if status in ENDED:
+            raise UserError(f"{job} has ended already ({status}); nothing is left to stop")
+        client.stop_training_job(TrainingJobName=job)
     except ClientError as error:
         if is_unknown(error):
             raise UserError(f"{job} cannot be stopped: {aws_errors.brief(error)}; {check_name(config)}") from None

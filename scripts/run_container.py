@@ -39,7 +39,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 127
-    if training.stopped and code:
+    if training.has_saved and code:
         print("stopped: the checkpoint is saved, and the same command resumes from it", flush=True)
         return EXIT_STOPPED
     return code if code >= 0 else 128 - code

@@ -102,8 +102,14 @@ def finish(training: Training, mirror: Mirror, code: int, deadline: float) -> in
     except (UserError, OSError) as error:
         say(f"error: the run is not in {mirror.repo_id}: {error}")
         return 1
-    if training.stopped and code:
-        say(f"stopped at {mirror.newest() or 'no checkpoint'}, which is in {mirror.repo_id}; the same command resumes")
+    if training.has_saved and code:
+        newest = mirror.newest()
+        at = (
+            f"at {newest}, which is in {mirror.repo_id}; the same command resumes"
+            if newest
+            else "before the first checkpoint; the same command starts anew"
+        )
+        say(f"stopped {at}")
         return EXIT_STOPPED
     if code:
         say(f"error: {training.error or f'the training ended with code {code}; its log gives the reason'}")

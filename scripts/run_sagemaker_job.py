@@ -107,7 +107,7 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
     """Run the training, and copy the model to the folder that SageMaker uploads. Return the container's exit code."""
     training = Training(words, ROOT, environment, script)
     code = training.run()
-    if training.stopped and code:
+    if training.has_saved and code:
         print(
             "interrupted: the checkpoint is saved; SageMaker resumes from it, or a new job with its checkpoint_s3_uri",
             flush=True,

@@ -38,7 +38,8 @@ WORK = "/tmp/t2i-job"  # of t2i.clouds.hf_job
 GRACE_S = 20.0  # from SIGTERM to SIGKILL of a cancelled job
 ENDED = ("COMPLETED", "CANCELED", "ERROR")
 # micro-dollars per minute
-HARDWARE = {"cpu-basic": 167, "t4-small": 6667, "l4x1": 13333, "a10g-small": 16667, "a100-large": 41667, "h200": 83333}
+HARDWARE = {"cpu-basic": 167, "cpu-performance": 31667, "t4-small": 6667, "l4x1": 13333, "l4x4": 63333, "a10g-small": 16667,
+            "a100-large": 41667, "h200": 83333}  # fmt: skip
 JOB_ROUTES = [
     ("GET", r"/api/jobs/hardware", "hardware"),
     ("GET", r"/api/jobs/(?P<namespace>[^/]+)", "list_jobs"),
@@ -233,8 +234,10 @@ class JobsHandler(Handler):
         raise Refusal(404, "Job not found")
 
     def hardware(self) -> tuple[int, Any, dict[str, str]]:
-        fields = {"cpu": "4 vCPU", "ram": "15 GB", "accelerator": None, "unitLabel": "minute"}
-        return 200, [{"name": name, "prettyName": name, "unitCostMicroUSD": micro, "unitCostUSD": micro / 1e6, **fields}
+        fields = {"cpu": "4 vCPU", "ram": "15 GB", "unitLabel": "minute"}
+        gpu = {"type": "gpu", "model": "GPU", "vram": "16 GB", "manufacturer": "Nvidia"}
+        return 200, [{"name": name, "prettyName": name, "unitCostMicroUSD": micro, "unitCostUSD": micro / 1e6, **fields,
+                      "accelerator": None if name.startswith("cpu") else gpu | {"quantity": "4" if name.endswith("x4") else "1"}}
                      for name, micro in HARDWARE.items()], {}  # fmt: skip
 
     def list_jobs(self, namespace: str) -> tuple[int, Any, dict[str, str]]:

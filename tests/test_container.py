@@ -1,7 +1,9 @@
 """The Dockerfile: its steps one by one in a fresh root folder, and a container of it that is stopped."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -66,6 +68,11 @@ def test_the_image_holds_the_code_and_no_secret(image, tmp_path):
         "hf_token",
         ".git/config",
         "scripts/t2i/__pycache__/a.pyc",
+        "scripts/hf_token.txt",
+        "scripts/mlflow.db",
+        "scripts/prod.env",
+        "scripts/outputs/run/config.yaml",
+        "scripts/photos/1.jpg",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("canary")
@@ -114,6 +121,54 @@ def test_a_stopped_container_saves_and_ends_with_75(image, tmp_path):
     assert (told["user"], told["arguments"], told["revision"]) == (10001, ["a  b"], "0123456789abcdef\n")
     assert "wrote" not in told
     assert told["environment"]["HF_HOME"] == "/suite/.cache/huggingface"
+
+
+STARTS_LATE = """
+import subprocess, sys, time
+time.sleep(1)
+sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+"""
+SAVES = """
+import signal, sys, time
+def save(number, frame):
+    print("error: no space left" if sys.argv[1:] else "saved", flush=True)
+    sys.exit(2 if sys.argv[1:] else 75)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def run_until(word, words, folder):
+    """Start run_container.py with a stand-in for accelerate, send SIGTERM at a line of its log, and return code and log."""
+    launcher = folder / "accelerate"
+    launcher.write_text(f"#!{sys.executable}\nprint('launcher', flush=True)\n{STARTS_LATE}")
+    launcher.chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    entry = [sys.executable, "-u", str(ROOT / "scripts/run_container.py"), "accelerate", *words]
+    process = subprocess.Popen(entry, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line == f"{word}\n":
+            process.terminate()
+    return process.wait(), "".join(lines)
+
+
+def test_a_stop_before_the_training_has_started_reaches_it(tmp_path):
+    """`docker stop` in the first seconds must not be lost. The training may not handle the signal yet: nothing is lost then."""
+    (tmp_path / "train.py").write_text(SAVES)
+    code, log = run_until("launcher", [str(tmp_path / "train.py")], tmp_path)
+    assert code == 75, log
+    assert "the same command resumes" in log
+
+
+def test_a_save_that_fails_is_no_saved_checkpoint(tmp_path):
+    (tmp_path / "train.py").write_text(SAVES)
+    code, log = run_until("ready", [str(tmp_path / "train.py"), "full"], tmp_path)
+    assert code == 2, log
+    assert "error: no space left" in log
+    assert "resumes" not in log
 
 
 def test_other_commands_run_as_typed(image):

@@ -97,7 +97,12 @@ def short(hub, tmp_path, monkeypatch):
         ({"attempts": 0}, "attempts = 0"),
         ({"environment": {"HF_TOKEN": "x"}}, "holds a credential in HF_TOKEN"),
         ({"environment": {"MLFLOW_TRACKING_URI": "http://localhost:5000"}}, "the job's own machine"),
-        ({"secrets": ["T2I_NO_SUCH_VARIABLE"]}, "which this shell does not set"),
+        ({"compute_environment": "hf_jobs"}, "compute_environment is hf_jobs, not HF_JOBS; write HF_JOBS"),
+        ({"timeout": "12:00"}, "timeout = '12:00' is not usable"),
+        ({"environment": {"WANDB_KEY": "0123456789abcdef"}}, "holds a credential in WANDB_KEY"),
+        ({"environment": {"A B": "1"}}, "holds 'A B', which is no name of a variable"),
+        ({"environment": {"A": None}}, "environment.A = None is not usable: it is empty"),
+        ({"environment": {"A": "1"}, "secrets": ["A"]}, "A stands in secrets and in environment"),
     ],
 )
 def test_a_wrong_yaml_is_refused_in_one_sentence(changes, words, tmp_path):
@@ -108,8 +113,125 @@ def test_a_wrong_yaml_is_refused_in_one_sentence(changes, words, tmp_path):
     assert "jobs.yaml" in str(told.value)
 
 
+def test_values_of_the_environment_arrive_as_written_and_secrets_are_not_shown(tmp_path):
+    file = tmp_path / "jobs.yaml"
+    text = (ROOT / "accelerate_configs/hf_jobs.yaml").read_text()
+    file.write_text(text + "environment: {A: 010, B: yes, C: 12:30:00, D: 1.50}\n")
+    assert hf_job.read_config(file).environment == {"A": "010", "B": "yes", "C": "12:30:00", "D": "1.50"}
+    file.write_text(text + "secrets: {WANDB_API_KEY: 0123456789abcdef}\n")
+    with pytest.raises(UserError, match=r"secrets = .*\[redacted\]") as told:
+        hf_job.read_config(file)
+    assert "0123456789abcdef" not in str(told.value)
+
+
+def test_stopping_and_fetching_need_only_the_account(hub, launcher, short, monkeypatch):
+    """A running job costs money. What only a submission needs must not keep a user from stopping it."""
+    short("exec sleep 60")
+    launcher("--yes", *CARD)
+    job = hub.jobs[-1]
+    hub.fault("503", times=20, path="/api/jobs/hardware")
+    changes = {"secrets": ["T2I_NO_SUCH_VARIABLE"], "flavor": "t4-smal"}
+    with pytest.raises(UserError, match="exclude each other"):
+        launcher("--dry_run", "--stop", job.id)
+    with pytest.raises(UserError, match="--stop submits nothing; leave out"):
+        launcher("--stop", job.id, *CARD)
+    with pytest.raises(UserError, match="--stop and --fetch exclude each other"):
+        launcher("--stop", job.id, "--fetch", job.id)
+    assert job.stage == "RUNNING"
+    assert "is cancelled" in launcher("--stop", job.id, **changes)
+    assert job.stage == "CANCELED"
+    with pytest.raises(UserError, match=rf"{job.id} has ended already \(CANCELED\)"):
+        launcher("--stop", job.id, **changes)
+    job.spec["labels"].pop(hf_job.LABEL)
+    job.stage = "RUNNING"
+    with pytest.raises(UserError, match="was not submitted by this suite"):
+        launcher("--stop", job.id)
+    job.stage = "CANCELED"
+
+
+def test_flavors_that_the_price_file_lacks(hub, launcher):
+    told = launcher("--dry_run", *CARD, flavor="l4x4", attempts=3)
+    assert "in the container by multi_gpu.yaml" in told
+    assert "at most 68.40 USD: timeout 6 h ends each of 3 attempts" in told
+    assert "150 epochs of 6,811 images" in told
+    assert "has no speed of l4x4" in told
+    assert "in the container by cpu.yaml" in launcher("--dry_run", *CARD, flavor="cpu-performance")
+    with pytest.raises(UserError, match=r"fp16 of --inside single_gpu\.yaml needs a GPU"):
+        launcher("--dry_run", "--inside", ROOT / "accelerate_configs/single_gpu.yaml", *CARD, flavor="cpu-performance")
+
+
+def test_a_command_that_the_run_cannot_take_is_refused_before_it_costs(hub, launcher, short):
+    short("true")
+    launcher("--yes", *CARD, "--max_train_steps", 70)
+    run = hub.jobs[-1].spec["labels"][hf_job.LABEL]
+    assert hub.jobs[-1].wait(20) == "COMPLETED"
+    state = json.dumps({"identity": {"steps": 70, "global_batch": 32}}).encode()
+    for name in ("run/pipeline/unet/config.json", "run/run.json"):
+        huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo=name, repo_id=f"me/{run}")
+    with pytest.raises(UserError, match="is shorter: updates 70 there, 60 now; raise --max_train_steps"):
+        launcher("--yes", *CARD, "--max_train_steps", 60)
+    with pytest.raises(UserError, match="has finished the run of this command"):
+        launcher("--yes", *CARD, "--max_train_steps", 70)
+    state = json.dumps({"identity": {"steps": 70, "global_batch": 64}}).encode()
+    huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
+    with pytest.raises(UserError, match="samples per update 64 there, 32 now; choose a flavor with as many GPUs"):
+        launcher("--yes", *CARD, "--max_train_steps", 80, "--resume_from_checkpoint", "latest")
+    assert len(hub.jobs) == 1
+
+
+def test_a_second_launch_during_the_question_is_refused(hub, launcher, short, monkeypatch):
+    short("exec sleep 60")
+
+    def answer(yes):
+        if not yes:
+            launcher("--yes", *CARD)
+
+    monkeypatch.setattr(launch_hf_job.launch, "confirm", answer)
+    with pytest.raises(UserError, match="is at work on the same command"):
+        launcher(*CARD)
+    assert len(hub.jobs) == 1
+    hub.jobs[0].cancel()
+
+
+def test_every_script_trains_in_a_cloud_or_stays_at_home():
+    scripts = {path.name for path in SCRIPTS.glob("*.py")}
+    assert scripts == {*staging.SECTIONS, *staging.AT_HOME}
+
+
+def test_only_code_is_staged_and_no_token(tmp_path, monkeypatch):
+    for name, text in (
+        ("scripts/mine.py", "print(1)"), ("scripts/requirements.txt", "torch"), ("scripts/mlflow.db", "x"),
+        ("scripts/outputs/run/model.safetensors", "x"), ("scripts/prod.env", "x"), ("datasets_card/model_card.md", "x"),
+        ("scripts/photos/1.jpg", "x"), ("inner.yaml", "{}"),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "scripts/link.py").symlink_to(tmp_path / "inner.yaml")
+    monkeypatch.setattr(staging, "ROOT", tmp_path)
+    command = staging.Command("mine.py", [], None)
+    staging.stage(tmp_path / "code", command, tmp_path / "inner.yaml")
+    staged = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
+    assert staged == {
+        "scripts/mine.py",
+        "scripts/requirements.txt",
+        "datasets_card/model_card.md",
+        "accelerate.yaml",
+        "REVISION",
+    }
+    (tmp_path / "scripts/mine.py").write_text(f"token = 'hf_{'a1B2' * 8}'")
+    with pytest.raises(UserError, match=r"scripts/mine\.py holds what looks like a token"):
+        staging.stage(tmp_path / "again", command, tmp_path / "inner.yaml")
+
+
+def test_no_fetched_file_leaves_the_folder():
+    for name in ("/etc/passwd", "../x", "samples/", "checkpoint-000001/x", ".lock", ""):
+        assert not launch_hf_job.launch.is_result(name)
+    assert launch_hf_job.launch.is_result("samples/a.png")
+
+
 def test_what_is_wrong_is_refused_before_anything_is_sent(hub, launcher):
     for words, changes, sentence in (
+        (CARD, {"secrets": ["T2I_NO_SUCH_VARIABLE"]}, "which this shell does not set"),
         (CARD, {"flavor": "t4-smal"}, "did you mean 't4-small'"),
         (CARD, {"flavor": "cpu-basic", "mixed_precision": "fp16"}, "fp16 of mixed_precision needs a GPU"),
         ([*CARD, "--dataset", "s3://photos/flowers"], {}, "needs an AWS account"),
@@ -293,6 +415,11 @@ def test_checkpoints_are_pushed_whole_and_restored(hub, tmp_path, monkeypatch):
     other = mirror.Mirror(tmp_path / "other", "me/run", said.append)
     assert other.restore() == "checkpoint-000080"
     assert (tmp_path / "other/run/checkpoint-000080/state.json").read_text() == "80"
+    checkpoint(100)
+    kept._push(10.0)
+    with pytest.raises(UserError, match="checkpoint-000100 is in me/run, and not of this job; stop the other job"):
+        other._push(10.0)  # two jobs of one command: the slower one must not remove what the faster one keeps
+    assert "run/checkpoint-000100/manifest.json" in hub.files("models/me/run")
     assert hub.repos["models/me/run"].private
 
 
@@ -477,7 +604,7 @@ def test_the_requests_are_these_to_the_byte(hub, launcher, short, monkeypatch):
     launcher("--stop", job)
     assert [(method, path, body) for method, path, _, body in hub.exchanges] == [
         ("GET", "/api/whoami-v2", b""),
-        ("GET", "/api/jobs/hardware", b""),
+        ("GET", f"/api/jobs/me/{job}", b""),
         ("POST", f"/api/jobs/me/{job}/cancel", b""),
     ]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
 from t2i.errors import UserError
+from t2i.redaction import redact
 
 MAX_SEED = 2**63 - 1  # largest seed of a picture
 MAX_GUIDANCE = 1000.0  # Pictures need a hundredth of it. Numbers overflow far beyond it.
@@ -128,7 +129,7 @@ def checked(cls: Any, values: dict[str, Any], where: str) -> Any:
         if first["type"] == "missing":
             raise UserError(f"{where}: {key} is missing; add it") from None
         reason = _reason(first["type"], first["input"], first.get("ctx", {})) or first["msg"]
-        raise UserError(f"{where}: {key} = {first['input']!r} is not usable: {reason}") from None
+        raise UserError(redact(f"{where}: {key} = {first['input']!r} is not usable: {reason}")) from None
 
 
 # Beginnings of pydantic's types of errors, and what to do about each.

@@ -75,6 +75,11 @@ def _redact_assignment(match: re.Match[str]) -> str:
     return f"{name}{mark}{REDACTED}{mark}"
 
 
+def holds_token(text: str) -> bool:
+    """Return whether a text holds what has the shape of a token, such as one of the Hub, or of a private key."""
+    return bool(_TOKEN_SHAPES.search(text))
+
+
 def redact(text: str) -> str:
     """Replace every secret in a text by "[redacted]".
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -290,7 +291,7 @@ def jobs(config: sagemaker_job.SageMakerConfig, file: Path) -> list[launch.Job]:
         if seconds is None and begin:
             seconds = ((state.get("TrainingEndTime") or datetime.now(UTC)) - begin).total_seconds()
         usd = launch.usd_so_far(prices.get(kind), seconds, machines)
-        fetch = f"python scripts/launch_sagemaker.py --config_file {file} --fetch {name}"
+        fetch = f"python scripts/launch_sagemaker.py --config_file {shlex.quote(str(file))} --fetch {name}"
         found.append(launch.Job(name, state["TrainingJobStatus"], f"{machines} x {kind}", usd, fetch))
     return found
 

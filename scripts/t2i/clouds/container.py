@@ -2,12 +2,15 @@
 
 import signal
 import subprocess
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+WORKER_POLL_S = 0.2  # Wait between two looks for the training's processes.
 # Variables of every training in a container.
 LOGGED = {
     "PYTHONUNBUFFERED": "1",
@@ -43,31 +46,43 @@ class Training:
             self.words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace",
         )  # fmt: skip
-        if self.stopped:
-            self._pass_on()
         for line in self._launcher.stdout or ():
             print(line, end="", flush=True)
             if line.startswith("error: "):
                 self.error = line.removeprefix("error: ").strip()
         return self._launcher.wait()
 
+    @property
+    def has_saved(self) -> bool:
+        """Return whether the training ended because it was asked to, without an error."""
+        return self.stopped and not self.error
+
     def stop(self) -> None:
         """Ask the training to save a checkpoint and end, unless the training has ended already."""
         if self._launcher is None or self._launcher.poll() is None:
             self.stopped = True
-            self._pass_on()
+            threading.Thread(target=self._pass_on, daemon=True).start()
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stop()
 
     def _pass_on(self) -> None:
-        """Send SIGTERM directly to the training's processes.
+        """Send SIGTERM directly to the training's processes. If the launcher has started none yet, wait for them.
 
         The launcher would kill the training's processes after 30 s, but saving a checkpoint may take longer.
         """
-        launcher = self._launcher
+        while self._launcher is None or self._launcher.poll() is None:
+            if self._launcher and self._signal_workers(self._launcher.pid):
+                return
+            time.sleep(WORKER_POLL_S)
+
+    def _signal_workers(self, launcher: int) -> int:
+        """Send SIGTERM to the training's processes below the launcher, and return their number."""
+        count = 0
         with suppress(psutil.Error):  # a process may end meanwhile, which must not end this one
-            for worker in psutil.Process(launcher.pid).children(recursive=True) if launcher else ():
+            for worker in psutil.Process(launcher).children(recursive=True):
                 with suppress(psutil.Error):
                     if any(word.endswith(self.script) for word in worker.cmdline()):
                         worker.send_signal(signal.SIGTERM)
+                        count += 1
+        return count

@@ -27,6 +27,7 @@ class Rental(Protocol):
     num_machines: int
     mixed_precision: Any  # None: as --inside says
     region: str
+    attempts: int  # number of times that the cloud may start a failing job
 
     @property
     def machine(self) -> str:
@@ -80,6 +81,8 @@ class Prices:
     instances: dict[str, Instance]
     region: str = "us-east-1"  # Region in which the prices are valid.
     file: str = field(default="", init=False)  # Name of the price file.
+    # Prices in USD per hour of machines that the price file lacks, as the cloud tells them.
+    others: dict[str, float] = field(default_factory=dict, init=False)
 
     @property
     def usd_per_hour(self) -> dict[str, float]:
@@ -132,9 +135,10 @@ def estimate(
     """
     result = Estimate(images=images)
     machine = prices.instances.get(config.machine)
-    if machine:
-        result.usd_per_hour = machine.usd_per_hour * config.num_machines
-        result.usd_at_most = result.usd_per_hour * config.max_hours
+    usd = machine.usd_per_hour if machine else prices.others.get(config.machine)
+    if usd is not None:
+        result.usd_per_hour = usd * config.num_machines
+        result.usd_at_most = result.usd_per_hour * config.max_hours * config.attempts
     settings = command.settings
     if command.recipe is None or not isinstance(settings, TrainConfig):
         return result
@@ -289,6 +293,8 @@ def report(estimate: Estimate, command: Command, config: Rental, prices: Prices)
         )
     elif estimate.updates:
         lines.append(f"{estimate.updates:,} updates of {estimate.global_batch} samples")
+    elif estimate.epochs and estimate.images:
+        lines.append(f"{estimate.epochs:g} epochs of {estimate.images:,} images")
     elif estimate.epochs:
         lines.append(
             f"{estimate.epochs:g} epochs of an unknown number of images; give --train_images N for an estimate"
@@ -319,9 +325,12 @@ def report(estimate: Estimate, command: Command, config: Rental, prices: Prices)
             + (f", about {estimate.usd * SPOT_SHARE:.2f} on spot" if spot else "")
             + whose
         )
-    lines.append(
-        f"at most {estimate.usd_at_most:.2f} USD{whose}: {config.max_hours_option} {config.max_hours:g} h ends the job"
+    if config.machine not in prices.instances:
+        lines.append(f"{prices.file} has no speed of {config.machine}; add it there for an estimate of the hours")
+    ends = f"{config.max_hours_option} {config.max_hours:g} h ends " + (
+        "the job" if config.attempts == 1 else f"each of {config.attempts} attempts"
     )
+    lines.append(f"at most {estimate.usd_at_most:.2f} USD{whose}: {ends}")
     return lines
 
 

@@ -1,11 +1,13 @@
 """Ask the Hub about a user's account, jobs and runs, and upload what a job needs. This module imports no torch."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from t2i.clouds import costs, launch
 from t2i.clouds.hf_job import COMMAND_LABEL, LABEL, PRICES, HfJobsConfig
+from t2i.clouds.mirror import newest_checkpoint
 from t2i.config_types import known_key
 from t2i.errors import UserError
+from t2i.files import read_json
 from t2i.hub import upload
 from t2i.redaction import redact
 
@@ -32,6 +36,7 @@ class Account:
     namespace: str = ""  # User or organization that runs and pays for the job.
     token: str = ""
     usd_per_hour: dict[str, float] = field(default_factory=dict)  # Today's prices by flavor. Empty if unknown.
+    gpus: dict[str, int] = field(default_factory=dict)  # Numbers of GPUs by flavor. Empty if unknown.
     missing: list[str] = field(default_factory=list)  # What a job lacks, in sentences.
 
     def require(self) -> None:
@@ -45,7 +50,14 @@ def in_words(begin: str = "", end: str = "") -> Iterator[None]:
     """Turn the errors of huggingface_hub inside the `with` block into `UserError`, between two texts."""
     try:
         yield
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+    except (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        httpx2.HTTPError,
+        ConnectionError,
+        TimeoutError,
+        JSONDecodeError,
+    ) as error:
         raise UserError(f"{begin}{explain(error)}{end}") from None
 
 
@@ -53,6 +65,8 @@ def explain(error: Exception) -> str:
     """Return one sentence on an error of huggingface_hub, with its fix."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, JSONDecodeError):
+        return "the Hub's answer is no JSON, so it may come from a proxy; check the network and HF_ENDPOINT"
     if not isinstance(error, HfHubHTTPError):
         return f"the Hub cannot be reached ({_brief(error)}); check the network and HF_ENDPOINT"
     status = error.response.status_code
@@ -77,43 +91,68 @@ def _brief(error: Exception) -> str:
 
 
 def look(config: HfJobsConfig) -> Account:
-    """Ask the Hub for the account and today's prices. What a job lacks is listed in `missing`.
-
-    Raises:
-        UserError: the flavor does not exist.
-    """
+    """Ask the Hub for the account. What a job lacks is listed in `missing`."""
     token = get_token() or ""
     account = Account(HfApi(token=token or False), config.namespace or "", token)
     if not token:
         account.missing.append(NO_TOKEN)
+    elif not token.isascii():
+        account.missing.append("HF_TOKEN holds letters that no token has; copy it again, or run `hf auth login`")
+    else:
+        try:
+            with in_words():
+                user = account.api.whoami()
+        except UserError as error:
+            account.missing.append(str(error))
+            return account
+        account.namespace = config.namespace or str(user["name"])
+        if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+            account.missing.append(
+                f"the token of {user['name']} may only read; run `hf auth login` with a token that may write"
+            )
+    return account
+
+
+def ask_hardware(account: Account) -> None:
+    """Ask the Hub for the kinds of machines, with today's prices. An unreachable Hub is listed in `missing`."""
+    hours = {"minute": 60.0, "hour": 1.0, "second": 3600.0}
     try:
         with in_words():
-            if token:
-                user = account.api.whoami()
-                account.namespace = config.namespace or str(user["name"])
-                if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-                    account.missing.append(
-                        f"the token of {user['name']} may only read; run `hf auth login` with a token that may write"
-                    )
-            hours = {"minute": 60.0, "hour": 1.0, "second": 3600.0}
-            account.usd_per_hour = {
-                machine.name: machine.unit_cost_usd * hours[machine.unit_label]
-                for machine in account.api.list_jobs_hardware()
-                if machine.unit_label in hours
-            }
+            machines = account.api.list_jobs_hardware()
     except UserError as error:
-        account.missing.append(str(error))
+        account.missing += [str(error)] if str(error) not in account.missing else []
+        return
+    known = [machine for machine in machines if machine.unit_label in hours]
+    account.usd_per_hour = {machine.name: machine.unit_cost_usd * hours[machine.unit_label] for machine in known}
+    account.gpus = {
+        machine.name: int(machine.accelerator.quantity) if machine.accelerator else 0 for machine in machines
+    }
+
+
+def check_flavor(config: HfJobsConfig, account: Account) -> None:
+    """Raise `UserError` if the flavor does not exist."""
     flavors = list(account.usd_per_hour) or [kind.value for kind in JobHardware]
     known_key(config.flavor, dict.fromkeys(flavors), "flavor in the YAML")
-    return account
+
+
+def count_gpus(flavor: str, prices: costs.Prices, account: Account) -> int | None:
+    """Return the number of GPUs of a flavor by the price file, the Hub or its name, or None if none of them tells."""
+    if flavor in prices.instances:
+        return prices.instances[flavor].gpus
+    if flavor in account.gpus:
+        return account.gpus[flavor]
+    several = re.search(r"x(\d+)$", flavor)
+    return 0 if flavor.startswith("cpu-") else int(several[1]) if several else None
 
 
 def renew_prices(prices: costs.Prices, account: Account) -> None:
     """Replace the prices of the price file by the Hub's prices of today, if the Hub told them."""
     for name, usd in account.usd_per_hour.items():
+        prices.as_of = datetime.now(UTC).date()
         if name in prices.instances:
             prices.instances[name].usd_per_hour = usd
-            prices.as_of = datetime.now(UTC).date()
+        else:
+            prices.others[name] = usd
 
 
 @dataclass
@@ -122,7 +161,9 @@ class Run:
 
     newest: str = ""  # Name of the newest checkpoint.
     active: str = ""  # Job that is at work on the run.
-    finished_by: str = ""  # Job that finished the run by the same command, as the last job of the run.
+    finished_by: str = ""  # Job that finished the run by the same command.
+    steps: int | None = None  # Length of the run in weight updates.
+    global_batch: int | None = None  # Samples per weight update of the run.
 
 
 def find_run(account: Account, repo_id: str, command: str) -> Run:
@@ -132,22 +173,20 @@ def find_run(account: Account, repo_id: str, command: str) -> Run:
         command: `hf_job.command_hash` of the command that shall run. A longer one extends a finished run.
     """
     run = Run()
-    if not account.missing and account.api.repo_exists(repo_id):
-        run.newest = newest_checkpoint(account.api, repo_id)
-        labels = {LABEL: repo_id.split("/")[1]}
-        jobs = list(account.api.list_jobs(labels=labels, namespace=account.namespace))
-        run.active = next((job.id for job in jobs if _text(job.status.stage) not in ENDED), "")
-        last = max(jobs, key=lambda job: job.created_at or datetime.min.replace(tzinfo=UTC), default=None)
-        if last and _text(last.status.stage) == "COMPLETED" and (last.labels or {}).get(COMMAND_LABEL) == command:
-            run.finished_by = last.id if is_finished(account.api, repo_id) else ""
+    if account.missing or not account.api.repo_exists(repo_id):
+        return run
+    run.newest = newest_checkpoint(account.api, repo_id)
+    labels = {LABEL: repo_id.split("/")[1]}
+    jobs = list(account.api.list_jobs(labels=labels, namespace=account.namespace))
+    jobs.sort(key=lambda job: job.created_at or datetime.min.replace(tzinfo=UTC))
+    run.active = next((job.id for job in jobs if _text(job.status.stage) not in ENDED), "")
+    if is_finished(account.api, repo_id):
+        done = [job for job in jobs if _text(job.status.stage) == "COMPLETED"]
+        run.finished_by = next((job.id for job in done if (job.labels or {}).get(COMMAND_LABEL) == command), "")
+    if account.api.file_exists(repo_id, "run/run.json"):
+        identity = read_json(Path(account.api.hf_hub_download(repo_id, "run/run.json"))).get("identity") or {}
+        run.steps, run.global_batch = identity.get("steps"), identity.get("global_batch")
     return run
-
-
-def newest_checkpoint(api: HfApi, repo_id: str) -> str:
-    """Return the name of the newest checkpoint of the run in a repository, or ""."""
-    found = (re.fullmatch(r"run/(checkpoint-(\d+))/manifest\.json", path) for path in api.list_repo_files(repo_id))
-    steps = {int(match[2]): match[1] for match in found if match}
-    return steps[max(steps)] if steps else ""
 
 
 def is_finished(api: HfApi, repo_id: str) -> bool:
@@ -178,7 +217,10 @@ def input_repository(namespace: str, digest: str) -> str:
 
 def upload_code(folder: Path, repo_id: str) -> str:
     """Upload the staged code to the repository of the run, and return the commit."""
-    return upload.push_folder(folder, repo_id, "model", files=["code/*"], message="code of a job").commit
+    try:
+        return upload.push_folder(folder, repo_id, "model", files=["code/*"], message="code of a job").commit
+    except upload.HubError as error:
+        raise UserError(f"no job was submitted: {str(error).replace(f'; {folder} is unchanged', '')}") from None
 
 
 def describe_end(api: HfApi, job: JobInfo) -> str:
@@ -202,12 +244,13 @@ def repository_of(job: JobInfo) -> str:
 def jobs(account: Account, file: Path) -> list[launch.Job]:
     """Return this suite's jobs of the account. `file` is the YAML of the commands that fetch them."""
     account.require()
+    ask_hardware(account)  # without it, the file's prices hold
     prices = costs.read_prices(PRICES).usd_per_hour | account.usd_per_hour
     found = []
     for job in account.api.list_jobs(namespace=account.namespace):
         if repository_of(job):
             flavor, ran = _text(job.flavor), job.durations.running_secs if job.durations else None
-            fetch = f"python scripts/launch_hf_job.py --config_file {file} --fetch {job.id}"
+            fetch = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(file))} --fetch {job.id}"
             usd = launch.usd_so_far(prices.get(flavor), ran)
             found.append(launch.Job(job.id, _text(job.status.stage), flavor, usd, fetch))
     return found

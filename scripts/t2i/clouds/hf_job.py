@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator
 
 from t2i.clouds import launch, staging
@@ -20,6 +21,7 @@ from t2i.command_line import plain_option, typed_options
 from t2i.config_types import Count, checked, known_key, matching
 from t2i.errors import UserError
 from t2i.files import hash_json, sha256_file, write_json
+from t2i.redaction import redact
 from t2i.tracking.addresses import Address, is_managed
 
 KIND = "HF_JOBS"
@@ -31,7 +33,8 @@ LABEL = "t2i-run"  # label of a job that names the repository of its run, withou
 COMMAND_LABEL = (
     "t2i-command"  # label of a job with the hash of its whole command, which tells an extension from a repetition
 )
-LENGTH = ("max_train_steps", "num_train_epochs", "lr_on_extend")  # options that may change when a run is extended
+# Options that may differ between two commands that resume or extend the same run.
+RESUMING = ("max_train_steps", "num_train_epochs", "lr_on_extend", "resume_from_checkpoint")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -84,7 +87,7 @@ class HfJobsConfig:
 
     @property
     def max_hours(self) -> float:
-        return self.timeout / 3600
+        return self.timeout / 3600  # of each attempt
 
     @property
     def max_hours_option(self) -> str:
@@ -96,13 +99,16 @@ def read_config(path: Path) -> HfJobsConfig:
     values = read_mapping(path)
     kind = values.get("compute_environment", "a local machine")
     if kind != KIND:
-        raise UserError(f"{path} is for {kind}, not {KIND}; launch it with make train CONFIG={path}")
+        fix = f"write {KIND}" if str(kind).upper() == KIND else f"launch it with make train CONFIG={path}"
+        raise UserError(f"{path}: compute_environment is {kind}, not {KIND}; {fix}")
     fields = {item.name for item in dataclasses.fields(HfJobsConfig) if item.init}
     for key in values:
         known_key(key, dict.fromkeys(fields), f"key in {path}")
-    given = {key: value for key, value in values.items() if value is not None}
-    if isinstance(given.get("environment"), dict):  # YAML reads 1 and true as other types than text
-        given["environment"] = {str(name): str(value) for name, value in given["environment"].items()}
+    written = yaml.load(path.read_bytes(), yaml.BaseLoader)
+    given = {key: value for key, value in launch.as_written(values, written).items() if value is not None}
+    given |= {
+        key: written[key] for key in ("timeout", "save_before_timeout") if key in given
+    }  # YAML reads 12:00 as 720
     config: HfJobsConfig = checked(HfJobsConfig, given, str(path))
     if config.save_before_timeout >= config.timeout:
         raise UserError(
@@ -110,12 +116,18 @@ def read_config(path: Path) -> HfJobsConfig:
             f"({config.timeout} s); raise timeout"
         )
     launch.check_environment(config.environment, path, "name it in secrets, and export it in the launching shell")
+    if both := sorted(set(config.secrets) & set(config.environment)):
+        raise UserError(f"{path}: {both[0]} stands in secrets and in environment; remove it from environment")
+    return config
+
+
+def check_secrets(config: HfJobsConfig, path: Path) -> None:
+    """Raise `UserError` if this shell lacks a secret that a job needs. Other commands than a submission need none."""
     for name in config.secrets:
         if not os.environ.get(name):
             raise UserError(
-                f"{path}: secrets names {name}, which this shell does not set; export it, or remove it there"
+                f"{path}: secrets names {redact(name)}, which this shell does not set; export it, or remove it there"
             )
-    return config
 
 
 def check_precision(config: HfJobsConfig, inside: Path, inner: dict[str, Any], gpus: int) -> None:
@@ -127,9 +139,11 @@ def check_precision(config: HfJobsConfig, inside: Path, inner: dict[str, Any], g
         )
 
 
-def default_inside(gpus: int | None) -> Path:
-    """Return the accelerate YAML for a container with this number of GPUs. An unknown number, None, counts as one GPU."""
-    name = "single_gpu.yaml" if gpus in (None, 1) else "multi_gpu.yaml" if gpus else "cpu.yaml"
+def default_inside(flavor: str, gpus: int | None) -> Path:
+    """Return the accelerate YAML for a container with this number of GPUs. An unknown number, None, raises `UserError`."""
+    if gpus is None:
+        raise UserError(f"flavor {flavor}: its number of GPUs is unknown; give --inside with a YAML for its container")
+    name = "cpu.yaml" if gpus == 0 else "single_gpu.yaml" if gpus == 1 else "multi_gpu.yaml"
     return staging.ROOT / "accelerate_configs" / name
 
 
@@ -171,7 +185,9 @@ def run_name(command: Command, config: HfJobsConfig, hashes: dict[str, str]) -> 
     """
     words = command.arguments
     if command.recipe:  # an own script may mean something else by these options
-        words = [word for name, _, typed in typed_options(words) if plain_option(name) not in LENGTH for word in typed]
+        words = [
+            word for name, _, typed in typed_options(words) if plain_option(name) not in RESUMING for word in typed
+        ]
     return f"{config.base_job_name}-{_hash(command, words, hashes)}"
 
 

@@ -6,10 +6,12 @@ This module imports no torch.
 import argparse
 import math
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,6 +30,7 @@ FORWARDED = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME", "MLFLOW_ENABLE_SYSTEM_
 # Variables of this shell that are sent along only with a server's address.
 OF_A_SERVER = ("MLFLOW_RUN_ID",)
 SECRET_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+SECRET_WORDS = ("KEY", "PASS", "PWD", "AUTH", "WEBHOOK")  # last words of names that `redact` does not take for secret
 CURVES_AT_HOME = "--fetch brings the job's curves home"
 
 
@@ -35,9 +38,10 @@ def positive(kind: Any) -> Any:
     """Return an argparse type that accepts finite numbers above zero."""
 
     def parse(text: str) -> Any:
-        if not 0 < (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
-        return value
+        with suppress(ValueError):
+            if 0 < (value := kind(text)) < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number above zero")
 
     return parse
 
@@ -65,6 +69,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Raise `UserError` if the options ask for several things at once, of which a launcher would do only one."""
+    asked = [f"--{name}" for name in ("stop", "fetch") if getattr(options, name)]
+    asked += ["--dry_run"] if options.dry_run else []
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} exclude each other; give one of them")
+    if options.command and asked not in ([], ["--dry_run"]):
+        raise UserError(f"{asked[0]} submits nothing; leave out {options.command[0]}")
+
+
 def check_environment(environment: dict[str, str], file: Path, fix: str, allowed: tuple[str, ...] = ()) -> None:
     """Raise `UserError` if the environment variables of a cloud's YAML hold a credential or a local MLflow server.
 
@@ -74,8 +88,11 @@ def check_environment(environment: dict[str, str], file: Path, fix: str, allowed
         fix: words on where a credential belongs, for messages.
         allowed: names of variables that are never credentials.
     """
+    for name in environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise UserError(f"{file}: environment holds {name!r}, which is no name of a variable; correct it")
     shown = {name: f"{name}={value}" for name, value in environment.items() if name not in allowed}
-    secret = [name for name, line in shown.items() if name in SECRET_NAMES or redact(line) != line]
+    secret = [name for name, line in shown.items() if _names_secret(name) or redact(line) != line]
     if secret:
         raise UserError(
             f"{file}: environment holds a credential in {secret[0]}, which the request shows in plain text; {fix}"
@@ -86,6 +103,11 @@ def check_environment(environment: dict[str, str], file: Path, fix: str, allowed
             f"{file}: {SERVER} in environment is {server}, which means the job's own machine inside the job; "
             "give the server's address on the network"
         )
+
+
+def _names_secret(name: str) -> bool:
+    """Return whether a variable's name ends like that of a credential, such as WANDB_KEY."""
+    return name in SECRET_NAMES or name.upper().rpartition("_")[2] in SECRET_WORDS
 
 
 def check_push(command: Command, token_travels: bool) -> None:
@@ -121,7 +143,8 @@ def confirm(yes: bool) -> None:
         )
     try:
         answer = input("submit? [y/N] ")
-    except EOFError:  # Ctrl-D
+    except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+        print()
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
         raise UserError("the job was not submitted, and nothing was sent")
@@ -191,6 +214,24 @@ def secrets_here(server: Address) -> dict[str, str]:
     return secrets
 
 
+def as_written(values: dict[str, Any], source: Any) -> dict[str, Any]:
+    """Return the values of a section with environment and tags as texts, exactly as the YAML spells them, such as 0042.
+
+    Args:
+        values: the section as YAML reads it.
+        source: the same section as `yaml.BaseLoader` reads it, which keeps every text.
+    """
+
+    def text(value: Any, written: Any) -> Any:
+        if isinstance(value, dict) and isinstance(written, dict):
+            return {key: text(inner, written.get(str(key))) for key, inner in value.items()}
+        if isinstance(value, list) and isinstance(written, list):
+            return [text(*pair) for pair in zip(value, written, strict=True)]
+        return written if isinstance(written, str) and value is not None and not isinstance(value, str) else value
+
+    return values | {key: text(values[key], source.get(key)) for key in ("tags", "environment") if key in values}
+
+
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +287,8 @@ def fetched_into(folder: Path) -> Iterator[Path]:
 def is_result(name: str) -> bool:
     """Return whether a file of a run folder, given by its relative path, is fetched: all but checkpoints and hidden files."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and ".." not in parts and not parts[0].startswith((".", "checkpoint-", "node-"))
+    inside = bool(parts) and ".." not in parts and not name.startswith("/") and not name.endswith("/")
+    return inside and not parts[0].startswith((".", "checkpoint-", "node-"))
 
 
 def say_fetched(folder: Path) -> None:
@@ -254,4 +296,4 @@ def say_fetched(folder: Path) -> None:
     models = [name for name in ("pipeline", "vae") if (folder / name).is_dir()]
     print(f"{folder}: {', '.join(models) or 'no model'}; show it with streamlit run dashboard")
     if "pipeline" in models:
-        print(f"python scripts/generate_images.py --model {folder} --prompt …")
+        print(f"python scripts/generate_images.py --model {shlex.quote(str(folder))} --prompt …")

@@ -1,6 +1,7 @@
 """Keep a run folder in a private repository of the Hub, as its checkpoints are made. This module imports no torch."""
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -8,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from t2i.errors import UserError
 from t2i.hub import upload
 from t2i.runs import checkpoint_folders
 
 POLL_S = 5.0  # between two looks at the run folder
+FOLLOW_S = 60.0  # Time for which the push of a checkpoint is retried. The next look tries again.
 
 
 class Mirror:
@@ -61,12 +63,20 @@ class Mirror:
         self._thread.join()
         self._push(deadline)
 
+    def _check_owner(self, here: set[str]) -> None:
+        """Raise `UserError` if the repository has a newer checkpoint that is not of this run: another job writes it."""
+        there = newest_checkpoint(HfApi(), self.repo_id)
+        if there and there not in here and step_of(there) > step_of(self._pushed):
+            raise UserError(
+                f"{there} is in {self.repo_id}, and not of this job; stop the other job of the same command"
+            )
+
     def _follow(self) -> None:
         while not self._ended.wait(POLL_S):
             if self.newest() in ("", self._pushed):
                 continue
             try:
-                self._push(600.0)
+                self._push(FOLLOW_S)
             except (UserError, OSError) as error:  # the next checkpoint, or the end of the training, tries again
                 self._say(f"WARNING: {self.newest()} is not in {self.repo_id} yet: {error}")
 
@@ -75,6 +85,7 @@ class Mirror:
         copy_run(self.run, self._copy / "run")
         whole = checkpoint_folders(self._copy / "run")
         newest = whole[-1].name if whole else ""
+        self._check_owner({folder.name for folder in whole})
         if not any((self._copy / "run").iterdir()):
             return  # a training that ended before it made a file
         message = f"run at {newest}" if newest else "run without a checkpoint"
@@ -85,6 +96,18 @@ class Mirror:
         self._pushed = newest
         if newest:
             self._say(f"{newest} is in {self.repo_id}")
+
+
+def newest_checkpoint(api: HfApi, repo_id: str) -> str:
+    """Return the name of the newest checkpoint of the run in a repository, or ""."""
+    found = (re.fullmatch(r"run/(checkpoint-(\d+))/manifest\.json", path) for path in api.list_repo_files(repo_id))
+    steps = {int(match[2]): match[1] for match in found if match}
+    return steps[max(steps)] if steps else ""
+
+
+def step_of(name: str) -> int:
+    """Return the step of a checkpoint's name, or -1 for ""."""
+    return int(name.rpartition("-")[2]) if name else -1
 
 
 def copy_run(run: Path, copy: Path) -> None:

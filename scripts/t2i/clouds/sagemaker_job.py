@@ -120,7 +120,9 @@ class SageMakerConfig:
     # Origin of the job's region in words. The field is not a key of the YAML.
     region_from: str = field(default="", init=False)
 
-    # The protocol `costs.Rental`.
+    # The protocol `costs.Rental`. The field is not a key of the YAML.
+    attempts: int = field(default=1, init=False)
+
     @property
     def machine(self) -> str:
         return self.ec2_instance_type
@@ -213,7 +215,8 @@ def read_config(path: Path) -> SageMakerConfig:
             {item.name: None for item in dataclasses.fields(Additional)},
             f"key in section additional_args of {path}",
         )
-    additional = checked(Additional, _as_written(extra, path), f"{path}, section additional_args")
+    written = (yaml.load(path.read_bytes(), yaml.BaseLoader).get("additional_args") or {}) if extra else {}
+    additional = checked(Additional, launch.as_written(extra, written), f"{path}, section additional_args")
     values = {key: value for key, value in values.items() if value is not None}  # accelerate writes null for "not set"
     kind = values.get("distributed_type", "NO")
     if isinstance(kind, str) and kind != "NO":
@@ -247,20 +250,6 @@ def read_config(path: Path) -> SageMakerConfig:
     if bool(additional.subnets) != bool(additional.security_group_ids):
         raise UserError(f"{path}: subnets and security_group_ids belong together; give both or neither")
     return config
-
-
-def _as_written(extra: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return `additional_args` with tags and environment as texts, exactly as the file spells them, such as 0042."""
-    written = (yaml.load(path.read_bytes(), yaml.BaseLoader).get("additional_args") or {}) if extra else {}
-
-    def text(value: Any, source: Any) -> Any:
-        if isinstance(value, dict) and isinstance(source, dict):
-            return {key: text(inner, source.get(str(key))) for key, inner in value.items()}
-        if isinstance(value, list) and isinstance(source, list):
-            return [text(*pair) for pair in zip(value, source, strict=True)]
-        return source if isinstance(source, str) and value is not None and not isinstance(value, str) else value
-
-    return extra | {key: text(extra[key], written.get(key)) for key in ("tags", "environment") if key in extra}
 
 
 def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str, str]) -> None:

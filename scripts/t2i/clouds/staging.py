@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from t2i.command_line import option, plain_option, typed_options
 from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
 from t2i.errors import UserError
 from t2i.files import sha256_file, write_text
-from t2i.redaction import redact
+from t2i.redaction import holds_token, redact
 from t2i.runs import code_revision
 
 ROOT = Path(__file__).parents[3]
@@ -36,9 +37,11 @@ FOLDERS = {
     "captioner": ("caption", ""),
     "audit_tokenizer": ("caption", ""),
 }
-AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "run_recipe.py",
-           "launch_sagemaker.py", "run_sagemaker_job.py", "launch_hf_job.py", "run_hf_job.py", "run_container.py",
-           "list_jobs.py")  # fmt: skip
+AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "publish_space.py",
+           "export_pipeline.py", "clean_caches.py", "run_recipe.py", "launch_local.py", "launch_sagemaker.py",
+           "run_sagemaker_job.py", "launch_hf_job.py", "run_hf_job.py", "run_container.py", "list_jobs.py")  # fmt: skip
+# Files of these folders that a container gets. Others, such as runs, databases and files of tokens, stay here.
+SENT = {"scripts": (".py", ".yaml", ".txt", ".md"), "datasets_card": (".md",)}
 
 
 # --- The training command --------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def read_inside(path: Path) -> dict[str, Any]:
     values = read_mapping(path)
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise UserError(
-            f"--inside {path} is for SageMaker itself; name a YAML for machines, such as deepspeed_zero2.yaml"
+            f"--inside {path} describes a cloud; name a YAML for the job's machines, such as deepspeed_zero2.yaml"
         )
     zero = values.get("deepspeed_config") or {}
     if values.get("distributed_type") == "DEEPSPEED" and (not isinstance(zero, dict) or zero.get("zero_stage") != 2):
@@ -242,11 +245,30 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def stage(folder: Path, command: Command, inside: Path) -> None:
-    """Write the files that every container gets: scripts/, templates of cards, the inner YAML, the recipe and the revision."""
-    ignore = shutil.ignore_patterns("__pycache__", ".*")
-    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=ignore)
-    shutil.copytree(ROOT / "datasets_card", folder / "datasets_card", ignore=ignore)
+    """Write the files that every container gets: scripts/, templates of cards, the inner YAML, the recipe and the revision.
+
+    Raises:
+        UserError: a file holds a token, which everybody with access to the job's files could read.
+    """
+    for name, suffixes in SENT.items():
+        shutil.copytree(ROOT / name, folder / name, ignore=partial(_left_out, suffixes))
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and holds_token(file.read_text(encoding="utf-8", errors="replace")):
+            raise UserError(
+                f"{file.relative_to(folder)} holds what looks like a token, and would be sent to the cloud; remove it there"
+            )
     shutil.copyfile(inside, folder / "accelerate.yaml")
-    if file := recipe_file(command.arguments):
-        shutil.copyfile(file, folder / "recipe.yaml")
+    if recipe := recipe_file(command.arguments):
+        shutil.copyfile(recipe, folder / "recipe.yaml")
     write_text(folder / "REVISION", code_revision() + "\n")
+
+
+def _left_out(suffixes: tuple[str, ...], folder: str, names: list[str]) -> set[str]:
+    """Return the names in a folder that are not sent: hidden ones, links, runs, and files with other suffixes."""
+    paths = {name: Path(folder, name) for name in names}
+    return {
+        name
+        for name, path in paths.items()
+        if name.startswith((".", "__pycache__")) or name == "outputs" or path.is_symlink()
+        or not (path.is_dir() or path.suffix in suffixes)
+    }  # fmt: skip
