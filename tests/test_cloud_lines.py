@@ -66,6 +66,13 @@ def test_each_cloud_is_small_beside_what_is_shared():
     assert {"launch.py", "costs.py", "staging.py", "container.py"} <= set(parts()["shared"])
 
 
+def test_the_documents_have_these_figures():
+    text = " ".join((SCRIPTS.parent / "docs/clouds.md").read_text(encoding="utf-8").split())
+    found = {name: f"{sum(files.values()):,}" for name, files in parts().items()}
+    assert f"share {found['shared']} lines" in text
+    assert f"{found['Hugging Face Jobs']} lines of its own, and SageMaker {found['SageMaker']}." in text
+
+
 def test_no_cloud_needs_the_other():
     for cloud, files in parts().items():
         prefixes = {

@@ -792,7 +792,7 @@ def test_what_cannot_run_there_is_refused(script, words, sentence, launcher):
 def test_the_yaml_inside_is_checked(tmp_path, launcher):
     for text, sentence in (
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}", "zero_stage: 2"),
-        ("compute_environment: AMAZON_SAGEMAKER", "is for SageMaker itself"),
+        ("compute_environment: AMAZON_SAGEMAKER", "describes a cloud"),
     ):
         (tmp_path / "inside.yaml").write_text(text)
         with pytest.raises(UserError, match=sentence):
