@@ -304,7 +304,7 @@ def damage(folder: Path, chance: random.Random) -> None:
         "archive": lambda: shutil.make_archive(str(folder / "more"), chance.choice(["zip", "tar"]), file.parent),
         "nothing": lambda: [path.unlink() for path in files],
     }  # fmt: skip
-    with contextlib.suppress(OSError):  # an earlier damage stands in its way
+    with contextlib.suppress(OSError, UnicodeError):  # an earlier damage stands in its way, or zip cannot hold a name
         doings[chance.choice(list(doings))]()
 
 
