@@ -477,7 +477,7 @@ def test_without_training_images_a_sentence_says_so(tmp_path, painter):
         if not has_picture(app):
             wait(press(app, DRAW), has_picture)
         assert "are not on this machine" in texts(app)
-        assert not app.toggle
+        assert [toggle.key for toggle in app.toggle] == ["live"]
 
 
 @pytest.fixture
