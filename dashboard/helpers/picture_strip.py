@@ -31,7 +31,7 @@ def show_strip(
         settings_text: function that returns a picture's settings in words.
         on_chosen: called with the picture whose settings are restored.
     """
-    words = str(st.session_state.get("find") or st.query_params.get("find") or "")
+    words = str(st.session_state.get("find", st.query_params.get("find")) or "")  # before the widget stands
     starred = bool(st.session_state.get("starred", st.query_params.get("starred") == "true"))
     count = st.session_state.get("_strip", PAGE)
     shown = list(own[:PAGE]) if own is not None else cells.newest_watched(runs, count + 1, words, starred)

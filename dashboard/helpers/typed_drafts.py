@@ -28,7 +28,8 @@ def show_draft(plan: Callable[[str], Sequence[cells.PlannedCell]], live: bool, c
         live: whether to draw while the user types.
         covered: whether the page shows the full picture of the prompt that was sent, or draws it.
     """
-    typing("prompt", "draw", live, PAUSE_MS, key="_typing", on_typed=take_text)
+    with st.container(key="play_listen"):  # takes no room
+        typing("prompt", "draw", live, PAUSE_MS, key="_typing", on_typed=take_text)
     text = typed_text() if live else None
     if text is None or not text.strip() or (covered and text == st.session_state.get("prompt")):
         stop_draft()

@@ -51,6 +51,7 @@ LAYOUT = """<style>
 .st-key-play > :has(> .st-key-play_result) { grid-area: result; }
 .st-key-play > :has(> .st-key-play_form) { grid-area: form; }
 .st-key-play > * { min-width: 0; width: 100%; }
+.st-key-play_result :has(> .st-key-play_listen) { position: absolute; }
 .st-key-play_result:has(.st-key-play_draft img) .st-key-play_full { display: none; }
 @media (max-width: 640px) { .st-key-play { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
   grid-template-areas: "ask" "result" "form"; } }
@@ -71,9 +72,9 @@ def main() -> None:
         model = choose_model(runs)
     if model is None:
         return
-    settings, asked_to_draw = choose_settings(model[0], ask, form)
     with form:
         models = [model, *choose_beside(runs, model)]
+    settings, asked_to_draw = choose_settings(model[0], ask, form)
     keep_choices()
     if asked_to_draw:
         forget_text()
