@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -544,6 +545,41 @@ def test_pictures_are_found_by_words_and_by_their_star(tmp_path, painter, monkey
 
 def strip(app: AppTest) -> list[str]:
     return [button.label for button in app.button if button.label.startswith("Seed")]
+
+
+def links(app: AppTest, label: str) -> dict[str, list[str]]:
+    found = [one.proto for one in app.get("page_link") if one.proto.label == label]
+    return parse_qs(found[0].query_string) if found else {}
+
+
+def follow(app: AppTest, label: str, page: str) -> AppTest:
+    """Open the page of a link in another session."""
+    other = AppTest.from_file(str(APP), default_timeout=120)
+    other.query_params.update(links(app, label))
+    other.switch_page(f"views/{page}.py").run()
+    assert not other.exception
+    return other
+
+
+def test_pictures_become_a_grid_and_a_grids_picture_opens_here(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    make_run(tmp_path / "outputs" / "two", evaluated=False)
+    query = {"run": "two", "checkpoint": "checkpoint-000010", "seed": "5", "guidance_scale": "3", "scheduler": "unipc"}
+    app = wait(press(show(**query, prompt="a **red** flower"), DRAW), has_picture)
+    grid = test_compare.grid_of(compare := follow(app, "Make a grid of this", "compare"))
+    assert (grid["columns"], grid["rows"]) == (["1.5", "3", "6"], ["5", "6", "7"])
+    assert [bool(one["source"]) for one in grid["cells"]] == [False, True, *[False] * 7]
+    assert not warnings(compare)
+    compare.query_params["left"] = "guidance scale 3, seed 5"
+    compare.session_state["left"] = "guidance scale 3, seed 5"
+    compare.run()
+    back = follow(compare, "Open the left picture in the Playground", "playground")
+    assert has_picture(back)
+    assert dict(back.query_params)["prompt"] in ("a **red** flower", ["a **red** flower"])
+    several = show(**query, prompt="{red|blue} rose", pictures="4", beside="two/checkpoint-000020")
+    grid = test_compare.grid_of(follow(several, "Make a grid of this", "compare"))
+    assert (grid["columns"], grid["rows"]) == (["checkpoint-000010", "checkpoint-000020"], ["red rose", "blue rose"])
+    assert not links(show(**query, prompt="two\nlines"), "Make a grid of this")  # Compare has a prompt per line
 
 
 def test_strangers_find_no_stars_and_in_a_space_only_their_own_pictures(tmp_path, painter, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 
 import streamlit as st
 from helpers.drawing_jobs import PictureJob, running_job
+from helpers.page_links import MAX_PROMPT, MAX_SCALE, MAX_SEED, MAX_STEPS, SHORT_NAMES, grid_link
 from helpers.page_texts import escape, show_no_runs, warn
 from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
 from helpers.picture_set import show_set
@@ -26,11 +27,8 @@ from streamlit.delta_generator import DeltaGenerator
 
 from t2i.errors import UserError
 from t2i.pictures import cells, wildcards
-from t2i.pictures.png import PRESETS, SCHEDULERS, fastest_preset, fitting_schedulers, png_bytes
+from t2i.pictures.png import PRESETS, fastest_preset, fitting_schedulers, png_bytes
 
-# Bounds of this page, which strangers may use; generate_images.py and Compare accept more.
-MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed
-SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
 SETTINGS = (
     "seed",
     "guidance_scale",
@@ -359,13 +357,17 @@ def show_pictures(models: Sequence[tuple[Path, str]], settings: dict[str, Any], 
     prompts = dict.fromkeys(one.cell.prompt for one in planned)
     warn_of_cut_prompts(models[0][0], [*list(prompts)[:3], settings["negative_prompt"]])
     if len(planned) == 1:
-        return show_result(planned[0], asked)
+        covered = show_result(planned[0], asked)
+        grid_link(planned)
+        return covered
     for one in planned:
         if one.made:
             note_own(one)
     columns = 2 if len(models) > 1 or len(planned) <= 4 else 3
     caption = partial(set_caption, has_models=len(models) > 1, has_prompts=len(prompts) > 1)
-    return show_set(planned, columns, caption, bring_back, asked)
+    covered = show_set(planned, columns, caption, bring_back, asked)
+    grid_link(planned)
+    return covered
 
 
 def set_caption(planned: cells.PlannedCell, has_models: bool, has_prompts: bool) -> str:
