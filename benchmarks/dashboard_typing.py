@@ -49,7 +49,9 @@ def main(outputs: Path, run: str | None) -> None:
             took = [type_key(page, number) for number in range(KEYS + 1)][1:]
     load = os.getloadavg()[0]
     median = statistics.median(took)
-    print(f"{KEYS} keys: median {median:.0f} ms, {min(took):.0f} to {max(took):.0f} ms, at a load of {load:.1f}; goal {GOAL_MS} ms")
+    print(
+        f"{KEYS} keys: median {median:.0f} ms, {min(took):.0f} to {max(took):.0f} ms, at a load of {load:.1f}; goal {GOAL_MS} ms"
+    )
     keep(
         "dashboard_typing",
         {"median_ms": median, "best_ms": min(took), "worst_ms": max(took), "load": load, "goal_ms": GOAL_MS},

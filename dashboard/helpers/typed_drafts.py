@@ -14,7 +14,7 @@ from t2i.pictures import cells
 PAUSE_MS = 250  # after the last key
 # The page waits for a draft, so that it appears without a further question of the browser. If a draft takes longer, as
 # when the model is loaded, the page asks again and again, and a newer text need not wait for the older one's draft.
-WAIT_S, LOOK_S = 0.5, 0.3
+WAIT_S, LOOK_S = 0.5, 0.5
 YIELD_S = 0.05  # how often a waiting page lets a press of a button end the wait
 PIXELS = 384  # pixels per side of one draft on the page, or of all drafts in a row together
 
