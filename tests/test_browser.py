@@ -392,16 +392,23 @@ def test_a_prompt_is_drawn_as_it_is_typed_and_enter_draws_the_full_picture(visit
     settle(page)
     check_looks(page)
     page.get_by_role("button", name="Open: a blue flower at night").click()
-    picture = full.locator("[data-testid=stImage] img").first
-    expect(picture).to_have_attribute("alt", "a blue flower at night")
+    expect(full.locator("[data-testid=stImage] img")).to_have_attribute("alt", "a blue flower at night")
     expect(prompt).to_have_value("a blue flower at night")
     prompt.press("End")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("in snow")
     expect(draft).to_have_attribute("alt", "draft: a blue flower at night\nin snow")
     page.keyboard.press("Enter")
+    picture = full.locator(".scrubber img")
     expect(picture).to_have_attribute("alt", "a blue flower at night\nin snow")
     expect(draft).to_have_count(0)
+    finished = picture.get_attribute("src")
+    slider = page.get_by_role("slider", name="Denoising steps")
+    expect(slider).to_have_attribute("aria-valuetext", "finished")
+    slider.press("Home")
+    expect(picture).to_have_attribute("alt", "step 1: a blue flower at night\nin snow")
+    assert picture.get_attribute("src") != finished
+    check_looks(page)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

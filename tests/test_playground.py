@@ -25,7 +25,7 @@ from test_compare import EVIL
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
 DRAW, OTHER = "Draw", "Draw with a random seed"
 ALONE = """  # the page as it stands where there is a model and nothing else: none of these packages, no run.json
-import sys, time
+import json, sys, time
 for name in ("mlflow", "datasets", "accelerate", "deepspeed", "sagemaker", "torchmetrics"):
     sys.modules[name] = None
 from streamlit.testing.v1 import AppTest
@@ -38,7 +38,8 @@ while not app.get("download_button"):
     assert not app.exception and not app.warning, (app.exception, app.warning)
     time.sleep(0.2)
     app.run()
-print([image.proto.imgs[0].caption for image in app.get("image")], [caption.value for caption in app.caption][-1])
+found = [one.proto.json for one in app.get("bidi_component") if one.proto.component_name == "scrubber"]
+print([step["label"] for step in json.loads(found[0])["steps"]], [caption.value for caption in app.caption][-1])
 """
 
 
@@ -96,6 +97,11 @@ def warnings(app: AppTest) -> str:
     return " ".join(element.value for element in app.warning).replace("\\", "")
 
 
+def steps(app: AppTest) -> list[str]:
+    """The labels of the slider below the picture."""
+    return [one["label"] for one in test_compare.component(app, "scrubber").get("steps", [])]
+
+
 def captions(app: AppTest) -> list[str]:
     return [image.proto.imgs[0].caption for image in app.get("image")]
 
@@ -149,10 +155,10 @@ def test_one_arrives_at_the_evaluated_settings_and_draws_with_one_button(tmp_pat
     wait(press(app, DRAW), has_picture)
     cell = painter.places[0].cell
     assert (cell.prompt, cell.guidance_scale, cell.seed) == ("a **red** flower", 3.0, 7)
-    assert captions(app)[1:] == ["step 1", "step 2", "step 3", "finished"]  # of 4, as evaluated
+    assert steps(app) == ["step 1", "step 2", "step 3", "finished"]  # of 4, as evaluated
     again = show()  # another visitor with the same URL
     assert has_picture(again)
-    assert captions(again) == captions(app)
+    assert steps(again) == steps(app)
     assert len(painter.places) == 1
 
 
@@ -161,7 +167,7 @@ def test_what_the_url_says_is_drawn_and_the_file_carries_it(tmp_path, painter):
     query = {"run": "one", "checkpoint": "checkpoint-000010", "prompt": EVIL, "negative_prompt": "**n**", "seed": "41",
              "guidance_scale": "2.5", "num_inference_steps": "50", "scheduler": "dpm++"}  # fmt: skip
     app = wait(press(show(**query), DRAW), has_picture)
-    assert captions(app)[1:] == [f"step {step}" for step in (1, 11, 21, 30, 40)] + ["finished"]
+    assert steps(app) == [f"step {step}" for step in (1, 11, 21, 30, 40)] + ["finished"]
     place = painter.places[0]
     assert place.checkpoint == "checkpoint-000010"
     assert place.cell == cells.Cell(EVIL, "**n**", 41, 2.5, 50, "DPMSolverMultistepScheduler")
@@ -606,7 +612,7 @@ def test_a_grids_picture_is_shown_at_once_and_its_steps_on_demand(tmp_path, pain
     app = show(**query)
     assert has_picture(app)
     assert "without being watched" in texts(app)
-    wait(press(app, DRAW), lambda app: len(captions(app)) > 1)
+    wait(press(app, DRAW), steps)
     assert len(painter.places) == 1
     before = painter.places[0].path.read_bytes()
     for number in range(3):  # a limit that steps beyond reach
@@ -778,7 +784,7 @@ def test_the_model_alone_is_enough(trained, tmp_path, environment):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == (
-        "['', 'step 1', 'step 2', 'step 3', 'step 5', 'step 6', 'finished'] The images this model was trained on are "
+        "['step 1', 'step 2', 'step 3', 'step 5', 'step 6', 'finished'] The images this model was trained on are "
         "not on this machine, so its picture cannot be held beside them."
     )
 

@@ -77,6 +77,19 @@ def legend(data: dict[str, Any], key: str) -> list[str]:
     return [str(name) for name in hidden] if isinstance(hidden, list) else []
 
 
+def scrubber(data: dict[str, Any], key: str) -> None:
+    """Show a picture with a slider over the steps of its drawing.
+
+    Args:
+        data: content of the widget. It has a `title` of the slider, and `steps`, each with a `source` (a data address),
+            `alt` and `label`. The last step, which is shown at first, is the finished picture.
+    """
+    mount = st.components.v2.component(
+        "scrubber", html='<div class="scrubber"></div>', css=_css(), js=_js("zoom.js", "scrubber.js")
+    )
+    mount(key=key, data=data)
+
+
 def typing(field: str, button: str, live: bool, pause_ms: int, key: str, on_typed: Callable[[], None]) -> None:
     """Report the text of a text area a moment after the last key, and let Enter press a button. Nothing is shown.
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
+from helpers.components import data_address, scrubber
 from helpers.drawing_jobs import PictureJob, running_job
 from helpers.page_links import MAX_PROMPT, MAX_SCALE, MAX_SEED, MAX_STEPS, SHORT_NAMES, grid_link
 from helpers.page_texts import escape, show_no_runs, warn
 from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
 from helpers.picture_set import show_set
 from helpers.picture_strip import show_strip
+from helpers.picture_table import encode_png
 from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, warn_of_cut_prompts
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from helpers.training_neighbours import show_neighbours
@@ -54,7 +56,7 @@ LAYOUT = """<style>
 @media (max-width: 640px) { .st-key-play { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
   grid-template-areas: "ask" "result" "form"; } }
 </style>"""
-SMALL, LARGE = 84, 384  # pixels per side on the page: of a step, of the picture
+LARGE = 384  # pixels per side of the picture on the page
 
 
 def main() -> None:
@@ -467,7 +469,7 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     st.session_state["_last"] = planned
     note_own(planned)
     cell = planned.cell
-    st.image(watched.picture, width=LARGE, alt=cell.prompt or "a picture without a prompt", output_format="PNG")
+    show_steps(watched, planned)
     st.text(settings_text(planned))
     model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     st.download_button(
@@ -478,7 +480,7 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
         on_click="ignore",
         help=f"PNG file with the picture's parameters, as generate_images.py writes them; {escape(model)}",
     )
-    show_steps(watched, planned)
+    explain_steps(watched, planned)
     show_neighbours(planned.run, watched.picture)
 
 
@@ -515,21 +517,27 @@ def picture_file(watched: cells.Watched, planned: cells.PlannedCell) -> bytes:
 
 
 def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
-    """Show the model's guess of the finished picture at some of the denoising steps, from left to right."""
+    """Show a picture, and below it a slider over the model's guesses of it at some of the denoising steps."""
+    prompt = planned.cell.prompt or "a picture without a prompt"
     if not watched.steps:
-        if planned.cell.num_inference_steps > 1:
-            st.caption("This picture was made without being watched; Draw shows its steps.")
+        st.image(watched.picture, width=LARGE, alt=prompt, output_format="PNG")
         return
-    shown = [*watched.steps, (planned.cell.num_inference_steps, watched.picture)]
-    with st.container(horizontal=True, gap="small"):
-        for number, (step, picture) in enumerate(shown):
-            last = number == len(shown) - 1
-            label = "finished" if last else f"step {step}"
-            st.image(picture, label, width=SMALL, alt=f"{label}: {planned.cell.prompt}", output_format="PNG")
-    st.caption(
-        "What the model takes the finished picture to be at each step (the predicted x0, decoded): first a blur of the "
-        "prompt's colors, then forms, then detail. Each costs a run of the decoder, so these few stand for all."
-    )
+    steps = [
+        {"source": data_address(encode_png(picture)), "label": f"step {step}", "alt": f"step {step}: {prompt}"}
+        for step, picture in watched.steps
+    ]
+    finished = {"source": data_address(encode_png(watched.picture)), "label": "finished", "alt": prompt}
+    scrubber({"title": "Denoising steps", "steps": [*steps, finished]}, key="_steps")
+
+
+def explain_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
+    if watched.steps:
+        st.caption(
+            "The slider shows what the model takes the finished picture to be at some of the steps (the predicted x0, "
+            "decoded): first a blur of the prompt's colors, then forms, then detail."
+        )
+    elif planned.cell.num_inference_steps > 1:
+        st.caption("This picture was made without being watched; Draw shows its steps.")
 
 
 # --- Earlier pictures ------------------------------------------------------------------------------------------------
