@@ -51,6 +51,7 @@ LAYOUT = """<style>
 .st-key-play > :has(> .st-key-play_result) { grid-area: result; }
 .st-key-play > :has(> .st-key-play_form) { grid-area: form; }
 .st-key-play > * { min-width: 0; width: 100%; }
+.st-key-prompt [data-testid=InputInstructions] { display: none; } /* It says Ctrl and Enter, but Enter does. */
 .st-key-play_result :has(> .st-key-play_listen) { position: absolute; }
 .st-key-play_result:has(.st-key-play_draft img) .st-key-play_full { display: none; }
 @media (max-width: 640px) { .st-key-play { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
