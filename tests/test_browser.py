@@ -363,8 +363,51 @@ def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, paint
     assert picture.bounding_box()["x"] > draw.bounding_box()["x"] + 300  # beside each other
     assert page.get_by_role("spinbutton", name="Seed").bounding_box()["y"] > draw.bounding_box()["y"]
     page.get_by_role("radio", name="fast").click()
-    expect(page.locator(SEGMENT)).to_have_text("fast")
+    expect(page.locator(SEGMENT).first).to_have_text("fast")
     settle(page)
+    check_looks(page)
+
+
+def test_a_prompt_is_drawn_as_it_is_typed_and_enter_draws_the_full_picture(visit, folder):
+    page = visit("playground", {"run": "one", "num_inference_steps": 6, "seed": 21})
+    prompt = page.get_by_role("textbox", name="Prompt", exact=True)
+    prompt.press("Control+a")
+    page.keyboard.type("a blue ")
+    page.keyboard.type("flower")
+    draft, full = page.locator(".st-key-play_draft img"), page.locator(".st-key-play_full")
+    expect(draft).to_have_attribute("alt", "draft: a blue flower", timeout=200_000)  # torch is imported first
+    expect(page.get_by_text("A draft of “a blue flower” in 3 steps")).to_be_visible()
+    expect(full).to_be_hidden()
+    expect(page).not_to_have_url(re.compile("blue"))  # the text is not sent yet
+    check_looks(page)
+    page.keyboard.type(" at {dawn|night}")
+    expect(draft).to_have_count(2)
+    expect(draft.last).to_have_attribute("alt", "draft: a blue flower at night")
+    page.keyboard.press("Enter")
+    pictures = full.locator(".gallery img")
+    expect(pictures).to_have_count(2)
+    expect(draft).to_have_count(0)
+    expect(page).to_have_url(re.compile("prompt=a\\+blue\\+flower\\+at\\+%7Bdawn%7Cnight%7D"))
+    assert prompt.input_value() == "a blue flower at {dawn|night}"
+    settle(page)
+    check_looks(page)
+    page.get_by_role("button", name="Open: a blue flower at night").click()
+    expect(full.locator("[data-testid=stImage] img")).to_have_attribute("alt", "a blue flower at night")
+    expect(prompt).to_have_value("a blue flower at night")
+    prompt.press("End")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("in snow")
+    expect(draft).to_have_attribute("alt", "draft: a blue flower at night\nin snow")
+    page.keyboard.press("Enter")
+    picture = full.locator(".scrubber img")
+    expect(picture).to_have_attribute("alt", "a blue flower at night\nin snow")
+    expect(draft).to_have_count(0)
+    finished = picture.get_attribute("src")
+    slider = page.get_by_role("slider", name="Denoising steps")
+    expect(slider).to_have_attribute("aria-valuetext", "finished")
+    slider.press("Home")
+    expect(picture).to_have_attribute("alt", "step 1: a blue flower at night\nin snow")
+    assert picture.get_attribute("src") != finished
     check_looks(page)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from test_compare import EVIL
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
 DRAW, OTHER = "Draw", "Draw with a random seed"
 ALONE = """  # the page as it stands where there is a model and nothing else: none of these packages, no run.json
-import sys, time
+import json, sys, time
 for name in ("mlflow", "datasets", "accelerate", "deepspeed", "sagemaker", "torchmetrics"):
     sys.modules[name] = None
 from streamlit.testing.v1 import AppTest
@@ -37,7 +38,8 @@ while not app.get("download_button"):
     assert not app.exception and not app.warning, (app.exception, app.warning)
     time.sleep(0.2)
     app.run()
-print([image.proto.imgs[0].caption for image in app.get("image")], [caption.value for caption in app.caption][-1])
+found = [one.proto.json for one in app.get("bidi_component") if one.proto.component_name == "scrubber"]
+print([step["label"] for step in json.loads(found[0])["steps"]], [caption.value for caption in app.caption][-1])
 """
 
 
@@ -95,6 +97,11 @@ def warnings(app: AppTest) -> str:
     return " ".join(element.value for element in app.warning).replace("\\", "")
 
 
+def steps(app: AppTest) -> list[str]:
+    """The labels of the slider below the picture."""
+    return [one["label"] for one in test_compare.component(app, "scrubber").get("steps", [])]
+
+
 def captions(app: AppTest) -> list[str]:
     return [image.proto.imgs[0].caption for image in app.get("image")]
 
@@ -120,7 +127,7 @@ class Painter:
                         time.sleep(0.01)
                         watch(step, count, lambda: np.zeros((1, 8, 8, 3), np.uint8))
             self.places += places
-            return np.full((1, 8, 8, 3), 200, np.uint8)
+            return np.full((len(places), 8, 8, 3), 200, np.uint8)
         finally:
             self.at_once -= 1
 
@@ -148,10 +155,10 @@ def test_one_arrives_at_the_evaluated_settings_and_draws_with_one_button(tmp_pat
     wait(press(app, DRAW), has_picture)
     cell = painter.places[0].cell
     assert (cell.prompt, cell.guidance_scale, cell.seed) == ("a **red** flower", 3.0, 7)
-    assert captions(app)[1:] == ["step 1", "step 2", "step 3", "finished"]  # of 4, as evaluated
+    assert steps(app) == ["step 1", "step 2", "step 3", "finished"]  # of 4, as evaluated
     again = show()  # another visitor with the same URL
     assert has_picture(again)
-    assert captions(again) == captions(app)
+    assert steps(again) == steps(app)
     assert len(painter.places) == 1
 
 
@@ -160,7 +167,7 @@ def test_what_the_url_says_is_drawn_and_the_file_carries_it(tmp_path, painter):
     query = {"run": "one", "checkpoint": "checkpoint-000010", "prompt": EVIL, "negative_prompt": "**n**", "seed": "41",
              "guidance_scale": "2.5", "num_inference_steps": "50", "scheduler": "dpm++"}  # fmt: skip
     app = wait(press(show(**query), DRAW), has_picture)
-    assert captions(app)[1:] == [f"step {step}" for step in (1, 11, 21, 30, 40)] + ["finished"]
+    assert steps(app) == [f"step {step}" for step in (1, 11, 21, 30, 40)] + ["finished"]
     place = painter.places[0]
     assert place.checkpoint == "checkpoint-000010"
     assert place.cell == cells.Cell(EVIL, "**n**", 41, 2.5, 50, "DPMSolverMultistepScheduler")
@@ -381,13 +388,231 @@ def test_a_random_seed_is_drawn_and_the_history_brings_settings_back(tmp_path, p
     assert len([button for button in app.button if button.label.startswith("Seed")]) == 12
 
 
+# --- As you type -----------------------------------------------------------------------------------------------------
+
+
+def type_text(app: AppTest, text: str) -> AppTest:
+    """Type a text and pause, without sending it, as assets/typing.js reports it."""
+    app.session_state["_typed"] = (text, app.text_area(key="prompt").value)
+    app.run()
+    assert not app.exception
+    return app
+
+
+def drafts(app: AppTest) -> str:
+    return " ".join(one.value for one in app.caption if "draft" in one.value.lower()).replace("\\", "")
+
+
+def test_a_typed_text_gets_a_draft_that_nothing_stores(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = show(seed="3", guidance_scale="2", negative_prompt="n")
+    assert not drafts(app)
+    type_text(app, "a blue flower")
+    assert "A draft of “a blue flower” in 3 steps. Enter draws the full picture." in drafts(app)
+    assert app.text_area(key="prompt").value != "a blue flower"
+    assert [place.cell for place in painter.places] == [
+        cells.Cell("a blue flower", "n", 3, 2.0, 3, "UniPCMultistepScheduler", 0.3)
+    ]
+    assert not list((run / "cells").glob("*.png"))
+    app.run()  # nothing is drawn twice
+    app.text_area(key="prompt").set_value("a blue flower").run()  # the field is left
+    assert "A draft of “a blue flower”" in drafts(app)
+    assert len(painter.places) == 1
+    wait(press(app, DRAW), has_picture)
+    assert not drafts(app)
+    assert painter.places[1].cell.num_inference_steps > 3
+
+
+def test_a_newer_text_and_the_full_picture_replace_a_draft_that_is_being_drawn(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = show()
+    painter.go.clear()
+    for text in ("a", "a b", "a blue"):
+        type_text(app, text)
+        assert "The draft is waiting" in drafts(app)
+    painter.go.set()
+    wait(app, lambda app: "A draft of “a blue”" in drafts(app))
+    assert [place.cell.prompt for place in painter.places] == ["a blue"]
+    painter.go.clear()
+    type_text(app, "a blue flower")
+    app.text_area(key="prompt").set_value("a blue flower")
+    press(app, DRAW)
+    painter.go.set()
+    wait(app, has_picture)
+    assert [place.cell.num_inference_steps > 3 for place in painter.places] == [False, True]
+
+
+def test_a_text_without_pictures_gets_a_sentence_and_the_switch_ends_drafts(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = type_text(show(), "a {red flower")
+    assert "the prompt has a { without its }" in texts(app).replace("\\", "")
+    type_text(app, "   ")
+    assert not drafts(app)
+    app.toggle(key="live").set_value(False).run()
+    type_text(app, "a red flower")
+    assert not painter.places
+    app.switch_page("views/runs.py").run()
+    app.switch_page("views/playground.py").run()
+    assert not app.toggle(key="live").value
+
+
+def test_a_draft_that_breaks_is_said(tmp_path, painter, monkeypatch):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+
+    def breaks(pipeline, places, watch):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cells, "_draw", breaks)
+    app = wait(type_text(show(), "a red flower"), warnings)
+    assert "drawing ended with MemoryError (no room)" in warnings(app)
+
+
+# --- Several pictures ------------------------------------------------------------------------------------------------
+
+
+def shown_set(app: AppTest) -> list[tuple[str, bool]]:
+    """The captions of the pictures of a set, and whether each is drawn."""
+    return [(one["caption"], bool(one["source"])) for one in test_compare.component(app, "gallery").get("pictures", [])]
+
+
+def is_whole(app: AppTest) -> bool:
+    return bool(shown_set(app)) and all(drawn for _, drawn in shown_set(app)) and not app.get("progress")
+
+
+def test_seeds_and_alternatives_fill_a_set_that_is_stored(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    query = {"pictures": "4", "seed": "7", "prompt": "{red|blue} flower"}
+    app = show(**query)
+    assert "not drawn yet" in texts(app)
+    wait(press(app, DRAW), is_whole)
+    captions = [f"“{color} flower” · seed {seed}" for color in ("red", "blue") for seed in (7, 8, 9, 10)]
+    assert shown_set(app) == [(caption, True) for caption in captions]
+    assert len(painter.places) == 8
+    assert shown_set(show(**query)) == shown_set(app)
+    assert len(list((run / "cells").glob("*.steps.png"))) == 8  # they are among the page's own, which have a limit
+    type_text(app, "{red|blue|pink} flower")
+    assert len(painter.places) == 8 + 9  # the first drafts of twelve
+    app.text_area(key="prompt").set_value("a tulip").run()
+    app.segmented_control(key="pictures").set_value("9").run()
+    wait(press(app, DRAW), is_whole)
+    assert [caption for caption, _ in shown_set(app)] == [f"seed {seed}" for seed in range(7, 16)]
+
+
+def test_too_many_pictures_and_braces_that_do_not_fit_get_a_sentence(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    app = press(show(pictures="9", prompt="{a|b|c|d|e}"), DRAW)
+    assert "5 prompts with 9 seeds each are more than 36 pictures" in warnings(app)
+    assert "the prompt has a } without its {" in warnings(press(show(prompt="red} flower"), DRAW))
+    assert not painter.places
+    wait(press(show(prompt=r"a \{red\} flower"), DRAW), has_picture)
+    assert painter.places[0].cell.prompt == "a {red} flower"
+
+
+def test_a_second_checkpoint_draws_the_same_beside_the_first(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    make_run(tmp_path / "outputs" / "two", evaluated=False)
+    app = show(run="one", checkpoint="checkpoint-000010", seed="5", beside="two/checkpoint-000020")
+    assert app.selectbox(key="beside").value == "two/checkpoint-000020"
+    wait(press(app, DRAW), is_whole)
+    assert [caption for caption, _ in shown_set(app)] == [
+        "one/checkpoint-000010 · seed 5", "two/checkpoint-000020 · seed 5"
+    ]  # fmt: skip
+    first, second = painter.places
+    assert first.cell == second.cell
+    assert first.model_hash != second.model_hash or first.run != second.run
+    gone = show(run="one", beside="two/<b>gone")
+    assert gone.selectbox(key="beside").value is None
+
+
+def test_pictures_are_found_by_words_and_by_their_star(tmp_path, painter, monkeypatch):
+    monkeypatch.setattr(sys.modules["helpers.picture_strip"], "has_control", lambda: True)
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    for seed, prompt in enumerate(("a red rose", "a blue rose", "a red tulip")):
+        wait(press(show(seed=str(seed), prompt=prompt), DRAW), has_picture)
+    app = show(find="Rose RED")
+    assert strip(app) == ["Seed 0"]
+    press(app, "☆")
+    assert [button.label for button in app.button if button.label in "★☆"] == ["★"]
+    app.text_input(key="find").set_value("").run()
+    assert set(strip(app)) == {"Seed 0", "Seed 1", "Seed 2"}
+    app.toggle(key="starred").set_value(True).run()
+    assert strip(app) == ["Seed 0"]
+    most, cells.MAX_WATCHED = cells.MAX_WATCHED, 1
+    try:
+        wait(press(show(seed="9", prompt="a lily"), DRAW), has_picture)
+    finally:
+        cells.MAX_WATCHED = most
+    assert len(list((run / "cells").glob("*.steps.png"))) == 2  # the newest one and the starred one
+    assert strip(show(starred="true")) == ["Seed 0"]
+    press(app, "★")
+    assert strip(app) == []
+    assert "no picture matches" in texts(app)
+
+
+def strip(app: AppTest) -> list[str]:
+    return [button.label for button in app.button if button.label.startswith("Seed")]
+
+
+def links(app: AppTest, label: str) -> dict[str, list[str]]:
+    found = [one.proto for one in app.get("page_link") if one.proto.label == label]
+    return parse_qs(found[0].query_string) if found else {}
+
+
+def follow(app: AppTest, label: str, page: str) -> AppTest:
+    """Open the page of a link in another session."""
+    other = AppTest.from_file(str(APP), default_timeout=120)
+    other.query_params.update(links(app, label))
+    other.switch_page(f"views/{page}.py").run()
+    assert not other.exception
+    return other
+
+
+def test_pictures_become_a_grid_and_a_grids_picture_opens_here(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    make_run(tmp_path / "outputs" / "two", evaluated=False)
+    query = {"run": "two", "checkpoint": "checkpoint-000010", "seed": "5", "guidance_scale": "3", "scheduler": "unipc"}
+    app = wait(press(show(**query, prompt="a **red** flower"), DRAW), has_picture)
+    grid = test_compare.grid_of(compare := follow(app, "Make a grid of this", "compare"))
+    assert (grid["columns"], grid["rows"]) == (["1.5", "3", "6"], ["5", "6", "7"])
+    assert [bool(one["source"]) for one in grid["cells"]] == [False, True, *[False] * 7]
+    assert not warnings(compare)
+    compare.query_params["left"] = "guidance scale 3, seed 5"
+    compare.session_state["left"] = "guidance scale 3, seed 5"
+    compare.run()
+    back = follow(compare, "Open the left picture in the Playground", "playground")
+    assert has_picture(back)
+    assert dict(back.query_params)["prompt"] in ("a **red** flower", ["a **red** flower"])
+    several = show(**query, prompt="{red|blue} rose", pictures="4", beside="two/checkpoint-000020")
+    grid = test_compare.grid_of(follow(several, "Make a grid of this", "compare"))
+    assert (grid["columns"], grid["rows"]) == (["checkpoint-000010", "checkpoint-000020"], ["red rose", "blue rose"])
+    assert not links(show(**query, prompt="two\nlines"), "Make a grid of this")  # Compare has a prompt per line
+
+
+def test_strangers_find_no_stars_and_in_a_space_only_their_own_pictures(tmp_path, painter, monkeypatch):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    monkeypatch.setenv("SPACE_ID", "me/flowers")
+    for seed in (1, 2):
+        wait(press(show(seed=str(seed)), DRAW), has_picture)
+    app = show()
+    assert strip(app) == ["Seed 2", "Seed 1"]
+    assert not [button for button in app.button if button.label in "★☆"]
+    app.session_state["_own"] = []
+    monkeypatch.setattr(Path, "is_file", lambda path, real=Path.is_file: path.name != "compare.py" and real(path))
+    app.switch_page("views/playground.py").run()
+    assert strip(app) == []
+    for seed in (3, 4):
+        app.number_input(key="seed").set_value(seed)
+        wait(press(app, DRAW), has_picture)
+    assert strip(app) == ["Seed 4", "Seed 3"]
+
+
 def test_a_grids_picture_is_shown_at_once_and_its_steps_on_demand(tmp_path, painter):
     run = make_run(tmp_path / "outputs" / "one")
     query = {"checkpoint": "checkpoint-000010", "prompt": "a red flower", "seed": "7", "guidance_scale": "1.5"}
     app = show(**query)
     assert has_picture(app)
     assert "without being watched" in texts(app)
-    wait(press(app, DRAW), lambda app: len(captions(app)) > 1)
+    wait(press(app, DRAW), steps)
     assert len(painter.places) == 1
     before = painter.places[0].path.read_bytes()
     for number in range(3):  # a limit that steps beyond reach
@@ -477,7 +702,7 @@ def test_without_training_images_a_sentence_says_so(tmp_path, painter):
         if not has_picture(app):
             wait(press(app, DRAW), has_picture)
         assert "are not on this machine" in texts(app)
-        assert not app.toggle
+        assert [toggle.key for toggle in app.toggle] == ["live"]
 
 
 @pytest.fixture
@@ -559,7 +784,7 @@ def test_the_model_alone_is_enough(trained, tmp_path, environment):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == (
-        "['', 'step 1', 'step 2', 'step 3', 'step 5', 'step 6', 'finished'] The images this model was trained on are "
+        "['step 1', 'step 2', 'step 3', 'step 5', 'step 6', 'finished'] The images this model was trained on are "
         "not on this machine, so its picture cannot be held beside them."
     )
 

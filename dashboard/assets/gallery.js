@@ -5,6 +5,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
   if (root.state === state) return; // an unchanged gallery keeps its elements and the focus
   root.state = state;
   root.classList.toggle("wall", Boolean(data.wall));
+  root.style.gridTemplateColumns = data.columns ? `repeat(${data.columns}, minmax(0, 1fr))` : "";
+  root.style.maxWidth = data.columns ? "36rem" : "";
   const action = data.action ?? "Show larger";
   root.replaceChildren(...data.pictures.flatMap((one) => {
     const shown = card(one, action, () => setTriggerValue("chosen", { row: one.row, split: one.split ?? "" }));

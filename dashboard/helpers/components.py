@@ -1,4 +1,4 @@
-"""Widgets that Streamlit does not have: a grid of pictures with linked zoom, two pictures compared, and a gallery.
+"""Widgets that Streamlit does not have: pictures with linked zoom, a gallery, a list of lines, and a text as it is typed.
 
 The widgets' JavaScript and CSS are in assets/. Content of files reaches a widget as data, and is shown only as text.
 """
@@ -25,7 +25,9 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
             below the picture).
         on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row, column, left}.
     """
-    mount = st.components.v2.component("picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("grid"))
+    mount = st.components.v2.component(
+        "picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("zoom.js", "grid.js")
+    )
     mount(key=key, data=data, on_chosen_change=on_chosen)
 
 
@@ -36,7 +38,9 @@ def picture_pair(data: dict[str, Any], key: str) -> None:
         data: content of the comparison of two pictures. `mode` of the comparison is "side by side", "slider" or
             "difference". The pictures `left`, `right` and `difference` have `source`, `alt` and `label`.
     """
-    mount = st.components.v2.component("picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("pair"))
+    mount = st.components.v2.component(
+        "picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("zoom.js", "pair.js")
+    )
     mount(key=key, data=data)
 
 
@@ -47,12 +51,14 @@ def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> No
         data: content of the gallery of pictures. Each of the gallery's `pictures` has `source` (a data address or ""),
             `alt`, `caption`, `label`, `finding`, `title` and `row`. A picture's `note` is the text shown if there is no
             picture. A picture with `is_miss` has an outline. A `heading` of a picture stands above it, in a row of its
-            own. If the gallery has `wall`, its pictures are smaller and scroll. The gallery's `action` says what a
-            click does.
+            own. If the gallery has `wall`, its pictures are smaller and scroll. If it has `columns`, it has so many.
+            The gallery's `action` says what a click does.
         on_chosen: called when a picture is clicked. After the click, `st.session_state[key].chosen` is {row, split}.
             The split is that of the picture's data, or "".
     """
-    mount = st.components.v2.component("gallery", html='<div class="gallery"></div>', css=_css(), js=_js("gallery"))
+    mount = st.components.v2.component(
+        "gallery", html='<div class="gallery"></div>', css=_css(), js=_js("zoom.js", "gallery.js")
+    )
     mount(key=key, data=data, on_chosen_change=on_chosen)
 
 
@@ -63,10 +69,41 @@ def legend(data: dict[str, Any], key: str) -> list[str]:
         data: content of the list. It has a `title`, and `lines` with a `name`, `color`, `figures` (words below the name),
             and `dashed`. The names in its `hidden` are switched off.
     """
-    mount = st.components.v2.component("legend", html='<div class="legend"></div>', css=_css(), js=_js("legend"))
+    mount = st.components.v2.component(
+        "legend", html='<div class="legend"></div>', css=_css(), js=_js("zoom.js", "legend.js")
+    )
     result = mount(key=key, data=data, default={"hidden": data["hidden"]}, on_hidden_change=_nothing)
     hidden = result.get("hidden")
     return [str(name) for name in hidden] if isinstance(hidden, list) else []
+
+
+def scrubber(data: dict[str, Any], key: str) -> None:
+    """Show a picture with a slider over the steps of its drawing.
+
+    Args:
+        data: content of the widget. It has a `title` of the slider, and `steps`, each with a `source` (a data address),
+            `alt` and `label`. The last step, which is shown at first, is the finished picture.
+    """
+    mount = st.components.v2.component(
+        "scrubber", html='<div class="scrubber"></div>', css=_css(), js=_js("zoom.js", "scrubber.js")
+    )
+    mount(key=key, data=data)
+
+
+def typing(field: str, button: str, live: bool, pause_ms: int, key: str, on_typed: Callable[[], None]) -> None:
+    """Report the text of a text area a moment after the last key, and let Enter press a button. Nothing is shown.
+
+    Streamlit itself reports a text only after Ctrl and Enter, or when the user leaves the field.
+
+    Args:
+        field, button: keys of the text area and of the button.
+        live: whether to report texts. Enter presses the button in any case.
+        pause_ms: pause after the last key, in milliseconds.
+        on_typed: called with each reported text. After it, `st.session_state[key].typed` is the text.
+    """
+    mount = st.components.v2.component("typing", html='<div class="typing"></div>', js=_js("typing.js"))
+    data = {"field": field, "button": button, "live": live, "pause": pause_ms}
+    mount(key=key, data=data, on_typed_change=on_typed)
 
 
 def _nothing() -> None:
@@ -85,5 +122,5 @@ def _css() -> str:
 
 
 @lru_cache
-def _js(name: str) -> str:
-    return "\n".join((ASSETS / f"{part}.js").read_text(encoding="utf-8") for part in ("zoom", name))
+def _js(*names: str) -> str:
+    return "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in names)

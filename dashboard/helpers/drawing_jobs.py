@@ -1,4 +1,4 @@
-"""Draw in a separate thread: the missing pictures of a grid, or one picture that a page watches."""
+"""Draw in a separate thread: the missing pictures of a grid, one picture that a page watches, or drafts of a text."""
 
 import threading
 import time
@@ -59,13 +59,14 @@ class GridJob(Job):
     """A thread that draws the missing pictures of a grid."""
 
     missing: Sequence[cells.PlannedCell]
+    as_watched: bool = False  # whether the pictures count among those of which a page keeps only the newest
     done: int = 0
     drawing_s: float = 0.0  # until the newest picture, without loading of models and waiting for another's turn
 
     @classmethod
-    def start(cls, key: Hashable, planned: Sequence[cells.PlannedCell]) -> "GridJob":
+    def start(cls, key: Hashable, planned: Sequence[cells.PlannedCell], as_watched: bool = False) -> "GridJob":
         """Draw the missing pictures of a grid's plan."""
-        job = cls(key=key, missing=cells.missing(planned))
+        job = cls(key=key, missing=cells.missing(planned), as_watched=as_watched)
         job._start("grid", job._draw)
         return job
 
@@ -86,7 +87,14 @@ class GridJob(Job):
                 if not has_turn:
                     return
                 before, self._start_s = self.drawing_s, time.monotonic()
-                cells.make(batch, load=self._load, batch_size=BATCH, progress=self._count, cancelled=self.is_cancelled)
+                cells.make(
+                    batch,
+                    load=self._load,
+                    batch_size=BATCH,
+                    progress=self._count,
+                    cancelled=self.is_cancelled,
+                    as_watched=self.as_watched,
+                )
                 if self.drawing_s > before:
                     _pace[batch[0].run] = (self.drawing_s - before) / sum(planned.cell.samples for planned in batch)
 
@@ -137,6 +145,29 @@ class PictureJob(Job):
         self.stage, self.step, self.steps = "drawing", step, steps
         if picture is not None:
             self.preview = picture
+
+
+@dataclass(kw_only=True)
+class DraftJob(Job):
+    """A thread that draws pictures of a text that a user is typing, at once and in few steps, and stores none.
+
+    `pictures` is None until they are finished, and stays None if the drawing job was stopped.
+    """
+
+    planned: Sequence[cells.PlannedCell]
+    pictures: "np.ndarray | None" = None
+
+    @classmethod
+    def start(cls, planned: Sequence[cells.PlannedCell]) -> "DraftJob":
+        """Start the thread, which draws as soon as no other thread of this server draws."""
+        job = cls(key=object(), planned=planned)
+        job._start("draft", job._draw)
+        return job
+
+    def _draw(self) -> None:
+        with drawing_turn(self.is_cancelled) as has_turn:
+            if has_turn:
+                self.pictures = cells.draw_unstored(self.planned, load=load_pipeline, cancelled=self.is_cancelled)
 
 
 _running: dict[Hashable, Job] = {}

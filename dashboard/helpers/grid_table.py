@@ -11,6 +11,7 @@ from PIL import Image
 
 from helpers.drawing_jobs import GridJob, expected_seconds, running_job
 from helpers.grid_choice import AXES, BEST, LAST, Grid
+from helpers.page_links import playground_link
 from helpers.page_texts import escape, warn
 from helpers.picture_table import show_pictures, stored_address
 from helpers.run_files import read_or_warn
@@ -207,6 +208,10 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice, ta
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
     if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
+        with st.container(horizontal=True):
+            for side in ("left", "right"):
+                if (name := st.session_state.get(side)) in shown:
+                    playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
         show_downloads(grid, planned, rows)
 
 

@@ -3,6 +3,7 @@
 This module imports torch only with the first model.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -64,6 +65,9 @@ def load_pipeline(model: Path) -> Any:
         while len(_pipelines) >= MODELS:  # before loading: both at once may not fit into memory
             _pipelines.popitem(last=False)
 
+        # Threads that wait for each other by turning in a loop take the cores from a training or browser on this machine,
+        # and from each other: a draft then takes ten times as long. This acts only before torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from t2i.pictures import sampling
 
         freeze_loaded("torch")  # before the first model, which must not stay

@@ -1,34 +1,36 @@
-"""One picture from a prompt: drawn step by step, with some of its denoising steps, the training images nearest to it,
-and a history.
+"""Pictures from a prompt: drafts while it is typed, then one picture step by step, or several by seeds, words and models.
 
-The URL holds the chosen settings, and a picture that was drawn before is shown at once. This page needs neither MLflow
-nor datasets, so that a Space can consist of only this page and a model.
+A picture that stands alone comes with some of its denoising steps and the training images nearest to it. The URL holds
+the chosen settings, and a picture that was drawn before is shown at once. This page needs neither MLflow nor datasets,
+so that a Space can consist of only this page and a model.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import streamlit as st
+from helpers.components import data_address, scrubber
 from helpers.drawing_jobs import PictureJob, running_job
+from helpers.page_links import MAX_PROMPT, MAX_SCALE, MAX_SEED, MAX_STEPS, SHORT_NAMES, grid_link
 from helpers.page_texts import escape, show_no_runs, warn
 from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_gone
+from helpers.picture_set import show_set
+from helpers.picture_strip import show_strip
+from helpers.picture_table import encode_png
 from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, warn_of_cut_prompts
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from helpers.training_neighbours import show_neighbours
-from PIL import Image
+from helpers.typed_drafts import forget_text, show_draft
 from streamlit.delta_generator import DeltaGenerator
 
 from t2i.errors import UserError
-from t2i.pictures import cells
-from t2i.pictures.png import PRESETS, SCHEDULERS, fitting_schedulers, png_bytes
+from t2i.pictures import cells, wildcards
+from t2i.pictures.png import PRESETS, fastest_preset, fitting_schedulers, png_bytes
 
-# Bounds of this page, which strangers may use; generate_images.py and Compare accept more.
-MAX_PROMPT, MAX_STEPS, MAX_SCALE, MAX_SEED = 1000, 50, 50.0, 2**53 - 1  # a browser's numbers are exact up to this seed
-SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
 SETTINGS = (
     "seed",
     "guidance_scale",
@@ -37,7 +39,10 @@ SETTINGS = (
     "guidance_end",
     "guidance_rescale",
 )  # widgets of the form
-HISTORY = 12  # pictures in a session's history
+SEEDS = ("1", "4", "9")  # pictures of each prompt, with seeds that follow each other
+MOST_PICTURES = 36  # of one set: alternatives in the prompt times seeds
+MOST_DRAFTS = 9  # of these that are drawn while the prompt is typed
+OWN = 12  # pictures of a session that a page remembers whose pictures nobody else may see
 # Prompt, picture and form follow each other on a phone. On a wide page the picture is beside the other two.
 LAYOUT = """<style>
 .st-key-play { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); grid-template-rows: auto 1fr; column-gap: 3rem;
@@ -46,10 +51,13 @@ LAYOUT = """<style>
 .st-key-play > :has(> .st-key-play_result) { grid-area: result; }
 .st-key-play > :has(> .st-key-play_form) { grid-area: form; }
 .st-key-play > * { min-width: 0; width: 100%; }
+.st-key-prompt [data-testid=InputInstructions] { display: none; } /* It says Ctrl and Enter, but Enter does. */
+.st-key-play_result :has(> .st-key-play_listen) { position: absolute; }
+.st-key-play_result:has(.st-key-play_draft img) .st-key-play_full { display: none; }
 @media (max-width: 640px) { .st-key-play { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
   grid-template-areas: "ask" "result" "form"; } }
 </style>"""
-THUMB, SMALL, LARGE = 72, 84, 384  # pixels per side on the page: in the history, of a step, of the picture
+LARGE = 384  # pixels per side of the picture on the page
 
 
 def main() -> None:
@@ -58,8 +66,6 @@ def main() -> None:
     if not runs:
         show_no_runs()
         return
-    if "_history" not in st.session_state:
-        st.session_state["_history"] = stored_history(runs)
     st.html(LAYOUT)
     with st.container(key="play"):
         ask, result, form = (st.container(key=f"play_{name}") for name in ("ask", "result", "form"))
@@ -67,17 +73,22 @@ def main() -> None:
         model = choose_model(runs)
     if model is None:
         return
+    with form:
+        models = [model, *choose_beside(runs, model)]
     settings, asked_to_draw = choose_settings(model[0], ask, form)
     keep_choices()
+    if asked_to_draw:
+        forget_text()
     with result:
-        warn_of_cut_prompts(model[0], [settings["prompt"], settings["negative_prompt"]])
-        try:
-            planned = cells.plan(*model, cells.Cell(**settings), [])[0]
-        except UserError as error:
-            warn(error)
-        else:
-            show_result(planned, asked_to_draw)
-    show_history()
+        draft = st.container()
+        with st.container(key="play_full"):
+            covered = show_pictures(models, settings, asked_to_draw)
+    show_strip(list(runs.values()), own_pictures(), settings_text, bring_back)
+    preset = fastest_preset(cells.schedule_of(model[0]))
+    live = preset is not None and st.session_state["_as_typed"]
+    fast = settings | (preset._asdict() if preset else {})
+    with draft:  # last: it waits for the draft
+        show_draft(lambda text: plan_set([model], fast | {"prompt": clean(text)})[:MOST_DRAFTS], live, covered)
 
 
 # --- What is chosen --------------------------------------------------------------------------------------------------
@@ -119,7 +130,7 @@ def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
 
 def keep_choices() -> None:
     """Keep the choices of this page for its next visit: a change of page drops those of the page before."""
-    keys = ("run", "checkpoint", "prompt", "negative_prompt", *SETTINGS)
+    keys = ("run", "checkpoint", "prompt", "negative_prompt", "pictures", *SETTINGS)
     st.session_state["_kept"] = {key: value for key in keys if (value := st.session_state.get(key)) not in (None, "")}
 
 
@@ -139,7 +150,8 @@ def first_settings(run: Path) -> dict[str, Choice]:
     schedulers = fitting_schedulers(cells.schedule_of(run))
     scheduler = SHORT_NAMES.get(default.scheduler, "ddim")
     return {
-        "prompt": prompt,
+        "prompt": wildcards.literal(prompt),
+        "pictures": SEEDS[0],
         "seed": min(default.seed, MAX_SEED),
         "guidance_scale": min(best_scale(run, evaluated), MAX_SCALE),
         "num_inference_steps": min(default.num_inference_steps, MAX_STEPS),
@@ -162,9 +174,10 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             bind="query-params",
             max_chars=MAX_PROMPT,
             height=80,
+            help="Enter draws, Shift and Enter begin a new line. {red|blue} flower draws a red and a blue one.",
         )
         with st.container(horizontal=True):
-            draw = st.button("Draw", type="primary")
+            draw = st.button("Draw", type="primary", key="draw")
             other = st.button("Draw with a random seed", on_click=take_random_seed)
     above = form.container()  # for the presets, which depend on the values below
     with form.container(border=True):
@@ -235,7 +248,45 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
     settings |= {key: first[key] for key, value in settings.items() if value is None}  # a field was emptied
     with above:
         show_preset(settings)
+        row = st.container(horizontal=True, vertical_alignment="bottom")
+        row.segmented_control(
+            "Pictures",
+            SEEDS,
+            key="pictures",
+            bind="query-params",
+            required=True,
+            help="Number of pictures of each prompt. Their seeds follow each other.",
+        )
+        st.session_state["_as_typed"] = row.toggle(
+            "Draw as you type",
+            value=st.session_state.get("_as_typed", True),
+            key="live",
+            help="Draw a draft in few steps whenever you pause. Drafts are not stored.",
+        )
     return settings, draw or other
+
+
+def choose_beside(runs: dict[str, Path], model: tuple[Path, str]) -> list[tuple[Path, str]]:
+    """Show the widget that chooses a second model, and return it in a list, which is empty without one."""
+    others = {
+        f"{name}/{checkpoint}": (run, checkpoint)
+        for name, run in sorted(runs.items(), key=lambda item: item[1] != model[0])
+        for checkpoint in checkpoints_of(run)[::-1]
+        if (run, checkpoint) != model
+    }
+    if st.query_params.get("beside", st.session_state.get("beside")) not in (None, "", *others):
+        st.query_params.pop("beside", None)
+        st.session_state.pop("beside", None)
+    chosen = st.selectbox(
+        "Beside it",
+        list(others),
+        index=None,
+        key="beside",
+        bind="query-params",
+        placeholder="another checkpoint",
+        help="A second checkpoint draws the same prompt with the same seed and settings.",
+    )
+    return [others[chosen]] if chosen in others else []
 
 
 def number(column: DeltaGenerator, title: str, key: str, low: Any, high: Any, step: Any = None, *, help: str) -> Any:
@@ -277,11 +328,66 @@ def take_random_seed() -> None:
 # --- The picture -----------------------------------------------------------------------------------------------------
 
 
-def show_result(planned: cells.PlannedCell, asked: bool) -> None:
-    """Show the stored picture, or else the job that draws the picture, or else how to start drawing."""
+def plan_set(models: Sequence[tuple[Path, str]], settings: dict[str, Any]) -> list[cells.PlannedCell]:
+    """Plan the pictures of all models, prompts and seeds, those of the same prompt and seed beside each other.
+
+    Raises:
+        UserError: the prompt's braces have an error, the settings make no picture, or there are too many pictures.
+    """
+    prompts = wildcards.expand(settings["prompt"], MOST_PICTURES)
+    count = int(st.session_state.get("pictures") or SEEDS[0])
+    if len(prompts) * count > MOST_PICTURES:
+        raise UserError(
+            f"{len(prompts)} prompts with {count} seeds each are more than {MOST_PICTURES} pictures; "
+            "take fewer pictures, or fewer alternatives in braces"
+        )
+    seeds = cells.Axis("seed", tuple(range(settings["seed"], settings["seed"] + count)))
+    cell = cells.Cell(**settings | {"prompt": prompts[0]})
+    plans = [cells.plan(*model, cell, [seeds, cells.Axis("prompt", tuple(prompts))]) for model in models]
+    return [one for same in zip(*plans, strict=True) for one in same]
+
+
+def show_pictures(models: Sequence[tuple[Path, str]], settings: dict[str, Any], asked: bool) -> bool:
+    """Show the picture or pictures of the chosen settings, and draw them if `asked`.
+
+    Return whether any of them is drawn or being drawn, or cannot be.
+    """
+    try:
+        planned = plan_set(models, settings)
+    except UserError as error:
+        warn(error)
+        return True
+    prompts = dict.fromkeys(one.cell.prompt for one in planned)
+    warn_of_cut_prompts(models[0][0], [*list(prompts)[:3], settings["negative_prompt"]])
+    if len(planned) == 1:
+        covered = show_result(planned[0], asked)
+        grid_link(planned)
+        return covered
+    for one in planned:
+        if one.made:
+            note_own(one)
+    columns = 2 if len(models) > 1 or len(planned) <= 4 else 3
+    caption = partial(set_caption, has_models=len(models) > 1, has_prompts=len(prompts) > 1)
+    covered = show_set(planned, columns, caption, bring_back, asked)
+    grid_link(planned)
+    return covered
+
+
+def set_caption(planned: cells.PlannedCell, has_models: bool, has_prompts: bool) -> str:
+    """Return what makes a picture differ from the others of its set."""
+    model = [f"{planned.run.as_posix().removeprefix(f'{OUTPUTS}/')}/{planned.checkpoint}"] if has_models else []
+    prompt = [f"“{planned.cell.prompt}”"] if has_prompts else []
+    return " · ".join([*model, *prompt, f"seed {planned.cell.seed}"])
+
+
+def show_result(planned: cells.PlannedCell, asked: bool) -> bool:
+    """Show the stored picture, or else the job that draws the picture, or else how to start drawing.
+
+    Return whether the picture of these settings is drawn or being drawn, or cannot be.
+    """
     if planned.problem is not None:
         warn(UserError(planned.problem))
-        return
+        return True
     job: PictureJob | None = st.session_state.get("_picture_job")
     if job is not None and asked:
         if job is st.session_state.get("_started_picture"):  # by this session: another one may still watch the job
@@ -310,6 +416,7 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> None:
     elif not asked:
         st.text("This picture is not drawn yet. Draw makes it.")
         show_stale()
+    return watched is not None or (job is not None and not is_other)
 
 
 def take_result(job: PictureJob) -> None:
@@ -360,9 +467,10 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     """Show the picture, its steps, its file, and the training images nearest to it."""
     if watched.note:
         warn(UserError(watched.note))
-    remember(watched, planned)
+    st.session_state["_last"] = planned
+    note_own(planned)
     cell = planned.cell
-    st.image(watched.picture, width=LARGE, alt=cell.prompt or "a picture without a prompt", output_format="PNG")
+    show_steps(watched, planned)
     st.text(settings_text(planned))
     model = f"{planned.run.resolve().name}/{planned.checkpoint}"
     st.download_button(
@@ -373,7 +481,7 @@ def show_picture(watched: cells.Watched, planned: cells.PlannedCell) -> None:
         on_click="ignore",
         help=f"PNG file with the picture's parameters, as generate_images.py writes them; {escape(model)}",
     )
-    show_steps(watched, planned)
+    explain_steps(watched, planned)
     show_neighbours(planned.run, watched.picture)
 
 
@@ -410,81 +518,58 @@ def picture_file(watched: cells.Watched, planned: cells.PlannedCell) -> bytes:
 
 
 def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
-    """Show the model's guess of the finished picture at some of the denoising steps, from left to right."""
+    """Show a picture, and below it a slider over the model's guesses of it at some of the denoising steps."""
+    prompt = planned.cell.prompt or "a picture without a prompt"
     if not watched.steps:
-        if planned.cell.num_inference_steps > 1:
-            st.caption("This picture was made without being watched; Draw shows its steps.")
+        st.image(watched.picture, width=LARGE, alt=prompt, output_format="PNG")
         return
-    shown = [*watched.steps, (planned.cell.num_inference_steps, watched.picture)]
-    with st.container(horizontal=True, gap="small"):
-        for number, (step, picture) in enumerate(shown):
-            last = number == len(shown) - 1
-            label = "finished" if last else f"step {step}"
-            st.image(picture, label, width=SMALL, alt=f"{label}: {planned.cell.prompt}", output_format="PNG")
-    st.caption(
-        "What the model takes the finished picture to be at each step (the predicted x0, decoded): first a blur of the "
-        "prompt's colors, then forms, then detail. Each costs a run of the decoder, so these few stand for all."
-    )
+    steps = [
+        {"source": data_address(encode_png(picture)), "label": f"step {step}", "alt": f"step {step}: {prompt}"}
+        for step, picture in watched.steps
+    ]
+    finished = {"source": data_address(encode_png(watched.picture)), "label": "finished", "alt": prompt}
+    scrubber({"title": "Denoising steps", "steps": [*steps, finished]}, key="_steps")
 
 
-# --- History ---------------------------------------------------------------------------------------------------------
+def explain_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
+    if watched.steps:
+        st.caption(
+            "The slider shows what the model takes the finished picture to be at some of the steps (the predicted x0, "
+            "decoded): first a blur of the prompt's colors, then forms, then detail."
+        )
+    elif planned.cell.num_inference_steps > 1:
+        st.caption("This picture was made without being watched; Draw shows its steps.")
 
 
-def remember(watched: cells.Watched, planned: cells.PlannedCell) -> None:
-    """Add a picture to the history, the newest first.
-
-    The history keeps only a thumbnail and the settings of a picture.
-    """
-    st.session_state["_last"] = planned
-    history = st.session_state["_history"]
-    if all(entry["path"] != planned.path for entry in history):
-        st.session_state["_history"] = [history_entry(watched.picture, planned), *history][:HISTORY]
+# --- Earlier pictures ------------------------------------------------------------------------------------------------
 
 
-def history_entry(picture: np.ndarray, planned: cells.PlannedCell) -> dict[str, Any]:
-    image = Image.fromarray(picture).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
-    return {"path": planned.path, "planned": planned, "thumbnail": np.asarray(image)}
-
-
-def stored_history(runs: dict[str, Path]) -> list[dict[str, Any]]:
-    """Return the newest pictures that this page stored, for the history of a new session, as after a reload.
+def own_pictures() -> list[cells.PlannedCell] | None:
+    """Return the pictures that this session drew, or None if the page shows all stored ones.
 
     A Space has this page alone, and strangers share it, so nobody gets the pictures of others there.
     """
-    if not (Path(__file__).parent / "compare.py").is_file():
-        return []
-    newest = cells.newest_watched(list(runs.values()), HISTORY)
-    shown = [(planned, cells.read_cell(planned.run, planned.model_hash, planned.cell)) for planned in newest]
-    return [history_entry(np.asarray(image), planned) for planned, image in shown if image is not None]
+    return None if (Path(__file__).parent / "compare.py").is_file() else st.session_state.get("_own", [])
 
 
-def show_history() -> None:
-    """Show the newest pictures, each with a button that restores its settings."""
-    history: Sequence[dict[str, Any]] = st.session_state["_history"]
-    if len(history) < 2:
-        return
-    st.header("Latest pictures")
-    with st.container(horizontal=True, gap="small"):
-        for number, entry in enumerate(history):
-            planned: cells.PlannedCell = entry["planned"]
-            with st.container(width=THUMB + 48, gap=None):
-                st.image(entry["thumbnail"], width=THUMB, alt=planned.cell.prompt, output_format="PNG")
-                st.button(
-                    f"Seed {planned.cell.seed}",
-                    key=f"_back_{number}",
-                    on_click=bring_back,
-                    args=(planned,),
-                    type="tertiary",
-                    help=f"Restore the settings of this picture: {escape(settings_text(planned))}",
-                )
+def note_own(planned: cells.PlannedCell) -> None:
+    """Remember a shown picture, the newest first."""
+    own: list[cells.PlannedCell] = st.session_state.get("_own", [])
+    if all(one.path != planned.path for one in own):
+        st.session_state["_own"] = [planned, *own][:OWN]
 
 
 def bring_back(planned: cells.PlannedCell) -> None:
-    """Set the widgets to the settings of an earlier picture, unless the picture's run no longer exists."""
+    """Set the widgets to the settings of one picture alone, unless the picture's run no longer exists."""
     names = {folder: name for name, folder in find_runs().items()}
     if planned.run in names:
-        settings = asdict(planned.cell) | {"scheduler": SHORT_NAMES[planned.cell.scheduler]}
-        st.session_state.update(run=names[planned.run], checkpoint=planned.checkpoint, **settings)
+        forget_text()
+        settings = asdict(planned.cell) | {
+            "scheduler": SHORT_NAMES[planned.cell.scheduler],
+            "prompt": wildcards.literal(planned.cell.prompt),
+        }
+        alone = {"pictures": SEEDS[0], "beside": None}
+        st.session_state.update(run=names[planned.run], checkpoint=planned.checkpoint, **alone, **settings)
 
 
 main()

@@ -14,7 +14,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -475,6 +475,7 @@ def make(
     batch_size: int = 1,
     progress: Callable[[PlannedCell, int, int], Any] = lambda cell, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
+    as_watched: bool = False,
 ) -> int:
     """Draw the missing pictures of a plan, in order and one model at a time; return how many this call drew.
 
@@ -488,16 +489,12 @@ def make(
             to draw.
         cancelled: function that returns whether to stop, called before each denoising step and while another session
             draws. The pictures of an unfinished batch are dropped.
+        as_watched: whether the pictures count among the watched ones, of which only the newest `MAX_WATCHED` stay.
 
     Raises:
         UserError: a model cannot be loaded or has changed since the plan, or a picture cannot be written. Finished
             pictures stay, and the same call draws the missing pictures.
     """
-
-    def watch(step: int, count: int, decode: Callable[[], np.ndarray]) -> None:
-        if cancelled():
-            raise _Stopped
-
     wanted = missing(planned)
     done, drawn, current, pipeline = 0, 0, None, None
     for batch in batches(wanted, batch_size):
@@ -511,16 +508,53 @@ def make(
                 if current != (model, first.model_hash):
                     pipeline, current = _load(model, first.model_hash, load), (model, first.model_hash)
                 try:
-                    pictures = _draw(pipeline, list(absent.values()), watch)
+                    pictures = _draw(pipeline, list(absent.values()), _stop_if(cancelled))
                 except _Stopped:
                     return drawn
                 for one, picture in zip(absent.values(), pictures, strict=True):
-                    _save(one.run, one.checkpoint, one.model_hash, one.cell, picture)
+                    if as_watched:
+                        _save_watched(one, picture, (), own=True)
+                    else:
+                        _save(one.run, one.checkpoint, one.model_hash, one.cell, picture)
                 drawn += len(absent)
         for one in batch:
             done += 1
             progress(one, done, len(wanted))
     return drawn
+
+
+def draw_unstored(
+    planned: Sequence[PlannedCell],
+    *,
+    load: Callable[[Path], Any] | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> np.ndarray | None:
+    """Draw the pictures of a batch, uint8 [N, R, R, 3], and store none; return None if the drawing was cancelled.
+
+    Args:
+        planned: cells of one model that differ only in prompt and seed.
+        load, cancelled: as for `make`. This function waits for no other session.
+
+    Raises:
+        UserError: the model cannot be loaded or has changed since the plan.
+    """
+    if problem := next((one.problem for one in planned if one.problem), None):
+        raise UserError(problem)
+    pipeline = _load(planned[0].run / planned[0].checkpoint, planned[0].model_hash, load)
+    try:
+        return _draw(pipeline, planned, _stop_if(cancelled))
+    except _Stopped:
+        return None
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> Callable[[int, int, Callable[[], np.ndarray]], None]:
+    """Return a function for `sampling.generate` that ends the drawing after a step once `cancelled` is true."""
+
+    def watch(step: int, count: int, decode: Callable[[], np.ndarray]) -> None:
+        if cancelled():
+            raise _Stopped
+
+    return watch
 
 
 def batches(planned: Sequence[PlannedCell], size: int) -> Iterator[list[PlannedCell]]:
@@ -621,20 +655,29 @@ def read_watched(planned: PlannedCell) -> Watched | None:
     return Watched(np.asarray(image), steps)
 
 
-def newest_watched(runs: Sequence[Path], count: int) -> list[PlannedCell]:
+def newest_watched(runs: Sequence[Path], count: int, words: str = "", starred: bool = False) -> list[PlannedCell]:
     """Return the newest watched pictures in the stores of runs, at most `count`, the newest first.
 
     Pictures of models that a run no longer has are left out.
+
+    Args:
+        words: words that the prompt or the model's name must contain, in any order and case. "" is in all of them.
+        starred: whether to return only starred pictures.
     """
-    files = [(file.stat().st_mtime_ns, run, file) for run in runs for file in _steps_by_age(run)[-count:]]
-    names = [*Cell.__dataclass_fields__, "model"]
-    found = []
-    for _, run, file in sorted(files, reverse=True)[:count]:
-        parameters = read_parameters(file) or {}
-        known = {name: parameters[name] for name in names if name in parameters}
-        checkpoint = str(known.pop("model", "")).rpartition("/")[2]
+    files = [(changed, run, file) for run in runs for changed, file in _steps_by_age(run)]
+    found: list[PlannedCell] = []
+    for changed, run, file in sorted(files, reverse=True):
+        if len(found) == count:
+            break
+        if starred and not _star_path(file).exists():
+            continue
+        known = dict(_watched_settings(file, changed))
+        model = str(known.pop("model", ""))
+        text = f"{known.get('prompt')} {model}".casefold()
+        if not all(word in text for word in words.casefold().split()):
+            continue
         try:
-            planned = plan(run, checkpoint, Cell(**known), [])[0]
+            planned = plan(run, model.rpartition("/")[2], Cell(**known), [])[0]
         except (UserError, TypeError, AttributeError):  # a foreign file
             continue
         if planned.made and _steps_path(planned) == file:
@@ -642,8 +685,20 @@ def newest_watched(runs: Sequence[Path], count: int) -> list[PlannedCell]:
     return found
 
 
-def _steps_by_age(run: Path) -> list[Path]:
-    return sorted((run / STORE).glob("*.steps.png"), key=lambda path: path.stat().st_mtime_ns)
+@lru_cache(maxsize=8192)  # read again for each word that a user searches
+def _watched_settings(file: Path, *state: int) -> Mapping[str, Any]:
+    parameters = read_parameters(file)
+    names = [*Cell.__dataclass_fields__, "model"]
+    return {name: parameters[name] for name in names if name in parameters} if isinstance(parameters, dict) else {}
+
+
+def _steps_by_age(run: Path) -> list[tuple[int, Path]]:
+    """Return the files of the steps of a run's watched pictures with their times in ns, the oldest first."""
+    aged = []
+    for path in (run / STORE).glob("*.steps.png"):
+        with suppress(OSError):  # deleted meanwhile
+            aged.append((path.stat().st_mtime_ns, path))
+    return sorted(aged)
 
 
 def make_watched(
@@ -700,7 +755,8 @@ def make_watched(
             return None
         if not note:
             try:
-                _save_watched(planned, drawn, steps, own=stored is None)
+                own = stored is None or bool((read_parameters(_steps_path(planned)) or {}).get("own"))
+                _save_watched(planned, drawn if stored is None else None, steps, own)
             except UserError as error:
                 note = f"not kept: {error}"
         return Watched(drawn, tuple(steps), note)
@@ -711,24 +767,48 @@ def _steps_path(planned: PlannedCell) -> Path:
 
 
 def _save_watched(
-    planned: PlannedCell, picture: np.ndarray, steps: Sequence[tuple[int, np.ndarray]], own: bool
+    planned: PlannedCell, picture: np.ndarray | None, steps: Sequence[tuple[int, np.ndarray]], own: bool
 ) -> None:
     """Store a picture and its steps, and remove the oldest watched pictures beyond `MAX_WATCHED`.
 
     Args:
-        own: whether this call adds the picture to the store. A picture of a grid is stored already, and stays when its
-            steps are removed.
+        picture: the picture, or None if the store has it already.
+        own: whether a page added the picture to the store. A picture of a grid stays when its steps are removed.
     """
     cell = (planned.run, planned.checkpoint, planned.model_hash, planned.cell)
-    if own:
+    if picture is not None:
         _save(*cell, picture)
-    if steps:
-        strip = np.concatenate([part for _, part in steps], axis=1)
-        _save(*cell, strip, _steps_path(planned), steps=[number for number, _ in steps], own=own)
-    for path in _steps_by_age(planned.run)[:-MAX_WATCHED]:
+    # Without steps, one black pixel stands for them: the file says that a page drew the picture.
+    strip = np.concatenate([part for _, part in steps], axis=1) if steps else np.zeros((1, 1, 3), np.uint8)
+    _save(*cell, strip, _steps_path(planned), steps=[number for number, _ in steps], own=own)
+    unstarred = [path for _, path in _steps_by_age(planned.run) if not _star_path(path).exists()]
+    for path in unstarred[:-MAX_WATCHED]:
         if (read_parameters(path) or {}).get("own"):
             path.with_name(path.name.replace(".steps.png", ".png")).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
+
+
+def _star_path(picture: Path) -> Path:
+    """Return the file that stars a picture if it exists, by the file of the picture or of its steps."""
+    return picture.with_name(f"{picture.name.partition('.')[0]}.star")
+
+
+def is_starred(planned: PlannedCell) -> bool:
+    """Return whether a user starred a stored picture. A starred picture is not removed for newer ones."""
+    return _star_path(planned.path).exists()
+
+
+def set_star(planned: PlannedCell, starred: bool) -> None:
+    """Star a stored picture, or remove its star.
+
+    Raises:
+        UserError: the store cannot be written.
+    """
+    path = _star_path(planned.path)
+    try:
+        path.touch() if starred else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); make its folder writable") from None
 
 
 # --- Downloads and evaluations ---------------------------------------------------------------------------------------

@@ -139,6 +139,16 @@ PRESETS = {
 }
 
 
+def fastest_preset(config: Mapping[str, Any]) -> Preset | None:
+    """Return the preset with the fewest steps that suits a model, or None if none does.
+
+    Args:
+        config: content of scheduler_config.json, which was saved with the model.
+    """
+    fitting = [one for one in PRESETS.values() if one.scheduler in fitting_schedulers(config, one.num_inference_steps)]
+    return min(fitting, key=lambda one: one.num_inference_steps, default=None)
+
+
 def guided_steps(steps: int, guidance_end: float) -> int:
     """Return how many of `steps` denoising steps are guided, at least 1, if the share of guided steps is `guidance_end`
     (0 to 1).
