@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from t2i.command_line import check_options, parse_options
-from t2i.config_types import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share
+from t2i.config_types import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share, Steps
 from t2i.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Options:
     # guided. fast: scheduler unipc, 8 steps, the first 4 guided. draft: scheduler unipc, 3 steps, the first one guided.
     preset: Literal["exact", "fast", "draft"] = "exact"
     # Number of denoising steps. With None, use the value of the preset.
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    num_inference_steps: Steps | None = None
     # Share of the steps, from the first step on, that are guided. At least one denoising step is guided. With None, use
     # the value of the preset.
     guidance_end: Share | None = None

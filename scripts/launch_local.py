@@ -9,11 +9,14 @@ once.
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 
-EXIT_STOPPED = 75  # the same as in t2i.training.stopping, which this file cannot import (see main)
+from t2i.errors import run_main
+from t2i.launch_config import check_launch_config
+from t2i.training.stopping import EXIT_STOPPED
 
 
 def main() -> None:
@@ -22,6 +25,8 @@ def main() -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     options = launch_command_parser().parse_args()
+    if options.config_file:
+        check_launch_config(Path(options.config_file), "--config_file")
     options.quiet = False  # --quiet would hide the exit code
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
@@ -44,4 +49,4 @@ def pass_on(number: int, frame: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

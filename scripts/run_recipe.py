@@ -29,6 +29,7 @@ from t2i.config import (
     Recipe,
     check_dataset,
     check_optimizer,
+    check_report_to,
     check_unet,
     check_vae,
     load_recipe,
@@ -38,7 +39,10 @@ from t2i.config import (
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
 from t2i.files import read_json, write_json
+from t2i.launch_config import check_launch_config
+from t2i.loading import find_model
 from t2i.runs import own_checkpoint
+from t2i.training.distributed import NO_FP16
 from t2i.training.stopping import EXIT_STOPPED
 
 # t2i.data, t2i.hub and transformers are imported in functions: they take seconds, and most runs do without them.
@@ -145,12 +149,8 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     check_unet(recipe)
     if options.dataset or recipe.data.dataset:
         check_dataset(options.dataset or recipe.data.dataset)
-    if options.accelerate_config and not Path(options.accelerate_config).is_file():
-        raise UserError(
-            f"--accelerate_config {options.accelerate_config}: there is no such file; name one of "
-            f"{SCRIPTS.parent / 'accelerate_configs'}"
-        )
     if options.accelerate_config:
+        check_launch_config(Path(options.accelerate_config), "--accelerate_config")
         check_optimizer(recipe.train_unet.optimizer, read_yaml(Path(options.accelerate_config)))
     folder, resume = Path(options.output_dir), recipe.train_unet.resume_from_checkpoint
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +158,17 @@ def check_stages(recipe: Recipe, options: Options) -> None:
         raise UserError(
             f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of its checkpoints, or latest"
         )
+    for name, option, revision in (
+        (recipe.vae.vae, "vae", recipe.vae.vae_revision),
+        (recipe.unet.text_encoder, "text_encoder", recipe.unet.text_encoder_revision),
+        (recipe.unet.pretrained_model_name_or_path, "pretrained_model_name_or_path", recipe.unet.revision),
+    ):
+        if name:
+            find_model(name, option, revision)
+    for training in (recipe.train_vae, recipe.train_unet):
+        check_report_to(training.report_to)
+        if training.mixed_precision == "fp16" and not options.accelerate_config:
+            raise UserError(NO_FP16)  # Without --accelerate_config, the recipe runs on the CPU.
     aligned = recipe.train_unet.alignment_network if recipe.train_unet.alignment_weight else None
     networks = {
         "judge_network": (recipe.evaluate.judge_network, "evaluate"),
@@ -165,14 +176,20 @@ def check_stages(recipe: Recipe, options: Options) -> None:
         "alignment_network": (aligned, "train_unet"),
     }
     for key, (source, section) in networks.items():
-        if source and source not in PACKAGED_NETWORKS:
+        if source and (source not in PACKAGED_NETWORKS or key == "clip"):
             from transformers import AutoConfig
+            from transformers.utils import cached_file
 
             try:
                 AutoConfig.from_pretrained(source)
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(f"{key} {source} in section {section} cannot be read ({reason}); correct it") from None
+            names = ("preprocessor_config.json", "processor_config.json")
+            if not any(cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names):
+                raise UserError(
+                    f"{key} {source} in section {section} has no {names[0]}, so it reads no images; give a model of images"
+                )
     if recipe.evaluate.engine == "openvino" and importlib.util.find_spec("openvino") is None:
         raise UserError(
             "engine openvino in section evaluate needs OpenVINO; run: pip install -r requirements.txt, or set engine: auto"

@@ -197,7 +197,7 @@ def start_run(
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return
-    run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
+    run.start(redaction.public_yaml(to_dict(recipe)), splits.quarantine, accelerator.mixed_precision)
     write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
     for name in ("vae", "text_encoder", "tokenizer"):
         frozen[name].save_pretrained(run.folder / "pipeline" / name)

@@ -81,7 +81,7 @@ def main() -> None:
     extensions = loop.extend(run, config, steps, accelerator)
     check_decoder_phase(config, folder, extensions)
     if accelerator.is_main_process:
-        run.start(config=redaction.public_yaml(to_dict(recipe)), quarantine=splits.quarantine)
+        run.start(redaction.public_yaml(to_dict(recipe)), splits.quarantine, accelerator.mixed_precision)
     freeze(vae, config)
     loop.place_model(vae, config, accelerator)
 

@@ -262,6 +262,21 @@ def test_every_number_of_a_recipe_is_finite(tmp_path, value):
                     load_recipe(recipe(tmp_path, f"{section.name}: {{{item.name}: {shown}}}\n"))
 
 
+def test_revisions_of_folders_and_senseless_numbers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(
+        UserError, match="--dataset_revision v9 is a revision of the Hub, and --dataset photos is a folder here"
+    ):
+        parse(SECTIONS, "", ["--dataset", "photos", "--dataset_revision", "v9"])
+    assert parse(SECTIONS, "", ["--dataset", "me/photos", "--dataset_revision", "v9"]).data.dataset_revision == "v9"
+    for words in (["--num_inference_steps", "1001"], ["--proportion_empty_prompts", "1.0"]):
+        with pytest.raises(UserError, match=words[0][2:]):
+            parse(SECTIONS, "", words)
+    with pytest.raises(UserError, match="num_inference_steps"):
+        parse(("data", "evaluate"), "", ["--num_inference_steps", "1500"])
+
+
 def test_the_yaml_for_a_mac_trains_on_its_gpu_in_float32_in_one_process(monkeypatch):
     """accelerate's launcher reads the YAML, and accelerate takes the GPU of a Mac as soon as torch says that there is one."""
     taken = []

@@ -277,7 +277,7 @@ def test_trackers_beside_mlflow_get_the_same(monkeypatch, tmp_path):
     row = ({"loss": 1.0}, 3)
     assert calls == [row, row, ("samples", 3), ((1, 4, 5, 3), 3, "NHWC"), "KILLED", "finished"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="run: pip install tensorboard"):
         loop.check_tracker(TrainConfig(report_to="tensorboard"))
 

@@ -30,6 +30,8 @@ from conftest import SCRIPTS, warm_start
 from t2i import models, run_lock, runs
 from t2i.config import TrainUnetConfig, load_recipe
 from t2i.errors import UserError
+from t2i.files import write_json
+from t2i.hub import model_card
 from t2i.runs import checkpoint_copies, checkpoint_folders
 from t2i.training import checkpoints, loop, stopping
 from t2i.training.stopping import EXIT_STOPPED
@@ -623,7 +625,7 @@ def test_a_run_stopped_before_its_first_checkpoint_takes_the_new_length_from_ste
     )
     assert run.shorter == 4
     assert loop.extend(run, TrainUnetConfig(), 9, accelerator) == []
-    run.start(config="", quarantine=[])
+    run.start(config="", quarantine=[], precision="no")
     again = runs.RunFolder(tmp_path, identity(9))
     assert (again.shorter, again.state.get("extensions")) == (None, None)
     (tmp_path / "run.json").write_text(json.dumps(again.state | {"status": "finished"}))
@@ -742,3 +744,19 @@ def test_a_pickle_offered_as_weights_is_never_run(name, workspace, run_main, tmp
     with pytest.raises(UserError, match="safetensors"):
         run_main("--output_dir", tmp_path / "run", "--vae", folder)
     assert not ran.exists()
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so_and_keeps_both(tmp_path, capsys):
+    run = runs.RunFolder(tmp_path, {})
+    run.start("", [], "no")
+    folder = tmp_path / "checkpoint-000004"
+    folder.mkdir()
+    (folder / "state.json").write_text("4")
+    write_json(folder / "manifest.json", {"step": 4, "files": {"state.json": {"bytes": 1, "sha256": ""}}})
+    runs.RunFolder(tmp_path, {}).start("", [], "no")
+    assert capsys.readouterr().out == ""
+    runs.RunFolder(tmp_path, {}).start("", [], "bf16")
+    assert capsys.readouterr().out == "NOTE: mixed_precision was no until step 4, and is bf16 from there\n"
+    state = json.loads((tmp_path / "run.json").read_text())
+    assert state["precisions"] == [{"from_step": 0, "precision": "no"}, {"from_step": 4, "precision": "bf16"}]
+    assert model_card._precision(state) == "FP32 from step 0, BF16 mixed precision from step 4"

@@ -1,5 +1,6 @@
 """run_recipe.py: keys of the recipe on its command line, and Ctrl-C."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import run_recipe
 from conftest import ROOT, SCRIPTS
 from t2i.config import Recipe, check_dataset, load_recipe, override
 from t2i.errors import UserError
+from t2i.launch_config import check_launch_config
 from t2i.loading import find_dataset
 
 TYPED = """--config photos --train_vae.max_train_steps 20 --train_unet.max-train-steps=30 --output_dir out
@@ -105,6 +107,61 @@ def test_the_launcher_ends_as_the_training_does_and_without_a_traceback(number, 
     said = launcher.communicate(timeout=60)[1].decode()
     assert launcher.returncode == 75
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read (No such file or directory); name a YAML of"),
+        ("train_unet: {seed: 1}", "is no YAML of accelerate; name one of accelerate_configs/"),
+        ("- a", "is no YAML of accelerate"),
+        ("a: [", "launch.yaml"),
+        (
+            "compute_environment: AMAZON_SAGEMAKER",
+            "is for AMAZON_SAGEMAKER, not for this machine; submit the job with make train",
+        ),
+    ],
+)
+def test_a_launch_by_a_wrong_yaml_gets_one_sentence(text, sentence, tmp_path, command):
+    file = tmp_path / "launch.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as told:
+        check_launch_config(file, "--accelerate_config")
+    assert sentence in str(told.value)
+    done = command("launch_local.py", "--config_file", file, "x.py", cwd=tmp_path, code=2, fork=True)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("unet.text_encoder", "nowhere/here", "--text_encoder nowhere/here: there is no such folder here"),
+        ("unet.pretrained_model_name_or_path", "./no", "--pretrained_model_name_or_path ./no: there is no such folder"),
+        ("vae.vae", "nowhere/here", "--vae nowhere/here: there is no such folder here"),
+        ("train_unet.mixed_precision", "fp16", "mixed_precision fp16 needs a GPU"),
+        ("train_unet.report_to", "wandb", "report_to wandb needs a package that is not installed"),
+        ("evaluate.clip", "efficientnet-lite0", "clip efficientnet-lite0 in section evaluate cannot be read"),
+        ("evaluate.judge_network", "text", "judge_network text in section evaluate has no preprocessor_config.json"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(key, value, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, find=importlib.util.find_spec: None if name == "wandb" else find(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/config.json").write_text('{"model_type": "clip_text_model"}')
+    recipe = load_recipe("demo")
+    section, name = key.split(".")
+    setattr(getattr(recipe, section), name, value)
+    with pytest.raises(UserError) as told:
+        run_recipe.check_stages(recipe, run_recipe.Options(output_dir=str(tmp_path / "out")))
+    assert sentence in str(told.value)
+    assert not (tmp_path / "out/vae").exists()
 
 
 def test_a_mistyped_data_set_is_found_without_imports(tmp_path, monkeypatch):

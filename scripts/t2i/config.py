@@ -7,6 +7,7 @@ option. The names of options are those of diffusers' training scripts. If this s
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import re
 import sys
@@ -33,6 +34,7 @@ from t2i.config_types import (
     PathText,
     Positive,
     Share,
+    Steps,
     checked,
     known_key,
     unlisted,
@@ -300,7 +302,7 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
     # Gamma of min-SNR loss weights (arXiv:2303.09556), usually 5. With None, use no min-SNR weights.
     snr_gamma: Positive | None = None
     # Share of samples whose caption is dropped at random, for classifier-free guidance.
-    proportion_empty_prompts: Share = 0.1
+    proportion_empty_prompts: BelowOne = 0.1
     # Standard deviation of a random shift of each channel's noise, usually about 0.1. A deviation of 0 disables the
     # shift.
     noise_offset: NonNegative = 0.0
@@ -320,7 +322,7 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
     guidance_scale: Guidance = 7.5  # Guidance scale of the validation pictures.
     # How far guidance keeps the contrast of an unguided picture, in validation pictures.
     guidance_rescale: Share = 0.0
-    num_inference_steps: Count = 30  # Number of denoising steps of the validation pictures.
+    num_inference_steps: Steps = 30  # Number of denoising steps of the validation pictures.
     save_raw_weights: Flag = False  # Save the raw weights in the pipeline instead of the moving average.
     # Number of pictures on the published card, drawn for the prompts of validation and evaluation.
     gallery_pictures: Natural = 8
@@ -342,7 +344,7 @@ class EvaluateConfig:
     # Preset of generate_images.py for the evaluation's pictures. With None, use the model's scheduler,
     # num_inference_steps and guidance at every step.
     preset: Literal["exact", "fast", "draft"] | None = None
-    num_inference_steps: Count = 30  # Number of denoising steps per picture, if no preset sets it.
+    num_inference_steps: Steps = 30  # Number of denoising steps per picture, if no preset sets it.
     # Number of prompts drawn per checkpoint and guidance scale, by which the best pair is chosen.
     sweep_prompts: Count = 24
     # Number of further prompts, on which the best checkpoint and guidance scale are reported.
@@ -509,6 +511,24 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
     _put(recipe, name, getattr(chosen, name), before)
 
 
+# Options of Hub ids, and the options of their revisions.
+_REVISIONS = {
+    "dataset": "dataset_revision",
+    "vae": "vae_revision",
+    "text_encoder": "text_encoder_revision",
+    "pretrained_model_name_or_path": "revision",
+}
+
+
+def check_report_to(report_to: str) -> None:
+    """Raise `UserError` if the package of a tracker is not installed."""
+    if report_to not in ("none", "mlflow") and importlib.util.find_spec(report_to) is None:
+        raise UserError(
+            f"report_to {report_to} needs a package that is not installed; run: pip install {report_to}, or leave "
+            "--report_to out: curves go to MLflow"
+        )
+
+
 def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
     """Put a section that was parsed from the command line into the recipe.
 
@@ -524,10 +544,21 @@ def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
     _clear_dependent(section, before, "validation_steps", "validation_epochs")
     _clear_dependent(section, before, "num_train_epochs", "max_train_steps")
     _clear_dependent(section, before, "num_inference_steps", "preset")
+    for key, revision in _REVISIONS.items():
+        _check_revision(section, key, revision)
     if name == "source":
         recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))
     else:
         setattr(recipe, name, section)
+
+
+def _check_revision(section: Any, key: str, revision: str) -> None:
+    """Raise `UserError` if a revision of the Hub is given for a folder of this machine, which has none."""
+    source, asked = getattr(section, key, None), getattr(section, revision, None)
+    if asked and source and Path(source).expanduser().exists():
+        raise UserError(
+            f"--{revision} {asked} is a revision of the Hub, and --{key} {source} is a folder here; leave it out"
+        )
 
 
 def _clear_dependent(section: Any, before: Any, key: str, dependent: str) -> None:

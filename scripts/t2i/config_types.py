@@ -79,6 +79,7 @@ Flag = Annotated[bool, Strict()]  # Strict: "yes", 1 and "false" in a recipe are
 
 NUMBER = BeforeValidator(_refuse_flag)
 Count = Annotated[int, NUMBER, Field(ge=1, lt=2**31)]
+Steps = Annotated[int, NUMBER, Field(ge=1, le=1000)]  # denoising steps; schedules have 1,000 timesteps
 Natural = Annotated[int, NUMBER, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, NUMBER, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, NUMBER, Field(ge=0, allow_inf_nan=False)]

@@ -109,6 +109,29 @@ def find_dataset(config: SourceConfig) -> None:
             raise UserError(f"--dataset {name}: there is no such folder here; {meant}{why}") from None
 
 
+def find_model(name: str, option: str, revision: str | None = None) -> None:
+    """Check that a model, which a later stage loads, is a folder, in the cache or on the Hub.
+
+    Args:
+        name: folder or Hub id of the model.
+        option: option that names the model, for messages.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        UserError: The model is nowhere, or the Hub does not show it to this user.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
+        return
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except (OSError, ValueError, RuntimeError) as error:
+        near = near_folder(path)
+        meant = f"did you mean {near}? Else: " if near else ""
+        why = explain_loading(error, name, revision) or "give a folder, or a Hub id of the form owner/name"
+        raise UserError(f"--{option} {name}: there is no such folder here; {meant}{why}") from None
+
+
 def _is_cached(name: str) -> bool:
     """Return whether the cache of the Hub or of `datasets` holds any file of a data set."""
     home = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()

@@ -77,13 +77,32 @@ class RunFolder:
     def finished(self) -> bool:
         return self.state["status"] == "finished" and self.shorter is None
 
-    def start(self, config: str, quarantine: list[dict[str, str]]) -> None:
-        """Write the files of a run that exist before its first step: `config.yaml`, `quarantine.jsonl`, `run.json`."""
+    def start(self, config: str, quarantine: list[dict[str, str]], precision: str) -> None:
+        """Write the files of a run that exist before its first step: `config.yaml`, `quarantine.jsonl`, `run.json`.
+
+        Args:
+            config: the resolved settings as YAML.
+            quarantine: the images that were left out.
+            precision: precision of the training from now on: no, bf16 or fp16.
+        """
         write_text(self.folder / "config.yaml", config)
         write_text(
             self.folder / "quarantine.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
         )
-        self.save(status=UNFINISHED, quarantined=len(quarantine))
+        self.save(status=UNFINISHED, quarantined=len(quarantine), precisions=self._precisions(precision))
+
+    def _precisions(self, precision: str) -> list[dict[str, Any]]:
+        """Return the precisions of the training so far, each with the step from which it was used. A change is printed."""
+        folders = checkpoint_folders(self.folder)
+        step = (checkpoint_step(folders[-1]) or 0) if folders else 0
+        earlier = list(self.state.get("precisions", [])) if step else []
+        if earlier and earlier[-1]["precision"] == precision:
+            return earlier
+        if earlier:
+            print(
+                f"NOTE: mixed_precision was {earlier[-1]['precision']} until step {step}, and is {precision} from there"
+            )
+        return [*earlier, {"from_step": step, "precision": precision}]
 
     def save(self, **results: Any) -> None:
         """Add `results` to `run.json`."""

@@ -274,7 +274,7 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
         "Captions": _captions(recipe),
         "Training Platform": _text(result.get("machine")),
         "Distribution": _distribution(result),
-        "Precision": PRECISIONS.get(str(result.get("precision")), _text(result.get("precision"))),
+        "Precision": _precision(result),
         "Length": length,
         "Optimizer": f"{OPTIMIZERS[config.optimizer]}, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
         "Gradient Clipping": f"{config.max_grad_norm:g}",
@@ -577,6 +577,15 @@ def _source(name: str | None) -> str:
 
 def _last_part(path: Any) -> str | None:
     return None if path is None else str(path).rstrip("/").split("/")[-1]
+
+
+def _precision(result: dict[str, Any]) -> str:
+    """Return the precision of a training, or its precisions with their first steps if it was resumed in another one."""
+    used = result.get("precisions") or [{"from_step": 0, "precision": result.get("precision")}]
+    names = [PRECISIONS.get(str(one["precision"]), _text(one["precision"])) for one in used]
+    if len(used) == 1:
+        return names[0]
+    return ", ".join(f"{name} from step {one['from_step']}" for name, one in zip(names, used, strict=True))
 
 
 def _text(value: Any) -> str:

@@ -154,6 +154,8 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
             raise UserError(
                 f"the pipeline in {folder} cannot be loaded ({reason}); copy the whole folder, with safetensors weights"
             ) from None
+    if (folder / "vae" / "config.json").is_file() and not (folder / "unet").is_dir():
+        raise UserError(f"{folder} is the run of an autoencoder; give the run folder of train_unet.py")
     if (folder / "state.json").is_file():  # a checkpoint holds the UNet; the run's pipeline holds the rest
         beside = folder.absolute().parent / "pipeline"
         if not beside.is_dir():

@@ -1,7 +1,6 @@
 """Functions that both training scripts share, from data checks and weight updates to checkpoints and trackers."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 import platform
@@ -20,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from t2i.config import DataConfig, TrainConfig, TrainUnetConfig
+from t2i.config import DataConfig, TrainConfig, TrainUnetConfig, check_report_to
 from t2i.data import preparing
 from t2i.errors import UserError
 from t2i.files import append_jsonl, read_json, write_json, write_text
@@ -567,11 +566,7 @@ def check_tracker(config: TrainConfig, cache_dir: str = "", say: Callable[[str],
     uri = resolve_uri(None)
     if cache_dir:
         say(f"curves: {database_file(uri) or redact(uri)} (MLFLOW_TRACKING_URI)")
-    if config.report_to != "mlflow" and importlib.util.find_spec(config.report_to) is None:
-        raise UserError(
-            f"report_to {config.report_to} needs a package that is not installed; run: pip install {config.report_to}, or leave "
-            "--report_to out: curves go to MLflow"
-        )
+    check_report_to(config.report_to)
 
 
 class BesideMlflow:
