@@ -32,10 +32,11 @@ from common import ROOT, SCRIPTS, keep
 from playwright.sync_api import Browser, Error, Locator, Page, sync_playwright
 
 sys.path.append(str(ROOT / "tests"))
-from browser import CHROMIUM, INSTALL, settle
-from load_dashboard import Load, draw_with, environment, models_in, prepare
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+
+from browser import CHROMIUM, INSTALL, settle
+from load_dashboard import Load, draw_with, environment, models_in, prepare
 from streamlit_client import Session, serve
 
 WINDOW = {"width": 1280, "height": 800}
@@ -273,7 +274,9 @@ def compare_by_keyboard(hands: Hands, space: Workspace) -> None:
         hands.press(key)
     chosen = focused.get_attribute("aria-label") or ""
     compared = page.locator(".pair .over img, .pair .frame.over img")
-    hands.wait(lambda: compared.count() and compared.first.get_attribute("alt") == chosen, "the chosen picture, compared")
+    hands.wait(
+        lambda: compared.count() and compared.first.get_attribute("alt") == chosen, "the chosen picture, compared"
+    )
     hands.wait(lambda: len(painted(page.locator(".pair img"))) == 2, "both compared pictures")
 
 
@@ -337,6 +340,7 @@ def make_workspace(folder: Path, outputs: Path | None) -> Workspace:
 def make_captions(folder: Path) -> None:
     """Make a data set of which one caption contradicts its label."""
     from PIL import Image
+
     from t2i.data.dataset_folder import save_dataset_folder
 
     captions = ["a rose", WRONG, "a tulip by the lake", "a red tulip"]
@@ -369,7 +373,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table in Markdown."""
     lines = ["| task | page | interactions | allowed | seconds | on the server |", "|---|---|---|---|---|---|"]
     for row in rows:
-        figures = [row["interactions"], "–" if row["allowed"] is None else row["allowed"], row["seconds"], row["server_s"]]
+        figures = [
+            row["interactions"],
+            "–" if row["allowed"] is None else row["allowed"],
+            row["seconds"],
+            row["server_s"],
+        ]
         figures = [row["problem"], "–", "–", "–"] if "problem" in row else figures
         lines.append(f"| {row['number']}. {row['task']} | {row['page']} | " + " | ".join(map(str, figures)) + " |")
     return "\n".join(lines)

@@ -186,11 +186,11 @@ def show_shortcuts(offer: Offer) -> None:
     row.text_input(
         "Own prompt",
         key="_own_prompt",
-        placeholder="type a prompt and press Enter",
+        label_visibility="collapsed",
+        placeholder="type a prompt of your own, and press Enter",
         max_chars=2000,
         on_change=take_own_prompt,
         args=(offer,),
-        help="The grid then shows this prompt in place of the evaluated ones, by the best checkpoint.",
         width=2 * AXIS_PX,
     )
     row.button(
