@@ -466,9 +466,7 @@ def tasks(monkeypatch):
 @pytest.fixture
 def judged(painted):
     """An evaluated run with a verdict beside the painted one, and newer than all."""
-    run = evaluated_run(
-        painted[1] / "outputs" / "judged", report={"checkpoint": "checkpoint-000020", "guidance_scale": 3}
-    )
+    run = evaluated_run(painted[1] / "outputs" / "judged")
     os.utime(run / "run.json", (3e9, 3e9))
     yield run
     shutil.rmtree(run)
