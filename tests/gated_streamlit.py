@@ -1,4 +1,4 @@
-"""Run `streamlit run` as users type it, whose grids stop after their first batch for as long as a file exists.
+"""Run `streamlit run` as users type it, whose grids stop after one batch for as long as a file exists.
 
 python tests/gated_streamlit.py FILE run dashboard …
 
@@ -18,13 +18,13 @@ from t2i.pictures import cells
 
 
 def gate(file: Path, make: Any = cells.make) -> Any:
-    batches = 0
+    has_passed = False  # a batch, since the file is there
 
     def make_when_open(*arguments: Any, **options: Any) -> Any:
-        nonlocal batches
-        while batches and file.exists():
+        nonlocal has_passed
+        while has_passed and file.exists():
             time.sleep(0.05)
-        batches += 1
+        has_passed = file.exists()
         return make(*arguments, **options)
 
     return make_when_open

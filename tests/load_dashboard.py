@@ -70,19 +70,23 @@ class Load:
             self.pages.add(page)
 
 
-def prepare(folder: Path) -> None:
-    """Make two small runs of real weights below `folder`/outputs, one of them evaluated: seven models in all."""
+def prepare(folder: Path, only_inputs: bool = False) -> None:
+    """Make two small runs of real weights below `folder`/outputs, one of them evaluated: seven models in all.
+
+    only_inputs: make only what a run is trained on, a data set and an autoencoder.
+    """
     (folder / "tiny.yaml").write_text(TINY)
     common = ("--config", "tiny.yaml", "--dataset", "dataset")
     unet = (*common, "--vae", "outputs/vae")
-    for script, *arguments in (
+    commands = (
         ("make_flowers.py", "--output_dir", "dataset", "--count", "40", "--validation_count", "12", "--test_count", "12",
          "--size", "32", "--workers", "1"),
         ("train_vae.py", *common, "--output_dir", "outputs/vae"),
         ("train_unet.py", *unet, "--output_dir", "outputs/one", "--checkpointing_steps", "2"),
         ("train_unet.py", *unet, "--output_dir", "outputs/two", "--seed", "1"),
         ("evaluate_checkpoints.py", *common, "--model", "outputs/one"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for script, *arguments in commands[: 2 if only_inputs else None]:
         words = [sys.executable, str(ROOT / "scripts" / script), *arguments]
         done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
         if done.returncode:

@@ -127,6 +127,48 @@ def test_axes_are_swapped_with_the_compared_pictures(tmp_path):
     ]
 
 
+def test_an_own_prompt_takes_the_place_of_evaluated_ones_and_one_button_varies_seeds_and_scales(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    report = {"checkpoint": "checkpoint-000010", "guidance_scale": 3.0}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation | {"report": report}))
+    app = show(tab=f"2. {EVIL}")
+    press(app, "4 seeds × 4 scales")
+    grid = grid_of(app)
+    assert (grid["columns"], grid["rows"]) == (["1.5", "3", "5", "7.5"], ["7", "8", "9", "10"])
+    assert {cell["alt"].split(": ", 1)[1] for cell in grid["cells"]} == {EVIL}
+    assert [app.text_input(key="_own_prompt").value, app.text_area(key="prompt").value] == [EVIL, EVIL]
+    assert app.multiselect(key="checkpoint").value == ["checkpoint-000010"]
+
+    app = show()
+    app.text_input(key="_own_prompt").input("  a teal **flower** ").run()
+    grid = grid_of(app)
+    assert (grid["columns"], grid["rows"]) == (["1.5", "3"], ["checkpoint-000010"])
+    assert [app.selectbox(key=key).value for key in AXIS_KEYS] == ["guidance_scale", "checkpoint", "none"]
+    assert {cell["alt"].split(": ", 1)[1] for cell in grid["cells"]} == {"a teal **flower**"}
+    assert any(button.label == "Draw 2 pictures" for button in app.button)
+    press(app, "4 seeds × 4 scales")
+    assert {cell["alt"].split(": ", 1)[1] for cell in grid_of(app)["cells"]} == {"a teal **flower**"}
+    app.text_input(key="_own_prompt").input(" ").run()
+    assert app.text_input(key="_own_prompt").value == "a teal **flower**"  # an empty prompt changes nothing
+    assert not app.exception
+
+    make_run(tmp_path / "outputs" / "two", evaluated=False)
+    app = show(run=["one", "two"], rows="evaluated prompt", tabs="checkpoint")
+    app.text_input(key="_own_prompt").input("a teal flower").run()
+    assert [app.selectbox(key=key).value for key in AXIS_KEYS] == ["run", "prompt", "checkpoint"]
+    assert (grid_of(app)["columns"], grid_of(app)["rows"]) == (["one", "two"], ["a teal flower"])
+    press(app, "4 seeds × 4 scales")
+    assert [app.selectbox(key=key).value for key in AXIS_KEYS] == ["guidance_scale", "seed", "run"]
+    assert len(grid_of(app)["cells"]) == 16
+    assert not warnings(app)
+
+
+def press(app: AppTest, label: str) -> None:
+    next(button for button in app.button if button.label == label).click().run()
+    assert not app.exception
+
+
 def test_an_axis_that_stood_elsewhere_changes_places_and_a_seed_takes_evaluated_prompts_off_the_tabs(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     app = show()

@@ -9,6 +9,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.style.setProperty("--columns", data.columns.length);
   data.cells.forEach((cell, number) => fill(root.querySelectorAll("td")[number], cell, data));
   linkZoom(root, root.querySelector(".bar"));
+  if (!root.hears) {
+    root.hears = (event) => focusByKey(root, event);
+    document.addEventListener("keydown", root.hears);
+  }
   root.choose = (cell, asLeft) => {
     if (!root.dragged) setTriggerValue("chosen", { row: cell.row, column: cell.column, left: asLeft });
   };
@@ -48,4 +52,12 @@ function moveFocus(root, event, columns) {
   let at = buttons.indexOf(event.target) + by;
   while (buttons[at]?.disabled) at += by;
   if (buttons[at]) { event.preventDefault(); buttons[at].focus(); }
+}
+
+// Alt and G go to the compared picture from anywhere on the page: dozens of widgets may stand before the grid.
+function focusByKey(root, event) {
+  if (!root.isConnected) document.removeEventListener("keydown", root.hears); // another page was opened
+  if (!root.isConnected || event.code !== "KeyG" || !event.altKey || event.ctrlKey || event.metaKey) return;
+  const cell = root.querySelector("td[data-mark*=R] button.cell:enabled") ?? root.querySelector("button.cell:enabled");
+  if (cell) { event.preventDefault(); cell.focus(); }
 }

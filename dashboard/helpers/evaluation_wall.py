@@ -40,10 +40,13 @@ def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
 
 
 def show_verdict(run: Path, evaluation: dict[str, Any]) -> None:
-    """Show the sentences of an evaluation's verdict, and the download of the HTML report if there is one."""
+    """Show the sentences of an evaluation's verdict, and the download of the HTML report if there is one.
+
+    The best setting comes first, so that it is in sight without scrolling.
+    """
     verdict = verdict_of(evaluation)
-    for topic, title in TOPICS.items() if verdict else ():
-        st.markdown(f"**{title}**  \n" + " ".join(map(escape, verdict["sentences"][topic])))
+    for topic in sorted(TOPICS, key=lambda topic: topic != "best") if verdict else ():
+        st.markdown(f"**{TOPICS[topic]}**  \n" + " ".join(map(escape, verdict["sentences"][topic])))
     folder = run / "evaluation"
     if verdict is None:
         st.caption(

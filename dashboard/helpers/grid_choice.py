@@ -31,6 +31,7 @@ AXES = {  # of `cells.AXES`, as they are called on the page
 AXIS_KEYS = ("columns", "rows", "tabs")  # of the widgets that choose axes, in the session and in the URL
 BEST, LAST = "best", "last"  # checkpoints that every run has
 GUIDANCE = "1.5,3,7.5"  # guidance scales of a run that was not evaluated
+FOUR_SCALES, SEEDS = "1.5,3,5,7.5", 4  # guidance scales and number of seeds that one button varies
 CHECKPOINTS = 4  # checkpoints of such a run, the newest
 AXIS_PX = 170  # width of a widget that chooses an axis
 HELP = "Type one or more values: a list 1.5,3, a range 1-10, a range in steps 1-10(+3), or five evenly spaced values 1-10[5]."
@@ -137,6 +138,7 @@ def choose_grid(offer: Offer) -> Grid:
         UserError: the chosen axes or values cannot form a grid.
     """
     choose_axes(offer)
+    show_shortcuts(offer)
     with st.expander("Values: checkpoints, prompts, guidance scales, seeds …"):
         typed = choose_values(offer)
     chosen, runs = offer.chosen, offer.runs
@@ -174,6 +176,63 @@ def choose_axes(offer: Offer) -> None:
         )
     row.button("Swap", on_click=swap_axes, help="Exchange columns and rows.")
     st.session_state["_axes"] = offer.chosen
+
+
+def show_shortcuts(offer: Offer) -> None:
+    """Show a field for a prompt of the user's own, and a button that varies seeds and guidance scales at once."""
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    prompts = [] if {"sample", "prompt"} & set(offer.chosen) else asked("prompt")
+    st.session_state["_own_prompt"] = prompts[0] if len(prompts) == 1 and "\n" not in prompts[0] else ""
+    row.text_input(
+        "Own prompt",
+        key="_own_prompt",
+        label_visibility="collapsed",
+        placeholder="type a prompt of your own, and press Enter",
+        max_chars=2000,
+        on_change=take_own_prompt,
+        args=(offer,),
+        width=2 * AXIS_PX,
+    )
+    row.button(
+        f"{SEEDS} seeds × {FOUR_SCALES.count(',') + 1} scales",
+        on_click=vary_seeds_and_scales,
+        args=(offer,),
+        help="Show the prompt by the best checkpoint, with a row per seed and a column per guidance scale.",
+    )
+
+
+def take_own_prompt(offer: Offer) -> None:
+    """Show the typed prompt in the grid, by the best checkpoint. The evaluated prompts leave the axes."""
+    state = st.session_state
+    prompt = state["_own_prompt"].strip()
+    if prompt:
+        for key in AXIS_KEYS:
+            if state.get(key) == "sample":
+                state[key] = "none" if key == "tabs" else "prompt"
+        show_by_best(offer, prompt)
+        state["_reset"] = {"seed"}
+
+
+def vary_seeds_and_scales(offer: Offer) -> None:
+    """Show the prompt of the shown tab with several seeds and guidance scales. Several runs stand on the tabs."""
+    state = st.session_state
+    prompt = "".join(asked("prompt")).split("\n")[0]
+    if "sample" in offer.chosen:
+        samples = sample_titles(offer.evaluated)
+        prompt, _ = samples.get(state.get("tab", ""), next(iter(samples.values())))
+    state.update(columns="guidance_scale", rows="seed", tabs="run" if len(offer.runs) > 1 else "none")
+    show_by_best(offer, prompt)
+    state["guidance_scale"] = FOUR_SCALES
+    state["_reset"] = {"seed"}
+
+
+def show_by_best(offer: Offer, prompt: str) -> None:
+    """Let the best checkpoint of each run draw a prompt."""
+    state = st.session_state
+    several = len(offer.runs) > 1
+    state.update(prompt=prompt, checkpoint=[BEST if several else best_checkpoint(next(iter(offer.runs.values())))])
+    for name in ("tab", "page"):
+        state.pop(name, None)
 
 
 def swap_axes() -> None:
@@ -334,7 +393,7 @@ def default_texts(
         "num_inference_steps": f"{max(1, steps // 2)},{steps}" if "num_inference_steps" in chosen else str(steps),
         "guidance_end": "0.5,1" if "guidance_end" in chosen else f"{cell.guidance_end:g}",
         "guidance_rescale": "0,0.7" if "guidance_rescale" in chosen else f"{cell.guidance_rescale:g}",
-        "seed": f"{seed}-{seed + 3}" if "seed" in chosen else str(seed),
+        "seed": f"{seed}-{seed + SEEDS - 1}" if "seed" in chosen else str(seed),
     }
     if "sample" in chosen:
         texts.pop("seed")

@@ -52,7 +52,9 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     if left is None or right is None:
         st.caption("As soon as there is a second picture, it is compared with the first one here.")
         return True
-    st.caption("A click chooses the right picture to compare, Shift and a click the left one.")
+    st.caption(
+        "A click chooses the right picture to compare, Shift and a click the left one. By keyboard: Alt and G, arrow keys, Enter."
+    )
     show_pair(shown, left, right)
     return True
 

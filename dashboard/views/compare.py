@@ -11,6 +11,7 @@ import pandas as pd
 import streamlit as st
 from helpers.charts import curves_chart
 from helpers.evaluation_wall import show_best, show_verdict
+from helpers.folder_curves import folder_curves
 from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
 from helpers.live_trainings import show_trainings
@@ -24,7 +25,7 @@ from helpers.run_samples import show_samples
 from t2i.errors import UserError
 from t2i.evaluation.figures import figure, figure_text, flatten
 from t2i.pictures import cells
-from t2i.tracking.curves import Curve, read_folder
+from t2i.tracking.curves import Curve
 
 FIRST_METRICS = ("val_loss", "train_loss")  # the first that a run has is shown
 ABREAST = 3  # evaluations in a row
@@ -116,7 +117,7 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
 
     A click on a point chooses the point's checkpoint.
     """
-    curves = {name: read_folder(run) for name, run in runs.items()}
+    curves = {name: folder_curves(run) for name, run in runs.items()}
     names = sorted({metric for metrics in curves.values() for metric in metrics})
     if not names:
         st.text("no curve yet")

@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart
 from helpers.components import legend
+from helpers.folder_curves import folder_curves
 from helpers.live_trainings import show_trainings
 from helpers.page_texts import escape, show_empty_state, show_no_runs, title_row
 from helpers.run_colors import color_runs, color_values, differing_settings, ordered
@@ -25,7 +26,6 @@ from t2i.tracking.curves import (
     StoredRun,
     is_file_store,
     list_stored_runs,
-    read_folder,
     read_stored,
     shown_uri,
     store_stamp,
@@ -79,19 +79,6 @@ def show_folders() -> None:
 
     follow(read_now, running, options, LIVE_S)
     show_sweep({name: runs[name] for name in chosen})
-
-
-def folder_curves(run: Path) -> dict[str, Curve]:
-    try:
-        state = (run / "metrics.jsonl").stat()
-    except OSError:
-        return {}
-    return _folder_curves(run.as_posix(), (state.st_mtime_ns, state.st_size))
-
-
-@st.cache_resource(max_entries=500, show_spinner=False)  # a resource is returned without a copy; no caller changes it
-def _folder_curves(run: str, stamp: tuple[int, int]) -> dict[str, Curve]:
-    return read_folder(Path(run))
 
 
 def show_stored() -> None:

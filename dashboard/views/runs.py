@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
+from helpers.folder_curves import folder_curves
 from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_no_runs, title_row
 from helpers.page_url import name_choices
@@ -16,7 +17,6 @@ from t2i.evaluation.figures import figure, flatten, interval, is_finite, rank
 from t2i.redaction import redact_config
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
-from t2i.tracking.curves import read_folder
 
 MISSING = "–"  # shown for a missing value of a table
 CARD_CHARACTERS = 20_000  # characters of a model card that are shown
@@ -127,7 +127,7 @@ def candidates(run: Path) -> list[dict[str, Any]]:
         rows.append(
             {"checkpoint": str(result.get("checkpoint")), "scale": scale, "pictures": pictures, "values": values}
         )
-    curves = {key: curve for key, curve in read_folder(run).items() if key.startswith("val_")}
+    curves = {key: curve for key, curve in folder_curves(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):
         step = step_of(folder.name)
         values = {
@@ -149,7 +149,7 @@ def show_settings(runs: dict[str, Path]) -> None:
     )
     only = st.toggle("Differences only", value=True, key="diff", bind="query-params")
     if only and len(runs) > 1:
-        table = table[table.nunique(axis=1) > 1]
+        table = table[[len(set(row)) > 1 for row in table.itertuples(index=False)]]
         st.text(f"{len(table)} of {len(keys)} settings differ")
     elif only:
         st.text("choose two or more runs for their differences")

@@ -12,6 +12,7 @@ import pandas as pd
 import streamlit as st
 from helpers.charts import curves_chart
 from helpers.components import data_address
+from helpers.folder_curves import folder_curves
 from helpers.model_pool import drawing_turn
 from helpers.page_texts import shorten, show_empty_state, warn
 from helpers.page_url import gone_names, name_choices, warn_of_gone
@@ -24,7 +25,6 @@ from t2i.errors import UserError
 from t2i.evaluation.figures import is_finite
 from t2i.pictures import reconstructions
 from t2i.pictures.reconstructions import Images, Vae
-from t2i.tracking.curves import read_folder
 
 COUNTS = [4, 8, 16]  # images on a page
 CAPTION_CHARACTERS = 60  # characters of a caption beside its row
@@ -186,7 +186,7 @@ def header(name: str, stored: list[Any]) -> str:
 def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
     """Show PSNR on the validation split over training, with the chosen checkpoints marked, and the runs' final figures."""
     st.header("PSNR in training")
-    curves = {name: read_folder(run) for name, run in runs.items()}
+    curves = {name: folder_curves(run) for name, run in runs.items()}
     for metric, title in (("val_psnr_db", "PSNR in dB"), ("val_ssim", "SSIM")):
         rows = [(name, metric, metrics[metric]) for name, metrics in curves.items() if metric in metrics]
         chart = curves_chart(rows)
