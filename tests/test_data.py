@@ -1023,6 +1023,10 @@ LOOK_ALIKES = {
     "data/train data/test extra": "data/test, data/train look like splits; make folders test, train at the top",
     "rose/train rose/test tulip/train": "rose/test, rose/train look like splits; make folders",
     "a/val a/test": "rename the folder with the training images to train",
+    "red blue test": "/a: the folder test is named like a split but .*; move the classes into train/, or rename the folder$",
+    "red Validation~": "the folder Validation  is named like a split",
+    "red blue val test": "the folder test is named like a split",
+    "data/red data/dev": "the folder data/dev is named like a split .* into data/train/",
 }
 
 
@@ -1032,8 +1036,24 @@ def test_folders_that_look_like_splits_are_refused(names, tmp_path):
         load(in_folders(tmp_path / "a", names), tmp_path)
 
 
+def test_a_split_beside_class_folders_without_folders_of_its_own_is_refused(tmp_path):
+    for index, name in enumerate(("rose", "tulip", "validation")):
+        write(tmp_path / "a" / name / f"{index}.png", png(index))
+    with pytest.raises(UserError, match=r"the folder validation is named like a split .* or rename the folder"):
+        load(tmp_path / "a", tmp_path)
+    lines = "".join(f"{name}/{index}.png,a flower,{split}\n" for index, (name, split) in enumerate(
+        (("rose", "train"), ("tulip", "train"), ("validation", "val"))
+    ))  # fmt: skip
+    write(tmp_path / "a/metadata.csv", "file_name,text,split\n" + lines)  # The column keeps the images out of train.
+    assert captions_of(load(tmp_path / "a", tmp_path)).keys() == {"rose/0.png", "tulip/1.png", "validation/2.png"}
+    (tmp_path / "a/metadata.csv").unlink()
+    (tmp_path / "a/validation").rename(tmp_path / "a/a validation")
+    assert "a validation" in set(load(tmp_path / "a", tmp_path, validation_fraction=0).train.rows["label"])
+
+
 @pytest.mark.parametrize(
-    "names", ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train"]
+    "names",
+    ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train", "train/rose train/test"],
 )
 def test_classes_that_hold_such_words_are_classes(names, tmp_path):
     assert load(in_folders(tmp_path / "a", names), tmp_path).test is None

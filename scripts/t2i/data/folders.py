@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -97,6 +98,18 @@ def split_look_alikes(images: Iterable[str]) -> dict[str, str]:
         if len(set(alike.values())) > 1 and 2 * len(alike) >= len(names):
             return {"/".join((*parent, name)): split for name, split in alike.items()}
     return {}
+
+
+def split_among_classes(images: Iterable[str]) -> str | None:
+    """Return a folder with the name of a split, such as `test`, that lies beside class folders. None without such a folder.
+
+    Only the folders at the top are compared, or those at the top of the one folder that holds all images.
+    """
+    homes = _homes(images)
+    above = tuple(names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*homes, strict=False)))
+    beside = {home[len(above)] for home in homes if len(home) > len(above)}
+    named = sorted(name for name in beside if split_name(name) not in (None, "train"))
+    return "/".join((*above, named[0])) if named and len(beside) > len(named) else None
 
 
 def _homes(images: Iterable[str]) -> set[tuple[str, ...]]:
@@ -345,7 +358,7 @@ def _folder_columns(
     }
     if "train" not in columns:
         columns.clear()
-    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"])
+    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"], depth)
     return columns, notes, listing.quarantine
 
 
@@ -456,8 +469,17 @@ def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
     return True
 
 
-def _refuse_look_alikes(name: str, images: list[str]) -> None:
-    """Raise `UserError` if folders that would all be trained on look like splits, since one may be a test set."""
+def _refuse_look_alikes(name: str, images: list[str], depth: int) -> None:
+    """Raise `UserError` if folders that would all be trained on look like splits, since one may be a test set.
+
+    Below the folder of a split, at a `depth` above 0, a folder with the exact name of a split is a class.
+    """
+    if not depth and (folder := split_among_classes(images)):
+        above = folder.rpartition("/")[0]
+        raise UserError(
+            f"{name}: the folder {folder} is named like a split but lies beside class folders, so it would be trained on; "
+            f"move the classes into {above + '/' if above else ''}train/, or rename the folder"
+        )
     alike = split_look_alikes(images)
     if not alike:
         return
