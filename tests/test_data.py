@@ -522,13 +522,62 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
         with pytest.raises(UserError, match=r"its classes are numbers|holds numbers without names"):
             load(tmp_path / form, tmp_path)
-    message = "--label_names has no name for the classes 0; its names are those of the classes 1 to 2; the names count from 1, so "
+        with pytest.raises(UserError, match="replace the numbers by names") as refused:
+            load(tmp_path / form, tmp_path)
+        assert ("--label_names" in str(refused.value)) == (form == "floats")  # The others count from 0.
+    message = (
+        "no name for the classes 0; its names are those of the classes 1 to 2; replace the numbers by names in the"
+    )
     with pytest.raises(UserError, match=message):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
     said = load(class_folders(tmp_path / "words"), tmp_path, label_names=["rose"]).report["caption_columns"]
     assert said == ["--label_names is not used, as no class is a number"]
     found = set(captions_of(load(tmp_path / "floats", tmp_path, label_names=["rose", "tulip"])).values())
     assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "folders", "names"])
+@pytest.mark.parametrize("names", [[], ["no", "yes"]])
+def test_truth_values_are_no_classes(form, names, tmp_path):
+    for index in range(6):
+        home = tmp_path / "a" / str(index % 2 == 1) if form == "folders" else tmp_path / "a"
+        if form not in ("parquet", "names"):
+            write(home / f"{index}.png", png(index))
+    rows = [{"file_name": f"{i}.png", "label": i % 2 == 1} for i in range(6)]
+    if form == "jsonl":
+        write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    elif form == "csv":
+        write(tmp_path / "a/metadata.csv", "file_name,label\n" + "".join(f"{i}.png,{i % 2 == 1}\n" for i in range(6)))
+    elif form != "folders":
+        kind = {"parquet": datasets.Value("bool"), "names": datasets.ClassLabel(names=["False", "True"])}[form]
+        features = datasets.Features({"image": datasets.Image(), "label": kind})
+        save_dataset_folder(tmp_path / "a", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]}, features)
+    with pytest.raises(
+        UserError, match=r"has no captions, and its .*(true and false|False and True).*; replace them by names$"
+    ):
+        load(tmp_path / "a", tmp_path, label_names=names)
+
+
+def test_floats_in_a_table_are_numbers_and_years_need_no_names(tmp_path):
+    for index in range(6):
+        write(tmp_path / "a" / f"{index}.png", png(index))
+        write(tmp_path / "b/rose" / str(2021 + index % 2) / f"{index}.png", png(index))
+        write(tmp_path / "c/rose" / str(1 + 4 * (index % 2)) / f"{index}.png", png(index))
+    write(tmp_path / "a/metadata.csv", "file_name,label\n" + "".join(f"{i}.png,{i % 2 + 1}.0\n" for i in range(6)))
+    with pytest.raises(
+        UserError, match=r"classes are numbers \(1.0, 2.0\); give the names of the classes by --label_names"
+    ):
+        load(tmp_path / "a", tmp_path)
+    found = set(captions_of(load(tmp_path / "a", tmp_path, label_names=["rose", "tulip"])).values())
+    assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
+    with pytest.raises(UserError, match=r"classes are numbers \(2021, 2022\); replace the numbers by names$"):
+        load(tmp_path / "b", tmp_path)
+    with pytest.raises(
+        UserError, match=r"the classes 2021, 2022; .* 1 to 2; replace the numbers by names in the data set$"
+    ):
+        load(tmp_path / "b", tmp_path, label_names=["rose", "tulip"])
+    with pytest.raises(UserError, match=r"no name for the classes 5; .* 1 to 2; add the missing names$"):
+        load(tmp_path / "c", tmp_path, label_names=["rose", "tulip"])
 
 
 def test_columns_that_hold_no_text_are_no_captions(tmp_path):

@@ -246,6 +246,12 @@ def _list_in_cell(cell: Any, where: str) -> Any:
     return cell
 
 
+def whole_number(cell: Any) -> Any:
+    """Return a label such as `1.0` as `1`, and any other value of a CSV file unchanged. pandas writes numbers so."""
+    found = re.fullmatch(r"\s*(\d+)[.,]0*\s*", cell) if isinstance(cell, str) else None
+    return found[1] if found else cell
+
+
 def _python_list(text: str) -> Any:
     """Return the value of a list as Python or numpy writes it. `nan` becomes None.
 

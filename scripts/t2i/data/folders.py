@@ -27,7 +27,16 @@ import pyarrow.parquet as pq
 from t2i.captions.texts import clean, label_captions
 from t2i.config import SourceConfig
 from t2i.config_types import unlisted
-from t2i.data.caption_files import METADATA, SIDECARS, TABLES, TEXTS, metadata_rows, read_sidecar, refuse_pointer
+from t2i.data.caption_files import (
+    METADATA,
+    SIDECARS,
+    TABLES,
+    TEXTS,
+    metadata_rows,
+    read_sidecar,
+    refuse_pointer,
+    whole_number,
+)
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
 from t2i.data.records import LeftOut, Source, check_label_names, label_name
 from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
@@ -384,6 +393,8 @@ def _add_described(
                 if near := near_files.find(target):
                     listing.refuse(target, f"missing file: did you mean {near}?", listing.split_of(target))
                     continue
+            if cfg.label_names and PurePosixPath(file).suffix.lower() == ".csv":
+                row |= {key: whole_number(row[key]) for key in ("label", "labels") if key in row}
             split = listing.split_of(target)
             if split_column:
                 split = told_split(where, split_column, row.get(split_column), split, target)

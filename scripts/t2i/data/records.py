@@ -34,6 +34,8 @@ CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder per class; or name another "
     "column by --caption_column"
 )
+_BY_NAMES = "replace the numbers by names"
+_NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d*)?\s*")
 _AS_METADATA = (
     "save it as metadata.csv with the columns file_name and caption, or as metadata.jsonl with one such object per line"
 )
@@ -284,15 +286,21 @@ def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str
     """Return the distinct classes of a label column, as captions name them.
 
     Raises:
-        UserError: the column does not hold labels, or its labels are numbers without names.
+        UserError: the column does not hold labels, or its labels are truth values or numbers without names.
     """
     kind = rows.features[label]
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
         raise UserError(f"{name} has no captions, and its column {label!r} holds {_kind(kind)}; {CAPTION_FIX}")
-    numeric = isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string", "null")
-    if numeric and not cfg.label_names:
+    dtype = kind.dtype if isinstance(kind, datasets.Value) else "string"
+    if dtype == "bool":
         raise UserError(
-            f"{name} has no captions, and its column {label!r} holds numbers without names; give --label_names, or "
+            f"{name} has no captions, and its column {label!r} holds true and false, which name no classes; replace them by "
+            "names"
+        )
+    if dtype not in ("string", "large_string", "null") and not cfg.label_names:
+        numbers = sorted(str(value) for value in rows.unique(label) if value is not None)
+        raise UserError(
+            f"{name} has no captions, and its column {label!r} holds numbers without names; {_numbers_fix(numbers)}, or "
             f"{CAPTION_FIX}"
         )
     found = (label_name(plain(kind, value), cfg.label_names) for value in rows.unique(label))
@@ -306,25 +314,40 @@ def has_numbers(rows: datasets.Dataset, label: str, cfg: SourceConfig) -> bool:
 
 
 def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
-    """Raise `UserError` if classes that must serve as captions are numbers without names."""
+    """Raise `UserError` if classes that must serve as captions are truth values, or numbers without names."""
     known = {label for label in labels if label}
-    numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
+    truths = sorted(label.strip() for label in known if label.strip().lower() in ("true", "false"))
+    if truths and len(truths) == len(known):
+        raise UserError(
+            f"{name} has no captions, and its classes are {' and '.join(truths)}, which name nothing; replace them by names"
+        )
+    numbers = sorted((label for label in known if _NUMBER.fullmatch(label)), key=_by_number)
     shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
     if numbers and cfg.label_names:
-        fix = (
-            "add the missing names"
-            if _by_number(numbers[0]) > 0
-            else "the names count from 1, so replace the numbers by names in the data set"
-        )
+        fix = "add the missing names" if _can_be_named(numbers, len(known)) else f"{_BY_NAMES} in the data set"
         raise UserError(
             f"{name}: --label_names has no name for the classes {shown}; its names are those of the classes 1 to "
             f"{len(cfg.label_names)}; {fix}"
         )
     if numbers and len(numbers) == len(known):
-        raise UserError(
-            f"{name} has no captions, and its classes are numbers ({shown}); give the names of the classes by --label_names, "
-            "or replace the numbers by names"
-        )
+        raise UserError(f"{name} has no captions, and its classes are numbers ({shown}); {_numbers_fix(numbers)}")
+
+
+def _numbers_fix(numbers: list[str]) -> str:
+    named = _can_be_named(numbers, len(numbers))
+    return f"give the names of the classes by --label_names, or {_BY_NAMES}" if named else _BY_NAMES
+
+
+def _can_be_named(numbers: list[str], classes: int) -> bool:
+    """Return whether `--label_names` suits these numbers: whole ones from 1, such as 1, 2 and 5, but not 2021 and 2022.
+
+    Args:
+        numbers: classes that are numbers without names.
+        classes: number of all classes. Up to ten names per class may be asked for.
+    """
+    values = [_by_number(number) for number in numbers if _NUMBER.fullmatch(number)]
+    whole = len(values) == len(numbers) and all(value.is_integer() for value in values)
+    return whole and min(values, default=0) >= 1 and max(values) <= 10 * classes
 
 
 def _by_number(label: str) -> float:
