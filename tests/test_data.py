@@ -332,6 +332,22 @@ BAD_CAPTIONS = {
         {"metadata.csv": "filename,text\n0.png,red\n"},
         r"metadata.csv, line 1 has no column file_name \(it has filename, text\); rename 'filename' to file_name",
     ),
+    "quotation marks after backslashes": (
+        {"metadata.csv": 'file_name,text\n0.png,"a rose"\n1.png,"a \\"red\\" rose 0"\n'},
+        r"metadata.csv, line 3 has a backslash before a quotation mark .*; write a quotation mark within a text twice",
+    ),
+    "one quotation mark after a backslash": (
+        {"metadata.csv": 'sep=;\r\nfile_name;text\r\n0.png;"a 5\\" rose"\r\n'},
+        "metadata.csv, line 3 has a backslash before",
+    ),
+    "backslashes without quotation marks around": (
+        {"metadata.csv": 'file_name,text\n0.png,a \\"red\\" rose\n'},
+        "metadata.csv, line 2 has a backslash before",
+    ),
+    "a backslash before the last quotation mark": (
+        {"metadata.csv": 'file_name,text\n0.png,"a 5\\""\n1.png,b\n'},
+        "metadata.csv, line 2: a quotation mark is not closed",
+    ),
     "an end inside quotation marks": (
         {"metadata.csv": 'sep=,\nfile_name,text\n0.png,"red\nand wet"\n1.png,"a tulip, half of '},
         "metadata.csv, line 5: a quotation mark is not closed; close it, or write",
@@ -407,6 +423,7 @@ GOOD_CAPTIONS = {
         )
     },
     "marks within a text": {"metadata.csv": 'file_name,text\n0.png,a; red\n1.png,b\n2.png,"c"'},
+    "paths of Windows": {"metadata.csv": 'file_name,from,text\n0.png,"C:\\a\\",a; red\n1.png,"D:\\" ,b\n2.png,"[""\\""""]",c\n'},
     "a table of UTF-16": {"metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n".encode("utf-16")},
     "files of UTF-16 and UTF-8": {
         "0.txt": "a; red".encode("utf-16"), "1.txt": b"\xef\xbb\xbfb", "2.txt": "c".encode("utf-32"),
@@ -747,6 +764,17 @@ def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):
     write(rose / "no_extension", b"x")
     bad = {row["file"] for row in load(tmp_path / "a", tmp_path, max_bad_share=0.9).quarantine}
     assert bad == {"rose/alone.psd", "rose/alone.nef", "rose/no_extension"}
+
+
+def test_icons_of_folders_are_no_images(tmp_path):
+    for index, name in enumerate(("rose/0.png", "tulip/1.png", "rose/2.png")):
+        write(tmp_path / "a" / name, png(index))
+    before = load(tmp_path / "a", tmp_path)
+    for name in ("Icon\r", "rose/Icon\r", "tulip/Icon\uf00d"):
+        write(tmp_path / "a" / name, b"")
+    splits = load(tmp_path / "a", tmp_path)
+    assert splits.quarantine == []
+    assert splits.fingerprint == before.fingerprint
 
 
 def test_links_hide_no_split_and_rename_no_class(tmp_path):

@@ -57,6 +57,7 @@ NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml",
 NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
 NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "left_out.jsonl"}
+NOT_IMAGE_NAMES |= {"icon\r", "icon\uf00d"}  # macOS's icon of a folder, and its name on a disk of Windows.
 UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
 # Folders in which storage systems, unpackers and photo programs keep copies, thumbnails and deleted files.
 FOREIGN_FOLDERS = re.compile(
