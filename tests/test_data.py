@@ -480,6 +480,40 @@ def test_which_of_two_columns_is_read_is_said(tmp_path):
     ]
 
 
+def test_where_captions_come_from_is_said(tmp_path):
+    rows = [{"label": ("rose", "tulip")[i % 2], "prompt": f"a red rose {i}", "color": "dark red"} for i in range(6)]
+    for index, row in enumerate(rows):
+        write(tmp_path / "a" / f"{index}.png", png(index))
+        write(tmp_path / "b/own" / f"{index}.png", png(index))
+        row["file_name"] = f"{index}.png"
+    write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    said = []
+    load_splits(config(tmp_path / "a", tmp_path), said.append)
+    assert "6 from the class, column 'label' of metadata.jsonl; not used: column 'prompt'\n" in said[1]
+    said.clear()
+    load_splits(config(tmp_path / "a", tmp_path, caption_column=["prompt"]), said.append)
+    assert "6 from metadata.jsonl; column 'prompt'\n" in said[1]
+    save_dataset_folder(tmp_path / "shards", {
+        "train": [{"image": png(i), **row, "notes": "it was seen in May", "more": [row["prompt"]]} for i, row in enumerate(rows)]
+    })  # fmt: skip
+    assert load(tmp_path / "shards", tmp_path).report["caption_columns"] == [
+        "class, column 'label'", "not used: columns 'prompt', 'notes', 'more'"
+    ]  # fmt: skip
+    rows = [{"image": png(i), "caption": "a", "text": "a red rose", "label": "bird of paradise"} for i in range(3)]
+    save_dataset_folder(tmp_path / "two", {"train": rows})
+    assert load(tmp_path / "two", tmp_path, caption_column=["caption"]).report["caption_columns"] == [
+        "column 'caption'", "not used: column 'text'"
+    ]  # fmt: skip
+    # Another folder has captions, so the rows without captions stay without any.
+    write(tmp_path / "b/own/metadata.csv", "file_name,labels\n" + "".join(f"{i}.png,rose\n" for i in range(6)))
+    assert load(tmp_path / "b", tmp_path).report["captions_from"] == {
+        "from the class, column 'labels' of metadata.csv": 6
+    }
+    write(tmp_path / "b/tulip/9.png", png(9))
+    write(tmp_path / "b/tulip/9.txt", "a tulip")
+    assert load(tmp_path / "b", tmp_path).report["captions_from"] == {"without any": 6, "from .txt files": 1}
+
+
 def test_caption_files_that_serve_several_images_or_hide_others_are_said(tmp_path):
     for name in ("3.jpg", "3.png", "3.webp", "4.png"):
         write(tmp_path / "a" / name, png(len(name)))
@@ -685,6 +719,15 @@ ODD = {
     "with control or invisible": ["a\u200brose", "a\x07rose", "\ufeffa rose", "ro\u00adse"],
     "that are messages": ["Error: no image", "I am sorry, I see none", "I cannot help", "I’m sorry", "ValueError: x"],
     "of numbers mostly": ["12 5 rose", "-1.5 2,3 x"],
+    "with HTML entities": ["salt &amp; pepper", "caf&eacute;", "it&#39;s red", "&#xE9;t&eacute;"],
+    "with written-out escapes": [r"caf\u00e9", r"caf\xe9", r"a rose\nin bloom", r"a rose\n", r"a \"red\" rose"],
+    "with web addresses": ["a rose, https://example.org/1.jpg", "HTTP://x.org", "a rose from www.example.org"],
+    "with settings of a generator": [
+        "Negative prompt: blurry, ugly",
+        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1",
+        "a rose Steps: 5",
+        "a rose negative prompt: ugly",
+    ],
 }
 
 
@@ -705,6 +748,10 @@ def test_common_captions_are_not_odd():
         "👩‍🌾 with a rose",
         "a sorry sight",
         "#rose",
+        "roses & tulips; lilies",
+        "a rose in steps: first a bud",
+        "a rose w/o leaves and/or thorns",
+        'the words "red rose" on it\'s label',
     ]
     assert not overview.describe({"train": {"file": ["x.png"] * len(good), "caption": good}})["captions"]["odd"]
 

@@ -38,7 +38,7 @@ from t2i.data.caption_files import (
     whole_number,
 )
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
-from t2i.data.records import LeftOut, Source, check_label_names, label_name
+from t2i.data.records import LABELS, LeftOut, Source, caption_keys, check_label_names, label_name
 from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
@@ -307,6 +307,8 @@ class _Listing:
     by_class: list[tuple[str, int, str | None]] = field(default_factory=list)
     # Split, row and value of the column `text`, which is read if the caption is empty.
     by_text: list[tuple[str, int, Any]] = field(default_factory=list)
+    # Split and name of the metadata file of each image in such a file, and whether its row may have a caption.
+    by_row: list[tuple[str, str, bool]] = field(default_factory=list)
 
     def split_of(self, file: str) -> str | None:
         return split_name(file.split("/")[self.depth - 1]) if self.depth else "train"
@@ -347,6 +349,7 @@ def _folder_columns(
     for split, position, text in listing.by_text:
         if "caption" in columns[split] and not clean(columns[split]["caption"][position]):
             columns[split]["caption"][position] = text
+    _count_rows(listing, cfg)
     _fill_from_classes(name, columns, listing.by_class, listing.origins, cfg)
     for file in sorted(set(sidecars.values()) - listing.used):
         if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
@@ -402,11 +405,24 @@ def _add_described(
             if split is None:
                 listing.pass_by(target)
             else:
-                listing.origins[f"from {PurePosixPath(file).name}"] += 1
+                listing.by_row.append((split, PurePosixPath(file).name, any(key in row for key in caption_keys(cfg))))
                 if not cfg.caption_column and isinstance(row.get("text"), (str, list)):
                     listing.by_text.append((split, listing.count(split), row["text"]))
                 _add_row(listing.columns, split, {**row, "image": target})
     return listed
+
+
+def _count_rows(listing: _Listing, cfg: SourceConfig) -> None:
+    """Count where the captions of rows in metadata files come from."""
+    captioned = {split: any(key in part for key in caption_keys(cfg)) for split, part in listing.columns.items()}
+    label = {split: next((key for key in LABELS if key in part), None) for split, part in listing.columns.items()}
+    for split, file, has_caption in listing.by_row:
+        if has_caption:
+            listing.origins[f"from {file}"] += 1
+        elif captioned[split] or not label[split]:
+            listing.origins["without any"] += 1
+        else:
+            listing.origins[f"from the class, column {label[split]!r} of {file}"] += 1
 
 
 def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_labels: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from t2i.data.workers import in_order
 from t2i.errors import UserError
 
 LeftOut = dict[str, dict[str, Any]]  # Reason -> number of files left out for it, and the first file names.
+LABELS = ("label", "labels")  # Names of the class column, the preferred one first.
 OTHER_SPLITS = "splits that are not read"
 ROWS_PER_BATCH = 1000  # Rows in memory at a time while captions are read and written.
 CAPTION_FIX = (
@@ -217,9 +218,14 @@ def _require_column(rows: datasets.Dataset, column: str, option: str, name: str,
         raise UserError(f"{name} ({split}) has no column {column!r}; it has {', '.join(rows.column_names)}{hint}")
 
 
+def caption_keys(cfg: SourceConfig) -> Sequence[str]:
+    """Return the names of the columns that may hold captions."""
+    return cfg.caption_column or ("caption", "text")
+
+
 def label_column(rows: datasets.Dataset) -> str | None:
     """Return the name of the class column: `label`, `labels`, or the first `ClassLabel` column. None without such a column."""
-    named = (column for column in ("label", "labels") if column in rows.column_names)
+    named = (column for column in LABELS if column in rows.column_names)
     classes = (key for key, value in rows.features.items() if isinstance(value, datasets.ClassLabel))
     return next(named, None) or next(classes, None)
 
@@ -246,7 +252,7 @@ def caption_columns(
     label = label_column(rows)
     for column in cfg.caption_column if split == "train" else ():
         _require_column(rows, column, "--caption_column", name, split)
-    captions = [column for column in dict.fromkeys(cfg.caption_column or ("caption", "text")) if column in columns]
+    captions = [column for column in dict.fromkeys(caption_keys(cfg)) if column in columns]
     captions = captions if cfg.caption_column else captions[:1]
     if not captions and label is None and split == "train":
         passed = {reason: (left_out or {}).get(reason, {"count": 0}) for reason in (TABLES, TEXTS)}
@@ -398,6 +404,15 @@ def shown_file(path: str | None, split: str, index: int) -> str:
     return Path(path).name if os.path.isabs(path) else path
 
 
+def _holds_sentences(rows: datasets.Dataset, column: str) -> bool:
+    """Return whether a column may hold captions: half of its first texts have three words or more."""
+    kind = rows.features[column]
+    if isinstance(kind, datasets.ClassLabel) or not _holds_text(kind):
+        return False
+    texts = [text for value in rows.select_columns([column])[:ROWS_PER_BATCH][column] if (text := clean(value))]
+    return bool(texts) and 2 * sum(len(text.split()) > 2 for text in texts) >= len(texts)
+
+
 def caption_origins(
     rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[list[str], str | None]], counted: bool,
     cfg: SourceConfig,
@@ -408,16 +423,25 @@ def caption_origins(
     """
     found: dict[str, list[str]] = {}
     for split, (columns, label) in captions.items():
-        if not (counted and columns in ([], ["caption"]) and label in (None, "label")):
+        if not (counted and columns in ([], ["caption"])):
             named = f"column{'s' if len(columns) > 1 else ''} {', '.join(map(repr, columns))}"
             origin = named if columns else f"class, column {label!r}" if label else "none"
             found.setdefault(origin, []).append(split)
     said = [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
+    used = {
+        cfg.image_column,
+        label_column(rows["train"]),
+        *(key for columns, label in captions.values() for key in (*columns, label)),
+    }
     if not cfg.caption_column and any(
         captions[split][0] == ["caption"] and "text" in rows[split].column_names for split in captions
     ):
         where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
         said.append(f"column 'text' {where}")
+        used.add("text")
+    unused = [key for key in rows["train"].column_names if key not in used and _holds_sentences(rows["train"], key)]
+    if unused:
+        said.append(f"not used: column{'s' if len(unused) > 1 else ''} {', '.join(map(repr, unused))}")
     by_class = [(rows[split], label) for split, (columns, label) in captions.items() if label and not columns]
     if cfg.label_names and by_class and not any(has_numbers(part, str(label), cfg) for part, label in by_class):
         said.append("--label_names is not used, as no class is a number")
