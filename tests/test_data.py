@@ -332,6 +332,22 @@ BAD_CAPTIONS = {
         {"metadata.csv": "filename,text\n0.png,red\n"},
         r"metadata.csv, line 1 has no column file_name \(it has filename, text\); rename 'filename' to file_name",
     ),
+    "quotation marks after backslashes": (
+        {"metadata.csv": 'file_name,text\n0.png,"a rose"\n1.png,"a \\"red\\" rose 0"\n'},
+        r"metadata.csv, line 3 has a backslash before a quotation mark .*; write a quotation mark within a text twice",
+    ),
+    "one quotation mark after a backslash": (
+        {"metadata.csv": 'sep=;\r\nfile_name;text\r\n0.png;"a 5\\" rose"\r\n'},
+        "metadata.csv, line 3 has a backslash before",
+    ),
+    "backslashes without quotation marks around": (
+        {"metadata.csv": 'file_name,text\n0.png,a \\"red\\" rose\n'},
+        "metadata.csv, line 2 has a backslash before",
+    ),
+    "a backslash before the last quotation mark": (
+        {"metadata.csv": 'file_name,text\n0.png,"a 5\\""\n1.png,b\n'},
+        "metadata.csv, line 2: a quotation mark is not closed",
+    ),
     "an end inside quotation marks": (
         {"metadata.csv": 'sep=,\nfile_name,text\n0.png,"red\nand wet"\n1.png,"a tulip, half of '},
         "metadata.csv, line 5: a quotation mark is not closed; close it, or write",
@@ -407,6 +423,7 @@ GOOD_CAPTIONS = {
         )
     },
     "marks within a text": {"metadata.csv": 'file_name,text\n0.png,a; red\n1.png,b\n2.png,"c"'},
+    "paths of Windows": {"metadata.csv": 'file_name,from,text\n0.png,"C:\\a\\",a; red\n1.png,"D:\\" ,b\n2.png,"[""\\""""]",c\n'},
     "a table of UTF-16": {"metadata.csv": "file_name,text\n0.png,a; red\n1.png,b\n2.png,c\n".encode("utf-16")},
     "files of UTF-16 and UTF-8": {
         "0.txt": "a; red".encode("utf-16"), "1.txt": b"\xef\xbb\xbfb", "2.txt": "c".encode("utf-32"),
@@ -461,6 +478,40 @@ def test_which_of_two_columns_is_read_is_said(tmp_path):
     assert load(tmp_path / "c", tmp_path).report["caption_columns"] == [
         "column 'text' is read where 'caption' is empty"
     ]
+
+
+def test_where_captions_come_from_is_said(tmp_path):
+    rows = [{"label": ("rose", "tulip")[i % 2], "prompt": f"a red rose {i}", "color": "dark red"} for i in range(6)]
+    for index, row in enumerate(rows):
+        write(tmp_path / "a" / f"{index}.png", png(index))
+        write(tmp_path / "b/own" / f"{index}.png", png(index))
+        row["file_name"] = f"{index}.png"
+    write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    said = []
+    load_splits(config(tmp_path / "a", tmp_path), said.append)
+    assert "6 from the class, column 'label' of metadata.jsonl; not used: column 'prompt'\n" in said[1]
+    said.clear()
+    load_splits(config(tmp_path / "a", tmp_path, caption_column=["prompt"]), said.append)
+    assert "6 from metadata.jsonl; column 'prompt'\n" in said[1]
+    save_dataset_folder(tmp_path / "shards", {
+        "train": [{"image": png(i), **row, "notes": "it was seen in May", "more": [row["prompt"]]} for i, row in enumerate(rows)]
+    })  # fmt: skip
+    assert load(tmp_path / "shards", tmp_path).report["caption_columns"] == [
+        "class, column 'label'", "not used: columns 'prompt', 'notes', 'more'"
+    ]  # fmt: skip
+    rows = [{"image": png(i), "caption": "a", "text": "a red rose", "label": "bird of paradise"} for i in range(3)]
+    save_dataset_folder(tmp_path / "two", {"train": rows})
+    assert load(tmp_path / "two", tmp_path, caption_column=["caption"]).report["caption_columns"] == [
+        "column 'caption'", "not used: column 'text'"
+    ]  # fmt: skip
+    # Another folder has captions, so the rows without captions stay without any.
+    write(tmp_path / "b/own/metadata.csv", "file_name,labels\n" + "".join(f"{i}.png,rose\n" for i in range(6)))
+    assert load(tmp_path / "b", tmp_path).report["captions_from"] == {
+        "from the class, column 'labels' of metadata.csv": 6
+    }
+    write(tmp_path / "b/tulip/9.png", png(9))
+    write(tmp_path / "b/tulip/9.txt", "a tulip")
+    assert load(tmp_path / "b", tmp_path).report["captions_from"] == {"without any": 6, "from .txt files": 1}
 
 
 def test_caption_files_that_serve_several_images_or_hide_others_are_said(tmp_path):
@@ -522,13 +573,62 @@ def test_classes_that_are_numbers_are_refused_in_every_form(tmp_path):
     for form in ("folders", "csv", "jsonl", "floats", "parquet", "names"):
         with pytest.raises(UserError, match=r"its classes are numbers|holds numbers without names"):
             load(tmp_path / form, tmp_path)
-    message = "--label_names has no name for the classes 0; its names are those of the classes 1 to 2; the names count from 1, so "
+        with pytest.raises(UserError, match="replace the numbers by names") as refused:
+            load(tmp_path / form, tmp_path)
+        assert ("--label_names" in str(refused.value)) == (form == "floats")  # The others count from 0.
+    message = (
+        "no name for the classes 0; its names are those of the classes 1 to 2; replace the numbers by names in the"
+    )
     with pytest.raises(UserError, match=message):
         load(tmp_path / "csv", tmp_path, label_names=["rose", "tulip"])
     said = load(class_folders(tmp_path / "words"), tmp_path, label_names=["rose"]).report["caption_columns"]
     assert said == ["--label_names is not used, as no class is a number"]
     found = set(captions_of(load(tmp_path / "floats", tmp_path, label_names=["rose", "tulip"])).values())
     assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "folders", "names"])
+@pytest.mark.parametrize("names", [[], ["no", "yes"]])
+def test_truth_values_are_no_classes(form, names, tmp_path):
+    for index in range(6):
+        home = tmp_path / "a" / str(index % 2 == 1) if form == "folders" else tmp_path / "a"
+        if form not in ("parquet", "names"):
+            write(home / f"{index}.png", png(index))
+    rows = [{"file_name": f"{i}.png", "label": i % 2 == 1} for i in range(6)]
+    if form == "jsonl":
+        write(tmp_path / "a/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    elif form == "csv":
+        write(tmp_path / "a/metadata.csv", "file_name,label\n" + "".join(f"{i}.png,{i % 2 == 1}\n" for i in range(6)))
+    elif form != "folders":
+        kind = {"parquet": datasets.Value("bool"), "names": datasets.ClassLabel(names=["False", "True"])}[form]
+        features = datasets.Features({"image": datasets.Image(), "label": kind})
+        save_dataset_folder(tmp_path / "a", {"train": [{"image": png(i), "label": i % 2} for i in range(6)]}, features)
+    with pytest.raises(
+        UserError, match=r"has no captions, and its .*(true and false|False and True).*; replace them by names$"
+    ):
+        load(tmp_path / "a", tmp_path, label_names=names)
+
+
+def test_floats_in_a_table_are_numbers_and_years_need_no_names(tmp_path):
+    for index in range(6):
+        write(tmp_path / "a" / f"{index}.png", png(index))
+        write(tmp_path / "b/rose" / str(2021 + index % 2) / f"{index}.png", png(index))
+        write(tmp_path / "c/rose" / str(1 + 4 * (index % 2)) / f"{index}.png", png(index))
+    write(tmp_path / "a/metadata.csv", "file_name,label\n" + "".join(f"{i}.png,{i % 2 + 1}.0\n" for i in range(6)))
+    with pytest.raises(
+        UserError, match=r"classes are numbers \(1.0, 2.0\); give the names of the classes by --label_names"
+    ):
+        load(tmp_path / "a", tmp_path)
+    found = set(captions_of(load(tmp_path / "a", tmp_path, label_names=["rose", "tulip"])).values())
+    assert found == {"a photo of a rose, a type of flower", "a photo of a tulip, a type of flower"}
+    with pytest.raises(UserError, match=r"classes are numbers \(2021, 2022\); replace the numbers by names$"):
+        load(tmp_path / "b", tmp_path)
+    with pytest.raises(
+        UserError, match=r"the classes 2021, 2022; .* 1 to 2; replace the numbers by names in the data set$"
+    ):
+        load(tmp_path / "b", tmp_path, label_names=["rose", "tulip"])
+    with pytest.raises(UserError, match=r"no name for the classes 5; .* 1 to 2; add the missing names$"):
+        load(tmp_path / "c", tmp_path, label_names=["rose", "tulip"])
 
 
 def test_columns_that_hold_no_text_are_no_captions(tmp_path):
@@ -619,6 +719,15 @@ ODD = {
     "with control or invisible": ["a\u200brose", "a\x07rose", "\ufeffa rose", "ro\u00adse"],
     "that are messages": ["Error: no image", "I am sorry, I see none", "I cannot help", "I’m sorry", "ValueError: x"],
     "of numbers mostly": ["12 5 rose", "-1.5 2,3 x"],
+    "with HTML entities": ["salt &amp; pepper", "caf&eacute;", "it&#39;s red", "&#xE9;t&eacute;"],
+    "with written-out escapes": [r"caf\u00e9", r"caf\xe9", r"a rose\nin bloom", r"a rose\n", r"a \"red\" rose"],
+    "with web addresses": ["a rose, https://example.org/1.jpg", "HTTP://x.org", "a rose from www.example.org"],
+    "with settings of a generator": [
+        "Negative prompt: blurry, ugly",
+        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1",
+        "a rose Steps: 5",
+        "a rose negative prompt: ugly",
+    ],
 }
 
 
@@ -639,6 +748,10 @@ def test_common_captions_are_not_odd():
         "👩‍🌾 with a rose",
         "a sorry sight",
         "#rose",
+        "roses & tulips; lilies",
+        "a rose in steps: first a bud",
+        "a rose w/o leaves and/or thorns",
+        'the words "red rose" on it\'s label',
     ]
     assert not overview.describe({"train": {"file": ["x.png"] * len(good), "caption": good}})["captions"]["odd"]
 
@@ -698,6 +811,17 @@ def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):
     write(rose / "no_extension", b"x")
     bad = {row["file"] for row in load(tmp_path / "a", tmp_path, max_bad_share=0.9).quarantine}
     assert bad == {"rose/alone.psd", "rose/alone.nef", "rose/no_extension"}
+
+
+def test_icons_of_folders_are_no_images(tmp_path):
+    for index, name in enumerate(("rose/0.png", "tulip/1.png", "rose/2.png")):
+        write(tmp_path / "a" / name, png(index))
+    before = load(tmp_path / "a", tmp_path)
+    for name in ("Icon\r", "rose/Icon\r", "tulip/Icon\uf00d"):
+        write(tmp_path / "a" / name, b"")
+    splits = load(tmp_path / "a", tmp_path)
+    assert splits.quarantine == []
+    assert splits.fingerprint == before.fingerprint
 
 
 def test_links_hide_no_split_and_rename_no_class(tmp_path):
@@ -1023,6 +1147,10 @@ LOOK_ALIKES = {
     "data/train data/test extra": "data/test, data/train look like splits; make folders test, train at the top",
     "rose/train rose/test tulip/train": "rose/test, rose/train look like splits; make folders",
     "a/val a/test": "rename the folder with the training images to train",
+    "red blue test": "/a: the folder test is named like a split but .*; move the classes into train/, or rename the folder$",
+    "red Validation~": "the folder Validation  is named like a split",
+    "red blue val test": "the folder test is named like a split",
+    "data/red data/dev": "the folder data/dev is named like a split .* into data/train/",
 }
 
 
@@ -1032,8 +1160,24 @@ def test_folders_that_look_like_splits_are_refused(names, tmp_path):
         load(in_folders(tmp_path / "a", names), tmp_path)
 
 
+def test_a_split_beside_class_folders_without_folders_of_its_own_is_refused(tmp_path):
+    for index, name in enumerate(("rose", "tulip", "validation")):
+        write(tmp_path / "a" / name / f"{index}.png", png(index))
+    with pytest.raises(UserError, match=r"the folder validation is named like a split .* or rename the folder"):
+        load(tmp_path / "a", tmp_path)
+    lines = "".join(f"{name}/{index}.png,a flower,{split}\n" for index, (name, split) in enumerate(
+        (("rose", "train"), ("tulip", "train"), ("validation", "val"))
+    ))  # fmt: skip
+    write(tmp_path / "a/metadata.csv", "file_name,text,split\n" + lines)  # The column keeps the images out of train.
+    assert captions_of(load(tmp_path / "a", tmp_path)).keys() == {"rose/0.png", "tulip/1.png", "validation/2.png"}
+    (tmp_path / "a/metadata.csv").unlink()
+    (tmp_path / "a/validation").rename(tmp_path / "a/a validation")
+    assert "a validation" in set(load(tmp_path / "a", tmp_path, validation_fraction=0).train.rows["label"])
+
+
 @pytest.mark.parametrize(
-    "names", ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train"]
+    "names",
+    ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train", "train/rose train/test"],
 )
 def test_classes_that_hold_such_words_are_classes(names, tmp_path):
     assert load(in_folders(tmp_path / "a", names), tmp_path).test is None

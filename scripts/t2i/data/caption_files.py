@@ -148,6 +148,7 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         if told
         else next((mark for mark in DELIMITERS if "file_name" in cells[mark]), max(DELIMITERS, key=first.count))
     )
+    _refuse_backslashes(path, text, skipped, delimiter)
     # Spaces are part of a field, unless the header or a quotation mark shows that they only separate fields.
     raw = [cell.strip('"') for cell in first.split(delimiter)]
     spaced = any(name not in raw and name in cells.get(delimiter, ()) for name in names)
@@ -187,6 +188,19 @@ def _csv_rows(path: Path, text: str, names: tuple[str, ...]) -> Iterator[tuple[i
         _refuse_open_quote(path, text, start - skipped, skipped, delimiter, spaced)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num + skipped} cannot be read ({error}); fix that line") from None
+
+
+def _refuse_backslashes(path: Path, text: str, skipped: int, delimiter: str) -> None:
+    """Raise `UserError` if quotation marks within texts are escaped by backslashes, which CSV readers keep as text.
+
+    A backslash before a closing quotation mark, as in a path of Windows, is allowed.
+    """
+    found = re.search(rf'\\"(?!"|[^\S\r\n]*({re.escape(delimiter)}|[\r\n]|$))', text)
+    if found:
+        line = len(re.findall(r"\r\n|\r|\n", text[: found.start()])) + 1 + skipped
+        raise UserError(
+            f'{path}, line {line} has a backslash before a quotation mark (\\"); write a quotation mark within a text twice, as ""'
+        )
 
 
 def _refuse_open_quote(path: Path, text: str, start: int, skipped: int, delimiter: str, spaced: bool) -> None:
@@ -244,6 +258,12 @@ def _list_in_cell(cell: Any, where: str) -> Any:
             f'{where} begins like a list of texts, but cannot be read ({shown}); write the list as JSON: ["a rose", "a red rose"]'
         )
     return cell
+
+
+def whole_number(cell: Any) -> Any:
+    """Return a label such as `1.0` as `1`, and any other value of a CSV file unchanged. pandas writes numbers so."""
+    found = re.fullmatch(r"\s*(\d+)[.,]0*\s*", cell) if isinstance(cell, str) else None
+    return found[1] if found else cell
 
 
 def _python_list(text: str) -> Any:

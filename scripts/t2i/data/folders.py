@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,9 +27,18 @@ import pyarrow.parquet as pq
 from t2i.captions.texts import clean, label_captions
 from t2i.config import SourceConfig
 from t2i.config_types import unlisted
-from t2i.data.caption_files import METADATA, SIDECARS, TABLES, TEXTS, metadata_rows, read_sidecar, refuse_pointer
+from t2i.data.caption_files import (
+    METADATA,
+    SIDECARS,
+    TABLES,
+    TEXTS,
+    metadata_rows,
+    read_sidecar,
+    refuse_pointer,
+    whole_number,
+)
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
-from t2i.data.records import LeftOut, Source, check_label_names, label_name
+from t2i.data.records import LABELS, LeftOut, Source, caption_keys, check_label_names, label_name
 from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
@@ -47,6 +57,7 @@ NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml",
 NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
 NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "left_out.jsonl"}
+NOT_IMAGE_NAMES |= {"icon\r", "icon\uf00d"}  # macOS's icon of a folder, and its name on a disk of Windows.
 UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
 # Folders in which storage systems, unpackers and photo programs keep copies, thumbnails and deleted files.
 FOREIGN_FOLDERS = re.compile(
@@ -97,6 +108,18 @@ def split_look_alikes(images: Iterable[str]) -> dict[str, str]:
         if len(set(alike.values())) > 1 and 2 * len(alike) >= len(names):
             return {"/".join((*parent, name)): split for name, split in alike.items()}
     return {}
+
+
+def split_among_classes(images: Iterable[str]) -> str | None:
+    """Return a folder with the name of a split, such as `test`, that lies beside class folders. None without such a folder.
+
+    Only the folders at the top are compared, or those at the top of the one folder that holds all images.
+    """
+    homes = _homes(images)
+    above = tuple(names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*homes, strict=False)))
+    beside = {home[len(above)] for home in homes if len(home) > len(above)}
+    named = sorted(name for name in beside if split_name(name) not in (None, "train"))
+    return "/".join((*above, named[0])) if named and len(beside) > len(named) else None
 
 
 def _homes(images: Iterable[str]) -> set[tuple[str, ...]]:
@@ -284,6 +307,8 @@ class _Listing:
     by_class: list[tuple[str, int, str | None]] = field(default_factory=list)
     # Split, row and value of the column `text`, which is read if the caption is empty.
     by_text: list[tuple[str, int, Any]] = field(default_factory=list)
+    # Split and name of the metadata file of each image in such a file, and whether its row may have a caption.
+    by_row: list[tuple[str, str, bool]] = field(default_factory=list)
 
     def split_of(self, file: str) -> str | None:
         return split_name(file.split("/")[self.depth - 1]) if self.depth else "train"
@@ -324,6 +349,7 @@ def _folder_columns(
     for split, position, text in listing.by_text:
         if "caption" in columns[split] and not clean(columns[split]["caption"][position]):
             columns[split]["caption"][position] = text
+    _count_rows(listing, cfg)
     _fill_from_classes(name, columns, listing.by_class, listing.origins, cfg)
     for file in sorted(set(sidecars.values()) - listing.used):
         if PurePosixPath(file).stem.lower() not in NOT_IMAGE_NAMES:
@@ -345,7 +371,7 @@ def _folder_columns(
     }
     if "train" not in columns:
         columns.clear()
-    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"])
+    _refuse_look_alikes(name, columns.get("train", {"image": []})["image"], depth)
     return columns, notes, listing.quarantine
 
 
@@ -371,17 +397,32 @@ def _add_described(
                 if near := near_files.find(target):
                     listing.refuse(target, f"missing file: did you mean {near}?", listing.split_of(target))
                     continue
+            if cfg.label_names and PurePosixPath(file).suffix.lower() == ".csv":
+                row |= {key: whole_number(row[key]) for key in ("label", "labels") if key in row}
             split = listing.split_of(target)
             if split_column:
                 split = told_split(where, split_column, row.get(split_column), split, target)
             if split is None:
                 listing.pass_by(target)
             else:
-                listing.origins[f"from {PurePosixPath(file).name}"] += 1
+                listing.by_row.append((split, PurePosixPath(file).name, any(key in row for key in caption_keys(cfg))))
                 if not cfg.caption_column and isinstance(row.get("text"), (str, list)):
                     listing.by_text.append((split, listing.count(split), row["text"]))
                 _add_row(listing.columns, split, {**row, "image": target})
     return listed
+
+
+def _count_rows(listing: _Listing, cfg: SourceConfig) -> None:
+    """Count where the captions of rows in metadata files come from."""
+    captioned = {split: any(key in part for key in caption_keys(cfg)) for split, part in listing.columns.items()}
+    label = {split: next((key for key in LABELS if key in part), None) for split, part in listing.columns.items()}
+    for split, file, has_caption in listing.by_row:
+        if has_caption:
+            listing.origins[f"from {file}"] += 1
+        elif captioned[split] or not label[split]:
+            listing.origins["without any"] += 1
+        else:
+            listing.origins[f"from the class, column {label[split]!r} of {file}"] += 1
 
 
 def _add_image(listing: _Listing, file: str, sidecars: dict[str, str], use_labels: bool) -> None:
@@ -456,8 +497,17 @@ def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
     return True
 
 
-def _refuse_look_alikes(name: str, images: list[str]) -> None:
-    """Raise `UserError` if folders that would all be trained on look like splits, since one may be a test set."""
+def _refuse_look_alikes(name: str, images: list[str], depth: int) -> None:
+    """Raise `UserError` if folders that would all be trained on look like splits, since one may be a test set.
+
+    Below the folder of a split, at a `depth` above 0, a folder with the exact name of a split is a class.
+    """
+    if not depth and (folder := split_among_classes(images)):
+        above = folder.rpartition("/")[0]
+        raise UserError(
+            f"{name}: the folder {folder} is named like a split but lies beside class folders, so it would be trained on; "
+            f"move the classes into {above + '/' if above else ''}train/, or rename the folder"
+        )
     alike = split_look_alikes(images)
     if not alike:
         return

@@ -28,6 +28,8 @@ _MESSAGE = re.compile(
     r"|i (cannot|can't|can not)\b|as an ai\b",
     re.IGNORECASE,
 )
+_ESCAPE = re.compile(r"\\(u[0-9a-f]{4}|x[0-9a-f]{2}|[nrt\"'])", re.IGNORECASE)
+_SETTINGS = re.compile(r"\bnegative prompt:|\bsteps: ?\d|\bcfg scale: ?\d", re.IGNORECASE)
 # Kinds of odd captions, which are rarely meant as captions: name -> test of (caption, file). A caption counts for the
 # first kind whose test is true.
 ODD: dict[str, Callable[[str, str], Any]] = {
@@ -35,6 +37,10 @@ ODD: dict[str, Callable[[str, str], Any]] = {
     "with misread characters (such as Ã©)": lambda text, file: _MISREAD.search(text),
     "with braces or brackets around": lambda text, file: re.fullmatch(r"[\[{(].*[\]})]", text),
     "with markup or a template": lambda text, file: re.search(r"<\w+[^>]*>|\{\w*\}|\{\{", text),
+    "with HTML entities (such as &amp;)": lambda text, file: re.search(r"&(#\d+|#x[0-9a-f]+|[a-z]+\d*);", text, re.IGNORECASE),
+    "with written-out escapes (such as \\u00e9)": lambda text, file: _ESCAPE.search(text),
+    "with web addresses": lambda text, file: re.search(r"\bhttps?://|\bwww\.\w", text, re.IGNORECASE),
+    "with settings of a generator (such as Steps: 20)": lambda text, file: _SETTINGS.search(text),
     "of numbers only": lambda text, file: not re.search(r"[^\W\d_]", text) and re.search(r"\d", text),
     "of numbers mostly": lambda text, file: 2 * len(re.findall(r"(?<!\S)[-+.,]*\d[-+\d.,]*(?!\S)", text)) > len(text.split()),
     "that say no value (nan, none, null)": lambda text, file: _NO_VALUE.fullmatch(text),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,15 @@ from t2i.data.workers import in_order
 from t2i.errors import UserError
 
 LeftOut = dict[str, dict[str, Any]]  # Reason -> number of files left out for it, and the first file names.
+LABELS = ("label", "labels")  # Names of the class column, the preferred one first.
 OTHER_SPLITS = "splits that are not read"
 ROWS_PER_BATCH = 1000  # Rows in memory at a time while captions are read and written.
 CAPTION_FIX = (
     "add a caption column, a metadata.jsonl, .txt files beside the images, or one folder per class; or name another "
     "column by --caption_column"
 )
+_BY_NAMES = "replace the numbers by names"
+_NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d*)?\s*")
 _AS_METADATA = (
     "save it as metadata.csv with the columns file_name and caption, or as metadata.jsonl with one such object per line"
 )
@@ -215,9 +218,14 @@ def _require_column(rows: datasets.Dataset, column: str, option: str, name: str,
         raise UserError(f"{name} ({split}) has no column {column!r}; it has {', '.join(rows.column_names)}{hint}")
 
 
+def caption_keys(cfg: SourceConfig) -> Sequence[str]:
+    """Return the names of the columns that may hold captions."""
+    return cfg.caption_column or ("caption", "text")
+
+
 def label_column(rows: datasets.Dataset) -> str | None:
     """Return the name of the class column: `label`, `labels`, or the first `ClassLabel` column. None without such a column."""
-    named = (column for column in ("label", "labels") if column in rows.column_names)
+    named = (column for column in LABELS if column in rows.column_names)
     classes = (key for key, value in rows.features.items() if isinstance(value, datasets.ClassLabel))
     return next(named, None) or next(classes, None)
 
@@ -244,7 +252,7 @@ def caption_columns(
     label = label_column(rows)
     for column in cfg.caption_column if split == "train" else ():
         _require_column(rows, column, "--caption_column", name, split)
-    captions = [column for column in dict.fromkeys(cfg.caption_column or ("caption", "text")) if column in columns]
+    captions = [column for column in dict.fromkeys(caption_keys(cfg)) if column in columns]
     captions = captions if cfg.caption_column else captions[:1]
     if not captions and label is None and split == "train":
         passed = {reason: (left_out or {}).get(reason, {"count": 0}) for reason in (TABLES, TEXTS)}
@@ -284,15 +292,21 @@ def class_names(rows: datasets.Dataset, label: str, cfg: SourceConfig, name: str
     """Return the distinct classes of a label column, as captions name them.
 
     Raises:
-        UserError: the column does not hold labels, or its labels are numbers without names.
+        UserError: the column does not hold labels, or its labels are truth values or numbers without names.
     """
     kind = rows.features[label]
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
         raise UserError(f"{name} has no captions, and its column {label!r} holds {_kind(kind)}; {CAPTION_FIX}")
-    numeric = isinstance(kind, datasets.Value) and kind.dtype not in ("string", "large_string", "null")
-    if numeric and not cfg.label_names:
+    dtype = kind.dtype if isinstance(kind, datasets.Value) else "string"
+    if dtype == "bool":
         raise UserError(
-            f"{name} has no captions, and its column {label!r} holds numbers without names; give --label_names, or "
+            f"{name} has no captions, and its column {label!r} holds true and false, which name no classes; replace them by "
+            "names"
+        )
+    if dtype not in ("string", "large_string", "null") and not cfg.label_names:
+        numbers = sorted(str(value) for value in rows.unique(label) if value is not None)
+        raise UserError(
+            f"{name} has no captions, and its column {label!r} holds numbers without names; {_numbers_fix(numbers)}, or "
             f"{CAPTION_FIX}"
         )
     found = (label_name(plain(kind, value), cfg.label_names) for value in rows.unique(label))
@@ -306,25 +320,40 @@ def has_numbers(rows: datasets.Dataset, label: str, cfg: SourceConfig) -> bool:
 
 
 def check_label_names(labels: Iterable[str | None], cfg: SourceConfig, name: str) -> None:
-    """Raise `UserError` if classes that must serve as captions are numbers without names."""
+    """Raise `UserError` if classes that must serve as captions are truth values, or numbers without names."""
     known = {label for label in labels if label}
-    numbers = sorted((label for label in known if re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", label)), key=_by_number)
+    truths = sorted(label.strip() for label in known if label.strip().lower() in ("true", "false"))
+    if truths and len(truths) == len(known):
+        raise UserError(
+            f"{name} has no captions, and its classes are {' and '.join(truths)}, which name nothing; replace them by names"
+        )
+    numbers = sorted((label for label in known if _NUMBER.fullmatch(label)), key=_by_number)
     shown = ", ".join(label.strip() for label in numbers[:3]) + (" …" if len(numbers) > 3 else "")
     if numbers and cfg.label_names:
-        fix = (
-            "add the missing names"
-            if _by_number(numbers[0]) > 0
-            else "the names count from 1, so replace the numbers by names in the data set"
-        )
+        fix = "add the missing names" if _can_be_named(numbers, len(known)) else f"{_BY_NAMES} in the data set"
         raise UserError(
             f"{name}: --label_names has no name for the classes {shown}; its names are those of the classes 1 to "
             f"{len(cfg.label_names)}; {fix}"
         )
     if numbers and len(numbers) == len(known):
-        raise UserError(
-            f"{name} has no captions, and its classes are numbers ({shown}); give the names of the classes by --label_names, "
-            "or replace the numbers by names"
-        )
+        raise UserError(f"{name} has no captions, and its classes are numbers ({shown}); {_numbers_fix(numbers)}")
+
+
+def _numbers_fix(numbers: list[str]) -> str:
+    named = _can_be_named(numbers, len(numbers))
+    return f"give the names of the classes by --label_names, or {_BY_NAMES}" if named else _BY_NAMES
+
+
+def _can_be_named(numbers: list[str], classes: int) -> bool:
+    """Return whether `--label_names` suits these numbers: whole ones from 1, such as 1, 2 and 5, but not 2021 and 2022.
+
+    Args:
+        numbers: classes that are numbers without names.
+        classes: number of all classes. Up to ten names per class may be asked for.
+    """
+    values = [_by_number(number) for number in numbers if _NUMBER.fullmatch(number)]
+    whole = len(values) == len(numbers) and all(value.is_integer() for value in values)
+    return whole and min(values, default=0) >= 1 and max(values) <= 10 * classes
 
 
 def _by_number(label: str) -> float:
@@ -375,6 +404,15 @@ def shown_file(path: str | None, split: str, index: int) -> str:
     return Path(path).name if os.path.isabs(path) else path
 
 
+def _holds_sentences(rows: datasets.Dataset, column: str) -> bool:
+    """Return whether a column may hold captions: half of its first texts have three words or more."""
+    kind = rows.features[column]
+    if isinstance(kind, datasets.ClassLabel) or not _holds_text(kind):
+        return False
+    texts = [text for value in rows.select_columns([column])[:ROWS_PER_BATCH][column] if (text := clean(value))]
+    return bool(texts) and 2 * sum(len(text.split()) > 2 for text in texts) >= len(texts)
+
+
 def caption_origins(
     rows: dict[str, datasets.Dataset], captions: Mapping[str, tuple[list[str], str | None]], counted: bool,
     cfg: SourceConfig,
@@ -385,16 +423,25 @@ def caption_origins(
     """
     found: dict[str, list[str]] = {}
     for split, (columns, label) in captions.items():
-        if not (counted and columns in ([], ["caption"]) and label in (None, "label")):
+        if not (counted and columns in ([], ["caption"])):
             named = f"column{'s' if len(columns) > 1 else ''} {', '.join(map(repr, columns))}"
             origin = named if columns else f"class, column {label!r}" if label else "none"
             found.setdefault(origin, []).append(split)
     said = [origin if len(found) == 1 else f"{origin} ({', '.join(splits)})" for origin, splits in found.items()]
+    used = {
+        cfg.image_column,
+        label_column(rows["train"]),
+        *(key for columns, label in captions.values() for key in (*columns, label)),
+    }
     if not cfg.caption_column and any(
         captions[split][0] == ["caption"] and "text" in rows[split].column_names for split in captions
     ):
         where = "is read where 'caption' is empty" if counted else "is not used, as there is 'caption'"
         said.append(f"column 'text' {where}")
+        used.add("text")
+    unused = [key for key in rows["train"].column_names if key not in used and _holds_sentences(rows["train"], key)]
+    if unused:
+        said.append(f"not used: column{'s' if len(unused) > 1 else ''} {', '.join(map(repr, unused))}")
     by_class = [(rows[split], label) for split, (columns, label) in captions.items() if label and not columns]
     if cfg.label_names and by_class and not any(has_numbers(part, str(label), cfg) for part, label in by_class):
         said.append("--label_names is not used, as no class is a number")
