@@ -274,7 +274,7 @@ MISTAKES = [
     (
         "run_recipe.py",
         ["--config", "tiny.yaml", "--accelerate_config", "none.yaml"],
-        "none.yaml: there is no such file",
+        "--accelerate_config none.yaml cannot be read",
     ),
     (
         "train_unet.py",

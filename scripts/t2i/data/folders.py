@@ -414,6 +414,8 @@ def _add_described(
 
 def _count_rows(listing: _Listing, cfg: SourceConfig) -> None:
     """Count where the captions of rows in metadata files come from."""
+    if not listing.by_row:
+        return
     captioned = {split: any(key in part for key in caption_keys(cfg)) for split, part in listing.columns.items()}
     label = {split: next((key for key in LABELS if key in part), None) for split, part in listing.columns.items()}
     for split, file, has_caption in listing.by_row:
