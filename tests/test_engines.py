@@ -95,10 +95,8 @@ def test_rescaled_guidance_keeps_the_contrast_of_an_unguided_picture(exported):
     )
     far, near = (abs(pictures.std() - plain.std()) for pictures in (glaring, rescaled))
     assert near < far / 2
-    mild = {
-        "guidance_scale": 7.5,
-        "guidance_rescale": 1.0,
-    }  # a scale of 30 enlarges the rounding of compiled models too
+    # A scale of 30 enlarges the rounding of compiled models too.
+    mild = {"guidance_scale": 7.5, "guidance_rescale": 1.0}
     assert np.abs(draw(compiled, **mild) - draw(stock, **mild)).mean() < 1.0
     assert (draw(stock, guidance_rescale=0.0, **options) == glaring).all()
 

@@ -12,6 +12,7 @@ import time
 from unittest import mock
 from urllib.parse import urlsplit
 
+import httpx2
 import huggingface_hub
 import psutil
 import pytest
@@ -420,6 +421,12 @@ def test_checkpoints_are_pushed_whole_and_restored(hub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="checkpoint-000100 is in me/run, and not of this job; stop the other job"):
         other._push(10.0)  # two jobs of one command: the slower one must not remove what the faster one keeps
     assert "run/checkpoint-000100/manifest.json" in hub.files("models/me/run")
+    checkpoint(120)
+    cut_off = mock.Mock(side_effect=httpx2.ConnectError("no answer"))
+    monkeypatch.setattr(mirror, "newest_checkpoint", cut_off)  # a Hub that is cut off for a moment costs no checkpoint
+    kept._push(10.0)
+    cut_off.assert_called_once()
+    assert "run/checkpoint-000120/manifest.json" in hub.files("models/me/run")
     assert hub.repos["models/me/run"].private
 
 

@@ -248,22 +248,27 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
     settings |= {key: first[key] for key, value in settings.items() if value is None}  # a field was emptied
     with above:
         show_preset(settings)
-        row = st.container(horizontal=True, vertical_alignment="bottom")
-        row.segmented_control(
-            "Pictures",
-            SEEDS,
-            key="pictures",
-            bind="query-params",
-            required=True,
-            help="Number of pictures of each prompt. Their seeds follow each other.",
-        )
-        st.session_state["_as_typed"] = row.toggle(
-            "Draw as you type",
-            value=st.session_state.get("_as_typed", True),
-            key="live",
-            help="Draw a draft in few steps whenever you pause. Drafts are not stored.",
-        )
+        choose_pictures()
     return settings, draw or other
+
+
+def choose_pictures() -> None:
+    """Show the number of pictures of each prompt, and the switch of the drafts."""
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    row.segmented_control(
+        "Pictures",
+        SEEDS,
+        key="pictures",
+        bind="query-params",
+        required=True,
+        help="Number of pictures of each prompt. Their seeds follow each other.",
+    )
+    st.session_state["_as_typed"] = row.toggle(
+        "Draw as you type",
+        value=st.session_state.get("_as_typed", True),
+        key="live",
+        help="Draw a draft in few steps whenever you pause. Drafts are not stored.",
+    )
 
 
 def choose_beside(runs: dict[str, Path], model: tuple[Path, str]) -> list[tuple[Path, str]]:

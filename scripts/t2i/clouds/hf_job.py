@@ -30,9 +30,8 @@ PRICES = staging.ROOT / "accelerate_configs" / "hf_jobs_prices.yaml"
 WORK = "/tmp/t2i-job"  # in the container: code/, run/, inputs/, cache/
 SECONDS = "T2I_SECONDS"  # variable of the container: seconds that the job had run when run_hf_job.py started
 LABEL = "t2i-run"  # label of a job that names the repository of its run, without the namespace
-COMMAND_LABEL = (
-    "t2i-command"  # label of a job with the hash of its whole command, which tells an extension from a repetition
-)
+# Label of a job with the hash of its whole command, which tells an extension from a repetition.
+COMMAND_LABEL = "t2i-command"
 # Options that may differ between two commands that resume or extend the same run.
 RESUMING = ("max_train_steps", "num_train_epochs", "lr_on_extend", "resume_from_checkpoint")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -106,9 +105,8 @@ def read_config(path: Path) -> HfJobsConfig:
         known_key(key, dict.fromkeys(fields), f"key in {path}")
     written = yaml.load(path.read_bytes(), yaml.BaseLoader)
     given = {key: value for key, value in launch.as_written(values, written).items() if value is not None}
-    given |= {
-        key: written[key] for key in ("timeout", "save_before_timeout") if key in given
-    }  # YAML reads 12:00 as 720
+    # YAML reads 12:00 as 720.
+    given |= {key: written[key] for key in ("timeout", "save_before_timeout") if key in given}
     config: HfJobsConfig = checked(HfJobsConfig, given, str(path))
     if config.save_before_timeout >= config.timeout:
         raise UserError(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, snapshot_download
 
 from t2i.errors import UserError
@@ -65,7 +66,10 @@ class Mirror:
 
     def _check_owner(self, here: set[str]) -> None:
         """Raise `UserError` if the repository has a newer checkpoint that is not of this run: another job writes it."""
-        there = newest_checkpoint(HfApi(), self.repo_id)
+        try:
+            there = newest_checkpoint(HfApi(), self.repo_id)
+        except (httpx2.HTTPError, OSError, RuntimeError, ValueError):  # all that huggingface_hub raises
+            return  # The push, which follows, tries again and tells the reason.
         if there and there not in here and step_of(there) > step_of(self._pushed):
             raise UserError(
                 f"{there} is in {self.repo_id}, and not of this job; stop the other job of the same command"
