@@ -229,6 +229,8 @@ def random_value(kind: str, element: Any, chance: random.Random) -> Any:
         return [chance.choice(list(element.options)).content]
     if kind == "checkbox":
         return chance.random() < 0.5
+    if kind == "select_slider":
+        return [chance.choice(list(element.options))]
     if kind == "slider":
         return [chance.uniform(element.min, element.max)]
     if kind == "number_input":

@@ -50,15 +50,17 @@ labelled(app.button, "Draw").click().run()
 end = time.monotonic() + 120
 while time.monotonic() < end:
     pictures = [path for path in Path("outputs").glob("*/cells/*.png") if not path.name.endswith((".steps.png", ".part.png"))]
-    if pictures or app.exception or app.warning or app.error:
+    told = [element.value for kind in (app.exception, app.warning, app.error) for element in kind]
+    if pictures or told:
         break
     time.sleep(0.2)
     app.run()
+texts = [element.value for kind in (app.text, app.caption) for element in kind]
 app.run()
-told = [element.value for kind in (app.exception, app.warning, app.error) for element in kind]
+told += [element.value for kind in (app.exception, app.warning, app.error) for element in kind]
 files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
 files = {name: os.path.realpath(file) for name, file in files.items() if file and os.path.exists(file)}
-print(json.dumps({"pictures": list(map(str, pictures)), "told": told, "files": files, "early": sorted(before)}))
+print(json.dumps({"pictures": list(map(str, pictures)), "told": told, "texts": texts, "files": files, "early": sorted(before)}))
 """
 
 

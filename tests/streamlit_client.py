@@ -27,7 +27,7 @@ MESSAGE_BYTES = 200 * 2**20  # of one message, as Streamlit's own limit is
 VALUES = {  # an element's kind -> the field of its state
     "selectbox": "string_value", "radio": "string_value", "text_input": "string_value", "text_area": "string_value",
     "multiselect": "string_array_value", "button_group": "string_array_value", "slider": "double_array_value",
-    "number_input": "double_value", "checkbox": "bool_value", "button": "trigger_value",
+    "select_slider": "string_array_value", "number_input": "double_value", "checkbox": "bool_value", "button": "trigger_value",
 }  # fmt: skip
 
 
@@ -256,6 +256,8 @@ class Session:
             return
         kind = delta.new_element.WhichOneof("type")
         element = getattr(delta.new_element, kind)
+        if kind == "slider" and element.type == element.SELECT_SLIDER:
+            kind = "select_slider"  # its state is an option's text
         self.elements[place] = (kind, element, delta.fragment_id)
         if kind == "exception":
             self.problems.append(f"{element.type}: {element.message}")
