@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tempfile
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
+import botocore.loaders
 import pytest
 from filelock import FileLock
+from streamlit.components.v2 import manifest_scanner
 
 from streamlit_client import free_port
 from warm_python import WarmPython, start
@@ -73,6 +76,16 @@ def pytest_collection_modifyitems(items):
     """Run the longest files first; the order within a file stays."""
     rank = {f"{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _installed_once():
+    """Read once what installed packages say: botocore's services, for each client, and components, for each page under test."""
+    with pytest.MonkeyPatch.context() as patch:
+        services = cache(botocore.loaders.JSONFileLoader().load_file)
+        patch.setattr(botocore.loaders.JSONFileLoader, "load_file", staticmethod(services))
+        patch.setattr(manifest_scanner, "scan_component_manifests", cache(manifest_scanner.scan_component_manifests))
+        yield
 
 
 @pytest.fixture(autouse=True)

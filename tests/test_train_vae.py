@@ -251,13 +251,15 @@ def test_without_further_terms_a_step_is_the_step_that_it_was(pixels):
 def assert_same(whole, again, checkpoint):
     """Compare a checkpoint of two trainings with a discriminator, and their autoencoders, bit for bit."""
     files = [file.relative_to(whole) for file in (whole / checkpoint).rglob("*.safetensors")]
+    # Other threads of the tests' process may draw from Python's random numbers. prove_resume.py compares these states, too.
+    files = [file for file in files if not file.name.startswith("rng-")]
     assert {str(file.relative_to(file.parts[0])) for file in files} >= {
         "discriminator/discriminator.safetensors", "discriminator/optimizer.safetensors", "optimizer.safetensors"
     }  # fmt: skip
     for file in [*files, Path("vae") / WEIGHTS]:
         one, other = load_file(whole / file), load_file(again / file)
         assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one), file
+        assert not [name for name in one if not torch.equal(one[name], other[name])], file
 
 
 def test_a_training_with_all_terms_resumes_bit_for_bit(train, pretrained, narrow):
