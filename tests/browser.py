@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium")  # the system's: it gets security updates, and nothing has to be downloaded for it
-INSTALL = "apt-get install --no-install-recommends chromium fonts-dejavu-core"
+# The system's Chromium gets security updates. Its headless shell has no windows, and needs a tenth less time.
+CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+INSTALL = "apt-get install --no-install-recommends chromium-headless-shell fonts-dejavu-core"
 WIDTHS = {"wide": (1280, 800), "narrow": (390, 844)}  # a laptop's window, a phone
 SCHEMES = ("light", "dark")
 RUN = ("-m", "streamlit", "run")
