@@ -47,13 +47,13 @@ labelled = lambda widgets, label: next(widget for widget in widgets if widget.la
 labelled(app.text_area, "Prompt").set_value(sys.argv[1])
 labelled(app.number_input, "Steps").set_value(int(sys.argv[2]))
 labelled(app.button, "Draw").click().run()
-end = time.monotonic() + 120
+end = time.monotonic() + 220
 while time.monotonic() < end:
     pictures = [path for path in Path("outputs").glob("*/cells/*.png") if not path.name.endswith((".steps.png", ".part.png"))]
     told = [element.value for kind in (app.exception, app.warning, app.error) for element in kind]
     if pictures or told:
         break
-    time.sleep(0.2)
+    time.sleep(2)  # a run of the page holds the interpreter, which the drawing thread needs for its imports
     app.run()
 texts = [element.value for kind in (app.text, app.caption) for element in kind]
 app.run()
@@ -129,7 +129,7 @@ def opens(port: int, host: str, origin: str) -> bool:
 def draw(folder: Path, python: Path, prompt: str = PROMPT, steps: int = STEPS) -> dict:
     """Draw a picture on the Space's page in `folder`. Return what DRAW prints."""
     done = subprocess.run(
-        [str(python), "-I", "-c", DRAW, prompt, str(steps)], cwd=folder, capture_output=True, text=True, timeout=240,
+        [str(python), "-I", "-c", DRAW, prompt, str(steps)], cwd=folder, capture_output=True, text=True, timeout=280,
         env=own_environment(python.parent, folder) | dockerfile(folder)[1] | {"OMP_NUM_THREADS": "1"},  # others draw here too
         check=False,
     )  # fmt: skip
