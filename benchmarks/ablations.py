@@ -6,8 +6,8 @@ The comparison needs a finished `make demo` in outputs/demo for data, VAE, text 
 `train_unet.py` with the recipe `demo` and the changes that `ARMS` lists. Each arm runs on one thread, two arms at once.
 This script patches in changes that the suite does not offer. A measurement at the start gives slower arms fewer steps,
 and faster arms more. Each trained arm draws PROMPTS pictures, half of them of held-out combinations of attributes, and
-the demo's classifier reads them. The baseline has the demo's former batch of 32, and its 200 steps take a quarter of
-the demo's former time. Finished arms of an earlier run are reused.
+the demo's classifier reads them. The baseline is the demo's former denoiser (`FORMER`), and its 200 steps take a quarter
+of the demo's former time. Finished arms of an earlier run are reused.
 """
 
 import json
@@ -26,6 +26,12 @@ WORK = ROOT / ".cache" / "ablations"
 DEMO = ROOT / "outputs" / "demo"
 PROMPTS, SCALE, PROMPT_SEED = 192, 2.0, 77
 PROBE = (4, 16)  # steps that a cost is measured between
+
+# Options of train_unet.py that make the recipe `demo` what it was when the kept results were measured.
+FORMER = [
+    "--unet_channels", "48", "96", "144", "--addition_embed_type", "None", "--resnet_time_scale_shift", "default",
+    "--optimizer", "adamw", "--learning_rate", "1e-3", "--train_batch_size", "32",
+]  # fmt: skip
 
 # arm: options of train_unet.py, and the names of functions below that change it
 ARMS: dict[str, tuple[list[str], list[str]]] = {
@@ -127,7 +133,7 @@ def one(name: str, seed: int, steps: int, measured: bool) -> None:
         "--cache_dir", str(WORK / "cache"), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
         "--max_train_steps", str(steps), "--lr_warmup_steps", str(round(steps * 0.06)), "--validation_steps", str(steps),
         "--checkpointing_steps", str(steps), "--validation_images", "64" if measured else "1", "--validation_prompts",
-        "--logging_steps", "4", "--train_batch_size", "32", *options,
+        "--logging_steps", "4", *FORMER, *options,
     ]  # fmt: skip
     train_unet.main()
     state = json.loads((folder / "run.json").read_text())
