@@ -157,7 +157,7 @@ def find_student(run: Path) -> Path | None:
     """
     teacher = read_optional(run / "run.json").get("output_unet_hash")
     found: list[tuple[float, Path]] = []
-    for file in run.absolute().parent.glob("*/run.json") if teacher else ():
+    for file in run.parent.glob("*/run.json") if teacher else ():
         state = read_optional(file)
         identity = state.get("identity")
         if isinstance(identity, dict) and identity.get("teacher_hash") == teacher and state.get("status") == "finished":
