@@ -416,7 +416,7 @@ def resume(
     state = load_state(checkpoint, train_state, accelerator) if checkpoint else {"step": 0}
     accelerator.wait_for_everyone()
     if node.first:
-        checkpoints.forget_after(run, state["step"], node)
+        checkpoints.forget_after(run, state["step"] if checkpoint else -1, node)  # -1: a measurement before step 1, too
     others = train_state.discriminator.parameters if train_state.discriminator else []
     moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in [*train_state.parameters, *others])
     gathered = gather(train_state)
