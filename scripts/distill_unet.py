@@ -318,7 +318,7 @@ def cache_inputs(
         ("train", config.trajectories, config.seed),
         ("validation", config.validation_images, config.seed + VALIDATION_SEED),
     ):
-        captions = getattr(splits, name).captions(None if name == "train" else count)
+        captions = getattr(splits, name).captions()
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
             text = caches.cache_text(captions, identity, text_encoder, frozen["tokenizer"], directory, say=say)

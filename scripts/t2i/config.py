@@ -338,10 +338,10 @@ class DistillConfig(TrainConfig):
     # Guidance scale of the teacher's pictures. With None, use the scale that the teacher's evaluation chose, otherwise
     # that of the validation pictures in its training.
     guidance_scale: Guidance | None = None
-    trajectories: Count = 2048  # Number of pictures that the teacher draws, from whose latents the student learns.
+    trajectories: Count = 1024  # Number of pictures that the teacher draws, from whose latents the student learns.
     # Number of further pictures of the teacher, for captions of validation images, on which the error is measured.
     validation_images: Count = 64
-    num_train_epochs: Positive = 4.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
+    num_train_epochs: Positive = 2.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
     train_batch_size: Count = 16  # Number of steps of trajectories per process and weight update.
     learning_rate: Positive = 5e-4  # Peak learning rate.
     lr_warmup_steps: Natural = 20  # Number of updates in which the learning rate rises linearly to its peak.

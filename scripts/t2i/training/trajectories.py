@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from t2i.data.caches import TextCache
+from t2i.data.preparing import batch_indices
 from t2i.data.shared_array import shared_array
 from t2i.diffusion import draw, draw_captions, occurrences
 from t2i.files import hash_json
@@ -35,7 +36,8 @@ def cache_trajectories(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return trajectories of a teacher and the captions that they were drawn for, from the cache or newly computed.
 
-    The trajectories take the samples in turn. The noise of a trajectory depends only on `seed` and its number.
+    The trajectories take the samples in turn, in a random order: class folders are sorted. The noise of a trajectory
+    depends only on `seed` and its number.
 
     Args:
         count: number of trajectories.
@@ -52,7 +54,7 @@ def cache_trajectories(
         Trajectories, float16 [count, points, C, h, w], memory-mapped, and their rows in `text.embeddings`, int64 [count].
     """
     numbers = np.arange(count)
-    samples = numbers % len(text.counts)
+    samples = batch_indices(len(text.counts), count, seed, 0)
     copies = occurrences(samples.tolist())
     chosen = draw_captions(seed, 0, samples.tolist(), text.counts[samples].tolist(), copies)
     rows = text.rows_of(samples, np.array(chosen))
