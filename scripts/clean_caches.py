@@ -31,6 +31,7 @@ CACHES = (
     "text",
     "features",
     "alignment",
+    "trajectories",
 )  # the suite's folders in a cache folder, where others may keep more
 Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)

@@ -25,7 +25,7 @@ from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
 from t2i.files import read_object, write_json
-from t2i.pictures.png import PRESETS, SCHEDULERS, Preset, scheduler_problem
+from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
 from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ def main() -> None:
         from t2i.pictures import engines
 
         engines.import_openvino()  # refused now, not after the classifier
+    preset = sampler(run, config)
     splits = preparing.load_splits(recipe.data)
     folder = run / "evaluation"
-    preset = sampler(run, config)
     input_hashes = {
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
@@ -494,11 +494,13 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
     if not isinstance(saved, str):
         raise UserError(f"{file} has no key _class_name; restore the file from a copy")
     if config.preset:
-        preset = PRESETS[config.preset]
+        preset = choose_preset(config.preset, schedule)
         problem = scheduler_problem(preset.scheduler, schedule, preset.num_inference_steps)
         if problem:
             raise UserError(f"preset {config.preset}: {problem}")
         return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
+    if student := student_steps(schedule):
+        return Preset(saved, student, 1.0)
     return Preset(saved, config.num_inference_steps, 1.0)
 
 

@@ -37,12 +37,14 @@ def main() -> None:
 
     quiet_libraries()
     from t2i.pictures import quantization, sampling
+    from t2i.pictures.png import student_steps
 
     run = found[0].resolve().parent
     trained = (run / "run.json").is_file() and (run / "config.yaml").is_file()
     recipe = load_recipe(str(run / "config.yaml")) if trained else Recipe()
-    scale = recipe.train_unet.guidance_scale
-    folder = quantization.export(sampling.load_pipeline(found[0]), found[0], scale)
+    pipeline = sampling.load_pipeline(found[0])
+    scale = 1.0 if student_steps(pipeline.scheduler.config) else recipe.train_unet.guidance_scale
+    folder = quantization.export(pipeline, found[0], scale)
     size = sum(file.stat().st_size for file in folder.iterdir())
     known = read_json(folder / "engine.json")
     parts = " and ".join(known["int8"])

@@ -22,6 +22,7 @@ from pydantic import Field
 from t2i.command_line import check_options, parse_options
 from t2i.config_types import MAX_SEED, Count, Flag, Guidance, LocalPath, Seed, Share, Steps
 from t2i.errors import UserError, run_main
+from t2i.runs import find_student
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,11 +39,14 @@ class Options:
     prompt: list[str] = field(default_factory=list)  # One or more prompts. Repeated --prompt options add up.
     prompt_file: str | None = None  # UTF-8 text file with one prompt per line.
     negative_prompt: str = ""  # Negative prompt: what the pictures should not show.
-    # Strength with which pictures follow the prompt. A guidance scale of 1 disables guidance.
-    guidance_scale: Guidance = 7.5
+    # Strength with which pictures follow the prompt. A guidance scale of 1 disables guidance. With None, use 7.5, or 1 for
+    # a student of distill_unet.py, which has learnt the guidance.
+    guidance_scale: Guidance | None = None
     # Scheduler, steps and guidance, unless the next three options set them. exact: scheduler ddim, 30 steps, all
     # guided. fast: scheduler unipc, 8 steps, the first 4 guided. draft: scheduler unipc, 3 steps, the first one guided.
-    preset: Literal["exact", "fast", "draft"] = "exact"
+    # turbo: the steps of a student of distill_unet.py, or of the student beside the model's run. With None, use turbo for
+    # students, and exact for other models.
+    preset: Literal["exact", "fast", "draft", "turbo"] | None = None
     # Number of denoising steps. With None, use the value of the preset.
     num_inference_steps: Steps | None = None
     # Share of the steps, from the first step on, that are guided. At least one denoising step is guided. With None, use
@@ -79,15 +83,20 @@ def main() -> None:
     import numpy as np
 
     from t2i.pictures import engines, sampling
+    from t2i.pictures.png import TURBO, choose_preset
 
     device = options.device or sampling.best_device()
-    scheduler, steps, end = sampling.PRESETS[options.preset]
+    student = find_student(Path(options.model).expanduser()) if options.preset == TURBO else None
+    model = str(student or options.model)
+    pipeline = sampling.load_pipeline(
+        model, device=device, weights=options.weights, revision=options.revision, engine=options.engine
+    )
+    schedule = pipeline.scheduler.config
+    scheduler, steps, end = choose_preset(options.preset, schedule)
     steps = options.num_inference_steps or steps
     end = end if options.guidance_end is None else options.guidance_end
-    pipeline = sampling.load_pipeline(
-        options.model, scheduler=options.scheduler or scheduler, num_inference_steps=steps, device=device,
-        weights=options.weights, revision=options.revision, engine=options.engine,
-    )  # fmt: skip
+    pipeline.scheduler = sampling.make_scheduler(options.scheduler or scheduler, schedule, steps)
+    scale = choose_scale(options.guidance_scale, schedule)
     for prompt in dict.fromkeys([*prompts, options.negative_prompt]):
         cut = sampling.cut_prompt(pipeline.tokenizer, prompt)
         if cut:
@@ -96,15 +105,15 @@ def main() -> None:
     repeated = [prompt for prompt in prompts for _ in range(each)]
     seeds = [options.seed + number for _ in prompts for number in range(each)]
     pictures = sampling.generate(
-        pipeline, repeated, seeds, negative_prompt=options.negative_prompt, guidance_scale=options.guidance_scale,
+        pipeline, repeated, seeds, negative_prompt=options.negative_prompt, guidance_scale=scale,
         num_inference_steps=steps, guidance_end=end, guidance_rescale=options.guidance_rescale,
         batch_size=options.batch_size,
     )  # fmt: skip
     rescale = {"guidance_rescale": options.guidance_rescale} if options.guidance_rescale else {}
     settings = {
         "weights": options.weights, "revision": options.revision, "unet_hash": sampling.unet_hash(pipeline),
-        "model": Path(options.model).name if Path(options.model).expanduser().exists() else options.model,
-        "negative_prompt": options.negative_prompt, "guidance_scale": options.guidance_scale,
+        "model": Path(model).name if Path(model).expanduser().exists() else model,
+        "negative_prompt": options.negative_prompt, "guidance_scale": scale,
         "num_inference_steps": steps, "guidance_end": end, **rescale, "scheduler": type(pipeline.scheduler).__name__,
         "engine": "openvino" if isinstance(pipeline.unet, engines.CompiledUnet) else "torch",
     }  # fmt: skip
@@ -120,6 +129,26 @@ def main() -> None:
         path = grid_place(folder, drawn)
         save(path, grid, drawn)
         print(path)
+
+
+def choose_scale(asked: float | None, schedule: dict[str, Any]) -> float:
+    """Return the guidance scale: the asked one, or that of the model's kind.
+
+    Args:
+        schedule: the config of the scheduler with which the model was saved.
+
+    Raises:
+        UserError: guidance is asked of a student, which has learnt it.
+    """
+    from t2i.pictures.png import student_steps
+
+    if not student_steps(schedule):
+        return 7.5 if asked is None else asked
+    if asked is not None and asked > 1:
+        raise UserError(
+            f"guidance_scale {asked:g}: the model is a student, which has learnt guidance; leave the option out"
+        )
+    return 1.0
 
 
 def writable_folder(name: str) -> Path:

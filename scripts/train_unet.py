@@ -8,7 +8,6 @@ cached.
 """
 
 import math
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +15,18 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i import config, redaction
+from t2i import redaction
 from t2i.config import Recipe, TrainUnetConfig, check_unet, check_vae, parse, to_dict
 from t2i.errors import UserError, run_main
-from t2i.files import append_jsonl, hash_json, write_json
-from t2i.hub import model_card, publish, upload
+from t2i.files import write_json
+from t2i.hub import publish, upload
 from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
-from t2i.runs import RunFolder, code_revision
+from t2i.runs import RunFolder
 from t2i.training.prefetch import Prefetcher
 
 # Modules that import torch are imported inside functions. `--help` and error messages about options then appear at once.
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     import torch
 
@@ -76,7 +73,7 @@ def main() -> None:
     import torch
 
     from t2i import models
-    from t2i.training import live, loop, stopping, zero
+    from t2i.training import denoiser, live, loop, stopping, zero
     from t2i.training.alignment import align
     from t2i.training.cuda_graph import capture
 
@@ -154,16 +151,16 @@ def main() -> None:
             if done % config.logging_steps == 0 or done == steps:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 losses = [*losses, row["train_loss"]][-TRACKED:]
-                show_progress(progress, losses, validation)
+                denoiser.show_progress(progress, losses, validation)
                 row = {name: value for name, value in row.items() if math.isfinite(value)}  # Drop non-finite values.
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
-                record_samples(folder, done, ids, accelerator)
+                denoiser.record_samples(folder, done, ids, accelerator)
             asked = training.after(done)
             due = done % config.checkpointing_steps == 0 or done == steps
             if due or asked.evaluate or done % config.validation_steps == 0:
                 validation = validate(train_state, inputs, folder, config, tracker, done, accelerator)
             elif asked.sample:
-                sample(train_state, folder, config, tracker, done, accelerator)
+                denoiser.sample(train_state, folder, sampling_settings(config), tracker, done, accelerator)
             if due or asked.stop:
                 saved = {"step": done, "losses": losses, "validation": validation}
                 loop.save(folder, train_state, config, saved, node, accelerator)
@@ -175,7 +172,7 @@ def main() -> None:
     # finish
     del forward_backward  # This frees the memory of a step.
     results = {"train_loss": sum(losses) / len(losses), **validation, "steps": steps, "train_images": count}
-    finish(run, train_state, config, {**results, "zero_stage": effective["zero_stage"]}, tracker, accelerator)
+    denoiser.finish(run, train_state, results, tracker, accelerator, raw=config.save_raw_weights)
     push(folder, config, accelerator)
 
 
@@ -193,15 +190,14 @@ def start_run(
     Only the main process writes and prints. The others wait for it.
     """
     from t2i import models
+    from t2i.training import denoiser
 
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return
     run.start(redaction.public_yaml(to_dict(recipe)), splits.quarantine, accelerator.mixed_precision)
-    write_json(run.folder / "provenance.json", provenance(recipe, input_hashes))
-    for name in ("vae", "text_encoder", "tokenizer"):
-        frozen[name].save_pretrained(run.folder / "pipeline" / name)
-    models.build_ddim(scheduler).save_pretrained(run.folder / "pipeline" / "scheduler")
+    write_json(run.folder / "provenance.json", denoiser.provenance(recipe, input_hashes))
+    denoiser.save_frozen(run, frozen, models.build_ddim(scheduler))
     say_long_captions(recipe, splits, frozen["tokenizer"], accelerator)
     accelerator.wait_for_everyone()
 
@@ -218,56 +214,10 @@ def describe_run(
     )
 
 
-def finish(
-    run: RunFolder,
-    train_state: "TrainState",
-    config: TrainUnetConfig,
-    results: dict[str, Any],
-    tracker: Any,
-    accelerator: Any,
-) -> None:
-    """Save the pipeline and the results. Every process must call this function.
-
-    The pipeline gets the averaged weights, unless there is no average or `save_raw_weights` is set.
-    """
-    from t2i import models
-    from t2i.pictures import sampling
-    from t2i.training import loop, zero
-    from t2i.training.distributed import give_back_memory
-
-    weights, average = loop.gather(train_state)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    unet, folder = train_state.module, run.folder / "pipeline"
-    if weights is not None:
-        unet = zero.with_weights(unet, weights if average is None or config.save_raw_weights else average)
-    elif train_state.ema and not config.save_raw_weights:
-        train_state.ema.copy_to(train_state.parameters)
-    if weights is None:  # This makes room for VAE and text encoder. Nothing needs the moments any more.
-        train_state.optimizer.state.clear()
-    give_back_memory()
-    sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
-    skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
-    run.finish(
-        **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision, machine=loop.machine(),
-        output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
-        tracking=tracker.view if tracker else None,
-    )  # fmt: skip
-    loop.finish_tracker(tracker, run)
-    print(f"pipeline in {folder}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")
-
-
-def provenance(recipe: Recipe, input_hashes: dict[str, str]) -> dict[str, Any]:
-    """Return the run's provenance for the model card: hashes and origins of its inputs, and the revision of the code."""
-
-    return {
-        **input_hashes,
-        "dataset": config.dataset_name(recipe.data),
-        "dataset_id": model_card.hub_id(recipe.data.dataset),
-        "vae_run": model_card.find_vae_run(recipe, input_hashes),
-        "code": code_revision(),
-    }
+def sampling_settings(config: TrainUnetConfig) -> dict[str, Any]:
+    """Return the prompts and settings of the validation pictures."""
+    names = ("guidance_scale", "guidance_rescale", "num_inference_steps")
+    return {"prompts": config.validation_prompts, **{name: getattr(config, name) for name in names}}
 
 
 def push(folder: Path, config: TrainUnetConfig, accelerator: Any) -> None:
@@ -462,18 +412,6 @@ def loss_and_gradients(
     return terms
 
 
-def show_progress(progress: Any, losses: list[float], validation: dict[str, float]) -> None:
-    """Show the mean of the last training losses, and the last validation loss, beside the progress bar."""
-    figures = {"val": f"{validation['val_loss']:.4f}"} if validation else {}
-    progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False, **figures)
-
-
-def record_samples(folder: Path, done: int, ids: "Callable[[], list[str]]", accelerator: Any) -> None:
-    """Append the hash of the main process's sample ids of update `done` to samples.jsonl."""
-    if accelerator.is_main_process:
-        append_jsonl(folder / "samples.jsonl", {"step": done, "samples": hash_json(ids())})
-
-
 def sample_ids(inputs: Inputs, config: TrainUnetConfig, step: int, accelerator: Any) -> list[str]:
     """Return the ids of this process's samples of a weight update."""
     micro_batches = range(config.gradient_accumulation_steps)
@@ -582,12 +520,12 @@ def validate(
     Raises:
         UserError: the loss is non-finite. No checkpoint is then saved with these weights.
     """
-    from t2i.training import loop
+    from t2i.training import denoiser, loop
 
     with loop.averaged(train_state) as unet:
         losses = validation_loss(unet, inputs, config.validation_images, accelerator)
         if accelerator.is_main_process and config.validation_prompts:
-            draw_samples(unet, folder, config, tracker, step)
+            denoiser.draw_samples(unet, folder, sampling_settings(config), tracker, step)
     del unet  # Under ZeRO it is a separate model.
     loop.require_finite(losses["val_loss"], step, config.learning_rate)
     loop.record(losses, step, folder, tracker, accelerator.is_main_process)
@@ -628,46 +566,6 @@ def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> 
     width = 1000 // TIMESTEP_BANDS
     named = {f"val_loss_{band * width}_{(band + 1) * width}": value for band, value in enumerate(bands)}
     return {"val_loss": sum(bands) / TIMESTEP_BANDS, **named}
-
-
-def sample(
-    train_state: "TrainState", folder: Path, config: TrainUnetConfig, tracker: Any, step: int, accelerator: Any
-) -> None:
-    """Draw pictures with the averaged weights between two validations. Every process must call this function."""
-    from t2i.training import loop
-
-    with loop.averaged(train_state) as unet:
-        if accelerator.is_main_process and config.validation_prompts:
-            draw_samples(unet, folder, config, tracker, step)
-        elif accelerator.is_main_process:
-            print("WARNING: no samples were drawn, because this training has no --validation_prompts", file=sys.stderr)
-
-
-def draw_samples(unet: Any, folder: Path, config: TrainUnetConfig, tracker: Any, step: int) -> None:
-    """Draw pictures of the validation prompts with fixed seeds, save them in samples/ and log them.
-
-    VAE and text encoder are loaded only for this call.
-    """
-    from t2i.pictures import sampling
-
-    unet.eval()
-    pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)
-    prompts = config.validation_prompts
-    try:
-        pictures = sampling.generate(
-            pipeline, prompts, range(len(prompts)), guidance_scale=config.guidance_scale,
-            guidance_rescale=config.guidance_rescale, num_inference_steps=config.num_inference_steps, progress=False,
-        )  # fmt: skip
-        grid = sampling.picture_grid(pictures, columns=min(8, len(prompts)))
-        (folder / "samples").mkdir(exist_ok=True)
-        grid.save(folder / "samples" / f"step-{step:06d}.png")
-    except (UserError, OSError) as error:  # A training must not end because of this.
-        print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)
-        return
-    finally:
-        unet.train()
-    if tracker:
-        tracker.log_image(grid, "samples", step)
 
 
 if __name__ == "__main__":

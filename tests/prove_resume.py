@@ -3,8 +3,8 @@
 python tests/prove_resume.py --kills 20     (make prove-resume)
 python tests/prove_resume.py --extend       (a finished training of half the updates, extended, against one of all updates)
 
-Modes are one process, one in bf16, two gloo processes, and DeepSpeed ZeRO-2 on two. The runs use gradient accumulation 2,
-caption dropout, flips and shuffling, and cross the ends of epochs. SIGKILL hits every process of the run at one moment,
+Modes are one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two, and a distillation. The runs use gradient
+accumulation 2, caption dropout, flips and shuffling, and cross the ends of epochs. SIGKILL hits every process of the run at one moment,
 launcher and workers alike. Of six kills, three come as soon as a save begins, and one while the command starts. The others
 come at random moments after the first step. The same command starts again until the run ends. No process may be left, and none
 may have stopped by itself. Samples of each step, learning rates, losses and gradient norms must be the same. Weights and
@@ -41,20 +41,25 @@ train_vae: {max_train_steps: 4, train_batch_size: 4, lr_warmup_steps: 1, validat
 train_unet:
   {max_train_steps: 24, train_batch_size: 4, gradient_accumulation_steps: 2, lr_warmup_steps: 4, validation_steps: 6,
    validation_images: 4, checkpointing_steps: 3, logging_steps: 1, report_to: none}
+distill:
+  {max_train_steps: 24, train_batch_size: 4, gradient_accumulation_steps: 2, lr_warmup_steps: 4, validation_steps: 6,
+   trajectories: 20, validation_images: 4, checkpointing_steps: 3, logging_steps: 1, report_to: none}
 """
-MODES = {"one": "cpu", "bf16": "cpu", "two": "cpu", "zero2": "deepspeed_zero2"}
-ALONE = ("one", "bf16")  # modes with one process
+MODES = {"one": "cpu", "bf16": "cpu", "two": "cpu", "zero2": "deepspeed_zero2", "distill": "cpu"}
+ALONE = ("one", "bf16", "distill")  # modes with one process
 PRECISION = {"zero2": "no", "bf16": "bf16"}  # where it is not the config's
 
 
 def prepare(folder: Path) -> None:
-    """Make drawn flowers, a small VAE and the recipe in `folder`."""
+    """Make drawn flowers, a small VAE, a teacher and the recipe in `folder`."""
     (folder / "recipe.yaml").write_text(SETTINGS)
     scripts = ROOT / "scripts"
     draw = [scripts / "make_flowers.py", "--output_dir", "dataset", "--count", IMAGES, "--validation_count", 4, "--test_count", 4,
             "--size", 32, "--workers", 1]  # fmt: skip
     vae = [scripts / "train_vae.py", "--config", "recipe.yaml", "--dataset", "dataset", "--output_dir", "vae"]
-    for words in (draw, vae):
+    teacher = [scripts / "train_unet.py", "--config", "recipe.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", "teacher",
+               "--max_train_steps", 5]  # fmt: skip
+    for words in (draw, vae, teacher):
         subprocess.run(
             [sys.executable, *map(str, words)], cwd=folder, check=True, capture_output=True, env=environment()
         )
@@ -127,7 +132,9 @@ def prove(
 
 
 def arguments(output: Path, mode: str) -> list[str]:
-    """Return the arguments of train_unet.py."""
+    """Return the arguments of the training script."""
+    if mode == "distill":
+        return ["--config", "recipe.yaml", "--dataset", "dataset", "--model", "teacher", "--output_dir", str(output)]
     return ["--config", "recipe.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", str(output),
             "--train_batch_size", "4" if mode in ALONE else "2"]  # fmt: skip
 
@@ -140,8 +147,9 @@ def start(folder: Path, output: Path, mode: str, *options: str) -> tuple[subproc
     if mode == "two":
         text = text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU")
     config.write_text(text)
+    script = "distill_unet.py" if mode == "distill" else "train_unet.py"
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config),
-             *(["--mixed_precision", PRECISION[mode]] if mode in PRECISION else []), str(ROOT / "scripts" / "train_unet.py"),
+             *(["--mixed_precision", PRECISION[mode]] if mode in PRECISION else []), str(ROOT / "scripts" / script),
              *arguments(output, mode), *options]  # fmt: skip
     settings = environment()
     if mode == "zero2":

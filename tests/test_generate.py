@@ -27,9 +27,7 @@ def draw(workspace, tmp_path, monkeypatch):
     def load(model, **options):
         if options.get("device") != "cpu" or str(model) != "kept":
             return load_pipeline(model, **options)
-        pipeline.scheduler = sampling.make_scheduler(
-            options["scheduler"], scheduler.config, options["num_inference_steps"]
-        )
+        pipeline.scheduler = scheduler
         return pipeline
 
     load_pipeline = sampling.load_pipeline

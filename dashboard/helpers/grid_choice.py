@@ -305,7 +305,8 @@ def first_values(
     runs: dict[str, Path], evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
 ) -> dict[str, Any]:
     """Return the first value of each setting's widget: several values if the setting is an axis, otherwise one value."""
-    cell = evaluated.cell if evaluated else cells.Cell(first_prompt(next(iter(runs.values()))))
+    run = next(iter(runs.values()))
+    cell = evaluated.cell if evaluated else cells.first_cell(run, first_prompt(run))
     samples = list(evaluated.samples.values) if evaluated else []
     values: dict[str, Any] = {"checkpoint": default_checkpoints(checkpoint_names(runs), evaluated, chosen)}
     if "sample" in chosen:

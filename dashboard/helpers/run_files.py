@@ -14,8 +14,8 @@ from helpers.run_list import checkpoints_of
 from t2i.errors import UserError
 from t2i.evaluation.figures import is_finite
 from t2i.files import read_json
-from t2i.pictures.cells import EvaluatedGrid
-from t2i.pictures.png import cut_prompt
+from t2i.pictures.cells import EvaluatedGrid, schedule_of
+from t2i.pictures.png import cut_prompt, student_steps
 from t2i.redaction import redact_config
 
 
@@ -67,12 +67,14 @@ def sweep_pictures(run: Path) -> int | None:
 
 
 def best_scale(run: Path, evaluated: EvaluatedGrid | None) -> float:
-    """Return the guidance scale that the evaluation chose, otherwise the first evaluated one, otherwise 3."""
+    """Return the guidance scale that the evaluation chose, otherwise the first evaluated one, otherwise 3, or 1 for a student."""
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     scale = report.get("guidance_scale") if isinstance(report, dict) else None
     if is_finite(scale):
         return float(scale)  # type: ignore[arg-type]
-    return float(evaluated.guidance_scales.values[0]) if evaluated else 3.0
+    if evaluated:
+        return float(evaluated.guidance_scales.values[0])
+    return 1.0 if student_steps(schedule_of(run)) else 3.0
 
 
 def best_checkpoint(run: Path) -> str | None:

@@ -21,7 +21,7 @@ from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from t2i.errors import UserError
 from t2i.evaluation import preferences
 from t2i.pictures import cells
-from t2i.pictures.png import PRESETS, fitting_schedulers
+from t2i.pictures.png import presets_of
 
 MOST_PAIRS = 100  # pairs of pictures of one comparison
 UNEVALUATED_PAIRS = 16  # seeds of the run's own prompt, if no evaluation gives prompts
@@ -126,15 +126,14 @@ def choose_model(runs: dict[str, Path], side: str, title: str) -> tuple[Path, st
     scale = two.number_input(
         "Guidance scale", 0.0, MAX_SCALE, None, 0.5, "%g", key=f"{side}_scale", bind="query-params"
     )
-    fitting = fitting_schedulers(cells.schedule_of(run))
-    presets = [AS_EVALUATED, *(name for name, preset in PRESETS.items() if preset.scheduler in fitting)]
-    preset = three.selectbox("Scheduler and steps", presets, key=f"{side}_preset", **options)
+    presets = presets_of(cells.schedule_of(run))
+    preset = three.selectbox("Scheduler and steps", [AS_EVALUATED, *presets], key=f"{side}_preset", **options)
     if checkpoint not in names:
         st.text("choose a checkpoint" if names else "no complete checkpoint yet; training writes the first one soon")
         return None
     evaluated = cells.evaluated_grid(run)
-    settings = evaluated.cell if evaluated else cells.Cell(first_prompt(run))
-    named = PRESETS[preset]._asdict() if preset in PRESETS else {}
+    settings = cells.first_cell(run, first_prompt(run))
+    named = presets[preset]._asdict() if preset in presets else {}
     scale = best_scale(run, evaluated) if scale is None else scale  # the field was emptied
     return run, checkpoint, replace(settings, guidance_scale=scale, **named)
 

@@ -29,7 +29,17 @@ from streamlit.delta_generator import DeltaGenerator
 
 from t2i.errors import UserError
 from t2i.pictures import cells, wildcards
-from t2i.pictures.png import PRESETS, fastest_preset, fitting_schedulers, png_bytes
+from t2i.pictures.png import (
+    TURBO,
+    Preset,
+    fastest_preset,
+    fitting_schedulers,
+    png_bytes,
+    presets_of,
+    scheduler_problem,
+    student_steps,
+)
+from t2i.runs import find_student
 
 SETTINGS = (
     "seed",
@@ -84,11 +94,12 @@ def main() -> None:
         with st.container(key="play_full"):
             covered = show_pictures(models, settings, asked_to_draw)
     show_strip(list(runs.values()), own_pictures(), settings_text, bring_back)
-    preset = fastest_preset(cells.schedule_of(model[0]))
-    live = preset is not None and st.session_state["_as_typed"]
-    fast = settings | (preset._asdict() if preset else {})
+    drafter, fast = choose_drafter(model)
+    live = bool(fast) and st.session_state["_as_typed"]
     with draft:  # last: it waits for the draft
-        show_draft(lambda text: plan_set([model], fast | {"prompt": clean(text)})[:MOST_DRAFTS], live, covered)
+        show_draft(
+            lambda text: plan_set([drafter], settings | fast | {"prompt": clean(text)})[:MOST_DRAFTS], live, covered
+        )
 
 
 # --- What is chosen --------------------------------------------------------------------------------------------------
@@ -135,18 +146,21 @@ def keep_choices() -> None:
 
 
 def take_run() -> None:
-    """Set the widgets that depend on the newly chosen run: the checkpoint and the guidance scale."""
-    run = find_runs().get(st.session_state["run"])
+    """Set the widgets that depend on the newly chosen run: the checkpoint, the guidance scale, and what does not suit it."""
+    state, run = st.session_state, find_runs().get(st.session_state["run"])
     if run is not None and checkpoints_of(run):
-        st.session_state["checkpoint"] = best_checkpoint(run)
-        st.session_state["guidance_scale"] = first_settings(run)["guidance_scale"]
+        first = first_settings(run)
+        state["checkpoint"] = best_checkpoint(run)
+        state["guidance_scale"] = first["guidance_scale"]
+        if scheduler_problem(state["scheduler"] or "ddim", cells.schedule_of(run), state["num_inference_steps"]):
+            state.update({name: first[name] for name in ("scheduler", "num_inference_steps", "guidance_end")})
 
 
 def first_settings(run: Path) -> dict[str, Choice]:
     """Return the first values of the form's widgets: a run's first prompt, at the settings of its evaluation."""
     evaluated = cells.evaluated_grid(run)
     prompt = first_prompt(run)[:MAX_PROMPT]
-    default = evaluated.cell if evaluated else cells.Cell(prompt)
+    default = cells.first_cell(run, prompt)
     schedulers = fitting_schedulers(cells.schedule_of(run))
     scheduler = SHORT_NAMES.get(default.scheduler, "ddim")
     return {
@@ -247,7 +261,7 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
     }
     settings |= {key: first[key] for key, value in settings.items() if value is None}  # a field was emptied
     with above:
-        show_preset(settings)
+        show_preset(presets_of(cells.schedule_of(run)), settings)
         choose_pictures()
     return settings, draw or other
 
@@ -305,25 +319,40 @@ def clean(text: str | None) -> str:
     return (text or "")[:MAX_PROMPT].encode("utf-8", "replace").decode("utf-8")
 
 
-def show_preset(settings: dict[str, Any]) -> None:
+def choose_drafter(model: tuple[Path, str]) -> tuple[tuple[Path, str], dict[str, Any]]:
+    """Return the model that draws drafts, and its settings: the student beside the model, or the model by its fastest preset.
+
+    Without a preset that suits the model, the settings are {}.
+    """
+    student = find_student(model[0])
+    drafter = (student, "pipeline") if student else model
+    preset = fastest_preset(cells.schedule_of(drafter[0]))
+    is_turbo = preset is not None and student_steps(cells.schedule_of(drafter[0])) is not None
+    return drafter, (preset._asdict() if preset else {}) | ({"guidance_scale": 1.0} if is_turbo else {})
+
+
+def show_preset(presets: dict[str, Preset], settings: dict[str, Any]) -> None:
     """Show the presets of the form, and mark the preset that equals the settings in the form."""
-    alike = (name for name, preset in PRESETS.items() if preset._asdict().items() <= settings.items())
+    alike = (name for name, preset in presets.items() if preset._asdict().items() <= settings.items())
     st.session_state["_preset"] = next(alike, None)
     st.segmented_control(
         "Preset",
-        list(PRESETS),
+        list(presets),
         key="_preset",
         on_change=take_preset,
+        args=(presets,),
         help="Scheduler, number of steps, and share of guided steps: "
-        + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in PRESETS.items()),
+        + ", ".join(f"{name} {one[0]} {one[1]} {one[2]:g}" for name, one in presets.items()),
     )
 
 
-def take_preset() -> None:
+def take_preset(presets: dict[str, Preset]) -> None:
     """Put a preset's settings into the form, so that the next picture is drawn with them."""
     name = st.session_state["_preset"]
-    if name in PRESETS:
-        st.session_state.update(PRESETS[name]._asdict())
+    if name in presets:
+        st.session_state.update(presets[name]._asdict())
+    if name == TURBO:
+        st.session_state["guidance_scale"] = 1.0
 
 
 def take_random_seed() -> None:

@@ -329,6 +329,26 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
 
 
 @dataclass
+class DistillConfig(TrainConfig):
+    """Distillation of a denoiser into a student that draws in few steps, without guidance."""
+
+    # Teacher: run folder of train_unet.py, checkpoint, pipeline folder or Hub id.
+    model: PathText | None = None
+    num_inference_steps: Literal[1, 2, 4] = 4  # Number of denoising steps in which the student draws.
+    # Guidance scale of the teacher's pictures. With None, use the scale that the teacher's evaluation chose, otherwise
+    # that of the validation pictures in its training.
+    guidance_scale: Guidance | None = None
+    trajectories: Count = 1024  # Number of pictures that the teacher draws, from whose latents the student learns.
+    # Number of further pictures of the teacher, for captions of validation images, on which the error is measured.
+    validation_images: Count = 64
+    num_train_epochs: Positive = 2.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
+    train_batch_size: Count = 16  # Number of steps of trajectories per process and weight update.
+    learning_rate: Positive = 5e-4  # Peak learning rate.
+    lr_warmup_steps: Natural = 20  # Number of updates in which the learning rate rises linearly to its peak.
+    ema_decay: Share = 0.99  # Highest decay of the EMA. At update n the decay is min(ema_decay, (1 + n) / (10 + n)).
+
+
+@dataclass
 class EvaluateConfig:
     """Evaluation of checkpoints over guidance scales."""
 
@@ -342,8 +362,8 @@ class EvaluateConfig:
     # How far guidance keeps the contrast of an unguided picture. 0.35 to 0.7 prevents glaring colors at high scales.
     guidance_rescale: Share = 0.0
     # Preset of generate_images.py for the evaluation's pictures. With None, use the model's scheduler,
-    # num_inference_steps and guidance at every step.
-    preset: Literal["exact", "fast", "draft"] | None = None
+    # num_inference_steps and guidance at every step. A student of distill_unet.py has its own preset, turbo.
+    preset: Literal["exact", "fast", "draft", "turbo"] | None = None
     num_inference_steps: Steps = 30  # Number of denoising steps per picture, if no preset sets it.
     # Number of prompts drawn per checkpoint and guidance scale, by which the best pair is chosen.
     sweep_prompts: Count = 24
@@ -379,6 +399,7 @@ class Recipe:
     unet: UnetConfig = field(default_factory=UnetConfig)
     train_vae: TrainVaeConfig = field(default_factory=TrainVaeConfig)
     train_unet: TrainUnetConfig = field(default_factory=TrainUnetConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 

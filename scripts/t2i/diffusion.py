@@ -168,3 +168,58 @@ def denoising_loss(
     if snr_gamma is not None:
         loss = loss * min_snr_weights(scheduler, timesteps, snr_gamma)
     return loss
+
+
+def jump(
+    scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timesteps: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Return latents [B, C, H, W] after a step of DDIM (Song et al., arXiv:2010.02502, equation 12, without noise).
+
+    Args:
+        scheduler: schedule of the noise, whose prediction type says what `output` is.
+        sample: latents before the step, [B, C, H, W].
+        output: the UNet's output for them, [B, C, H, W].
+        timesteps: noise levels before the step, [B] int64.
+        ends: noise levels after the step, [B] int64. The level -1 has no noise.
+    """
+    signal, noise = _shares(scheduler, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        clean, predicted = signal * sample - noise * output, noise * sample + signal * output
+    else:
+        clean, predicted = (sample - noise * output) / signal, output
+    signal, noise = _shares(scheduler, ends)
+    return signal * clean + noise * predicted
+
+
+def jump_loss(
+    unet: Any,
+    scheduler: Any,
+    latents: torch.Tensor,
+    later: torch.Tensor,
+    timesteps: torch.Tensor,
+    ends: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """Return the squared error [B] of a student's step from one point of its teacher's trajectory to a later point.
+
+    The error is divided by the squared sine of the angle between both noise levels. It is then the error of the velocity
+    (Salimans and Ho, arXiv:2202.00512), whatever the length of the step.
+
+    Args:
+        latents: the teacher's latents at `timesteps`, [B, C, H, W].
+        later: the teacher's latents at `ends`, [B, C, H, W].
+        timesteps: noise levels before the step, [B] int64.
+        ends: noise levels after the step, [B] int64. The level -1 has no noise.
+        encoder_hidden_states: text embeddings, [B, L, D].
+    """
+    output = unet(latents, timesteps, encoder_hidden_states).sample.float()
+    (signal, noise), (end_signal, end_noise) = _shares(scheduler, timesteps), _shares(scheduler, ends)
+    error = (jump(scheduler, latents, output, timesteps, ends) - later) / (noise * end_signal - signal * end_noise)
+    return error.square().mean(dim=(1, 2, 3))
+
+
+def _shares(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the shares of image and noise in latents at noise levels, [B, 1, 1, 1] each. The level -1 has no noise."""
+    levels = torch.nn.functional.pad(scheduler.alphas_cumprod.to(timesteps.device), (0, 1), value=1.0)
+    alphas = levels[timesteps].view(-1, 1, 1, 1)
+    return alphas.sqrt(), (1 - alphas).sqrt()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.files import read_object, write_json, write_text
+from t2i.files import read_object, read_optional, write_json, write_text
 from t2i.machine import peak_rss_bytes
 from t2i.run_lock import UNFINISHED
 
@@ -148,6 +148,21 @@ def run_title(run: Path) -> str:
     """Return the name of a run for people: that of its folder, or of the folder that `run_recipe.py` made around it."""
     folder = run.resolve()
     return folder.parent.name or folder.name if folder.name == "unet" else folder.name
+
+
+def find_student(run: Path) -> Path | None:
+    """Return the run folder beside a finished run that holds the newest finished student of its model, or None.
+
+    Students are made by distill_unet.py. Their identity holds the hash of their teacher.
+    """
+    teacher = read_optional(run / "run.json").get("output_unet_hash")
+    found: list[tuple[float, Path]] = []
+    for file in run.parent.glob("*/run.json") if teacher else ():
+        state = read_optional(file)
+        identity = state.get("identity")
+        if isinstance(identity, dict) and identity.get("teacher_hash") == teacher and state.get("status") == "finished":
+            found.append((file.stat().st_mtime, file.parent))
+    return max(found, default=(0.0, None))[1]
 
 
 def checkpoint_step(folder: Path) -> int | None:

@@ -255,17 +255,18 @@ def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: di
 
 
 def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
-    config, data = recipe.train_unet, recipe.data
+    student, data = result.get("student"), recipe.data
+    config = recipe.distill if student else recipe.train_unet
     steps, images = _number(result.get("steps")), _number(result.get("train_images"))
     processes = _number(result.get("processes"))
     batch = config.train_batch_size * config.gradient_accumulation_steps * int(processes or 1)
     length = NOT_MEASURED
     if steps and images:
-        length = f"{steps:,.0f} weight updates of {batch} samples, {steps * batch / images:.1f} epochs"
+        length = f"{steps:,.0f} weight updates of {batch} samples"
+        length += "" if student else f", {steps * batch / images:.1f} epochs"
         length += _extensions(result, steps)
     dataset = provenance.get("dataset") or _last_part(data.dataset)
     revision = f", revision {_text(data.dataset_revision)}" if data.dataset_revision else ""
-    dropped = 100 * config.proportion_empty_prompts
     warmup = f"with {config.lr_warmup_steps} updates of linear warm-up"
     return {
         "Dataset": f"{_text(dataset)}{revision}",
@@ -278,15 +279,34 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
         "Length": length,
         "Optimizer": f"{OPTIMIZERS[config.optimizer]}, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
         "Gradient Clipping": f"{config.max_grad_norm:g}",
-        "Alignment": f"with {_text(config.alignment_network)}, weight {config.alignment_weight:g}"
-        if config.alignment_weight
-        else "none",
-        "CFG Training": f"{dropped:g}% unconditional dropout for classifier-free guidance",
+        **(_distillation(recipe, provenance) if student else _guidance(recipe)),
         "Weights": _weights(recipe, result),
         "Training time": _minutes(result),
         "Peak memory": f"{result['peak_rss_bytes'] / 1e9:.2f} GB"
         if _number(result.get("peak_rss_bytes"))
         else NOT_MEASURED,
+    }
+
+
+def _guidance(recipe: Recipe) -> dict[str, str]:
+    config = recipe.train_unet
+    dropped = 100 * config.proportion_empty_prompts
+    return {
+        "Alignment": f"with {_text(config.alignment_network)}, weight {config.alignment_weight:g}"
+        if config.alignment_weight
+        else "none",
+        "CFG Training": f"{dropped:g}% unconditional dropout for classifier-free guidance",
+    }
+
+
+def _distillation(recipe: Recipe, provenance: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of a student: its teacher, and what it learnt from it."""
+    config = recipe.distill
+    steps = f"{config.num_inference_steps} step{'s' if config.num_inference_steps > 1 else ''}"
+    return {
+        "Teacher": f"UNet `{one_line(provenance.get('teacher_hash'))}`, of which this model is a student",
+        "CFG Training": f"guidance at scale {config.guidance_scale or 0:g}, distilled from {config.trajectories:,} pictures of the "
+        f"teacher; the student draws in {steps}, without guidance",
     }
 
 
@@ -526,8 +546,8 @@ def _distribution(result: dict[str, Any]) -> str:
 
 
 def _weights(recipe: Recipe, result: dict[str, Any]) -> str:
-    config = recipe.train_unet
-    raw = config.save_raw_weights or not config.use_ema
+    config = recipe.distill if result.get("student") else recipe.train_unet
+    raw = not config.use_ema or (not result.get("student") and recipe.train_unet.save_raw_weights)
     unet_hash = result.get("output_unet_hash")
     kind = "raw" if raw else f"moving average (EMA {config.ema_decay:g})"
     return f"{kind}, from the end of training" + (f" (UNet `{one_line(unet_hash)}`)" if unet_hash else "")

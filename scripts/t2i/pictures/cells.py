@@ -33,8 +33,10 @@ from t2i.pictures.png import (
     DAMAGE,
     PNDM_STEPS,
     SCHEDULERS,
+    TURBO,
     guided_steps,
     pixel_hash,
+    presets_of,
     read_parameters,
     save_picture,
     scheduler_problem,
@@ -448,6 +450,18 @@ def schedule_of(run: Path) -> dict[str, Any]:
 @lru_cache(maxsize=512)  # read for each cell of a grid; no caller changes the result
 def _schedule(file: Path, *state: int) -> dict[str, Any]:
     return read_object(file)
+
+
+def first_cell(run: Path, prompt: str) -> Cell:
+    """Return a picture with a run's own settings: those of its evaluation, or of a student, otherwise the defaults.
+
+    Args:
+        prompt: the picture's prompt, if the run was not evaluated.
+    """
+    if evaluated := evaluated_grid(run):
+        return evaluated.cell
+    turbo = presets_of(schedule_of(run)).get(TURBO)
+    return Cell(prompt, guidance_scale=1.0, **turbo._asdict()) if turbo else Cell(prompt)
 
 
 def _find_model(run: Path, checkpoint: str) -> tuple[str, str | None]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL.PngImagePlugin import PngInfo
 
+from t2i.errors import UserError
 from t2i.files import hash_json
 
 # Short names of diffusers' classes. Other class names of `RIGHT` work too.
@@ -55,6 +56,21 @@ NO_SAMPLE = {
 }
 
 
+# Key of a student's scheduler_config.json, which holds its number of steps. Every class of diffusers accepts and keeps keys
+# that begin with an underscore.
+STUDENT = "_student_steps"
+
+
+def student_steps(config: Mapping[str, Any]) -> int | None:
+    """Return the number of steps in which a student of distill_unet.py draws, or None for other models.
+
+    Args:
+        config: content of scheduler_config.json, which was saved with the model.
+    """
+    steps = config.get(STUDENT)
+    return steps if type(steps) is int and steps > 0 else None
+
+
 def last_signal(config: Mapping[str, Any]) -> float:
     """Return the image's share in the last noise level (alpha-bar, 0 to 1) of a scheduler's config; a share of 0 means
     zero terminal SNR.
@@ -90,6 +106,11 @@ def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = 
     reason = _misfit(SCHEDULERS.get(name.lower(), name), config, steps)
     if reason is None:
         return None
+    if student := student_steps(config):
+        return (
+            f"the model is a student of distill_unet.py and draws only in {student} steps of {config.get('_class_name')}; "
+            "take preset turbo"
+        )
     fitting = fitting_schedulers(config, steps)
     instead = (
         f"take one of {', '.join(fitting)}" if fitting else f"take {config.get('_class_name')}, which it was saved with"
@@ -106,7 +127,9 @@ def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> l
 
 
 def _misfit(cls: str, config: Mapping[str, Any], steps: int | None) -> str | None:
-    saved = config.get("_class_name")
+    saved, student = config.get("_class_name"), student_steps(config)
+    if student and (cls != saved or steps not in (None, student)):
+        return "does not fit this student"
     if cls not in RIGHT:
         return None if cls == saved else "is not for this kind of model"
     if saved is not None and saved not in RIGHT and "beta_schedule" not in config:
@@ -137,6 +160,40 @@ PRESETS = {
     "fast": Preset("unipc", 8, 0.5),
     "draft": Preset("unipc", 3, 0.3),
 }
+TURBO = "turbo"  # The one preset of a student. Its guidance scale is 1: a student has learnt the guidance.
+
+
+def presets_of(config: Mapping[str, Any]) -> dict[str, Preset]:
+    """Return the presets that suit a model, by name. A student has `TURBO`, and other models have those of `PRESETS`.
+
+    Args:
+        config: content of scheduler_config.json, which was saved with the model.
+    """
+    if student := student_steps(config):
+        return {TURBO: Preset("ddim", student, 1.0)}
+    return {
+        name: one
+        for name, one in PRESETS.items()
+        if one.scheduler in fitting_schedulers(config, one.num_inference_steps)
+    }
+
+
+def choose_preset(name: str | None, config: Mapping[str, Any]) -> Preset:
+    """Return the preset that a user named, or without a name the one of best quality: `exact`, or a student's `TURBO`.
+
+    Args:
+        name: a key of `PRESETS`, or `TURBO`.
+        config: content of scheduler_config.json, which was saved with the model.
+
+    Raises:
+        UserError: the preset is `TURBO`, and the model is no student.
+    """
+    turbo = presets_of(config).get(TURBO)
+    if turbo and name in (None, TURBO):
+        return turbo
+    if name == TURBO:
+        raise UserError("preset turbo needs a student; make one by scripts/distill_unet.py, or take another preset")
+    return PRESETS[name or "exact"]
 
 
 def fastest_preset(config: Mapping[str, Any]) -> Preset | None:
@@ -145,8 +202,7 @@ def fastest_preset(config: Mapping[str, Any]) -> Preset | None:
     Args:
         config: content of scheduler_config.json, which was saved with the model.
     """
-    fitting = [one for one in PRESETS.values() if one.scheduler in fitting_schedulers(config, one.num_inference_steps)]
-    return min(fitting, key=lambda one: one.num_inference_steps, default=None)
+    return min(presets_of(config).values(), key=lambda one: one.num_inference_steps, default=None)
 
 
 def guided_steps(steps: int, guidance_end: float) -> int:

@@ -25,6 +25,7 @@ from t2i.files import write_json
 from t2i.models import hash_model
 from t2i.pictures import engines, sampling
 from t2i.pictures.engines import Sizes, compile_model, compile_models
+from t2i.pictures.png import student_steps
 
 LEAST_DB = 38.0  # lowest PSNR allowed in a few pictures; the lowest in many pictures is then above 35
 PARTS = ("vae_decoder", "unet")  # the text encoder has no convolutions; in 8 bits it changed pictures to 31 dB
@@ -34,7 +35,7 @@ PROMPTS = (
     "an orange lily with spotted petals", "a field of yellow tulips", "a close-up of a burgundy dahlia", "a bud and leaves",
 )  # fmt: skip
 COMPARED = 4  # number of compared pictures; they have the first prompts
-STEPS = 30  # steps of the compared pictures
+STEPS = 30  # steps of the compared pictures; a student draws them in its own number of steps
 MORE_STEPS = 10  # steps of one picture per prompt, which also serves to measure the ranges
 EVERY = 6  # one of so many calls of the UNet is recorded
 KEPT_TYPES = (
@@ -110,8 +111,11 @@ def quantise(
         "unet": _Watched(networks["unet"][samples], EVERY),
     }
     pipeline = build({**networks, **watched, "unet": {samples: watched["unet"]}})
-    wanted = _draw(pipeline, COMPARED, guidance_scale, STEPS)
-    _draw(pipeline, len(PROMPTS), guidance_scale, MORE_STEPS)
+    steps, more_steps = STEPS, MORE_STEPS
+    if student := student_steps(pipeline.scheduler.config):
+        steps, more_steps, watched["unet"].every = student, student, 1
+    wanted = _draw(pipeline, COMPARED, guidance_scale, steps)
+    _draw(pipeline, len(PROMPTS), guidance_scale, more_steps)
     made, int8, worst = dict(models), [], None
     scope = nncf.IgnoredScope(types=list(KEPT_TYPES), patterns=list(KEPT_PLACES), validate=False)
     for name in PARTS:
@@ -124,7 +128,7 @@ def quantise(
             ignored_scope=scope,
         )
         tried = {**networks, name: Sizes(rounded) if name == "unet" else compile_model(rounded)}
-        drawn = _draw(build(tried), COMPARED, guidance_scale, STEPS)
+        drawn = _draw(build(tried), COMPARED, guidance_scale, steps)
         # equal pictures have an infinite PSNR
         decibels = psnr(to_pixels(wanted), to_pixels(drawn)).min().clamp(max=100.0).item()
         if decibels >= LEAST_DB:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.command_line import option
-from t2i.config import TrainConfig, TrainUnetConfig, check_optimizer
+from t2i.config import DistillConfig, TrainConfig, TrainUnetConfig, check_optimizer
 from t2i.errors import UserError
 from t2i.machine import find_launcher
 from t2i.tracking import mlflow_client
@@ -166,8 +166,8 @@ def prepare_launch(config: TrainConfig | None) -> None:
     Without a GPU, the processes of a launcher are CPU processes. accelerate 1.15 takes each of them for a separate run
     unless the environment sets `ACCELERATE_USE_CPU`. accelerate's launcher for several processes does not set that variable.
 
-    Only train_unet.py runs under DeepSpeed. Other scripts have small models and run data parallel on the same
-    processes.
+    Only train_unet.py and distill_unet.py run under DeepSpeed. Other scripts have small models and run data parallel on
+    the same processes.
 
     Raises:
         UserError: DeepSpeed is needed and not installed, the precision is unknown, or the machine lacks it.
@@ -186,7 +186,7 @@ def prepare_launch(config: TrainConfig | None) -> None:
         if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         return
-    if not isinstance(config, TrainUnetConfig):
+    if not isinstance(config, TrainUnetConfig | DistillConfig):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
         if on_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"

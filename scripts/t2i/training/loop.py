@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from t2i.config import DataConfig, TrainConfig, TrainUnetConfig, check_report_to
+from t2i.config import DataConfig, DistillConfig, TrainConfig, TrainUnetConfig, check_report_to
 from t2i.data import preparing
 from t2i.errors import UserError
 from t2i.files import append_jsonl, read_json, write_json, write_text
@@ -376,9 +376,10 @@ def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) ->
     checkpoint = checkpoints.find_checkpoint(run.folder, config.resume_from_checkpoint, checkpoints.Node(accelerator))
     if checkpoint is None and status == "finished":
         option = "--pretrained_model_name_or_path" if isinstance(config, TrainUnetConfig) else "--vae"
+        further = f"to train its weights further, give {option} {run.folder} and another --output_dir"
         raise UserError(
-            f"{run.folder} keeps no checkpoint from which its {shorter} updates could be extended to {steps}; to train its weights "
-            f"further, give {option} {run.folder} and another --output_dir"
+            f"{run.folder} keeps no checkpoint from which its {shorter} updates could be extended to {steps}; "
+            + ("give another --output_dir" if isinstance(config, DistillConfig) else further)
         )
     if checkpoint is None:  # The run was stopped before its first checkpoint, so it begins with the new length.
         run.state.pop("extensions", None)
@@ -416,7 +417,7 @@ def resume(
     state = load_state(checkpoint, train_state, accelerator) if checkpoint else {"step": 0}
     accelerator.wait_for_everyone()
     if node.first:
-        checkpoints.forget_after(run, state["step"], node)
+        checkpoints.forget_after(run, state["step"] if checkpoint else -1, node)  # -1: a measurement before step 1, too
     others = train_state.discriminator.parameters if train_state.discriminator else []
     moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in [*train_state.parameters, *others])
     gathered = gather(train_state)

@@ -1,0 +1,300 @@
+"""Students: what they learn, what they are drawn with, and what is refused. Commands are those that users type."""
+
+import json
+import runpy
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+
+import distill_unet
+from conftest import ROOT, SCRIPTS
+from t2i import models
+from t2i.diffusion import jump, jump_loss
+from t2i.errors import UserError
+from t2i.pictures import cells, sampling
+from t2i.pictures.png import (
+    choose_preset,
+    fastest_preset,
+    presets_of,
+    read_parameters,
+    scheduler_problem,
+    student_steps,
+)
+from t2i.runs import find_student
+from t2i.training import trajectories
+
+OPTIONS = (
+    "--trajectories", 48, "--validation_images", 8, "--max_train_steps", 48, "--lr_warmup_steps", 4,
+    "--checkpointing_steps", 16, "--logging_steps", 4, "--report_to", "none",
+)  # fmt: skip
+PROMPT = "a red flower with five round petals"
+
+
+@pytest.fixture(scope="module")
+def teacher(workspace, tmp_path_factory):
+    """A copy of the finished tiny run in a folder of its own, where a student may lie beside it."""
+    run = tmp_path_factory.mktemp("distilled") / "unet"
+    shutil.copytree(workspace / "unet", run, ignore=shutil.ignore_patterns("evaluation", "cells"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(workspace, command, teacher):
+    """The teacher's student by the real command, made in the workspace, whose data set the settings name."""
+    command("distill_unet.py", "--model", teacher, "--output_dir", teacher.with_name("turbo"), *OPTIONS, cwd=workspace)
+    return teacher.with_name("turbo")
+
+
+@pytest.fixture
+def run_main(monkeypatch, workspace, teacher):
+    """`distill_unet.py`'s main in this process, in the workspace: saves the seconds of its imports."""
+
+    def run(*arguments):
+        monkeypatch.chdir(workspace)
+        monkeypatch.setattr(sys, "argv", ["distill_unet.py", *map(str, arguments)])
+        distill_unet.main()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the commands: sums in another order differ in the last bit
+    yield run
+    torch.set_num_threads(threads)
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- What a student is -----------------------------------------------------------------------------------------------
+
+
+def test_a_student_comes_nearer_to_its_teachers_pictures(student):
+    errors = {row["step"]: row["val_picture"] for row in rows(student) if "val_picture" in row}
+    losses = {row["step"]: row["val_loss"] for row in rows(student) if "val_loss" in row}
+    assert sorted(errors) == [0, 16, 32, 48]  # step 0: the teacher itself, drawing as the student does
+    assert errors[48] < 0.9 * errors[0]
+    assert losses[48] < 0.9 * losses[0]
+    result = json.loads((student / "run.json").read_text())
+    assert result["val_picture"] == errors[48]
+
+
+def test_a_run_tells_its_teacher_and_how_the_student_draws(student, teacher):
+    result, origin = (json.loads((student / name).read_text()) for name in ("run.json", "provenance.json"))
+    hashed = json.loads((teacher / "run.json").read_text())["output_unet_hash"]
+    assert result["identity"]["teacher_hash"] == origin["teacher_hash"] == hashed != result["output_unet_hash"]
+    # Without an evaluation, the guidance is that of the teacher's validation pictures.
+    assert result["student"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "distilled_guidance_scale": 7.5}
+    card = (student / "pipeline" / "README.md").read_text()
+    assert "num_inference_steps=4,\n    guidance_scale=1,\n" in card
+    assert f"UNet `{hashed}`" in card
+    assert (student / "samples" / "step-000048.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def picture(student, command):
+    """A picture that the command draws with the student by default."""
+    folder = student.with_name("pictures")
+    command("generate_images.py", "--model", student, "--prompt", PROMPT, "--output_dir", folder, cwd=folder.parent)
+    return folder / "0000-seed0.png"
+
+
+def test_stock_diffusers_draws_with_a_student_what_the_suite_draws(student, picture, caplog):
+    known = read_parameters(picture)
+    assert (known["num_inference_steps"], known["guidance_scale"], known["scheduler"]) == (4, 1.0, "DDIMScheduler")
+    stock = DiffusionPipeline.from_pretrained(student / "pipeline", safety_checker=None)
+    assert not [record for record in caplog.records if "not expected" in record.getMessage()]
+    draws = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
+    drawn = stock(PROMPT, **draws).images[0]
+    assert np.abs(np.asarray(drawn, np.int16) - np.asarray(Image.open(picture), np.int16)).max() <= 1
+
+
+def test_the_evaluation_draws_as_the_student_does(student, workspace, command):
+    few = ("--checkpoints", "checkpoint-000048", "--classifier_steps", 0, "--judge_network", "None")
+    command("evaluate_checkpoints.py", "--model", student, *few, cwd=workspace)
+    report = json.loads((student / "evaluation" / "evaluation.json").read_text())["report"]
+    settings = {key: report[key] for key in ("guidance_scale", "scheduler", "num_inference_steps", "guidance_end")}
+    expected = {"guidance_scale": 1.0, "scheduler": "DDIMScheduler", "num_inference_steps": 4, "guidance_end": 1.0}
+    assert settings == expected
+    assert "the student draws in 4 steps, without guidance" in (student / "pipeline" / "README.md").read_text()
+
+
+def test_preset_turbo_finds_the_student_beside_its_teacher(student, teacher, picture, command, tmp_path):
+    assert find_student(teacher) == student
+    words = ("--model", teacher, "--preset", "turbo", "--prompt", PROMPT, "--output_dir", "pictures")
+    command("generate_images.py", *words, cwd=tmp_path)
+    assert (tmp_path / "pictures" / picture.name).read_bytes() == picture.read_bytes()
+
+
+def test_the_same_command_reuses_the_student(student, teacher, run_main, capsys):
+    run_main("--model", teacher, "--output_dir", student, *OPTIONS)
+    assert "reusing the finished run" in capsys.readouterr().out
+
+
+# --- Stop and resume -------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, runpy, signal, sys
+sys.path.append({scripts!r})
+from t2i.training import loop
+step_optimizer = loop.step_optimizer
+def step(train_state, config, number, *others):
+    if number == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step_optimizer(train_state, config, number, *others)
+loop.step_optimizer = step
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, run_main, workspace, tmp_path, capsys):
+    killer = tmp_path / "killer.py"
+    killer.write_text(KILLED.format(scripts=str(SCRIPTS), script=str(SCRIPTS / "distill_unet.py")))
+    words = ("--model", teacher, "--output_dir", tmp_path / "killed", *OPTIONS)
+    command(killer, *words, cwd=workspace, code=-9, fork=True)
+    assert not (tmp_path / "killed" / "checkpoint-000032").exists()
+    run_main(*words)
+    assert "checkpoint-000016" in capsys.readouterr().out
+    for file in (
+        "checkpoint-000048/unet/diffusion_pytorch_model.safetensors",
+        "checkpoint-000048/unet_ema/diffusion_pytorch_model.safetensors",
+        "checkpoint-000048/optimizer.safetensors",
+        "pipeline/unet/diffusion_pytorch_model.safetensors",
+    ):
+        assert (tmp_path / "killed" / file).read_bytes() == (student / file).read_bytes(), file
+    last = {row["step"]: row for row in rows(tmp_path / "killed")}[48]
+    assert last == {row["step"]: row for row in rows(student)}[48]
+
+
+# --- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("distill_unet.py", [], "no model: give --model"),
+        ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "TEACHER"], "is the teacher's own run"),
+        ("distill_unet.py", ["--model", "STUDENT"], "is a student already"),
+        ("distill_unet.py", ["--model", "TEACHER", "--num_inference_steps", "3"], "num_inference_steps"),
+        ("distill_unet.py", ["--model", "TEACHER", "--resolution", "64"], "give --resolution 32"),
+        ("distill_unet.py", ["--model", "nowhere/at/all", "--dataset", "dataset"], "neither a folder here nor a Hub id"),
+        ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OTHER", "--seed", "1"], "holds another run"),
+        ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OTHER", "--guidance_scale", "2"], "guidance_scale: 7.5"),
+        ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--preset", "fast"], "only in 4 steps of DDIMSch"),
+        ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--num_inference_steps", "8"], "take preset turbo"),
+        ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--guidance_scale", "3"], "has learnt guidance"),
+        ("generate_images.py", ["--model", "unet", "--prompt", "x", "--preset", "turbo"], "needs a student"),
+        ("evaluate_checkpoints.py", ["--model", "unet", "--preset", "turbo"], "needs a student"),
+        ("evaluate_checkpoints.py", ["--model", "STUDENT", "--preset", "draft"], "take preset turbo"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_sentence(
+    script, arguments, sentence, student, teacher, workspace, tmp_path, monkeypatch, capsys
+):
+    other = tmp_path / "new"  # A process keeps the lock of a folder until it ends.
+    if "OTHER" in arguments:
+        other.mkdir()
+        shutil.copy(student / "run.json", other)
+    words = [str({"TEACHER": teacher, "STUDENT": student, "OTHER": other}.get(word, word)) for word in arguments]
+    options = [*map(str, OPTIONS), "--output_dir", str(other)] if script == "distill_unet.py" else []
+    options = options[:-2] if "--output_dir" in words else options
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(sys, "argv", [script, *options, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "velocity": {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "beta_schedule": "squaredcos_cap_v2",
+    },
+    "noise": {"prediction_type": "epsilon", "beta_schedule": "scaled_linear"},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_jump_is_a_step_of_ddim(kind, steps):
+    scheduler = DDIMScheduler(**SCHEDULES[kind], timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    levels = torch.tensor([*scheduler.timesteps.tolist(), -1])
+    sample, output = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for here, there in pairwise(levels):
+        moved = jump(scheduler, sample, output, here.repeat(3), there.repeat(3))
+        torch.testing.assert_close(moved, scheduler.step(output, here, sample).prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_a_jump_is_the_error_of_the_velocity():
+    class Answer(torch.nn.Module):
+        def forward(self, latents, timesteps, hidden):
+            return type("Output", (), {"sample": self.output})
+
+    scheduler = DDIMScheduler(**SCHEDULES["velocity"], timestep_spacing="trailing", set_alpha_to_one=True)
+    latents, right, wrong = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    here, there, unet = torch.tensor([999, 249]), torch.tensor([749, -1]), Answer()
+    later = jump(scheduler, latents, right, here, there)
+    for output in (right, wrong):
+        unet.output = output
+        loss = jump_loss(unet, scheduler, latents, later, here, there, torch.zeros(2, 1, 1))
+        torch.testing.assert_close(loss, (output - right).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-6)
+
+
+def test_a_trajectory_ends_in_the_picture_of_preset_fast(teacher):
+    pipeline = sampling.load_pipeline(teacher, scheduler="unipc")
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    hidden = models.encode_captions(pipeline.text_encoder, pipeline.tokenizer, ["", "a red flower", "a blue flower"])
+    found = trajectories.solve_trajectories(pipeline.unet, pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:])
+    assert found.shape == (2, 5, 4, 16, 16)
+    assert torch.equal(found[:, 0], noise)
+    drawn = pipeline(
+        prompt_embeds=hidden[1:], negative_prompt_embeds=hidden[:1].repeat(2, 1, 1), latents=noise, guidance_scale=3.0,
+        num_inference_steps=8, output_type="latent", **sampling._after_steps(pipeline, 8, 0.5, None),
+    ).images  # fmt: skip
+    torch.testing.assert_close(found[:, -1], drawn, rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_has_one_preset_and_other_models_have_the_others():
+    plain = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+    student = plain | {"_student_steps": 2}
+    assert list(presets_of(plain)) == ["exact", "fast", "draft"]
+    assert presets_of(student) == {"turbo": ("ddim", 2, 1.0)}
+    assert fastest_preset(student) == choose_preset(None, student) == choose_preset("turbo", student)
+    assert choose_preset(None, plain) == choose_preset("exact", plain)
+    with pytest.raises(UserError, match="needs a student"):
+        choose_preset("turbo", plain)
+    assert scheduler_problem("ddim", student, 2) is None
+    assert "take preset turbo" in str(scheduler_problem("ddim", student, 30))
+    assert "take preset turbo" in str(scheduler_problem("unipc", student))
+    assert [student_steps({"_student_steps": wrong}) for wrong in (None, 0, True, "4", 2.0)] == [None] * 5
+
+
+def test_the_playground_drafts_with_the_student_and_offers_turbo(student, teacher, monkeypatch):
+    monkeypatch.chdir(teacher.parent)
+    Path("outputs").mkdir()
+    for run in (teacher, student):
+        Path("outputs", run.name).symlink_to(run)
+    app = AppTest.from_file(str(ROOT / "dashboard" / "streamlit_app.py"), default_timeout=120)
+    app.query_params["run"] = "turbo"
+    app.switch_page("views/playground.py").run()
+    assert not app.exception
+    values = {key: app.session_state[key] for key in ("guidance_scale", "num_inference_steps", "scheduler")}
+    assert values == {"guidance_scale": 1.0, "num_inference_steps": 4, "scheduler": "ddim"}
+    assert app.get("button_group")[0].options == ["turbo"]
+    next(box for box in app.selectbox if box.label == "Run").set_value("unet").run()
+    assert not app.exception
+    assert cells.first_cell(Path("outputs/turbo"), PROMPT).num_inference_steps == 4
+    assert find_student(Path("outputs/unet")) == Path("outputs/turbo")
