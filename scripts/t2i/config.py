@@ -343,7 +343,8 @@ class DistillConfig(TrainConfig):
     validation_images: Count = 64
     num_train_epochs: Positive = 2.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
     train_batch_size: Count = 16  # Number of steps of trajectories per process and weight update.
-    learning_rate: Positive = 5e-4  # Peak learning rate.
+    # Peak learning rate. Higher rates take the student away from its teacher.
+    learning_rate: Positive = 1e-4
     lr_warmup_steps: Natural = 20  # Number of updates in which the learning rate rises linearly to its peak.
     ema_decay: Share = 0.99  # Highest decay of the EMA. At update n the decay is min(ema_decay, (1 + n) / (10 + n)).
 
