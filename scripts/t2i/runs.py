@@ -150,15 +150,23 @@ def run_title(run: Path) -> str:
     return folder.parent.name or folder.name if folder.name == "unet" else folder.name
 
 
+def _state_of(run: Path) -> dict[str, Any]:
+    """Return the state in a run's run.json, or {} if the file is missing or damaged."""
+    try:
+        return read_optional(run / "run.json")
+    except UserError:
+        return {}
+
+
 def find_student(run: Path) -> Path | None:
     """Return the run folder beside a finished run that holds the newest finished student of its model, or None.
 
     Students are made by distill_unet.py. Their identity holds the hash of their teacher.
     """
-    teacher = read_optional(run / "run.json").get("output_unet_hash")
+    teacher = _state_of(run).get("output_unet_hash")
     found: list[tuple[float, Path]] = []
     for file in run.parent.glob("*/run.json") if teacher else ():
-        state = read_optional(file)
+        state = _state_of(file.parent)
         identity = state.get("identity")
         if isinstance(identity, dict) and identity.get("teacher_hash") == teacher and state.get("status") == "finished":
             found.append((file.stat().st_mtime, file.parent))

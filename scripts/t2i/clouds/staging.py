@@ -37,8 +37,8 @@ FOLDERS = {
     "captioner": ("caption", ""),
     "audit_tokenizer": ("caption", ""),
 }
-AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "publish_space.py",
-           "export_pipeline.py", "clean_caches.py", "run_recipe.py", "launch_local.py", "launch_sagemaker.py",
+AT_HOME = ("make_flowers.py", "distill_unet.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py",
+           "publish_space.py", "export_pipeline.py", "clean_caches.py", "run_recipe.py", "launch_local.py", "launch_sagemaker.py",
            "run_sagemaker_job.py", "launch_hf_job.py", "run_hf_job.py", "run_container.py", "list_jobs.py")  # fmt: skip
 # Files of these folders that a container gets. Others, such as runs, databases and files of tokens, stay here.
 SENT = {"scripts": (".py", ".yaml", ".txt", ".md"), "datasets_card": (".md",)}
