@@ -121,9 +121,8 @@ def main() -> None:
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
-    samples = sampling_settings(recipe)
     if not start:  # These are the teacher's own errors, if it draws like the student.
-        validate(train_state, inputs, folder, samples, tracker, 0, accelerator)
+        validate(train_state, inputs, folder, recipe, tracker, 0, accelerator)
     accelerator.print(
         f"{steps} steps of {batch} of {count} steps of trajectories, precision {accelerator.mixed_precision}"
     )
@@ -156,9 +155,9 @@ def main() -> None:
             asked = training.after(done)
             due = done % config.checkpointing_steps == 0 or done == steps
             if due or asked.evaluate or done % config.validation_steps == 0:
-                validation = validate(train_state, inputs, folder, samples, tracker, done, accelerator)
+                validation = validate(train_state, inputs, folder, recipe, tracker, done, accelerator)
             elif asked.sample:
-                denoiser.sample(train_state, folder, samples, tracker, done, accelerator)
+                denoiser.sample(train_state, folder, sampling_settings(recipe), tracker, done, accelerator)
             if due or asked.stop:
                 saved = {"step": done, "losses": losses, "validation": validation}
                 loop.save(folder, train_state, config, saved, node, accelerator)
@@ -400,7 +399,7 @@ def validate(
     train_state: "TrainState",
     inputs: Inputs,
     folder: Path,
-    samples: dict[str, Any],
+    recipe: Recipe,
     tracker: Any,
     step: int,
     accelerator: Any,
@@ -412,13 +411,13 @@ def validate(
     """
     from t2i.training import denoiser, loop
 
+    samples = sampling_settings(recipe)
     with loop.averaged(train_state) as unet:
         losses = validation_loss(unet, inputs, accelerator)
         if accelerator.is_main_process and samples["prompts"]:
             denoiser.draw_samples(unet, folder, samples, tracker, step)
     del unet  # Under ZeRO it is a separate model.
-    if not math.isfinite(losses["val_loss"]):
-        raise UserError(f"the loss is {losses['val_loss']} at step {step}; lower --learning_rate")
+    loop.require_finite(losses["val_loss"], step, recipe.distill.learning_rate)
     loop.record(losses, step, folder, tracker, accelerator.is_main_process)
     return losses
 
