@@ -296,5 +296,5 @@ def test_the_playground_drafts_with_the_student_and_offers_turbo(student, teache
     assert app.get("button_group")[0].options == ["turbo"]
     next(box for box in app.selectbox if box.label == "Run").set_value("unet").run()
     assert not app.exception
-    assert cells.first_cell(Path("outputs/turbo"), None, PROMPT).num_inference_steps == 4
+    assert cells.first_cell(Path("outputs/turbo"), PROMPT).num_inference_steps == 4
     assert find_student(Path("outputs/unet")) == Path("outputs/turbo")

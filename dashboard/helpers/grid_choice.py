@@ -306,7 +306,7 @@ def first_values(
 ) -> dict[str, Any]:
     """Return the first value of each setting's widget: several values if the setting is an axis, otherwise one value."""
     run = next(iter(runs.values()))
-    cell = cells.first_cell(run, evaluated, first_prompt(run))
+    cell = evaluated.cell if evaluated else cells.first_cell(run, first_prompt(run))
     samples = list(evaluated.samples.values) if evaluated else []
     values: dict[str, Any] = {"checkpoint": default_checkpoints(checkpoint_names(runs), evaluated, chosen)}
     if "sample" in chosen:

@@ -132,7 +132,7 @@ def choose_model(runs: dict[str, Path], side: str, title: str) -> tuple[Path, st
         st.text("choose a checkpoint" if names else "no complete checkpoint yet; training writes the first one soon")
         return None
     evaluated = cells.evaluated_grid(run)
-    settings = cells.first_cell(run, evaluated, first_prompt(run))
+    settings = evaluated.cell if evaluated else cells.first_cell(run, first_prompt(run))
     named = presets[preset]._asdict() if preset in presets else {}
     scale = best_scale(run, evaluated) if scale is None else scale  # the field was emptied
     return run, checkpoint, replace(settings, guidance_scale=scale, **named)

@@ -160,7 +160,7 @@ def first_settings(run: Path) -> dict[str, Choice]:
     """Return the first values of the form's widgets: a run's first prompt, at the settings of its evaluation."""
     evaluated = cells.evaluated_grid(run)
     prompt = first_prompt(run)[:MAX_PROMPT]
-    default = cells.first_cell(run, evaluated, prompt)
+    default = evaluated.cell if evaluated else cells.first_cell(run, prompt)
     schedulers = fitting_schedulers(cells.schedule_of(run))
     scheduler = SHORT_NAMES.get(default.scheduler, "ddim")
     return {

@@ -452,15 +452,8 @@ def _schedule(file: Path, *state: int) -> dict[str, Any]:
     return read_object(file)
 
 
-def first_cell(run: Path, evaluated: "EvaluatedGrid | None", prompt: str) -> Cell:
-    """Return a picture with a run's own settings: those of its evaluation, or of a student, otherwise the defaults.
-
-    Args:
-        evaluated: the grid of the run's evaluation, if there is one.
-        prompt: the picture's prompt, if the run was not evaluated.
-    """
-    if evaluated:
-        return evaluated.cell
+def first_cell(run: Path, prompt: str) -> Cell:
+    """Return a picture of a run that was not evaluated: with the settings of preset turbo, or otherwise the defaults."""
     turbo = presets_of(schedule_of(run)).get(TURBO)
     return Cell(prompt, guidance_scale=1.0, **turbo._asdict()) if turbo else Cell(prompt)
 
