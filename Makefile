@@ -2,7 +2,7 @@
 # make dashboard       show the runs in outputs/
 # make train           run one training, here or in a cloud: CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…".
 #                      Without ARGS it trains the demo's denoiser in outputs/train, and first makes missing drawings and autoencoder.
-# make turbo           distil a model into a student that draws in four steps: MODEL=outputs/demo/unet (ARGS="…")
+# make turbo           distil a model into a student that draws in two steps: MODEL=outputs/demo/unet (ARGS="…")
 # make export          compile a model for pictures on a CPU: MODEL=outputs/demo/unet
 # make publish         push a trained model with its card to the Hub: MODEL=outputs/demo/unet REPO=ORG/NAME (ARGS="--license …")
 # make space           push a page where everybody can try the model: MODEL=outputs/demo/unet SPACE=ORG/NAME
@@ -94,11 +94,14 @@ jobs: $(READY)
 sagemaker-rehearse: $(READY)
 	$(BIN)/python tests/rehearse_sagemaker.py $(if $(call yes,$(FRESH)),--fresh)
 
-# The student lies beside its teacher, where preset turbo finds it. As in the demo, a CPU that computes in bf16 trains in it.
+# The student lies beside its teacher, where preset turbo finds it, and is compiled for the CPU. As in the demo, a CPU that
+# computes in bf16 trains in it.
 BF16 = $(shell grep -qE "avx512_bf16|amx_bf16" /proc/cpuinfo 2>/dev/null && echo --mixed_precision bf16)
 turbo: turbo-named $(READY)
 	$(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(if $(filter %/cpu.yaml,$(CONFIG)),$(BF16)) \
 	  scripts/distill_unet.py --model $(MODEL) --output_dir $(dir $(MODEL:/=))turbo $(ARGS)
+	@[ ! -f $(dir $(MODEL:/=))turbo/pipeline/model_index.json ] || \
+	  $(BIN)/python scripts/export_pipeline.py --model $(dir $(MODEL:/=))turbo
 
 turbo-named:
 	@[ -n "$(MODEL)" ] || { echo "name the model: make turbo MODEL=outputs/demo/unet" >&2; exit 2; }

@@ -54,6 +54,29 @@ def save_card_model(folder: Path, seed: int = 0, tiny: bool = False) -> Path:
     return folder
 
 
+def save_card_student(folder: Path, teacher: Path) -> Path:
+    """Save a student of the card's model with a tiny decoder, as distill_unet.py does, unless the folder exists.
+
+    Args:
+        teacher: folder that `save_card_model` has written.
+    """
+    if (folder / "model_index.json").is_file():
+        return folder
+    from diffusers import DDIMScheduler
+
+    from t2i.pictures import sampling
+    from t2i.pictures.png import STUDENT
+    from t2i.training.tiny_decoder import build_tiny
+
+    pipeline = sampling.load_pipeline(teacher)
+    pipeline.register_modules(vae=build_tiny(pipeline.vae, 0))
+    spread = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **spread)
+    pipeline.scheduler.register_to_config(**{STUDENT: 4})
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

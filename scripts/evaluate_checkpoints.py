@@ -410,7 +410,7 @@ def compare(
     from t2i.pictures.reconstructions import reconstruct
 
     judge, memory = study.judge, study.memory
-    vae = models.load_vae(str(study.run / "pipeline")).to(sampling.best_device())
+    vae = models.load_decoder(str(study.run / "pipeline")).to(sampling.best_device())
     reconstructions = reconstruct(vae, study.unseen)[0]
     control = reconstruct(vae, judges.spread(study.splits.train.pixels, CONTROLS))[0]
     count = min(len(pictures), len(study.unseen), len(judge.reference))

@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -484,7 +484,16 @@ def fetch_model(s3: Any, uri: str | None, folder: Path) -> None:
                 return
             raise
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")  # refuses paths that lead out, links and devices
+            for member in tar:
+                check_member(member)
+                tar.extract(member, folder, set_attrs=False)
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Refuse links, devices and paths that lead out of the folder. The filters of `tarfile` need Python 3.11.4."""
+    path = PurePath(member.name)
+    if not (member.isfile() or member.isdir()) or path.is_absolute() or path.drive or ".." in path.parts:
+        raise tarfile.ExtractError(f"the archive of the model holds {member.name!r}, which may lead out of the folder")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ train_unet:
    validation_images: 4, checkpointing_steps: 3, logging_steps: 1, report_to: none}
 distill:
   {max_train_steps: 24, train_batch_size: 4, gradient_accumulation_steps: 2, lr_warmup_steps: 4, validation_steps: 6,
-   trajectories: 20, validation_images: 4, checkpointing_steps: 3, logging_steps: 1, report_to: none}
+   trajectories: 20, decoder_steps: 20, validation_images: 4, checkpointing_steps: 3, logging_steps: 1, report_to: none}
 """
 MODES = {"one": "cpu", "bf16": "cpu", "two": "cpu", "zero2": "deepspeed_zero2", "distill": "cpu"}
 ALONE = ("one", "bf16", "distill")  # modes with one process

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 import distill_unet
 from conftest import ROOT, SCRIPTS
 from t2i import models
+from t2i.data.caches import to_pixels
 from t2i.diffusion import jump, jump_loss
 from t2i.errors import UserError
+from t2i.evaluation import image_losses
+from t2i.evaluation.metrics import psnr
 from t2i.pictures import cells, sampling
 from t2i.pictures.png import (
     choose_preset,
@@ -29,11 +32,11 @@ from t2i.pictures.png import (
     student_steps,
 )
 from t2i.runs import find_student
-from t2i.training import trajectories
+from t2i.training import tiny_decoder, trajectories
 
 OPTIONS = (
     "--trajectories", 48, "--validation_images", 8, "--max_train_steps", 48, "--lr_warmup_steps", 4,
-    "--checkpointing_steps", 16, "--logging_steps", 4, "--report_to", "none",
+    "--checkpointing_steps", 16, "--logging_steps", 4, "--report_to", "none", "--decoder_steps", 60,
 )  # fmt: skip
 PROMPT = "a red flower with five round petals"
 
@@ -90,11 +93,23 @@ def test_a_run_tells_its_teacher_and_how_the_student_draws(student, teacher):
     hashed = json.loads((teacher / "run.json").read_text())["output_unet_hash"]
     assert result["identity"]["teacher_hash"] == origin["teacher_hash"] == hashed != result["output_unet_hash"]
     # Without an evaluation, the guidance is that of the teacher's validation pictures.
-    assert result["student"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "distilled_guidance_scale": 7.5}
+    assert result["student"] == {"num_inference_steps": 2, "guidance_scale": 1.0, "distilled_guidance_scale": 7.5}
     card = (student / "pipeline" / "README.md").read_text()
-    assert "num_inference_steps=4,\n    guidance_scale=1,\n" in card
+    assert "num_inference_steps=2,\n    guidance_scale=1,\n" in card
     assert f"UNet `{hashed}`" in card
     assert (student / "samples" / "step-000048.png").is_file()
+
+
+def test_a_tiny_decoder_takes_the_autoencoders_place(student, teacher):
+    tiny, vae = models.load_decoder(str(student / "pipeline")), models.load_vae(str(teacher))
+    assert isinstance(tiny, AutoencoderTiny)
+    assert models.vae_factor(tiny) == models.vae_factor(vae)
+    latents = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
+    wanted, made, new = (
+        to_pixels(tiny_decoder.decode(one, latents)) for one in (vae, tiny, tiny_decoder.build_tiny(vae, 0))
+    )
+    assert psnr(made, wanted).mean() > psnr(new, wanted).mean() + 3
+    assert json.loads((student / "run.json").read_text())["decoder_psnr_db"] > 10
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +122,12 @@ def picture(student, command):
 
 def test_stock_diffusers_draws_with_a_student_what_the_suite_draws(student, picture, caplog):
     known = read_parameters(picture)
-    assert (known["num_inference_steps"], known["guidance_scale"], known["scheduler"]) == (4, 1.0, "DDIMScheduler")
+    assert (known["num_inference_steps"], known["guidance_scale"], known["scheduler"]) == (2, 1.0, "DDIMScheduler")
     stock = DiffusionPipeline.from_pretrained(student / "pipeline", safety_checker=None)
-    assert not [record for record in caplog.records if "not expected" in record.getMessage()]
-    draws = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
+    # diffusers saves a key of AutoencoderTiny that it warns of when it loads it.
+    messages = [record.getMessage() for record in caplog.records if "AutoencoderTiny" not in record.getMessage()]
+    assert not [message for message in messages if "not expected" in message]
+    draws = {"num_inference_steps": 2, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
     drawn = stock(PROMPT, **draws).images[0]
     assert np.abs(np.asarray(drawn, np.int16) - np.asarray(Image.open(picture), np.int16)).max() <= 1
 
@@ -120,9 +137,9 @@ def test_the_evaluation_draws_as_the_student_does(student, workspace, command):
     command("evaluate_checkpoints.py", "--model", student, *few, cwd=workspace)
     report = json.loads((student / "evaluation" / "evaluation.json").read_text())["report"]
     settings = {key: report[key] for key in ("guidance_scale", "scheduler", "num_inference_steps", "guidance_end")}
-    expected = {"guidance_scale": 1.0, "scheduler": "DDIMScheduler", "num_inference_steps": 4, "guidance_end": 1.0}
+    expected = {"guidance_scale": 1.0, "scheduler": "DDIMScheduler", "num_inference_steps": 2, "guidance_end": 1.0}
     assert settings == expected
-    assert "the student draws in 4 steps, without guidance" in (student / "pipeline" / "README.md").read_text()
+    assert "the student draws in 2 steps, without guidance" in (student / "pipeline" / "README.md").read_text()
 
 
 def test_preset_turbo_finds_the_student_beside_its_teacher(student, teacher, picture, command, tmp_path):
@@ -166,6 +183,7 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         "checkpoint-000048/unet_ema/diffusion_pytorch_model.safetensors",
         "checkpoint-000048/optimizer.safetensors",
         "pipeline/unet/diffusion_pytorch_model.safetensors",
+        "pipeline/vae/diffusion_pytorch_model.safetensors",
     ):
         assert (tmp_path / "killed" / file).read_bytes() == (student / file).read_bytes(), file
     last = {row["step"]: row for row in rows(tmp_path / "killed")}[48]
@@ -186,7 +204,8 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         ("distill_unet.py", ["--model", "nowhere/at/all", "--dataset", "dataset"], "neither a folder here nor a Hub id"),
         ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OTHER", "--seed", "1"], "holds another run"),
         ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OTHER", "--guidance_scale", "2"], "guidance_scale: 7.5"),
-        ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--preset", "fast"], "only in 4 steps of DDIMSch"),
+        ("train_unet.py", ["--config", "tiny.yaml", "--dataset", "dataset", "--vae", "STUDENT"], "holds a tiny autoencoder"),
+        ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--preset", "fast"], "only in 2 steps of DDIMSch"),
         ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--num_inference_steps", "8"], "take preset turbo"),
         ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--guidance_scale", "3"], "has learnt guidance"),
         ("generate_images.py", ["--model", "unet", "--prompt", "x", "--preset", "turbo"], "needs a student"),
@@ -282,6 +301,11 @@ def test_a_student_has_one_preset_and_other_models_have_the_others():
     assert [student_steps({"_student_steps": wrong}) for wrong in (None, 0, True, "4", 2.0)] == [None] * 5
 
 
+def test_losses_of_images_are_measured_with_the_teacher(student):
+    with pytest.raises(UserError, match="measure the losses of its teacher"):
+        image_losses.measure(student, "pipeline", {}, load=sampling.load_pipeline)
+
+
 def test_the_playground_drafts_with_the_student_and_offers_turbo(student, teacher, monkeypatch):
     monkeypatch.chdir(teacher.parent)
     Path("outputs").mkdir()
@@ -292,9 +316,9 @@ def test_the_playground_drafts_with_the_student_and_offers_turbo(student, teache
     app.switch_page("views/playground.py").run()
     assert not app.exception
     values = {key: app.session_state[key] for key in ("guidance_scale", "num_inference_steps", "scheduler")}
-    assert values == {"guidance_scale": 1.0, "num_inference_steps": 4, "scheduler": "ddim"}
+    assert values == {"guidance_scale": 1.0, "num_inference_steps": 2, "scheduler": "ddim"}
     assert app.get("button_group")[0].options == ["turbo"]
     next(box for box in app.selectbox if box.label == "Run").set_value("unet").run()
     assert not app.exception
-    assert cells.first_cell(Path("outputs/turbo"), PROMPT).num_inference_steps == 4
+    assert cells.first_cell(Path("outputs/turbo"), PROMPT).num_inference_steps == 2
     assert find_student(Path("outputs/unet")) == Path("outputs/turbo")

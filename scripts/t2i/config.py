@@ -334,14 +334,18 @@ class DistillConfig(TrainConfig):
 
     # Teacher: run folder of train_unet.py, checkpoint, pipeline folder or Hub id.
     model: PathText | None = None
-    num_inference_steps: Literal[1, 2, 4] = 4  # Number of denoising steps in which the student draws.
+    num_inference_steps: Literal[1, 2, 4] = 2  # Number of denoising steps in which the student draws.
     # Guidance scale of the teacher's pictures. With None, use the scale that the teacher's evaluation chose, otherwise
     # that of the validation pictures in its training.
     guidance_scale: Guidance | None = None
     trajectories: Count = 1024  # Number of pictures that the teacher draws, from whose latents the student learns.
     # Number of further pictures of the teacher, for captions of validation images, on which the error is measured.
     validation_images: Count = 64
-    num_train_epochs: Positive = 2.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
+    # Updates of a tiny decoder, which learns to decode as the autoencoder does and replaces it in the student's pipeline.
+    # With 0, keep the autoencoder.
+    decoder_steps: Natural = 1500
+    decoder_learning_rate: Positive = 5e-3  # Peak learning rate of the tiny decoder.
+    num_train_epochs: Positive = 4.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
     train_batch_size: Count = 16  # Number of steps of trajectories per process and weight update.
     # Peak learning rate. Higher rates take the student away from its teacher.
     learning_rate: Positive = 1e-4

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from huggingface_hub import hf_hub_download
@@ -24,7 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from t2i.config import UnetConfig, VaeConfig
 from t2i.errors import UserError
-from t2i.files import hash_json
+from t2i.files import hash_json, read_optional
 
 
 def best_device() -> str:
@@ -158,8 +165,23 @@ def _norm_groups(channels: list[int], least: int) -> int:
 
 
 def load_vae(source: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
-    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode."""
+    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode. A tiny autoencoder is refused."""
+    if is_tiny(source):
+        raise UserError(
+            f"{source} holds a tiny autoencoder, which only decodes for a student; give the VAE of its teacher"
+        )
     return load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
+
+
+def load_decoder(source: str) -> AutoencoderKL | AutoencoderTiny:
+    """Load the autoencoder of a run's pipeline in float32 and evaluation mode. A student may have a tiny one."""
+    return load_part(AutoencoderTiny if is_tiny(source) else AutoencoderKL, source, "vae").float().eval()
+
+
+def is_tiny(source: str) -> bool:
+    """Return whether the autoencoder in a local folder is a tiny one. Those of the Hub are not read."""
+    path, _ = locate(source, "vae")
+    return read_optional(Path(path) / "config.json").get("_class_name") == "AutoencoderTiny"
 
 
 def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -369,7 +391,7 @@ def build_ddim(scheduler: DDPMScheduler) -> DDIMScheduler:
 
 
 def build_pipeline(
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderTiny,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,

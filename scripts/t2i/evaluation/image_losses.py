@@ -121,6 +121,10 @@ def measure(
     from t2i.data.prepared import open_prepared, repair
 
     state = read_json(run / "run.json")
+    if state.get("student"):
+        raise UserError(
+            f"{run} is a student, which learnt from its teacher's drawings; measure the losses of its teacher"
+        )
     identity = state.get("identity") or {}
     cache_dir = str(settings.get("cache_dir") or DataConfig().cache_dir)
     folder = find_prepared(cache_dir, identity.get("dataset_hash"))

@@ -279,7 +279,7 @@ def _training(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]
         "Length": length,
         "Optimizer": f"{OPTIMIZERS[config.optimizer]}, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule {warmup}",
         "Gradient Clipping": f"{config.max_grad_norm:g}",
-        **(_distillation(recipe, provenance) if student else _guidance(recipe)),
+        **(_distillation(recipe, result, provenance) if student else _guidance(recipe)),
         "Weights": _weights(recipe, result),
         "Training time": _minutes(result),
         "Peak memory": f"{result['peak_rss_bytes'] / 1e9:.2f} GB"
@@ -299,14 +299,18 @@ def _guidance(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _distillation(recipe: Recipe, provenance: dict[str, Any]) -> dict[str, str]:
+def _distillation(recipe: Recipe, result: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
     """Return the rows of a student: its teacher, and what it learnt from it."""
     config = recipe.distill
     steps = f"{config.num_inference_steps} step{'s' if config.num_inference_steps > 1 else ''}"
+    decibels = _number(result.get("decoder_psnr_db"))
     return {
         "Teacher": f"UNet `{one_line(provenance.get('teacher_hash'))}`, of which this model is a student",
         "CFG Training": f"guidance at scale {config.guidance_scale or 0:g}, distilled from {config.trajectories:,} pictures of the "
         f"teacher; the student draws in {steps}, without guidance",
+        "Decoder": f"tiny, distilled from the autoencoder's: {decibels:.1f} dB PSNR to its pictures"
+        if decibels
+        else "the autoencoder's",
     }
 
 

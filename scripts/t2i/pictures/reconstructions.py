@@ -196,7 +196,7 @@ def make(
     from t2i import models  # imports torch
 
     before = vae_hash(vae)
-    model = models.load_vae(str(vae.folder)).to(models.best_device())
+    model = models.load_decoder(str(vae.folder)).to(models.best_device())
     if vae_hash(vae) != before:
         raise UserError(f"{vae.folder} changed while it was loaded; open the page again")
     factor, side = models.vae_factor(model), missing[0].shape[0]
@@ -226,7 +226,11 @@ def reconstruct(vae: Any, images: np.ndarray, batch_size: int = 32) -> tuple[np.
     with torch.no_grad():
         for start in range(0, len(images), batch_size):
             pixels = to_pixels(images[start : start + batch_size]).to(vae.device)
-            decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
+            encoded = vae.encode(pixels)
+            latents = (
+                encoded.latents if "latents" in encoded else encoded.latent_dist.mean
+            )  # A tiny one has no posterior.
+            decoded = vae.decode(latents).sample.float().clamp(-1, 1)
             psnr, ssim = metrics.psnr(decoded, pixels), metrics.ssim(decoded, pixels)
             parts.append((to_images(decoded), psnr.cpu().numpy(), ssim.cpu().numpy()))
     pictures, psnrs, ssims = zip(*parts, strict=True)

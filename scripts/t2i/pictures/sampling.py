@@ -195,7 +195,7 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
     text_encoder = models.load_part(CLIPTextModel, str(parts), "text_encoder").float()
     tokenizer = models.load_part(CLIPTokenizer, str(parts), "tokenizer")
     scheduler = models.load_part(DDIMScheduler, str(parts), "scheduler")
-    return models.build_pipeline(models.load_vae(str(parts)), text_encoder, tokenizer, unet, scheduler)
+    return models.build_pipeline(models.load_decoder(str(parts)), text_encoder, tokenizer, unet, scheduler)
 
 
 def unet_hash(pipeline: StableDiffusionPipeline) -> str:

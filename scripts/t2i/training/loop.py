@@ -100,6 +100,8 @@ _LATER = {
     "equivariance_share": 0.0,
     "equivariance_start": 0,
     "alignment_weight": 0.0,
+    "decoder_steps": 0,
+    "decoder_learning_rate": 5e-3,
     "optimizer": "adamw",
     "addition_embed_type": None,
     "resnet_time_scale_shift": "default",
