@@ -100,8 +100,7 @@ BF16 = $(shell grep -qE "avx512_bf16|amx_bf16" /proc/cpuinfo 2>/dev/null && echo
 turbo: turbo-named $(READY)
 	$(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(if $(filter %/cpu.yaml,$(CONFIG)),$(BF16)) \
 	  scripts/distill_unet.py --model $(MODEL) --output_dir $(dir $(MODEL:/=))turbo $(ARGS)
-	@[ ! -f $(dir $(MODEL:/=))turbo/pipeline/model_index.json ] || \
-	  $(BIN)/python scripts/export_pipeline.py --model $(dir $(MODEL:/=))turbo
+	$(if $(findstring --output_dir,$(ARGS))$(findstring --dry_run,$(ARGS)),,$(BIN)/python scripts/export_pipeline.py --model $(dir $(MODEL:/=))turbo)
 
 turbo-named:
 	@[ -n "$(MODEL)" ] || { echo "name the model: make turbo MODEL=outputs/demo/unet" >&2; exit 2; }

@@ -32,6 +32,7 @@ CACHES = (
     "features",
     "alignment",
     "trajectories",
+    "tiny_decoders",
 )  # the suite's folders in a cache folder, where others may keep more
 Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)

@@ -9,6 +9,7 @@ teacher's run. The teacher's drawings are cached, so VAE, text encoder and teach
 """
 
 import math
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -221,6 +222,7 @@ def load_teacher(
     from t2i import models
     from t2i.pictures import sampling
     from t2i.pictures.png import STUDENT, student_steps
+    from t2i.training import tiny_decoder
 
     config = recipe.distill
     pipeline = sampling.load_pipeline(str(config.model))
@@ -234,6 +236,8 @@ def load_teacher(
         )
     sampling.make_scheduler("ddim", schedule, config.num_inference_steps)  # This refuses other kinds of models.
     config.guidance_scale = choose_scale(recipe, run)
+    if config.decoder_steps is None:
+        config.decoder_steps = tiny_decoder.default_steps(pipeline.vae)
     further = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
     scheduler = DDIMScheduler.from_config(schedule, **further)
     scheduler.register_to_config(**{STUDENT: config.num_inference_steps})
@@ -280,7 +284,8 @@ def start_run(
         drawn = {"num_inference_steps": config.num_inference_steps, "guidance_scale": 1.0}
         run.save(student={**drawn, "distilled_guidance_scale": config.guidance_scale})
         write_json(run.folder / "provenance.json", denoiser.provenance(recipe, input_hashes))
-        denoiser.save_frozen(run, frozen, scheduler)
+        # The tiny autoencoder is saved when it is trained.
+        denoiser.save_frozen(run, {**frozen, "vae": None} if config.decoder_steps else frozen, scheduler)
     accelerator.wait_for_everyone()
 
 
@@ -333,21 +338,25 @@ def cache_inputs(
 
 
 def save_decoder(run: RunFolder, recipe: Recipe, inputs: Inputs, vae: Any, accelerator: Any) -> None:
-    """Put a tiny autoencoder, whose decoder saves half of the time of a picture, in the place of the pipeline's VAE.
+    """Save the pipeline's tiny autoencoder, unless the student keeps the VAE. Every process must call this function.
 
     It learns on the last points of the trajectories, which are the latents of finished pictures.
     """
     from t2i.training import tiny_decoder
 
-    config = recipe.distill
-    if config.decoder_steps and accelerator.is_main_process:
-        latents, unseen = (inputs.trajectories[split][0][:, -1] for split in ("train", "validation"))
-        vae, directory = vae.to(accelerator.device), recipe.data.cache_dir
-        in_bf16 = accelerator.mixed_precision == "bf16"
-        tiny, decibels = tiny_decoder.cache_tiny(
-            vae, latents, unseen, config, directory, in_bf16=in_bf16, say=accelerator.print
-        )
-        tiny.save_pretrained(run.folder / "pipeline" / "vae", safe_serialization=True)
+    config, folder = recipe.distill, run.folder / "pipeline" / "vae"
+    if not config.decoder_steps:
+        return
+    latents, unseen = (inputs.trajectories[split][0][:, -1] for split in ("train", "validation"))
+    tiny, decibels = tiny_decoder.cache_tiny(
+        vae.to(accelerator.device), latents, unseen, config, recipe.data.cache_dir,
+        in_bf16=accelerator.mixed_precision == "bf16", say=accelerator.print,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        if not folder.is_dir():  # A resumed run has it already.
+            part = folder.with_name(".vae.part")
+            tiny.save_pretrained(part, safe_serialization=True)
+            os.replace(part, folder)
         run.save(decoder_psnr_db=decibels)
         print(f"tiny decoder: {decibels:.1f} dB PSNR to the pictures of the autoencoder")
     accelerator.wait_for_everyone()

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -484,16 +485,17 @@ def fetch_model(s3: Any, uri: str | None, folder: Path) -> None:
                 return
             raise
         with tarfile.open(archive) as tar:
-            for member in tar:
-                check_member(member)
-                tar.extract(member, folder, set_attrs=False)
-
-
-def check_member(member: tarfile.TarInfo) -> None:
-    """Refuse links, devices and paths that lead out of the folder. The filters of `tarfile` need Python 3.11.4."""
-    path = PurePath(member.name)
-    if not (member.isfile() or member.isdir()) or path.is_absolute() or path.drive or ".." in path.parts:
-        raise tarfile.ExtractError(f"the archive of the model holds {member.name!r}, which may lead out of the folder")
+            for member in tar:  # The filters of `tarfile`, which refuse bad archives, need Python 3.11.4.
+                path, file = PurePath(member.name), tar.extractfile(member) if member.isfile() else None
+                is_known = file is not None or member.isdir()
+                if not is_known or path.is_absolute() or path.drive or ".." in path.parts:
+                    raise UserError(
+                        f"{uri} holds {member.name!r}, which is no plain file in a folder of its own; nothing was fetched"
+                    )
+                if file:
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    with open(folder / path, "wb") as copy:
+                        shutil.copyfileobj(file, copy)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 import distill_unet
 from conftest import ROOT, SCRIPTS
 from t2i import models
+from t2i.config import DistillConfig
 from t2i.data.caches import to_pixels
 from t2i.diffusion import jump, jump_loss
 from t2i.errors import UserError
@@ -110,6 +111,27 @@ def test_a_tiny_decoder_takes_the_autoencoders_place(student, teacher):
     )
     assert psnr(made, wanted).mean() > psnr(new, wanted).mean() + 3
     assert json.loads((student / "run.json").read_text())["decoder_psnr_db"] > 10
+
+
+def test_only_large_autoencoders_get_a_tiny_decoder_by_default():
+    sizes = {(32, 64): 0, (64, 128): 1500, (128, 256, 512, 512): 1500}
+    for channels, steps in sizes.items():
+        small = AutoencoderKL(block_out_channels=(32,), norm_num_groups=1)
+        small.register_to_config(block_out_channels=channels)
+        assert tiny_decoder.default_steps(small) == steps
+
+
+def test_a_damaged_tiny_decoder_in_the_cache_is_named(student, tmp_path):
+    latents = np.zeros((2, 4, 4, 4), np.float16)
+    vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=1)
+    config = DistillConfig(decoder_steps=1)
+    made, _ = tiny_decoder.cache_tiny(vae, latents, latents, config, str(tmp_path))
+    again, _ = tiny_decoder.cache_tiny(vae, latents, latents, config, str(tmp_path))
+    assert models.hash_model(made) == models.hash_model(again)
+    (weights,) = tmp_path.rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged; delete the folder"):
+        tiny_decoder.cache_tiny(vae, latents, latents, config, str(tmp_path))
 
 
 @pytest.fixture(scope="module")

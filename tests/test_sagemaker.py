@@ -2,12 +2,16 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
+import types
+from typing import Any
 from unittest import mock
 
 import boto3
@@ -1082,3 +1086,34 @@ def test_what_warm_machines_and_encrypted_disks_mean(tmp_path):
     assert "volume_kms_key" not in notes
     config.ec2_instance_type = "ml.g4dn.xlarge"
     assert "delete volume_kms_key, which AWS refuses" in sagemaker_job.estimator_notes(config)[-1]
+
+
+def archive_of(*members: tarfile.TarInfo) -> Any:
+    """A client of S3 whose every file is an archive of `members`, each with the bytes b"x" if it is a file."""
+
+    def download(bucket: str, key: str, path: str) -> None:
+        with tarfile.open(path, "w:gz") as tar:
+            for member in members:
+                tar.addfile(member, io.BytesIO(b"x") if member.size else None)
+
+    return types.SimpleNamespace(download_file=download)
+
+
+def entry(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, int(kind == tarfile.REGTYPE), "/etc/passwd"
+    return member
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [entry("../out"), entry("/out"), entry("a/../../out"), entry("link", tarfile.SYMTYPE), entry("fifo", tarfile.FIFOTYPE)],
+    ids=lambda member: member.name,
+)  # fmt: skip
+def test_a_fetched_archive_cannot_leave_its_folder(wrong, tmp_path):
+    good = [entry("unet", tarfile.DIRTYPE), entry("unet/weights")]
+    launch_sagemaker.fetch_model(archive_of(*good), "s3://bucket/model.tar.gz", tmp_path / "good")
+    assert (tmp_path / "good/unet/weights").read_bytes() == b"x"
+    with pytest.raises(UserError, match="is no plain file"):
+        launch_sagemaker.fetch_model(archive_of(wrong), "s3://bucket/model.tar.gz", tmp_path / "bad")
+    assert not list(tmp_path.rglob("out"))

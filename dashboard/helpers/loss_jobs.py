@@ -15,6 +15,8 @@ from helpers.run_files import best_checkpoint, read_settings
 from helpers.run_list import find_runs
 from t2i.errors import UserError
 from t2i.evaluation import image_losses
+from t2i.pictures import cells
+from t2i.pictures.png import student_steps
 
 ABOUT = (
     "A model that was trained on these pictures finds wrong captions: where a caption says something else than the picture "
@@ -81,9 +83,10 @@ def measured_losses(runs: dict[str, Path]) -> dict[str, image_losses.Losses]:
 
 
 def models_of(runs: dict[str, Path]) -> dict[str, str]:
-    """Return the best checkpoint of each run of a denoiser."""
+    """Return the best checkpoint of each run of a denoiser but of students, which did not learn from images."""
     denoisers = find_runs()
-    best = {name: best_checkpoint(run) for name, run in runs.items() if name in denoisers}
+    teachers = [name for name, run in runs.items() if name in denoisers and not student_steps(cells.schedule_of(run))]
+    best = {name: best_checkpoint(runs[name]) for name in teachers}
     return {name: checkpoint for name, checkpoint in best.items() if checkpoint}
 
 

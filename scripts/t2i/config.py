@@ -342,8 +342,9 @@ class DistillConfig(TrainConfig):
     # Number of further pictures of the teacher, for captions of validation images, on which the error is measured.
     validation_images: Count = 64
     # Updates of a tiny decoder, which learns to decode as the autoencoder does and replaces it in the student's pipeline.
-    # With 0, keep the autoencoder.
-    decoder_steps: Natural = 1500
+    # With 0, keep the autoencoder. With None, 1500 for autoencoders with 64 or more channels at their finest level, and 0
+    # for smaller ones, whose decoders are small already.
+    decoder_steps: Natural | None = None
     decoder_learning_rate: Positive = 5e-3  # Peak learning rate of the tiny decoder.
     num_train_epochs: Positive = 4.0  # Number of passes over the steps of all trajectories, if max_train_steps is None.
     train_batch_size: Count = 16  # Number of steps of trajectories per process and weight update.

@@ -104,6 +104,8 @@ def load_part(
                         local_files_only=cached,
                     )
                 raise OSError("it holds no vocabulary: no tokenizer.json, nor vocab.json and merges.txt")
+            if isinstance(model, torch.nn.Module) and any(weight.is_meta for weight in model.parameters()):
+                raise OSError(f"its weights are not those of {cls.__name__}")
             if os.path.isdir(path) and hasattr(model, "register_to_config"):
                 model.register_to_config(_name_or_path="")  # A local path must not be published.
             return model

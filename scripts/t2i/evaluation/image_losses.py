@@ -123,7 +123,7 @@ def measure(
     state = read_json(run / "run.json")
     if state.get("student"):
         raise UserError(
-            f"{run} is a student, which learnt from its teacher's drawings; measure the losses of its teacher"
+            f"{run} is a student, which learnt from its teacher's pictures; measure the losses of its teacher"
         )
     identity = state.get("identity") or {}
     cache_dir = str(settings.get("cache_dir") or DataConfig().cache_dir)

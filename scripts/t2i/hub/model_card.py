@@ -240,6 +240,7 @@ def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: di
         encoder += f"{_text(text.get('max_position_embeddings'))} × {_text(text.get('hidden_size'))}"
     side = recipe.data.resolution
     factor = 2 ** (len(vae.get("block_out_channels") or []) - 1) if vae.get("block_out_channels") else None
+    is_tiny = vae.get("_class_name") == "AutoencoderTiny"
     latents = f"{side // factor} × {side // factor} × {_text(vae.get('latent_channels'))}" if factor else NOT_MEASURED
     noise = f"{recipe.unet.beta_schedule}, {recipe.unet.prediction_type}"
     noise += ", zero-terminal SNR" if recipe.unet.rescale_betas_zero_snr else ""
@@ -247,7 +248,8 @@ def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: di
     return {
         "Architecture": architecture + origin,
         "Text Encoder": f"{encoder} — frozen",
-        "VAE": _vae_origin(recipe, vae_run),
+        "VAE": _vae_origin(recipe, vae_run)
+        + ("; this pipeline holds a tiny one, distilled from it" if is_tiny else ""),
         "Noise Scheduler": f"DDPM (training) · {_text(sampler)} (inference); {_text(noise)}",
         "Image Resolution": f"{side} × {side} px",
         "Latent Space": latents,

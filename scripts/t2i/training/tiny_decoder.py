@@ -33,11 +33,17 @@ from t2i.training.muon import Muon
 
 BLOCKS = 3  # Residual blocks of each level but the finest, which has one, as in TAESD.
 LEAST_CHANNELS = 32
+STEPS = 1500  # Updates for an autoencoder that is at least twice as wide. The decoders of others are small already.
 BATCH = 8  # Pictures of an update.
 PICTURES = 4096  # At most so many pictures are kept in memory.
 DETAIL = 3.0  # Weight of `detail_error`.
 WARMUP = 20  # Updates in which the learning rate rises.
 _WEIGHTS = -2  # In place of a sample's number, it seeds the first weights.
+
+
+def default_steps(vae: AutoencoderKL) -> int:
+    """Return the number of updates of a tiny decoder for a VAE, or 0 if it would save no time."""
+    return STEPS if vae.config.block_out_channels[0] >= 2 * LEAST_CHANNELS else 0
 
 
 def build_tiny(vae: AutoencoderKL, seed: int) -> AutoencoderTiny:
@@ -71,7 +77,8 @@ def cache_tiny(
 ) -> tuple[AutoencoderTiny, float]:
     """Return a tiny autoencoder for a VAE, from the cache or newly trained, and its PSNR to the VAE's pictures in dB.
 
-    A training that was killed starts anew. It takes one to two minutes.
+    A training that was killed starts anew. It takes a minute at 64 px, and longer on larger pictures. Processes that call
+    this function together train once: the others wait for the folder's lock, outside of any collective operation.
 
     Args:
         vae: the VAE, on the device that trains.
@@ -92,10 +99,15 @@ def cache_tiny(
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
             say(f"reusing the tiny decoder in {folder}")
-            tiny = load_part(AutoencoderTiny, str(folder), "vae")
-            return tiny, float(read_object(folder / "psnr.json")["psnr_db"])
+            try:
+                tiny = load_part(AutoencoderTiny, str(folder), "vae")
+                return tiny, float(read_object(folder / "psnr.json")["psnr_db"])
+            except (UserError, KeyError):
+                raise UserError(f"the cache folder {folder} is damaged; delete the folder and run again") from None
         tiny = build_tiny(vae, config.seed).to(vae.device)
-        train(tiny, latents[:PICTURES], decode(vae, latents[:PICTURES]), config, in_bf16)
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=in_bf16):
+            decoded = decode(vae, latents[:PICTURES])
+        train(tiny, latents[:PICTURES], decoded, config, in_bf16)
         wanted, made = decode(vae, unseen), decode(tiny, unseen)
         decibels = float(psnr(to_pixels(made), to_pixels(wanted)).mean())
         part = folder.with_name(f".{folder.name}.part")
@@ -131,7 +143,7 @@ def train(
     Raises:
         UserError: the loss is non-finite.
     """
-    steps, device = config.decoder_steps, tiny.device
+    steps, device = config.decoder_steps or 0, tiny.device
     last = {f"{name}.layers.{len(getattr(tiny, name).layers) - 1}." for name in ("encoder", "decoder")}
     edges = ("encoder.layers.0.", "decoder.layers.0.", *sorted(last))
     optimizer = Muon(tiny.named_parameters(), edges, lr=config.decoder_learning_rate, weight_decay=0.0)
