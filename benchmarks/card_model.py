@@ -62,17 +62,12 @@ def save_card_student(folder: Path, teacher: Path) -> Path:
     """
     if (folder / "model_index.json").is_file():
         return folder
-    from diffusers import DDIMScheduler
-
     from t2i.pictures import sampling
-    from t2i.pictures.png import STUDENT
     from t2i.training.tiny_decoder import build_tiny
 
     pipeline = sampling.load_pipeline(teacher)
     pipeline.register_modules(vae=build_tiny(pipeline.vae, 0))
-    spread = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **spread)
-    pipeline.scheduler.register_to_config(**{STUDENT: 4})
+    pipeline.scheduler = sampling.student_scheduler(pipeline.scheduler.config, 4)
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 

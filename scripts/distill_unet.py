@@ -217,11 +217,9 @@ def load_teacher(
     Raises:
         UserError: the teacher cannot be loaded, is a student itself, or draws pictures of another size.
     """
-    from diffusers import DDIMScheduler
-
     from t2i import models
     from t2i.pictures import sampling
-    from t2i.pictures.png import STUDENT, student_steps
+    from t2i.pictures.png import student_steps
     from t2i.training import tiny_decoder
 
     config = recipe.distill
@@ -238,9 +236,7 @@ def load_teacher(
     config.guidance_scale = choose_scale(recipe, run)
     if config.decoder_steps is None:
         config.decoder_steps = tiny_decoder.default_steps(pipeline.vae)
-    further = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
-    scheduler = DDIMScheduler.from_config(schedule, **further)
-    scheduler.register_to_config(**{STUDENT: config.num_inference_steps})
+    scheduler = sampling.student_scheduler(schedule, config.num_inference_steps)
     frozen = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
     input_hashes = {
         "dataset_hash": splits.fingerprint,
@@ -284,8 +280,8 @@ def start_run(
         drawn = {"num_inference_steps": config.num_inference_steps, "guidance_scale": 1.0}
         run.save(student={**drawn, "distilled_guidance_scale": config.guidance_scale})
         write_json(run.folder / "provenance.json", denoiser.provenance(recipe, input_hashes))
-        # The tiny autoencoder is saved when it is trained.
-        denoiser.save_frozen(run, {**frozen, "vae": None} if config.decoder_steps else frozen, scheduler)
+        kept = {name: model for name, model in frozen.items() if name != "vae" or not config.decoder_steps}
+        denoiser.save_frozen(run, kept, scheduler)  # A tiny autoencoder is saved when it is trained.
     accelerator.wait_for_everyone()
 
 

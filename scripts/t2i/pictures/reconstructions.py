@@ -227,9 +227,8 @@ def reconstruct(vae: Any, images: np.ndarray, batch_size: int = 32) -> tuple[np.
         for start in range(0, len(images), batch_size):
             pixels = to_pixels(images[start : start + batch_size]).to(vae.device)
             encoded = vae.encode(pixels)
-            latents = (
-                encoded.latents if "latents" in encoded else encoded.latent_dist.mean
-            )  # A tiny one has no posterior.
+            # A tiny autoencoder has no posterior.
+            latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mean
             decoded = vae.decode(latents).sample.float().clamp(-1, 1)
             psnr, ssim = metrics.psnr(decoded, pixels), metrics.ssim(decoded, pixels)
             parts.append((to_images(decoded), psnr.cpu().numpy(), ssim.cpu().numpy()))

@@ -24,6 +24,7 @@ from t2i.pictures import engines
 from t2i.pictures.png import (  # noqa: F401 - other modules import them from here
     PRESETS,
     SCHEDULERS,
+    STUDENT,
     cut_prompt,
     guided_steps,
     picture_grid,
@@ -225,6 +226,19 @@ def make_scheduler(name: str, config: Any, num_inference_steps: int | None = Non
     # classes clip by default.
     unclipped = "clip_sample" not in config and "clip_sample" in inspect.signature(cls.__init__).parameters
     return cls.from_config(config, **({"clip_sample": False} if unclipped else {}))
+
+
+def student_scheduler(config: Any, steps: int) -> DDIMScheduler:
+    """Return the scheduler of a student, with the noise schedule of its teacher.
+
+    Args:
+        config: config of the teacher's scheduler.
+        steps: number of steps in which the student draws. They are spread evenly from pure noise to the picture.
+    """
+    spread = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    scheduler = DDIMScheduler.from_config(config, **spread)
+    scheduler.register_to_config(**{STUDENT: steps})
+    return scheduler
 
 
 def generate(

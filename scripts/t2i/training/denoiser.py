@@ -28,8 +28,8 @@ def provenance(recipe: Recipe, input_hashes: dict[str, str]) -> dict[str, Any]:
 
 
 def save_frozen(run: RunFolder, frozen: dict[str, Any], scheduler: Any) -> None:
-    """Save the models that the training leaves as they are, and the scheduler, in the run's pipeline. A VAE may be None."""
-    for name in ("vae", "text_encoder", "tokenizer") if frozen["vae"] else ("text_encoder", "tokenizer"):
+    """Save the models that the training leaves as they are, and the scheduler, in the run's pipeline."""
+    for name in {"vae", "text_encoder", "tokenizer"} & set(frozen):
         frozen[name].save_pretrained(run.folder / "pipeline" / name)
     scheduler.save_pretrained(run.folder / "pipeline" / "scheduler")
 
