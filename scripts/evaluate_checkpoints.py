@@ -135,12 +135,12 @@ def main() -> None:
     memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
     study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
-        sweep, sweep_results, readings = draw_sweep(study, checkpoints, folder)
+        sweep, sweep_results = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale).best
 
     # report
     with state.timed("report"):
-        prompts, pictures, figures = draw_report(study, best)
+        prompts, pictures, figures, readings = draw_report(study, best)
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
         "guidance_scale": best["guidance_scale"],
@@ -156,8 +156,9 @@ def main() -> None:
         "prompt_following_seen": following_of(pictures, prompts, classifier, False),
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, best["guidance_scale"]),
     }
-    results: dict[str, Any] = {"report": report, "cells": sweep_results, "prompts": prompts.texts, "sweep": sweep}
-    results |= {"readings": readings[sweep_results.index(best)], "verdict": make_verdict(results)}
+    results: dict[str, Any] = {"report": report, "cells": sweep_results, "sweep": sweep}
+    seeds = report_seeds(config, len(prompts.texts))
+    results |= {"prompts": prompts.texts, "seeds": seeds, "readings": readings, "verdict": make_verdict(results)}
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
     if trained.report_to == "mlflow":
@@ -202,12 +203,10 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
     return settings | preset._asdict() if config.preset else settings
 
 
-def draw_sweep(
-    study: Study, checkpoints: list[str], folder: Path
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[list[dict[str, Any]]]]:
+def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and measure each checkpoint at each guidance scale.
 
-    Return what was drawn, a result per pair of checkpoint and guidance scale, and the pair's `read_pictures`.
+    Return what was drawn, and a result per pair of checkpoint and guidance scale.
     """
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
@@ -220,34 +219,45 @@ def draw_sweep(
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
     results: list[dict[str, Any]] = []
-    readings: list[list[dict[str, Any]]] = []
     for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
         pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
         keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
         features = judged_features(study, pictures)
         figures = measure(study, pictures, features, prompts)
-        readings.append(read_pictures(study, pictures, features, prompts))
         grid = f"grid-{checkpoint}-{scale:g}.png"
         save_grid(pictures, folder / grid)
         val_loss = logged_loss(study.run, checkpoint)
         results.append(
             {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
         )
-    return sweep, results, readings
+    return sweep, results
 
 
-def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarray, dict[str, Any]]":
-    """Draw and measure the best pair of checkpoint and guidance scale, on prompts and seeds that the sweep did not use."""
+def report_seeds(config: EvaluateConfig, count: int) -> list[int]:
+    """Return the seeds of the reported pictures, which the sweep does not use."""
+    return [config.eval_seed + REPORT_SEED + number for number in range(count)]
+
+
+def draw_report(
+    study: Study, best: dict[str, Any]
+) -> "tuple[Prompts, np.ndarray, dict[str, Any], list[dict[str, Any]]]":
+    """Draw and measure the best pair of checkpoint and guidance scale, on prompts and seeds that the sweep did not use.
+
+    The pictures are kept for the dashboard. Return the prompts, the pictures, their figures and their `read_pictures`.
+    """
     config = study.recipe.evaluate
     count, seed = config.report_prompts, config.eval_seed + 1
     prompts = make_prompts(study.kind, study.splits, study.recipe, count, seed, config.sweep_prompts)
     checkpoint, scale = study.run / best["checkpoint"], best["guidance_scale"]
-    pictures = draw(checkpoint, prompts, scale, study.preset, config, config.eval_seed + REPORT_SEED)
+    seeds = report_seeds(config, len(prompts.texts))
+    pictures = draw(checkpoint, prompts, scale, study.preset, config, seeds[0])
+    settings = study.preset._asdict() | {"guidance_scale": scale, "guidance_rescale": config.guidance_rescale}
+    keep(study.run, best["checkpoint"], pictures, {**settings, "prompts": prompts.texts, "seeds": seeds})
     features = judged_features(study, pictures)
     figures = measure(study, pictures, features, prompts)
     if features is not None:
         figures["judge"] = compare(study, pictures, features, prompts, figures)
-    return prompts, pictures, figures
+    return prompts, pictures, figures, read_pictures(study, pictures, features, prompts)
 
 
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
@@ -537,7 +547,7 @@ def load(checkpoint: Path, engine: str) -> Any:
 
 
 def keep(run: Path, checkpoint: str, pictures: "np.ndarray", drawn: dict[str, Any]) -> None:
-    """Store the pictures of a sweep as cells of the dashboard's grids, so that the dashboard need not draw them."""
+    """Store drawn pictures as cells of the dashboard's grids, so that the dashboard need not draw them."""
     from t2i.pictures import cells
 
     made = [
@@ -673,7 +683,7 @@ def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any,
     from t2i.tracking.mlflow_tracker import Tracker
 
     pairs = []
-    for planned in report.wall_cells(run, results) if len(train) > 1 else ():
+    for planned, _ in report.wall_pictures(run, results) if len(train) > 1 else ():
         drawn = cells.read_cell(planned.run, planned.model_hash, planned.cell) if planned.made else None
         if drawn is None:
             continue

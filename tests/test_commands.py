@@ -16,7 +16,6 @@ from PIL import Image
 import run_recipe
 from conftest import SCRIPTS, TINY
 from t2i.data import flowers
-from t2i.evaluation.verdict import is_setting
 from t2i.pictures import cells
 
 # The help of launch_local.py is accelerate's own, which imports torch.
@@ -134,10 +133,9 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     best = results["verdict"]["best"]
     assert {key: best[key] for key in ("checkpoint", "guidance_scale")}.items() <= results["report"].items()
     assert "- **Best setting**: Of 4 pairs of checkpoint and guidance scale, checkpoint-" in card.content
-    (cell,) = (cell for cell in results["cells"] if is_setting(cell, best["checkpoint"], best["guidance_scale"]))
     read = [{name: one["wanted"] == one["read"] for name, one in reading.items()} for reading in results["readings"]]
     shares = {name: np.mean([one[name] for one in read]) for name in flowers.ATTRIBUTES}
-    assert shares == {name: cell["prompt_following"][name] for name in shares}
+    assert shares == {name: results["report"]["prompt_following"][name] for name in shares}
     assert not (workspace / "unet/evaluation/report.html").exists()
     before = (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns
     again = command("evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset",
@@ -145,7 +143,8 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     assert "reusing the finished evaluation" in again.stdout
     assert (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns == before
     page = (workspace / "unet/evaluation/report.html").read_text()
-    assert page.count("<img") == 4 + 3 * 4 + 2 * 4  # the wall, a grid for three of four prompts, and pairs
+    assert page.count("<img") == 6 + 3 * 4 + 2 * 6  # The wall, a grid for three of four prompts, and pairs.
+    assert "measured on 6 pictures, of which 6 are shown" in page
     assert "Pictures nearest to training images" in page
     tracked = [path for path in workspace.rglob("report.html") if path.parent.name != "evaluation"]
     assert tracked

@@ -29,7 +29,7 @@ from test_compare import EVIL, grid_of, show
 from test_evaluation_wall import evaluated_run
 
 CHECKPOINT = "checkpoint-000010"
-MOST_REENTRIES = 6
+MOST_REENTRIES = 5
 PAGE = ("dashboard/views/compare.py", "main")
 LAST = "picture_grid"
 Function = tuple[str, str]  # file below the repository's root, qualified name

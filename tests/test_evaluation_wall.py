@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from t2i.evaluation.verdict import TOPICS, make_verdict
+from t2i.pictures import cells
 from test_compare import EVIL, PROMPTS, SCALES, component, grid_of, make_run, show, warnings
 from test_verdict import evaluation, result
 
@@ -86,19 +88,52 @@ def test_an_evaluation_without_figures_and_several_runs(tmp_path):
 def test_a_click_on_the_wall_shows_its_prompt_in_the_grid(tmp_path, monkeypatch):
     evaluated_run(tmp_path / "outputs" / "one")
     app = show()
-    module = sys.modules["helpers.evaluation_wall"]
-    state = {"_wall": SimpleNamespace(chosen={"row": 1})}
+    module, tabs = (
+        sys.modules["helpers.evaluation_wall"],
+        [(PROMPTS[0], 7, f"1. {PROMPTS[0]}"), (EVIL, 8, f"2. {EVIL}")],
+    )
+    state = {"_wall": SimpleNamespace(chosen={"row": 1}), "tabs": "sample"}
     monkeypatch.setattr(module.st, "session_state", state)
-    module.take_clicked_prompt([f"1. {PROMPTS[0]}", f"2. {EVIL}"])
+    module.take_clicked_prompt(tabs)
     for wrong in ({"row": 9}, {"row": "1"}, None):
-        module.take_clicked_prompt.__globals__["st"].session_state["_wall"] = SimpleNamespace(chosen=wrong)
-        module.take_clicked_prompt(["another"])
+        state["_wall"] = SimpleNamespace(chosen=wrong)
+        module.take_clicked_prompt(tabs)
+    assert state["tab"] == f"2. {EVIL}"
+    state["_wall"] = SimpleNamespace(chosen={"row": 0})
+    module.take_clicked_prompt([("a reported flower", 1_000_007, None)])
+    assert "tab" not in state
+    assert (state["tabs"], state["prompt"], state["seed"]) == ("none", "a reported flower", "1000007")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert state["tab"] == f"2. {EVIL}"
-    app.session_state["tab"] = state["tab"]
+    app.session_state["tab"] = f"2. {EVIL}"
     app.run()
     assert EVIL in grid_of(app)["cells"][0]["alt"]
+    for name in ("tabs", "prompt", "seed"):
+        app.session_state[name] = state[name]
+    app.run()
+    assert not warnings(app)
+    assert "a reported flower" in grid_of(app)["cells"][0]["alt"]
+
+
+def test_the_wall_shows_the_reported_pictures_some_all_or_those_with_a_miss(tmp_path):
+    prompts = [f"flower {number}" for number in range(100)]
+    reported = {"prompts": prompts, "seeds": list(range(1000, 1100)), "readings": READINGS * 50}
+    run = evaluated_run(tmp_path / "outputs" / "one", **reported)
+    assert not component(show(), "gallery")  # None of them is in the run folder.
+    made = [cells.Cell(prompt, seed=seed, guidance_scale=3.0, num_inference_steps=4, scheduler="DDIMScheduler")
+            for prompt, seed in zip(prompts, reported["seeds"], strict=True)]  # fmt: skip
+    checkpoint = "checkpoint-000020"
+    pictures = np.zeros((100, 8, 8, 3), np.uint8)
+    cells.save_cells(run, checkpoint, cells.weights_hash(run / checkpoint), made, pictures)
+    app = show()
+    shown = component(app, "gallery")["pictures"]
+    assert len(shown) == 64
+    assert all(picture["source"] for picture in shown)
+    assert (shown[0]["caption"], shown[-1]["caption"]) == ("flower 0", "flower 98")
+    for choice, rows in (("all", list(range(100))), ("misses", list(range(1, 100, 2)))):
+        app.session_state["wall"] = choice
+        app.run()
+        assert [picture["row"] for picture in component(app, "gallery")["pictures"]] == rows
 
 
 def test_the_report_is_offered_if_it_lies_in_the_run_folder(tmp_path):

@@ -58,15 +58,20 @@ def test_the_judge_chooses_and_the_runner_up_is_named():
     assert best["is_clear"] is True
 
 
-def test_prompt_following_decides_within_a_standard_error():
-    close = [result(10, 3.0, 12.0, 0.50), result(20, 1.5, 15.0, 0.55), result(20, 3.0, 99.0, 1.0)]
+def test_prompt_following_decides_among_distances_that_chance_explains():
+    close = [result(10, 3.0, 12.0, 0.50), result(20, 1.5, 23.0, 0.55), result(20, 3.0, 99.0, 1.0)]
     text = said(evaluation(close), "best")
     assert "checkpoint-000020 at guidance scale 1.5 is the best" in text
-    assert "2 pairs lie within the standard error of the lowest kernel distance to real images (12.0 ± 4.0)" in text
+    assert (
+        "2 pairs lie no farther than chance explains from the lowest kernel distance to real images (12.0 ± 4.0)"
+        in text
+    )
     assert "Among them, prompt following chose it: 55.0% (higher is better)" in text
     assert "Chance alone explains a difference of up to" in text
     close[1] = result(20, 1.5, 15.0, 0.9)
     assert "is larger than chance explains" in said(evaluation(close), "best")
+    close[1] = result(20, 1.5, 23.2, 0.9)  # Chance explains a difference of 11.1.
+    assert "The kernel distance to real images chose it: 12.0" in said(evaluation(close), "best")
 
 
 def test_colors_like_those_of_photos_decide_among_distances_that_chance_explains():

@@ -206,11 +206,26 @@ def take_own_prompt(offer: Offer) -> None:
     state = st.session_state
     prompt = state["_own_prompt"].strip()
     if prompt:
-        for key in AXIS_KEYS:
-            if state.get(key) == "sample":
-                state[key] = "none" if key == "tabs" else "prompt"
+        remove_samples()
         show_by_best(offer, prompt)
         state["_reset"] = {"seed"}
+
+
+def remove_samples() -> None:
+    """Take the evaluated prompts from the axes. Rows or columns get the prompt as their axis."""
+    state = st.session_state
+    for key in AXIS_KEYS:
+        if state.get(key) == "sample":
+            state[key] = "none" if key == "tabs" else "prompt"
+
+
+def show_sample(prompt: str, seed: int) -> None:
+    """Show a prompt with a seed in the grid, by the checkpoints and guidance scales that the grid shows now."""
+    state = st.session_state
+    remove_samples()
+    state.update(prompt=prompt, seed=str(seed))
+    for name in ("tab", "page"):
+        state.pop(name, None)
 
 
 def vary_seeds_and_scales(offer: Offer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 from PIL import Image
 
-from helpers.drawing_jobs import GridJob, expected_seconds, running_job
+from helpers.drawing_jobs import GridJob, expected_seconds
 from helpers.grid_choice import AXES, BEST, LAST, Grid
 from helpers.page_links import playground_link
 from helpers.page_texts import escape, warn
@@ -26,14 +26,24 @@ TEXTS = ("prompt", "sample")  # axes whose values are prompts, which every pictu
 TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
 
 
-def show_grid(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell]) -> None:
-    """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures."""
+def show_grid(
+    grid: Grid,
+    planned: Sequence[cells.PlannedCell],
+    missing: Sequence[cells.PlannedCell],
+    running: GridJob | None,
+) -> None:
+    """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures.
+
+    Args:
+        running: the job of this server that draws the grid, which this session perhaps does not watch yet.
+    """
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
         if job is st.session_state.get("_started"):  # by this session: another one may still watch the job
             job.stopped.set()
         job = None
-    if job is None and (job := running_job(grid)) is not None:  # the page was loaded again
+    if job is None and running is not None:  # The page was loaded again.
+        job = running
         st.session_state["_job"] = (grid, job)
     if job is not None and job.finished.is_set():
         if job.error:

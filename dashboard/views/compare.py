@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 from helpers.charts import curves_chart
+from helpers.drawing_jobs import running_job
 from helpers.evaluation_wall import show_best, show_verdict
 from helpers.folder_curves import folder_curves
 from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
@@ -76,7 +77,7 @@ def main() -> None:
                 warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
                 grid = choose_grid(offer)
                 planned = grid.plan()
-                show_grid(grid, planned, cells.missing(planned))
+                show_grid(grid, planned, cells.missing(planned), running_job(grid))
             except UserError as error:
                 warn(error)
     with right:

@@ -146,12 +146,11 @@ def _verdict(evaluation: Mapping[str, Any]) -> Iterator[Html]:
 
 def _wall(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> Iterator[Html]:
     yield tag("h2", "Pictures at the best setting")
-    readings = evaluation.get("readings") or []
     shown = []
-    for number, planned in enumerate(wall_cells(run, evaluation)[:WALL_PICTURES]):
+    for planned, reading in _spread(wall_pictures(run, evaluation), WALL_PICTURES):
         image = _image(planned, side, kind)
         if image:
-            right, wrong = outcome(readings[number] if number < len(readings) else None)
+            right, wrong = outcome(reading)
             words = [tag("div", _text(planned.cell.prompt))]
             words += [tag("div", f"✓ {_text(', '.join(right))}", class_="right")] if right else []
             words += [tag("div", f"✗ {_text('; '.join(wrong))}", class_="wrong")] if wrong else []
@@ -159,8 +158,14 @@ def _wall(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> Ite
     if not shown:
         yield tag("p", "The pictures of this evaluation are not in the run folder.")
         return
-    note = "An outline marks a picture that misses something of its prompt. " if readings else ""
-    yield tag("p", f"{note}The setting was chosen on these pictures. The shares above were measured on other pictures.")
+    notes = ["An outline marks a picture that misses something of its prompt."] if evaluation.get("readings") else []
+    if "seeds" in evaluation:
+        notes.append(
+            f"The shares above were measured on {len(evaluation['seeds'])} pictures, of which {len(shown)} are shown."
+        )
+    else:
+        notes.append("The setting was chosen on these pictures. The shares above were measured on other pictures.")
+    yield tag("p", " ".join(notes))
     yield tag("div", *shown, class_="wall")
 
 
@@ -285,10 +290,10 @@ def _tables(run: Path, evaluation: Mapping[str, Any]) -> Iterator[Html]:
 # --- Parts -----------------------------------------------------------------------------------------------------------
 
 
-def wall_cells(run: Path, evaluation: Mapping[str, Any]) -> list[cells.PlannedCell]:
-    """Return the planned cells of the evaluated prompts at the best setting. Without an evaluated grid there are none."""
+def wall_pictures(run: Path, evaluation: Mapping[str, Any]) -> list[tuple[cells.PlannedCell, Any]]:
+    """Return `cells.best_pictures` of a run. Without an evaluated grid there are none."""
     evaluated = cells.evaluated_grid(run)
-    return cells.best_cells(run, evaluated, evaluation.get("report")) if evaluated else []
+    return cells.best_pictures(run, evaluated, evaluation) if evaluated else []
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:

@@ -45,14 +45,14 @@ class Choice:
 def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Choice:
     """Choose the best checkpoint and guidance scale of a sweep.
 
-    The judge's kernel distance chooses the best checkpoint and scale. Distances of photos fall as guidance grows, while
-    colors become glaring. So among the pairs whose distance is not measurably higher than the lowest, the share of clipped
-    colors decides: the nearest to that of real images is the best.
+    The judge narrows the choice to the pairs whose kernel distance is not measurably higher than the lowest. Among them,
+    the colors of photos decide. Distances of photos fall as guidance grows, while colors become glaring. So the best pair
+    has the share of clipped colors that is nearest to that of real images. Drawings have no such share. Among their pairs,
+    prompt following (or else the CLIP score) decides, and then the later checkpoint. Without either, the lowest distance
+    decides.
 
-    Drawings have no such share. Among their pairs within a standard error of the lowest distance, prompt following (or
-    else the CLIP score) decides, and then the later checkpoint. Without a judge, only prompt following or the CLIP score
-    chooses the best pair. If nothing was measured, the result has the guidance scale nearest to the recipe's, and the
-    checkpoint with the lowest validation loss.
+    Without a judge, only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has
+    the guidance scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
 
     Args:
         sweep_results: figures of each pair of checkpoint and guidance scale, at least one pair.
@@ -60,19 +60,14 @@ def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Ch
     """
     close, lowest = list(sweep_results), None
     if sweep_results[0]["judge"]:
-        near = sorted(sweep_results, key=lambda result: float(result["judge"]["kernel_distance"]))
-        if all(result.get("clipped") for result in near):
-            alike = [result for result in near if _distance(result) - _distance(near[0]) <= _chance(result, near[0])]
-            alike.sort(key=lambda result: abs(result["clipped"]["pictures"] - result["clipped"]["real"]))
-            if len(alike) == 1:
-                return Choice(near[0], DISTANCE, near[1:])
-            return Choice(alike[0], CLIPPED, alike[1:], near[0])
-        limit = near[0]["judge"]["kernel_distance"] + near[0]["judge"]["standard_error"]
-        close = [result for result in sweep_results if result["judge"]["kernel_distance"] <= limit]
-        is_scored = bool(close[0]["prompt_following"] or close[0]["clip_score"])
-        if len(close) == 1 or not is_scored:
-            return Choice(near[0], DISTANCE, near[1:])
+        near = sorted(sweep_results, key=_distance)
         lowest = near[0]
+        close = [result for result in near if _distance(result) - _distance(lowest) <= _chance(result, lowest)]
+        if len(close) > 1 and all(result.get("clipped") for result in near):
+            close.sort(key=lambda result: abs(result["clipped"]["pictures"] - result["clipped"]["real"]))
+            return Choice(close[0], CLIPPED, close[1:], lowest)
+        if len(close) == 1 or not (lowest["prompt_following"] or lowest["clip_score"]):
+            return Choice(lowest, DISTANCE, near[1:])
     if close[0]["prompt_following"] or close[0]["clip_score"]:
         ranked = sorted(
             close,
@@ -276,9 +271,9 @@ def _best(
     if choice.lowest:
         judged = choice.lowest["judge"]
         distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}"
-        near = "no farther than chance explains from" if choice.key == CLIPPED else "within the standard error of"
         sentences.append(
-            f"{len(choice.rivals) + 1} pairs lie {near} the lowest kernel distance to real images ({distance})."
+            f"{len(choice.rivals) + 1} pairs lie no farther than chance explains from the lowest kernel distance to real "
+            f"images ({distance})."
         )
     value, other = _value(best, choice.key), _value(choice.rivals[0], choice.key)
     among = "Among them, " if choice.lowest else ""

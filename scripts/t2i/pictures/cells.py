@@ -855,17 +855,30 @@ class EvaluatedGrid:
         return self.checkpoints, self.guidance_scales, self.samples
 
 
-def best_cells(run: Path, evaluated: EvaluatedGrid, report: Any) -> list[PlannedCell]:
-    """Plan the pictures of all evaluated prompts at the checkpoint and guidance scale that the evaluation chose.
+def best_pictures(run: Path, evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> list[tuple[PlannedCell, Any]]:
+    """Plan the pictures of an evaluation at the checkpoint and guidance scale that it chose, with what was read in each.
+
+    These are the reported pictures, whose shares the verdict states. Evaluations of earlier versions have no seeds of
+    them, so their pictures are those of the sweep.
 
     Args:
-        report: "report" in evaluation.json. If it names no usable pair, there are no pictures.
+        evaluation: content of evaluation.json. If it names no usable pair, there are no pictures.
+
+    Returns:
+        The planned cell of each picture, and its entry of "readings": {"wanted": ..., "read": ...} per attribute, or None.
     """
     try:
+        report, samples = evaluation["report"], evaluated.samples
+        if "seeds" in evaluation:
+            pairs = zip(evaluation["prompts"], evaluation["seeds"], strict=True)
+            samples = Axis("sample", tuple((str(prompt), int(seed)) for prompt, seed in pairs))
         cell = replace(evaluated.cell, guidance_scale=float(report["guidance_scale"]))
-        return plan(run, str(report["checkpoint"]), cell, [evaluated.samples])
+        planned = plan(run, str(report["checkpoint"]), cell, [samples])
     except (KeyError, TypeError, ValueError, UserError):
         return []
+    readings = evaluation.get("readings")
+    readings = readings if isinstance(readings, list) else []
+    return list(zip(planned, [*readings, *[None] * len(planned)], strict=False))
 
 
 def evaluated_grid(run: Path) -> EvaluatedGrid | None:
