@@ -80,7 +80,7 @@ def test_a_mean_takes_few_steps_and_only_runs_that_have_them():
 @settings(deadline=None)
 @given(st_.lists(st_.text(min_size=1, max_size=8), max_size=60, unique=True), st_.data())
 def test_runs_that_are_added_change_no_color(names, data):
-    from helpers.run_colors import COLORS, color_runs
+    from helpers.run_colors import COLORS, color_runs, repeats
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(st, "session_state", {})
@@ -90,6 +90,10 @@ def test_runs_that_are_added_change_no_color(names, data):
         assert before.items() <= after.items()
         first = color_runs(names[: len(COLORS)]) if not some else {}
         assert len(names) > len(COLORS) or len(set(after.values())) == len(names) >= len(first)
+        dotted = repeats(names)
+        assert {name for name in some if name in dotted} == repeats(some)
+        looks = {(color, name in dotted) for name, color in after.items()}
+        assert len(looks) == min(len(names), 2 * len(COLORS))  # Only from the 49th run on do two curves look alike.
 
 
 def test_every_color_is_seen_on_both_backgrounds():
@@ -148,6 +152,8 @@ def test_many_runs_keep_the_height_and_are_named_in_a_list(tmp_path):
     assert lines[3]["figures"] == "val_loss 3"
     scale = layers(app)[0]["encoding"]["color"]["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == {line["name"]: line["color"] for line in lines}
+    assert sum(line["dotted"] for line in lines) == 6  # of 30 runs in 24 colors
+    assert layers(app)[0]["encoding"]["strokeDash"]["scale"]["range"] == [[1, 0], [2, 2]]
     few = show("curves", runs="run07")
     assert {line["name"]: line["color"] for line in lines_of(few)}.keys() == {"run07"}
 

@@ -13,7 +13,7 @@ export default function ({ data, parentElement, setStateValue }) {
     const input = make("input", { type: "checkbox", name: line.name });
     input.checked = !hidden.has(line.name);
     input.onchange = () => { input.checked ? hidden.delete(line.name) : hidden.add(line.name); send(); };
-    const swatch = make("span", { class: line.dashed ? "swatch dashed" : "swatch", "aria-hidden": "true" });
+    const swatch = make("span", { class: `swatch ${line.dashed ? "dashed" : line.dotted ? "dotted" : ""}`, "aria-hidden": "true" });
     swatch.style.setProperty("--line", line.color);
     const words = make("span", { class: "name", dir: "auto", title: line.name }, line.name);
     const figures = make("span", { class: "figures" }, line.figures);

@@ -1,7 +1,7 @@
 """Make charts: curves over steps or hours, figures over a setting, and bars."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -19,6 +19,7 @@ LEGEND_LINES, LEGEND_ROW = (
     18,
 )  # most lines of a legend below a chart, and pixels per line; other names are at the pointer
 MANY_LINES = 12  # with more lines, each is thin and pale until the pointer meets it
+DOTS = [2, 2]  # pixels drawn and left out of a dotted line
 BASELINE = "#767676"  # color of the pinned run, visible on both backgrounds
 
 
@@ -29,6 +30,7 @@ class Look:
     groups: Mapping[str, str]  # What a run's color stands for: the run itself, or its value of a setting.
     colors: Mapping[str, str]  # CSS color per group.
     baseline: str = ""  # Run that is drawn dashed and gray, on top of all others.
+    repeats: frozenset[str] = frozenset()  # Groups whose color another group has. Their lines are dotted.
     is_averaged: bool = False  # Whether one line per group shows the mean of its runs, within a band of all.
 
 
@@ -108,7 +110,7 @@ def told_apart(drawn: Sequence[tuple[str, str, Curve]], x: str, log: bool, look:
         layers.append(wide.add_params(pointed))
     if base_rows := [one for one in drawn if one[0] == look.baseline]:
         frame = frame_of(base_rows).assign(group=look.baseline)
-        marked = base_of(frame, x, log, "value", look).encode(
+        marked = base_of(frame, x, log, "value", replace(look, repeats=frozenset())).encode(
             color=alt.ColorValue(BASELINE), tooltip=["run:N", "metric:N"]
         )
         layers.append(marked.mark_line(clip=True, strokeWidth=3, strokeDash=[7, 4]))
@@ -125,6 +127,10 @@ def base_of(frame: pd.DataFrame, x: str, log: bool, y: str, look: Look) -> alt.C
     }
     if frame["metric"].nunique() > 1 and "run" in frame:
         encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=alt.Legend(orient="top"))
+    elif look.repeats:
+        frame = frame.assign(repeats=frame["group"].isin(look.repeats))
+        dashes = alt.Scale(domain=[False, True], range=[[1, 0], DOTS])
+        encoding["strokeDash"] = alt.StrokeDash("repeats:N", scale=dashes, legend=None)
     return alt.Chart(frame).encode(**encoding)
 
 

@@ -67,7 +67,7 @@ def legend(data: dict[str, Any], key: str) -> list[str]:
 
     Args:
         data: content of the list. It has a `title`, and `lines` with a `name`, `color`, `figures` (words below the name),
-            and `dashed`. The names in its `hidden` are switched off.
+            `dashed` and `dotted`. The names in its `hidden` are switched off.
     """
     mount = st.components.v2.component(
         "legend", html='<div class="legend"></div>', css=_css(), js=_js("zoom.js", "legend.js")

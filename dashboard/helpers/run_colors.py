@@ -1,6 +1,7 @@
 """Give each run a color that stays the same, and color runs by a setting."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,15 +23,23 @@ def color_runs(names: Collection[str]) -> dict[str, str]:
     """Return a color per run.
 
     A run's name decides its color. If another run of this session has that color, the run gets the next free one, and keeps
-    it. So runs that are added change no color of others. Colors repeat from the 25th run on.
+    it. So runs that are added change no color of others. Colors repeat from the 25th run on: see `repeats`.
     """
     slots: dict[str, int] = st.session_state.setdefault("_colors", {})
     for name in sorted(set(names) - slots.keys()):
         first = int(hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(), 16) % len(COLORS)
         order = [(first + step) % len(COLORS) for step in range(len(COLORS))]
-        taken = set(slots.values())
-        slots[name] = next((slot for slot in order if slot not in taken), first)
+        times = Counter(slots.values())
+        slots[name] = min(order, key=lambda slot: times[slot])  # The first of the colors that the fewest runs have.
     return {name: COLORS[slots[name]] for name in names}
+
+
+def repeats(names: Collection[str]) -> frozenset[str]:
+    """Return the runs whose color a run before them has in this session. Their curves are dotted."""
+    firsts: dict[int, str] = {}
+    for name, slot in st.session_state.get("_colors", {}).items():
+        firsts.setdefault(slot, name)
+    return frozenset(names) - set(firsts.values())
 
 
 def color_values(values: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from helpers.components import legend
 from helpers.folder_curves import folder_curves
 from helpers.live_trainings import show_trainings
 from helpers.page_texts import escape, show_empty_state, show_no_runs, title_row
-from helpers.run_colors import color_runs, color_values, differing_settings, ordered
+from helpers.run_colors import color_runs, color_values, differing_settings, ordered, repeats
 from helpers.run_files import read_or_warn, read_settings, sweep_results
 from helpers.run_list import choose_runs, find_runs
 
@@ -288,9 +288,11 @@ def choose_look(runs: dict[str, Path | None]) -> dict[str, Any]:
     )
     if by in differing:
         groups, colors = differing[by], color_values(ordered(differing[by].values()))
+        dotted: frozenset[str] = frozenset()
     else:
         groups, colors = {name: name for name in runs}, color_runs(runs)
-    look = Look(groups, colors, baseline if baseline in runs else "", bool(is_averaged and by in differing))
+        dotted = repeats(runs)
+    look = Look(groups, colors, baseline if baseline in runs else "", dotted, bool(is_averaged and by in differing))
     return {"look": look, "setting": by if by in differing else ""}
 
 
@@ -387,7 +389,16 @@ def legend_lines(curves: dict[Key, Curve], options: dict[str, Any]) -> list[dict
         color = BASELINE if name == look.baseline else look.colors[name if look.is_averaged else look.groups[name]]
         order = (name != look.baseline, (mean is None, mean or 0.0) if "loss" in metric else (False, 0.0), name)
         lines.append(
-            (order, {"name": name, "color": color, "figures": " · ".join(parts), "dashed": name == look.baseline})
+            (
+                order,
+                {
+                    "name": name,
+                    "color": color,
+                    "figures": " · ".join(parts),
+                    "dashed": name == look.baseline,
+                    "dotted": name != look.baseline and name in look.repeats,
+                },
+            )
         )
     return [line for _, line in sorted(lines, key=lambda one: one[0])]
 
