@@ -18,7 +18,7 @@
 # make screenshots     save the dashboard's pages of the runs in outputs/, wide and narrow, light and dark, to outputs/screenshots
 # make lock            pin all packages again after a change of requirements (needs uv)
 # make prove-captions  kill captioning at random moments: no caption is lost or made twice
-# make prove-resume    kill training at random moments and resume it: it equals an undisturbed run
+# make prove-resume    kill trainings and resume them, and extend finished ones: they equal undisturbed trainings of that length
 # make prove-container build the Dockerfile's steps in a new root folder, train, stop and resume there (SIZE=1: only the image's size)
 # make prove-space     start a Space in an environment with only its own requirements, and draw
 # make load-dashboard  click through the dashboard in 20 sessions for two minutes: no error, bounded memory (ARGS="--outputs outputs")
@@ -127,6 +127,7 @@ prove-captions: $(READY)
 
 prove-resume: $(READY)
 	$(BIN)/python tests/prove_resume.py --kills 20
+	$(BIN)/python tests/prove_resume.py --extend --updates 400
 
 prove-container: $(READY)
 	$(BIN)/python tests/prove_container.py $(if $(call yes,$(SIZE)),--size)

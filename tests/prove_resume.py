@@ -1,7 +1,9 @@
 """Kill training at random moments, resume it, and compare everything with an undisturbed run.
 
-python tests/prove_resume.py --kills 20     (make prove-resume)
-python tests/prove_resume.py --extend       (a finished training of half the updates, extended, against one of all updates)
+python tests/prove_resume.py --kills 20
+python tests/prove_resume.py --extend --updates 400     (finished after 200 updates and extended, against 400 at once)
+
+`make prove-resume` runs both.
 
 Modes are one process, one in bf16, two gloo processes, DeepSpeed ZeRO-2 on two, and a distillation. The runs use gradient
 accumulation 2, caption dropout, flips and shuffling, and cross the ends of epochs. SIGKILL hits every process of the run at one moment,
@@ -203,17 +205,18 @@ def log_of(output: Path) -> str:
     return (output / "log.txt").read_text(errors="replace")[-4000:]
 
 
-def prove_extension(folder: Path, mode: str) -> str:
+def prove_extension(folder: Path, mode: str, updates: int) -> str:
     """Extend a finished run of half the updates, and compare it with a run that had all of them from the start."""
-    whole, extended = folder / f"{mode}-at-once", folder / f"{mode}-extended"
-    for output, steps in ((whole, STEPS), (extended, STEPS // 2), (extended, STEPS)):
-        process, _ = start(folder, output, mode, "--lr_scheduler", "constant", "--max_train_steps", str(steps))
+    whole, extended, half = folder / f"{mode}-at-once", folder / f"{mode}-extended", updates // 2
+    for output, steps in ((whole, updates), (extended, half), (extended, updates)):
+        settings = {"lr_scheduler": "constant", "max_train_steps": steps, "checkpointing_steps": max(1, updates // 8)}
+        process, _ = start(folder, output, mode, *(f"--{key}={value}" for key, value in settings.items()))
         assert process.wait(timeout=600) == 0, log_of(output)
         state = json.loads((output / "run.json").read_text())
         assert (state["status"], state["steps"]) == ("finished", steps)
-    assert [known["at_step"] for known in state["extensions"]] == [STEPS // 2]
-    compare(whole, extended)
-    return f"{mode}: extended from {STEPS // 2} to {STEPS} updates; all equal to {STEPS} at once, bit for bit"
+    assert [known["at_step"] for known in state["extensions"]] == [half]
+    compare(whole, extended, updates)
+    return f"{mode}: extended from {half} to {updates} updates; all equal to {updates} at once, bit for bit"
 
 
 def compare(whole: Path, disturbed: Path, steps: int = STEPS) -> None:
@@ -239,15 +242,17 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--extend", action="store_true", help="extend a finished training instead of killing one")
+    parser.add_argument("--updates", type=int, default=STEPS, help="weight updates of an extended training")
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         lines = []
         for mode in options.modes:
-            lines.append(
-                prove_extension(folder, mode) if options.extend else prove(folder, mode, options.kills, options.seed)
-            )
+            if options.extend:
+                lines.append(prove_extension(folder, mode, options.updates))
+            else:
+                lines.append(prove(folder, mode, options.kills, options.seed))
             print(lines[-1], flush=True)
         print(f"proved: {'; '.join(lines)}")
 

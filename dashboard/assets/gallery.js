@@ -16,7 +16,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
 
 function card(one, action, choose) {
   const inside = one.source ? picture(one.source, one.alt) : make("span", { class: "frame empty" }, one.note);
-  const button = make("button", { type: "button", class: one.is_miss ? "cell miss" : "cell", "aria-label": `${action}: ${one.alt}`, title: one.title }, inside);
+  const button = make("button", { type: "button", class: one.is_miss ? "cell miss" : "cell", "aria-label": `${action}: ${one.alt}${one.source ? "" : ": " + one.note}`, title: one.title }, inside);
   button.onclick = choose;
   const words = make("figcaption", {}, make("span", { class: "caption", dir: "auto" }, one.caption));
   if (one.label) words.append(make("span", { class: "label", dir: "auto" }, one.label));

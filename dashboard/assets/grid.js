@@ -34,7 +34,7 @@ function fill(td, cell, data) {
   if (td.state !== state) { // an unchanged picture keeps its element and the focus
     td.state = state;
     const inside = cell.source ? picture(cell.source, cell.alt) : make("span", { class: "frame empty" }, cell.note);
-    const button = make("button", { type: "button", class: "cell", "aria-label": cell.alt, title: cell.note || cell.alt }, inside);
+    const button = make("button", { type: "button", class: "cell", "aria-label": cell.source ? cell.alt : `${cell.alt}: ${cell.note}`, title: cell.note || cell.alt }, inside);
     if (!cell.source) button.disabled = true;
     const root = td.closest(".grid");
     button.onclick = (event) => root.choose(cell, event.shiftKey);
