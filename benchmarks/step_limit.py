@@ -139,7 +139,7 @@ def make_training(
     from t2i.training.prefetch import Prefetcher
 
     settings, side = recipe.train_unet, 16
-    latents = stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float32)
+    latents = stored(folder / "latents.npy", (count, 2, 2 * channels, side, side), np.float16)
     text = TextCache(
         stored(folder / "text.npy", (count, length, width), np.float16), np.arange(count), np.ones(count, np.int64)
     )

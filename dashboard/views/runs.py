@@ -192,7 +192,9 @@ def show_cards(runs: dict[str, Path]) -> None:
     except (OSError, KeyError):
         st.text("this card is gone")
         return
-    st.code(text[:CARD_CHARACTERS], language="markdown", wrap_lines=True)  # All of it: no key reaches a box that scrolls.
+    st.code(
+        text[:CARD_CHARACTERS], language="markdown", wrap_lines=True
+    )  # All of it: no key reaches a box that scrolls.
 
 
 main()

@@ -122,8 +122,11 @@ def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
 
 
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Return raw latents [B, C, H, W] from cached moments [B, 2C, H, W] (mean, log-variance) and standard normal noise."""
-    mean, log_variance = moments.chunk(2, dim=1)
+    """Return raw latents, float32 [B, C, H, W], from cached moments [B, 2C, H, W] and standard normal noise.
+
+    The moments are means, then log-variances, in float16 or float32.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
 
 

@@ -74,7 +74,7 @@ def losses(
         if cancelled():
             return None
         rows = np.arange(start, min(start + BATCH, count))
-        clean = scaling_factor * torch.from_numpy(np.array(latents[rows, 0][:, :channels])).to(device)
+        clean = scaling_factor * torch.from_numpy(latents[rows, 0][:, :channels]).float().to(device)
         own = torch.from_numpy(np.array(text.embeddings[text.rows_of(rows)])).to(device, dtype)
         none = torch.from_numpy(np.array(text.embeddings[:1])).to(device, dtype).expand_as(own)
         for level, added in zip(levels, noise, strict=True):
