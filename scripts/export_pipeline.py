@@ -5,7 +5,7 @@ python scripts/export_pipeline.py --model outputs/demo/unet
 A part of the model computes in 8 bits if measured pictures stay nearly the same. The script prints the measured quality
 of the 8-bit pictures. After the export, generate_images.py and the dashboard draw by the compiled models. Publishing
 the model publishes its compiled models too. After another training, the compiled models are no longer valid. Run this
-script again to replace invalid compiled models.
+script again to replace invalid compiled models. It does not compile valid ones again.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from t2i.command_line import check_options, parse_options
 from t2i.config import Recipe, load_recipe
 from t2i.config_types import PathText
 from t2i.errors import UserError, run_main
-from t2i.files import read_json
+from t2i.files import read_json, read_object
 
 
 @dataclass
@@ -36,22 +36,32 @@ def main() -> None:
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i.pictures import quantization, sampling
+    from t2i.pictures import engines, quantization, sampling
     from t2i.pictures.png import student_steps
 
     run = found[0].resolve().parent
     trained = (run / "run.json").is_file() and (run / "config.yaml").is_file()
     recipe = load_recipe(str(run / "config.yaml")) if trained else Recipe()
-    pipeline = sampling.load_pipeline(found[0])
-    scale = 1.0 if student_steps(pipeline.scheduler.config) else recipe.train_unet.guidance_scale
-    folder = quantization.export(pipeline, found[0], scale)
+    schedule = read_object(found[0] / "scheduler" / "scheduler_config.json")
+    scale = 1.0 if student_steps(schedule) else recipe.train_unet.guidance_scale
+    folder = found[0] / engines.FOLDER
+    if quantization.is_current(found[0], scale):
+        print(f"reusing the compiled models in {folder}: {quality(folder)}")
+        return
+    quantization.export(sampling.load_pipeline(found[0]), found[0], scale)
     size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"compiled models of {size / 1e6:.0f} MB in {folder}: {quality(folder)}")
+
+
+def quality(folder: Path) -> str:
+    """Return what of the compiled models in a folder computes in 8 bits, and how near their pictures are to others."""
     known = read_json(folder / "engine.json")
-    parts = " and ".join(known["int8"])
-    quality = (
-        f"{parts} in 8 bits, pictures within {known['psnr_db']} dB PSNR of those without" if parts else "none in 8 bits"
+    scale = f"at guidance scale {known['guidance_scale']:g}"
+    if not known["int8"]:
+        return f"none in 8 bits, {scale}"
+    return (
+        f"{' and '.join(known['int8'])} in 8 bits, pictures within {known['psnr_db']} dB PSNR of those without, {scale}"
     )
-    print(f"compiled models of {size / 1e6:.0f} MB in {folder}: {quality}, at guidance scale {scale:g}")
 
 
 if __name__ == "__main__":

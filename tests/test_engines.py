@@ -53,6 +53,16 @@ def is_compiled(pipeline) -> bool:
     return isinstance(pipeline.unet, engines.CompiledUnet)
 
 
+def test_valid_compiled_models_are_not_compiled_again(exported, command):
+    file = exported / "pipeline/openvino/engine.json"
+    before = file.stat().st_mtime_ns
+    done = command("export_pipeline.py", "--model", exported, cwd=exported.parent)
+    assert f"reusing the compiled models in {exported}/pipeline/openvino: " in done.stdout
+    assert file.stat().st_mtime_ns == before
+    assert quantization.is_current(exported / "pipeline", 7.5)
+    assert not quantization.is_current(exported / "pipeline", 3.0)  # Other pictures decide what computes in 8 bits.
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_compiled_models_draw_the_stock_picture(exported, scale):
     stock, compiled = sampling.load_pipeline(exported), sampling.load_pipeline(exported, engine="auto")

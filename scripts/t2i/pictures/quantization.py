@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from t2i.data.caches import to_pixels
 from t2i.errors import UserError
 from t2i.evaluation.metrics import psnr
-from t2i.files import write_json
+from t2i.files import read_object, write_json
 from t2i.models import hash_model
 from t2i.pictures import engines, sampling
 from t2i.pictures.engines import Sizes, compile_model, compile_models
@@ -43,6 +43,20 @@ KEPT_TYPES = (
     "GroupNormalization", "MVN", "Interpolate", "Pad", "DepthToSpace", "Transpose", "Reshape", "Sin", "Cos", "VariadicSplit", "Gelu",
 )  # fmt: skip
 KEPT_PLACES = (".*conv_in.*", ".*conv_out.*", ".*time_emb.*")  # these are small, and everything passes through them
+
+
+def is_current(folder: Path, guidance_scale: float) -> bool:
+    """Return whether `export` by this version of OpenVINO would make the compiled models again that a folder has.
+
+    Args:
+        folder: pipeline folder.
+        guidance_scale: as for `export`.
+    """
+    if not engines.is_exported(folder):
+        return False
+    known = read_object(folder / engines.FOLDER / "engine.json")
+    made_by = (known.get("openvino"), known.get("guidance_scale"))
+    return made_by == (engines.import_openvino().__version__, guidance_scale)
 
 
 def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
@@ -74,9 +88,8 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
             "weights": engines.weight_fingerprints(folder),
             "unet_hash": hash_model(pipeline.unet),
         }
-        write_json(
-            part / "engine.json", {**identity, "openvino": openvino.__version__, "int8": int8, "psnr_db": decibels}
-        )
+        made_by = {"openvino": openvino.__version__, "guidance_scale": guidance_scale}
+        write_json(part / "engine.json", {**identity, **made_by, "int8": int8, "psnr_db": decibels})
         shutil.rmtree(folder / engines.FOLDER, ignore_errors=True)
         os.replace(part, folder / engines.FOLDER)
     finally:
