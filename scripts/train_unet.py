@@ -368,19 +368,20 @@ def cache_inputs(
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
-        flip = recipe.data.random_flip and name == "train"
+        flip, crops = recipe.data.random_flip and name == "train", split.crops if name == "train" else None
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
             text = caches.cache_text(
                 captions, text_identity, text_encoder, frozen["tokenizer"], recipe.data.cache_dir, say=accelerator.print
             )
             latents = caches.cache_latents(
-                pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, say=accelerator.print
+                pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, crops=crops, say=accelerator.print
             )
         cached[name] = (latents, text)
         if "alignment" in frozen and name == "train":
             cached["targets"] = caches.cache_alignment(
-                pixels, split.fingerprint, frozen["alignment"], recipe.data.cache_dir, flip=flip, say=accelerator.print
-            )
+                pixels, split.fingerprint, frozen["alignment"], recipe.data.cache_dir,
+                flip=flip, crops=crops, say=accelerator.print,
+            )  # fmt: skip
     return cached
 
 
@@ -459,7 +460,7 @@ def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number
     import numpy as np
     import torch
 
-    from t2i.diffusion import draw, draw_captions
+    from t2i.diffusion import choose_versions, draw, draw_captions
     from t2i.training.prefetch import to_device_soon
 
     step, micro = divmod(number, config.gradient_accumulation_steps)
@@ -471,17 +472,17 @@ def make_batch(inputs: Inputs, config: TrainUnetConfig, accelerator: Any, number
         config.seed, step, indices.tolist(), shape, inputs.scheduler.config.num_train_timesteps, copies,
         noise_offset=config.noise_offset, input_perturbation=config.input_perturbation,
     )  # fmt: skip
-    flips = (draws.uniform[:, 0].numpy() < 0.5).astype(int) if latents.shape[1] == 2 else 0
+    versions, _ = choose_versions(draws.uniform[:, 0], flip=False, crops=latents.shape[1] - 1)  # Mirrored or not.
     captions = draw_captions(config.seed, step, indices.tolist(), text.counts[indices].tolist(), copies)
     rows = text.rows_of(indices, np.array(captions))
     rows[draws.uniform[:, 1].numpy() < config.proportion_empty_prompts] = 0
-    moments = latents[indices, flips]
+    moments = latents[indices, versions.numpy()]
     batch = to_device(
         moments, draws.posterior_noise, draws.noise, draws.timesteps, text, rows, inputs.scaling_factor, accelerator
     )
     further = [] if draws.input_noise is None else [draws.input_noise]
     if "targets" in inputs.caches:  # They are sent to the device in float16.
-        further.append(torch.from_numpy(inputs.caches["targets"][indices, flips]))
+        further.append(torch.from_numpy(inputs.caches["targets"][indices, versions.numpy()]))
     return (*batch, *(to_device_soon(tensor, accelerator.device) for tensor in further))
 
 

@@ -419,24 +419,25 @@ def make_batch(
     import torch
 
     from t2i.data.caches import to_pixels
-    from t2i.diffusion import draw, occurrences
+    from t2i.diffusion import choose_versions, draw, occurrences
     from t2i.models import vae_factor
     from t2i.training.prefetch import to_device_soon
 
     indices = sample_indices(train, config, number, accelerator)
-    images = train.pixels[indices]
-    side, size = images.shape[1], image_side(config, images.shape[1], number)
+    side = train.pixels.shape[1]
+    size = image_side(config, side, number)
     latent = size // vae_factor(vae)
     copies = occurrences(batch_of_all(train, config, number, accelerator).tolist())
     copies = copies[accelerator.process_index :: accelerator.num_processes]
     shape = (vae.config.latent_channels, latent, latent)
     draws = draw(config.seed, number, indices.tolist(), shape, 1, copies)
+    crops, mirrored = choose_versions(draws.uniform[:, 0], flip, train.crop_count)
+    images = train.versions(indices, crops.numpy())
     if size < side:
         corners = (draws.uniform[:, 2:] * (side - size + 1)).int().tolist()
         images = np.stack([image[y : y + size, x : x + size] for image, (y, x) in zip(images, corners, strict=True)])
     pixels = to_pixels(images)
-    if flip:
-        pixels = torch.where(draws.uniform[:, 0].view(-1, 1, 1, 1) < 0.5, pixels.flip(3), pixels)
+    pixels = torch.where(mirrored.bool().view(-1, 1, 1, 1), pixels.flip(3), pixels)
     if config.channels_last:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     return to_device_soon(pixels, accelerator.device), to_device_soon(draws.posterior_noise, accelerator.device)

@@ -14,6 +14,7 @@ import train_vae
 from t2i import diffusion
 from t2i.config import TrainUnetConfig
 from t2i.data.caches import TextCache
+from t2i.data.prepared import Split
 
 WHOLE = st.integers(0, 2**40)
 
@@ -121,8 +122,7 @@ def test_copies_are_counted_over_the_whole_update(images, batch):
 
 
 def test_the_vae_counts_copies_over_its_processes():
-    images = SimpleNamespace(pixels=np.zeros((3, 8, 8, 3), np.uint8))
-    train = type("Split", (), {"__len__": lambda self: 3, "pixels": images.pixels})()
+    train = Split(np.zeros((3, 8, 8, 3), np.uint8), None, "")
     config = SimpleNamespace(train_batch_size=4, seed=0, crop_size=None, channels_last=False)
     vae = SimpleNamespace(config=SimpleNamespace(latent_channels=2, block_out_channels=[1, 1]))
     noise = []

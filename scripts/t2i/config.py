@@ -106,6 +106,9 @@ class DataConfig(SourceConfig):
     # Width and height of the training images in pixels. Each image is resized and cropped to its center square.
     resolution: Annotated[int, NUMBER, Field(ge=8, le=2048)] = 128
     random_flip: Flag = True  # Train on mirrored images as well. The latents of mirrored images are cached too.
+    # Number of random crops of each training image, on which training runs as well. Each crop is a square of 80 to 100 %
+    # of the shorter side. Its latents are cached too. Crops help if there are few images.
+    random_crops: Annotated[int, NUMBER, Field(ge=0, le=16)] = 0
     # Share of images that become the validation split if the data set has none. A hash of each image's content decides
     # whether it becomes a validation image.
     validation_fraction: Annotated[float, NUMBER, Field(gt=0, lt=0.9, allow_inf_nan=False)] = 0.05

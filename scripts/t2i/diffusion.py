@@ -111,6 +111,23 @@ def draw_captions(
     return [mix(seed, step, sample, copy, _CAPTION) % count for sample, copy, count in keys]
 
 
+def choose_versions(uniform: torch.Tensor, flip: bool, crops: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a version of each image of a batch, each with the same probability.
+
+    Args:
+        uniform: numbers in [0, 1), float32 [B]. Without crops, numbers below 0.5 choose the mirrored image.
+        flip: whether each crop has a mirrored version.
+        crops: number of random crops of each image.
+
+    Returns:
+        The crop, int64 [B] in [0, crops], of which 0 is the whole image, and whether it is mirrored, int64 [B] in {0, 1}.
+    """
+    mirrors = 2 if flip else 1
+    count = mirrors * (1 + crops)
+    version = count - 1 - (uniform.double() * count).long()
+    return version // mirrors, version % mirrors
+
+
 def validation_timesteps(sample: int, num_train_timesteps: int) -> list[int]:
     """Return a validation image's fixed timesteps, one in each of the `TIMESTEP_BANDS` bands.
 

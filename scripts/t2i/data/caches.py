@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from t2i.data.images import CROPS_VERSION
 from t2i.data.prepared import Selection
 from t2i.data.shared_array import shared_array
 from t2i.errors import UserError
@@ -57,6 +58,7 @@ def cache_latents(
     cache_dir: str,
     *,
     flip: bool,
+    crops: np.ndarray | Selection | None = None,
     batch_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray | Selection:
@@ -69,27 +71,31 @@ def cache_latents(
         vae: the VAE in evaluation mode.
         cache_dir: folder that holds all caches.
         flip: whether the mirrored images are encoded and cached too.
+        crops: random crops of the images, uint8 [N, K, R, R, 3], which are encoded and cached too.
         batch_size: images per call of the VAE. With None, use 32 on a GPU, and fewer large images on a CPU.
         say: function that prints a progress message.
 
     Returns:
-        Means and log-variances, float16 [N, F, 2C, h, w], memory-mapped. F is 2 with `flip`, otherwise 1.
+        Means and log-variances, float16 [N, F, 2C, h, w], memory-mapped. F is 1 + K, and twice that with `flip`. The
+        versions of an image are itself, itself mirrored, its first crop, this crop mirrored, and so on.
     """
-    pixels, identity, select = _stored(pixels, identity)
-    count, resolution = pixels.shape[0], pixels.shape[1]
+    versions, identity, select = _stored(pixels, identity, crops)
+    count, resolution = versions[0].shape[0], versions[0].shape[1]
+    mirrors = 2 if flip else 1
     if batch_size is None:  # On a CPU, small batches are faster and need less memory.
         batch_size = max(1, CPU_BATCH_PIXELS // resolution**2) if vae.device.type == "cpu" else 32
     side = resolution // vae_factor(vae)
-    shape = (count, 2 if flip else 1, 2 * vae.config.latent_channels, side, side)
+    shape = (count, mirrors * len(versions), 2 * vae.config.latent_channels, side, side)
 
     @torch.no_grad()
     def fill(latents: np.ndarray, first: int, stop: int) -> None:
         for start in range(first, stop, batch_size):
-            images = to_pixels(pixels[start : min(start + batch_size, stop)]).to(vae.device, vae.dtype)
-            for mirrored in range(shape[1]):
+            for version in range(shape[1]):
+                crop, mirrored = divmod(version, mirrors)
+                images = to_pixels(versions[crop][start : min(start + batch_size, stop)]).to(vae.device, vae.dtype)
                 posterior = vae.encode(images.flip(3) if mirrored else images).latent_dist
                 moments = torch.cat([posterior.mean, posterior.logvar], dim=1).float()
-                latents[start : start + len(images), mirrored] = moments.clamp(-FLOAT16_MAX, FLOAT16_MAX).cpu().numpy()
+                latents[start : start + len(images), version] = moments.clamp(-FLOAT16_MAX, FLOAT16_MAX).cpu().numpy()
 
     key = hash_json({"kind": "latents", "stored": "float16", "shape": shape, **identity})
     what, folder = f"latents of {count} images", Path(cache_dir) / "latents" / key
@@ -180,6 +186,7 @@ def cache_alignment(
     cache_dir: str,
     *,
     flip: bool,
+    crops: np.ndarray | Selection | None = None,
     say: Callable[[str], None] = print,
 ) -> np.ndarray | Selection:
     """Return the targets of the denoiser's alignment, from the cache or newly computed.
@@ -192,32 +199,35 @@ def cache_alignment(
         network: a `training.alignment.TargetNetwork`.
         cache_dir: folder that holds all caches.
         flip: whether the targets of the mirrored images are computed and cached too.
+        crops: random crops of the images, as for `cache_latents`, whose targets are computed and cached too.
         say: function that prints a progress message.
 
     Returns:
-        Targets, float16 [N, F, K, s, s], memory-mapped. F is 2 with `flip`, otherwise 1. K is `network.channels`, or the number
-        of the network's features if that is smaller.
+        Targets, float16 [N, F, K, s, s], memory-mapped. The F versions of an image are those of `cache_latents`. K is
+        `network.channels`, or the number of the network's features if that is smaller.
     """
-    pixels, identity, select = _stored(pixels, {"images": fingerprint})
-    count, side = len(pixels), network.side
-    features = network.maps(np.array(pixels[:1])).shape[1]
-    shape = (count, 2 if flip else 1, min(network.channels, features), side, side)
+    versions, identity, select = _stored(pixels, {"images": fingerprint}, crops)
+    whole, mirrors = versions[0], 2 if flip else 1
+    count, side = len(whole), network.side
+    features = network.maps(np.array(whole[:1])).shape[1]
+    shape = (count, mirrors * len(versions), min(network.channels, features), side, side)
 
     def fill_axes(axes: np.ndarray, *_: int) -> None:  # in one range
         sample = np.linspace(0, count - 1, min(count, AXES_IMAGES)).round().astype(int)
-        batches = (np.array(pixels[sample[i : i + NETWORK_BATCH]]) for i in range(0, len(sample), NETWORK_BATCH))
+        batches = (np.array(whole[sample[i : i + NETWORK_BATCH]]) for i in range(0, len(sample), NETWORK_BATCH))
         mean, columns = _principal_axes((network.maps(batch) for batch in batches), shape[2])
         axes[0], axes[1:] = mean, columns.T
 
     def fill(targets: np.ndarray, first: int, stop: int) -> None:
         for start in range(first, stop, NETWORK_BATCH):
-            images = np.array(pixels[start : min(start + NETWORK_BATCH, stop)])
-            for mirrored in range(shape[1]):
+            for version in range(shape[1]):
+                crop, mirrored = divmod(version, mirrors)
+                images = np.array(versions[crop][start : min(start + NETWORK_BATCH, stop)])
                 maps = network.maps(images[:, :, ::-1].copy() if mirrored else images).permute(0, 2, 3, 1)
                 rotated = ((maps - mean) @ axes).permute(0, 3, 1, 2)
                 if not rotated.isfinite().all():
                     raise UserError(f"alignment_network {network.source} gives non-finite features; take another one")
-                targets[start : start + len(images), mirrored] = rotated.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy()
+                targets[start : start + len(images), version] = rotated.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy()
 
     key = hash_json({"kind": "alignment", "shape": shape, **identity, "network": network.identity()})
     what, folder = f"alignment of {count} images", Path(cache_dir) / "alignment" / key
@@ -230,18 +240,23 @@ def cache_alignment(
 
 
 def _stored(
-    pixels: np.ndarray | Selection, identity: dict[str, Any]
-) -> tuple[np.ndarray, dict[str, Any], Callable[[np.ndarray], np.ndarray | Selection]]:
+    pixels: np.ndarray | Selection, identity: dict[str, Any], crops: np.ndarray | Selection | None = None
+) -> tuple[list[np.ndarray], dict[str, Any], Callable[[np.ndarray], np.ndarray | Selection]]:
     """Return the images to compute a cache of, its identity, and a function that selects the wanted rows of the cache.
 
-    If images are left out of a split, the cache is that of the whole split. A part of the rest gets a cache of its own.
+    The images are the whole ones, uint8 [N, R, R, 3], and then their first crops, second crops, and so on. If images are
+    left out of a split, the cache is that of the whole split. A part of the rest gets a cache of its own.
     """
-    if not isinstance(pixels, Selection):
-        return pixels, identity, lambda cached: cached
-    kept = pixels.kept
-    if pixels.is_cut:
-        return np.asarray(pixels), identity | {"rows": hash_json(kept.tolist())}, lambda cached: cached
-    return pixels.array, identity, lambda cached: Selection(cached, kept)
+    arrays: list[Any] = [pixels] if crops is None else [pixels, crops]
+    select: Callable[[np.ndarray], np.ndarray | Selection] = lambda cached: cached  # noqa: E731
+    if isinstance(pixels, Selection):
+        kept = pixels.kept
+        if pixels.is_cut:
+            arrays, identity = [np.asarray(array) for array in arrays], identity | {"rows": hash_json(kept.tolist())}
+        else:
+            arrays, select = [array.array for array in arrays], lambda cached: Selection(cached, kept)
+    further = [arrays[1][:, number] for number in range(arrays[1].shape[1])] if crops is not None else []
+    return [arrays[0], *further], identity | ({"crops": CROPS_VERSION} if further else {}), select
 
 
 def _principal_axes(parts: Iterable[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:

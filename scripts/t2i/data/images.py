@@ -138,6 +138,25 @@ def decode_image(source: bytes | str | Path, draft_side: int | None = None) -> I
         raise BadImage(f"{'truncated' if 'truncated' in detail.lower() else 'damaged'}: {detail}") from None
 
 
+CROPS_VERSION = "1: 80 to 100 % of the shorter side"  # The hash of every cache with random crops contains this version.
+LEAST_CROP = 0.8  # Smallest side of a random crop, as a share of the image's shorter side.
+
+
+def random_crop(image: Image.Image, resolution: int, seed: list[int]) -> np.ndarray:
+    """Return a random square of an RGB image, scaled as `fit` scales: uint8 [resolution, resolution, 3].
+
+    Size and place of the square are functions of the seed and of the image's size. Of a JPEG that was decoded at a part of
+    its size (`decode_image`), the square has at least 1.6 times the resolution.
+    """
+    width, height = image.size
+    share, x, y = np.random.default_rng(seed).uniform((LEAST_CROP, 0, 0), 1)
+    side = share * min(width, height)
+    left, top = x * (width - side), y * (height - side)
+    box = (left, top, left + side, top + side)
+    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return np.asarray(square, dtype=np.uint8)
+
+
 def fit(image: Image.Image, resolution: int) -> np.ndarray:
     """Return the center square of an RGB image, scaled to uint8 [resolution, resolution, 3], 0 to 255.
 

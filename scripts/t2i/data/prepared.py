@@ -56,11 +56,13 @@ class Split:
             have several captions, the list `captions` holds all of them.
         fingerprint: hash of the pixels, which does not depend on the captions. It covers images that are left out, so a
             longer list of them changes no cache.
+        crops: random crops of the images, uint8 [N, K, R, R, 3], as `pixels` otherwise. None if there are none.
     """
 
     pixels: np.ndarray | Selection
     rows: datasets.Dataset
     fingerprint: str
+    crops: np.ndarray | Selection | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,6 +72,18 @@ class Split:
         if limit is None or limit >= len(self) or not isinstance(self.pixels, Selection):
             return self.pixels[:limit] if isinstance(self.pixels, np.ndarray) else self.pixels
         return Selection(self.pixels.array, self.pixels.kept[:limit], is_cut=True)
+
+    def versions(self, indices: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        """Return the images at `indices`, or for each entry of `crops` above 0 that random crop: uint8 [B, R, R, 3]."""
+        images = self.pixels[indices]
+        for row in np.flatnonzero(crops):
+            images[row] = self.crops[indices[row : row + 1], crops[row] - 1][0]  # type: ignore[index]
+        return images
+
+    @property
+    def crop_count(self) -> int:
+        """Return the number of random crops of each image."""
+        return 0 if self.crops is None else self.crops.shape[1]
 
     def captions(self, limit: int | None = None) -> list[list[str]]:
         """Return all captions of the first `limit` images, or of all images: at least one each, which may be empty."""
@@ -106,9 +120,11 @@ def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split
         return None
     pixels = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     rows = datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
-    if len(pixels) != len(rows):
+    file = folder / f"{name}.crops.npy"
+    crops = np.load(file, mmap_mode="r", allow_pickle=False) if file.is_file() else None
+    if {len(pixels), len(rows) if crops is None else len(crops)} != {len(rows)}:
         raise UserError(f"the cache folder {folder} is damaged; delete the folder and run again")
-    return Split(pixels, rows, counts["fingerprint"])
+    return Split(pixels, rows, counts["fingerprint"], crops)
 
 
 def repair(split: Split, repairs: Repairs, own_split: str, prefix: str) -> tuple[Split | None, int, int]:
@@ -138,12 +154,13 @@ def repair(split: Split, repairs: Repairs, own_split: str, prefix: str) -> tuple
         columns |= {"captions": captions} if isinstance(rows.features.get("captions"), datasets.List) else {}
         for name, values in columns.items():
             rows = rows.remove_columns(name).add_column(name, values, feature=split.rows.features[name])
-    pixels = split.pixels
+    pixels, crops = split.pixels, split.crops
     if is_left_out.any():
         kept = np.flatnonzero(~is_left_out)
         rows, pixels = rows.select(kept), Selection(np.asanyarray(split.pixels), kept)
+        crops = crops if crops is None else Selection(np.asanyarray(crops), kept)
     edited = sum(not is_left_out[row] for row in changed)
-    repaired = Split(pixels, rows, split.fingerprint) if len(pixels) else None
+    repaired = Split(pixels, rows, split.fingerprint, crops) if len(pixels) else None
     return repaired, int(is_left_out.sum()), edited
 
 

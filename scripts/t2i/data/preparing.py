@@ -39,7 +39,16 @@ from t2i.captions.texts import clean
 from t2i.config import DataConfig, check_dataset
 from t2i.config_types import unlisted
 from t2i.data import overview
-from t2i.data.images import HEIF_FIX, TRANSFORM_VERSION, BadImage, decode_image, fit, image_bytes
+from t2i.data.images import (
+    CROPS_VERSION,
+    HEIF_FIX,
+    TRANSFORM_VERSION,
+    BadImage,
+    decode_image,
+    fit,
+    image_bytes,
+    random_crop,
+)
 from t2i.data.prepared import OWN_VALIDATION, Split, check_bad_share, open_splits, repair_all
 from t2i.data.records import (
     CAPTION_FIX,
@@ -122,6 +131,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     shaping = [getattr(cfg, name) for name in settings]
     shaping[2:4] = map(unlisted, shaping[2:4])  # Older caches, made with one column and one template, stay valid.
     shaping += [cfg.caption_prefix] if cfg.caption_prefix else []  # Older caches without a prefix stay valid.
+    shaping += [CROPS_VERSION, cfg.random_crops] if cfg.random_crops else []
     shaping += [] if HEIF_FIX else ["heif"]  # With pillow-heif, photos are read that were left out without it.
     key = hash_json([CACHE_VERSION, TRANSFORM_VERSION, source.identity, cfg.max_train_samples, shaping])
     with FileLock(cache / f"{key}.lock"):
@@ -232,7 +242,7 @@ def _build_in(
         for split in [name for name in candidates if name != "train"]:
             chosen[split] = (split, np.arange(len(candidates[split])))
         count = sum(len(indices) for _, indices in chosen.values())
-        size = count * cfg.resolution**2 * 3
+        size = (count + cfg.random_crops * len(train)) * cfg.resolution**2 * 3
         say(f"preparing {count:,} images of {source.name}, {cfg.resolution} px: {size / 1e6:,.0f} MB in {folder}")
         _check_room(part, size + 1000 * count)
 
@@ -241,7 +251,10 @@ def _build_in(
         several = 0
         with tqdm(total=count, desc="images", unit="image", mininterval=0.5) as bar:
             for split, (origin, indices) in chosen.items():
-                writer = _SplitWriter(part, split, len(indices), cfg.resolution, candidates[origin], digests[origin])
+                writer = _SplitWriter(
+                    part, split, len(indices), cfg.resolution, candidates[origin], digests[origin],
+                    crops=cfg.random_crops if split == "train" else 0,
+                )  # fmt: skip
                 with writer:
                     _write_split(writer, pool, candidates[origin].records(indices), quarantine, bar)
                 kept_digests = digests[origin][writer.kept]
@@ -287,7 +300,7 @@ def _write_split(
     writer: _SplitWriter, pool: Executor, records: Iterable[Record], quarantine: list[dict[str, str]], bar: tqdm
 ) -> None:
     """Decode and write the images of the records, and add undecodable images to `quarantine`."""
-    for record, pixels in in_order(pool, lambda record: (record, _decode(record, writer.resolution)), records):
+    for record, pixels in in_order(pool, lambda record: (record, _decode(record, writer)), records):
         if isinstance(pixels, BadImage):
             shown = shown_file(record.path, writer.split, record.index)
             quarantine.append({"file": shown, "split": writer.split, "reason": pixels.reason})
@@ -296,23 +309,29 @@ def _write_split(
         bar.update()
 
 
-def _decode(record: Record, resolution: int) -> np.ndarray | BadImage:
+def _decode(record: Record, writer: _SplitWriter) -> np.ndarray | BadImage:
+    """Return an image and its random crops, uint8 [1 + crops, R, R, 3]."""
+    resolution = writer.resolution
     try:
-        return fit(decode_image(image_bytes(record.image, record.roots), draft_side=resolution), resolution)
+        image = decode_image(image_bytes(record.image, record.roots), draft_side=resolution)
     except BadImage as error:
         return error
+    seed = int.from_bytes(writer.digests[record.index].tobytes()[:8])
+    crops = (random_crop(image, resolution, [seed, number]) for number in range(writer.crops))
+    return np.stack([fit(image, resolution), *crops])
 
 
 class _SplitWriter:
-    """Write the pixels (.npy) and the rows (.arrow) of a split, in the order in which images are added.
+    """Write the pixels (.npy), random crops (.crops.npy) and rows (.arrow) of a split, in the order of the added images.
 
-    Pixels are appended to the file. Written through a memory map, they would count as memory of this process.
+    Pixels are appended to the files. Written through a memory map, they would count as memory of this process.
     """
 
     def __init__(
-        self, folder: Path, split: str, most: int, resolution: int, images: Candidates, digests: np.ndarray
-    ) -> None:
-        self.split, self.most, self.resolution = split, most, resolution
+        self, folder: Path, split: str, most: int, resolution: int, images: Candidates, digests: np.ndarray,
+        crops: int = 0,
+    ) -> None:  # fmt: skip
+        self.split, self.most, self.resolution, self.crops = split, most, resolution, crops
         self.digests = digests  # Digests of all images in the source's split.
         self.kept: list[int] = []  # Rows of the added images in the source's split.
         self.empty = self.several = 0  # Numbers of added images without a caption, and with several captions.
@@ -323,15 +342,17 @@ class _SplitWriter:
         self._rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> _SplitWriter:
-        self._pixels = open(self._path.with_suffix(".npy"), "wb")
-        self._write_header(self.most)
-        self._data_start = self._pixels.tell()
+        shape = (self.resolution, self.resolution, 3)
+        self._files = [_ArrayWriter(self._path.with_suffix(".npy"), self.most, shape)]
+        if self.crops:
+            self._files.append(_ArrayWriter(self._path.with_suffix(".crops.npy"), self.most, (self.crops, *shape)))
         self._arrow = pa.OSFile(str(self._path.with_suffix(".arrow")), "wb")
         self._stream = pa.ipc.new_stream(self._arrow, self._schema)
         return self
 
     def add(self, record: Record, pixels: np.ndarray) -> None:
-        self._pixels.write(pixels.tobytes())
+        for file, rows in zip(self._files, (pixels[0], pixels[1:]), strict=False):
+            file.append(rows)
         self.kept.append(record.index)
         self.empty += not record.captions[0]
         self.several += len(record.captions) > 1
@@ -346,26 +367,51 @@ class _SplitWriter:
         try:
             if kind is None:
                 self._flush_rows()
-                self._pixels.seek(0)  # numpy pads the header, so the first axis can be rewritten.
-                self._write_header(len(self.kept))
-                if self._pixels.tell() != self._data_start:
-                    raise RuntimeError("numpy's header changed its length")
-                self._pixels.flush()
-                os.fsync(self._pixels.fileno())
+                for file in self._files:
+                    file.finish(len(self.kept))
         finally:
             self._stream.close()
             self._arrow.close()
-            self._pixels.close()
-
-    def _write_header(self, count: int) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (count, self.resolution, self.resolution, 3)}
-        np.lib.format.write_array_header_1_0(self._pixels, header)
+            for file in self._files:
+                file.close()
 
     def _flush_rows(self) -> None:
         if self._rows:
             columns = {key: [row[key] for row in self._rows] for key in self._schema.names}
             self._stream.write_table(pa.Table.from_pydict(columns, schema=self._schema))
             self._rows = []
+
+
+class _ArrayWriter:
+    """Append rows to an uint8 array in numpy's format, whose number of rows is known at the end.
+
+    Args:
+        most: largest number of rows.
+        shape: shape of a row.
+    """
+
+    def __init__(self, path: Path, most: int, shape: tuple[int, ...]) -> None:
+        self._file, self._shape = open(path, "wb"), shape  # noqa: SIM115
+        self._write_header(most)
+        self._start = self._file.tell()
+
+    def append(self, row: np.ndarray) -> None:
+        self._file.write(row.tobytes())
+
+    def finish(self, count: int) -> None:
+        self._file.seek(0)  # numpy pads the header, so the first axis can be rewritten.
+        self._write_header(count)
+        if self._file.tell() != self._start:
+            raise RuntimeError("numpy's header changed its length")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_header(self, count: int) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *self._shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def _full_column(rows: datasets.Dataset, cfg: DataConfig) -> str:

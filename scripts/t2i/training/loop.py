@@ -89,6 +89,7 @@ _PASSING = {
 }
 # Settings added later. Runs made before them behaved as these values say.
 _LATER = {
+    "random_crops": 0,
     "noise_offset": 0.0,
     "input_perturbation": 0.0,
     "decoder_only_steps": 0,
