@@ -4,10 +4,11 @@ python benchmarks/dashboard_start.py [outputs folder]
 
 Each measurement starts a new process and uses a real websocket. The files of a measurement are in the system's page
 cache. The figure `seconds_page` starts at Streamlit's import, which is timed in separate processes, and ends with the
-first page and its evaluated grid. The figures `page_change_s` are those of the first visit of each other page in a new
-process, after the first page. The figure `switch` starts with the message of a click on another picture. The figure
-`switch` ends with the last message of the answer, which holds both pictures and their difference. Without a folder of
-runs, the measured run is synthetic: four checkpoints at five guidance scales, with noise pictures of 64 px.
+first page and its evaluated grid. The figures `page_change_s` are those of the other pages, each opened for the first
+time, one after the other in a new process. The figure `switch` starts with the message of a click on another picture.
+The figure `switch` ends with the last message of the answer, which holds both pictures and their difference. Without a
+folder of runs, the measured run is synthetic: four checkpoints at five guidance scales, and 256 reported pictures, all
+of noise.
 """
 
 import json
@@ -29,7 +30,7 @@ from t2i.files import sha256_file
 from t2i.pictures import cells
 
 STARTS, SWITCHES = 5, 20
-CHECKPOINTS, SCALES, PROMPTS = (280, 560, 840, 1120), (1.0, 1.5, 3.0, 5.0, 7.5), 4
+CHECKPOINTS, SCALES, PROMPTS, REPORTED = (280, 560, 840, 1120), (1.0, 1.5, 3.0, 5.0, 7.5), 4, 256
 IMPORT = (
     "import time; t = time.perf_counter(); import streamlit, streamlit.web.bootstrap; print(time.perf_counter() - t)"
 )
@@ -55,13 +56,18 @@ def make_run(run: Path) -> None:
              "prompts": prompts, "seeds": seeds}  # fmt: skip
     found = [{"checkpoint": name, "guidance_scale": scale, "val_loss": 0.5} for name in names for scale in SCALES]
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "evaluation.json").write_text(json.dumps({"cells": found, "sweep": sweep}))
+    report = {"checkpoint": names[-1], "guidance_scale": SCALES[2], "prompts": REPORTED}
+    reported = {"prompts": [f"reported {number}" for number in range(REPORTED)], "seeds": list(range(REPORTED))}
+    content = {"report": report, "cells": found, "sweep": sweep, **reported}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(content))
     noise = np.random.default_rng(0)
-    for name in names:
-        for scale in SCALES:
-            made = [cells.Cell(prompt, "", seed, scale, 20) for prompt, seed in zip(prompts, seeds, strict=True)]
-            pictures = noise.integers(0, 255, (PROMPTS, 64, 64, 3), dtype=np.uint8)
-            cells.save_cells(run, name, cells.weights_hash(run / name), made, pictures)
+    samples = list(zip(prompts, seeds, strict=True))
+    drawn = [(name, scale, samples) for name in names for scale in SCALES]
+    drawn.append((names[-1], SCALES[2], list(zip(*reported.values(), strict=True))))
+    for name, scale, pairs in drawn:
+        made = [cells.Cell(prompt, "", seed, scale, 20) for prompt, seed in pairs]
+        pictures = noise.integers(0, 255, (len(pairs), 64, 64, 3), dtype=np.uint8)
+        cells.save_cells(run, name, cells.weights_hash(run / name), made, pictures)
 
 
 def import_seconds(cwd: Path) -> float:
@@ -81,7 +87,7 @@ def first_page(cwd: Path) -> float:
 
 
 def page_changes(cwd: Path) -> dict[str, float]:
-    """Return the seconds of the first visit of each page in a new process, after the first page."""
+    """Return the seconds until each other page has come, one after the other in a new process."""
     with serve(cwd, cwd / "log.txt", env=ENVIRONMENT) as server, Session(server.url).connected() as session:
         session.open()
         seconds = {page: session.go(page) for page in sorted(session.pages) if page}

@@ -107,6 +107,7 @@ def main() -> None:
         print(f"reusing the finished evaluation in {folder}")
         print_sweep(state.state["cells"])
         print_verdict(verdict_of(state.state))
+        draw_missing(run, state.state, config.eval_batch_size)
         if config.report:
             save_report(run, state.state, splits.train, pixel_embedding(splits.train.pixels), trained)
         return
@@ -667,6 +668,25 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
     return seconds
 
 
+def draw_missing(run: Path, results: dict[str, Any], batch_size: int) -> None:
+    """Draw the reported pictures of a finished evaluation that are no longer in the run folder.
+
+    Args:
+        results: content of evaluation.json.
+        batch_size: number of pictures drawn at once.
+    """
+    from t2i.evaluation import report
+    from t2i.pictures import cells
+
+    planned = [planned for planned, _ in report.reported_pictures(run, results) if not planned.problem]
+    gone = cells.missing(planned)
+    if gone:
+        print(
+            f"drawing {len(gone)} of {len(planned)} reported pictures again, which are no longer in {run}", flush=True
+        )
+        cells.make(gone, batch_size=batch_size)
+
+
 def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any, trained: TrainUnetConfig) -> None:
     """Write the HTML report of a finished evaluation, and send it to the training's MLflow run.
 
@@ -682,8 +702,8 @@ def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any,
     from t2i.pictures import cells
     from t2i.tracking.mlflow_tracker import Tracker
 
-    pairs = []
-    for planned, _ in report.wall_pictures(run, results) if len(train) > 1 else ():
+    pairs: list[report.Pair] = []
+    for planned, _ in report.reported_pictures(run, results) if len(train) > 1 else ():
         drawn = cells.read_cell(planned.run, planned.model_hash, planned.cell) if planned.made else None
         if drawn is None:
             continue
@@ -691,7 +711,7 @@ def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any,
         ((row, distance),) = memorisation.nearest_images(picture, thumbnails, 1)
         caption = str(train.rows[row].get("caption") or "")
         pairs.append(report.Pair(picture, np.asarray(train.pixels[row]), distance, planned.cell.prompt, caption))
-    pairs.sort(key=lambda pair: pair.distance)
+        pairs = sorted(pairs, key=lambda pair: pair.distance)[: report.PAIRS]
     path = report.write_report(run, results, pairs)
     print(f"report in one file: {path}")
     if trained.report_to == "mlflow":

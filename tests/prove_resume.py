@@ -208,8 +208,9 @@ def log_of(output: Path) -> str:
 def prove_extension(folder: Path, mode: str, updates: int) -> str:
     """Extend a finished run of half the updates, and compare it with a run that had all of them from the start."""
     whole, extended, half = folder / f"{mode}-at-once", folder / f"{mode}-extended", updates // 2
+    updates = 2 * half  # Both runs validate at the half, where the shorter one ends.
     for output, steps in ((whole, updates), (extended, half), (extended, updates)):
-        settings = {"lr_scheduler": "constant", "max_train_steps": steps, "checkpointing_steps": max(1, updates // 8)}
+        settings = {"lr_scheduler": "constant", "max_train_steps": steps, "checkpointing_steps": half}
         process, _ = start(folder, output, mode, *(f"--{key}={value}" for key, value in settings.items()))
         assert process.wait(timeout=600) == 0, log_of(output)
         state = json.loads((output / "run.json").read_text())
@@ -244,6 +245,8 @@ def main() -> None:
     parser.add_argument("--extend", action="store_true", help="extend a finished training instead of killing one")
     parser.add_argument("--updates", type=int, default=STEPS, help="weight updates of an extended training")
     options = parser.parse_args()
+    if options.updates != STEPS and not options.extend:
+        parser.error("--updates needs --extend")
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)

@@ -148,6 +148,11 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     assert "Pictures nearest to training images" in page
     tracked = [path for path in workspace.rglob("report.html") if path.parent.name != "evaluation"]
     assert tracked
+    shutil.rmtree(workspace / "unet/cells")  # as clean_caches.py does
+    again = command("evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset",
+                    "--report", cwd=workspace)  # fmt: skip
+    assert "drawing 6 of 6 reported pictures again" in again.stdout
+    assert (workspace / "unet/evaluation/report.html").read_text().count("<img") == 6 + 2 * 6
 
 
 def test_labels_of_photos_are_read_by_a_probe(workspace, command, tmp_path):

@@ -85,13 +85,13 @@ def test_runs_that_are_added_change_no_color(names, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(st, "session_state", {})
         some = names[: data.draw(st_.integers(0, len(names)))]
-        before = color_runs(some)
+        before, dotted_before = color_runs(some), repeats(some)
         after = color_runs(names)
         assert before.items() <= after.items()
         first = color_runs(names[: len(COLORS)]) if not some else {}
         assert len(names) > len(COLORS) or len(set(after.values())) == len(names) >= len(first)
         dotted = repeats(names)
-        assert {name for name in some if name in dotted} == repeats(some)
+        assert dotted & set(some) == dotted_before
         looks = {(color, name in dotted) for name, color in after.items()}
         assert len(looks) == min(len(names), 2 * len(COLORS))  # Only from the 49th run on do two curves look alike.
 

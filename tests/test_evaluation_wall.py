@@ -86,7 +86,7 @@ def test_an_evaluation_without_figures_and_several_runs(tmp_path):
 
 
 def test_a_click_on_the_wall_shows_its_prompt_in_the_grid(tmp_path, monkeypatch):
-    evaluated_run(tmp_path / "outputs" / "one")
+    run = evaluated_run(tmp_path / "outputs" / "one")
     app = show()
     module, tabs = (
         sys.modules["helpers.evaluation_wall"],
@@ -94,37 +94,58 @@ def test_a_click_on_the_wall_shows_its_prompt_in_the_grid(tmp_path, monkeypatch)
     )
     state = {"_wall": SimpleNamespace(chosen={"row": 1}), "tabs": "sample"}
     monkeypatch.setattr(module.st, "session_state", state)
-    module.take_clicked_prompt(tabs)
+    module.take_clicked_prompt(run, tabs)
     for wrong in ({"row": 9}, {"row": "1"}, None):
         state["_wall"] = SimpleNamespace(chosen=wrong)
-        module.take_clicked_prompt(tabs)
+        module.take_clicked_prompt(run, tabs)
     assert state["tab"] == f"2. {EVIL}"
-    state["_wall"] = SimpleNamespace(chosen={"row": 0})
-    module.take_clicked_prompt([("a reported flower", 1_000_007, None)])
-    assert "tab" not in state
-    assert (state["tabs"], state["prompt"], state["seed"]) == ("none", "a reported flower", "1000007")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    app.session_state["tab"] = f"2. {EVIL}"
+    app.session_state["tab"] = state["tab"]
     app.run()
     assert EVIL in grid_of(app)["cells"][0]["alt"]
-    for name in ("tabs", "prompt", "seed"):
-        app.session_state[name] = state[name]
+
+
+@pytest.mark.parametrize(("columns", "scales"), [("guidance_scale", "1,2"), ("seed", "2")])
+def test_a_click_on_a_reported_picture_shows_it_in_the_grid(columns, scales, tmp_path, monkeypatch):
+    """Whatever was chosen before: here other scales, another number of steps, and rows that are no checkpoints."""
+    prompts = [f"flower {number}" for number in range(3)]
+    run = evaluated_run(tmp_path / "outputs" / "one", prompts=prompts, seeds=[1000, 1001, 1002], readings=[])
+    paint(run, list(zip(prompts, (1000, 1001, 1002), strict=True)))
+    app = show(columns=columns, rows="num_inference_steps", tabs="none", guidance_scale=scales, prompt="another")
+    assert "flower 1" not in str(grid_of(app)["cells"])
+    module = sys.modules["helpers.evaluation_wall"]
+    state = {key: app.session_state[key] for key in ("columns", "rows", "tabs")}
+    state["_wall"] = SimpleNamespace(chosen={"row": 1})
+    monkeypatch.setattr(module.st, "session_state", state)
+    module.take_clicked_prompt(run, [(prompt, 1000 + number, None) for number, prompt in enumerate(prompts)])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    del state["_wall"]
+    for key, value in state.items():
+        app.session_state[key] = value
     app.run()
     assert not warnings(app)
-    assert "a reported flower" in grid_of(app)["cells"][0]["alt"]
+    drawn = [cell for cell in grid_of(app)["cells"] if cell["source"]]
+    assert [cell["source"] for cell in drawn] == [component(app, "gallery")["pictures"][1]["source"]]
+
+
+def paint(run: Path, samples: list[tuple[str, int]]) -> None:
+    """Store a picture of each prompt and seed at the best setting, each of another grey."""
+    made = [cells.Cell(prompt, seed=seed, guidance_scale=3.0, num_inference_steps=4, scheduler="DDIMScheduler")
+            for prompt, seed in samples]  # fmt: skip
+    pictures = np.arange(len(samples), dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
+    cells.save_cells(run, "checkpoint-000020", cells.weights_hash(run / "checkpoint-000020"), made, pictures)
 
 
 def test_the_wall_shows_the_reported_pictures_some_all_or_those_with_a_miss(tmp_path):
     prompts = [f"flower {number}" for number in range(100)]
     reported = {"prompts": prompts, "seeds": list(range(1000, 1100)), "readings": READINGS * 50}
     run = evaluated_run(tmp_path / "outputs" / "one", **reported)
-    assert not component(show(), "gallery")  # None of them is in the run folder.
-    made = [cells.Cell(prompt, seed=seed, guidance_scale=3.0, num_inference_steps=4, scheduler="DDIMScheduler")
-            for prompt, seed in zip(prompts, reported["seeds"], strict=True)]  # fmt: skip
-    checkpoint = "checkpoint-000020"
-    pictures = np.zeros((100, 8, 8, 3), np.uint8)
-    cells.save_cells(run, checkpoint, cells.weights_hash(run / checkpoint), made, pictures)
+    app = show()
+    assert not component(app, "gallery")  # None of them is in the run folder.
+    assert any("are not in the run folder" in element.value for element in app.caption)
+    paint(run, list(zip(prompts, reported["seeds"], strict=True)))
     app = show()
     shown = component(app, "gallery")["pictures"]
     assert len(shown) == 64
@@ -133,7 +154,17 @@ def test_the_wall_shows_the_reported_pictures_some_all_or_those_with_a_miss(tmp_
     for choice, rows in (("all", list(range(100))), ("misses", list(range(1, 100, 2)))):
         app.session_state["wall"] = choice
         app.run()
-        assert [picture["row"] for picture in component(app, "gallery")["pictures"]] == rows
+        shown = component(app, "gallery")["pictures"]
+        assert [picture["caption"] for picture in shown] == [f"flower {row}" for row in rows]
+
+
+@pytest.mark.parametrize("seeds", [None, 3, "12", [1], [1, "x"], [1, float("inf")], [1, None]])
+def test_damaged_seeds_leave_the_verdict_without_a_wall(seeds, tmp_path):
+    evaluated_run(tmp_path / "outputs" / "one", prompts=PROMPTS, seeds=seeds)
+    app = show()
+    assert not app.exception
+    assert "**Best setting**" in marked(app)
+    assert not component(app, "gallery")
 
 
 def test_the_report_is_offered_if_it_lies_in_the_run_folder(tmp_path):

@@ -30,7 +30,7 @@ class Look:
     groups: Mapping[str, str]  # What a run's color stands for: the run itself, or its value of a setting.
     colors: Mapping[str, str]  # CSS color per group.
     baseline: str = ""  # Run that is drawn dashed and gray, on top of all others.
-    repeats: frozenset[str] = frozenset()  # Groups whose color another group has. Their lines are dotted.
+    repeats: frozenset[str] = frozenset()  # Runs whose color another run has. A chart of one metric dots them.
     is_averaged: bool = False  # Whether one line per group shows the mean of its runs, within a band of all.
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from helpers.components import gallery
-from helpers.grid_choice import AXIS_KEYS, sample_titles, show_sample
+from helpers.grid_choice import sample_titles, show_sample
 from helpers.page_texts import escape
 from helpers.picture_table import stored_address
 from helpers.run_files import read_or_warn
@@ -16,8 +16,8 @@ from t2i.evaluation.verdict import TOPICS, outcome, verdict_of
 from t2i.pictures import cells
 from t2i.runs import run_title
 
-Reported = tuple[cells.PlannedCell, Any]  # A picture of `cells.best_pictures`.
-WALL = 64  # More pictures than these are shown only when asked for.
+Reported = tuple[str, int, Any]  # Prompt, seed and reading of a picture, as `cells.best_samples` returns them.
+WALL, MOST = 64, 512  # Pictures of the wall at first, and when all are asked for.
 
 
 def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
@@ -30,51 +30,52 @@ def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
     left, right = st.columns([1, 3], gap="medium")
     with left:
         show_verdict(run, evaluation)
-    pictures = cells.best_pictures(run, evaluated, evaluation)
-    samples = [(planned.cell.prompt, planned.cell.seed) for planned, _ in pictures]
-    titles = {sample: title for title, sample in sample_titles(evaluated).items()}
-    if not any(planned.made for planned, _ in pictures):
-        return
     with right:
-        wall = [wall_picture(row, planned, reading) for row, (planned, reading) in choose_pictures(pictures)]
-        gallery(
-            {"pictures": wall, "wall": True, "action": "Show in the grid"},
-            key="_wall",
-            on_chosen=partial(take_clicked_prompt, [(*sample, titles.get(sample)) for sample in samples]),
-        )
+        shown = choose_pictures(cells.best_samples(evaluated, evaluation))
+        planned = cells.best_cells(run, evaluated, evaluation.get("report"), shown) if shown else []
+        if planned and not any(one.made for one in planned):
+            st.caption("The pictures of this evaluation are not in the run folder. This draws them again:")
+            st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
+        elif planned:
+            wall = [wall_picture(row, *one) for row, one in enumerate(zip(planned, shown, strict=True))]
+            titles = {sample: title for title, sample in sample_titles(evaluated).items()}
+            take = partial(take_clicked_prompt, run, [(*one[:2], titles.get(one[:2])) for one in shown])
+            gallery({"pictures": wall, "wall": True, "action": "Show in the grid"}, key="_wall", on_chosen=take)
 
 
-def choose_pictures(pictures: Sequence[Reported]) -> list[tuple[int, Reported]]:
-    """Show the widget that chooses some pictures, all, or those that miss something. Return the chosen ones, numbered.
+def choose_pictures(pictures: Sequence[Reported]) -> list[Reported]:
+    """Show the widget that chooses some pictures, all, or those that miss something, and return the chosen ones.
 
     Few pictures are all shown, without the widget. "Some" are spread evenly, because the prompts of held-out combinations
     come last.
     """
-    numbered = list(enumerate(pictures))
-    misses = [(row, (planned, reading)) for row, (planned, reading) in numbered if outcome(reading)[1]]
     if len(pictures) <= WALL:
-        return numbered
-    shares = {"some": f"{WALL} of {len(pictures)} pictures", "all": f"all {len(pictures)}"}
-    shares |= {"misses": f"{len(misses)} with a miss"} if misses else {}
+        return list(pictures)
+    misses = [one for one in pictures if outcome(one[2])[1]]
+    most = "all" if len(pictures) <= MOST else f"{MOST} of"
+    titles = {"some": f"{WALL} of {len(pictures)} pictures", "all": f"{most} {len(pictures)}"}
+    titles |= {"misses": f"{len(misses)} with a miss"} if misses else {}
     shown = st.segmented_control(
         "Pictures at the best setting",
-        list(shares),
-        format_func=lambda name: shares.get(name, name),
+        list(titles),
+        format_func=lambda name: titles.get(name, name),
         default="some",
         required=True,
         key="wall",
         label_visibility="collapsed",
     )
     if shown == "misses":
-        return misses
-    return numbered if shown == "all" else [numbered[len(numbered) * place // WALL] for place in range(WALL)]
+        return misses[:MOST]
+    count = min(len(pictures), MOST) if shown == "all" else WALL
+    return [pictures[len(pictures) * place // count] for place in range(count)]
 
 
-def wall_picture(row: int, planned: cells.PlannedCell, reading: Any) -> dict[str, Any]:
+def wall_picture(row: int, planned: cells.PlannedCell, sample: Reported) -> dict[str, Any]:
     """Return a picture as `gallery` shows it, with the texts of what it shows and misses of its prompt."""
+    prompt, _, reading = sample
     source = stored_address(planned.path) if planned.made else ""
     note = "" if source else planned.problem or "not drawn yet"
-    return {"source": source, "note": note, "row": row, **texts_of(planned.cell.prompt, reading)}
+    return {"source": source, "note": note, "row": row, **texts_of(prompt, reading)}
 
 
 def show_verdict(run: Path, evaluation: dict[str, Any]) -> None:
@@ -116,10 +117,11 @@ def texts_of(prompt: str, reading: Any) -> dict[str, Any]:
     }
 
 
-def take_clicked_prompt(shown: Sequence[tuple[str, int, str | None]]) -> None:
-    """Show the clicked picture's prompt in the grid: on its tab, or without tabs if it is no prompt of the sweep.
+def take_clicked_prompt(run: Path, shown: Sequence[tuple[str, int, str | None]]) -> None:
+    """Show the clicked picture in the grid: on the tab of its prompt, or without tabs if it is no prompt of the sweep.
 
     Args:
+        run: the evaluated run.
         shown: prompt and seed of each picture, and the title of its tab if there is one.
     """
     chosen = getattr(st.session_state.get("_wall"), "chosen", None)
@@ -127,7 +129,7 @@ def take_clicked_prompt(shown: Sequence[tuple[str, int, str | None]]) -> None:
     if not isinstance(row, int) or not 0 <= row < len(shown):
         return
     prompt, seed, title = shown[row]
-    if title and "sample" in [st.session_state.get(key) for key in AXIS_KEYS]:
+    if title and st.session_state.get("tabs") == "sample":
         st.session_state["tab"] = title
     else:
-        show_sample(prompt, seed)
+        show_sample(run, prompt, seed)

@@ -219,11 +219,15 @@ def remove_samples() -> None:
             state[key] = "none" if key == "tabs" else "prompt"
 
 
-def show_sample(prompt: str, seed: int) -> None:
-    """Show a prompt with a seed in the grid, by the checkpoints and guidance scales that the grid shows now."""
+def show_sample(run: Path, prompt: str, seed: int) -> None:
+    """Show a prompt with a seed in the grid, at the settings of the run's evaluation, the best one among them."""
     state = st.session_state
     remove_samples()
-    state.update(prompt=prompt, seed=str(seed))
+    state.update(prompt=prompt, seed=str(seed), negative_prompt="")
+    state["_reset"] = set(AXES) - {"run", "prompt", "seed"}
+    if "checkpoint" not in [state.get(key) for key in AXIS_KEYS]:
+        state["checkpoint"] = [best_checkpoint(run)]
+        state["_reset"] -= {"checkpoint"}
     for name in ("tab", "page"):
         state.pop(name, None)
 

@@ -35,7 +35,7 @@ def color_runs(names: Collection[str]) -> dict[str, str]:
 
 
 def repeats(names: Collection[str]) -> frozenset[str]:
-    """Return the runs whose color a run before them has in this session. Their curves are dotted."""
+    """Return the runs whose color a run before them has in this session. A chart of one metric dots their curves."""
     firsts: dict[int, str] = {}
     for name, slot in st.session_state.get("_colors", {}).items():
         firsts.setdefault(slot, name)

@@ -375,6 +375,7 @@ def legend_lines(curves: dict[Key, Curve], options: dict[str, Any]) -> list[dict
     for run in runs:
         members.setdefault(look.groups[run] if look.is_averaged and run != look.baseline else run, []).append(run)
     zero = last.get(look.baseline)
+    is_dotted = sum("loss" in name for name in options["metrics"]) < 2  # Otherwise dashes tell the losses apart.
     lines = []
     for name, of_line in members.items():
         values = [last[run] for run in of_line if is_finite(last.get(run))]
@@ -396,7 +397,7 @@ def legend_lines(curves: dict[Key, Curve], options: dict[str, Any]) -> list[dict
                     "color": color,
                     "figures": " · ".join(parts),
                     "dashed": name == look.baseline,
-                    "dotted": name != look.baseline and name in look.repeats,
+                    "dotted": is_dotted and name != look.baseline and name in look.repeats,
                 },
             )
         )

@@ -147,7 +147,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> Iterator[Html]:
 def _wall(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> Iterator[Html]:
     yield tag("h2", "Pictures at the best setting")
     shown = []
-    for planned, reading in _spread(wall_pictures(run, evaluation), WALL_PICTURES):
+    for planned, reading in reported_pictures(run, evaluation, WALL_PICTURES):
         image = _image(planned, side, kind)
         if image:
             right, wrong = outcome(reading)
@@ -214,7 +214,7 @@ def _pairs(pairs: Sequence[Pair], side: int, kind: str) -> Iterator[Html]:
     yield tag("h2", "Pictures nearest to training images")
     yield tag(
         "p",
-        "Left is a picture from above, right its nearest training image. The distance is relative to the 50 nearest "
+        "Left is a reported picture, right its nearest training image. The distance is relative to the 50 nearest "
         "images; under 0.5 is as near as a copy.",
     )
     shown = []
@@ -290,10 +290,20 @@ def _tables(run: Path, evaluation: Mapping[str, Any]) -> Iterator[Html]:
 # --- Parts -----------------------------------------------------------------------------------------------------------
 
 
-def wall_pictures(run: Path, evaluation: Mapping[str, Any]) -> list[tuple[cells.PlannedCell, Any]]:
-    """Return `cells.best_pictures` of a run. Without an evaluated grid there are none."""
+def reported_pictures(
+    run: Path, evaluation: Mapping[str, Any], most: int | None = None
+) -> list[tuple[cells.PlannedCell, Any]]:
+    """Return the planned cell and the reading of each picture that the evaluation reports, or of `most` spread evenly.
+
+    Without an evaluated grid there are none.
+    """
     evaluated = cells.evaluated_grid(run)
-    return cells.best_pictures(run, evaluated, evaluation) if evaluated else []
+    if evaluated is None:
+        return []
+    samples = cells.best_samples(evaluated, evaluation)
+    samples = samples if most is None else list(_spread(samples, most))
+    planned = cells.best_cells(run, evaluated, evaluation.get("report"), samples) if samples else []
+    return [(one, reading) for one, (*_, reading) in zip(planned, samples, strict=False)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:

@@ -855,30 +855,43 @@ class EvaluatedGrid:
         return self.checkpoints, self.guidance_scales, self.samples
 
 
-def best_pictures(run: Path, evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> list[tuple[PlannedCell, Any]]:
-    """Plan the pictures of an evaluation at the checkpoint and guidance scale that it chose, with what was read in each.
+def best_samples(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> list[tuple[str, int, Any]]:
+    """Return prompt, seed and reading of each picture that an evaluation reports at the chosen setting.
 
-    These are the reported pictures, whose shares the verdict states. Evaluations of earlier versions have no seeds of
-    them, so their pictures are those of the sweep.
-
-    Args:
-        evaluation: content of evaluation.json. If it names no usable pair, there are no pictures.
+    The verdict states the shares of these pictures. Evaluations of earlier versions have no seeds of them, so the pictures
+    of the sweep take their place. A damaged list is empty.
 
     Returns:
-        The planned cell of each picture, and its entry of "readings": {"wanted": ..., "read": ...} per attribute, or None.
+        For each picture also its entry of "readings", {"wanted": ..., "read": ...} per attribute. It is None if the
+            picture was not read.
     """
-    try:
-        report, samples = evaluation["report"], evaluated.samples
-        if "seeds" in evaluation:
+    samples: Sequence[tuple[str, int]] = evaluated.samples.values
+    if "seeds" in evaluation:
+        try:
             pairs = zip(evaluation["prompts"], evaluation["seeds"], strict=True)
-            samples = Axis("sample", tuple((str(prompt), int(seed)) for prompt, seed in pairs))
-        cell = replace(evaluated.cell, guidance_scale=float(report["guidance_scale"]))
-        planned = plan(run, str(report["checkpoint"]), cell, [samples])
-    except (KeyError, TypeError, ValueError, UserError):
-        return []
+            samples = [(str(prompt), int(seed)) for prompt, seed in pairs]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return []
     readings = evaluation.get("readings")
     readings = readings if isinstance(readings, list) else []
-    return list(zip(planned, [*readings, *[None] * len(planned)], strict=False))
+    further = [*readings, *[None] * len(samples)]
+    return [(prompt, seed, reading) for (prompt, seed), reading in zip(samples, further, strict=False)]
+
+
+def best_cells(
+    run: Path, evaluated: EvaluatedGrid, report: Any, samples: Sequence[tuple[str, int, Any]]
+) -> list[PlannedCell]:
+    """Plan some of `best_samples` at the checkpoint and guidance scale that the evaluation chose.
+
+    Args:
+        report: "report" in evaluation.json. If it names no usable pair, there are no pictures.
+    """
+    try:
+        cell = replace(evaluated.cell, guidance_scale=float(report["guidance_scale"]))
+        axis = Axis("sample", tuple((prompt, seed) for prompt, seed, _ in samples))
+        return plan(run, str(report["checkpoint"]), cell, [axis])
+    except (KeyError, TypeError, ValueError, OverflowError, UserError):
+        return []
 
 
 def evaluated_grid(run: Path) -> EvaluatedGrid | None:
@@ -899,5 +912,5 @@ def evaluated_grid(run: Path) -> EvaluatedGrid | None:
             Axis("guidance_scale", tuple(map(float, sweep["guidance_scales"]))),
             Axis("sample", samples),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, UserError):
         return None

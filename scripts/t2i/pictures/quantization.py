@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from t2i.data.caches import to_pixels
 from t2i.errors import UserError
 from t2i.evaluation.metrics import psnr
-from t2i.files import read_object, write_json
+from t2i.files import read_object, sha256_file, write_json
 from t2i.models import hash_model
 from t2i.pictures import engines, sampling
 from t2i.pictures.engines import Sizes, compile_model, compile_models
@@ -46,7 +46,7 @@ KEPT_PLACES = (".*conv_in.*", ".*conv_out.*", ".*time_emb.*")  # these are small
 
 
 def is_current(folder: Path, guidance_scale: float) -> bool:
-    """Return whether `export` by this version of OpenVINO would make the compiled models again that a folder has.
+    """Return whether a folder has undamaged compiled models of its weights, by this version of OpenVINO.
 
     Args:
         folder: pipeline folder.
@@ -56,7 +56,13 @@ def is_current(folder: Path, guidance_scale: float) -> bool:
         return False
     known = read_object(folder / engines.FOLDER / "engine.json")
     made_by = (known.get("openvino"), known.get("guidance_scale"))
-    return made_by == (engines.import_openvino().__version__, guidance_scale)
+    is_same = made_by == (engines.import_openvino().__version__, guidance_scale) and {"int8", "psnr_db"} <= known.keys()
+    return is_same and known.get("files") == _file_hashes(folder / engines.FOLDER)
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of compiled models, by name."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.suffix in (".xml", ".bin")}
 
 
 def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: float) -> Path:
@@ -88,7 +94,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
             "weights": engines.weight_fingerprints(folder),
             "unet_hash": hash_model(pipeline.unet),
         }
-        made_by = {"openvino": openvino.__version__, "guidance_scale": guidance_scale}
+        made_by = {"openvino": openvino.__version__, "guidance_scale": guidance_scale, "files": _file_hashes(part)}
         write_json(part / "engine.json", {**identity, **made_by, "int8": int8, "psnr_db": decibels})
         shutil.rmtree(folder / engines.FOLDER, ignore_errors=True)
         os.replace(part, folder / engines.FOLDER)
