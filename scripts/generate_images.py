@@ -101,6 +101,8 @@ def main() -> None:
         cut = sampling.cut_prompt(pipeline.tokenizer, prompt)
         if cut:
             print(f"WARNING: {cut}", file=sys.stderr)
+    if options.negative_prompt and scale <= 1:
+        print(f"WARNING: negative_prompt has no effect at guidance scale {scale:g}, without guidance", file=sys.stderr)
     each = options.num_images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(each)]
     seeds = [options.seed + number for _ in prompts for number in range(each)]

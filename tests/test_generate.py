@@ -76,6 +76,13 @@ def test_a_prompt_beyond_the_models_tokens_is_said(draw, capsys):
     assert 'elephant" is cut off' in said
 
 
+def test_a_negative_prompt_without_guidance_is_said(draw, capsys):
+    draw("--prompt", "a flower", "--negative_prompt", "a dog", "--guidance_scale", "1")
+    assert "WARNING: negative_prompt has no effect at guidance scale 1" in capsys.readouterr().err
+    draw("--prompt", "a flower", "--negative_prompt", "a dog", "--guidance_scale", "1.5")
+    assert "no effect" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -403,6 +403,12 @@ def drafts(app: AppTest) -> str:
     return " ".join(one.value for one in app.caption if "draft" in one.value.lower()).replace("\\", "")
 
 
+@pytest.mark.parametrize(("scale", "is_said"), [("1", True), ("1.5", False)])
+def test_a_negative_prompt_without_guidance_is_said(tmp_path, painter, scale, is_said):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    assert ("negative prompt has no effect" in warnings(show(guidance_scale=scale, negative_prompt="n"))) == is_said
+
+
 def test_a_typed_text_gets_a_draft_that_nothing_stores(tmp_path, painter):
     run = make_run(tmp_path / "outputs" / "one", evaluated=False)
     app = show(seed="3", guidance_scale="2", negative_prompt="n")

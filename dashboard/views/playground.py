@@ -393,6 +393,8 @@ def show_pictures(models: Sequence[tuple[Path, str]], settings: dict[str, Any], 
         return True
     prompts = dict.fromkeys(one.cell.prompt for one in planned)
     warn_of_cut_prompts(models[0][0], [*list(prompts)[:3], settings["negative_prompt"]])
+    if settings["negative_prompt"] and settings["guidance_scale"] <= 1:
+        st.warning("The negative prompt has no effect at guidance scale 1 or less, without guidance.")
     if len(planned) == 1:
         covered = show_result(planned[0], asked)
         grid_link(planned)
