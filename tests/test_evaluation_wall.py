@@ -158,6 +158,15 @@ def test_the_wall_shows_the_reported_pictures_some_all_or_those_with_a_miss(tmp_
         assert [picture["caption"] for picture in shown] == [f"flower {row}" for row in rows]
 
 
+def test_many_right_attributes_are_counted_and_listed_in_the_tooltip(tmp_path):
+    right = {name: {"wanted": "red", "read": "red"} for name in ("petal_color", "center_color", "background")}
+    evaluated_run(tmp_path / "outputs" / "one", readings=[right, right | READINGS[1]])
+    first, second = component(show(), "gallery")["pictures"]
+    assert (first["label"], first["finding"]) == ("✓ 3 of 3", "")
+    assert "✓ petal color red, center color red, background red" in first["title"]
+    assert (second["label"], second["is_miss"]) == ("✓ 3 of 4", True)
+
+
 @pytest.mark.parametrize("seeds", [None, 3, "12", [1], [1, "x"], [1, float("inf")], [1, None]])
 def test_damaged_seeds_leave_the_verdict_without_a_wall(seeds, tmp_path):
     evaluated_run(tmp_path / "outputs" / "one", prompts=PROMPTS, seeds=seeds)

@@ -18,6 +18,7 @@ from t2i.runs import run_title
 
 Reported = tuple[str, int, Any]  # Prompt, seed and reading of a picture, as `cells.best_samples` returns them.
 WALL, MOST = 64, 512  # Pictures of the wall at first, and when all are asked for.
+LISTED = 2  # More right attributes of a picture than these are counted below it.
 
 
 def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
@@ -105,15 +106,19 @@ def read_file(path: Path) -> bytes:
 
 
 def texts_of(prompt: str, reading: Any) -> dict[str, Any]:
-    """Return the texts of a picture on the wall: its prompt, and what of the prompt it shows and misses."""
+    """Return the texts of a picture on the wall: its prompt, and what of the prompt it shows and misses.
+
+    Of many right attributes only the number stands below the picture. The tooltip lists them.
+    """
     right, wrong = outcome(reading)
+    listed = f"✓ {', '.join(right)}" if right else ""
     return {
         "alt": prompt,
         "caption": prompt,
-        "label": f"✓ {', '.join(right)}" if right else "",
+        "label": listed if len(right) <= LISTED else f"✓ {len(right)} of {len(right) + len(wrong)}",
         "finding": f"✗ {'; '.join(wrong)}" if wrong else "",
         "is_miss": bool(wrong),
-        "title": f"{prompt}\n\nA click shows this prompt in the grid below.",
+        "title": "\n\n".join(filter(None, [prompt, listed, "A click shows this picture in the grid below."])),
     }
 
 
