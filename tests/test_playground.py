@@ -21,6 +21,7 @@ import test_compare
 from t2i.pictures import cells
 from t2i.pictures.png import png_bytes, read_parameters
 from test_compare import EVIL
+from test_evaluation_wall import evaluated_run, paint
 
 APP = Path(__file__).resolve().parents[1] / "dashboard" / "streamlit_app.py"
 DRAW, OTHER = "Draw", "Draw with a random seed"
@@ -401,6 +402,17 @@ def type_text(app: AppTest, text: str) -> AppTest:
 
 def drafts(app: AppTest) -> str:
     return " ".join(one.value for one in app.caption if "draft" in one.value.lower()).replace("\\", "")
+
+
+def test_the_page_opens_with_the_first_reported_picture(tmp_path, painter):
+    reported = [("a reported flower", 1_000_007), ("another", 1_000_008)]
+    prompts, seeds = zip(*reported, strict=True)
+    paint(evaluated_run(tmp_path / "outputs" / "one", prompts=prompts, seeds=seeds), reported)
+    app = show()
+    assert app.text_area(key="prompt").value == "a reported flower"
+    assert app.number_input(key="seed").value == 1_000_007
+    assert has_picture(app)
+    assert not painter.places  # The evaluation has drawn it.
 
 
 @pytest.mark.parametrize(("scale", "is_said"), [("1", True), ("1.5", False)])

@@ -82,10 +82,10 @@ def wall_picture(row: int, planned: cells.PlannedCell, sample: Reported) -> dict
 def show_verdict(run: Path, evaluation: dict[str, Any]) -> None:
     """Show the sentences of an evaluation's verdict, and the download of the HTML report if there is one.
 
-    The best setting comes first, so that it is in sight without scrolling.
+    The first screen shows the best setting, whether it copies, and the share of right pictures, which has the longest text.
     """
     verdict = verdict_of(evaluation)
-    for topic in sorted(TOPICS, key=lambda topic: topic != "best") if verdict else ():
+    for topic in ("best", "copies", "right") if verdict else ():
         st.markdown(f"**{TOPICS[topic]}**  \n" + " ".join(map(escape, verdict["sentences"][topic])))
     folder = run / "evaluation"
     if verdict is None:

@@ -40,6 +40,7 @@ BAND = re.compile(r"val_loss_\d+_\d+")
 FIRST_METRICS = ("train_loss", "val_loss")  # shown by default
 BY_RUN = "run"  # color of a run of its own
 MOST_VALUES = 8  # values of a setting by which runs are colored
+LOOK_KEYS = ("scale", "x", "smoothing", "bands", "color", "mean", "baseline")  # of the widgets that can be unfolded
 
 Key = tuple[str, str]  # run's name as shown, metric
 
@@ -68,7 +69,7 @@ def show_folders() -> None:
     show_trainings(runs)
     chosen = choose_runs(list(runs))
     names = sorted({metric for name in chosen for metric in folder_curves(runs[name])})
-    options = choose_view(names, len(chosen)) | choose_look({name: runs[name] for name in chosen})
+    options = choose_options(names, {name: runs[name] for name in chosen})
 
     def read_now() -> tuple[dict[Key, Curve], str]:
         read_all = {name: folder_curves(runs[name]) for name in chosen}
@@ -94,8 +95,8 @@ def show_stored() -> None:
     runs = {folders.get(run.run_id, f"{run.name} ({run.run_id[:8]})"): run for run in stored}
     chosen = {name: runs[name] for name in choose_runs(list(runs), "stored_runs")}
     here = find_runs("any")
-    options = choose_view(sorted({metric for run in chosen.values() for metric in run.metrics}), len(chosen))
-    options |= choose_look({name: here.get(name) for name in chosen})
+    names = sorted({metric for run in chosen.values() for metric in run.metrics})
+    options = choose_options(names, {name: here.get(name) for name in chosen})
 
     def running() -> bool:
         open_ids = {run.run_id for run in chosen.values() if run.status == "RUNNING"}
@@ -224,8 +225,24 @@ def _server_curves(chosen: dict[str, StoredRun], metrics: list[str]) -> Iterator
 # --- What is drawn ---------------------------------------------------------------------------------------------------
 
 
-def choose_view(names: list[str], count: int) -> dict[str, Any]:
-    """Show widgets that choose which metrics of `names` are drawn and how, and return the choice.
+def choose_options(names: list[str], runs: dict[str, Path | None]) -> dict[str, Any]:
+    """Show widgets that choose which metrics are drawn and how, and return the choice.
+
+    How they are drawn can be unfolded, so that a phone's first screen has a chart. It is unfolded if the URL names a choice.
+
+    Args:
+        names: metrics of the runs.
+        runs: chosen runs by name, as for `choose_look`.
+    """
+    metrics = choose_metrics(names, len(runs))
+    with st.expander(
+        "Scale, smoothing, colors and baseline", expanded=any(key in st.query_params for key in LOOK_KEYS)
+    ):
+        return choose_view(names, metrics) | choose_look(runs)
+
+
+def choose_metrics(names: list[str], count: int) -> list[str]:
+    """Show the widget that chooses metrics, and return the choice.
 
     By default, many runs show one loss each: two lines per run would hide each other.
 
@@ -236,6 +253,16 @@ def choose_view(names: list[str], count: int) -> dict[str, Any]:
     defaults = [metric for metric in FIRST_METRICS if metric in names] or names[:1]
     defaults = defaults[-1:] if count > MANY_LINES else defaults
     metrics = st.multiselect("Metrics", names, default=defaults, key="metric", bind="query-params")
+    return [metric for metric in metrics if metric in names]
+
+
+def choose_view(names: list[str], chosen: list[str]) -> dict[str, Any]:
+    """Show widgets that choose how metrics are drawn, and return the choice with the metrics to draw.
+
+    Args:
+        names: metrics of the runs.
+        chosen: the chosen metrics.
+    """
     row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
     scale = row.radio("Scale", ["linear", "log"], horizontal=True, key="scale", bind="query-params")
     x = row.radio("Over", ["step", "wall time"], horizontal=True, key="x", bind="query-params")
@@ -246,8 +273,7 @@ def choose_view(names: list[str], count: int) -> dict[str, Any]:
         bind="query-params",
         help="Also draw the validation loss of each band of timesteps.",
     )
-    chosen = [metric for metric in metrics if metric in names]
-    chosen += [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
+    chosen = chosen + [metric for metric in names if bands and BAND.fullmatch(metric) and metric not in chosen]
     weight = weight if is_finite(weight) and 0 <= weight < 1 else 0.0
     return {"metrics": chosen, "log": scale == "log", "wall_time": x == "wall time", "weight": weight}
 

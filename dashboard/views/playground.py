@@ -21,7 +21,7 @@ from helpers.page_url import Choice, asked, gone_names, name_choices, warn_of_go
 from helpers.picture_set import show_set
 from helpers.picture_strip import show_strip
 from helpers.picture_table import encode_png
-from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, warn_of_cut_prompts
+from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, read_or_warn, warn_of_cut_prompts
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
 from helpers.training_neighbours import show_neighbours
 from helpers.typed_drafts import forget_text, show_draft
@@ -157,16 +157,25 @@ def take_run() -> None:
 
 
 def first_settings(run: Path) -> dict[str, Choice]:
-    """Return the first values of the form's widgets: a run's first prompt, at the settings of its evaluation."""
+    """Return the first values of the form's widgets.
+
+    They are those of the first picture that the run's evaluation reports, so that the page opens with a picture. Without
+    reported pictures, the form has the run's first prompt.
+    """
     evaluated = cells.evaluated_grid(run)
-    prompt = first_prompt(run)[:MAX_PROMPT]
+    prompt = first_prompt(run)
     default = evaluated.cell if evaluated else cells.first_cell(run, prompt)
+    seed = default.seed
+    evaluation = read_or_warn(run / "evaluation" / "evaluation.json")
+    if evaluated and "seeds" in evaluation and (reported := cells.best_samples(evaluated, evaluation)):
+        prompt, seed, _ = reported[0]
+    prompt = prompt[:MAX_PROMPT]
     schedulers = fitting_schedulers(cells.schedule_of(run))
     scheduler = SHORT_NAMES.get(default.scheduler, "ddim")
     return {
         "prompt": wildcards.literal(prompt),
         "pictures": SEEDS[0],
-        "seed": min(default.seed, MAX_SEED),
+        "seed": min(seed, MAX_SEED),
         "guidance_scale": min(best_scale(run, evaluated), MAX_SCALE),
         "num_inference_steps": min(default.num_inference_steps, MAX_STEPS),
         "scheduler": scheduler if scheduler in schedulers else next(iter(schedulers), "ddim"),
