@@ -46,8 +46,10 @@ def test_the_verdict_and_the_wall_stand_above_the_grid(tmp_path):
     assert not warnings(app)
     verdict = make_verdict(json.loads((run / "evaluation" / "evaluation.json").read_text()))
     for topic, title in TOPICS.items():
-        assert f"**{title}**" in marked(app)
+        assert f"**{title}: " in marked(app)
         assert " ".join(verdict["sentences"][topic]) in marked(app)
+    assert "**Best setting: checkpoint-000020 at 3**" in marked(app)
+    assert "**Copies of training images: 0.0%**" in marked(app)
     names = [element.proto.component_name for element in app.get("bidi_component")]
     assert names == ["gallery", "picture_grid", "picture_pair"]
     wall = component(app, "gallery")["pictures"]
@@ -77,7 +79,7 @@ def test_an_evaluation_without_figures_and_several_runs(tmp_path):
     assert not component(app, "gallery")
     evaluated_run(tmp_path / "outputs" / "two")
     app = show(run=["one", "two"])
-    assert "**Best setting**" in marked(app)
+    assert "**Best setting: " in marked(app)
     assert not component(app, "gallery")
     make_run(tmp_path / "outputs" / "three", evaluated=False)
     app = show(run="three")
@@ -172,7 +174,7 @@ def test_damaged_seeds_leave_the_verdict_without_a_wall(seeds, tmp_path):
     evaluated_run(tmp_path / "outputs" / "one", prompts=PROMPTS, seeds=seeds)
     app = show()
     assert not app.exception
-    assert "**Best setting**" in marked(app)
+    assert "**Best setting: " in marked(app)
     assert not component(app, "gallery")
 
 

@@ -12,7 +12,7 @@ from helpers.grid_choice import sample_titles, show_sample
 from helpers.page_texts import escape
 from helpers.picture_table import stored_address
 from helpers.run_files import read_or_warn
-from t2i.evaluation.verdict import TOPICS, outcome, verdict_of
+from t2i.evaluation.verdict import TOPICS, headline, outcome, verdict_of
 from t2i.pictures import cells
 from t2i.runs import run_title
 
@@ -50,20 +50,22 @@ def choose_pictures(pictures: Sequence[Reported]) -> list[Reported]:
     Few pictures are all shown, without the widget. "Some" are spread evenly, because the prompts of held-out combinations
     come last.
     """
+    title = "Pictures at the best setting. An outline marks a miss of something that the prompt names."
     if len(pictures) <= WALL:
+        if pictures:
+            st.caption(title)
         return list(pictures)
     misses = [one for one in pictures if outcome(one[2])[1]]
     most = "all" if len(pictures) <= MOST else f"{MOST} of"
     titles = {"some": f"{WALL} of {len(pictures)} pictures", "all": f"{most} {len(pictures)}"}
     titles |= {"misses": f"{len(misses)} with a miss"} if misses else {}
     shown = st.segmented_control(
-        "Pictures at the best setting",
+        title,
         list(titles),
         format_func=lambda name: titles.get(name, name),
         default="some",
         required=True,
         key="wall",
-        label_visibility="collapsed",
     )
     if shown == "misses":
         return misses[:MOST]
@@ -86,7 +88,8 @@ def show_verdict(run: Path, evaluation: dict[str, Any]) -> None:
     """
     verdict = verdict_of(evaluation)
     for topic in ("best", "copies", "right") if verdict else ():
-        st.markdown(f"**{TOPICS[topic]}**  \n" + " ".join(map(escape, verdict["sentences"][topic])))
+        head = ": ".join(filter(None, [TOPICS[topic], escape(headline(verdict.get(topic)))]))
+        st.markdown(f"**{head}**  \n" + " ".join(map(escape, verdict["sentences"][topic])))
     folder = run / "evaluation"
     if verdict is None:
         st.caption(

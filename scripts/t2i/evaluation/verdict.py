@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2i.evaluation.figures import Z, percent, wilson, words
+from t2i.data.flowers import COMBINED
+from t2i.evaluation.figures import Z, is_finite, percent, wilson, words
 
 TOPICS = {"right": "Follows its prompts", "copies": "Copies of training images", "best": "Best setting"}
 NAME_CHARACTERS = 60  # longest name from a file within a sentence
@@ -157,8 +158,17 @@ def outcome(reading: Any) -> tuple[list[str], list[str]]:
         if wanted == read:
             right.append(f"{shown} {_name(wanted)}")
         else:
-            wrong.append(f"{shown} {_name(read)}, not {_name(wanted)}")
+            wrong.append(f"{shown} {_name(read)} instead of {_name(wanted)}")
     return right, wrong
+
+
+def headline(figures: Any) -> str:
+    """Return the one figure of a topic of a verdict: the best setting, or a share. If it is missing, the text is empty."""
+    figures = figures if isinstance(figures, Mapping) else {}
+    if is_finite(figures.get("share")):
+        return percent(float(figures["share"]))
+    name, scale = figures.get("checkpoint"), figures.get("guidance_scale")
+    return f"{name} at {scale:g}" if isinstance(name, str) and is_finite(scale) else ""
 
 
 def is_setting(results: Any, checkpoint: Any, scale: Any) -> bool:
@@ -191,9 +201,10 @@ def _right(report: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             sentences.append(f"Of unseen real images, the same test recognises {percent(accuracy[name])}.")
         return figures, sentences
     top, bottom = max(shares, key=lambda name: shares[name]), min(shares, key=lambda name: shares[name])
-    sentences = [
-        f"{percent(share, count)} of {count} pictures show the whole combination of attributes that their prompt names."
-    ]
+    combined = [words(name) for name in shares if name in COMBINED]
+    # Drawings have further attributes, which are no part of a combination.
+    names = f"{', '.join(combined[:-1])} and {combined[-1]}" if 1 < len(combined) < len(shares) else "whole combination"
+    sentences = [f"{percent(share, count)} of {count} pictures show the {names} that their prompt names."]
     held_out = report.get("prompt_following_held_out")
     if held_out:
         unseen, pictures = float(held_out["all"]), count // 2
@@ -282,7 +293,9 @@ def _best(
         choice.key, "higher is better"
     )
     sentences.append(f"{chosen[0].upper()}{chosen[1:]}: {_shown(value, choice.key)} ({better}).")
-    sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {_shown(other, choice.key)}.")
+    is_tie = _shown(value, choice.key) == _shown(other, choice.key) and choice.lowest
+    same = f"the same, and a distance of {_distance(choice.rivals[0]):.1f}" if is_tie else _shown(other, choice.key)
+    sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {same}.")
     limit = _limit(best, choice.rivals[0], choice.key, pictures)
     gap = abs(value - other)
     if limit is not None:
