@@ -146,8 +146,8 @@ def test_compare_names_the_best_checkpoint_and_what_the_judge_found(tmp_path: Pa
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(results))
     app = show()
     assert any("Judged by lite0" in text for text in texts(app))
-    table = next(frame.value for frame in app.dataframe if "kernel_distance" in frame.value)
-    assert table["kernel_distance"].tolist() == [12.5, 80.0]
+    table = next(frame.value for frame in app.dataframe if "kernel distance" in frame.value)
+    assert table["kernel distance"].tolist() == [12.5, 80.0]
     assert table.iloc[:, 0].tolist() == ["unseen real images", "pictures"]
 
 

@@ -48,7 +48,7 @@ def test_the_judge_chooses_and_the_runner_up_is_named():
     near = [result(10, 3.0, 50.0, 0.9), result(20, 1.5, 12.0, 0.5), result(20, 3.0, 28.5, 0.9)]
     found = evaluation(near)
     assert said(found, "best") == (
-        "Of 3 pairs of checkpoint and guidance scale, checkpoint-000020 at guidance scale 1.5 is the best. "
+        "Of 3 pairs of checkpoint and guidance scale, with 24 pictures each, checkpoint-000020 at guidance scale 1.5 is the best. "
         "The kernel distance to real images chose it: 12.0 (lower is better). "
         "The runner-up, checkpoint-000020 at guidance scale 3, has 28.5. "
         "The difference is larger than chance explains (11.1)."
@@ -66,7 +66,7 @@ def test_prompt_following_decides_among_distances_that_chance_explains():
         "2 pairs lie no farther than chance explains from the lowest kernel distance to real images (12.0 ± 4.0)"
         in text
     )
-    assert "Among them, prompt following chose it: 55.0% (higher is better)" in text
+    assert "Among them, the mean share of right attributes chose it: 55.0% (higher is better)" in text
     assert "Chance alone explains a difference of up to" in text
     assert "The runner-up, checkpoint-000010 at guidance scale 3, has 50.0%." in text
     close[1] = result(20, 1.5, 23.0, 0.50)

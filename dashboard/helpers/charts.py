@@ -13,7 +13,8 @@ from t2i.tracking.curves import POINTS, Curve, average, smooth, thin
 alt.utils.schemapi.disable_debug_mode()  # only code makes charts: checking each against Vega-Lite's schema costs 0.1 s
 CHART_POINTS = 60_000  # points of a chart, over all its lines: a browser draws them without stuttering
 HEIGHT, TALL = 360, 480  # pixels of a chart with axes and legend, and of one with many lines
-MARGIN = 8  # pixels between the outermost points and the frame, so that marks on them are not cut
+MARGIN, SIDE = 8, 16  # pixels between the outermost points and the frame, so that marks and labels on them are not cut
+MOST_TICKS = 12  # measured values that an axis labels each
 LEGEND_LINES, LEGEND_ROW = (
     8,
     18,
@@ -174,7 +175,7 @@ def line_chart(
     named = {run: css for run, css in (colors or {}).items() if run in set(frame["run"])} if color == "run" else {}
     scale = alt.Scale(domain=list(named), range=list(named.values())) if named else alt.Undefined
     encoding: dict[str, Any] = {
-        **axes_of(x, log, "value"),
+        **axes_of(x, log, "value", sorted(frame["x"].unique()) if marks else ()),
         "color": alt.Color(f"{color}:N", title=None, legend=legend, scale=scale),
         "tooltip": [
             alt.Tooltip("run:N"),
@@ -190,12 +191,14 @@ def line_chart(
     return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).properties(height=height).interactive()
 
 
-def axes_of(x: str, log: bool, y: str) -> dict[str, Any]:
-    """Return the encodings of both axes."""
+def axes_of(x: str, log: bool, y: str, measured: Sequence[float] = ()) -> dict[str, Any]:
+    """Return the encodings of both axes. A few `measured` values of x are the axis's ticks."""
     ticks = alt.Axis(format=",d", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
+    if 0 < len(measured) <= MOST_TICKS:
+        ticks = alt.Axis(values=[float(value) for value in measured], format="~g")
     y_scale = alt.Scale(type="log" if log else "linear", zero=False, padding=MARGIN)
     return {
-        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=MARGIN)),
+        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=SIDE)),
         "y": alt.Y(f"{y}:Q", title=None, axis=alt.Axis(tickCount=6), scale=y_scale),
     }
 

@@ -118,7 +118,9 @@ def texts_of(prompt: str, reading: Any) -> dict[str, Any]:
     return {
         "alt": prompt,
         "caption": prompt,
-        "label": listed if len(right) <= LISTED else f"✓ {len(right)} of {len(right) + len(wrong)}",
+        "label": listed
+        if len(right) <= LISTED
+        else f"{'' if wrong else '✓ '}{len(right)} of {len(right) + len(wrong)}",
         "finding": f"✗ {'; '.join(wrong)}" if wrong else "",
         "is_miss": bool(wrong),
         "title": "\n\n".join(filter(None, [prompt, listed, "A click shows this picture in the grid below."])),

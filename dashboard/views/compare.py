@@ -24,7 +24,7 @@ from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 from helpers.run_samples import show_samples
 
 from t2i.errors import UserError
-from t2i.evaluation.figures import figure, figure_text, flatten
+from t2i.evaluation.figures import figure, figure_text, flatten, words
 from t2i.pictures import cells
 from t2i.tracking.curves import Curve
 
@@ -235,7 +235,8 @@ def show_judge(report: dict[str, Any]) -> None:
     titles = {"real": "unseen real images", "reconstructions": "their reconstructions", "pictures": "pictures"}
     rows = [{"": title, **judged[name]} for name, title in titles.items() if isinstance(judged.get(name), dict)]
     st.text(f"Judged by {judged.get('network')}: pictures between real images and what the autoencoder keeps of these")
-    st.dataframe(pd.DataFrame(rows).drop(columns="network", errors="ignore"), hide_index=True, placeholder="–")
+    table = pd.DataFrame(rows).drop(columns="network", errors="ignore").dropna(axis="columns", how="all")
+    st.dataframe(table.rename(columns=words), hide_index=True, placeholder="–")
 
 
 def show_file(folder: Path, name: Any) -> None:

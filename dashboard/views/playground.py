@@ -306,7 +306,7 @@ def choose_beside(runs: dict[str, Path], model: tuple[Path, str]) -> list[tuple[
         st.query_params.pop("beside", None)
         st.session_state.pop("beside", None)
     chosen = st.selectbox(
-        "Beside it",
+        "Compare with",
         list(others),
         index=None,
         key="beside",
@@ -583,7 +583,7 @@ def explain_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
             "decoded): first a blur of the prompt's colors, then forms, then detail."
         )
     elif planned.cell.num_inference_steps > 1:
-        st.caption("This picture was made without being watched; Draw shows its steps.")
+        st.caption("The steps of this picture were not recorded. Draw shows them.")
 
 
 # --- Earlier pictures ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ CONTROL = 0.9  # With a smaller share of control images found, the test for copi
 DISTANCE, FOLLOWING, CLIP, LOSS = "judge.kernel_distance", "prompt_following", "clip_score.mean", "val_loss"
 CLIPPED = "clipped.pictures"
 NAMES = {
-    FOLLOWING: "prompt following",
+    FOLLOWING: "the mean share of right attributes",
     CLIP: "the CLIP score",
     DISTANCE: "the kernel distance to real images",
     CLIPPED: "the share of clipped colors",
@@ -270,7 +270,9 @@ def _best(
     figures: dict[str, Any] = {"checkpoint": name, "guidance_scale": scale, "settings": len(results)}
     if len(results) == 1:
         return figures | {"chosen_by": None}, [f"Only {_setting(report)} was evaluated."]
-    sentences = [f"Of {len(results)} pairs of checkpoint and guidance scale, {_setting(report)} is the best."]
+    sentences = [
+        f"Of {len(results)} pairs of checkpoint and guidance scale, with {pictures} pictures each, {_setting(report)} is the best."
+    ]
     choice = choose(results, scale)
     (best, *_) = [result for result in results if is_setting(result, name, scale)]
     if choice.key == LOSS:
