@@ -22,7 +22,7 @@ def playground_link(planned: cells.PlannedCell, label: str) -> None:
     """Show a link that opens a picture in the Playground, unless the picture's settings are out of that page's bounds."""
     query = playground_query(planned)
     if query and (VIEWS / "playground.py").is_file():
-        st.page_link("views/playground.py", label=label, query_params=query)
+        st.page_link("views/playground.py", label=label, icon=":material/arrow_forward:", query_params=query)
 
 
 def playground_query(planned: cells.PlannedCell) -> Query:
@@ -49,7 +49,7 @@ def grid_link(planned: Sequence[cells.PlannedCell]) -> None:
     """Show a link that opens pictures of the Playground as a grid in Compare."""
     query = grid_query(planned)
     if query and (VIEWS / "compare.py").is_file():
-        st.page_link("views/compare.py", label="Make a grid of this", query_params=query)
+        st.page_link("views/compare.py", label="Make a grid of this", icon=":material/arrow_forward:", query_params=query)
 
 
 def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:
