@@ -38,7 +38,7 @@ Kind = Literal["caches", "cells", "checkpoints", "spools"]
 KINDS = get_args(Kind)
 LOST = {
     "caches": "prepared images, latents and text embeddings; the next training computes them again",
-    "cells": "pictures of evaluations, grids and reconstructions; evaluate_checkpoints.py and the dashboard draw them again",
+    "cells": "pictures of evaluations, grids and reconstructions; evaluate_checkpoints.py --redraw and the dashboard draw them",
     "checkpoints": "checkpoints of finished runs; pipelines stay, but a run cannot be extended or its checkpoints compared",
     "spools": "records that MLflow's server has taken; nothing is lost unless you move to another server",
 }

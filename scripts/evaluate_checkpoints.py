@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,9 @@ def main() -> None:
     if not config.model:
         raise UserError("no model: give --model with the run folder of train_unet.py")
     run = Path(config.model)
+    if config.redraw:
+        draw_missing(run, config)
+        return
     training = read_object(run / "run.json")
     trained = load_recipe(str(run / "config.yaml")).train_unet
     if not recipe.data.dataset:
@@ -107,7 +111,6 @@ def main() -> None:
         print(f"reusing the finished evaluation in {folder}")
         print_sweep(state.state["cells"])
         print_verdict(verdict_of(state.state))
-        draw_missing(run, state.state, config.eval_batch_size)
         if config.report:
             save_report(run, state.state, splits.train, pixel_embedding(splits.train.pixels), trained)
         return
@@ -195,7 +198,9 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
     A finished evaluation is reused only if its settings have not changed since.
     """
     settings = {
-        key: value for key, value in dataclasses.asdict(config).items() if key not in ("model", "preset", "report")
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in ("model", "preset", "report", "redraw")
     }
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
@@ -668,23 +673,27 @@ def time_one_picture(checkpoint: Path, prompt: str, preset: Preset, scale: float
     return seconds
 
 
-def draw_missing(run: Path, results: dict[str, Any], batch_size: int) -> None:
+def draw_missing(run: Path, config: EvaluateConfig) -> None:
     """Draw the reported pictures of a finished evaluation that are no longer in the run folder.
 
-    Args:
-        results: content of evaluation.json.
-        batch_size: number of pictures drawn at once.
+    Raises:
+        UserError: the run has no evaluation, or its best checkpoint is gone.
     """
+    from t2i.training.distributed import quiet_libraries
+
+    quiet_libraries()
     from t2i.evaluation import report
     from t2i.pictures import cells
 
-    planned = [planned for planned, _ in report.reported_pictures(run, results) if not planned.problem]
+    evaluation = read_object(run / "evaluation" / "evaluation.json")
+    planned = [planned for planned, _ in report.reported_pictures(run, evaluation)]
+    if not planned:
+        raise UserError(f"{run} has no evaluation with reported pictures; leave out --redraw to evaluate it")
+    if problem := next((one.problem for one in planned if one.problem), None):
+        raise UserError(problem)
     gone = cells.missing(planned)
-    if gone:
-        print(
-            f"drawing {len(gone)} of {len(planned)} reported pictures again, which are no longer in {run}", flush=True
-        )
-        cells.make(gone, batch_size=batch_size)
+    print(f"drawing {len(gone)} of {len(planned)} reported pictures, which are no longer in {run}", flush=True)
+    cells.make(gone, load=partial(load, engine=config.engine), batch_size=config.eval_batch_size)
 
 
 def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any, trained: TrainUnetConfig) -> None:

@@ -152,9 +152,11 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     tracked = [path for path in workspace.rglob("report.html") if path.parent.name != "evaluation"]
     assert tracked
     shutil.rmtree(workspace / "unet/cells")  # as clean_caches.py does
-    again = command("evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset",
-                    "--report", cwd=workspace)  # fmt: skip
-    assert "drawing 6 of 6 reported pictures again" in again.stdout
+    again = command("evaluate_checkpoints.py", "--model", "unet", "--redraw", cwd=workspace)
+    assert "drawing 6 of 6 reported pictures" in again.stdout
+    assert (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns == before
+    command("evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset", "--report",
+            cwd=workspace)  # fmt: skip
     assert (workspace / "unet/evaluation/report.html").read_text().count("<img") == 6 + 2 * 6
 
 

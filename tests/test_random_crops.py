@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import LEAST_CROP, random_crop
 from t2i.data.prepared import Selection, open_prepared
 from t2i.diffusion import choose_versions
+from t2i.errors import UserError
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -99,6 +101,58 @@ def test_latents_of_crops_stand_after_those_of_the_whole_image(tmp_path, flip):
     with torch.no_grad():
         second = vae.encode(caches.to_pixels(split.crops[:, 1])).latent_dist.mean
     np.testing.assert_allclose(cropped[:, 2 * mirrors, :4], second, atol=5e-3)
+
+
+class Colors:
+    """A VAE and a network of alignment that both see nothing but the colors of an image's quarters."""
+
+    source, channels, side = "colors", 3, 2
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(latent_channels=3, block_out_channels=[1, 1, 1, 1])
+
+    def encode(self, images: torch.Tensor) -> SimpleNamespace:
+        mean = torch.nn.functional.adaptive_avg_pool2d(images, 2)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean)))
+
+    def maps(self, images: np.ndarray) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(caches.to_pixels(images), 2)
+
+    def identity(self) -> str:
+        return "colors"
+
+
+def test_latents_and_targets_are_of_the_same_version_in_one_cache(tmp_path):
+    """Settings with equally many versions share no cache, and each version's latents belong to its targets."""
+    folder = folder_of(tmp_path / "set", 8)
+    shapes = set()
+    for flip, crops in ((True, 1), (False, 3), (True, 0), (False, 1)):
+        split = load(folder, tmp_path / "cache", crops).train
+        options = {"flip": flip, "crops": split.crops, "say": lambda _: None}
+        cache = str(tmp_path / "cache")
+        latents = caches.cache_latents(split.pixels, {"images": split.fingerprint}, Colors(), cache, **options)
+        targets = caches.cache_alignment(split.pixels, split.fingerprint, Colors(), cache, **options)
+        assert latents.shape[1] == targets.shape[1] == (1 + flip) * (1 + crops)
+        # Targets are turned and shifted: distances between versions and images stay.
+        flat = [
+            np.moveaxis(np.asarray(one)[:, :, :3], 2, -1).reshape(-1, 3).astype(float) for one in (latents, targets)
+        ]
+        first, second = (np.linalg.norm(one[:, None] - one[None], axis=-1) for one in flat)
+        np.testing.assert_allclose(first, second, atol=0.02)
+        shapes.add(latents.filename)
+    assert len(shapes) == 4
+
+
+def test_a_cache_folder_that_lost_its_crops_is_damaged(tmp_path):
+    folder = folder_of(tmp_path / "set", 4)
+    prepared = tmp_path / "cache" / "pixels" / load(folder, tmp_path / "cache", 2).fingerprint
+    file = prepared / "train.crops.npy"
+    crops = np.load(file)
+    np.save(file, crops[:, :1])
+    with pytest.raises(UserError, match="is damaged; delete the folder"):
+        load(folder, tmp_path / "cache", 2)
+    file.unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        open_prepared(prepared)
 
 
 @settings(deadline=None)

@@ -70,9 +70,11 @@ def test_prompt_following_decides_among_distances_that_chance_explains():
     assert "Chance alone explains a difference of up to" in text
     assert "The runner-up, checkpoint-000010 at guidance scale 3, has 50.0%." in text
     close[1] = result(20, 1.5, 23.0, 0.50)
-    assert "checkpoint-000010 at guidance scale 3, has the same, and a distance of 12.0." in said(
-        evaluation(close), "best"
-    )
+    tie = said(evaluation(close), "best")
+    assert "checkpoint-000010 at guidance scale 3, has the same. The later checkpoint decides." in tie
+    close[0] = result(20, 3.0, 12.0, 0.50)
+    assert "guidance scale 1.5, has the same. The distance decides: 12.0 and 23.0." in said(evaluation(close), "best")
+    close[0] = result(10, 3.0, 12.0, 0.50)
     close[1] = result(20, 1.5, 15.0, 0.9)
     assert "is larger than chance explains" in said(evaluation(close), "best")
     close[1] = result(20, 1.5, 23.2, 0.9)  # Chance explains a difference of 11.1.

@@ -1,5 +1,6 @@
 """Show what an evaluation found on top of the page Compare: its verdict, and a wall of pictures at the best setting."""
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,13 @@ def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
         shown = choose_pictures(cells.best_samples(evaluated, evaluation))
         planned = cells.best_cells(run, evaluated, evaluation.get("report"), shown) if shown else []
         if planned and not any(one.made for one in planned):
-            st.caption("The pictures of this evaluation are not in the run folder. This draws them again:")
-            st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
+            problem = next((one.problem for one in planned if one.problem), None)
+            st.caption(
+                escape(problem or "The pictures of this evaluation are not in the run folder. This draws them again:")
+            )
+            command = f"python scripts/evaluate_checkpoints.py --model {shlex.quote(run.as_posix())} --redraw"
+            if problem is None:
+                st.code(command, language="sh", wrap_lines=True)
         elif planned:
             wall = [wall_picture(row, *one) for row, one in enumerate(zip(planned, shown, strict=True))]
             titles = {sample: title for title, sample in sample_titles(evaluated).items()}
@@ -58,7 +64,8 @@ def choose_pictures(pictures: Sequence[Reported]) -> list[Reported]:
     misses = [one for one in pictures if outcome(one[2])[1]]
     most = "all" if len(pictures) <= MOST else f"{MOST} of"
     titles = {"some": f"{WALL} of {len(pictures)} pictures", "all": f"{most} {len(pictures)}"}
-    titles |= {"misses": f"{len(misses)} with a miss"} if misses else {}
+    first = "" if len(misses) <= MOST else f"{MOST} of "
+    titles |= {"misses": f"{first}{len(misses)} with a miss"} if misses else {}
     shown = st.segmented_control(
         title,
         list(titles),

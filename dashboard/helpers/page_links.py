@@ -49,7 +49,9 @@ def grid_link(planned: Sequence[cells.PlannedCell]) -> None:
     """Show a link that opens pictures of the Playground as a grid in Compare."""
     query = grid_query(planned)
     if query and (VIEWS / "compare.py").is_file():
-        st.page_link("views/compare.py", label="Make a grid of this", icon=":material/arrow_forward:", query_params=query)
+        st.page_link(
+            "views/compare.py", label="Make a grid of this", icon=":material/arrow_forward:", query_params=query
+        )
 
 
 def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:

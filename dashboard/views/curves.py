@@ -235,9 +235,9 @@ def choose_options(names: list[str], runs: dict[str, Path | None]) -> dict[str, 
         runs: chosen runs by name, as for `choose_look`.
     """
     metrics = choose_metrics(names, len(runs))
-    with st.expander(
-        "Scale, smoothing, colors and baseline", expanded=any(key in st.query_params for key in LOOK_KEYS)
-    ):
+    is_named = any(key in st.query_params for key in LOOK_KEYS)
+    is_open = st.session_state.setdefault("_look_open", is_named)  # From then on, only the user folds it.
+    with st.expander("Scale, smoothing, colors and baseline", expanded=is_open):
         return choose_view(names, metrics) | choose_look(runs)
 
 
@@ -401,7 +401,8 @@ def legend_lines(curves: dict[Key, Curve], options: dict[str, Any]) -> list[dict
     for run in runs:
         members.setdefault(look.groups[run] if look.is_averaged and run != look.baseline else run, []).append(run)
     zero = last.get(look.baseline)
-    is_dotted = sum("loss" in name for name in options["metrics"]) < 2  # Otherwise dashes tell the losses apart.
+    losses = {name for _, name in curves if "loss" in name}
+    is_dotted = len(losses) == 1 or any(name not in losses for _, name in curves)  # Dashes tell several losses apart.
     lines = []
     for name, of_line in members.items():
         values = [last[run] for run in of_line if is_finite(last.get(run))]

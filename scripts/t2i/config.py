@@ -393,6 +393,8 @@ class EvaluateConfig:
     clip: PathText | None = None  # CLIP model (path or Hub id) for the CLIP score. With None, leave the CLIP score out.
     # Also write evaluation/report.html: one file that holds the evaluation and opens without a network.
     report: Flag = False
+    # Only draw the reported pictures of a finished evaluation that are no longer in the run folder.
+    redraw: Flag = False
 
 
 @dataclass

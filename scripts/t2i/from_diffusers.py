@@ -10,7 +10,7 @@ from t2i.errors import UserError
 # False: the result would differ, so the option is refused.
 # A test compares docs/from_diffusers.md with this table.
 THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
-    "center_crop": (True, "images are always cropped at the centre"),
+    "center_crop": (True, "images are cropped at the centre, unless --random_crops adds crops"),
     "enable_xformers_memory_efficient_attention": (True, "PyTorch's own memory-efficient attention is in use"),
     "dataloader_num_workers": (True, "batches are read from a cache, without workers"),
     "foreach_ema": (True, "the moving average is always updated by foreach kernels"),

@@ -79,7 +79,7 @@ def cache_latents(
         Means and log-variances, float16 [N, F, 2C, h, w], memory-mapped. F is 1 + K, and twice that with `flip`. The
         versions of an image are itself, itself mirrored, its first crop, this crop mirrored, and so on.
     """
-    versions, identity, select = _stored(pixels, identity, crops)
+    versions, identity, select = _stored(pixels, identity, crops, flip)
     count, resolution = versions[0].shape[0], versions[0].shape[1]
     mirrors = 2 if flip else 1
     if batch_size is None:  # On a CPU, small batches are faster and need less memory.
@@ -206,7 +206,7 @@ def cache_alignment(
         Targets, float16 [N, F, K, s, s], memory-mapped. The F versions of an image are those of `cache_latents`. K is
         `network.channels`, or the number of the network's features if that is smaller.
     """
-    versions, identity, select = _stored(pixels, {"images": fingerprint}, crops)
+    versions, identity, select = _stored(pixels, {"images": fingerprint}, crops, flip)
     whole, mirrors = versions[0], 2 if flip else 1
     count, side = len(whole), network.side
     features = network.maps(np.array(whole[:1])).shape[1]
@@ -240,7 +240,7 @@ def cache_alignment(
 
 
 def _stored(
-    pixels: np.ndarray | Selection, identity: dict[str, Any], crops: np.ndarray | Selection | None = None
+    pixels: np.ndarray | Selection, identity: dict[str, Any], crops: np.ndarray | Selection | None, flip: bool
 ) -> tuple[list[np.ndarray], dict[str, Any], Callable[[np.ndarray], np.ndarray | Selection]]:
     """Return the images to compute a cache of, its identity, and a function that selects the wanted rows of the cache.
 
@@ -256,7 +256,9 @@ def _stored(
         else:
             arrays, select = [array.array for array in arrays], lambda cached: Selection(cached, kept)
     further = [arrays[1][:, number] for number in range(arrays[1].shape[1])] if crops is not None else []
-    return [arrays[0], *further], identity | ({"crops": CROPS_VERSION} if further else {}), select
+    if further:  # The number of versions alone does not tell crops from mirrored images.
+        identity = identity | {"crops": [CROPS_VERSION, len(further)], "flip": flip}
+    return [arrays[0], *further], identity, select
 
 
 def _principal_axes(parts: Iterable[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,9 +120,11 @@ def _open_split(folder: Path, name: str, counts: dict[str, Any] | None) -> Split
         return None
     pixels = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     rows = datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
-    file = folder / f"{name}.crops.npy"
-    crops = np.load(file, mmap_mode="r", allow_pickle=False) if file.is_file() else None
-    if {len(pixels), len(rows) if crops is None else len(crops)} != {len(rows)}:
+    crops = None
+    if counts.get("crops"):
+        crops = np.load(folder / f"{name}.crops.npy", mmap_mode="r", allow_pickle=False)
+    is_whole = crops is None or crops.shape[:2] == (len(rows), counts["crops"])
+    if len(pixels) != len(rows) or not is_whole:
         raise UserError(f"the cache folder {folder} is damaged; delete the folder and run again")
     return Split(pixels, rows, counts["fingerprint"], crops)
 

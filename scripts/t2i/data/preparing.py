@@ -261,6 +261,7 @@ def _build_in(
                 fingerprint = hash_json([TRANSFORM_VERSION, cfg.resolution, kept_digests.tobytes().hex()])
                 splits[split] = {
                     "images": len(writer.kept), "empty_captions": writer.empty, "fingerprint": fingerprint,
+                    **({"crops": writer.crops} if writer.crops else {}),
                 }  # fmt: skip
                 several += writer.several
                 digests[f"kept {split}"] = kept_digests

@@ -295,9 +295,13 @@ def _best(
         choice.key, "higher is better"
     )
     sentences.append(f"{chosen[0].upper()}{chosen[1:]}: {_shown(value, choice.key)} ({better}).")
-    is_tie = _shown(value, choice.key) == _shown(other, choice.key) and choice.lowest
-    same = f"the same, and a distance of {_distance(choice.rivals[0]):.1f}" if is_tie else _shown(other, choice.key)
-    sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {same}.")
+    is_tie = choice.key in (FOLLOWING, CLIP) and value == other
+    has = "the same" if is_tie else _shown(other, choice.key)
+    sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {has}.")
+    if is_tie and _step(best["checkpoint"]) != _step(choice.rivals[0]["checkpoint"]):
+        sentences.append("The later checkpoint decides.")
+    elif is_tie and choice.lowest:
+        sentences.append(f"The distance decides: {_distance(best):.1f} and {_distance(choice.rivals[0]):.1f}.")
     limit = _limit(best, choice.rivals[0], choice.key, pictures)
     gap = abs(value - other)
     if limit is not None:
