@@ -1,4 +1,4 @@
-# make demo            run data, training, evaluation and report, in ten to twenty minutes on two CPU cores
+# make demo            run data, training, evaluation and report, in nine to twenty minutes on two CPU cores
 # make dashboard       show the runs in outputs/
 # make train           run one training, here or in a cloud: CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…".
 #                      Without ARGS it trains the demo's denoiser in outputs/train, and first makes missing drawings and autoencoder.
