@@ -121,7 +121,9 @@ def test_the_lines_of_diffusers_readme_mean_here_what_they_mean_there(capsys):
             "sd-naruto-model",
             True,
         )
-    assert "--center_crop of diffusers' scripts is left out: images are cropped at the centre" in capsys.readouterr().err
+    assert (
+        "--center_crop of diffusers' scripts is left out: images are cropped at the centre" in capsys.readouterr().err
+    )
     cifar, imagenet = (parse(VAE, "", shlex.split(words)) for words in README_VAE)
     assert (cifar.vae.vae, cifar.data.dataset, cifar.data.image_column) == (
         "stabilityai/sd-vae-ft-mse",
