@@ -443,7 +443,7 @@ def test_words_of_others_are_shown_as_they_are(visit):
     page = visit(query={"run": "two", "rows": "prompt"})
     expect(page.locator(".grid tbody th")).to_have_text([EVIL])
     expect(page.locator(".grid td button").first).to_have_attribute(
-        "aria-label", f"guidance scale 1.5, prompt {EVIL}: {EVIL}"
+        "aria-label", f"guidance scale 1.5, prompt {EVIL}: {EVIL}: not drawn yet"
     )
     page.get_by_text("Values:").click()
     assert page.get_by_role("textbox", name="Prompt, one per line").input_value() == EVIL

@@ -629,7 +629,7 @@ def test_a_grids_picture_is_shown_at_once_and_its_steps_on_demand(tmp_path, pain
     query = {"checkpoint": "checkpoint-000010", "prompt": "a red flower", "seed": "7", "guidance_scale": "1.5"}
     app = show(**query)
     assert has_picture(app)
-    assert "without being watched" in texts(app)
+    assert "were not recorded" in texts(app)
     wait(press(app, DRAW), steps)
     assert len(painter.places) == 1
     before = painter.places[0].path.read_bytes()
@@ -666,7 +666,7 @@ def test_files_that_go_or_are_damaged_while_shown(tmp_path, painter):
         path.write_bytes(path.read_bytes()[:-100])
     app.run()
     assert has_picture(app)
-    assert "without being watched" in texts(app)
+    assert "were not recorded" in texts(app)
     shutil.rmtree(run)
     app.run()
     assert not app.exception
