@@ -168,7 +168,7 @@ def headline(figures: Any) -> str:
     if is_finite(figures.get("share")):
         return percent(float(figures["share"]))
     name, scale = figures.get("checkpoint"), figures.get("guidance_scale")
-    return f"{name} at {scale:g}" if isinstance(name, str) and is_finite(scale) else ""
+    return f"{name} at guidance {scale:g}" if isinstance(name, str) and is_finite(scale) else ""
 
 
 def is_setting(results: Any, checkpoint: Any, scale: Any) -> bool:
