@@ -368,19 +368,19 @@ def cache_inputs(
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
         latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
-        flip, crops = recipe.data.random_flip and name == "train", split.crops if name == "train" else None
+        flip = recipe.data.random_flip and name == "train"
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
             text = caches.cache_text(
                 captions, text_identity, text_encoder, frozen["tokenizer"], recipe.data.cache_dir, say=accelerator.print
             )
             latents = caches.cache_latents(
-                pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, crops=crops, say=accelerator.print
+                pixels, latent_identity, vae, recipe.data.cache_dir, flip=flip, crops=split.crops, say=accelerator.print
             )
         cached[name] = (latents, text)
         if "alignment" in frozen and name == "train":
             cached["targets"] = caches.cache_alignment(
                 pixels, split.fingerprint, frozen["alignment"], recipe.data.cache_dir,
-                flip=flip, crops=crops, say=accelerator.print,
+                flip=flip, crops=split.crops, say=accelerator.print,
             )  # fmt: skip
     return cached
 

@@ -148,9 +148,11 @@ def measure(
     values: list[list[float]] = []
     for number, split in enumerate(split for split in splits if split):
         images = {"images": split.fingerprint, "vae": identity.get("vae_hash"), **precision}
-        flip, crops = bool(settings.get("random_flip")) and number == 0, split.crops
+        flip = bool(settings.get("random_flip")) and number == 0
         with torch.autocast(unet.device.type, torch.bfloat16, enabled=in_bf16):
-            latents = caches.cache_latents(split.pixels, images, vae, cache_dir, flip=flip, crops=crops, say=_silent)
+            latents = caches.cache_latents(
+                split.pixels, images, vae, cache_dir, flip=flip, crops=split.crops, say=_silent
+            )
             first = [captions[:1] for captions in split.captions()]
             text = caches.cache_text(first, texts, pipeline.text_encoder, pipeline.tokenizer, cache_dir, say=_silent)
         before = done
