@@ -188,7 +188,7 @@ class Session:
     def data(self, name: str) -> dict[str, Any]:
         """Return a component's data; {} if it is not shown."""
         with contextlib.suppress(KeyError):
-            return dict(json.loads(self.component(name)[1].json))
+            return dict(json.loads(self.component(name)[1].json)[0])
         return {}
 
     def texts(self) -> list[str]:

@@ -81,7 +81,7 @@ def show(**query: str | list[str]) -> AppTest:
 def component(app: AppTest, name: str) -> dict:
     """The data of the grid or the pair as the browser gets it."""
     found = [element.proto for element in app.get("bidi_component") if element.proto.component_name == name]
-    return json.loads(found[0].json) if found else {}
+    return json.loads(found[0].json)[0] if found else {}
 
 
 def grid_of(app: AppTest) -> dict:

@@ -133,7 +133,7 @@ def many_runs(folder: Path, count: int) -> None:
 
 def lines_of(app: AppTest) -> list[dict]:
     """The list beside the charts, as the page sent it."""
-    sent = [json.loads(one.proto.json) for one in app.get("bidi_component") if "lines" in one.proto.json]
+    sent = [json.loads(one.proto.json)[0] for one in app.get("bidi_component") if "lines" in one.proto.json]
     return sent[-1]["lines"]
 
 

@@ -72,7 +72,7 @@ def show(**query: str | list[str]) -> AppTest:
 
 def gallery(app: AppTest) -> list[dict]:
     found = [e.proto for e in app.get("bidi_component") if e.proto.component_name == "gallery"]
-    return json.loads(found[0].json)["pictures"] if found else []
+    return json.loads(found[0].json)[0]["pictures"] if found else []
 
 
 def rows_of(app: AppTest) -> list[int]:

@@ -9,15 +9,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
+from transformers import CLIPTokenizer
 
 import test_compare
+from t2i.models import learn_bpe
 from t2i.pictures import cells
 from t2i.pictures.png import png_bytes, read_parameters
 from test_compare import EVIL
@@ -30,6 +31,7 @@ import json, sys, time
 for name in ("mlflow", "datasets", "accelerate", "deepspeed", "sagemaker", "torchmetrics"):
     sys.modules[name] = None
 from streamlit.testing.v1 import AppTest
+from transformers import CLIPTokenizer
 app = AppTest.from_file(sys.argv[1], default_timeout=120)
 app.query_params["num_inference_steps"] = "7"
 app.switch_page("views/playground.py").run()
@@ -40,7 +42,7 @@ while not app.get("download_button"):
     time.sleep(0.2)
     app.run()
 found = [one.proto.json for one in app.get("bidi_component") if one.proto.component_name == "scrubber"]
-print([step["label"] for step in json.loads(found[0])["steps"]], [caption.value for caption in app.caption][-1])
+print([step["label"] for step in json.loads(found[0])[0]["steps"]], [caption.value for caption in app.caption][-1])
 """
 
 
@@ -313,21 +315,18 @@ def test_only_schedulers_that_are_right_for_the_model_are_offered(tmp_path, pain
     assert "needs some of the image in the last noise level" in place.problem
 
 
-def test_a_prompt_that_the_model_reads_in_part_is_said(tmp_path, painter, monkeypatch):
+@pytest.mark.parametrize("kept", [["tokenizer.json"], ["vocab.json", "merges.txt"]], ids=["one file", "older files"])
+def test_a_prompt_that_the_model_reads_in_part_is_said(tmp_path, painter, kept):
+    vocab, merges = learn_bpe(["a red flower with five petals"])
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=5)
+    tokenizer("a", truncation=True, padding="max_length")  # as training leaves it: cut and padded
     folder = make_run(tmp_path / "outputs" / "flowers") / "pipeline" / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer_config.json").write_text('{"model_max_length": 5}')
-
-    class Tokenizer:
-        model_max_length = 5
-
-        def __call__(self, prompt, **options):
-            return SimpleNamespace(input_ids=["<", *prompt.split(), ">"])
-
-        def decode(self, tokens, **options):
-            return " ".join(tokens)
-
-    monkeypatch.setattr(sys.modules["helpers.run_files"], "_tokenizer", lambda folder: Tokenizer())
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    for path in folder.iterdir():
+        if path.name not in {"tokenizer_config.json", *kept}:
+            path.unlink()
     assert not warnings(show(prompt="a red flower"))
     said = warnings(show(prompt="a red flower with five petals"))
     assert 'has 8 tokens, and the model reads 5: "with five petals" is cut off' in said

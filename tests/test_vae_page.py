@@ -48,7 +48,7 @@ def show(**query: str | list[str]) -> AppTest:
 
 def component(app: AppTest, name: str) -> dict:
     found = [e.proto for e in app.get("bidi_component") if e.proto.component_name == name]
-    return json.loads(found[0].json) if found else {}
+    return json.loads(found[0].json)[0] if found else {}
 
 
 def words(app: AppTest) -> str:

@@ -1,5 +1,5 @@
 // Pictures with their captions; a click shows one of them larger.
-export default function ({ data, parentElement, setTriggerValue }) {
+export default function ({ data: [data], parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".gallery");
   const state = JSON.stringify(data);
   if (root.state === state) return; // an unchanged gallery keeps its elements and the focus

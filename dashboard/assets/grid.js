@@ -1,5 +1,5 @@
 // A table of pictures: labels stay in sight, all zoom together, a click chooses one to compare.
-export default function ({ data, parentElement, setTriggerValue }) {
+export default function ({ data: [data], parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".grid");
   const shape = JSON.stringify([data.columns, data.rows, data.corner]);
   if (root.shape !== shape) {

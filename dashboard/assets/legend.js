@@ -1,5 +1,5 @@
 // A list of lines with a switch each: its color, its name, its figures. Off means that the line is not drawn.
-export default function ({ data, parentElement, setStateValue }) {
+export default function ({ data: [data], parentElement, setStateValue }) {
   const root = parentElement.querySelector(".legend");
   const state = JSON.stringify(data);
   if (root.state === state) return; // an unchanged list keeps its elements and the focus

@@ -1,5 +1,5 @@
 // Two pictures: side by side, one over the other with a slider, or their difference; all zoom together.
-export default function ({ data, parentElement }) {
+export default function ({ data: [data], parentElement }) {
   const root = parentElement.querySelector(".pair");
   const state = JSON.stringify(data);
   if (root.state !== state) {

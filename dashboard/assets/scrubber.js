@@ -1,5 +1,5 @@
 // A picture with a slider over the steps of its drawing. The last step is the finished picture.
-export default function ({ data, parentElement }) {
+export default function ({ data: [data], parentElement }) {
   const root = parentElement.querySelector(".scrubber");
   const state = JSON.stringify(data);
   if (root.state === state) return; // an unchanged picture keeps its step and the focus

@@ -1,5 +1,5 @@
 // Reports the text of a field soon after the last key, and lets Enter press a button. Shift and Enter begin a line.
-export default function ({ data, parentElement, setTriggerValue }) {
+export default function ({ data: [data], parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".typing");
   const page = root.ownerDocument;
   root.live = data.live;

@@ -1,27 +1,31 @@
-"""Make charts: curves over steps or hours, figures over a setting, and bars."""
+"""Make charts: curves over steps or hours, figures over a setting, and bars.
+
+A chart is a Vega-Lite specification (https://vega.github.io/vega-lite/docs) as a dict, whose data are an Arrow table.
+Altair makes the same dict from a pandas table, but to import both costs a new server 0.7 s of its first page.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import altair as alt
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import streamlit as st
 
 from t2i.tracking.curves import POINTS, Curve, average, smooth, thin
 
-alt.utils.schemapi.disable_debug_mode()  # only code makes charts: checking each against Vega-Lite's schema costs 0.1 s
 CHART_POINTS = 60_000  # points of a chart, over all its lines: a browser draws them without stuttering
 HEIGHT, TALL = 360, 480  # pixels of a chart with axes and legend, and of one with many lines
 MARGIN, SIDE = 8, 16  # pixels between the outermost points and the frame, so that marks and labels on them are not cut
 MOST_TICKS = 12  # measured values that an axis labels each
-LEGEND_LINES, LEGEND_ROW = (
-    8,
-    18,
-)  # most lines of a legend below a chart, and pixels per line; other names are at the pointer
+LEGEND_LINES, LEGEND_ROW = 8, 18  # most lines of a legend below a chart, and pixels per line
 MANY_LINES = 12  # with more lines, each is thin and pale until the pointer meets it
 DOTS = [2, 2]  # pixels drawn and left out of a dotted line
 BASELINE = "#767676"  # color of the pinned run, visible on both backgrounds
+ZOOM = {"name": "zoom", "select": {"type": "interval", "encodings": ["x", "y"]}, "bind": "scales"}  # by wheel and drag
+
+Rows = Sequence[tuple[str, str, Curve]]  # run, metric, and its curve
+Chart = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,20 @@ class Look:
     is_averaged: bool = False  # Whether one line per group shows the mean of its runs, within a band of all.
 
 
+def show_chart(chart: Chart, **options: Any) -> None:
+    """Show a chart. The options are those of `st.vega_lite_chart`."""
+    st.vega_lite_chart(chart, **options)
+
+
 def curves_chart(
-    rows: list[tuple[str, str, Curve]],
+    rows: Rows,
     weight: float = 0.0,
     log: bool = False,
     wall_time: bool = False,
     look: Look | None = None,
     colors: Mapping[str, str] | None = None,
-) -> alt.Chart | alt.LayerChart | None:
-    """Return a chart of (run, metric, curve), smoothed and then thinned; None if there is nothing to draw.
+) -> Chart | None:
+    """Return a chart of curves, smoothed and then thinned; None if there is nothing to draw.
 
     Args:
         weight: strength of the smoothing, at least 0 and below 1. A weight of 0 disables smoothing.
@@ -64,148 +73,188 @@ def curves_chart(
     if not drawn:
         return None
     x = "hours" if wall_time else "step"
-    return told_apart(drawn, x, log, look) if look else line_chart(frame_of(drawn), x, log, colors=colors)
+    return told_apart(drawn, x, log, look) if look else line_chart(drawn, x, log, colors=colors)
 
 
-def frame_of(drawn: Sequence[tuple[str, str, Curve]]) -> pd.DataFrame:
-    """Return the points of (run, metric, curve), whose curves' steps are x, as rows of a table."""
-    counts = [len(curve) for _, _, curve in drawn]
-    return pd.DataFrame(
-        {
-            "x": np.concatenate([curve.steps for _, _, curve in drawn]),
-            "value": np.concatenate([curve.values for _, _, curve in drawn]),
-            "run": repeat_names([run for run, _, _ in drawn], counts),
-            "metric": repeat_names([metric for _, metric, _ in drawn], counts),
-        }
-    )
-
-
-def told_apart(drawn: Sequence[tuple[str, str, Curve]], x: str, log: bool, look: Look) -> alt.LayerChart:
+def told_apart(drawn: Rows, x: str, log: bool, look: Look) -> Chart:
     """Return a chart whose lines have the colors of their groups. The line at the pointer stands out and tells its name.
 
     A list beside the chart names the lines, so the chart has no legend of runs, and keeps its height with any number.
     """
     plain = [one for one in drawn if one[0] != look.baseline]
-    bands = pd.DataFrame()
-    if look.is_averaged:
-        plain, bands = averaged(plain, look.groups)
-    group_of = {run: run if look.is_averaged else look.groups[run] for run, _, _ in plain}
-    pointed = alt.selection_point(name="pointed", fields=["run"], on="pointerover", clear="pointerout", empty=False)
-    is_many = len(plain) > MANY_LINES
+    base_rows = [one for one in drawn if one[0] == look.baseline]
     layers = []
-    if len(bands):
-        layers.append(base_of(bands, x, log, "low", look).mark_area(opacity=0.18).encode(y2="high:Q"))
+    if look.is_averaged and plain:
+        plain, bands = averaged(plain, look.groups)
+        area = {"type": "area", "opacity": 0.18}
+        layers.append(grouped(bands, area, encode_groups(plain, x, log, "low", look) | {"y2": {"field": "high"}}))
+    is_many = len(plain) > MANY_LINES
     if plain:
-        frame = frame_of(plain)
-        counts = [len(curve) for _, _, curve in plain]
-        frame["group"] = repeat_names([group_of[run] for run, _, _ in plain], counts)
-        base = base_of(frame, x, log, "value", look)
-        width = alt.condition(pointed, alt.value(3.5), alt.value(1.2 if is_many else 2))
-        opacity = alt.condition(pointed, alt.value(1), alt.value(0.6 if is_many else 1))
-        layers.append(base.mark_line(clip=True).encode(strokeWidth=width, opacity=opacity))
+        group_of = {run: run if look.is_averaged else look.groups[run] for run, _, _ in plain}
+        table = table_of(plain, group_of, look.repeats)
+        encoding = encode_groups(plain, x, log, "value", look)
+        line = {"type": "line", "clip": True}
+        emphasis = {
+            "strokeWidth": at_pointer(3.5, 1.2 if is_many else 2),
+            "opacity": at_pointer(1, 0.6 if is_many else 1),
+        }
+        layers.append(grouped(table, line, encoding | emphasis))
+        names = ["run"] if group_of.keys() == set(group_of.values()) else ["run", "group"]
+        tooltip = {"tooltip": [nominal(name) for name in (*names, "metric")]}
         # A line of two pixels is hard to meet: an invisible wide one lies upon it.
-        tooltip = [
-            f"{name}:N" for name in (("run",) if group_of.keys() == set(group_of.values()) else ("run", "group"))
-        ]
-        wide = base.mark_line(clip=True, strokeWidth=12, opacity=0.001).encode(tooltip=[*tooltip, "metric:N"])
-        layers.append(wide.add_params(pointed))
-    if base_rows := [one for one in drawn if one[0] == look.baseline]:
-        frame = frame_of(base_rows).assign(group=look.baseline)
-        marked = base_of(frame, x, log, "value", replace(look, repeats=frozenset())).encode(
-            color=alt.ColorValue(BASELINE), tooltip=["run:N", "metric:N"]
-        )
-        layers.append(marked.mark_line(clip=True, strokeWidth=3, strokeDash=[7, 4]))
-    return alt.layer(*layers).properties(height=TALL if is_many else HEIGHT).interactive()
+        wide = grouped(table, line | {"strokeWidth": 12, "opacity": 0.001}, encoding | tooltip)
+        select = {"type": "point", "fields": ["run"], "on": "pointerover", "clear": "pointerout"}
+        layers.append(wide | {"params": [{"name": "pointed", "select": select}]})
+    if base_rows:
+        line = {"type": "line", "clip": True, "strokeWidth": 3, "strokeDash": [7, 4]}
+        encoding = encode_groups(base_rows, x, log, "value", replace(look, repeats=frozenset()))
+        encoding |= {"color": {"value": BASELINE}, "tooltip": [nominal("run"), nominal("metric")]}
+        layers.append(grouped(table_of(base_rows, {look.baseline: look.baseline}), line, encoding))
+    layers[0]["params"] = [*layers[0].get("params", []), ZOOM]
+    return layered(layers, TALL if is_many else HEIGHT)
 
 
-def base_of(frame: pd.DataFrame, x: str, log: bool, y: str, look: Look) -> alt.Chart:
-    """Return a chart without a mark: the axes, a color per group, and a line per run and metric."""
-    colors = alt.Scale(domain=list(look.colors), range=list(look.colors.values()))
-    encoding: dict[str, Any] = {
-        **axes_of(x, log, y),
-        "color": alt.Color("group:N", scale=colors, legend=None),
-        "detail": ["run:N", "metric:N"],
-    }
-    if frame["metric"].nunique() > 1 and "run" in frame:
-        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=alt.Legend(orient="top"))
+def grouped(table: pa.Table, mark: dict[str, Any], encoding: dict[str, Any]) -> Chart:
+    """Return a layer with a line or band per run and metric."""
+    return {"data": table, "mark": mark, "encoding": encoding | {"detail": [nominal("run"), nominal("metric")]}}
+
+
+def encode_groups(drawn: Rows, x: str, log: bool, y: str, look: Look) -> dict[str, Any]:
+    """Return the encodings of axes, of a color per group, and of dashes per metric or per repeated color."""
+    colors = {"domain": list(look.colors), "range": list(look.colors.values())}
+    encoding = {**axes_of(x, log, y), "color": nominal("group", scale=colors, legend=None)}
+    if len({metric for _, metric, _ in drawn}) > 1:
+        encoding["strokeDash"] = nominal("metric", title=None, legend={"orient": "top"})
     elif look.repeats:
-        frame = frame.assign(repeats=frame["group"].isin(look.repeats))
-        dashes = alt.Scale(domain=[False, True], range=[[1, 0], DOTS])
-        encoding["strokeDash"] = alt.StrokeDash("repeats:N", scale=dashes, legend=None)
-    return alt.Chart(frame).encode(**encoding)
+        dashes = {"domain": [False, True], "range": [[1, 0], DOTS]}
+        encoding["strokeDash"] = nominal("repeats", scale=dashes, legend=None)
+    return encoding
 
 
-def averaged(
-    drawn: Sequence[tuple[str, str, Curve]], groups: Mapping[str, str]
-) -> tuple[list[tuple[str, str, Curve]], pd.DataFrame]:
+def at_pointer(value: float, otherwise: float) -> dict[str, Any]:
+    """Return the encoding that has `value` for the line at the pointer."""
+    return {"condition": {"param": "pointed", "value": value, "empty": False}, "value": otherwise}
+
+
+def averaged(drawn: Rows, groups: Mapping[str, str]) -> tuple[Rows, pa.Table]:
     """Return the mean curve per group and metric, named by its group, and the bands from the lowest to the highest run."""
     members: dict[tuple[str, str], list[Curve]] = {}
     for run, metric, curve in drawn:
         members.setdefault((groups[run], metric), []).append(curve)
-    means, bands = [], []
-    for (group, metric), curves in members.items():
-        mean, low, high = average(curves)
-        means.append((group, metric, mean))
-        bands.append(
-            pd.DataFrame({"x": mean.steps, "low": low, "high": high, "run": group, "group": group, "metric": metric})
-        )
-    return means, pd.concat(bands, ignore_index=True) if bands else pd.DataFrame()
+    averages = [(group, metric, average(curves)) for (group, metric), curves in members.items()]
+    means = [(group, metric, mean) for group, metric, (mean, _, _) in averages]
+    bands = table_of(means, {group: group for group, _, _ in means}).drop_columns(["value"])
+    for name, number in (("low", 1), ("high", 2)):
+        bands = bands.append_column(name, pa.array(np.concatenate([found[number] for _, _, found in averages])))
+    return means, bands
 
 
-def repeat_names(names: list[str], counts: list[int]) -> pd.Categorical:
-    """Return a category column in which each name of `names` is repeated as often as `counts` says.
+def table_of(drawn: Rows, groups: Mapping[str, str] | None = None, repeats: frozenset[str] = frozenset()) -> pa.Table:
+    """Return the points of curves, whose steps are x, as rows: x, value, run, metric, and the run's group and repeats."""
+    counts = [len(curve) for _, _, curve in drawn]
+    columns = {
+        "x": np.concatenate([curve.steps for _, _, curve in drawn]),
+        "value": np.concatenate([curve.values for _, _, curve in drawn]),
+        "run": repeat_names([run for run, _, _ in drawn], counts),
+        "metric": repeat_names([metric for _, metric, _ in drawn], counts),
+    }
+    if groups is not None:
+        of_line = [groups[run] for run, _, _ in drawn]
+        columns["group"] = repeat_names(of_line, counts)
+        columns["repeats"] = np.repeat([group in repeats for group in of_line], counts)
+    return pa.table(columns)
 
-    A category column sends and compares each name once instead of once per point.
+
+def repeat_names(names: list[str], counts: list[int]) -> pa.DictionaryArray:
+    """Return a column in which each name of `names` is repeated as often as `counts` says.
+
+    The column is encoded as a dictionary: each name is sent and compared once instead of once per point.
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return pd.Categorical.from_codes(np.repeat([numbers[name] for name in names], counts), list(numbers))
+    codes = np.repeat(np.array([numbers[name] for name in names], np.int32), counts)
+    return pa.DictionaryArray.from_arrays(codes, list(numbers))
 
 
 def line_chart(
-    frame: pd.DataFrame, x: str, log: bool = False, marks: bool = False, colors: Mapping[str, str] | None = None
-) -> alt.Chart:
-    """Return a chart of `frame`'s columns x, value, run and metric. Names of runs are shown literally."""
-    runs, metrics = frame["run"].nunique(), frame["metric"].nunique()
-    color = "run" if runs > 1 or (colors and metrics == 1) else "metric"
+    drawn: Rows, x: str, log: bool = False, marks: bool = False, colors: Mapping[str, str] | None = None
+) -> Chart:
+    """Return a chart of curves, whose steps are x, with a legend. Names of runs are shown literally.
+
+    With `marks`, each point has a mark, and the axis labels the values of x.
+    """
+    names, metrics = {run for run, _, _ in drawn}, {metric for _, metric, _ in drawn}
+    is_by_run = len(names) > 1 or (bool(colors) and len(metrics) == 1)
+    lines = max(len(names), len(metrics))
     legend, height = None, HEIGHT  # the title already names a single line, and too many lines have no room
-    if 1 < max(runs, metrics) <= LEGEND_LINES:
-        height += LEGEND_ROW * (max(runs, metrics) - 1)  # the legend takes no height from the plot, also on a phone
-        columns = alt.ExprRef("width < 500 ? 1 : 2")  # on a phone each name has a row for itself
-        legend = alt.Legend(orient="bottom", columns=columns, labelLimit=400)
-    named = {run: css for run, css in (colors or {}).items() if run in set(frame["run"])} if color == "run" else {}
-    scale = alt.Scale(domain=list(named), range=list(named.values())) if named else alt.Undefined
+    if 1 < lines <= LEGEND_LINES:
+        height += LEGEND_ROW * (lines - 1)  # the legend takes no height from the plot, also on a phone
+        columns = {"expr": "width < 500 ? 1 : 2"}  # on a phone each name has a row for itself
+        legend = {"orient": "bottom", "columns": columns, "labelLimit": 400}
+    color = nominal("run" if is_by_run else "metric", title=None, legend=legend)
+    if is_by_run and (named := {run: css for run, css in (colors or {}).items() if run in names}):
+        color["scale"] = {"domain": list(named), "range": list(named.values())}
+    table = table_of(drawn)
     encoding: dict[str, Any] = {
-        **axes_of(x, log, "value", sorted(frame["x"].unique()) if marks else ()),
-        "color": alt.Color(f"{color}:N", title=None, legend=legend, scale=scale),
+        **axes_of(x, log, "value", np.unique(table["x"].to_numpy()).tolist() if marks else ()),
+        "color": color,
         "tooltip": [
-            alt.Tooltip("run:N"),
-            alt.Tooltip("metric:N"),
-            alt.Tooltip("x:Q", title=x, format=".6~g"),
-            alt.Tooltip("value:Q", format=".5~g"),
+            nominal("run"),
+            nominal("metric"),
+            quantity("x", title=x, format=".6~g"),
+            quantity("value", format=".5~g"),
         ],
     }
-    if runs > 1 and metrics > 1:
-        encoding["strokeDash"] = alt.StrokeDash("metric:N", title=None, legend=legend and alt.Legend(orient="top"))
-    elif runs > 1 or metrics > 1:
-        encoding["detail"] = ["run:N", "metric:N"]
-    return alt.Chart(frame).mark_line(point=marks, clip=True).encode(**encoding).properties(height=height).interactive()
+    if len(names) > 1 and len(metrics) > 1:
+        encoding["strokeDash"] = nominal("metric", title=None, legend=legend and {"orient": "top"})
+    elif lines > 1:
+        encoding["detail"] = [nominal("run"), nominal("metric")]
+    mark = {"type": "line", "clip": True, "point": marks}
+    return {"data": table, "mark": mark, "encoding": encoding, "height": height, "params": [ZOOM]}
+
+
+def layered(layers: Sequence[Chart], height: int) -> Chart:
+    """Return the chart of several layers, the last on top. Layers may share a table, which is sent once."""
+    tables = {id(one["data"]): one["data"] for one in layers}
+    names = {key: f"table{number}" for number, key in enumerate(tables)}
+    units, params = [], []
+    for number, one in enumerate(layers):
+        unit = {"name": f"layer{number}", "data": {"name": names[id(one["data"])]}}
+        units.append(unit | {"mark": one["mark"], "encoding": one["encoding"]})
+        params += [param | {"views": [unit["name"]]} for param in one.get("params", ())]
+    datasets = {names[key]: table for key, table in tables.items()}
+    return {"datasets": datasets, "layer": units, "params": params, "height": height}
 
 
 def axes_of(x: str, log: bool, y: str, measured: Sequence[float] = ()) -> dict[str, Any]:
     """Return the encodings of both axes. A few `measured` values of x are the axis's ticks."""
-    ticks = alt.Axis(format=",d", tickMinStep=1, tickCount=8) if x == "step" else alt.Axis(tickCount=8)
+    ticks: dict[str, Any] = {"tickCount": 8}
+    if x == "step":
+        ticks |= {"format": ",d", "tickMinStep": 1}
     if 0 < len(measured) <= MOST_TICKS:
-        ticks = alt.Axis(values=[float(value) for value in measured], format="~g")
-    y_scale = alt.Scale(type="log" if log else "linear", zero=False, padding=MARGIN)
+        ticks = {"values": list(measured), "format": "~g"}
+    y_scale = {"type": "log" if log else "linear", "zero": False, "padding": MARGIN}
     return {
-        "x": alt.X("x:Q", title=x, axis=ticks, scale=alt.Scale(zero=False, nice=False, padding=SIDE)),
-        "y": alt.Y(f"{y}:Q", title=None, axis=alt.Axis(tickCount=6), scale=y_scale),
+        "x": quantity("x", title=x, axis=ticks, scale={"zero": False, "nice": False, "padding": SIDE}),
+        "y": quantity(y, title=None, axis={"tickCount": 6}, scale=y_scale),
     }
 
 
-def bar_chart(frame: pd.DataFrame, x: str, y: str) -> alt.Chart:
-    """Return bars of `frame`'s column `y` over binned values, whose bounds are the columns from and to."""
-    tooltip = [alt.Tooltip("from:Q"), alt.Tooltip("to:Q", title="below"), f"{y}:Q"]
-    across = alt.X("from:Q", title=x, bin="binned", axis=alt.Axis(tickMinStep=1))
-    bars = alt.Chart(frame).mark_bar().encode(x=across, x2="to:Q", y=alt.Y(f"{y}:Q", title=y), tooltip=tooltip)
-    return bars.properties(height=220)
+def quantity(field: str, **more: Any) -> dict[str, Any]:
+    """Return the encoding of a column of numbers."""
+    return {"field": field, "type": "quantitative", **more}
+
+
+def nominal(field: str, **more: Any) -> dict[str, Any]:
+    """Return the encoding of a column of names."""
+    return {"field": field, "type": "nominal", **more}
+
+
+def bar_chart(table: pa.Table, x: str, y: str) -> Chart:
+    """Return bars of the column `y` over binned values, whose bounds are the columns from and to."""
+    encoding = {
+        "x": quantity("from", title=x, bin="binned", axis={"tickMinStep": 1}),
+        "x2": {"field": "to"},
+        "y": quantity(y, title=y),
+        "tooltip": [quantity("from"), quantity("to", title="below"), quantity(y)],
+    }
+    return {"data": table, "mark": {"type": "bar"}, "encoding": encoding, "height": 220}

@@ -1,6 +1,7 @@
 """Widgets that Streamlit does not have: pictures with linked zoom, a gallery, a list of lines, and a text as it is typed.
 
 The widgets' JavaScript and CSS are in assets/. Content of files reaches a widget as data, and is shown only as text.
+The data are sent as a tuple of one dict: in a bare dict, Streamlit looks for tables, for which it imports pandas in 0.3 s.
 """
 
 import base64
@@ -28,7 +29,7 @@ def picture_grid(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) 
     mount = st.components.v2.component(
         "picture_grid", html='<div class="grid"></div>', css=_css(), js=_js("zoom.js", "grid.js")
     )
-    mount(key=key, data=data, on_chosen_change=on_chosen)
+    mount(key=key, data=(data,), on_chosen_change=on_chosen)
 
 
 def picture_pair(data: dict[str, Any], key: str) -> None:
@@ -41,7 +42,7 @@ def picture_pair(data: dict[str, Any], key: str) -> None:
     mount = st.components.v2.component(
         "picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("zoom.js", "pair.js")
     )
-    mount(key=key, data=data)
+    mount(key=key, data=(data,))
 
 
 def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> None:
@@ -59,7 +60,7 @@ def gallery(data: dict[str, Any], key: str, on_chosen: Callable[[], None]) -> No
     mount = st.components.v2.component(
         "gallery", html='<div class="gallery"></div>', css=_css(), js=_js("zoom.js", "gallery.js")
     )
-    mount(key=key, data=data, on_chosen_change=on_chosen)
+    mount(key=key, data=(data,), on_chosen_change=on_chosen)
 
 
 def legend(data: dict[str, Any], key: str) -> list[str]:
@@ -72,7 +73,7 @@ def legend(data: dict[str, Any], key: str) -> list[str]:
     mount = st.components.v2.component(
         "legend", html='<div class="legend"></div>', css=_css(), js=_js("zoom.js", "legend.js")
     )
-    result = mount(key=key, data=data, default={"hidden": data["hidden"]}, on_hidden_change=_nothing)
+    result = mount(key=key, data=(data,), default={"hidden": data["hidden"]}, on_hidden_change=_nothing)
     hidden = result.get("hidden")
     return [str(name) for name in hidden] if isinstance(hidden, list) else []
 
@@ -87,7 +88,7 @@ def scrubber(data: dict[str, Any], key: str) -> None:
     mount = st.components.v2.component(
         "scrubber", html='<div class="scrubber"></div>', css=_css(), js=_js("zoom.js", "scrubber.js")
     )
-    mount(key=key, data=data)
+    mount(key=key, data=(data,))
 
 
 def typing(field: str, button: str, live: bool, pause_ms: int, key: str, on_typed: Callable[[], None]) -> None:
@@ -103,7 +104,7 @@ def typing(field: str, button: str, live: bool, pause_ms: int, key: str, on_type
     """
     mount = st.components.v2.component("typing", html='<div class="typing"></div>', js=_js("typing.js"))
     data = {"field": field, "button": button, "live": live, "pause": pause_ms}
-    mount(key=key, data=data, on_typed_change=on_typed)
+    mount(key=key, data=(data,), on_typed_change=on_typed)
 
 
 def _nothing() -> None:

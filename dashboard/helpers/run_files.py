@@ -125,6 +125,8 @@ def warn_of_cut_prompts(run: Path, prompts: Sequence[str]) -> None:
     long = [prompt for prompt in dict.fromkeys(prompts) if is_finite(limit) and len(prompt.encode()) + 2 > limit]
     for prompt in long:
         try:
+            if (folder / "tokenizer.json").is_file() and _tokens(folder, prompt) <= limit:
+                continue
             warning = cut_prompt(_tokenizer(folder), prompt)
         except Exception:  # of a damaged file; the model that needs it says so when it is loaded
             return
@@ -132,9 +134,20 @@ def warn_of_cut_prompts(run: Path, prompts: Sequence[str]) -> None:
             st.warning(escape(warning))
 
 
+@lru_cache(maxsize=1024)
+def _tokens(folder: Path, prompt: str) -> int:
+    """Return how many tokens a prompt has."""
+    from tokenizers import Tokenizer  # transformers would take a second to import
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return len(tokenizer.encode(prompt).ids)
+
+
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer  # its first import takes seconds, and only long prompts need it
+    from transformers import CLIPTokenizer  # its first import takes a second, and only prompts that are cut need it
 
     return CLIPTokenizer.from_pretrained(folder)
 

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import altair as alt
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import streamlit as st
-from helpers.charts import curves_chart
+from helpers.charts import Chart, curves_chart, layered, nominal, quantity, show_chart
 from helpers.drawing_jobs import running_job
 from helpers.evaluation_wall import show_best, show_verdict
 from helpers.folder_curves import folder_curves
@@ -22,6 +21,7 @@ from helpers.run_colors import color_runs
 from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 from helpers.run_samples import show_samples
+from helpers.tables import show_rows
 
 from t2i.errors import UserError
 from t2i.evaluation.figures import figure, figure_text, flatten, words
@@ -30,6 +30,16 @@ from t2i.tracking.curves import Curve
 
 FIRST_METRICS = ("val_loss", "train_loss")  # the first that a run has is shown
 ABREAST = 3  # evaluations in a row
+
+
+class Point(NamedTuple):
+    """A checkpoint on a curve."""
+
+    run: str
+    checkpoint: str
+    x: float  # step
+    value: float
+    shown: bool  # whether the grid shows the checkpoint's pictures
 
 
 def main() -> None:
@@ -133,48 +143,49 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
         points = checkpoint_points(runs, rows, grid)
         if chart is None:
             continue
-        if len(points):
-            chart = alt.layer(chart, point_chart(points, colors)).properties(height=320)
-            st.altair_chart(chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark")
+        if points:
+            chart = layered([chart, point_chart(points, colors)], 320)
+            show_chart(chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark")
         else:
-            st.altair_chart(chart)
+            show_chart(chart)
     st.caption(
         "Points are checkpoints, full ones those in the grid; a click on one chooses it. All curves: page Curves."
     )
 
 
-def checkpoint_points(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: Grid | None) -> pd.DataFrame:
-    """Return the checkpoints on the curves: run, checkpoint, x, value, and whether the grid shows it."""
+def checkpoint_points(runs: dict[str, Path], rows: Sequence[tuple[str, str, Curve]], grid: Grid | None) -> list[Point]:
+    """Return the checkpoints on the curves."""
     shown = grid.first_tab_models() if grid else set()
-    points = []
+    points: list[Point] = []
     for name, _, curve in rows:
         for checkpoint in checkpoints_of(runs[name]):
             step = step_of(checkpoint)
             if not math.isnan(step) and len(curve):
                 value = float(np.interp(step, curve.steps, curve.values))
-                points.append((name, checkpoint, step, value, (runs[name], checkpoint) in shown))
-    return pd.DataFrame(points, columns=["run", "checkpoint", "x", "value", "shown"])
+                points.append(Point(name, checkpoint, step, value, (runs[name], checkpoint) in shown))
+    return points
 
 
-def point_chart(points: pd.DataFrame, colors: dict[str, str]) -> alt.Chart:
+def point_chart(points: Sequence[Point], colors: dict[str, str]) -> Chart:
     """Return the chart of `checkpoint_points`, whose points can be clicked, in the `colors` of their runs."""
-    several = points["run"].nunique() > 1
-    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
-    mark = alt.selection_point(name="mark", fields=["run", "checkpoint"])
-    return (
-        alt.Chart(points)
-        .mark_point(size=110, strokeWidth=2, opacity=1, cursor="pointer")
-        .encode(
-            x="x:Q",
-            y="value:Q",
-            # Each channel names its class: for a condition or a bare value, Altair tries all classes, which takes 60 ms.
-            fill=alt.Fill("run:N", title=None, legend=None, scale=scale) if several else alt.FillValue("#d6336c"),
-            stroke=alt.Stroke("run:N", title=None, legend=None, scale=scale) if several else alt.StrokeValue("#d6336c"),
-            fillOpacity=alt.FillOpacity("shown:N", legend=None, scale=alt.Scale(domain=[True, False], range=[1, 0])),
-            tooltip=[alt.Tooltip("run:N"), alt.Tooltip("checkpoint:N"), alt.Tooltip("value:Q", format=".5~g")],
-        )
-        .add_params(mark)
-    )
+    several = len({point.run for point in points}) > 1
+    color: dict[str, Any] = {"value": "#d6336c"}
+    if several:
+        color = nominal("run", title=None, legend=None, scale={"domain": list(colors), "range": list(colors.values())})
+    fill = {"domain": [True, False], "range": [1, 0]}
+    return {
+        "data": pa.Table.from_pylist([point._asdict() for point in points]),
+        "mark": {"type": "point", "size": 110, "strokeWidth": 2, "opacity": 1, "cursor": "pointer"},
+        "encoding": {
+            "x": quantity("x"),
+            "y": quantity("value"),
+            "fill": color,
+            "stroke": color,
+            "fillOpacity": nominal("shown", legend=None, scale=fill),
+            "tooltip": [nominal("run"), nominal("checkpoint"), quantity("value", format=".5~g")],
+        },
+        "params": [{"name": "mark", "select": {"type": "point", "fields": ["run", "checkpoint"]}}],
+    }
 
 
 def remember_clicked_checkpoint() -> None:
@@ -217,12 +228,12 @@ def show_evaluation(name: str, run: Path) -> None:
     if isinstance(report, dict):
         show_judge(report)
     rows = [{figure(key).name: value for key, value in flatten(result).items()} for result in results]
-    st.dataframe(pd.DataFrame(rows), hide_index=True, placeholder="–")
+    show_rows(rows)
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         count = report.get("prompts")
-        table = [(figure(key).name, figure_text(key, value, count)) for key, value in flatten(report).items()]
-        st.dataframe(pd.DataFrame(table, columns=["figure", "value"]), hide_index=True, placeholder="–")
+        figures = flatten(report).items()
+        show_rows([{"figure": figure(key).name, "value": figure_text(key, value, count)} for key, value in figures])
         show_file(run / "evaluation", "report.png")
 
 
@@ -235,8 +246,7 @@ def show_judge(report: dict[str, Any]) -> None:
     titles = {"real": "unseen real images", "reconstructions": "their reconstructions", "pictures": "pictures"}
     rows = [{"": title, **judged[name]} for name, title in titles.items() if isinstance(judged.get(name), dict)]
     st.text(f"Judged by {judged.get('network')}: pictures between real images and what the autoencoder keeps of these")
-    table = pd.DataFrame(rows).drop(columns="network", errors="ignore").dropna(axis="columns", how="all")
-    st.dataframe(table.rename(columns=words), hide_index=True, placeholder="–")
+    show_rows([{words(key): value for key, value in row.items() if key != "network"} for row in rows])
 
 
 def show_file(folder: Path, name: Any) -> None:

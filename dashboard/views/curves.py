@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import streamlit as st
-from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart
+from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart, show_chart
 from helpers.components import legend
 from helpers.folder_curves import folder_curves
 from helpers.live_trainings import show_trainings
@@ -438,7 +438,7 @@ def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[s
         st.text(title)
         chart = curves_chart(rows, options["weight"], options["log"], options["wall_time"], options["look"])
         if chart is not None:
-            st.altair_chart(chart)
+            show_chart(chart)
         elif options["wall_time"]:
             st.text("no times were recorded: these runs were trained without MLflow")
         else:
@@ -447,21 +447,20 @@ def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[s
 
 def show_sweep(runs: dict[str, Path]) -> None:
     """Draw the evaluation's figures over the guidance scale, one line per checkpoint."""
-    rows = []
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}  # of each figure and line: scale, value
     for name, run in runs.items():
         for result in sweep_results(run):
             line, scale = f"{name} · {result.get('checkpoint')}", float(result["guidance_scale"])
             figures = {key: value for key, value in result.items() if key not in ("guidance_scale", "grid")}
             for key, value in flatten(figures).items():
                 if is_finite(value):
-                    rows.append((line, key, scale, float(value)))
+                    points.setdefault(key, {}).setdefault(line, []).append((scale, float(value)))
     st.header("Over the guidance scale")
-    if not rows:
+    if not points:
         st.text("None of these runs is evaluated yet. This does it:")
         st.code("python scripts/evaluate_checkpoints.py --model outputs/RUN", language="sh", wrap_lines=True)
         return
-    frame = pd.DataFrame(rows, columns=["run", "metric", "x", "value"])
-    names = sorted(frame["metric"].unique(), key=lambda key: (rank(key), key))
+    names = sorted(points, key=lambda key: (rank(key), key))
     defaults = [
         name for name in ("prompt_following.all", "judge.kernel_distance", "memorisation.copies") if name in names
     ]
@@ -469,7 +468,9 @@ def show_sweep(runs: dict[str, Path]) -> None:
     for key in chosen:
         known = figure(key)
         st.text(f"{known.name}, {known.better} is better" if known.better else known.name)
-        st.altair_chart(line_chart(frame[frame["metric"] == key], "guidance scale", marks=True))
+        lines = {line: np.array(of_line).T for line, of_line in points[key].items()}
+        drawn = [(line, key, Curve(scales, np.zeros(len(scales)), values)) for line, (scales, values) in lines.items()]
+        show_chart(line_chart(drawn, "guidance scale", marks=True))
 
 
 main()

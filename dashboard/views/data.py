@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import streamlit as st
-from helpers.charts import bar_chart
+from helpers.charts import bar_chart, show_chart
 from helpers.components import data_address, gallery
 from helpers.data_repairs import show_editor
 from helpers.loss_jobs import measured_losses, show_measuring
@@ -486,10 +487,9 @@ def show_lengths(split: browse.Split) -> None:
     counts, frequent = browse.words(split)
     st.text(f"{counts.min()} to {counts.max()} words, median {np.median(counts):g}, mean {counts.mean():.1f}")
     width = max(1, -(-int(counts.max() + 1) // 30))
-    bars = Counter((counts // width * width).tolist())
-    frame = pd.DataFrame(sorted(bars.items()), columns=["from", "captions"])
-    frame["to"] = frame["from"] + width
-    st.altair_chart(bar_chart(frame, "words", "captions"))
+    bars = sorted(Counter((counts // width * width).tolist()).items())
+    rows = [{"from": start, "to": start + width, "captions": captions} for start, captions in bars]
+    show_chart(bar_chart(pa.Table.from_pylist(rows), "words", "captions"))
     table = pd.DataFrame(
         [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
     )

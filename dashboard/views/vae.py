@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import streamlit as st
-from helpers.charts import curves_chart
+from helpers.charts import curves_chart, layered, nominal, quantity, show_chart
 from helpers.components import data_address
 from helpers.folder_curves import folder_curves
 from helpers.model_pool import drawing_turn
@@ -19,6 +18,7 @@ from helpers.page_url import gone_names, name_choices, warn_of_gone
 from helpers.picture_table import encode_png, show_pictures
 from helpers.run_files import read_or_warn
 from helpers.run_list import OUTPUTS, find_runs, step_of
+from helpers.tables import show_rows
 from PIL import Image
 
 from t2i.errors import UserError
@@ -193,7 +193,7 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
         if chart is None:
             continue
         points = [
-            (name, vae.name, curve.steps[at], curve.values[at])
+            {"run": name, "VAE": vae.name, "x": float(curve.steps[at]), "value": float(curve.values[at])}
             for name, _, curve in rows
             for vae in vaes.values()
             if vae.run == runs[name]
@@ -201,15 +201,18 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
             if at is not None
         ]
         if points:
-            frame = pd.DataFrame(points, columns=["run", "VAE", "x", "value"])
-            marks = (
-                alt.Chart(frame)
-                .mark_point(size=110, filled=True, color="#d6336c", opacity=1)
-                .encode(x="x:Q", y="value:Q", tooltip=["run:N", "VAE:N", alt.Tooltip("x:Q", title="step"), "value:Q"])
-            )
-            chart = alt.layer(chart, marks)
+            marks = {
+                "data": pa.Table.from_pylist(points),
+                "mark": {"type": "point", "size": 110, "filled": True, "color": "#d6336c", "opacity": 1},
+                "encoding": {
+                    "x": quantity("x"),
+                    "y": quantity("value"),
+                    "tooltip": [nominal("run"), nominal("VAE"), quantity("x", title="step"), quantity("value")],
+                },
+            }
+            chart = layered([chart, marks], 240)
         st.text(f"{title}, mean over the validation split")
-        st.altair_chart(chart.properties(height=240))
+        show_chart(chart | {"height": 240})
     states = {name: read_or_warn(run / "run.json") for name, run in runs.items()}
     keys = {"psnr_db_before": "before", "psnr_db": "after", "test_psnr_db": "on test", "ssim": "SSIM after"}
     table = [
@@ -218,7 +221,7 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
     ]
     if any(len(row) > 1 for row in table):
         st.text("PSNR in dB before and after training")
-        st.dataframe(pd.DataFrame(table), hide_index=True)
+        show_rows(table)
     if not any("val_psnr_db" in metrics for metrics in curves.values()):
         st.text("no curve yet")
 
