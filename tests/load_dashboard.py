@@ -103,7 +103,8 @@ def models_in(outputs: Path) -> list[tuple[str, str]]:
     from helpers.run_list import checkpoints_of
 
     runs = sorted({file.parent for level in ("*", "*/*") for file in outputs.glob(f"{level}/run.json")})
-    return [(run.relative_to(outputs).as_posix(), name) for run in runs for name in checkpoints_of(run)]
+    denoisers = [run for run in runs if not (run / "vae").is_dir()]  # A VAE has checkpoints too, and cannot draw.
+    return [(run.relative_to(outputs).as_posix(), name) for run in denoisers for name in checkpoints_of(run)]
 
 
 # --- A session -------------------------------------------------------------------------------------------------------

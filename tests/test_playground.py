@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -825,3 +826,27 @@ def test_the_predicted_x0_is_the_schedulers_own(name, kind):
     seen = scheduler.scale_model_input(sample, timestep)
     theirs = scheduler.step(output, timestep, sample).pred_original_sample
     assert torch.allclose(predicted_x0(scheduler, seen, output, timestep), theirs, atol=1e-3)
+
+
+def test_a_model_that_a_job_keeps_counts_among_those_in_memory(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(APP.parent)
+    from helpers import model_pool
+
+    from t2i.pictures import sampling
+
+    monkeypatch.setattr(model_pool, "_pipelines", OrderedDict())
+    monkeypatch.setattr(model_pool, "weights_hash", lambda model: "")
+    monkeypatch.setattr(sampling, "load_pipeline", lambda model, **options: model.name)
+
+    def load(*names):
+        for name in names:
+            assert model_pool.load_pipeline(tmp_path / name) == name
+        return list(model_pool._pipelines.values())
+
+    assert load("a", "b", "a", "c") == ["a", "c"]  # the least recently used one went
+    with model_pool.room_for_own_model():
+        assert list(model_pool._pipelines.values()) == ["c"]
+        assert load("d") == ["d"]
+        with model_pool.room_for_own_model(), model_pool.room_for_own_model():
+            assert load("e") == ["e"]  # one may always be loaded
+    assert load("a") == ["e", "a"]

@@ -9,7 +9,7 @@ import streamlit as st
 
 from helpers.data_repairs import why_not
 from helpers.drawing_jobs import Job, running_job
-from helpers.model_pool import drawing_turn
+from helpers.model_pool import drawing_turn, room_for_own_model
 from helpers.page_texts import escape, warn
 from helpers.run_files import best_checkpoint, read_settings
 from helpers.run_list import find_runs
@@ -44,7 +44,10 @@ class LossJob(Job):
     def _measure(self) -> None:
         try:
             if not self._has_no_turn():
-                image_losses.measure(self.run, self.checkpoint, self.settings, _load, self._count, self._has_no_turn)
+                with room_for_own_model():
+                    image_losses.measure(
+                        self.run, self.checkpoint, self.settings, _load, self._count, self._has_no_turn
+                    )
         finally:
             self._turn.close()
 

@@ -18,6 +18,7 @@ MODELS = 2  # pipelines in memory at once, over all sessions; a new one replaces
 
 _gate, _lock = threading.Lock(), threading.Lock()
 _pipelines: OrderedDict[tuple[Path, str], Any] = OrderedDict()
+_kept_elsewhere: set[object] = set()  # one entry for each model that a job keeps for itself
 
 
 @contextmanager
@@ -50,6 +51,27 @@ def _acquire(lock: threading.Lock, cancelled: Callable[[], bool]) -> bool:
     return False
 
 
+@contextmanager
+def room_for_own_model() -> Iterator[None]:
+    """Until the end of the block, keep one model fewer here: the caller loads one itself, and keeps it between its turns.
+
+    The caller must have the turn to load and draw.
+    """
+    entry = object()
+    _kept_elsewhere.add(entry)
+    try:
+        _evict()
+        yield
+    finally:
+        _kept_elsewhere.discard(entry)
+
+
+def _evict(more: int = 0) -> None:
+    """Drop the least recently used models, until `more` models fit beside the others. One may always be loaded."""
+    while _pipelines and len(_pipelines) + len(_kept_elsewhere) + more > MODELS:
+        _pipelines.popitem(last=False)
+
+
 def load_pipeline(model: Path) -> Any:
     """Return the pipeline of a checkpoint or pipeline folder, and keep it in memory.
 
@@ -62,9 +84,7 @@ def load_pipeline(model: Path) -> Any:
     """
     key = (model, weights_hash(model))
     if key not in _pipelines:
-        while len(_pipelines) >= MODELS:  # before loading: both at once may not fit into memory
-            _pipelines.popitem(last=False)
-
+        _evict(more=1)  # before loading: both at once may not fit into memory
         # Threads that wait for each other by turning in a loop take the cores from a training or browser on this machine,
         # and from each other: a draft then takes ten times as long. This acts only before torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
