@@ -4,8 +4,8 @@ python benchmarks/dashboard_curves.py [runs] [points]
 
 Each measurement starts a new process, with the database out of the system's page cache. The figure `read` is the time
 of t2i.tracking.curves without the page. The figure `page` adds Streamlit's work (AppTest), in a session of a server
-that has already shown a page. The figure `first` is the time of a server's first page, mostly the import of pandas and
-Altair. The benchmark's limit applies to the figure `page`. The time of drawing in the browser is not counted.
+that has already shown a page. The figure `first` is the time of a server's first page, mostly its imports.
+The benchmark's limit applies to the figure `page`. The time of drawing in the browser is not counted.
 """
 
 import os

@@ -139,12 +139,13 @@ def main() -> None:
     memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
     study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
-        sweep, sweep_results = draw_sweep(study, checkpoints, folder)
+        sweep, sweep_results, sweep_pictures = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale).best
 
     # report
     with state.timed("report"):
         prompts, pictures, figures, readings = draw_report(study, best)
+    distances = figures.pop("distances")
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
         "guidance_scale": best["guidance_scale"],
@@ -162,7 +163,8 @@ def main() -> None:
     }
     results: dict[str, Any] = {"report": report, "cells": sweep_results, "sweep": sweep}
     seeds = report_seeds(config, len(prompts.texts))
-    results |= {"prompts": prompts.texts, "seeds": seeds, "readings": readings, "verdict": make_verdict(results)}
+    results |= {"prompts": prompts.texts, "seeds": seeds, "readings": readings, "distances": distances}
+    results |= {"sweep_pictures": sweep_pictures, "verdict": make_verdict(results)}
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
     if trained.report_to == "mlflow":
@@ -209,10 +211,13 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
     return settings | preset._asdict() if config.preset else settings
 
 
-def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def draw_sweep(
+    study: Study, checkpoints: list[str], folder: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Draw and measure each checkpoint at each guidance scale.
 
-    Return what was drawn, and a result per pair of checkpoint and guidance scale.
+    Return what was drawn, a result per pair of checkpoint and guidance scale, and for each pair the `read_pictures` and
+    "distances" of its pictures.
     """
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
@@ -225,18 +230,21 @@ def draw_sweep(study: Study, checkpoints: list[str], folder: Path) -> tuple[dict
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
     results: list[dict[str, Any]] = []
+    of_pictures: list[dict[str, Any]] = []
     for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
         pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
         keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
         features = judged_features(study, pictures)
         figures = measure(study, pictures, features, prompts)
+        readings = read_pictures(study, pictures, features, prompts)
+        of_pictures.append({"readings": readings, "distances": figures.pop("distances")})
         grid = f"grid-{checkpoint}-{scale:g}.png"
         save_grid(pictures, folder / grid)
         val_loss = logged_loss(study.run, checkpoint)
         results.append(
             {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
         )
-    return sweep, results
+    return sweep, results, of_pictures
 
 
 def report_seeds(config: EvaluateConfig, count: int) -> list[int]:
@@ -573,7 +581,10 @@ def judged_features(study: Study, pictures: "np.ndarray") -> Any:
 
 
 def measure(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompts) -> dict[str, Any]:
-    """Return the figures of one set of pictures with their `judged_features`. What is not measured is None."""
+    """Return the figures of one set of pictures with their `judged_features`. What is not measured is None.
+
+    "distances" are those of each picture to its nearest training image, as `memorisation` defines them, or an empty list.
+    """
     from t2i.data.flowers import COMBINED
     from t2i.evaluation import attributes, memorisation, metrics
 
@@ -594,6 +605,7 @@ def measure(study: Study, pictures: "np.ndarray", features: Any, prompts: Prompt
         "judge": judged,
         "clipped": clipped_colors(study, pictures),
         "clip_score": metrics.clip_score(pictures, prompts.texts, study.recipe.evaluate.clip),
+        "distances": [round(float(distance), 3) for distance in copies.get("relative_distance", ())],
     }
 
 

@@ -244,6 +244,19 @@ def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
     expect(marks.nth(7).locator("button")).to_be_focused()
     check_looks(page)
 
+    # both in turn
+    page.locator("[data-testid=stButtonGroup] button", has_text="flicker").click()
+    turn = page.locator(".pair figcaption span")
+    for side in ("left:", "right:", "left:"):
+        expect(turn).to_contain_text(side)
+    page.locator(".pair").get_by_role("button", name="Pause").click()
+    paused = turn.inner_text()
+    page.wait_for_timeout(1000)
+    assert turn.inner_text() == paused
+    page.locator(".stage").click()
+    expect(turn).not_to_have_text(paused)
+    expect(page.get_by_text("Different: guidance scale", exact=False)).to_be_visible()
+
     # the address in another browser shows the same at once
     other = visit(page.url.split("/", 3)[3])
     expect(other.locator(".grid td img")).to_have_count(9)

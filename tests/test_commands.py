@@ -139,6 +139,11 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     read = [{name: one["wanted"] == one["read"] for name, one in reading.items()} for reading in results["readings"]]
     shares = {name: np.mean([one[name] for one in read]) for name in flowers.ATTRIBUTES}
     assert shares == {name: results["report"]["prompt_following"][name] for name in shares}
+    measured = cells.read_cells(cells.evaluated_grid(workspace / "unet"), results)
+    assert (
+        len(measured) == 4 * 4 + 6
+    )  # four pairs of checkpoint and scale with four pictures each, and the reported ones
+    assert all(reading.keys() == set(flowers.ATTRIBUTES) and distance > 0 for reading, distance in measured.values())
     assert not (workspace / "unet/evaluation/report.html").exists()
     before = (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns
     again = command("evaluate_checkpoints.py", "--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset",

@@ -72,6 +72,29 @@ def test_a_stored_verdict_is_shown_and_its_markdown_is_not_read(tmp_path):
     assert not any(picture["is_miss"] for picture in component(app, "gallery")["pictures"])
 
 
+def test_pictures_of_the_grid_have_their_figures_below_them(tmp_path):
+    missed = [{"petal_color": {"wanted": "red", "read": "blue"}, "petal_count": {"wanted": 5, "read": 5}}, READINGS[0]]
+    pictures = [{"readings": missed, "distances": [0.321, 0.9]}, {"readings": [READINGS[0]], "distances": []}]
+    evaluated_run(tmp_path / "outputs" / "one", sweep_pictures=pictures)
+    under = [cell["under"] for cell in grid_of(show(tabs="sample"))["cells"]]
+    # The last one is among the reported pictures.
+    assert under == ["✗ petal color blue instead of red\ndistance 0.32", "✓ 2 of 2", "", "✓ 2 of 2"]
+    damaged = ("none", [None, 7], [{"readings": 5, "distances": {}}], [{"readings": [5], "distances": ["far"]}])
+    for number, found in enumerate(damaged):
+        evaluated_run(tmp_path / "outputs" / str(number), sweep_pictures=found)
+        shown = grid_of(show(run=str(number), tabs="sample"))["cells"]
+        assert [cell["under"] for cell in shown] == ["", "", "", "✓ 2 of 2"]
+
+
+def test_what_differs_between_two_pictures_is_said(tmp_path):
+    evaluated_run(tmp_path / "outputs" / "one")
+    app = show(tabs="sample")
+    said = next(element.value for element in app.text if element.value.startswith("Different: "))
+    assert "guidance scale" in said
+    assert "checkpoint" not in said
+    assert "seed" not in said
+
+
 def test_an_evaluation_without_figures_and_several_runs(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     app = show()

@@ -1,10 +1,13 @@
-// Two pictures: side by side, one over the other with a slider, or their difference; all zoom together.
+// Two pictures: side by side, one over the other with a slider, in turn, or their difference; all zoom together.
+const TURN_MS = 700; // below three changes a second, which WCAG 2.3.1 allows
+
 export default function ({ data: [data], parentElement }) {
   const root = parentElement.querySelector(".pair");
   const state = JSON.stringify(data);
   if (root.state !== state) {
     root.state = state;
-    root.replaceChildren(zoomBar(), { slider, difference, "side by side": sides }[data.mode](data, root));
+    clearInterval(root.turning);
+    root.replaceChildren(zoomBar(), { slider, flicker, difference, "side by side": sides }[data.mode](data, root));
   }
   linkZoom(root, root.querySelector(".bar"));
 }
@@ -19,6 +22,29 @@ function sides(data) {
 
 function difference(data) {
   return make("div", { class: "sides" }, labelled(data.difference));
+}
+
+function flicker(data, root) {
+  const left = picture(data.left.source, data.left.alt);
+  const right = picture(data.right.source, data.right.alt);
+  right.classList.add("over");
+  const label = make("span");
+  const turn = () => {
+    right.hidden = !right.hidden;
+    label.textContent = right.hidden ? `left: ${data.left.label}` : `right: ${data.right.label}`;
+  };
+  const button = make("button", { type: "button" });
+  const run = (runs) => {
+    clearInterval(root.turning);
+    root.turning = runs ? setInterval(() => (root.isConnected ? turn() : clearInterval(root.turning)), TURN_MS) : 0;
+    button.textContent = runs ? "Pause" : "Play";
+  };
+  button.onclick = () => run(!root.turning);
+  const stage = make("div", { class: "stage plain" }, left, right);
+  stage.onclick = () => { if (!root.classList.contains("zoomed")) { run(false); turn(); } };
+  turn();
+  run(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  return make("figure", { class: "slider" }, stage, make("figcaption", { class: "bar" }, label, button));
 }
 
 function slider(data, root) {

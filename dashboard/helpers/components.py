@@ -36,8 +36,8 @@ def picture_pair(data: dict[str, Any], key: str) -> None:
     """Show a comparison of two pictures.
 
     Args:
-        data: content of the comparison of two pictures. `mode` of the comparison is "side by side", "slider" or
-            "difference". The pictures `left`, `right` and `difference` have `source`, `alt` and `label`.
+        data: content of the comparison of two pictures. `mode` of the comparison is "side by side", "slider",
+            "flicker" or "difference". The pictures `left`, `right` and `difference` have `source`, `alt` and `label`.
     """
     mount = st.components.v2.component(
         "picture_pair", html='<div class="pair"></div>', css=_css(), js=_js("zoom.js", "pair.js")

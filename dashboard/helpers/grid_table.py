@@ -1,6 +1,6 @@
 """Show a chosen grid of pictures on a page: the missing pictures and their cost, the finished pictures, and downloads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,14 @@ from helpers.drawing_jobs import GridJob, expected_seconds
 from helpers.grid_choice import AXES, BEST, LAST, Grid
 from helpers.page_links import playground_link
 from helpers.page_texts import escape, warn
-from helpers.picture_table import show_pictures, stored_address
+from helpers.picture_table import show_pair, show_pictures, stored_address
 from helpers.run_files import read_or_warn
 from t2i.errors import UserError
 from t2i.evaluation.figures import is_finite
+from t2i.evaluation.verdict import outcome
 from t2i.pictures import cells
 from t2i.pictures.png import grid_png, labelled_grid
+from t2i.runs import run_title
 
 SHOWN = 100  # pictures of a grid at once; the rows of a larger grid are shown in pages
 MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn
@@ -31,10 +33,12 @@ def show_grid(
     planned: Sequence[cells.PlannedCell],
     missing: Sequence[cells.PlannedCell],
     running: GridJob | None,
+    show_more: Callable[[], None],
 ) -> None:
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures.
 
     Args:
+        show_more: shows what stands below the two compared pictures.
         running: the job of this server that draws the grid, which this session perhaps does not watch yet.
     """
     job_grid, job = st.session_state.get("_job", (None, None))
@@ -50,7 +54,7 @@ def show_grid(
             warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
-    draw_pictures(grid, planned, missing, job)
+    draw_pictures(grid, planned, missing, job, show_more)
 
 
 def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell], tab: int) -> None:
@@ -113,6 +117,7 @@ def draw_pictures(
     planned: Sequence[cells.PlannedCell],
     missing: Sequence[cells.PlannedCell],
     job: GridJob | None,
+    show_more: Callable[[], None],
 ) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
@@ -138,7 +143,7 @@ def draw_pictures(
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
             return
-        show_table(grid, shown, rows, tab)
+        show_table(grid, shown, rows, tab, show_more)
 
     draw()
 
@@ -196,9 +201,12 @@ def choose_rows(grid: Grid) -> slice:
     return slice(start, min(count, start + each))
 
 
-def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice, tab: int) -> None:
-    """Show the planned pictures of a tab as a table, two of them compared, and the downloads."""
-    shown = {}
+def show_table(
+    grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice, tab: int, show_more: Callable[[], None]
+) -> None:
+    """Show the planned pictures of a tab as a table with downloads, and beside it two of them compared."""
+    shown: dict[str, dict[str, Any]] = {}
+    measured = {run: figures_of(run) for run in dict.fromkeys(one.run for one in planned)}
     on_tab = "".join(
         f", {axis_label(axis.name, grid.labels[2][tab])}" for axis in grid.axes[2:] if axis.name not in TEXTS
     )
@@ -213,16 +221,46 @@ def show_table(grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice, ta
             "label": label,
             "alt": f"{label}{on_tab}: {one.cell.prompt}",
             "note": "" if source else one.problem or "not drawn yet",
-            "under": shown_instead(grid, one, rows),
+            "under": "\n".join(
+                filter(None, [shown_instead(grid, one, rows), measured[one.run](one) if source else ""])
+            ),
+            "settings": settings_of(one),
             "open": partial(open_picture, one),
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
-    if show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner):
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner)
+        if any(picture["source"] for picture in shown.values()):
+            show_downloads(grid, planned, rows)
+    with right:
+        if pair:
+            show_pair(shown, *pair)
         with st.container(horizontal=True):
             for side in ("left", "right"):
                 if (name := st.session_state.get(side)) in shown:
                     playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
-        show_downloads(grid, planned, rows)
+        show_more()
+
+
+def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:
+    """Return what made a picture, by the names of the axes."""
+    settings = {"run": run_title(planned.run), "checkpoint": planned.checkpoint, **planned.cell.settings()}
+    return {AXES.get(name, name): value for name, value in settings.items()}
+
+
+def figures_of(run: Path) -> Callable[[cells.PlannedCell], str]:
+    """Return a function that says what a run's evaluation read in a picture, and how near it is to a training image."""
+    evaluated = cells.evaluated_grid(run)
+    found = cells.read_cells(evaluated, read_or_warn(run / "evaluation" / "evaluation.json")) if evaluated else {}
+
+    def text(planned: cells.PlannedCell) -> str:
+        reading, distance = found.get((planned.checkpoint, planned.cell), (None, None))
+        right, wrong = outcome(reading)
+        lines = [f"✗ {miss}" for miss in wrong] or ([f"✓ {len(right)} of {len(right)}"] if right else [])
+        return "\n".join([*lines, f"distance {distance:.2f}"] if is_finite(distance) else lines)
+
+    return text
 
 
 def shown_instead(grid: Grid, planned: cells.PlannedCell, rows: slice) -> str:

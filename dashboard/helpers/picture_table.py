@@ -10,19 +10,23 @@ import streamlit as st
 from PIL import Image
 
 from helpers.components import data_address, picture_grid, picture_pair
+from helpers.page_texts import shorten
 from t2i.pictures.png import difference
 
-MODES = ["slider", "side by side", "difference"]
+MODES = ["slider", "side by side", "flicker", "difference"]
+TEXT_CHARACTERS = 60  # characters of a setting's value in the list of what differs
 
 
-def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str) -> bool:
-    """Show a table of pictures, and two of them compared; return False if there is no picture.
+def show_pictures(
+    shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str
+) -> tuple[str, str] | None:
+    """Show a table of pictures, and return the names of the two that are compared; None with less than two pictures.
 
     Args:
         shown: the pictures row by row, by the names under which the URL and the page's widgets choose them. Each
             picture of the table has `row`, `column`, `source` (a data address or ""), `label`, `alt`, `note` and
             `open`. A picture's `open` is a function that returns the picture or None. A picture of the table may have
-            `under` (text below the picture).
+            `under` (text below the picture) and `settings` (what made it, by names for people).
         columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
     """
@@ -34,7 +38,7 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
     left, right = at.get(clicked.get("left"), left), at.get(clicked.get("right"), right)
     left = left if left in shown else next((name for name in drawn if name != right), None)
     right = right if right in shown else next((name for name in drawn if name != left), None)
-    private = ("label", "open")  # not for the browser
+    private = ("label", "open", "settings")  # not for the browser
     picture_grid(
         {
             "columns": columns,
@@ -48,15 +52,14 @@ def show_pictures(shown: dict[str, dict[str, Any]], columns: list[str], rows: li
         on_chosen=take_clicked_picture,
     )
     if not drawn:
-        return False
+        return None
     if left is None or right is None:
-        st.caption("As soon as there is a second picture, it is compared with the first one here.")
-        return True
+        st.caption("As soon as there is a second picture, it is compared with the first one.")
+        return None
     st.caption(
         "A click chooses the right picture to compare, Shift and a click the left one. By keyboard: Alt and G, arrow keys, Enter."
     )
-    show_pair(shown, left, right)
-    return True
+    return left, right
 
 
 def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:
@@ -75,7 +78,7 @@ def take_clicked_picture() -> None:
 
 
 def show_pair(shown: dict[str, Any], left: str, right: str) -> None:
-    """Show the comparison of two pictures, with widgets that choose the pictures and how to compare them."""
+    """Show the comparison of two pictures and what differs in their settings, with widgets that choose pictures and view."""
     for side, name in (("left", left), ("right", right)):
         if st.session_state.get(side) != name:
             st.session_state[side] = name
@@ -84,6 +87,8 @@ def show_pair(shown: dict[str, Any], left: str, right: str) -> None:
     one = shown[columns[0].selectbox("Left", key="left", **options) or left]
     two = shown[columns[1].selectbox("Right", key="right", **options) or right]
     mode = st.segmented_control("Show", MODES, default=MODES[0], key="view", bind="query-params", required=True)
+    if "settings" in one:
+        st.text(differing(one["settings"], two["settings"]))
     for picture in (one, two):
         if not picture["source"]:
             st.text(f"{picture['label']}: {picture['note']}")
@@ -107,6 +112,16 @@ def show_pair(shown: dict[str, Any], left: str, right: str) -> None:
         },
         key="_pair",
     )
+
+
+def differing(left: dict[str, Any], right: dict[str, Any]) -> str:
+    """Return a text of the settings that differ between two pictures."""
+    names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
+    values = [
+        " → ".join(shorten(f"{side.get(name, '–')}", TEXT_CHARACTERS) for side in (left, right)) for name in names
+    ]
+    pairs = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
+    return "Different: " + "; ".join(pairs) if pairs else "All settings are equal."
 
 
 def encode_png(picture: np.ndarray) -> bytes:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,21 +78,19 @@ def main() -> None:
     show_verdicts(chosen)
     if not has_checkpoints:
         show_samples(chosen)
-    left, right = st.columns([3, 2], gap="large")
-    grid = None
-    with left:
-        if not has_checkpoints:
-            st.text("no complete checkpoint yet; training writes the first one soon")
-        else:
-            try:
-                warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
-                grid = choose_grid(offer)
-                planned = grid.plan()
-                show_grid(grid, planned, cells.missing(planned), running_job(grid))
-            except UserError as error:
-                warn(error)
-    with right:
-        show_curves(chosen, grid)
+    if not has_checkpoints:
+        st.text("no complete checkpoint yet; training writes the first one soon")
+        show_curves(chosen, None)
+    else:
+        try:
+            warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
+            grid = choose_grid(offer)
+            planned = grid.plan()
+            missing = cells.missing(planned)
+            show_grid(grid, planned, missing, running_job(grid), partial(show_curves, chosen, grid))
+        except UserError as error:
+            warn(error)
+            show_curves(chosen, None)
     if has_checkpoints:
         show_samples(chosen)
     st.header("Evaluation")
@@ -127,7 +126,11 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     Points of checkpoints that the grid of pictures shows are filled.
 
     A click on a point chooses the point's checkpoint.
+
+    The grid's fragment runs this too. A click then runs the page again, so that the grid takes the checkpoint.
     """
+    if "_point" in st.session_state:
+        st.rerun()
     curves = {name: folder_curves(run) for name, run in runs.items()}
     names = sorted({metric for metrics in curves.values() for metric in metrics})
     if not names:

@@ -15,7 +15,7 @@ from helpers.folder_curves import folder_curves
 from helpers.model_pool import drawing_turn
 from helpers.page_texts import shorten, show_empty_state, warn
 from helpers.page_url import gone_names, name_choices, warn_of_gone
-from helpers.picture_table import encode_png, show_pictures
+from helpers.picture_table import encode_png, show_pair, show_pictures
 from helpers.run_files import read_or_warn
 from helpers.run_list import OUTPUTS, find_runs, step_of
 from helpers.tables import show_rows
@@ -167,7 +167,8 @@ def show_table(
                 "note": "" if made else problems.get(name, "not made yet"),
                 "open": partial(_picture, made),
             }
-    show_pictures(shown, columns, rows, "image \\ VAE")
+    if pair := show_pictures(shown, columns, rows, "image \\ VAE"):
+        show_pair(shown, *pair)
 
 
 def _picture(made: Any) -> Image.Image | None:

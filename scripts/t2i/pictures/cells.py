@@ -878,6 +878,35 @@ def best_samples(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> lis
     return [(prompt, seed, reading) for (prompt, seed), reading in zip(samples, further, strict=False)]
 
 
+def read_cells(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> dict[tuple[str, Cell], tuple[Any, Any]]:
+    """Return the reading and the distance of each picture of an evaluation, by its checkpoint and cell.
+
+    A reading is as in `best_samples`. A distance is that to the nearest training image, as `memorisation` defines it. What
+    was not measured is None. A damaged part of the evaluation is left out.
+    """
+    found: dict[tuple[str, Cell], tuple[Any, Any]] = {}
+    reported = [(prompt, seed) for prompt, seed, _ in best_samples(evaluated, evaluation)]
+    sets: list[tuple[Any, Sequence[Any], Any]] = [(evaluation.get("report"), reported, evaluation)]
+    for result, pictures in zip(_list(evaluation.get("cells")), _list(evaluation.get("sweep_pictures")), strict=False):
+        sets.append((result, evaluated.samples.values, pictures))
+    for result, samples, pictures in sets:
+        try:
+            name, scale = str(result["checkpoint"]), float(result["guidance_scale"])
+            readings, distances = _list(pictures.get("readings")), _list(pictures.get("distances"))
+            for number, (prompt, seed) in enumerate(samples):
+                reading = readings[number] if number < len(readings) else None
+                distance = distances[number] if number < len(distances) else None
+                cell = replace(evaluated.cell, prompt=prompt, seed=seed, guidance_scale=scale)
+                found[name, cell] = (reading, distance)
+        except (AttributeError, KeyError, TypeError, ValueError, UserError):
+            continue
+    return found
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def best_cells(
     run: Path, evaluated: EvaluatedGrid, report: Any, samples: Sequence[tuple[str, int, Any]]
 ) -> list[PlannedCell]:
