@@ -246,7 +246,7 @@ def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
 
     # both in turn
     page.locator("[data-testid=stButtonGroup] button", has_text="flicker").click()
-    turn = page.locator(".pair figcaption span")
+    turn = page.locator(".pair figcaption.bar span")
     for side in ("left:", "right:", "left:"):
         expect(turn).to_contain_text(side)
     page.locator(".pair").get_by_role("button", name="Pause").click()

@@ -139,7 +139,7 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     read = [{name: one["wanted"] == one["read"] for name, one in reading.items()} for reading in results["readings"]]
     shares = {name: np.mean([one[name] for one in read]) for name in flowers.ATTRIBUTES}
     assert shares == {name: results["report"]["prompt_following"][name] for name in shares}
-    measured = cells.read_cells(cells.evaluated_grid(workspace / "unet"), results)
+    measured = cells.read_cells(workspace / "unet")
     assert (
         len(measured) == 4 * 4 + 6
     )  # four pairs of checkpoint and scale with four pictures each, and the reported ones

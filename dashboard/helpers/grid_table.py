@@ -1,6 +1,6 @@
 """Show a chosen grid of pictures on a page: the missing pictures and their cost, the finished pictures, and downloads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from t2i.runs import run_title
 SHOWN = 100  # pictures of a grid at once; the rows of a larger grid are shown in pages
 MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn
 TEXTS = ("prompt", "sample")  # axes whose values are prompts, which every picture's text ends with
+Measured = Mapping[Path, Mapping[tuple[str, cells.Cell], tuple[Any, Any]]]
 TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
 
 
@@ -33,13 +34,15 @@ def show_grid(
     planned: Sequence[cells.PlannedCell],
     missing: Sequence[cells.PlannedCell],
     running: GridJob | None,
+    measured: Measured,
     show_more: Callable[[], None],
 ) -> None:
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures.
 
     Args:
-        show_more: shows what stands below the two compared pictures.
         running: the job of this server that draws the grid, which this session perhaps does not watch yet.
+        measured: per run folder, what its evaluation measured of single pictures (`cells.read_cells`).
+        show_more: shows what stands below the two compared pictures.
     """
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
@@ -54,7 +57,7 @@ def show_grid(
             warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
-    draw_pictures(grid, planned, missing, job, show_more)
+    draw_pictures(grid, planned, missing, job, measured, show_more)
 
 
 def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell], tab: int) -> None:
@@ -117,6 +120,7 @@ def draw_pictures(
     planned: Sequence[cells.PlannedCell],
     missing: Sequence[cells.PlannedCell],
     job: GridJob | None,
+    measured: Measured,
     show_more: Callable[[], None],
 ) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
@@ -143,7 +147,7 @@ def draw_pictures(
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
             return
-        show_table(grid, shown, rows, tab, show_more)
+        show_table(grid, shown, rows, tab, measured, show_more)
 
     draw()
 
@@ -202,11 +206,15 @@ def choose_rows(grid: Grid) -> slice:
 
 
 def show_table(
-    grid: Grid, planned: Sequence[cells.PlannedCell], rows: slice, tab: int, show_more: Callable[[], None]
+    grid: Grid,
+    planned: Sequence[cells.PlannedCell],
+    rows: slice,
+    tab: int,
+    measured: Measured,
+    show_more: Callable[[], None],
 ) -> None:
     """Show the planned pictures of a tab as a table with downloads, and beside it two of them compared."""
     shown: dict[str, dict[str, Any]] = {}
-    measured = {run: figures_of(run) for run in dict.fromkeys(one.run for one in planned)}
     on_tab = "".join(
         f", {axis_label(axis.name, grid.labels[2][tab])}" for axis in grid.axes[2:] if axis.name not in TEXTS
     )
@@ -221,9 +229,7 @@ def show_table(
             "label": label,
             "alt": f"{label}{on_tab}: {one.cell.prompt}",
             "note": "" if source else one.problem or "not drawn yet",
-            "under": "\n".join(
-                filter(None, [shown_instead(grid, one, rows), measured[one.run](one) if source else ""])
-            ),
+            "under": "\n".join([*shown_instead(grid, one, rows), *(figures_of(one, measured) if source else ())]),
             "settings": settings_of(one),
             "open": partial(open_picture, one),
         }
@@ -249,28 +255,22 @@ def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:
     return {AXES.get(name, name): value for name, value in settings.items()}
 
 
-def figures_of(run: Path) -> Callable[[cells.PlannedCell], str]:
-    """Return a function that says what a run's evaluation read in a picture, and how near it is to a training image."""
-    evaluated = cells.evaluated_grid(run)
-    found = cells.read_cells(evaluated, read_or_warn(run / "evaluation" / "evaluation.json")) if evaluated else {}
-
-    def text(planned: cells.PlannedCell) -> str:
-        reading, distance = found.get((planned.checkpoint, planned.cell), (None, None))
-        right, wrong = outcome(reading)
-        lines = [f"✗ {miss}" for miss in wrong] or ([f"✓ {len(right)} of {len(right)}"] if right else [])
-        return "\n".join([*lines, f"distance {distance:.2f}"] if is_finite(distance) else lines)
-
-    return text
+def figures_of(planned: cells.PlannedCell, measured: Measured) -> list[str]:
+    """Return lines that say what the evaluation read in a picture, and how near it is to a training image."""
+    reading, distance = measured.get(planned.run, {}).get((planned.checkpoint, planned.cell), (None, None))
+    right, wrong = outcome(reading)
+    lines = [f"✗ {miss}" for miss in wrong] or ([f"✓ {len(right)} of {len(right)}"] if right else [])
+    return [*lines, f"distance {distance:.2f}"] if is_finite(distance) else lines
 
 
-def shown_instead(grid: Grid, planned: cells.PlannedCell, rows: slice) -> str:
-    """Return which checkpoint a picture shows, if it is not the one that its labels name; otherwise ""."""
+def shown_instead(grid: Grid, planned: cells.PlannedCell, rows: slice) -> list[str]:
+    """Return which checkpoint a picture shows, if it is not the one that its labels name."""
     _, row, column = planned.at
     labels = {grid.axes[0].name: grid.labels[0][column], grid.axes[1].name: grid.labels[1][rows.start + row]}
     wanted = labels.get("checkpoint", grid.checkpoint)
     if planned.problem or planned.checkpoint == wanted or "checkpoint" in {axis.name for axis in grid.axes[2:]}:
-        return ""
-    return planned.checkpoint if wanted in (BEST, LAST) else f"nearest step: {planned.checkpoint}"
+        return []
+    return [planned.checkpoint if wanted in (BEST, LAST) else f"nearest step: {planned.checkpoint}"]
 
 
 def cell_name(grid: Grid, row: int, column: int) -> str:

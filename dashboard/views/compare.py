@@ -87,7 +87,8 @@ def main() -> None:
             grid = choose_grid(offer)
             planned = grid.plan()
             missing = cells.missing(planned)
-            show_grid(grid, planned, missing, running_job(grid), partial(show_curves, chosen, grid))
+            measured = {run: cells.read_cells(run) for run in chosen.values()}
+            show_grid(grid, planned, missing, running_job(grid), measured, partial(show_curves, chosen, grid))
         except UserError as error:
             warn(error)
             show_curves(chosen, None)

@@ -878,12 +878,16 @@ def best_samples(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> lis
     return [(prompt, seed, reading) for (prompt, seed), reading in zip(samples, further, strict=False)]
 
 
-def read_cells(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> dict[tuple[str, Cell], tuple[Any, Any]]:
-    """Return the reading and the distance of each picture of an evaluation, by its checkpoint and cell.
+def read_cells(run: Path) -> dict[tuple[str, Cell], tuple[Any, Any]]:
+    """Return the reading and the distance of each picture of a run's evaluation, by its checkpoint and cell.
 
     A reading is as in `best_samples`. A distance is that to the nearest training image, as `memorisation` defines it. What
     was not measured is None. A damaged part of the evaluation is left out.
     """
+    evaluated = evaluated_grid(run)
+    if evaluated is None:
+        return {}
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     found: dict[tuple[str, Cell], tuple[Any, Any]] = {}
     reported = [(prompt, seed) for prompt, seed, _ in best_samples(evaluated, evaluation)]
     sets: list[tuple[Any, Sequence[Any], Any]] = [(evaluation.get("report"), reported, evaluation)]
