@@ -4,7 +4,7 @@ from typing import Any
 
 import streamlit as st
 
-from t2i.hub.model_card import escape_markdown
+from t2i.hub.markdown import escape_markdown
 
 
 def title_row(title: str) -> Any:

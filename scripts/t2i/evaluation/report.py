@@ -19,7 +19,7 @@ from PIL import Image
 from t2i.evaluation.figures import figure, figure_text, flatten
 from t2i.evaluation.verdict import TOPICS, is_setting, outcome, verdict_of
 from t2i.files import read_optional, write_text
-from t2i.hub.model_card import one_line
+from t2i.hub.markdown import one_line
 from t2i.pictures import cells
 from t2i.redaction import public_yaml, redact_config
 from t2i.runs import run_title

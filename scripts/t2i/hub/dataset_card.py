@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from t2i.captions.auditing import CHECKS
 from t2i.errors import UserError
-from t2i.hub.model_card import BEGIN, END, NOT_MEASURED, escape_markdown, one_line
+from t2i.hub.markdown import escape_markdown, one_line
+from t2i.hub.model_card import BEGIN, END, NOT_MEASURED
 from t2i.pictures.png import lettered
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "dataset_card.md"

@@ -4,7 +4,7 @@ A figure that the run did not record reads "not measured". Text from users (name
 redacted and escaped, so that no secret leaks and the card does not break.
 """
 
-# Functions import huggingface_hub themselves: the dashboard needs only `escape_markdown`, and must not wait for it.
+# Functions import huggingface_hub themselves: the dashboard's first page does without it.
 
 import html
 import json
@@ -19,6 +19,7 @@ from t2i.errors import UserError
 from t2i.evaluation.figures import percent
 from t2i.evaluation.verdict import TOPICS, verdict_of
 from t2i.files import read_object, read_optional, write_text
+from t2i.hub.markdown import escape_markdown, one_line
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
 from t2i.runs import run_title
@@ -157,16 +158,6 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     return text
 
 
-def one_line(value: Any, limit: int = 200) -> str:
-    """Return a user's text on one line of at most `limit` characters, without secrets and control characters.
-
-    The result is "" for None.
-    """
-    text = "" if value is None else redact(str(value))
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def hub_id(name: str | None) -> str | None:
     """Return `name` if it is a Hub id `owner/name`, otherwise None.
 
@@ -212,11 +203,6 @@ def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, 
         name = label if key == "judge" else key
         figures[name, name.replace("_", " ")] = (report.get(key) or {}).get(label)
     return {names: round(number, 5) for names, value in figures.items() if (number := _number(value)) is not None}
-
-
-def escape_markdown(value: Any) -> str:
-    """Return `one_line` of a user's text, escaped so that Markdown shows it literally, in table cells too."""
-    return re.sub(r"([\\`*_\[\]|~#!$:])", r"\\\1", html.escape(one_line(value), quote=False))
 
 
 # --- Sections --------------------------------------------------------------------------------------------------------

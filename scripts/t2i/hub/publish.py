@@ -21,6 +21,7 @@ from t2i.errors import UserError
 from t2i.files import read_object, read_optional, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
+from t2i.hub.markdown import one_line
 from t2i.loading import explain_loading
 from t2i.redaction import redact
 from t2i.run_lock import run_status
@@ -192,7 +193,7 @@ def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[st
     prompts.
     """
     validation, others = (
-        [line for text in texts if (line := model_card.one_line(text, model_card.PROMPT_CHARACTERS))]
+        [line for text in texts if (line := one_line(text, model_card.PROMPT_CHARACTERS))]
         for texts in (recipe.train_unet.validation_prompts, evaluated)
     )
     validation = list(dict.fromkeys(validation))[:count]

@@ -30,6 +30,7 @@ from t2i.errors import UserError
 from t2i.files import read_json, write_json, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
+from t2i.hub.markdown import one_line
 from t2i.hub.publish import pipeline_files
 from t2i.loading import explain_loading
 from t2i.redaction import redact
@@ -380,7 +381,7 @@ def card(model: Model, repo_id: str) -> str:
         "tags": ["streamlit"],
         "pinned": False,
         "short_description": "Pictures from prompts, on two cores",  # the Hub takes 60 characters
-        **({"license": model_card.one_line(license)} if isinstance(license, str) and license != "unknown" else {}),
+        **({"license": one_line(license)} if isinstance(license, str) and license != "unknown" else {}),
         **({"models": [model.hub_id]} if model.hub_id else {}),
     }
     drawer = f"[{model.hub_id}]({constants.ENDPOINT}/{model.hub_id})" if model.hub_id else "a latent diffusion model"
@@ -400,7 +401,7 @@ Write a prompt, and {drawer} draws a picture of it. This Space has two CPU cores
 
 ## Where this comes from
 
-The command `{model_card.one_line(command)}` made this Space. Run it again to update the Space.
+The command `{one_line(command)}` made this Space. Run it again to update the Space.
 
 To start the Space on another machine, copy this repository. In the copy, run `pip install -r requirements.txt -c constraints.txt`
 and then `{shlex.join(json.loads(DOCKERFILE.split("ENTRYPOINT ")[1]))}`.
