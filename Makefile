@@ -43,8 +43,9 @@ demo: $(READY)
 	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
 
 # Test files run in the order of tests/conftest.py, the longest first. By default xdist would start with those of most tests.
+# On two cores, three workers are quicker than two: many tests wait for other processes.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The YAML's compute_environment decides where a training runs: as a job of SageMaker or Hugging Face, or here by accelerate.
 yes = $(filter 1 y yes true,$(1))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None and os.environ.get("T2I_REQUIRE_BROWSER") != "1", reason=f"no Chromium here: {INSTALL}"
 )
 HARM = "window.harm = 1"
+SERIOUS = ("serious", "critical")  # impacts of axe-core's findings
 EVIL = f'<img src="x" onerror="{HARM}"> <script>{HARM}</script> **bold** [x](javascript:{HARM}) flower'
 NINE = {"rows": "seed", "guidance_scale": "1-3", "seed": "1-3", "num_inference_steps": "4"}
 
@@ -156,6 +158,13 @@ def check_looks(page):
     assert [one for one in page.evaluate(CONTRASTS, TEXTS) if one[1] < 4.5] == []
 
 
+def check_access(page):
+    """axe-core finds nothing serious or critical that keeps people from using the page."""
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    texts = [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found if one["impact"] in SERIOUS]
+    assert texts == []
+
+
 def check_headings(page):
     """The page has one title, and no heading skips a level."""
     levels = [
@@ -184,6 +193,8 @@ def test_every_page_wide_and_narrow_light_and_dark(visit, name):
             expect(page.get_by_role("heading", level=1)).to_have_text(title)
             settle(page)
             check_looks(page)
+            if (scheme == "light") == (width > height):
+                check_access(page)
         assert (background(page) > 128) == (scheme == "light")
     if name != "data":  # another page's headings
         check_headings(page)
@@ -272,6 +283,7 @@ def test_an_address_names_all_choices_and_shows_the_same_beside_newer_runs(visit
     expect(page).to_have_url(
         re.compile("run=one&columns=guidance\\+scale&rows=checkpoint&.*&checkpoint=checkpoint-000010")
     )
+    check_access(page)
     shared = page.url.split("/", 3)[3]
     choose(page, "Rows", "steps")
     expect(page.locator(".grid tbody th")).to_have_text(["2", "4"])
