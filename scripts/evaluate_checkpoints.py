@@ -139,13 +139,12 @@ def main() -> None:
     memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
     study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
-        sweep, sweep_results, sweep_pictures = draw_sweep(study, checkpoints, folder)
+        sweep, sweep_results, single = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale).best
 
     # report
     with state.timed("report"):
-        prompts, pictures, figures, readings = draw_report(study, best)
-    distances = figures.pop("distances")
+        prompts, pictures, figures, reported = draw_report(study, best)
     save_grid(pictures[:: max(1, len(pictures) // 64)], folder / "report.png", 64)  # from first to last prompt
     report = {
         "guidance_scale": best["guidance_scale"],
@@ -162,9 +161,8 @@ def main() -> None:
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, best["guidance_scale"]),
     }
     results: dict[str, Any] = {"report": report, "cells": sweep_results, "sweep": sweep}
-    seeds = report_seeds(config, len(prompts.texts))
-    results |= {"prompts": prompts.texts, "seeds": seeds, "readings": readings, "distances": distances}
-    results |= {"sweep_pictures": sweep_pictures, "verdict": make_verdict(results)}
+    results |= {key: reported[key] for key in ("prompts", "seeds", "readings")} | {"verdict": make_verdict(results)}
+    write_json(folder / "pictures.json", [*single, reported])
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
     if trained.report_to == "mlflow":
@@ -216,8 +214,7 @@ def draw_sweep(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Draw and measure each checkpoint at each guidance scale.
 
-    Return what was drawn, a result per pair of checkpoint and guidance scale, and for each pair the `read_pictures` and
-    "distances" of its pictures.
+    Return what was drawn, and for each pair of checkpoint and guidance scale a result and the figures of single pictures.
     """
     config = study.recipe.evaluate
     prompts = make_prompts(study.kind, study.splits, study.recipe, config.sweep_prompts, config.eval_seed, 0)
@@ -230,21 +227,22 @@ def draw_sweep(
         "seeds": [config.eval_seed + number for number in range(len(prompts.texts))],
     }
     results: list[dict[str, Any]] = []
-    of_pictures: list[dict[str, Any]] = []
+    single: list[dict[str, Any]] = []
     for checkpoint, scale in itertools.product(checkpoints, config.guidance_scales):
         pictures = draw(study.run / checkpoint, prompts, scale, study.preset, config, config.eval_seed)
-        keep(study.run, checkpoint, pictures, sweep | {"guidance_scale": scale})
+        drawn = sweep | {"guidance_scale": scale}
+        keep(study.run, checkpoint, pictures, drawn)
         features = judged_features(study, pictures)
         figures = measure(study, pictures, features, prompts)
         readings = read_pictures(study, pictures, features, prompts)
-        of_pictures.append({"readings": readings, "distances": figures.pop("distances")})
+        single.append(figures_of_pictures(study.run, checkpoint, drawn, readings, figures.pop("distances")))
         grid = f"grid-{checkpoint}-{scale:g}.png"
         save_grid(pictures, folder / grid)
         val_loss = logged_loss(study.run, checkpoint)
         results.append(
             {"checkpoint": checkpoint, "guidance_scale": scale, "val_loss": val_loss, "grid": grid, **figures}
         )
-    return sweep, results, of_pictures
+    return sweep, results, single
 
 
 def report_seeds(config: EvaluateConfig, count: int) -> list[int]:
@@ -252,12 +250,10 @@ def report_seeds(config: EvaluateConfig, count: int) -> list[int]:
     return [config.eval_seed + REPORT_SEED + number for number in range(count)]
 
 
-def draw_report(
-    study: Study, best: dict[str, Any]
-) -> "tuple[Prompts, np.ndarray, dict[str, Any], list[dict[str, Any]]]":
+def draw_report(study: Study, best: dict[str, Any]) -> "tuple[Prompts, np.ndarray, dict[str, Any], dict[str, Any]]":
     """Draw and measure the best pair of checkpoint and guidance scale, on prompts and seeds that the sweep did not use.
 
-    The pictures are kept for the dashboard. Return the prompts, the pictures, their figures and their `read_pictures`.
+    The pictures are kept for the dashboard. Return the prompts, the pictures, their figures, and those of single pictures.
     """
     config = study.recipe.evaluate
     count, seed = config.report_prompts, config.eval_seed + 1
@@ -266,12 +262,30 @@ def draw_report(
     seeds = report_seeds(config, len(prompts.texts))
     pictures = draw(checkpoint, prompts, scale, study.preset, config, seeds[0])
     settings = study.preset._asdict() | {"guidance_scale": scale, "guidance_rescale": config.guidance_rescale}
-    keep(study.run, best["checkpoint"], pictures, {**settings, "prompts": prompts.texts, "seeds": seeds})
+    drawn = {**settings, "prompts": prompts.texts, "seeds": seeds}
+    keep(study.run, best["checkpoint"], pictures, drawn)
     features = judged_features(study, pictures)
     figures = measure(study, pictures, features, prompts)
     if features is not None:
         figures["judge"] = compare(study, pictures, features, prompts, figures)
-    return prompts, pictures, figures, read_pictures(study, pictures, features, prompts)
+    readings = read_pictures(study, pictures, features, prompts)
+    single = figures_of_pictures(study.run, best["checkpoint"], drawn, readings, figures.pop("distances"))
+    return prompts, pictures, figures, single
+
+
+def figures_of_pictures(
+    run: Path, checkpoint: str, drawn: dict[str, Any], readings: list[dict[str, Any]], distances: list[float]
+) -> dict[str, Any]:
+    """Return an entry of pictures.json: what was drawn, with the `read_pictures` and the distance of each picture."""
+    from t2i.pictures import cells
+
+    what = {key: drawn[key] for key in ("guidance_scale", "prompts", "seeds")}
+    return {
+        "model_hash": cells.weights_hash(run / checkpoint),
+        **what,
+        "readings": readings,
+        "distances": distances,
+    }
 
 
 def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:

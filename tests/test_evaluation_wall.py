@@ -1,6 +1,8 @@
 """The top of the page Compare: the verdict of an evaluation, the wall of pictures at the best setting, the report's download."""
 
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import pytest
 
 from t2i.evaluation.verdict import TOPICS, make_verdict
 from t2i.pictures import cells
-from test_compare import EVIL, PROMPTS, SCALES, component, grid_of, make_run, show, warnings
+from test_compare import APP, EVIL, PROMPTS, SCALES, component, grid_of, make_run, show, warnings
 from test_verdict import evaluation, result
 
 READINGS = [
@@ -72,27 +74,87 @@ def test_a_stored_verdict_is_shown_and_its_markdown_is_not_read(tmp_path):
     assert not any(picture["is_miss"] for picture in component(app, "gallery")["pictures"])
 
 
+def save_pictures(run: Path, sets) -> None:
+    (run / "evaluation" / "pictures.json").write_text(json.dumps(sets))
+
+
 def test_pictures_of_the_grid_have_their_figures_below_them(tmp_path):
-    missed = [{"petal_color": {"wanted": "red", "read": "blue"}, "petal_count": {"wanted": 5, "read": 5}}, READINGS[0]]
-    pictures = [{"readings": missed, "distances": [0.321, 0.9]}, {"readings": [READINGS[0]], "distances": []}]
-    evaluated_run(tmp_path / "outputs" / "one", sweep_pictures=pictures)
-    under = [cell["under"] for cell in grid_of(show(tabs="sample"))["cells"]]
-    # The last one is among the reported pictures.
-    assert under == ["✗ petal color blue instead of red\ndistance 0.32", "✓ 2 of 2", "", "✓ 2 of 2"]
-    damaged = ("none", [None, 7], [{"readings": 5, "distances": {}}], [{"readings": [5], "distances": ["far"]}])
-    for number, found in enumerate(damaged):
-        evaluated_run(tmp_path / "outputs" / str(number), sweep_pictures=found)
-        shown = grid_of(show(run=str(number), tabs="sample"))["cells"]
-        assert [cell["under"] for cell in shown] == ["", "", "", "✓ 2 of 2"]
+    run = evaluated_run(tmp_path / "outputs" / "one")
+    missed = {"petal_color": {"wanted": "red", "read": "blue"}, "petal_count": {"wanted": 5, "read": 5}}
+    samples = {"prompts": PROMPTS, "seeds": [7, 8]}
+    one = {"model_hash": cells.weights_hash(run / "checkpoint-000010"), "guidance_scale": SCALES[0], **samples}
+    two = one | {"guidance_scale": SCALES[1], "readings": [READINGS[0]], "distances": []}
+    one |= {"readings": [missed, READINGS[0]], "distances": [0.321, 0.9]}
+
+    def below():
+        return [cell["under"] for cell in grid_of(show(tabs="sample"))["cells"]]
+
+    assert below() == [""] * 4  # an evaluation of an earlier version
+    save_pictures(run, [one, two])
+    measured = ["✗ petal color blue instead of red\ndistance 0.32", "✓ 2 of 2", "", ""]
+    assert below() == measured
+    damaged = (
+        None,
+        7,
+        {},
+        one | {"guidance_scale": 10**400},
+        one | {"seeds": [7]},
+        one | {"prompts": 5},
+        two | {"seeds": "x"},
+    )
+    save_pictures(run, [*damaged, one, two])
+    assert below() == measured
+    for text in (
+        "{",
+        "7",
+        "[" * 100_000,
+        json.dumps([one | {"readings": 5, "distances": {}}, two | {"readings": [5]}]),
+    ):
+        (run / "evaluation" / "pictures.json").write_text(text)
+        assert below() == [""] * 4
+    save_pictures(run, [one | {"model_hash": "of other weights"}])
+    assert below() == [""] * 4
 
 
 def test_what_differs_between_two_pictures_is_said(tmp_path):
     evaluated_run(tmp_path / "outputs" / "one")
     app = show(tabs="sample")
     said = next(element.value for element in app.text if element.value.startswith("Different: "))
-    assert "guidance scale" in said
-    assert "checkpoint" not in said
-    assert "seed" not in said
+    assert said == f"Different: guidance scale {SCALES[0]} → {SCALES[1]}"
+    differing = sys.modules["helpers.picture_table"].differing
+    assert differing({"a": 1, "b": None}, {"a": 1}) == "All settings are equal."
+    assert differing({"a": 1}, {"a": 1, "b": 2}) == "Different: b – → 2"
+    long = "a photo of a flower with many thin petals and a center that is quite "
+    assert differing({"p": f"{long}red"}, {"p": f"{long}blue, too"}) == "Different: p … red → … blue, too"
+    assert differing({"p": long}, {"p": "short"}).startswith("Different: p a photo of a flower")
+
+
+def test_tables_have_places_without_values_and_columns_of_mixed_types(monkeypatch, tmp_path):
+    evaluated_run(tmp_path / "outputs" / "one")
+    show()
+    tables, sent = sys.modules["helpers.tables"], []
+    monkeypatch.setattr(tables.st, "dataframe", lambda table, **options: sent.append(table.to_pydict()))
+    tables.show_rows([])
+    tables.show_rows(
+        [{"a": 1, "n": math.nan, "x": 2**70}, {"b": "\ud800", "a": math.nan, "c": None}, {"b": 5, "a": 2.5}]
+    )
+    assert sent == [{}, {"a": [1, None, 2.5], "x": [str(2**70), None, None], "b": [None, "?", "5"]}]
+
+
+def test_the_first_page_waits_for_no_large_library(tmp_path):
+    """Of an evaluated run, with verdict, wall, grid, pair, curves and tables."""
+    evaluated_run(tmp_path / "outputs" / "one")
+    code = """
+import sys
+from streamlit.testing.v1 import AppTest
+before = set(sys.modules)
+app = AppTest.from_file(sys.argv[1], default_timeout=60).run()
+assert not app.exception and len(app.get("bidi_component")) == 3 and app.dataframe, app.exception
+print(sorted({"altair", "pandas", "torch", "transformers", "diffusers", "mlflow", "tyro", "scipy"} & (set(sys.modules) - before)))
+"""
+    words = [sys.executable, "-c", code, str(APP)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_an_evaluation_without_figures_and_several_runs(tmp_path):

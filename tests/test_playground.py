@@ -32,7 +32,6 @@ import json, sys, time
 for name in ("mlflow", "datasets", "accelerate", "deepspeed", "sagemaker", "torchmetrics"):
     sys.modules[name] = None
 from streamlit.testing.v1 import AppTest
-from transformers import CLIPTokenizer
 app = AppTest.from_file(sys.argv[1], default_timeout=120)
 app.query_params["num_inference_steps"] = "7"
 app.switch_page("views/playground.py").run()

@@ -1,4 +1,4 @@
-// Two pictures: side by side, one over the other with a slider, in turn, or their difference; all zoom together.
+// Two pictures: side by side, one over the other with a slider, in turn (flicker), or their difference; all zoom together.
 const TURN_MS = 700; // below three changes a second, which WCAG 2.3.1 allows
 
 export default function ({ data: [data], parentElement }) {
@@ -25,26 +25,31 @@ function difference(data) {
 }
 
 function flicker(data, root) {
-  const left = picture(data.left.source, data.left.alt);
-  const right = picture(data.right.source, data.right.alt);
-  right.classList.add("over");
-  const label = make("span");
+  const pictures = [data.left, data.right].map(({ source, alt }) => picture(source, alt));
+  const labels = ["left", "right"].map((side) => make("span", {}, `${side}: ${data[side].label}`));
+  pictures[1].classList.add("over");
+  let shown = 1;
   const turn = () => {
-    right.hidden = !right.hidden;
-    label.textContent = right.hidden ? `left: ${data.left.label}` : `right: ${data.right.label}`;
+    shown = 1 - shown;
+    pictures[1].hidden = shown === 0;
+    labels.forEach((label, side) => label.classList.toggle("unseen", side !== shown));
   };
-  const button = make("button", { type: "button" });
+  const play = make("button", { type: "button" });
   const run = (runs) => {
     clearInterval(root.turning);
     root.turning = runs ? setInterval(() => (root.isConnected ? turn() : clearInterval(root.turning)), TURN_MS) : 0;
-    button.textContent = runs ? "Pause" : "Play";
+    play.textContent = runs ? "Pause" : "Play";
   };
-  button.onclick = () => run(!root.turning);
-  const stage = make("div", { class: "stage plain" }, left, right);
-  stage.onclick = () => { if (!root.classList.contains("zoomed")) { run(false); turn(); } };
+  const step = () => { run(false); turn(); };
+  const other = make("button", { type: "button" }, "Other picture");
+  const stage = make("div", { class: "stage plain" }, ...pictures);
+  play.onclick = () => run(!root.turning);
+  other.onclick = step;
+  stage.onclick = () => { if (!root.classList.contains("zoomed")) step(); };
   turn();
   run(!matchMedia("(prefers-reduced-motion: reduce)").matches);
-  return make("figure", { class: "slider" }, stage, make("figcaption", { class: "bar" }, label, button));
+  return make("figure", { class: "slider" }, stage,
+    make("figcaption", {}, make("span", { class: "turns" }, ...labels), make("div", { class: "bar" }, play, other)));
 }
 
 function slider(data, root) {

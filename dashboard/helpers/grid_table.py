@@ -1,7 +1,7 @@
 """Show a chosen grid of pictures on a page: the missing pictures and their cost, the finished pictures, and downloads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from t2i.evaluation.figures import is_finite
 from t2i.evaluation.verdict import outcome
 from t2i.pictures import cells
 from t2i.pictures.png import grid_png, labelled_grid
-from t2i.runs import run_title
 
 SHOWN = 100  # pictures of a grid at once; the rows of a larger grid are shown in pages
 MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn
@@ -132,6 +131,8 @@ def draw_pictures(
 
     @st.fragment(run_every=1 if job else None)
     def draw() -> None:
+        if "_point" in st.session_state:  # A checkpoint was clicked on a curve, so the whole grid is another one.
+            st.rerun()
         if job:
             if job.finished.is_set():
                 st.rerun()
@@ -146,6 +147,7 @@ def draw_pictures(
             shown = part_of_plan(fresh.pop(), tab, rows) if fresh else grid.plan(tab, rows)
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
+            show_more()
             return
         show_table(grid, shown, rows, tab, measured, show_more)
 
@@ -251,13 +253,13 @@ def show_table(
 
 def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:
     """Return what made a picture, by the names of the axes."""
-    settings = {"run": run_title(planned.run), "checkpoint": planned.checkpoint, **planned.cell.settings()}
+    settings = {"run": planned.run.as_posix(), "checkpoint": planned.checkpoint, **asdict(planned.cell)}
     return {AXES.get(name, name): value for name, value in settings.items()}
 
 
 def figures_of(planned: cells.PlannedCell, measured: Measured) -> list[str]:
     """Return lines that say what the evaluation read in a picture, and how near it is to a training image."""
-    reading, distance = measured.get(planned.run, {}).get((planned.checkpoint, planned.cell), (None, None))
+    reading, distance = measured.get(planned.run, {}).get((planned.model_hash, planned.cell), (None, None))
     right, wrong = outcome(reading)
     lines = [f"✗ {miss}" for miss in wrong] or ([f"✓ {len(right)} of {len(right)}"] if right else [])
     return [*lines, f"distance {distance:.2f}"] if is_finite(distance) else lines

@@ -2,6 +2,7 @@
 
 import io
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,16 @@ def show_pair(shown: dict[str, Any], left: str, right: str) -> None:
 
 
 def differing(left: dict[str, Any], right: dict[str, Any]) -> str:
-    """Return a text of the settings that differ between two pictures."""
-    names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
-    values = [
-        " → ".join(shorten(f"{side.get(name, '–')}", TEXT_CHARACTERS) for side in (left, right)) for name in names
-    ]
-    pairs = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
-    return "Different: " + "; ".join(pairs) if pairs else "All settings are equal."
+    """Return a text of the settings that differ between two pictures. Of long texts, it leaves out the common beginning."""
+    parts = []
+    for name in [name for name in {**left, **right} if left.get(name) != right.get(name)]:
+        values = [str(side.get(name, "–")) for side in (left, right)]
+        if max(map(len, values)) > TEXT_CHARACTERS:
+            words = [value.split(" ") for value in values]
+            equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*words, strict=False)))
+            values = [" ".join(["…", *own[equal:]] if equal else own) for own in words]
+        parts.append(f"{name} " + " → ".join(shorten(value, TEXT_CHARACTERS) for value in values))
+    return "Different: " + "; ".join(parts) if parts else "All settings are equal."
 
 
 def encode_png(picture: np.ndarray) -> bytes:

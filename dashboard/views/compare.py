@@ -127,11 +127,7 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
     Points of checkpoints that the grid of pictures shows are filled.
 
     A click on a point chooses the point's checkpoint.
-
-    The grid's fragment runs this too. A click then runs the page again, so that the grid takes the checkpoint.
     """
-    if "_point" in st.session_state:
-        st.rerun()
     curves = {name: folder_curves(run) for name, run in runs.items()}
     names = sorted({metric for metrics in curves.values() for metric in metrics})
     if not names:

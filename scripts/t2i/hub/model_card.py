@@ -4,7 +4,7 @@ A figure that the run did not record reads "not measured". Text from users (name
 redacted and escaped, so that no secret leaks and the card does not break.
 """
 
-# Functions import huggingface_hub themselves: the dashboard's first page does without it.
+# Functions import huggingface_hub themselves: no command's --help may wait for it.
 
 import html
 import json

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -878,31 +878,35 @@ def best_samples(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> lis
     return [(prompt, seed, reading) for (prompt, seed), reading in zip(samples, further, strict=False)]
 
 
-def read_cells(run: Path) -> dict[tuple[str, Cell], tuple[Any, Any]]:
-    """Return the reading and the distance of each picture of a run's evaluation, by its checkpoint and cell.
+def read_cells(run: Path) -> Mapping[tuple[str, Cell], tuple[Any, Any]]:
+    """Return the reading and the distance of each picture of a run's evaluation, by the hash of its model and by its cell.
 
     A reading is as in `best_samples`. A distance is that to the nearest training image, as `memorisation` defines it. What
-    was not measured is None. A damaged part of the evaluation is left out.
+    was not measured is None. Evaluations of earlier versions have none, and a damaged part is left out.
     """
-    evaluated = evaluated_grid(run)
-    if evaluated is None:
+    evaluated, file = evaluated_grid(run), run / "evaluation" / "pictures.json"
+    try:
+        state = file.stat()
+    except OSError:
         return {}
-    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    return _read_cells(file, evaluated.cell, state.st_size, state.st_mtime_ns) if evaluated else {}
+
+
+@lru_cache(maxsize=8)  # for as long as the file stays as it is
+def _read_cells(file: Path, common: Cell, *state: int) -> Mapping[tuple[str, Cell], tuple[Any, Any]]:
     found: dict[tuple[str, Cell], tuple[Any, Any]] = {}
-    reported = [(prompt, seed) for prompt, seed, _ in best_samples(evaluated, evaluation)]
-    sets: list[tuple[Any, Sequence[Any], Any]] = [(evaluation.get("report"), reported, evaluation)]
-    for result, pictures in zip(_list(evaluation.get("cells")), _list(evaluation.get("sweep_pictures")), strict=False):
-        sets.append((result, evaluated.samples.values, pictures))
-    for result, samples, pictures in sets:
+    try:
+        sets = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return found
+    for drawn in sets if isinstance(sets, list) else ():
         try:
-            name, scale = str(result["checkpoint"]), float(result["guidance_scale"])
-            readings, distances = _list(pictures.get("readings")), _list(pictures.get("distances"))
-            for number, (prompt, seed) in enumerate(samples):
-                reading = readings[number] if number < len(readings) else None
-                distance = distances[number] if number < len(distances) else None
-                cell = replace(evaluated.cell, prompt=prompt, seed=seed, guidance_scale=scale)
-                found[name, cell] = (reading, distance)
-        except (AttributeError, KeyError, TypeError, ValueError, UserError):
+            scale, samples = float(drawn["guidance_scale"]), zip(drawn["prompts"], drawn["seeds"], strict=True)
+            pairs = zip_longest(_list(drawn.get("readings")), _list(drawn.get("distances")))
+            for (prompt, seed), measured in zip(samples, pairs, strict=False):
+                cell = replace(common, prompt=str(prompt), seed=int(seed), guidance_scale=scale)
+                found[str(drawn["model_hash"]), cell] = measured
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, UserError):
             continue
     return found
 
