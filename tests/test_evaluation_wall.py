@@ -9,12 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from t2i.evaluation.verdict import TOPICS, make_verdict
 from t2i.pictures import cells
 from test_compare import APP, EVIL, PROMPTS, SCALES, component, grid_of, make_run, show, warnings
 from test_verdict import evaluation, result
 
+sys.path.append(str(APP.parent))  # as the dashboard does
 READINGS = [
     {"petal_color": {"wanted": "red", "read": "red"}, "petal_count": {"wanted": 5, "read": 5}},
     {"petal_color": {"wanted": "red", "read": EVIL}, "petal_count": {"wanted": 5, "read": 5}},
@@ -138,7 +141,35 @@ def test_tables_have_places_without_values_and_columns_of_mixed_types(monkeypatc
     tables.show_rows(
         [{"a": 1, "n": math.nan, "x": 2**70}, {"b": "\ud800", "a": math.nan, "c": None}, {"b": 5, "a": 2.5}]
     )
-    assert sent == [{}, {"a": [1, None, 2.5], "x": [str(2**70), None, None], "b": [None, "?", "5"]}]
+    tables.show_rows([{"t": True, "i": 2**62, "m": True}, {"i": np.int64(-1), "m": 1}])
+    assert sent == [
+        {},
+        {"a": [1, None, 2.5], "x": [2.0**70, None, None], "b": [None, "?", "5"]},
+        {"t": [True, None], "i": [2**62, -1], "m": ["True", "1"]},
+    ]
+
+
+@example([10**400, 0.5])
+@example([math.inf, 1])
+@given(st.lists(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), max_size=20))
+def test_a_column_holds_its_values(values):
+    """Of one type as they are, else as text."""
+    from helpers.tables import column
+
+    made = column(values)
+    made.validate(full=True)
+    given = [None if value != value else value for value in values]
+    kinds = {
+        bool if isinstance(value, bool) else str if isinstance(value, str) else float
+        for value in given
+        if value is not None
+    }
+    is_too_large = any(isinstance(value, int) and abs(value) > sys.float_info.max for value in values)
+    if kinds <= {bool} or (kinds == {float} and not is_too_large):
+        assert made.to_pylist() == pytest.approx(given, abs=0)
+    else:
+        plain = [None if value is None else str(value).encode("utf-8", "replace").decode() for value in given]
+        assert made.to_pylist() == plain
 
 
 def test_the_first_page_waits_for_no_large_library(tmp_path):

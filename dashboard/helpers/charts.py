@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import streamlit as st
 
+from helpers.tables import column
 from t2i.tracking.curves import POINTS, Curve, average, smooth, thin
 
 CHART_POINTS = 60_000  # points of a chart, over all its lines: a browser draws them without stuttering
@@ -145,7 +146,7 @@ def averaged(drawn: Rows, groups: Mapping[str, str]) -> tuple[Rows, pa.Table]:
     means = [(group, metric, mean) for group, metric, (mean, _, _) in averages]
     bands = table_of(means, {group: group for group, _, _ in means}).drop_columns(["value"])
     for name, number in (("low", 1), ("high", 2)):
-        bands = bands.append_column(name, pa.array(np.concatenate([found[number] for _, _, found in averages])))
+        bands = bands.append_column(name, column(np.concatenate([found[number] for _, _, found in averages])))
     return means, bands
 
 
@@ -153,15 +154,15 @@ def table_of(drawn: Rows, groups: Mapping[str, str] | None = None, repeats: froz
     """Return the points of curves, whose steps are x, as rows: x, value, run, metric, and the run's group and repeats."""
     counts = [len(curve) for _, _, curve in drawn]
     columns = {
-        "x": np.concatenate([curve.steps for _, _, curve in drawn]),
-        "value": np.concatenate([curve.values for _, _, curve in drawn]),
+        "x": column(np.concatenate([curve.steps for _, _, curve in drawn])),
+        "value": column(np.concatenate([curve.values for _, _, curve in drawn])),
         "run": repeat_names([run for run, _, _ in drawn], counts),
         "metric": repeat_names([metric for _, metric, _ in drawn], counts),
     }
     if groups is not None:
         of_line = [groups[run] for run, _, _ in drawn]
         columns["group"] = repeat_names(of_line, counts)
-        columns["repeats"] = np.repeat([group in repeats for group in of_line], counts)
+        columns["repeats"] = column(np.repeat([group in repeats for group in of_line], counts))
     return pa.table(columns)
 
 
@@ -172,7 +173,7 @@ def repeat_names(names: list[str], counts: list[int]) -> pa.DictionaryArray:
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     codes = np.repeat(np.array([numbers[name] for name in names], np.int32), counts)
-    return pa.DictionaryArray.from_arrays(codes, list(numbers))
+    return pa.DictionaryArray.from_arrays(column(codes), column(list(numbers)))
 
 
 def line_chart(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import streamlit as st
 from helpers.charts import Chart, curves_chart, layered, nominal, quantity, show_chart
 from helpers.drawing_jobs import running_job
@@ -22,7 +21,7 @@ from helpers.run_colors import color_runs
 from helpers.run_files import best_scale, read_or_warn, sweep_results
 from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
 from helpers.run_samples import show_samples
-from helpers.tables import show_rows
+from helpers.tables import show_rows, table_of_rows
 
 from t2i.errors import UserError
 from t2i.evaluation.figures import figure, figure_text, flatten, words
@@ -174,7 +173,7 @@ def point_chart(points: Sequence[Point], colors: dict[str, str]) -> Chart:
         color = nominal("run", title=None, legend=None, scale={"domain": list(colors), "range": list(colors.values())})
     fill = {"domain": [True, False], "range": [1, 0]}
     return {
-        "data": pa.Table.from_pylist([point._asdict() for point in points]),
+        "data": table_of_rows([point._asdict() for point in points]),
         "mark": {"type": "point", "size": 110, "strokeWidth": 2, "opacity": 1, "cursor": "pointer"},
         "encoding": {
             "x": quantity("x"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import streamlit as st
 from helpers.charts import bar_chart, show_chart
 from helpers.components import data_address, gallery
@@ -19,6 +18,7 @@ from helpers.page_texts import escape, shorten, show_empty_state, warn
 from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import read_settings
 from helpers.run_list import OUTPUTS, find_runs
+from helpers.tables import table_of_rows
 
 from t2i.captions.auditing import CHECKS
 from t2i.data import browse
@@ -489,7 +489,7 @@ def show_lengths(split: browse.Split) -> None:
     width = max(1, -(-int(counts.max() + 1) // 30))
     bars = sorted(Counter((counts // width * width).tolist()).items())
     rows = [{"from": start, "to": start + width, "captions": captions} for start, captions in bars]
-    show_chart(bar_chart(pa.Table.from_pylist(rows), "words", "captions"))
+    show_chart(bar_chart(table_of_rows(rows), "words", "captions"))
     table = pd.DataFrame(
         [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import streamlit as st
 from helpers.charts import curves_chart, layered, nominal, quantity, show_chart
 from helpers.components import data_address
@@ -18,7 +17,7 @@ from helpers.page_url import gone_names, name_choices, warn_of_gone
 from helpers.picture_table import encode_png, show_pair, show_pictures
 from helpers.run_files import read_or_warn
 from helpers.run_list import OUTPUTS, find_runs, step_of
-from helpers.tables import show_rows
+from helpers.tables import show_rows, table_of_rows
 from PIL import Image
 
 from t2i.errors import UserError
@@ -203,7 +202,7 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
         ]
         if points:
             marks = {
-                "data": pa.Table.from_pylist(points),
+                "data": table_of_rows(points),
                 "mark": {"type": "point", "size": 110, "filled": True, "color": "#d6336c", "opacity": 1},
                 "encoding": {
                     "x": quantity("x"),
