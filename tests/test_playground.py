@@ -38,7 +38,7 @@ app.switch_page("views/playground.py").run()
 assert "torch" not in sys.modules
 next(button for button in app.button if button.label == "Draw").click().run()
 while not app.get("download_button"):
-    assert not app.exception and not app.warning, (app.exception, app.warning)
+    assert not app.exception and not app.warning, (app.exception, [one.value for one in app.warning])
     time.sleep(0.2)
     app.run()
 found = [one.proto.json for one in app.get("bidi_component") if one.proto.component_name == "scrubber"]

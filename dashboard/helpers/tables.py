@@ -20,7 +20,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Show rows as a table. Columns without any value are left out."""
     table = table_of_rows(rows)
     shown = table.select([name for name in table.column_names if table[name].null_count < len(rows)])
-    st.dataframe(shown, hide_index=True, placeholder="–")
+    st.dataframe(
+        shown, hide_index=True, placeholder="–", lazy=False
+    )  # To decide it by itself, Streamlit imports pandas.
 
 
 def table_of_rows(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
