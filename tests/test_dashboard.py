@@ -377,7 +377,7 @@ def test_only_figures_with_a_direction_choose_and_a_share_has_its_interval(tmp_p
         result["judge"] = {"kernel_distance": 100 * share, "standard_error": 2.0}
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(known | {"sweep": {"prompts": ["a flower"] * 32}}))
     app = show("runs")
-    offered = ["kernel distance to real images", "prompt following, whole combination", "validation loss"]
+    offered = ["kernel distance to real images", "prompt following, combined attributes", "validation loss"]
     assert app.selectbox(key="measure").options == offered
     row = app.dataframe[1].value.iloc[0]
     assert (row["value"], row["95% interval"], row["others within it"]) == (21.875, "18 to 25.8", 1)

@@ -148,7 +148,7 @@ def test_a_new_card_keeps_what_a_person_wrote(run, published):
     assert [figure.metric_value for figure in card.data.eval_results][1:] == [0.5]
     assert "- Greeting cards, as I hoped." in merged
     share = percent(0.5, evaluation["report"]["prompts"])
-    assert f"| Prompt following, whole combination | {share} |" in merged
+    assert f"| Prompt following, combined attributes | {share} |" in merged
     assert publish.merge_model_card(new, merged, licensed=True) == merged
 
 

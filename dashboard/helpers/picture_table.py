@@ -19,9 +19,9 @@ TEXT_CHARACTERS = 60  # characters of a setting's value in the list of what diff
 
 
 def show_pictures(
-    shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str
+    shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str, is_by_row: bool = False
 ) -> tuple[str, str] | None:
-    """Show a table of pictures, and return the names of the two that are compared; None with less than two pictures.
+    """Show a table of pictures, and return the names of the two that are compared; None if there are no two.
 
     Args:
         shown: the pictures row by row, by the names under which the URL and the page's widgets choose them. Each
@@ -30,6 +30,7 @@ def show_pictures(
             `under` (text below the picture) and `settings` (what made it, by names for people).
         columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
+        is_by_row: whether the two that are compared at first stand in one row.
     """
     drawn = [name for name, picture in shown.items() if picture["source"]]
     # Before their widgets stand, the URL alone says what they are.
@@ -37,8 +38,8 @@ def show_pictures(
     clicked = st.session_state.pop("_chosen", {})
     at = {(picture["row"], picture["column"]): name for name, picture in shown.items()}
     left, right = at.get(clicked.get("left"), left), at.get(clicked.get("right"), right)
-    left = left if left in shown else next((name for name in drawn if name != right), None)
-    right = right if right in shown else next((name for name in drawn if name != left), None)
+    left = left if left in shown else partner_of(shown, drawn, right, is_by_row)
+    right = right if right in shown else partner_of(shown, drawn, left, is_by_row)
     private = ("label", "open", "settings")  # not for the browser
     picture_grid(
         {
@@ -55,12 +56,27 @@ def show_pictures(
     if not drawn:
         return None
     if left is None or right is None:
-        st.caption("As soon as there is a second picture, it is compared with the first one.")
+        st.caption(
+            "As soon as there is a second picture" + " in a row" * is_by_row + ", it is compared with the first one."
+        )
         return None
     st.caption(
         "A click chooses the right picture to compare, Shift and a click the left one. By keyboard: Alt and G, arrow keys, Enter."
     )
     return left, right
+
+
+def partner_of(shown: dict[str, dict[str, Any]], drawn: list[str], other: str | None, is_by_row: bool) -> str | None:
+    """Return the first drawn picture beside `other`, or without `other` the first that has one beside it; else None."""
+    rows = [shown[name]["row"] for name in drawn]
+    for name, row in zip(drawn, rows, strict=True):
+        if other in shown:
+            is_partner = name != other and (not is_by_row or row == shown[other]["row"])
+        else:
+            is_partner = not is_by_row or rows.count(row) > 1
+        if is_partner:
+            return name
+    return None
 
 
 def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:

@@ -221,7 +221,7 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             help="Seed of the noise from which the picture is made. The same seed gives the same picture.",
         )
         scale = number(
-            two,
+            one,
             "Guidance scale",
             "guidance_scale",
             0.0,
@@ -230,7 +230,7 @@ def choose_settings(run: Path, ask: DeltaGenerator, form: DeltaGenerator) -> tup
             help="Strength with which the picture follows the prompt. A guidance scale of 1 disables guidance.",
         )
         steps = number(
-            one,
+            two,
             "Steps",
             "num_inference_steps",
             1,

@@ -176,7 +176,7 @@ def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) ->
 
 
 def show_cards(runs: dict[str, Path]) -> None:
-    """Show the model card of a run as plain text.
+    """Show the model card of a run as plain text, folded away.
 
     The Markdown of a model card, which may hold users' texts, is never rendered.
     """
@@ -192,9 +192,8 @@ def show_cards(runs: dict[str, Path]) -> None:
     except (OSError, KeyError):
         st.text("this card is gone")
         return
-    st.code(
-        text[:CARD_CHARACTERS], language="markdown", wrap_lines=True
-    )  # All of it: no key reaches a box that scrolls.
+    with st.expander("Source of the card"):  # All of it: no key reaches a box that scrolls.
+        st.code(text[:CARD_CHARACTERS], language="markdown", wrap_lines=True)
 
 
 main()

@@ -166,7 +166,7 @@ def show_table(
                 "note": "" if made else problems.get(name, "not made yet"),
                 "open": partial(_picture, made),
             }
-    if pair := show_pictures(shown, columns, rows, "image \\ VAE"):
+    if pair := show_pictures(shown, columns, rows, "image \\ VAE", is_by_row=True):
         show_pair(shown, *pair)
 
 

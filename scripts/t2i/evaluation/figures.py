@@ -33,7 +33,7 @@ class Figure:
 # Keys as `flatten` of the dashboard gives them, the figures that choose best first. Groups of a key fill the name.
 FIGURES = {
     r"judge\.kernel_distance": Figure("kernel distance to real images", "lower"),
-    r"prompt_following\.all": Figure("prompt following, whole combination", "higher", is_share=True),
+    r"prompt_following\.all": Figure("prompt following, combined attributes", "higher", is_share=True),
     r"judge\.named": Figure("label recognised in the pictures", "higher", is_share=True),
     r"clip_score\.mean": Figure("CLIP score", "higher"),
     r"val_loss": Figure("validation loss", "lower", is_guided=False),

@@ -356,7 +356,7 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
         else NOT_MEASURED
     )
     overall, count = (report.get("prompt_following") or {}).get("all"), report.get("prompts")
-    rows["Prompt following, whole combination"] = _percent(overall, count)
+    rows["Prompt following, combined attributes"] = _percent(overall, count)
     rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(
         copies.get("share_closer"), count
     )
