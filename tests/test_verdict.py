@@ -87,13 +87,15 @@ def test_colors_like_those_of_photos_decide_among_distances_that_chance_explains
     text = said(evaluation(glaring), "best")
     assert "checkpoint-000020 at guidance scale 5 is the best" in text
     assert (
-        "2 pairs lie no farther than chance explains from the lowest kernel distance to real images (14.0 ± 4.0)."
-        in text
+        "2 guidance scales of this checkpoint lie no farther than chance explains from the lowest kernel distance to real "
+        "images (14.0 ± 4.0)." in text
     )
     assert "Among them, the share of clipped colors chose it: 8.0% (real images: 7.0%)." in text
     assert "The runner-up, checkpoint-000020 at guidance scale 7.5, has 12.0%." in text
     assert make_verdict(evaluation(glaring))["best"]["is_clear"] is None
-    glaring[1] = result(20, 5.0, 30.0, 0.3, clipped=0.08)
+    glaring.append(result(10, 7.5, 15.0, 0.4, clipped=0.07))  # Colors choose no checkpoint.
+    assert "checkpoint-000020 at guidance scale 5 is the best" in said(evaluation(glaring), "best")
+    glaring[1:] = [result(20, 5.0, 30.0, 0.3, clipped=0.08), glaring[2]]
     text = said(evaluation(glaring), "best")
     assert "The kernel distance to real images chose it: 14.0 (lower is better)." in text
     assert "larger than chance explains (11.1)" in text

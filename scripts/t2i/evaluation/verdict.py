@@ -46,11 +46,11 @@ class Choice:
 def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Choice:
     """Choose the best checkpoint and guidance scale of a sweep.
 
-    The judge narrows the choice to the pairs whose kernel distance is not measurably higher than the lowest. Among them,
-    the colors of photos decide. Distances of photos fall as guidance grows, while colors become glaring. So the best pair
-    has the share of clipped colors that is nearest to that of real images. Drawings have no such share. Among their pairs,
-    prompt following (or else the CLIP score) decides, and then the later checkpoint. Without either, the lowest distance
-    decides.
+    The judge narrows the choice to the pairs whose kernel distance is not measurably higher than the lowest. Photos keep the
+    checkpoint of the lowest distance, and colors choose among its guidance scales. Distances of photos fall as guidance
+    grows, while colors become glaring. So the best scale has the share of clipped colors that is nearest to that of real
+    images. Drawings have no such share. Among their pairs, prompt following (or else the CLIP score) decides, and then the
+    later checkpoint. Without either, the lowest distance decides.
 
     Without a judge, only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has
     the guidance scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
@@ -64,8 +64,11 @@ def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Ch
         near = sorted(sweep_results, key=_distance)
         lowest = near[0]
         close = [result for result in near if _distance(result) - _distance(lowest) <= _chance(result, lowest)]
-        if len(close) > 1 and all(result.get("clipped") for result in near):
+        is_photo = all(result.get("clipped") for result in near)
+        if is_photo:
+            close = [result for result in close if result["checkpoint"] == lowest["checkpoint"]]
             close.sort(key=lambda result: abs(result["clipped"]["pictures"] - result["clipped"]["real"]))
+        if is_photo and len(close) > 1:
             return Choice(close[0], CLIPPED, close[1:], lowest)
         if len(close) == 1 or not (lowest["prompt_following"] or lowest["clip_score"]):
             return Choice(lowest, DISTANCE, near[1:])
@@ -284,8 +287,9 @@ def _best(
     if choice.lowest:
         judged = choice.lowest["judge"]
         distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}"
+        pairs = "guidance scales of this checkpoint" if choice.key == CLIPPED else "pairs"
         sentences.append(
-            f"{len(choice.rivals) + 1} pairs lie no farther than chance explains from the lowest kernel distance to real "
+            f"{len(choice.rivals) + 1} {pairs} lie no farther than chance explains from the lowest kernel distance to real "
             f"images ({distance})."
         )
     value, other = _value(best, choice.key), _value(choice.rivals[0], choice.key)
