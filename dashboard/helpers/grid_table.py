@@ -1,6 +1,6 @@
 """Show a chosen grid of pictures on a page: the missing pictures and their cost, the finished pictures, and downloads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +34,12 @@ def show_grid(
     missing: Sequence[cells.PlannedCell],
     running: GridJob | None,
     measured: Measured,
-    show_more: Callable[[], None],
 ) -> None:
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures.
 
     Args:
         running: the job of this server that draws the grid, which this session perhaps does not watch yet.
         measured: per run folder, what its evaluation measured of single pictures (`cells.read_cells`).
-        show_more: shows what stands below the two compared pictures.
     """
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
@@ -56,7 +54,7 @@ def show_grid(
             warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
-    draw_pictures(grid, planned, missing, job, measured, show_more)
+    draw_pictures(grid, planned, missing, job, measured)
 
 
 def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell], tab: int) -> None:
@@ -120,7 +118,6 @@ def draw_pictures(
     missing: Sequence[cells.PlannedCell],
     job: GridJob | None,
     measured: Measured,
-    show_more: Callable[[], None],
 ) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
@@ -131,8 +128,6 @@ def draw_pictures(
 
     @st.fragment(run_every=1 if job else None)
     def draw() -> None:
-        if "_point" in st.session_state:  # A checkpoint was clicked on a curve, so the whole grid is another one.
-            st.rerun()
         if job:
             if job.finished.is_set():
                 st.rerun()
@@ -147,9 +142,8 @@ def draw_pictures(
             shown = part_of_plan(fresh.pop(), tab, rows) if fresh else grid.plan(tab, rows)
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
-            show_more()
             return
-        show_table(grid, shown, rows, tab, measured, show_more)
+        show_table(grid, shown, rows, tab, measured)
 
     draw()
 
@@ -213,7 +207,6 @@ def show_table(
     rows: slice,
     tab: int,
     measured: Measured,
-    show_more: Callable[[], None],
 ) -> None:
     """Show the planned pictures of a tab as a table with downloads, and beside it two of them compared."""
     shown: dict[str, dict[str, Any]] = {}
@@ -248,7 +241,6 @@ def show_table(
             for side in ("left", "right"):
                 if (name := st.session_state.get(side)) in shown:
                     playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
-        show_more()
 
 
 def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:

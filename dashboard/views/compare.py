@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +76,9 @@ def main() -> None:
     show_verdicts(chosen)
     if not has_checkpoints:
         show_samples(chosen)
+    grid = None
     if not has_checkpoints:
         st.text("no complete checkpoint yet; training writes the first one soon")
-        show_curves(chosen, None)
     else:
         try:
             warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
@@ -87,10 +86,10 @@ def main() -> None:
             planned = grid.plan()
             missing = cells.missing(planned)
             measured = {run: cells.read_cells(run) for run in chosen.values()}
-            show_grid(grid, planned, missing, running_job(grid), measured, partial(show_curves, chosen, grid))
+            show_grid(grid, planned, missing, running_job(grid), measured)
         except UserError as error:
             warn(error)
-            show_curves(chosen, None)
+    show_curves(chosen, grid)
     if has_checkpoints:
         show_samples(chosen)
     st.header("Evaluation")
