@@ -287,8 +287,12 @@ def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
     with serve(folder, folder / "streamlit.log", command=command, env=environment()) as server:
         watch = Watch(server, counts)
         watch.look()
-        with Session(server.url).connected() as session:  # what everybody shares: libraries, and a first model
+        with Session(
+            server.url
+        ).connected() as session:  # what everybody shares: each page's libraries, and a first model
             session.open()
+            for page in sorted(filter(None, session.pages)):
+                session.go(page)
         watch.look()
         with Session(server.url).connected() as session:
             draw_with(session, models[0], load)
@@ -311,7 +315,7 @@ def run_load(folder: Path, sessions: int, seconds: float, seed: int) -> None:
     weights = max(bytes_of(folder / "outputs" / run / name) for run, name in models) / 1e6
     bound = drawn + SPARE_MB + MODELS * weights + TAB_MB * load.tabs
     print_latencies(load)
-    print(f"memory, MB: {start:.0f} at the start, {first:.0f} with a page shown, {drawn:.0f} with a picture drawn, "
+    print(f"memory, MB: {start:.0f} at the start, {first:.0f} with all pages shown, {drawn:.0f} with a picture drawn, "
           f"{max(rest):.0f} at most, {rest[-1]:.0f} at the end; bound {bound:.0f} = that with a picture "
           f"+ {SPARE_MB} to spare + {MODELS} models of {weights:.0f} + {TAB_MB} for each of {load.tabs} tabs")  # fmt: skip
     print(f"models: {watch.models()} in memory at most (cap {MODELS}), {len(load.models)} of {len(models)} drawn with")

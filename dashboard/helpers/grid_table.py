@@ -208,7 +208,7 @@ def show_table(
     tab: int,
     measured: Measured,
 ) -> None:
-    """Show the planned pictures of a tab as a table with downloads, and beside it two of them compared."""
+    """Show the planned pictures of a tab as a table, two of them compared, and the downloads."""
     shown: dict[str, dict[str, Any]] = {}
     on_tab = "".join(
         f", {axis_label(axis.name, grid.labels[2][tab])}" for axis in grid.axes[2:] if axis.name not in TEXTS
@@ -229,18 +229,15 @@ def show_table(
             "open": partial(open_picture, one),
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner)
-        if any(picture["source"] for picture in shown.values()):
-            show_downloads(grid, planned, rows)
-    with right:
-        if pair:
-            show_pair(shown, *pair)
-        with st.container(horizontal=True):
-            for side in ("left", "right"):
-                if (name := st.session_state.get(side)) in shown:
-                    playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
+    pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner)
+    if pair:
+        show_pair(shown, *pair)
+    with st.container(horizontal=True):
+        for side in ("left", "right"):
+            if (name := st.session_state.get(side)) in shown:
+                playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
+    if any(picture["source"] for picture in shown.values()):
+        show_downloads(grid, planned, rows)
 
 
 def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:

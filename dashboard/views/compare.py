@@ -76,20 +76,23 @@ def main() -> None:
     show_verdicts(chosen)
     if not has_checkpoints:
         show_samples(chosen)
+    left, right = st.columns([3, 2], gap="large")
     grid = None
-    if not has_checkpoints:
-        st.text("no complete checkpoint yet; training writes the first one soon")
-    else:
-        try:
-            warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
-            grid = choose_grid(offer)
-            planned = grid.plan()
-            missing = cells.missing(planned)
-            measured = {run: cells.read_cells(run) for run in chosen.values()}
-            show_grid(grid, planned, missing, running_job(grid), measured)
-        except UserError as error:
-            warn(error)
-    show_curves(chosen, grid)
+    with left:
+        if not has_checkpoints:
+            st.text("no complete checkpoint yet; training writes the first one soon")
+        else:
+            try:
+                warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
+                grid = choose_grid(offer)
+                planned = grid.plan()
+                missing = cells.missing(planned)
+                measured = {run: cells.read_cells(run) for run in chosen.values()}
+                show_grid(grid, planned, missing, running_job(grid), measured)
+            except UserError as error:
+                warn(error)
+    with right:
+        show_curves(chosen, grid)
     if has_checkpoints:
         show_samples(chosen)
     st.header("Evaluation")
