@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import streamlit as st
 
 from helpers.tables import column
 from t2i.tracking.curves import POINTS, Curve, average, smooth, thin
@@ -38,11 +37,6 @@ class Look:
     baseline: str = ""  # Run that is drawn dashed and gray, on top of all others.
     repeats: frozenset[str] = frozenset()  # Runs whose color another run has. A chart of one metric dots them.
     is_averaged: bool = False  # Whether one line per group shows the mean of its runs, within a band of all.
-
-
-def show_chart(chart: Chart, **options: Any) -> None:
-    """Show a chart. The options are those of `st.vega_lite_chart`."""
-    st.vega_lite_chart(chart, **options)
 
 
 def curves_chart(

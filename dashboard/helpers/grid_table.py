@@ -232,11 +232,11 @@ def show_table(
     pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner)
     if pair:
         show_pair(shown, *pair)
-    with st.container(horizontal=True):
-        for side in ("left", "right"):
-            if (name := st.session_state.get(side)) in shown:
-                playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
     if any(picture["source"] for picture in shown.values()):
+        with st.container(horizontal=True):
+            for side in ("left", "right"):
+                if (name := st.session_state.get(side)) in shown:
+                    playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
         show_downloads(grid, planned, rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import streamlit as st
-from helpers.charts import Chart, curves_chart, layered, nominal, quantity, show_chart
+from helpers.charts import Chart, curves_chart, layered, nominal, quantity
 from helpers.drawing_jobs import running_job
 from helpers.evaluation_wall import show_best, show_verdict
 from helpers.folder_curves import folder_curves
@@ -146,9 +146,11 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
             continue
         if points:
             chart = layered([chart, point_chart(points, colors)], 320)
-            show_chart(chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark")
+            st.vega_lite_chart(
+                chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark"
+            )
         else:
-            show_chart(chart)
+            st.vega_lite_chart(chart)
     st.caption(
         "Points are checkpoints, full ones those in the grid; a click on one chooses it. All curves: page Curves."
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart, show_chart
+from helpers.charts import BASELINE, MANY_LINES, Look, curves_chart, line_chart
 from helpers.components import legend
 from helpers.folder_curves import folder_curves
 from helpers.live_trainings import show_trainings
@@ -438,7 +438,7 @@ def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[s
         st.text(title)
         chart = curves_chart(rows, options["weight"], options["log"], options["wall_time"], options["look"])
         if chart is not None:
-            show_chart(chart)
+            st.vega_lite_chart(chart)
         elif options["wall_time"]:
             st.text("no times were recorded: these runs were trained without MLflow")
         else:
@@ -470,7 +470,7 @@ def show_sweep(runs: dict[str, Path]) -> None:
         st.text(f"{known.name}, {known.better} is better" if known.better else known.name)
         lines = {line: np.array(of_line).T for line, of_line in points[key].items()}
         drawn = [(line, key, Curve(scales, np.zeros(len(scales)), values)) for line, (scales, values) in lines.items()]
-        show_chart(line_chart(drawn, "guidance scale", marks=True))
+        st.vega_lite_chart(line_chart(drawn, "guidance scale", marks=True))
 
 
 main()

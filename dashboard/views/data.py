@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import streamlit as st
-from helpers.charts import bar_chart, show_chart
+from helpers.charts import bar_chart
 from helpers.components import data_address, gallery
 from helpers.data_repairs import show_editor
 from helpers.loss_jobs import measured_losses, show_measuring
@@ -489,7 +489,7 @@ def show_lengths(split: browse.Split) -> None:
     width = max(1, -(-int(counts.max() + 1) // 30))
     bars = sorted(Counter((counts // width * width).tolist()).items())
     rows = [{"from": start, "to": start + width, "captions": captions} for start, captions in bars]
-    show_chart(bar_chart(table_of_rows(rows), "words", "captions"))
+    st.vega_lite_chart(bar_chart(table_of_rows(rows), "words", "captions"))
     table = pd.DataFrame(
         [(browse.visible(word)[:100], count) for word, count in frequent], columns=["word", "captions that hold it"]
     )

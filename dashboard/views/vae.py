@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from helpers.charts import curves_chart, layered, nominal, quantity, show_chart
+from helpers.charts import curves_chart, layered, nominal, quantity
 from helpers.components import data_address
 from helpers.folder_curves import folder_curves
 from helpers.model_pool import drawing_turn
@@ -212,7 +212,7 @@ def show_curves(runs: dict[str, Path], vaes: dict[str, Vae]) -> None:
             }
             chart = layered([chart, marks], 240)
         st.text(f"{title}, mean over the validation split")
-        show_chart(chart | {"height": 240})
+        st.vega_lite_chart(chart | {"height": 240})
     states = {name: read_or_warn(run / "run.json") for name, run in runs.items()}
     keys = {"psnr_db_before": "before", "psnr_db": "after", "test_psnr_db": "on test", "ssim": "SSIM after"}
     table = [

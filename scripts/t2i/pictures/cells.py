@@ -872,9 +872,7 @@ def best_samples(evaluated: EvaluatedGrid, evaluation: Mapping[str, Any]) -> lis
             samples = [(str(prompt), int(seed)) for prompt, seed in pairs]
         except (KeyError, TypeError, ValueError, OverflowError):
             return []
-    readings = evaluation.get("readings")
-    readings = readings if isinstance(readings, list) else []
-    further = [*readings, *[None] * len(samples)]
+    further = [*_list(evaluation.get("readings")), *[None] * len(samples)]
     return [(prompt, seed, reading) for (prompt, seed), reading in zip(samples, further, strict=False)]
 
 
