@@ -212,13 +212,15 @@ def load_teacher(
         run: run folder of the teacher, if it has one.
 
     Returns:
-        VAE, text encoder and tokenizer by name; the UNet; the student's scheduler; the hashes of all inputs.
+        VAE, text encoder, tokenizer and the teacher's guide (None without one) by name; the UNet; the student's scheduler;
+            the hashes of all inputs.
 
     Raises:
         UserError: the teacher cannot be loaded, is a student itself, or draws pictures of another size.
     """
     from t2i import models
     from t2i.pictures import sampling
+    from t2i.pictures.guide import guide_of, unguided
     from t2i.pictures.png import student_steps
     from t2i.training import tiny_decoder
 
@@ -237,10 +239,17 @@ def load_teacher(
     if config.decoder_steps is None:
         config.decoder_steps = tiny_decoder.default_steps(pipeline.vae)
     scheduler = sampling.student_scheduler(schedule, config.num_inference_steps)
-    frozen = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
+    guide = guide_of(pipeline.unet)
+    frozen = {
+        "vae": pipeline.vae,
+        "text_encoder": pipeline.text_encoder,
+        "tokenizer": pipeline.tokenizer,
+        "guide": guide,
+    }
     input_hashes = {
         "dataset_hash": splits.fingerprint,
-        "teacher_hash": models.hash_model(pipeline.unet),
+        "teacher_hash": models.hash_model(unguided(pipeline.unet)),
+        **({"guide_hash": models.hash_model(guide)} if guide else {}),
         "vae_hash": models.hash_model(pipeline.vae),
         "text_encoder_hash": models.hash_model(pipeline.text_encoder),
         "tokenizer_hash": models.hash_tokenizer(pipeline.tokenizer),
@@ -250,7 +259,7 @@ def load_teacher(
     recipe.train_unet.guidance_scale, recipe.train_unet.guidance_rescale = 1.0, 0.0
     recipe.train_unet.num_inference_steps = recipe.evaluate.num_inference_steps = config.num_inference_steps
     recipe.evaluate.preset, recipe.evaluate.guidance_scales, recipe.evaluate.guidance_rescale = None, [1.0], 0.0
-    return frozen, pipeline.unet, scheduler, input_hashes
+    return frozen, unguided(pipeline.unet), scheduler, input_hashes
 
 
 def choose_scale(recipe: Recipe, run: Path | None) -> float:
@@ -314,6 +323,8 @@ def cache_inputs(
     inputs = Inputs(scheduler, torch.tensor([*scheduler.timesteps.tolist(), -1]), {}, {})
     solver = sampling.make_scheduler(trajectories.SOLVER.scheduler, scheduler.config | {"_student_steps": None})
     text_encoder, unet = frozen["text_encoder"].to(accelerator.device), unet.to(accelerator.device).eval()
+    guide = frozen["guide"].to(accelerator.device) if frozen["guide"] else None
+    teacher = {name: hashes[f"{name}_hash"] for name in ("teacher", "guide") if f"{name}_hash" in hashes}
     identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
     for name, count, seed in (
         ("train", config.trajectories, config.seed),
@@ -325,8 +336,8 @@ def cache_inputs(
             text = caches.cache_text(captions, identity, text_encoder, frozen["tokenizer"], directory, say=say)
             empty = torch.from_numpy(np.array(text.embeddings[:1])).float()
             inputs.trajectories[name] = trajectories.cache_trajectories(
-                count, captions, text, {**identity, "teacher": hashes["teacher_hash"], "guidance_scale": scale},
-                partial(trajectories.solve_trajectories, unet, solver, scale, empty, points),
+                count, captions, text, {**identity, **teacher, "guidance_scale": scale},
+                partial(trajectories.solve_trajectories, unet, guide, solver, scale, empty, points),
                 (points, unet.config.in_channels, side, side), seed, directory, say=say,
             )  # fmt: skip
         inputs.embeddings[name] = text.embeddings

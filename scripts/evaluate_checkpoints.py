@@ -25,9 +25,16 @@ from t2i.config import EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, par
 from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
-from t2i.files import read_object, write_json
+from t2i.files import hash_files, read_object, write_json
 from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
-from t2i.runs import RunFolder, checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
+from t2i.runs import (
+    RunFolder,
+    checkpoint_copies,
+    checkpoint_folders,
+    checkpoint_step,
+    guide_folder,
+    own_checkpoint,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +111,7 @@ def main() -> None:
         "dataset_hash": splits.fingerprint,
         "checkpoints": checkpoints,
         "unet_hash": training.get("output_unet_hash"),
+        **({"guide": hash_files(guide)} if (guide := guide_folder(run / "pipeline")) else {}),
         **splits.repair_hashes(),
     }
     state = RunFolder(folder, {**evaluation_settings(config, preset), **input_hashes}, replace=True)

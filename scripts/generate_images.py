@@ -82,7 +82,7 @@ def main() -> None:
     quiet_libraries()
     import numpy as np
 
-    from t2i.pictures import engines, sampling
+    from t2i.pictures import engines, guide, sampling
     from t2i.pictures.png import TURBO, choose_preset
 
     device = options.device or sampling.best_device()
@@ -117,7 +117,8 @@ def main() -> None:
         "model": Path(model).name if Path(model).expanduser().exists() else model,
         "negative_prompt": options.negative_prompt, "guidance_scale": scale,
         "num_inference_steps": steps, "guidance_end": end, **rescale, "scheduler": type(pipeline.scheduler).__name__,
-        "engine": "openvino" if isinstance(pipeline.unet, engines.CompiledUnet) else "torch",
+        "engine": "openvino" if isinstance(guide.unguided(pipeline.unet), engines.CompiledUnet) else "torch",
+        **({"guide": True} if guide.guide_of(pipeline.unet) else {}),
     }  # fmt: skip
     parameters = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in zip(repeated, seeds, strict=True)]
     paths = places(folder, parameters)

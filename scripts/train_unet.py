@@ -128,7 +128,7 @@ def main() -> None:
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
-    accelerator.print(describe_run(steps, batch, count, parameters, effective, accelerator))
+    accelerator.print(describe_run(config, steps, batch, count, parameters, effective, accelerator))
 
     # loop
     keep_freed_memory(accelerator)
@@ -148,6 +148,7 @@ def main() -> None:
             ids = partial(sample_ids, inputs, config, step, accelerator)
             loop.step_optimizer(train_state, config, step, norm, torch.stack([*terms.values()]).sum(), ids, accelerator)
             done = step + 1
+            denoiser.keep_guide(folder, train_state, config, done, steps, accelerator)
             if done % config.logging_steps == 0 or done == steps:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 losses = [*losses, row["train_loss"]][-TRACKED:]
@@ -203,14 +204,16 @@ def start_run(
 
 
 def describe_run(
-    steps: int, batch: int, count: int, parameters: "list[torch.Tensor]", effective: dict[str, Any], accelerator: Any
-) -> str:
+    config: TrainUnetConfig, steps: int, batch: int, count: int, parameters: "list[torch.Tensor]",
+    effective: dict[str, Any], accelerator: Any,
+) -> str:  # fmt: skip
     """Return a line with the length of the training, the size of the UNet and the effective settings."""
     return (
         f"{steps} steps of {batch} samples out of {count} ({steps * batch / count:.1f} epochs), "
         f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
         f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
         + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
+        + (f", no guide before update {config.guide_step}" if (config.guide_step or 0) >= steps else "")
     )
 
 

@@ -298,7 +298,9 @@ def test_a_trajectory_ends_in_the_picture_of_preset_fast(teacher):
     pipeline = sampling.load_pipeline(teacher, scheduler="unipc")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     hidden = models.encode_captions(pipeline.text_encoder, pipeline.tokenizer, ["", "a red flower", "a blue flower"])
-    found = trajectories.solve_trajectories(pipeline.unet, pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:])
+    found = trajectories.solve_trajectories(
+        pipeline.unet, None, pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:]
+    )
     assert found.shape == (2, 5, 4, 16, 16)
     assert torch.equal(found[:, 0], noise)
     drawn = pipeline(

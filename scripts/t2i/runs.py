@@ -14,6 +14,9 @@ from t2i.files import read_object, read_optional, write_json, write_text
 from t2i.machine import peak_rss_bytes
 from t2i.run_lock import UNFINISHED
 
+GUIDE = "guide"  # Folder in a pipeline: the model's earlier weights, which guide its pictures (`pictures/guide.py`).
+GUIDE_STEP = "guide.json"  # File in it: the update of these weights, {"step": 3000}. A copied guide may lack it.
+
 
 def code_revision() -> str:
     """Return the git commit of this code, with "+changes" if files differ from the commit; "unknown" outside a
@@ -171,6 +174,22 @@ def find_student(run: Path) -> Path | None:
         if isinstance(identity, dict) and identity.get("teacher_hash") == teacher and state.get("status") == "finished":
             found.append((file.stat().st_mtime, file.parent))
     return max(found, default=(0.0, None))[1]
+
+
+def guide_folder(pipeline: Path, checkpoint: Path | None = None) -> Path | None:
+    """Return the folder of the earlier weights that guide a model's pictures, or None if the model has no guide.
+
+    Args:
+        pipeline: pipeline folder that may hold a guide.
+        checkpoint: checkpoint that is guided, if it is not the pipeline itself. Only later updates than those of the guide
+            are guided by it.
+    """
+    folder = pipeline / GUIDE
+    if not (folder / "config.json").is_file():
+        return None
+    step = checkpoint_step(checkpoint) if checkpoint else None
+    first = read_optional(folder / GUIDE_STEP).get("step") if step is not None else None
+    return None if isinstance(first, int) and step is not None and step <= first else folder
 
 
 def checkpoint_step(folder: Path) -> int | None:

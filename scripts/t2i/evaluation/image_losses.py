@@ -119,6 +119,7 @@ def measure(
 
     from t2i.data import caches
     from t2i.data.prepared import open_prepared, repair
+    from t2i.pictures.guide import unguided
 
     state = read_json(run / "run.json")
     if state.get("student"):
@@ -138,7 +139,7 @@ def measure(
     prefix = str(settings.get("caption_prefix") or "")
     splits = [repair(split, repairs, "", prefix)[0] for split in open_prepared(folder) if split is not None]
     pipeline = load(run / checkpoint)
-    vae, unet = pipeline.vae, pipeline.unet
+    vae, unet = pipeline.vae, unguided(pipeline.unet)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     in_bf16 = state.get("precision") == "bf16"
     precision = {"precision": "bf16"} if in_bf16 else {}

@@ -22,7 +22,7 @@ from t2i.files import read_object, read_optional, write_text
 from t2i.hub.markdown import escape_markdown, one_line
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
-from t2i.runs import run_title
+from t2i.runs import GUIDE, GUIDE_STEP, guide_folder, run_title
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"
@@ -89,7 +89,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
     details = _details(run / "pipeline", recipe, vae_run, report)
     training = _training(recipe, result, provenance)
-    inference = _inference(recipe, report)
+    inference = _inference(recipe, report, guide_folder(run / "pipeline"))
     rows = {**details, **training, **inference}
     name = one_line(recipe.train_unet.run_name or run_title(run)) or "text-to-image"
     dataset = one_line(provenance.get("dataset") or _last_part(recipe.data.dataset))
@@ -131,6 +131,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         prompt=_prompt(gallery[0][0] if gallery else _example(recipe)),
         scheduler=scheduler_of(report),
         guidance_end=end if (end := _number(report.get("guidance_end"))) is not None and end < 1 else None,
+        guide=guide_folder(run / "pipeline") is not None,
         guidance_rescale=_number(report.get("guidance_rescale", recipe.train_unet.guidance_rescale)) or None,
         num_inference_steps=report.get("num_inference_steps") or recipe.train_unet.num_inference_steps,
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
@@ -320,13 +321,18 @@ def scheduler_of(report: dict[str, Any]) -> str:
     return name if re.fullmatch(r"\w+Scheduler", name, re.ASCII) else "DDIMScheduler"
 
 
-def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
+def _inference(recipe: Recipe, report: dict[str, Any], guide: Path | None) -> dict[str, str]:
     steps, sampler = report.get("num_inference_steps"), scheduler_of(report).removesuffix("Scheduler")
     scale, end = _number(report.get("guidance_scale")), _number(report.get("guidance_end"))
     guided = f", the first {guided_steps(int(steps or 1), end)} of them guided" if end is not None and end < 1 else ""
     settings = recipe.train_unet
     cpu, gpu = (_number(report.get(f"seconds_per_picture_{device}")) for device in ("cpu", "gpu"))
     times = [f"{seconds:.2f} s" if seconds else NOT_MEASURED for seconds in (cpu, gpu)]
+    weak = _number(read_optional(guide / GUIDE_STEP).get("step")) if guide else None
+    update = f" of update {weak:,.0f}" if weak else ""
+    by_guide = {
+        "Guidance": f"by the model's weights{update} in `{GUIDE}/`, which get half of the prompt (arXiv:2406.02507)"
+    }
     return {
         "Scheduler": f"{sampler}, {steps or settings.num_inference_steps} steps{guided}"
         + ("" if steps else " (not evaluated)"),
@@ -334,6 +340,7 @@ def _inference(recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
         if scale is None
         else f"{scale:g} (chosen by the evaluation)",
         "Inference time": f"{times[0]} per picture on CPU, {times[1]} on GPU",
+        **(by_guide if guide else {}),
     }
 
 

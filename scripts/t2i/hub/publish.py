@@ -18,13 +18,14 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from t2i.config import ModelHubConfig, Recipe, TrainVaeConfig, load_recipe
 from t2i.errors import UserError
-from t2i.files import read_object, read_optional, write_text
+from t2i.files import hash_files, hash_json, read_object, read_optional, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
 from t2i.hub.markdown import one_line
 from t2i.loading import explain_loading
 from t2i.redaction import redact
 from t2i.run_lock import run_status
+from t2i.runs import GUIDE, guide_folder
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ belong to a person
 CHECK_STEPS = 2  # denoising steps of the picture that compares the Hub's model with the folder's
@@ -115,6 +116,8 @@ def publish_run(
     settings |= {"scheduler": model_card.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
     rescale = report.get("guidance_rescale", recipe.train_unet.guidance_rescale)
     settings |= {"guidance_rescale": rescale} if rescale else {}
+    if guide := guide_folder(folder):
+        settings["guide"] = hash_json(hash_files(guide))
     gallery = draw_gallery(pipeline, folder, prompts, settings)
     chosen = choose_license(run, license)
     publication = model_card.Publication(repo_id, chosen, gallery)
@@ -211,7 +214,7 @@ def draw_gallery(pipeline: Any, folder: Path, prompts: list[str], settings: dict
         pipeline: The pipeline in `folder`.
         folder: Pipeline folder that gets the pictures.
         prompts: Prompts of the pictures.
-        settings: Hash of the UNet, guidance scale, steps, scheduler and guidance end.
+        settings: Hashes of the UNet and its guide, guidance scale, steps, scheduler and guidance end.
 
     Returns:
         Prompts of the drawn pictures, and the paths of these pictures relative to `folder`.
@@ -279,16 +282,17 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
 
 
 def pipeline_files(folder: Path) -> list[str]:
-    """Return patterns for the files of a pipeline: model_index.json, the folders that it names, and compiled models.
+    """Return patterns for the files of a pipeline: model_index.json, the folders that it names, its guide, and compiled models.
 
     `make export` makes the compiled models.
     """
     index = read_object(folder / "model_index.json")
-    compiled = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
+    further = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
+    further += [f"{GUIDE}/*"] if guide_folder(folder) else []
     return [
         "model_index.json",
         *(f"{name}/*" for name, kind in index.items() if isinstance(kind, list) and kind[0]),
-        *compiled,
+        *further,
     ]
 
 
@@ -336,6 +340,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
 
     from t2i import models
     from t2i.pictures import sampling
+    from t2i.pictures.guide import unguided
 
     try:
         loaded = DiffusionPipeline.from_pretrained(repo_id, revision=commit, use_safetensors=True).to(
@@ -351,6 +356,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
             "command again"
         ) from None
     loaded.set_progress_bar_config(disable=True)
+    pipeline.unet = unguided(pipeline.unet)  # Stock diffusers draws without a guide.
     here, there = models.hash_model(pipeline.unet), models.hash_model(loaded.unet)
     ours, theirs = (
         sampling.generate(

@@ -41,7 +41,7 @@ from t2i.pictures.png import (
     save_picture,
     scheduler_problem,
 )
-from t2i.runs import checkpoint_folders
+from t2i.runs import checkpoint_folders, guide_folder
 
 STORE = "cells"  # folder of a run
 MAX_CELLS = 10_000  # cells of a plan
@@ -198,8 +198,8 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
             return weights_hash(*twin)
         run = read_optional(folder.parent / "run.json") if folder.name == "pipeline" else {}
         if run.get("status") == "finished" and run.get("output_unet_hash"):
-            return hash_json({"unet": run["output_unet_hash"], **_frozen_part_hashes(folder, run)})
-        return hash_json({"unet": hash_files(folder / "unet"), **_frozen_part_hashes(folder, run)})
+            return hash_json({"unet": run["output_unet_hash"], **_frozen_part_hashes(folder, run, None)})
+        return hash_json({"unet": hash_files(folder / "unet"), **_frozen_part_hashes(folder, run, None)})
     if not (folder / "manifest.json").is_file():
         raise UserError(
             f"{folder} is neither a complete checkpoint nor a pipeline; take one that training has finished"
@@ -207,9 +207,8 @@ def weights_hash(folder: Path, weights: str = "ema") -> str:
     unet = {name: file["sha256"] for name, file in _unet_files(folder, weights).items()}
     if not unet:
         raise UserError(f"{folder / 'manifest.json'} names no UNet; restore the checkpoint from a copy")
-    return hash_json(
-        {"unet": unet, **_frozen_part_hashes(folder.parent / "pipeline", read_optional(folder.parent / "run.json"))}
-    )
+    run = read_optional(folder.parent / "run.json")
+    return hash_json({"unet": unet, **_frozen_part_hashes(folder.parent / "pipeline", run, folder)})
 
 
 def _unet_files(checkpoint: Path, weights: str) -> dict[str, dict[str, Any]]:
@@ -245,10 +244,14 @@ def _checkpoint_of_pipeline(pipeline: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _frozen_part_hashes(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return the hashes of the frozen models that all checkpoints of a run share.
+def _frozen_part_hashes(pipeline: Path, run: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
+    """Return the hashes of the frozen models that the checkpoints of a run share.
 
-    The identity of the run in run.json holds these hashes. That of a student names the VAE of its teacher.
+    The identity of the run in run.json holds these hashes. That of a student names the VAE of its teacher. A guide has no
+    hash there.
+
+    Args:
+        checkpoint: the checkpoint that draws, or None for the pipeline itself.
     """
     names = {"vae": "vae_hash", "text_encoder": "text_encoder_hash", "tokenizer": "tokenizer_hash"}
     if run.get("decoder_psnr_db") is not None:
@@ -256,7 +259,8 @@ def _frozen_part_hashes(pipeline: Path, run: dict[str, Any]) -> dict[str, Any]:
     identity = run.get("identity")
     identity = identity if isinstance(identity, dict) else {}
     hashes = {part: identity.get(key) or hash_files(pipeline / part) for part, key in names.items()}
-    return hashes | {"scheduler": hash_files(pipeline / "scheduler")}
+    guide = guide_folder(pipeline, checkpoint)
+    return hashes | {"scheduler": hash_files(pipeline / "scheduler")} | ({"guide": hash_files(guide)} if guide else {})
 
 
 # --- The store -------------------------------------------------------------------------------------------------------

@@ -24,10 +24,12 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from t2i import models
 from t2i.errors import UserError
 from t2i.files import read_json
+from t2i.pictures.guide import attach, guide_of, unguided
+from t2i.runs import GUIDE, guide_folder
 
 ENGINES = ("auto", "torch", "openvino")
 FOLDER = "openvino"  # name of the subfolder in a pipeline folder
-WEIGHTS = {  # each compiled model, and the weights file that it is made from
+_WEIGHTS = {
     "text_encoder": "text_encoder/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
@@ -103,7 +105,7 @@ class CompiledUnet(torch.nn.Module):
 
     Args:
         networks: compiled networks by number of samples, as in `Sizes`.
-        weights_hash: `models.hash_model` of the UNet that was compiled.
+        weights_hash: `models.hash_model` of the UNet that was compiled. A guide has none.
     """
 
     def __init__(self, networks: dict[int, Any], config: Any, weights_hash: str):
@@ -184,7 +186,7 @@ def is_installed() -> bool:
 
 def is_exported(folder: Path) -> bool:
     """Return whether a pipeline folder has compiled models that were made from its present weights."""
-    files = [folder / FOLDER / f"{name}{suffix}" for name in WEIGHTS for suffix in (".xml", ".bin")]
+    files = [folder / FOLDER / f"{name}{suffix}" for name in weight_files(folder) for suffix in (".xml", ".bin")]
     try:
         known = read_json(folder / FOLDER / "engine.json")
         fresh = known.get("format") == FORMAT and known.get("weights") == weight_fingerprints(folder)
@@ -198,7 +200,7 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
 
     The weights of the stock pipeline's modules are not read.
     """
-    networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in WEIGHTS})
+    networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in weight_files(folder)})
     return _pipeline(
         networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
         UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
@@ -218,7 +220,7 @@ def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -
         networks: compiled networks by name, as `compile_models` returns them.
     """
     return _pipeline(
-        networks, models.hash_model(pipeline.unet), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
+        networks, models.hash_model(unguided(pipeline.unet)), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
         pipeline.tokenizer, pipeline.scheduler,
     )  # fmt: skip
 
@@ -227,10 +229,10 @@ def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -
 def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     """Return the parts of a pipeline as OpenVINO models by name.
 
-    The UNet as an OpenVINO model takes any number of samples, the other parts take one.
+    The UNet and its guide as OpenVINO models take any number of samples, the other parts take one.
     """
     openvino = import_openvino()
-    unet, text = pipeline.unet.eval(), pipeline.text_encoder.eval()
+    unet, guide, text = unguided(pipeline.unet).eval(), guide_of(pipeline.unet), pipeline.text_encoder.eval()
     side, channels, length = unet.config.sample_size, unet.config.in_channels, pipeline.tokenizer.model_max_length
     latents = torch.zeros(2, channels, side, side)
     ids = torch.zeros(1, length, dtype=torch.int64)
@@ -238,6 +240,7 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     given = {
         "text_encoder": (_Text(text), (ids,), 1),
         "unet": (_Unet(unet), (latents, torch.tensor(1.0), context), -1),
+        **({GUIDE: (_Unet(guide), (latents, torch.tensor(1.0), context), -1)} if guide else {}),
         "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],), 1),
     }
     with warnings.catch_warnings(), patch.object(Upsample2D, "forward", _upsample):
@@ -288,9 +291,9 @@ def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 def compile_models(models: dict[str, Any]) -> dict[str, Any]:
     """Compile the OpenVINO models of a pipeline, given by name.
 
-    The UNet becomes networks by number of samples (`Sizes`).
+    The UNet and its guide become networks by number of samples (`Sizes`).
     """
-    return {name: Sizes(model) if name == "unet" else compile_model(model) for name, model in models.items()}
+    return {name: Sizes(model) if name in ("unet", GUIDE) else compile_model(model) for name, model in models.items()}
 
 
 def compile_model(model: Any, kept: bool = False) -> Network:
@@ -336,13 +339,14 @@ def with_samples(model: Any, samples: int) -> Any:
 def _pipeline(
     networks: dict[str, Any], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
 ) -> StableDiffusionPipeline:
-    return models.build_pipeline(
+    pipeline = models.build_pipeline(
         CompiledVae(networks["vae_decoder"], FrozenDict(vae)),
         CompiledText(networks["text_encoder"], text),
         tokenizer,
         CompiledUnet(networks["unet"], FrozenDict(unet), weights_hash),
         scheduler,
     )
+    return attach(pipeline, CompiledUnet(networks[GUIDE], FrozenDict(unet), "") if GUIDE in networks else None)
 
 
 def _scheduler(folder: Path) -> Any:
@@ -351,13 +355,18 @@ def _scheduler(folder: Path) -> Any:
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
+def weight_files(folder: Path) -> dict[str, str]:
+    """Return each model of a pipeline folder that is compiled, and the weights file that it is made from."""
+    return _WEIGHTS | ({GUIDE: f"{GUIDE}/diffusion_pytorch_model.safetensors"} if guide_folder(folder) else {})
+
+
 def weight_fingerprints(folder: Path) -> dict[str, str]:
     """Return the size of each weights file of a pipeline, and a hash of the file's two ends, by model.
 
     Any training changes the ends of a weights file.
     """
     found = {}
-    for name, path in WEIGHTS.items():
+    for name, path in weight_files(folder).items():
         with open(folder / path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.sha256(file.read(SAMPLE))

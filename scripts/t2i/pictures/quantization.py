@@ -25,7 +25,9 @@ from t2i.files import read_object, sha256_file, write_json
 from t2i.models import hash_model
 from t2i.pictures import engines, sampling
 from t2i.pictures.engines import Sizes, compile_model, compile_models
+from t2i.pictures.guide import unguided
 from t2i.pictures.png import student_steps
+from t2i.runs import GUIDE
 
 LEAST_DB = 38.0  # lowest PSNR allowed in a few pictures; the lowest in many pictures is then above 35
 PARTS = ("vae_decoder", "unet")  # the text encoder has no convolutions; in 8 bits it changed pictures to 31 dB
@@ -92,7 +94,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
         identity = {
             "format": engines.FORMAT,
             "weights": engines.weight_fingerprints(folder),
-            "unet_hash": hash_model(pipeline.unet),
+            "unet_hash": hash_model(unguided(pipeline.unet)),
         }
         made_by = {"openvino": openvino.__version__, "guidance_scale": guidance_scale, "files": _file_hashes(part)}
         write_json(part / "engine.json", {**identity, **made_by, "int8": int8, "psnr_db": decibels})
@@ -124,7 +126,8 @@ def quantise(
         UserError: NNCF is not installed.
     """
     nncf = _nncf()
-    networks, samples = compile_models(models), 2 if guidance_scale > 1 else 1
+    networks = compile_models(models)
+    samples = 2 if guidance_scale > 1 and GUIDE not in models else 1  # A guide leaves one sample to the UNet.
     watched = {
         "vae_decoder": _Watched(networks["vae_decoder"], 1),
         "unet": _Watched(networks["unet"][samples], EVERY),

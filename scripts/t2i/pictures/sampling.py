@@ -21,6 +21,7 @@ from t2i.errors import UserError
 from t2i.files import read_object
 from t2i.models import best_device
 from t2i.pictures import engines
+from t2i.pictures.guide import attach, download_guide, guiding, load_guide, unguided
 from t2i.pictures.png import (  # noqa: F401 - other modules import them from here
     PRESETS,
     SCHEDULERS,
@@ -32,7 +33,7 @@ from t2i.pictures.png import (  # noqa: F401 - other modules import them from he
     save_picture,
     scheduler_problem,
 )
-from t2i.runs import checkpoint_copies, checkpoint_folders, own_checkpoint
+from t2i.runs import checkpoint_copies, checkpoint_folders, guide_folder, own_checkpoint
 from t2i.training.checkpoints import MANIFEST, find_damage
 
 
@@ -88,6 +89,7 @@ def load_pipeline(
             pipeline = StableDiffusionPipeline.from_pretrained(
                 str(model), revision=revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
+            pipeline = attach(pipeline, download_guide(str(model), revision))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
@@ -148,13 +150,14 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
                 f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy the whole folder"
             )
         try:
-            return StableDiffusionPipeline.from_pretrained(folder, **options)
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             # Damaged JSON raises the last three.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"the pipeline in {folder} cannot be loaded ({reason}); copy the whole folder, with safetensors weights"
             ) from None
+        return attach(pipeline, load_guide(guide_folder(folder)))
     if (folder / "vae" / "config.json").is_file() and not (folder / "unet").is_dir():
         raise UserError(f"{folder} is the run of an autoencoder; give the run folder of train_unet.py")
     if (folder / "state.json").is_file():  # a checkpoint holds the UNet; the run's pipeline holds the rest
@@ -167,7 +170,9 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         part = "unet_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else "unet"
         if (folder / MANIFEST).is_file() and (problem := find_damage(folder, f"{part}/")):
             raise UserError(f"{problem}, so its pictures would be wrong; copy that checkpoint again, or take another")
-        return assemble(folder.parent / "pipeline", models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
+        home = folder.parent / "pipeline"
+        pipeline = assemble(home, models.load_part(UNet2DConditionModel, str(folder / part), "unet"))
+        return attach(pipeline, load_guide(guide_folder(home, folder)))
     if (folder / "run.json").is_file():
         if (folder / "pipeline" / "unet").is_dir() and weights == "ema":
             return _load_folder(folder / "pipeline", weights)
@@ -201,7 +206,8 @@ def assemble(parts: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline
 
 def unet_hash(pipeline: StableDiffusionPipeline) -> str:
     """Return `models.hash_model` of a pipeline's UNet, which is the same for every engine."""
-    return getattr(pipeline.unet, "weights_hash", None) or models.hash_model(pipeline.unet)
+    unet = unguided(pipeline.unet)
+    return getattr(unet, "weights_hash", None) or models.hash_model(unet)
 
 
 def make_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
@@ -305,7 +311,8 @@ def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any
         UserError: memory runs out, or the pictures have non-finite values.
     """
     try:
-        made = pipeline(prompts, **options).images
+        with guiding(pipeline):
+            made = pipeline(prompts, **options).images
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from t2i import config, models
-from t2i.config import Recipe
+from t2i.config import Recipe, TrainUnetConfig
 from t2i.errors import UserError
 from t2i.files import append_jsonl, hash_json
 from t2i.hub import model_card
 from t2i.pictures import sampling
+from t2i.pictures.guide import save_guide
 from t2i.runs import RunFolder, code_revision
 from t2i.training import loop, zero
 from t2i.training.distributed import give_back_memory
@@ -85,6 +86,20 @@ def draw_samples(unet: Any, folder: Path, settings: dict[str, Any], tracker: Any
         unet.train()
     if tracker:
         tracker.log_image(grid, "samples", step)
+
+
+def keep_guide(
+    folder: Path, train_state: loop.TrainState, config: TrainUnetConfig, step: int, steps: int, accelerator: Any
+) -> None:
+    """Save the averaged weights as the guide of later pictures, if update `step` of `steps` is that of `guide_step`.
+
+    Every process must call this function.
+    """
+    if step != config.guide_step or step == steps:  # The last weights cannot guide themselves.
+        return
+    with loop.averaged(train_state) as unet:
+        if accelerator.is_main_process:
+            save_guide(unet, folder / "pipeline", step)
 
 
 def finish(

@@ -101,6 +101,7 @@ _LATER = {
     "equivariance_share": 0.0,
     "equivariance_start": 0,
     "alignment_weight": 0.0,
+    "guide_step": None,
     "decoder_steps": 0,
     "decoder_learning_rate": 5e-3,
     "optimizer": "adamw",

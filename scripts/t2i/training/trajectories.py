@@ -74,12 +74,14 @@ def cache_trajectories(
 
 @torch.no_grad()
 def solve_trajectories(
-    unet: Any, scheduler: Any, guidance_scale: float, empty: torch.Tensor, points: int, noise: torch.Tensor, hidden: torch.Tensor
+    unet: Any, guide: Any, scheduler: Any, guidance_scale: float, empty: torch.Tensor, points: int,
+    noise: torch.Tensor, hidden: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Return latents [B, points, C, h, w] of pictures that a teacher draws with guidance, by the steps of `SOLVER`.
 
     Args:
         unet: the teacher's UNet.
+        guide: earlier UNet that guides it, as in `pictures/guide.py`. With None, the teacher guides with the empty caption.
         scheduler: scheduler of `SOLVER`, with steps spread evenly to the last noise level ("trailing").
         guidance_scale: scale of classifier-free guidance. A scale of at most 1 disables it.
         empty: text embedding of the empty caption, [1, L, D].
@@ -90,13 +92,15 @@ def solve_trajectories(
     steps, device = SOLVER.num_inference_steps, unet.device
     guided = guided_steps(steps, SOLVER.guidance_end) if guidance_scale > 1 else 0
     latents, hidden = noise.to(device), hidden.to(device)
-    both = torch.cat([empty.to(device).expand_as(hidden), hidden])
+    no_text = empty.to(device).expand_as(hidden)
+    guide, weak_hidden = (guide, (no_text + hidden) / 2) if guide else (unet, no_text)
     scheduler.set_timesteps(steps, device=device)
     passed = [latents]
     for number, timestep in enumerate(scheduler.timesteps):
         if number < guided:
-            uncond, cond = unet(torch.cat([latents, latents]), timestep, both).sample.float().chunk(2)
-            output = uncond + guidance_scale * (cond - uncond)
+            weak = guide(latents, timestep, weak_hidden).sample.float()
+            strong = unet(latents, timestep, hidden).sample.float()
+            output = weak + guidance_scale * (strong - weak)
         else:
             output = unet(latents, timestep, hidden).sample.float()
         latents = scheduler.step(output, timestep, latents).prev_sample
