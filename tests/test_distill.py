@@ -1,5 +1,6 @@
 """Students: what they learn, what they are drawn with, and what is refused. Commands are those that users type."""
 
+import copy
 import json
 import runpy
 import shutil
@@ -23,7 +24,7 @@ from t2i.diffusion import jump, jump_loss
 from t2i.errors import UserError
 from t2i.evaluation import image_losses
 from t2i.evaluation.metrics import psnr
-from t2i.pictures import cells, sampling
+from t2i.pictures import cells, guide, sampling
 from t2i.pictures.png import (
     choose_preset,
     fastest_preset,
@@ -294,19 +295,26 @@ def test_the_loss_of_a_jump_is_the_error_of_the_velocity():
         torch.testing.assert_close(loss, (output - right).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-6)
 
 
-def test_a_trajectory_ends_in_the_picture_of_preset_fast(teacher):
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_trajectory_ends_in_the_picture_of_preset_fast(teacher, guided):
     pipeline = sampling.load_pipeline(teacher, scheduler="unipc")
+    if guided:  # by a UNet that answers otherwise
+        weak = copy.deepcopy(pipeline.unet)
+        for weight in weak.parameters():
+            weight.data *= 0.8
+        guide.attach(pipeline, weak)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     hidden = models.encode_captions(pipeline.text_encoder, pipeline.tokenizer, ["", "a red flower", "a blue flower"])
     found = trajectories.solve_trajectories(
-        pipeline.unet, None, pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:]
-    )
+        guide.unguided(pipeline.unet), guide.guide_of(pipeline.unet), pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:]
+    )  # fmt: skip
     assert found.shape == (2, 5, 4, 16, 16)
     assert torch.equal(found[:, 0], noise)
-    drawn = pipeline(
-        prompt_embeds=hidden[1:], negative_prompt_embeds=hidden[:1].repeat(2, 1, 1), latents=noise, guidance_scale=3.0,
-        num_inference_steps=8, output_type="latent", **sampling._after_steps(pipeline, 8, 0.5, None),
-    ).images  # fmt: skip
+    with guide.guiding(pipeline):
+        drawn = pipeline(
+            prompt_embeds=hidden[1:], negative_prompt_embeds=hidden[:1].repeat(2, 1, 1), latents=noise, guidance_scale=3.0,
+            num_inference_steps=8, output_type="latent", **sampling._after_steps(pipeline, 8, 0.5, None),
+        ).images  # fmt: skip
     torch.testing.assert_close(found[:, -1], drawn, rtol=1e-3, atol=1e-3)
 
 

@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from loopback_hub import LoopbackHub
 from t2i import models
+from t2i.errors import UserError
 from t2i.hub import model_card, publish
 from t2i.pictures import cells, engines, guide, sampling
 from t2i.runs import guide_folder
@@ -139,9 +142,31 @@ def test_compiled_models_are_guided_too(run, workspace):
     ) == {"guide"}
 
 
+def test_a_guide_on_the_hub_guides_and_others_are_not_missed(run, command, tmp_path):
+    files = {
+        file.relative_to(run / "pipeline").as_posix(): file for file in (run / "pipeline").rglob("*") if file.is_file()
+    }
+    with LoopbackHub() as hub:
+        hub.create("models/me/guided")
+        hub.create("models/me/plain")
+        hub.edit("models/me/guided", {name: file.read_bytes() for name, file in files.items()})
+        plain = {name: file.read_bytes() for name, file in files.items() if not name.startswith("guide/")}
+        hub.edit("models/me/plain", plain)
+        options = ("--prompt", PROMPTS[0], "--num_inference_steps", 2)
+        for name in ("guided", "plain"):
+            command("generate_images.py", "--model", f"me/{name}", *options, "--output_dir", tmp_path / name, cwd=tmp_path,
+                    env=hub.environment(), fork=True)  # fmt: skip
+    known = [sampling.read_parameters(tmp_path / name / "0000-seed0.png") for name in ("guided", "plain")]
+    assert [one.get("guide") for one in known] == [True, None]
+    assert known[0]["unet_hash"] == known[1]["unet_hash"]
+    found = np.asarray(Image.open(tmp_path / "guided/0000-seed0.png")).astype(int)
+    wanted = draw(sampling.load_pipeline(run), PROMPTS[:1], num_inference_steps=2, guidance_scale=7.5)[0]
+    assert np.abs(found - wanted).max() <= 1
+
+
 def test_a_guide_that_cannot_be_read_is_named(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "unet")
     (copy / "pipeline/guide" / WEIGHTS).write_bytes(b"cut")
-    with pytest.raises(Exception, match="pipeline/guide"):
+    with pytest.raises(UserError, match="pipeline/guide"):
         sampling.load_pipeline(copy)
     assert guide_folder(copy / "pipeline") == copy / "pipeline/guide"

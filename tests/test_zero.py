@@ -34,7 +34,7 @@ def train(run, folder, name, *further, **options):
     settings = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--report_to", "none", "--output_dir", name,
                 "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", STEPS, "--logging_steps", 1,
                 "--checkpointing_steps", 3, "--validation_steps", STEPS, "--learning_rate", 0.01, "--max_grad_norm", CLIP,
-                "--adam_epsilon", EPSILON, *further)  # fmt: skip
+                "--adam_epsilon", EPSILON, "--guide_step", 3, *further)  # fmt: skip
     return run("train_unet.py", *settings, cwd=folder, **options)
 
 
@@ -81,7 +81,14 @@ def test_zero_trains_what_data_parallelism_trains(runs):
     for key in ("train_loss", "grad_norm", "val_loss"):
         np.testing.assert_allclose(logged(plain, key), logged(sharded, key), rtol=1e-4)
     assert min(logged(sharded, "grad_norm")) > 5 * CLIP  # every update was clipped
-    for part in ("checkpoint-000003/unet", "checkpoint-000006/unet", "checkpoint-000006/unet_ema", "pipeline/unet"):
+    parts = (
+        "checkpoint-000003/unet",
+        "checkpoint-000006/unet",
+        "checkpoint-000006/unet_ema",
+        "pipeline/unet",
+        "pipeline/guide",
+    )
+    for part in parts:
         one, other = weights(plain / part), weights(sharded / part)
         assert one.keys() == other.keys()
         for name in one:
