@@ -118,7 +118,7 @@ def main() -> None:
         "negative_prompt": options.negative_prompt, "guidance_scale": scale,
         "num_inference_steps": steps, "guidance_end": end, **rescale, "scheduler": type(pipeline.scheduler).__name__,
         "engine": "openvino" if isinstance(guide.unguided(pipeline.unet), engines.CompiledUnet) else "torch",
-        **({"guide": True} if guide.guide_of(pipeline.unet) else {}),
+        **({"guide_hash": guided_by} if (guided_by := guide.guide_hash(pipeline.unet)) else {}),
     }  # fmt: skip
     parameters = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in zip(repeated, seeds, strict=True)]
     paths = places(folder, parameters)

@@ -128,6 +128,9 @@ def main() -> None:
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
+    denoiser.keep_guide(
+        folder, train_state, config, start, steps, accelerator
+    )  # of a run that is extended from that update
     accelerator.print(describe_run(config, steps, batch, count, parameters, effective, accelerator))
 
     # loop
@@ -213,7 +216,11 @@ def describe_run(
         f"UNet of {sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M parameters, "
         f"precision {accelerator.mixed_precision}, gradients clipped to {effective['gradient_clipping']:g}"
         + (f", ZeRO stage {effective['zero_stage']}" if effective["zero_stage"] else "")
-        + (f", no guide before update {config.guide_step}" if (config.guide_step or 0) >= steps else "")
+        + (
+            f", no guide, which would be kept at update {config.guide_step}"
+            if (config.guide_step or 0) >= steps
+            else ""
+        )
     )
 
 

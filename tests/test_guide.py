@@ -70,10 +70,26 @@ def test_the_guide_changes_no_weight_of_the_training(run, workspace, command, tm
     options = ("--config", workspace / "tiny.yaml", "--dataset", workspace / "dataset", "--vae", workspace / "vae",
                "--report_to", "none", "--learning_rate", 0.01, "--output_dir", tmp_path / "unet")  # fmt: skip
     said = command("train_unet.py", *options, "--guide_step", 8, cwd=workspace).stdout
-    assert "no guide before update 8" in said  # The last weights cannot guide themselves.
+    assert "no guide, which would be kept at update 8" in said  # The last weights cannot guide themselves.
     assert not (tmp_path / "unet/pipeline/guide").exists()
     ours, theirs = (load_file(folder / "pipeline/unet" / WEIGHTS) for folder in (run, tmp_path / "unet"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_is_extended_from_that_update_keeps_the_guide(run, workspace, command, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "unet")
+    settings = (copy / "run.json").read_text().replace('"TrainUnet.guide_step": 4', '"TrainUnet.guide_step": 8')
+    (copy / "run.json").write_text(settings)
+    shutil.rmtree(copy / "pipeline/guide")
+    command("train_unet.py", "--config", workspace / "tiny.yaml", "--dataset", workspace / "dataset", "--vae", workspace / "vae",
+            "--report_to", "none", "--learning_rate", 0.01, "--guide_step", 8, "--max_train_steps", 10,
+            "--output_dir", copy, cwd=workspace)  # fmt: skip
+    kept, saved = (load_file(copy / part / WEIGHTS) for part in ("pipeline/guide", "checkpoint-000008/unet_ema"))
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    state = json.loads((copy / "run.json").read_text())
+    assert guide_folder(copy / "pipeline")
+    (copy / "run.json").write_text(json.dumps(state | {"steps": 8}))  # as while it was extended
+    assert guide_folder(copy / "pipeline") is None
 
 
 def test_pictures_follow_the_formula_in_any_batch(run):
@@ -114,6 +130,11 @@ def test_only_later_checkpoints_have_the_guide(run, tmp_path):
     assert without[first.name] == with_guide[first.name]
     assert without[last.name] == without["pipeline"] != with_guide[last.name]
     shutil.copytree(copy / first.name / "unet_ema", copy / "pipeline/guide")  # as docs/pictures.md says
+    shutil.copytree(copy / first.name, copy / f"{first.name}-backup")
+    guided = {
+        name: guide_folder(copy / "pipeline", copy / name) for name in (first.name, f"{first.name}-backup", last.name)
+    }
+    assert list(guided.values()) == [None, None, copy / "pipeline/guide"]
     assert (draw(sampling.load_pipeline(copy)) == draw(sampling.load_pipeline(run))).all()
 
 
@@ -136,6 +157,10 @@ def test_compiled_models_are_guided_too(run, workspace):
     found, wanted = draw(compiled), draw(sampling.load_pipeline(run))
     assert np.abs(found - wanted).mean() < 1.5  # bf16 where the processor has it
     assert (draw(compiled, batch_size=1) == found).all()
+    twice = sampling.generate(compiled, PROMPTS, [3, 3], num_inference_steps=2, guidance_scale=3.0, progress=False)
+    alone = sampling.generate(compiled, PROMPTS[1:], [3], num_inference_steps=2, guidance_scale=3.0, progress=False)
+    assert (twice[1] == alone[0]).all()  # equal noise, other prompts
+    assert guide.guide_hash(compiled.unet) == guide.guide_hash(sampling.load_pipeline(run).unet)
     assert sampling.unet_hash(compiled) == sampling.unet_hash(sampling.load_pipeline(run))
     assert set(engines.weight_fingerprints(run / "pipeline")) - set(
         engines.weight_fingerprints(workspace / "unet/pipeline")
@@ -156,8 +181,13 @@ def test_a_guide_on_the_hub_guides_and_others_are_not_missed(run, command, tmp_p
         for name in ("guided", "plain"):
             command("generate_images.py", "--model", f"me/{name}", *options, "--output_dir", tmp_path / name, cwd=tmp_path,
                     env=hub.environment(), fork=True)  # fmt: skip
+        offline = hub.environment() | {"HF_HUB_OFFLINE": "1"}
+        options = ("--prompt", PROMPTS[0], "--num_inference_steps", 2, "--output_dir", tmp_path / "offline")
+        again = command("generate_images.py", "--model", "me/guided", *options, cwd=tmp_path, env=offline, fork=True)
     known = [sampling.read_parameters(tmp_path / name / "0000-seed0.png") for name in ("guided", "plain")]
-    assert [one.get("guide") for one in known] == [True, None]
+    assert "drawn without a guide" not in again.stderr
+    assert known[0] == sampling.read_parameters(tmp_path / "offline/0000-seed0.png")
+    assert [one.get("guide_hash") for one in known] == [guide.guide_hash(sampling.load_pipeline(run).unet), None]
     assert known[0]["unet_hash"] == known[1]["unet_hash"]
     found = np.asarray(Image.open(tmp_path / "guided/0000-seed0.png")).astype(int)
     wanted = draw(sampling.load_pipeline(run), PROMPTS[:1], num_inference_steps=2, guidance_scale=7.5)[0]

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.files import read_object, read_optional, write_json, write_text
+from t2i.files import hash_files, read_object, read_optional, write_json, write_text
 from t2i.machine import peak_rss_bytes
 from t2i.run_lock import UNFINISHED
 
 GUIDE = "guide"  # Folder in a pipeline: the model's earlier weights, which guide its pictures (`pictures/guide.py`).
-GUIDE_STEP = "guide.json"  # File in it: the update of these weights, {"step": 3000}. A copied guide may lack it.
+GUIDE_STEP = (
+    "guide.json"  # File in it: the update of these weights, {"step": 3000}. A copy of a checkpoint's weights lacks it.
+)
 
 
 def code_revision() -> str:
@@ -179,17 +181,39 @@ def find_student(run: Path) -> Path | None:
 def guide_folder(pipeline: Path, checkpoint: Path | None = None) -> Path | None:
     """Return the folder of the earlier weights that guide a model's pictures, or None if the model has no guide.
 
+    A guide guides only the weights of later updates than its own.
+
     Args:
         pipeline: pipeline folder that may hold a guide.
-        checkpoint: checkpoint that is guided, if it is not the pipeline itself. Only later updates than those of the guide
-            are guided by it.
+        checkpoint: checkpoint of the run that is guided, if it is not the pipeline itself.
     """
-    folder = pipeline / GUIDE
+    folder, run = pipeline / GUIDE, pipeline.parent
     if not (folder / "config.json").is_file():
         return None
-    step = checkpoint_step(checkpoint) if checkpoint else None
-    first = read_optional(folder / GUIDE_STEP).get("step") if step is not None else None
-    return None if isinstance(first, int) and step is not None and step <= first else folder
+    # While a finished run is extended, its pipeline still holds the weights of the former end.
+    step = _manifest(checkpoint).get("step") if checkpoint else _state_of(run).get("steps")
+    if not isinstance(step, int):
+        return folder
+    first = guide_step(folder)
+    return folder if first is None or step > first else None
+
+
+def guide_step(folder: Path) -> int | None:
+    """Return the update of a guide's weights, or None if it is not known.
+
+    A guide that was copied from a checkpoint of the same run has the files of that checkpoint.
+    """
+    step = read_optional(folder / GUIDE_STEP).get("step")
+    if isinstance(step, int):
+        return step
+    weights = {name: digest for name, digest in hash_files(folder).items() if name.endswith(".safetensors")}
+    for checkpoint in checkpoint_folders(folder.parents[1]):
+        files = _manifest(checkpoint)["files"]
+        for part in ("unet_ema", "unet"):
+            known = {name: files.get(f"{part}/{name}", {}).get("sha256") for name in weights}
+            if weights and known == weights:
+                return checkpoint_step(checkpoint)
+    return None
 
 
 def checkpoint_step(folder: Path) -> int | None:

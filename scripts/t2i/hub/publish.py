@@ -116,8 +116,8 @@ def publish_run(
     settings |= {"scheduler": model_card.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
     rescale = report.get("guidance_rescale", recipe.train_unet.guidance_rescale)
     settings |= {"guidance_rescale": rescale} if rescale else {}
-    if guide := guide_folder(folder):
-        settings["guide"] = hash_json(hash_files(guide))
+    if guide := hash_guide(run):
+        settings["guide"] = guide
     gallery = draw_gallery(pipeline, folder, prompts, settings)
     chosen = choose_license(run, license)
     publication = model_card.Publication(repo_id, chosen, gallery)
@@ -189,6 +189,23 @@ def publish_vae(run: Path, config: TrainVaeConfig) -> None:
         target=upload.Target(config.hub_revision, config.create_pr),
     )
     print(pushed, flush=True)
+
+
+def hash_guide(run: Path) -> str | None:
+    """Return a hash of the guide of a run's pipeline, or None without a guide.
+
+    Raises:
+        UserError: the run was evaluated with another guide, so the card's figures would be of other pictures.
+    """
+    guide = guide_folder(run / "pipeline")
+    files = hash_files(guide) if guide else None
+    evaluated = read_optional(run / "evaluation" / "run.json").get("identity")
+    if evaluated and evaluated.get("guide") != files:
+        raise UserError(
+            f"{run / 'evaluation'} was drawn with another guide than {run / 'pipeline'} has now; run "
+            "scripts/evaluate_checkpoints.py again, then publish"
+        )
+    return hash_json(files) if files else None
 
 
 def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[str]:
@@ -287,12 +304,12 @@ def pipeline_files(folder: Path) -> list[str]:
     `make export` makes the compiled models.
     """
     index = read_object(folder / "model_index.json")
-    further = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
-    further += [f"{GUIDE}/*"] if guide_folder(folder) else []
+    compiled = ["openvino/*"] if (folder / "openvino" / "engine.json").is_file() else []
     return [
         "model_index.json",
         *(f"{name}/*" for name, kind in index.items() if isinstance(kind, list) and kind[0]),
-        *further,
+        f"{GUIDE}/*",  # also without a guide: an earlier one must not stay on the Hub
+        *compiled,
     ]
 
 
@@ -340,7 +357,7 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
 
     from t2i import models
     from t2i.pictures import sampling
-    from t2i.pictures.guide import unguided
+    from t2i.pictures.guide import attach, download_guide, guide_hash, unguided
 
     try:
         loaded = DiffusionPipeline.from_pretrained(repo_id, revision=commit, use_safetensors=True).to(
@@ -356,8 +373,8 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
             "command again"
         ) from None
     loaded.set_progress_bar_config(disable=True)
-    pipeline.unet = unguided(pipeline.unet)  # Stock diffusers draws without a guide.
-    here, there = models.hash_model(pipeline.unet), models.hash_model(loaded.unet)
+    loaded = attach(loaded, download_guide(repo_id, commit))
+    here, there = ((models.hash_model(unguided(drawer.unet)), guide_hash(drawer.unet)) for drawer in (pipeline, loaded))
     ours, theirs = (
         sampling.generate(
             drawer, [prompt], [0], guidance_scale=scale, num_inference_steps=CHECK_STEPS, progress=False
@@ -367,10 +384,10 @@ def check_loads_back(pipeline: Any, repo_id: str, commit: str, prompt: str, scal
     difference = np.abs(ours - theirs).mean()
     if here != there or difference > 1:
         raise UserError(
-            f"the Hub's copy of {repo_id} (commit {commit[:7]}) is not what was published (UNet {there}, here {here}; pictures "
+            f"the Hub's copy of {repo_id} (commit {commit[:7]}) is not what was published (UNet {there[0]}, here {here[0]}; pictures "
             f"differ by {difference:.1f} of 255); remove that copy from the Hub's local cache and try again"
         )
     print(
-        f"loaded back from the Hub by stock diffusers: the UNet is the same ({here}), and a picture of {CHECK_STEPS} steps "
+        f"loaded back from the Hub by stock diffusers: the UNet is the same ({here[0]}), and a picture of {CHECK_STEPS} steps "
         f"differs by {difference:.2f} of 255"
     )

@@ -34,6 +34,7 @@ from t2i.hub.markdown import one_line
 from t2i.hub.publish import pipeline_files
 from t2i.loading import explain_loading
 from t2i.redaction import redact
+from t2i.runs import GUIDE, guide_folder
 
 ROOT = Path(__file__).parents[3]
 STAGED = Path("outputs/spaces")  # Spaces are staged here, each in its folder ORG/NAME
@@ -120,9 +121,9 @@ def find_model(model: str | None) -> Model:
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
     components = _components(folder, model)
     files = _model_files(folder)
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("unet", "vae", "text_encoder", *([GUIDE] if guide_folder(folder) else [])):
         weights = [file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors")]
-        if part not in components or not weights:
+        if part not in (*components, GUIDE) or not weights:
             raise UserError(
                 f"{model} has no safetensors weights of its {part}; let training finish, or copy the complete folder"
             )

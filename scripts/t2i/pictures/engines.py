@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from t2i import models
 from t2i.errors import UserError
 from t2i.files import read_json
-from t2i.pictures.guide import attach, guide_of, unguided
+from t2i.pictures.guide import attach, guide_hash, guide_of, unguided
 from t2i.runs import GUIDE, guide_folder
 
 ENGINES = ("auto", "torch", "openvino")
@@ -53,19 +53,20 @@ class Network:
 class Sizes(dict[int, Network]):
     """The compiled networks of one model, by number of samples.
 
-    The network for two samples (one guided picture) is compiled at once. Networks for other numbers of samples are
-    compiled at their first use.
+    The network for two samples (one guided picture) is compiled at once, or with a guide that for one. Networks for other
+    numbers of samples are compiled at their first use.
 
     Args:
         model: an OpenVINO model, or its file. The model's file is read at once, because it may change before the first
             use.
+        first: number of samples of the network that is compiled at once.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, first: int = 2):
         super().__init__()
         self.kept = isinstance(model, Path)
         self.model = openvino_core().read_model(model) if self.kept else model
-        self.__missing__(2)
+        self.__missing__(first)
 
     def __missing__(self, samples: int) -> Network:
         self[samples] = compile_model(with_samples(self.model, samples), kept=self.kept)
@@ -100,18 +101,22 @@ class CompiledUnet(torch.nn.Module):
     """The compiled UNet, called as the stock one.
 
     The UNet maps noisy latents [B, C, h, w], timestep and hidden states [B, L, D] to (prediction,). Each picture is computed
-    separately, so that it does not depend on its batch. At each step, a guided picture needs two samples of the UNet,
-    an unguided picture one.
+    separately, so that it does not depend on its batch. At each step, a guided picture needs two samples of the UNet, and
+    an unguided picture one. With a guide, a guided picture needs one sample of each.
 
     Args:
         networks: compiled networks by number of samples, as in `Sizes`.
-        weights_hash: `models.hash_model` of the UNet that was compiled. A guide has none.
+        weights_hash: `models.hash_model` of the UNet that was compiled.
+
+    Attributes:
+        pairs: whether two rows of equal noise are one guided picture.
     """
 
     def __init__(self, networks: dict[int, Any], config: Any, weights_hash: str):
         super().__init__()
         self.weights_hash = weights_hash
         self.networks, self.config, self.dtype, self.device = networks, config, torch.float32, torch.device("cpu")
+        self.pairs = True
         self.given = torch.empty(0)  # the last hidden states; `pictures` has the rows and hidden states of each picture
         self.pictures: list[tuple[list[int], np.ndarray]] = []
 
@@ -132,7 +137,9 @@ class CompiledUnet(torch.nn.Module):
         compete with OpenVINO's threads.
         """
         half = len(sample) // 2
-        guided = len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])  # one half per prompt
+        guided = (
+            self.pairs and len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
+        )  # one half per prompt
         rows = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
         return [(some, hidden[some].numpy()) for some in rows]
 
@@ -201,8 +208,9 @@ def load_exported(folder: Path) -> StableDiffusionPipeline:
     The weights of the stock pipeline's modules are not read.
     """
     networks = compile_models({name: folder / FOLDER / f"{name}.xml" for name in weight_files(folder)})
+    known = read_json(folder / FOLDER / "engine.json")
     return _pipeline(
-        networks, read_json(folder / FOLDER / "engine.json")["unet_hash"], CLIPTextConfig.from_pretrained(folder / "text_encoder"),
+        networks, (known["unet_hash"], known.get("guide_hash")), CLIPTextConfig.from_pretrained(folder / "text_encoder"),
         UNet2DConditionModel.load_config(folder / "unet"), AutoencoderKL.load_config(folder / "vae"),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"), _scheduler(folder),
     )  # fmt: skip
@@ -220,7 +228,8 @@ def wrap_networks(pipeline: StableDiffusionPipeline, networks: dict[str, Any]) -
         networks: compiled networks by name, as `compile_models` returns them.
     """
     return _pipeline(
-        networks, models.hash_model(unguided(pipeline.unet)), pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
+        networks, (models.hash_model(unguided(pipeline.unet)), guide_hash(pipeline.unet)),
+        pipeline.text_encoder.config, pipeline.unet.config, pipeline.vae.config,
         pipeline.tokenizer, pipeline.scheduler,
     )  # fmt: skip
 
@@ -293,7 +302,10 @@ def compile_models(models: dict[str, Any]) -> dict[str, Any]:
 
     The UNet and its guide become networks by number of samples (`Sizes`).
     """
-    return {name: Sizes(model) if name in ("unet", GUIDE) else compile_model(model) for name, model in models.items()}
+    first = 1 if GUIDE in models else 2
+    return {
+        name: Sizes(model, first) if name in ("unet", GUIDE) else compile_model(model) for name, model in models.items()
+    }
 
 
 def compile_model(model: Any, kept: bool = False) -> Network:
@@ -337,16 +349,23 @@ def with_samples(model: Any, samples: int) -> Any:
 
 
 def _pipeline(
-    networks: dict[str, Any], weights_hash: str, text: Any, unet: Any, vae: Any, tokenizer: Any, scheduler: Any
+    networks: dict[str, Any],
+    hashes: tuple[str, str | None],
+    text: Any,
+    unet: Any,
+    vae: Any,
+    tokenizer: Any,
+    scheduler: Any,
 ) -> StableDiffusionPipeline:
     pipeline = models.build_pipeline(
         CompiledVae(networks["vae_decoder"], FrozenDict(vae)),
         CompiledText(networks["text_encoder"], text),
         tokenizer,
-        CompiledUnet(networks["unet"], FrozenDict(unet), weights_hash),
+        CompiledUnet(networks["unet"], FrozenDict(unet), hashes[0]),
         scheduler,
     )
-    return attach(pipeline, CompiledUnet(networks[GUIDE], FrozenDict(unet), "") if GUIDE in networks else None)
+    guide = CompiledUnet(networks[GUIDE], FrozenDict(unet), str(hashes[1])) if GUIDE in networks else None
+    return attach(pipeline, guide)
 
 
 def _scheduler(folder: Path) -> Any:

@@ -9,9 +9,7 @@ more pictures show what they should (benchmarks/results/photos-recipe.md).
 The earlier weights lie in `guide/` of a pipeline folder. Stock diffusers does not use them.
 """
 
-import os
-import shutil
-import uuid
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from t2i import models
-from t2i.files import write_json
-from t2i.runs import GUIDE, GUIDE_STEP
+from t2i.runs import GUIDE
 
 
 class GuidedUnet(torch.nn.Module):
@@ -71,6 +68,9 @@ def attach(pipeline: StableDiffusionPipeline, guide: Any) -> StableDiffusionPipe
     """Return the pipeline with `guide` beside its UNet. Without a guide (None), the pipeline stays as it is."""
     if guide is not None:
         pipeline.unet = GuidedUnet(pipeline.unet, guide.eval())
+        for model in (pipeline.unet.unet, guide):
+            if hasattr(model, "pairs"):  # A compiled UNet takes two rows of equal noise for one picture.
+                model.pairs = False
     return pipeline
 
 
@@ -82,6 +82,12 @@ def unguided(unet: Any) -> Any:
 def guide_of(unet: Any) -> Any:
     """Return the guide of a pipeline's UNet, or None."""
     return unet.guide if isinstance(unet, GuidedUnet) else None
+
+
+def guide_hash(unet: Any) -> str | None:
+    """Return `models.hash_model` of the guide of a pipeline's UNet, which is the same for every engine; None without one."""
+    guide = guide_of(unet)
+    return guide and (getattr(guide, "weights_hash", None) or models.hash_model(guide))
 
 
 @contextmanager
@@ -98,18 +104,6 @@ def guiding(pipeline: StableDiffusionPipeline) -> Iterator[None]:
         unet.pipeline = None
 
 
-def save_guide(unet: UNet2DConditionModel, pipeline: Path, step: int) -> None:
-    """Save the weights of update `step` as the guide in the folder `pipeline`. The guide appears whole or not at all."""
-    part = pipeline / f".{GUIDE}.{uuid.uuid4().hex[:8]}.part"
-    try:
-        unet.save_pretrained(part, safe_serialization=True)
-        write_json(part / GUIDE_STEP, {"step": step})
-        shutil.rmtree(pipeline / GUIDE, ignore_errors=True)
-        os.replace(part, pipeline / GUIDE)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def load_guide(folder: Path | None) -> UNet2DConditionModel | None:
     """Load the guide in `folder`, from `runs.guide_folder`. Without a folder there is none."""
     return models.load_part(UNet2DConditionModel, str(folder), GUIDE).float() if folder else None
@@ -117,8 +111,13 @@ def load_guide(folder: Path | None) -> UNet2DConditionModel | None:
 
 def download_guide(repo_id: str, revision: str | None) -> UNet2DConditionModel | None:
     """Load the guide of a pipeline on the Hub, or return None if the pipeline has none."""
+    file = f"{GUIDE}/config.json"
     try:
-        hf_hub_download(repo_id, f"{GUIDE}/config.json", revision=revision)
-    except EntryNotFoundError:  # also offline, if it is not in the local cache
+        hf_hub_download(repo_id, file, revision=revision)
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:  # The Hub cannot be asked. The local cache knows which files did not exist before.
+        if isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str | None):
+            print(f"WARNING: {repo_id} is drawn without a guide, as the Hub cannot be asked for one", file=sys.stderr)
         return None
     return models.load_part(UNet2DConditionModel, repo_id, GUIDE, revision).float()

@@ -25,7 +25,7 @@ from t2i.files import read_object, sha256_file, write_json
 from t2i.models import hash_model
 from t2i.pictures import engines, sampling
 from t2i.pictures.engines import Sizes, compile_model, compile_models
-from t2i.pictures.guide import unguided
+from t2i.pictures.guide import guide_hash, unguided
 from t2i.pictures.png import student_steps
 from t2i.runs import GUIDE
 
@@ -95,6 +95,7 @@ def export(pipeline: StableDiffusionPipeline, folder: Path, guidance_scale: floa
             "format": engines.FORMAT,
             "weights": engines.weight_fingerprints(folder),
             "unet_hash": hash_model(unguided(pipeline.unet)),
+            "guide_hash": guide_hash(pipeline.unet),
         }
         made_by = {"openvino": openvino.__version__, "guidance_scale": guidance_scale, "files": _file_hashes(part)}
         write_json(part / "engine.json", {**identity, **made_by, "int8": int8, "psnr_db": decibels})
@@ -127,12 +128,13 @@ def quantise(
     """
     nncf = _nncf()
     networks = compile_models(models)
-    samples = 2 if guidance_scale > 1 and GUIDE not in models else 1  # A guide leaves one sample to the UNet.
+    guides = [GUIDE] if GUIDE in models else []
+    samples = 2 if guidance_scale > 1 and not guides else 1  # A guide leaves one sample to the UNet.
     watched = {
         "vae_decoder": _Watched(networks["vae_decoder"], 1),
-        "unet": _Watched(networks["unet"][samples], EVERY),
+        **{name: _Watched(networks[name][samples], EVERY) for name in ("unet", *guides)},
     }
-    pipeline = build({**networks, **watched, "unet": {samples: watched["unet"]}})
+    pipeline = build({**networks, **watched, **{name: {samples: watched[name]} for name in ("unet", *guides)}})
     steps, more_steps = STEPS, MORE_STEPS
     if student := student_steps(pipeline.scheduler.config):
         steps, more_steps, watched["unet"].every = student, student, 1
@@ -140,7 +142,7 @@ def quantise(
     _draw(pipeline, len(PROMPTS), guidance_scale, more_steps)
     made, int8, worst = dict(models), [], None
     scope = nncf.IgnoredScope(types=list(KEPT_TYPES), patterns=list(KEPT_PLACES), validate=False)
-    for name in PARTS:
+    for name in (*PARTS, *(guides if guidance_scale > 1 else [])):
         seen = watched[name].seen
         rounded = nncf.quantize(
             models[name],
@@ -149,7 +151,7 @@ def quantise(
             preset=nncf.QuantizationPreset.MIXED,
             ignored_scope=scope,
         )
-        tried = {**networks, name: Sizes(rounded) if name == "unet" else compile_model(rounded)}
+        tried = {**networks, name: compile_model(rounded) if name == "vae_decoder" else Sizes(rounded, samples)}
         drawn = _draw(build(tried), COMPARED, guidance_scale, steps)
         # equal pictures have an infinite PSNR
         decibels = psnr(to_pixels(wanted), to_pixels(drawn)).min().clamp(max=100.0).item()

@@ -70,7 +70,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
             if folder.exists():  # This happens after a resume from an earlier checkpoint.
                 os.replace(folder, aside)
             os.replace(part, folder)
-            _sync(home)
+            sync(home)
             shutil.rmtree(aside, ignore_errors=True)
             problem = find_damage(folder)
             if problem:
@@ -80,7 +80,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
             shutil.rmtree(part, ignore_errors=True)
         whole = ", ".join(found.name for found in checkpoint_folders(home)) or "none"
         raise UserError(
-            f"checkpoint {folder} cannot be written ({_reason(error)}); whole ones: {whole}; make room, and the same command goes "
+            f"checkpoint {folder} cannot be written ({reason_of(error)}); whole ones: {whole}; make room, and the same command goes "
             "on from there"
         ) from None
     node.meet()
@@ -116,7 +116,7 @@ def rehearse(run: Path, write: Callable[[Path], None], node: Node, more_bytes: i
         if node.first:
             shutil.rmtree(part, ignore_errors=True)
         raise UserError(
-            f"checkpoints cannot be saved in {home} ({_reason(error)}); make room, or give another --output_dir"
+            f"checkpoints cannot be saved in {home} ({reason_of(error)}); make room, or give another --output_dir"
         ) from None
     node.meet()
 
@@ -133,17 +133,17 @@ def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node
         return
     files = {}
     for file in sorted(path for path in part.rglob("*") if path.is_file()):
-        _sync(file)
+        sync(file)
         files[file.relative_to(part).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     for folder in sorted({file.parent for file in part.rglob("*")}):
-        _sync(folder)
+        sync(folder)
     manifest = {"step": step, "node": node.index, "nodes": node.count, "files": files}
     write_text(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    _sync(part / MANIFEST)
-    _sync(part)
+    sync(part / MANIFEST)
+    sync(part)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the content of a file or folder is on disk.
 
     On Windows, folders cannot be opened, and only files that are open for writing can be flushed.
@@ -160,7 +160,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return in a few words why a file cannot be written."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
@@ -313,7 +314,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(folder / "diffusion_pytorch_model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} cannot be read ({_reason(error)[:200]})") from None
+        raise UserError(f"the weights in {folder} cannot be read ({reason_of(error)[:200]})") from None
 
 
 def load_weights(folder: Path, module: Any) -> None:
@@ -321,7 +322,7 @@ def load_weights(folder: Path, module: Any) -> None:
     try:
         module.load_state_dict(read_weights(folder))
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit this model ({_reason(error)[:200]})") from None
+        raise UserError(f"the weights in {folder} do not fit this model ({reason_of(error)[:200]})") from None
 
 
 @torch.no_grad()

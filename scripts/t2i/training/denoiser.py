@@ -1,19 +1,21 @@
 """What the trainings of denoisers share: provenance, samples and the finished pipeline."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from t2i import config, models
 from t2i.config import Recipe, TrainUnetConfig
 from t2i.errors import UserError
-from t2i.files import append_jsonl, hash_json
+from t2i.files import append_jsonl, hash_json, write_json
 from t2i.hub import model_card
 from t2i.pictures import sampling
-from t2i.pictures.guide import save_guide
-from t2i.runs import RunFolder, code_revision
-from t2i.training import loop, zero
+from t2i.runs import GUIDE, GUIDE_STEP, RunFolder, code_revision
+from t2i.training import checkpoints, loop, zero
 from t2i.training.distributed import give_back_memory
 
 
@@ -99,7 +101,19 @@ def keep_guide(
         return
     with loop.averaged(train_state) as unet:
         if accelerator.is_main_process:
-            save_guide(unet, folder / "pipeline", step)
+            part, place = folder / "pipeline" / f".{GUIDE}.part", folder / "pipeline" / GUIDE
+            try:
+                shutil.rmtree(part, ignore_errors=True)  # A killed save leaves it behind.
+                unet.save_pretrained(part, safe_serialization=True)
+                write_json(part / GUIDE_STEP, {"step": step})
+                for file in (*part.iterdir(), part):
+                    checkpoints.sync(file)
+                shutil.rmtree(place, ignore_errors=True)
+                part.rename(place)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"the guide cannot be saved in {place} ({checkpoints.reason_of(error)}); make room, and run the same command again"
+                ) from None
 
 
 def finish(
