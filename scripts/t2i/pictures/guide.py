@@ -4,7 +4,7 @@ Guidance goes from a weak prediction to a better one, and further. In the stock 
 the empty prompt. That leads to what is typical of a prompt, so that pictures resemble each other. With a guide, the weak
 one comes from earlier weights that know half of the prompt: its text embeddings are the mean of those of the prompt and
 of the empty one. Source: Karras et al., 2024, arXiv:2406.02507, whose guide knows all of the prompt. With half of it,
-more pictures show what they should (benchmarks/results/photos-recipe.md).
+more pictures show what they should (benchmarks/results/guides.md).
 
 The earlier weights lie in `guide/` of a pipeline folder. Stock diffusers does not use them.
 """
