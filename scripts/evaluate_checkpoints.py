@@ -33,6 +33,7 @@ from t2i.runs import (
     checkpoint_folders,
     checkpoint_step,
     guide_folder,
+    guide_problem,
     own_checkpoint,
 )
 
@@ -711,8 +712,10 @@ def draw_missing(run: Path, config: EvaluateConfig) -> None:
     """Draw the reported pictures of a finished evaluation that are no longer in the run folder.
 
     Raises:
-        UserError: the run has no evaluation, or its best checkpoint is gone.
+        UserError: the run has no evaluation, or its best checkpoint or guide is gone.
     """
+    if problem := guide_problem(run):
+        raise UserError(problem)
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from loopback_hub import LoopbackHub
 from t2i import models
 from t2i.errors import UserError
+from t2i.files import hash_files
 from t2i.hub import model_card, publish
 from t2i.pictures import cells, engines, guide, sampling
 from t2i.runs import guide_folder
@@ -136,6 +137,21 @@ def test_only_later_checkpoints_have_the_guide(run, tmp_path):
     }
     assert list(guided.values()) == [None, None, copy / "pipeline/guide"]
     assert (draw(sampling.load_pipeline(copy)) == draw(sampling.load_pipeline(run))).all()
+
+
+def test_an_evaluation_with_another_guide_is_not_published_or_drawn_again(run, tmp_path, command):
+    copy = shutil.copytree(run, tmp_path / "unet")
+    (copy / "evaluation").mkdir()
+    state = {"identity": {"guide": hash_files(copy / "pipeline/guide")}}
+    (copy / "evaluation/run.json").write_text(json.dumps(state))
+    assert publish.hash_guide(copy)
+    shutil.rmtree(copy / "pipeline/guide")
+    with pytest.raises(UserError, match="drawn with another guide than"):
+        publish.hash_guide(copy)
+    done = command("evaluate_checkpoints.py", "--model", copy, "--redraw", cwd=tmp_path, code=2)
+    assert "another guide" in done.stderr
+    (copy / "evaluation/run.json").write_text('{"identity": {}}')
+    assert publish.hash_guide(copy) is None
 
 
 def test_the_code_of_the_card_draws_the_same_picture(run, tmp_path):

@@ -122,8 +122,8 @@ def test_windows_syncs_files_and_no_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoints.os, "open", lambda path, flags, real=checkpoints.os.open: opened.append(path) or real(path, flags)
     )
-    checkpoints._sync(tmp_path)
-    checkpoints._sync(tmp_path / "file")
+    checkpoints.sync(tmp_path)
+    checkpoints.sync(tmp_path / "file")
     assert opened == [tmp_path / "file"]
 
 

@@ -15,7 +15,7 @@ from helpers.picture_table import stored_address
 from helpers.run_files import read_or_warn
 from t2i.evaluation.verdict import TOPICS, headline, outcome, verdict_of
 from t2i.pictures import cells
-from t2i.runs import run_title
+from t2i.runs import guide_problem, run_title
 
 Reported = tuple[str, int, Any]  # Prompt, seed and reading of a picture, as `cells.best_samples` returns them.
 WALL, MOST = 64, 512  # Pictures of the wall at first, and when all are asked for.
@@ -36,7 +36,7 @@ def show_best(run: Path, evaluated: cells.EvaluatedGrid) -> None:
         shown = choose_pictures(cells.best_samples(evaluated, evaluation))
         planned = cells.best_cells(run, evaluated, evaluation.get("report"), shown) if shown else []
         if planned and not any(one.made for one in planned):
-            problem = next((one.problem for one in planned if one.problem), None)
+            problem = next((one.problem for one in planned if one.problem), None) or guide_problem(run)
             st.caption(
                 escape(problem or "The pictures of this evaluation are not in the run folder. This draws them again:")
             )

@@ -198,6 +198,17 @@ def guide_folder(pipeline: Path, checkpoint: Path | None = None) -> Path | None:
     return folder if first is None or step > first else None
 
 
+def guide_problem(run: Path) -> str | None:
+    """Say that a run was evaluated with another guide than its pipeline has now, or return None."""
+    guide, identity = guide_folder(run / "pipeline"), _state_of(run / "evaluation").get("identity")
+    if not isinstance(identity, dict) or identity.get("guide") == (hash_files(guide) if guide else None):
+        return None
+    return (
+        f"the pictures of {run / 'evaluation'} were drawn with another guide than {run / 'pipeline'} has now; run "
+        "scripts/evaluate_checkpoints.py again"
+    )
+
+
 def guide_step(folder: Path) -> int | None:
     """Return the update of a guide's weights, or None if it is not known.
 

@@ -25,7 +25,7 @@ from t2i.hub.markdown import one_line
 from t2i.loading import explain_loading
 from t2i.redaction import redact
 from t2i.run_lock import run_status
-from t2i.runs import GUIDE, guide_folder
+from t2i.runs import GUIDE, guide_folder, guide_problem
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ belong to a person
 CHECK_STEPS = 2  # denoising steps of the picture that compares the Hub's model with the folder's
@@ -197,15 +197,10 @@ def hash_guide(run: Path) -> str | None:
     Raises:
         UserError: the run was evaluated with another guide, so the card's figures would be of other pictures.
     """
+    if problem := guide_problem(run):
+        raise UserError(problem)
     guide = guide_folder(run / "pipeline")
-    files = hash_files(guide) if guide else None
-    evaluated = read_optional(run / "evaluation" / "run.json").get("identity")
-    if evaluated and evaluated.get("guide") != files:
-        raise UserError(
-            f"{run / 'evaluation'} was drawn with another guide than {run / 'pipeline'} has now; run "
-            "scripts/evaluate_checkpoints.py again, then publish"
-        )
-    return hash_json(files) if files else None
+    return hash_json(hash_files(guide)) if guide else None
 
 
 def gallery_prompts(recipe: Recipe, evaluated: list[str], count: int) -> list[str]:

@@ -41,7 +41,7 @@ from t2i.pictures.png import (
     save_picture,
     scheduler_problem,
 )
-from t2i.runs import checkpoint_folders, guide_folder
+from t2i.runs import GUIDE, checkpoint_folders, guide_folder
 
 STORE = "cells"  # folder of a run
 MAX_CELLS = 10_000  # cells of a plan
@@ -259,7 +259,7 @@ def _frozen_part_hashes(pipeline: Path, run: dict[str, Any], checkpoint: Path | 
     identity = run.get("identity")
     identity = identity if isinstance(identity, dict) else {}
     hashes = {part: identity.get(key) or hash_files(pipeline / part) for part, key in names.items()}
-    guide = guide_folder(pipeline, checkpoint)
+    guide = guide_folder(pipeline, checkpoint) if (pipeline / GUIDE).is_dir() else None
     return hashes | {"scheduler": hash_files(pipeline / "scheduler")} | ({"guide": hash_files(guide)} if guide else {})
 
 
