@@ -326,8 +326,8 @@ class TrainUnetConfig(ModelHubConfig, TrainConfig):
     # How far guidance keeps the contrast of an unguided picture, in validation pictures.
     guidance_rescale: Share = 0.0
     num_inference_steps: Steps = 30  # Number of denoising steps of the validation pictures.
-    # Number of updates after which the moving average is kept in the pipeline as a guide of pictures, in place of the
-    # empty prompt (arXiv:2406.02507). About half of all updates is a good choice. With None, the pipeline has no guide.
+    # Number of updates after which the moving average is kept in the pipeline as the guide of its pictures
+    # (arXiv:2406.02507). About half of all updates is a good choice. With None, the pipeline has no guide.
     guide_step: Count | None = None
     save_raw_weights: Flag = False  # Save the raw weights in the pipeline instead of the moving average.
     # Number of pictures on the published card, drawn for the prompts of validation and evaluation.

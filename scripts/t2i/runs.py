@@ -15,9 +15,7 @@ from t2i.machine import peak_rss_bytes
 from t2i.run_lock import UNFINISHED
 
 GUIDE = "guide"  # Folder in a pipeline: the model's earlier weights, which guide its pictures (`pictures/guide.py`).
-GUIDE_STEP = (
-    "guide.json"  # File in it: the update of these weights, {"step": 3000}. A copy of a checkpoint's weights lacks it.
-)
+GUIDE_STEP = "guide.json"  # File in it: the update of these weights, {"step": 3000}. Copied weights lack it.
 
 
 def code_revision() -> str:

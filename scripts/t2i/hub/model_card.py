@@ -22,7 +22,7 @@ from t2i.files import read_object, read_optional, write_text
 from t2i.hub.markdown import escape_markdown, one_line
 from t2i.pictures.png import guided_steps
 from t2i.redaction import redact
-from t2i.runs import GUIDE, GUIDE_STEP, guide_folder, run_title
+from t2i.runs import GUIDE, guide_folder, guide_step, run_title
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"
@@ -328,7 +328,7 @@ def _inference(recipe: Recipe, report: dict[str, Any], guide: Path | None) -> di
     settings = recipe.train_unet
     cpu, gpu = (_number(report.get(f"seconds_per_picture_{device}")) for device in ("cpu", "gpu"))
     times = [f"{seconds:.2f} s" if seconds else NOT_MEASURED for seconds in (cpu, gpu)]
-    weak = _number(read_optional(guide / GUIDE_STEP).get("step")) if guide else None
+    weak = guide_step(guide) if guide else None
     update = f" of update {weak:,.0f}" if weak else ""
     by_guide = {
         "Guidance": f"by the model's weights{update} in `{GUIDE}/`, which get half of the prompt (arXiv:2406.02507)"

@@ -29,7 +29,7 @@ from t2i.runs import GUIDE, guide_folder
 
 ENGINES = ("auto", "torch", "openvino")
 FOLDER = "openvino"  # name of the subfolder in a pipeline folder
-_WEIGHTS = {
+_WEIGHTS = {  # each compiled model of any pipeline, and the weights file that it is made from
     "text_encoder": "text_encoder/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
@@ -137,9 +137,8 @@ class CompiledUnet(torch.nn.Module):
         compete with OpenVINO's threads.
         """
         half = len(sample) // 2
-        guided = (
-            self.pairs and len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
-        )  # one half per prompt
+        # Each half of a guided batch has one row per prompt.
+        guided = self.pairs and len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
         rows = [[row, row + half] for row in range(half)] if guided else [[row] for row in range(len(sample))]
         return [(some, hidden[some].numpy()) for some in rows]
 

@@ -36,9 +36,8 @@ class GuidedUnet(torch.nn.Module):
         super().__init__()
         self.unet, self.guide = unet, guide
         self.pipeline: StableDiffusionPipeline | None = None  # The pipeline that draws now, inside `guiding`.
-        self.given = self.texts = self.half_texts = torch.empty(
-            0
-        )  # The last hidden states, those of the prompts, and means.
+        # The last hidden states, those of the prompts, and the means of these and of the empty prompt's.
+        self.given = self.texts = self.half_texts = torch.empty(0)
 
     @property
     def config(self) -> Any:
