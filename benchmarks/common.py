@@ -47,6 +47,13 @@ def keep(name: str, result: dict[str, Any], gpu: str | None = None) -> None:
     print(json.dumps(row), flush=True)
 
 
+def judged_cells(row: dict[str, Any]) -> str:
+    """Return the judge's figures of `Judge.describe` as cells of a table: named, distance, Fréchet, precision, recall."""
+    named = f"{row['named']:.1%}" if row["named"] is not None else ""
+    distance = f"{row['kernel_distance']:.1f} ± {row['standard_error']:.1f}"
+    return f"{named} | {distance} | {row['frechet_distance']:.1f} | {row['precision']:.1%} | {row['recall']:.1%}"
+
+
 def run_script(script: str, *arguments: Any, cwd: Path) -> str:
     """Run one of the suite's scripts and return its output.
 

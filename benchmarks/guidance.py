@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import describe_machine
+from common import describe_machine, judged_cells
 
 import evaluate_checkpoints
 from t2i.config import parse
@@ -68,7 +68,8 @@ def main() -> None:
             labels = evaluate_checkpoints.labels_wanted(prompts)
             row = judge.describe(pictures, judge.network.features(pictures), labels, count)
             copies = float(memorisation.copied(pictures, thumbnails).mean())
-            print_row([name, f"{share:g}", f"{scale:g}", str(options.first), f"{options.eta:g}"], row, copies)
+            setting = f"{name} | {share:g} | {scale:g} | {options.first} | {options.eta:g}"
+            print(f"| {setting} | {judged_cells(row)} | {copies:.1%} |", flush=True)
 
 
 @torch.no_grad()
@@ -100,14 +101,6 @@ def draw(
         drawn = pipeline.image_processor.postprocess(decoded, output_type="np")
         pictures.append((drawn * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
-
-
-def print_row(setting: list[str], row: dict[str, Any], copies: float) -> None:
-    """Print a row of the table."""
-    named = f"{row['named']:.1%}" if row["named"] is not None else ""
-    distance = f"{row['kernel_distance']:.1f} ± {row['standard_error']:.1f}"
-    shares = f"{row['frechet_distance']:.1f} | {row['precision']:.1%} | {row['recall']:.1%} | {copies:.1%}"
-    print(f"| {' | '.join(setting)} | {named} | {distance} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ The first row is the floor: photos that no autoencoder has touched. PHOTOS is an
 import argparse
 
 import numpy as np
-from common import describe_machine
+from common import describe_machine, judged_cells
 
 from t2i import models
 from t2i.config import JUDGE, DataConfig
@@ -52,10 +52,7 @@ def main() -> None:
 def print_row(name: str, reconstruction: tuple[float, float] | None, row: dict) -> None:
     """Print a row of the table."""
     psnr, ssim = (f"{reconstruction[0]:.2f}", f"{reconstruction[1]:.3f}") if reconstruction else ("", "")
-    named = f"{row['named']:.1%}" if row["named"] is not None else ""
-    distance = f"{row['kernel_distance']:.1f} ± {row['standard_error']:.1f}"
-    shares = f"{row['frechet_distance']:.1f} | {row['precision']:.1%} | {row['recall']:.1%}"
-    print(f"| {name} | {psnr} | {ssim} | {named} | {distance} | {shares} |", flush=True)
+    print(f"| {name} | {psnr} | {ssim} | {judged_cells(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def publish_run(
         target: Branch or pull request that receives the push.
 
     Raises:
-        UserError: The push finally failed, or the Hub returned another model. The files in the run folder stay.
+        UserError: The push finally failed, or the Hub returned another model. The files in the run folder stay. Or the run
+            was evaluated with another guide.
     """
     from t2i.pictures import sampling
 
@@ -109,15 +110,14 @@ def publish_run(
     prompts = gallery_prompts(recipe, evaluation.get("prompts") or [], pictures)
     if pictures and not prompts:
         print("the card has no pictures: there are no validation prompts, and the evaluation stored none")
-    folder = run / "pipeline"
+    folder, guide = run / "pipeline", hash_guide(run)
     pipeline = sampling.load_pipeline(folder, device=sampling.best_device())
 
     settings = {"unet": result["output_unet_hash"], "guidance_scale": scale, "num_inference_steps": steps}
     settings |= {"scheduler": model_card.scheduler_of(report), "guidance_end": report.get("guidance_end", 1.0)}
     rescale = report.get("guidance_rescale", recipe.train_unet.guidance_rescale)
     settings |= {"guidance_rescale": rescale} if rescale else {}
-    if guide := hash_guide(run):
-        settings["guide"] = guide
+    settings |= {"guide": guide} if guide else {}
     gallery = draw_gallery(pipeline, folder, prompts, settings)
     chosen = choose_license(run, license)
     publication = model_card.Publication(repo_id, chosen, gallery)
