@@ -128,9 +128,6 @@ def main() -> None:
     # resume
     saved, node = loop.resume(folder, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
-    denoiser.keep_guide(
-        folder, train_state, config, start, steps, accelerator
-    )  # of a run that is extended from that update
     accelerator.print(describe_run(config, steps, batch, count, parameters, effective, accelerator))
 
     # loop
@@ -143,6 +140,7 @@ def main() -> None:
     with run.timed("train"), live.listen(folder, start, steps, batch, accelerator) as training:
         progress = loop.progress_bar("UNet", start, steps, accelerator)
         for step in progress:
+            denoiser.keep_guide(folder, train_state, config, step, accelerator)
             terms: dict[str, torch.Tensor] = {}  # These are means over the micro-batches, whose gradients add up.
             for number in range(step * micro_batches, (step + 1) * micro_batches):
                 with accelerator.accumulate(model):
@@ -151,7 +149,6 @@ def main() -> None:
             ids = partial(sample_ids, inputs, config, step, accelerator)
             loop.step_optimizer(train_state, config, step, norm, torch.stack([*terms.values()]).sum(), ids, accelerator)
             done = step + 1
-            denoiser.keep_guide(folder, train_state, config, done, steps, accelerator)
             if done % config.logging_steps == 0 or done == steps:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 losses = [*losses, row["train_loss"]][-TRACKED:]

@@ -91,13 +91,13 @@ def draw_samples(unet: Any, folder: Path, settings: dict[str, Any], tracker: Any
 
 
 def keep_guide(
-    folder: Path, train_state: loop.TrainState, config: TrainUnetConfig, step: int, steps: int, accelerator: Any
+    folder: Path, train_state: loop.TrainState, config: TrainUnetConfig, step: int, accelerator: Any
 ) -> None:
-    """Save the averaged weights as the guide of later pictures, if update `step` of `steps` is that of `guide_step`.
+    """Save the averaged weights as the guide of later pictures, if `guide_step` updates are done and another one begins.
 
-    Every process must call this function.
+    Every process must call this function. A resumed training begins with it too. The last weights cannot guide themselves.
     """
-    if step != config.guide_step or step == steps:  # The last weights cannot guide themselves.
+    if step != config.guide_step:
         return
     with loop.averaged(train_state) as unet:
         if accelerator.is_main_process:
