@@ -34,11 +34,13 @@ PAGES = {
 
 RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # page: its widget that chooses any number of runs
 # Streamlit leaves 6rem above a wide page: a third of a small window, before the first picture. Its captions, the
-# chosen segment of a control and the value of a slider have a contrast below 4.5 : 1.
+# chosen segment of a control and the value of a slider have a contrast below 4.5 : 1. A list that
+# always has a choice needs no word that one is required.
 STYLE = """<style>
 [data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }
 .stApp [data-testid=stCaptionContainer], .stApp [data-testid=stImageCaption] { opacity: 0.85; }
 .stApp [data-testid=stButtonGroup] button[data-selected=true] { color: inherit !important; }
+[data-testid=stWidgetLabelRequired] { display: none; }
 .stApp [data-testid=stSliderThumbValue], .stApp [data-testid=stSliderThumbValue] p { color: inherit !important; }
 </style>"""
 

@@ -233,6 +233,17 @@ def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
     assert component(asked, "picture_pair")["right"]["label"] == "guidance scale 1, checkpoint-000010"
 
 
+def test_a_picture_at_the_best_setting_is_compared_with_its_neighbour_at_first(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    report = {"checkpoint": "checkpoint-000020", "guidance_scale": 3.0}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation | {"report": report}))
+    grid = grid_of(show())
+    assert (grid["left"], grid["right"]) == ([1, 0], [1, 1])
+    asked = grid_of(show(left="guidance scale 3, checkpoint-000020"))  # the best one is taken by the left side
+    assert (asked["left"], asked["right"]) == ([1, 1], [1, 0])
+
+
 def test_each_picture_names_its_values_on_all_axes(tmp_path):
     make_run(tmp_path / "outputs" / "one", evaluated=False)
     app = show(

@@ -1,6 +1,6 @@
 """Show a chosen grid of pictures on a page: the missing pictures and their cost, the finished pictures, and downloads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,12 +34,15 @@ def show_grid(
     missing: Sequence[cells.PlannedCell],
     running: GridJob | None,
     measured: Measured,
+    show_curves: Callable[[], None],
 ) -> None:
     """Show how many pictures of a planned grid are missing, how long they take, and the finished pictures.
 
     Args:
         running: the job of this server that draws the grid, which this session perhaps does not watch yet.
         measured: per run folder, what its evaluation measured of single pictures (`cells.read_cells`).
+        show_curves: function that shows the curves of the runs, beside the pictures. A click on a point of a curve leaves
+            "_point" in the session's state.
     """
     job_grid, job = st.session_state.get("_job", (None, None))
     if job_grid != grid and job is not None:  # another grid was chosen: the old one's pictures stay
@@ -54,7 +57,7 @@ def show_grid(
             warn(UserError(job.error))
         st.session_state.pop("_job")
         job = None
-    draw_pictures(grid, planned, missing, job, measured)
+    draw_pictures(grid, planned, missing, job, measured, show_curves)
 
 
 def announce(grid: Grid, planned: Sequence[cells.PlannedCell], missing: Sequence[cells.PlannedCell], tab: int) -> None:
@@ -118,6 +121,7 @@ def draw_pictures(
     missing: Sequence[cells.PlannedCell],
     job: GridJob | None,
     measured: Measured,
+    show_curves: Callable[[], None],
 ) -> None:
     """Show the pictures of one tab and one page of its rows, and again each second while a job draws them.
 
@@ -128,6 +132,8 @@ def draw_pictures(
 
     @st.fragment(run_every=1 if job else None)
     def draw() -> None:
+        if "_point" in st.session_state:  # A clicked checkpoint changes the grid, and so the page.
+            st.rerun()
         if job:
             if job.finished.is_set():
                 st.rerun()
@@ -143,7 +149,7 @@ def draw_pictures(
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
             return
-        show_table(grid, shown, rows, tab, measured)
+        show_table(grid, shown, rows, tab, measured, show_curves)
 
     draw()
 
@@ -207,8 +213,13 @@ def show_table(
     rows: slice,
     tab: int,
     measured: Measured,
+    show_curves: Callable[[], None],
 ) -> None:
-    """Show the planned pictures of a tab as a table, two of them compared, and the downloads."""
+    """Show the planned pictures of a tab as a table with its downloads, and beside it two of them compared and the curves.
+
+    The picture at the best setting stands on the right at first, because it is the one to compare others with. The curves
+    of several runs come first.
+    """
     shown: dict[str, dict[str, Any]] = {}
     on_tab = "".join(
         f", {axis_label(axis.name, grid.labels[2][tab])}" for axis in grid.axes[2:] if axis.name not in TEXTS
@@ -229,15 +240,33 @@ def show_table(
             "open": partial(open_picture, one),
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
-    pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner)
-    if pair:
-        show_pair(shown, *pair)
-    if any(picture["source"] for picture in shown.values()):
-        with st.container(horizontal=True):
-            for side in ("left", "right"):
-                if (name := st.session_state.get(side)) in shown:
-                    playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
-        show_downloads(grid, planned, rows)
+    best = {run: best_setting(run) for run in {one.run for one in planned}}
+    pairs = zip(shown, planned, strict=True)
+    first = next((name for name, one in pairs if (one.checkpoint, one.cell.guidance_scale) == best[one.run]), None)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner, first=first)
+        if any(picture["source"] for picture in shown.values()):
+            show_downloads(grid, planned, rows)
+    with right:  # Beside the grid, which scrolls by itself, the compared pictures stay in sight.
+        several = len({one.run for one in planned}) > 1
+        if several:
+            show_curves()
+        if pair:
+            show_pair(shown, *pair)
+        for side in ("left", "right"):
+            name = st.session_state.get(side)
+            if name in shown and shown[name]["source"]:
+                playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
+        if not several:
+            show_curves()
+
+
+def best_setting(run: Path) -> tuple[Any, Any]:
+    """Return the checkpoint and the guidance scale that the evaluation of a run chose; None for what is not known."""
+    report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
+    report = report if isinstance(report, dict) else {}
+    return report.get("checkpoint"), report.get("guidance_scale")
 
 
 def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:

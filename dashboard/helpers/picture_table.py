@@ -19,7 +19,12 @@ TEXT_CHARACTERS = 60  # characters of a setting's value in the list of what diff
 
 
 def show_pictures(
-    shown: dict[str, dict[str, Any]], columns: list[str], rows: list[str], corner: str, is_by_row: bool = False
+    shown: dict[str, dict[str, Any]],
+    columns: list[str],
+    rows: list[str],
+    corner: str,
+    is_by_row: bool = False,
+    first: str | None = None,
 ) -> tuple[str, str] | None:
     """Show a table of pictures, and return the names of the two that are compared; None if there are no two.
 
@@ -31,6 +36,7 @@ def show_pictures(
         columns, rows: labels of the columns and rows of the table.
         corner: text in the table's corner, which says what the labels of columns and rows mean.
         is_by_row: whether the two that are compared at first stand in one row.
+        first: name of the picture that stands on the right at first.
     """
     drawn = [name for name, picture in shown.items() if picture["source"]]
     # Before their widgets stand, the URL alone says what they are.
@@ -38,6 +44,7 @@ def show_pictures(
     clicked = st.session_state.pop("_chosen", {})
     at = {(picture["row"], picture["column"]): name for name, picture in shown.items()}
     left, right = at.get(clicked.get("left"), left), at.get(clicked.get("right"), right)
+    right = first if right not in shown and first in drawn and first != left else right
     left = left if left in shown else partner_of(shown, drawn, right, is_by_row)
     right = right if right in shown else partner_of(shown, drawn, left, is_by_row)
     private = ("label", "open", "settings")  # not for the browser
@@ -67,16 +74,18 @@ def show_pictures(
 
 
 def partner_of(shown: dict[str, dict[str, Any]], drawn: list[str], other: str | None, is_by_row: bool) -> str | None:
-    """Return the first drawn picture beside `other`, or without `other` the first that has one beside it; else None."""
+    """Return a drawn picture beside `other`: the nearest one of its row, otherwise the first one of another row.
+
+    Without `other`, return the first picture that has one beside it. Return None if there is no such picture.
+    """
     rows = [shown[name]["row"] for name in drawn]
-    for name, row in zip(drawn, rows, strict=True):
-        if other in shown:
-            is_partner = name != other and (not is_by_row or row == shown[other]["row"])
-        else:
-            is_partner = not is_by_row or rows.count(row) > 1
-        if is_partner:
-            return name
-    return None
+    if other not in shown:
+        return next((name for name, row in zip(drawn, rows, strict=True) if not is_by_row or rows.count(row) > 1), None)
+    at = shown[other]
+    beside = [name for name in drawn if name != other and shown[name]["row"] == at["row"]]
+    if beside:
+        return min(beside, key=lambda name: abs(shown[name]["column"] - at["column"]))
+    return next((name for name in drawn if name != other and not is_by_row), None)
 
 
 def position_of(shown: dict[str, Any], name: str | None) -> list[int] | None:

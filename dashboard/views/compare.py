@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from helpers.charts import Chart, curves_chart, layered, nominal, quantity
 from helpers.drawing_jobs import running_job
 from helpers.evaluation_wall import show_best, show_verdict
 from helpers.folder_curves import folder_curves
-from helpers.grid_choice import AXIS_KEYS, Grid, checkpoint_names, choose_grid, name_grid, reset_values
+from helpers.grid_choice import AXIS_KEYS, Grid, Offer, checkpoint_names, choose_grid, name_grid, reset_values
 from helpers.grid_table import show_grid
 from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_no_runs, title_row, warn
@@ -76,23 +77,11 @@ def main() -> None:
     show_verdicts(chosen)
     if not has_checkpoints:
         show_samples(chosen)
-    left, right = st.columns([3, 2], gap="large")
-    grid = None
-    with left:
-        if not has_checkpoints:
-            st.text("no complete checkpoint yet; training writes the first one soon")
-        else:
-            try:
-                warn_of_gone(gone_names("checkpoint", checkpoint_names(chosen)), ", ".join(chosen), "choose others")
-                grid = choose_grid(offer)
-                planned = grid.plan()
-                missing = cells.missing(planned)
-                measured = {run: cells.read_cells(run) for run in chosen.values()}
-                show_grid(grid, planned, missing, running_job(grid), measured)
-            except UserError as error:
-                warn(error)
-    with right:
-        show_curves(chosen, grid)
+    if has_checkpoints:
+        show_pictures(chosen, offer)
+    else:
+        st.text("no complete checkpoint yet; training writes the first one soon")
+        show_curves(chosen, None)
     if has_checkpoints:
         show_samples(chosen)
     st.header("Evaluation")
@@ -117,6 +106,21 @@ def show_verdicts(runs: dict[str, Path]) -> None:
             with column:
                 st.text(name)
                 show_verdict(runs[name], read_or_warn(runs[name] / "evaluation" / "evaluation.json"))
+
+
+def show_pictures(runs: dict[str, Path], offer: Offer) -> None:
+    """Show the grid that the user chooses, with the curves beside it. Without a valid grid, show the curves alone."""
+    try:
+        warn_of_gone(gone_names("checkpoint", checkpoint_names(runs)), ", ".join(runs), "choose others")
+        grid = choose_grid(offer)
+        planned = grid.plan()
+        missing, job = cells.missing(planned), running_job(grid)
+    except UserError as error:
+        warn(error)
+        show_curves(runs, None)
+        return
+    measured = {run: cells.read_cells(run) for run in runs.values()}
+    show_grid(grid, planned, missing, job, measured, partial(show_curves, runs, grid))
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
