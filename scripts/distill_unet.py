@@ -8,7 +8,6 @@ weights and learns to go from each kept point to the next in a single step. Sett
 teacher's run. The teacher's drawings are cached, so VAE, text encoder and teacher are not in memory during training.
 """
 
-import math
 import os
 import sys
 from contextlib import ExitStack
@@ -151,7 +150,6 @@ def main() -> None:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 losses = [*losses, row["train_loss"]][-TRACKED:]
                 denoiser.show_progress(progress, losses, validation)
-                row = {name: value for name, value in row.items() if math.isfinite(value)}  # Drop non-finite values.
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
                 denoiser.record_samples(folder, done, ids, accelerator)
             asked = training.after(done)

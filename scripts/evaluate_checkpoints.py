@@ -97,8 +97,7 @@ def main() -> None:
 
     quiet_libraries()
     from t2i.data import preparing
-    from t2i.evaluation.judge import MAX_UNSEEN, spread
-    from t2i.evaluation.memorisation import Memory, pixel_embedding
+    from t2i.evaluation.memorisation import pixel_embedding
     from t2i.hub import model_card
 
     if config.engine == "openvino":
@@ -126,27 +125,9 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
 
-    # classifier
-    kind = kind_of(splits)
-    held_out: Any = splits.test or splits.validation
-    thumbnails = pixel_embedding(splits.train.pixels)
-    fresh = unseen_rows(held_out.pixels, thumbnails)
-    left_out = len(held_out) - len(fresh)
-    fresh = spread(fresh, MAX_UNSEEN)
-    unseen = held_out.pixels[fresh]
-    with state.timed("classifier"):
-        classifier, accuracy = prepare_classifier(kind, splits, config, folder)
-
-    # judge
-    with state.timed("judge"):
-        judge, features = prepare_judge(kind, splits, fresh, recipe)
-    labels = labels_of(held_out, fresh)
-    if judge and judge.probe:
-        accuracy = {"label": judge.probe.accuracy(features, labels)}
+    study, accuracy, left_out = prepare_study(recipe, splits, preset, state)
 
     # sweep
-    memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
-    study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     with state.timed("sweep"):
         sweep, sweep_results, single = draw_sweep(study, checkpoints, folder)
     best = choose(sweep_results, trained.guidance_scale).best
@@ -162,11 +143,11 @@ def main() -> None:
         **preset._asdict(),
         "guidance_rescale": config.guidance_rescale,
         "probe_accuracy": accuracy,
-        "unseen_images": len(unseen),
+        "unseen_images": len(study.unseen),
         "near_copies_left_out": left_out,
         **figures,
-        "prompt_following_held_out": following_of(pictures, prompts, classifier, True),
-        "prompt_following_seen": following_of(pictures, prompts, classifier, False),
+        "prompt_following_held_out": following_of(pictures, prompts, study.classifier, True),
+        "prompt_following_seen": following_of(pictures, prompts, study.classifier, False),
         **time_one_picture(run / best["checkpoint"], prompts.texts[0], preset, best["guidance_scale"]),
     }
     results: dict[str, Any] = {"report": report, "cells": sweep_results, "sweep": sweep}
@@ -181,7 +162,39 @@ def main() -> None:
     print_report(report, folder)
     print_verdict(results["verdict"])
     if config.report:
-        save_report(run, results, splits.train, thumbnails, trained)
+        save_report(run, results, splits.train, pixel_embedding(splits.train.pixels), trained)
+
+
+def prepare_study(recipe: Recipe, splits: Any, preset: Preset, state: RunFolder) -> tuple[Study, dict[str, float], int]:
+    """Choose the unseen images, and learn the classifier and the judge of an evaluation.
+
+    Args:
+        state: the folder of the evaluation, which keeps the classifier and how long each phase takes.
+
+    Returns:
+        The study, the accuracy of the classifier or of the judge's probe by attribute, and the number of held-out images
+            that were left out because they nearly equal a training image.
+    """
+    from t2i.evaluation.judge import MAX_UNSEEN, spread
+    from t2i.evaluation.memorisation import Memory, pixel_embedding
+
+    kind = kind_of(splits)
+    held_out: Any = splits.test or splits.validation
+    thumbnails = pixel_embedding(splits.train.pixels)
+    fresh = unseen_rows(held_out.pixels, thumbnails)
+    left_out = len(held_out) - len(fresh)
+    fresh = spread(fresh, MAX_UNSEEN)
+    unseen, labels = held_out.pixels[fresh], labels_of(held_out, fresh)
+    with state.timed("classifier"):
+        classifier, accuracy = prepare_classifier(kind, splits, recipe.evaluate, state.folder)
+    with state.timed("judge"):
+        judge, features = prepare_judge(kind, splits, fresh, recipe)
+    if judge and judge.probe:
+        accuracy = {"label": judge.probe.accuracy(features, labels)}
+    memory = Memory(thumbnails, unseen) if len(splits.train) > 1 and len(unseen) > 1 else None
+    run = Path(recipe.evaluate.model or "")
+    study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
+    return study, accuracy, left_out
 
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:

@@ -7,7 +7,6 @@ VAE and text encoder are not in memory during training, because their outputs fo
 cached.
 """
 
-import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -153,7 +152,6 @@ def main() -> None:
                 row = {**loop.mean_terms(terms, accelerator), "grad_norm": norm, "lr": schedule.get_last_lr()[0]}
                 losses = [*losses, row["train_loss"]][-TRACKED:]
                 denoiser.show_progress(progress, losses, validation)
-                row = {name: value for name, value in row.items() if math.isfinite(value)}  # Drop non-finite values.
                 loop.record(row, done, folder, tracker, accelerator.is_main_process)
                 denoiser.record_samples(folder, done, ids, accelerator)
             asked = training.after(done)

@@ -100,6 +100,14 @@ def test_no_import_leads_upward():
     assert upward == set()
 
 
+@pytest.mark.parametrize("path", [*SCRIPT_FILES, *MODULES], ids=lambda path: path.name)
+def test_functions_stay_short_enough_to_read(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            limit = 120 if path in SCRIPT_FILES and node.name == "main" else 90
+            assert node.end_lineno - node.lineno < limit, f"{node.name} has more than {limit} lines"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_only_scripts_make_an_accelerator(path):
     if path.name != "distributed.py":

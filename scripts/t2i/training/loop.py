@@ -526,11 +526,12 @@ def step_optimizer(
 
 
 def record(row: dict[str, float], step: int, folder: Path, tracker: Any, is_main: bool) -> None:
-    """Append a row of metrics to metrics.jsonl and send it to the tracker.
+    """Append a row of metrics to metrics.jsonl and send it to the tracker, without values that are not finite.
 
     If standard error is no terminal, the row is also printed. accelerate_configs/sagemaker_metrics.tsv reads these
     lines, so their form must not change.
     """
+    row = {name: value for name, value in row.items() if math.isfinite(value)}
     if is_main:
         append_jsonl(folder / "metrics.jsonl", {"step": step, **row})
         if not sys.stderr.isatty():
