@@ -18,6 +18,8 @@ from streamlit.components.v2 import manifest_scanner
 from streamlit_client import free_port
 from warm_python import WarmPython, start
 
+# Before torch is imported. Several workers share the cores: threads that wait for each other would only keep them busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 WARM = "T2I_WARM_PYTHON"  # the folder that all workers share
