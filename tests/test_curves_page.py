@@ -180,6 +180,27 @@ def test_runs_are_colored_and_averaged_by_a_setting_beside_a_baseline(tmp_path):
     assert layers(app)[0]["mark"]["type"] == "area"
 
 
+def test_figures_over_the_guidance_scale_have_the_runs_colors_and_one_legend(tmp_path):
+    for name in ("one", "two"):
+        run = make_run(tmp_path / "outputs" / name)
+        rows = [
+            {"checkpoint": checkpoint, "guidance_scale": scale, "judge": {"kernel_distance": 1.0, "named": 0.5}}
+            for checkpoint in ("checkpoint-000010", "checkpoint-000020") for scale in (1.5, 3.0)
+        ]  # fmt: skip
+        (run / "evaluation").mkdir(exist_ok=True)
+        (run / "evaluation" / "evaluation.json").write_text(json.dumps({"cells": rows}))
+    app = show("curves", figure=["judge.kernel_distance", "judge.named"])
+    colors = {line["name"]: line["color"] for line in lines_of(app)}
+    first, second = (chart["layer"][0]["encoding"] for chart in charts(app)[-2:])
+    for encoding in (first, second):
+        scale = encoding["color"]["scale"]
+        assert dict(zip(scale["domain"], scale["range"], strict=True)) == colors
+        assert encoding["x"]["axis"] == {"values": [1.5, 3.0], "format": ".4~g"}
+        assert [one.get("title") for one in encoding["tooltip"][:2]] == [None, "checkpoint"]
+    assert first["color"]["legend"]["columns"] == first["strokeDash"]["legend"]["columns"]  # of several rows on a phone
+    assert second["color"]["legend"] is second["strokeDash"]["legend"] is None
+
+
 def test_hostile_names_and_choices_draw_a_page(tmp_path):
     run = make_run(tmp_path / "outputs" / EVIL)
     make_run(tmp_path / "outputs" / "one")

@@ -171,17 +171,27 @@ def repeat_names(names: list[str], counts: list[int]) -> pa.DictionaryArray:
 
 
 def line_chart(
-    drawn: Rows, x: str, log: bool = False, marks: bool = False, colors: Mapping[str, str] | None = None
+    drawn: Rows,
+    x: str,
+    log: bool = False,
+    marks: bool = False,
+    colors: Mapping[str, str] | None = None,
+    metric: str = "metric",
+    has_legend: bool = True,
 ) -> Chart:
     """Return a chart of curves, whose steps are x, with a legend. Names of runs are shown literally.
 
-    With `marks`, each point has a mark, and the axis labels the values of x.
+    Args:
+        marks: whether each point has a mark, and the axis labels the values of x.
+        colors: CSS color per run. Without it runs have colors of the page's theme.
+        metric: what the second name of a row stands for.
+        has_legend: whether the chart has a legend. Charts of the same lines can share the legend of the first one.
     """
     names, metrics = {run for run, _, _ in drawn}, {metric for _, metric, _ in drawn}
     is_by_run = len(names) > 1 or (bool(colors) and len(metrics) == 1)
     lines = max(len(names), len(metrics))
     legend, height = None, HEIGHT  # the title already names a single line, and too many lines have no room
-    if 1 < lines <= LEGEND_LINES:
+    if has_legend and 1 < lines <= LEGEND_LINES:
         height += LEGEND_ROW * (lines - 1)  # the legend takes no height from the plot, also on a phone
         columns = {"expr": "width < 500 ? 1 : 2"}  # on a phone each name has a row for itself
         legend = {"orient": "bottom", "columns": columns, "labelLimit": 400}
@@ -194,17 +204,26 @@ def line_chart(
         "color": color,
         "tooltip": [
             nominal("run"),
-            nominal("metric"),
+            nominal("metric", title=metric),
             quantity("x", title=x, format=".6~g"),
             quantity("value", format=".5~g"),
         ],
     }
     if len(names) > 1 and len(metrics) > 1:
-        encoding["strokeDash"] = nominal("metric", title=None, legend=legend and {"orient": "top"})
+        encoding["strokeDash"] = nominal("metric", title=None, legend=legend and {**legend, "orient": "top"})
     elif lines > 1:
         encoding["detail"] = [nominal("run"), nominal("metric")]
-    mark = {"type": "line", "clip": True, "point": marks}
-    return {"data": table, "mark": mark, "encoding": encoding, "height": height, "params": [ZOOM]}
+    chart = {"data": table, "mark": {"type": "line", "clip": True}, "encoding": encoding, "params": [ZOOM]}
+    if not marks:
+        return chart | {"height": height}
+    # As a layer of their own: the legend of dashes would show the marks of one layer instead.
+    without_dashes = {name: value for name, value in encoding.items() if name != "strokeDash"}
+    points = {
+        "data": table,
+        "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
+        "encoding": without_dashes,
+    }
+    return layered([chart, points], height)
 
 
 def layered(layers: Sequence[Chart], height: int) -> Chart:
@@ -226,7 +245,10 @@ def axes_of(x: str, log: bool, y: str, measured: Sequence[float] = ()) -> dict[s
     if x == "step":
         ticks |= {"format": ",d", "tickMinStep": 1}
     if 0 < len(measured) <= MOST_TICKS:
-        ticks = {"values": list(measured), "format": "~g"}
+        ticks = {
+            "values": list(measured),
+            "format": ".4~g",
+        }  # Without digits, the distance of ticks decides: 2 for 1.5.
     y_scale = {"type": "log" if log else "linear", "zero": False, "padding": MARGIN}
     return {
         "x": quantity("x", title=x, axis=ticks, scale={"zero": False, "nice": False, "padding": SIDE}),

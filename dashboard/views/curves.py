@@ -39,6 +39,7 @@ KEPT_S = 60  # seconds that curves of ended runs stay in memory: an evaluation m
 BAND = re.compile(r"val_loss_\d+_\d+")
 FIRST_METRICS = ("train_loss", "val_loss")  # shown by default
 BY_RUN = "run"  # color of a run of its own
+CHARTS_ABREAST = 2  # figures over the guidance scale that stand beside each other
 MOST_VALUES = 8  # values of a setting by which runs are colored
 LOOK_KEYS = ("scale", "x", "smoothing", "bands", "color", "mean", "baseline")  # of the widgets that can be unfolded
 
@@ -372,7 +373,8 @@ def draw_curves(curves: dict[Key, Curve], options: dict[str, Any]) -> None:
     left, right = st.columns([4, 1], gap="medium")
     with right:
         lines = legend_lines(curves, options)
-        hidden = set(legend({"title": f"{len(lines)} lines", "lines": lines, "hidden": hidden_lines()}, key="_legend"))
+        title = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
+        hidden = set(legend({"title": title, "lines": lines, "hidden": hidden_lines()}, key="_legend"))
     charts: dict[str, list[tuple[str, str, Curve]]] = {}
     for (run, metric), curve in curves.items():
         line = look.groups[run] if look.is_averaged and run != look.baseline else run
@@ -446,11 +448,15 @@ def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[s
 
 
 def show_sweep(runs: dict[str, Path]) -> None:
-    """Draw the evaluation's figures over the guidance scale, one line per checkpoint."""
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {}  # of each figure and line: scale, value
+    """Draw the evaluation's figures over the guidance scale, one line per checkpoint, two charts beside each other.
+
+    Several runs have the colors of the charts above, and their checkpoints have dashes. All charts share the first one's
+    legend.
+    """
+    points: dict[str, dict[tuple[str, str], list[tuple[float, float]]]] = {}  # of each figure and line: scale, value
     for name, run in runs.items():
         for result in sweep_results(run):
-            line, scale = f"{name} · {result.get('checkpoint')}", float(result["guidance_scale"])
+            line, scale = (name, str(result.get("checkpoint"))), float(result["guidance_scale"])
             figures = {key: value for key, value in result.items() if key not in ("guidance_scale", "grid")}
             for key, value in flatten(figures).items():
                 if is_finite(value):
@@ -465,12 +471,27 @@ def show_sweep(runs: dict[str, Path]) -> None:
         name for name in ("prompt_following.all", "judge.kernel_distance", "memorisation.copies") if name in names
     ]
     chosen = st.multiselect("Figures", names, default=defaults or names[:1], key="figure", bind="query-params")
-    for key in chosen:
+    several = len({run for lines in points.values() for run, _ in lines}) > 1
+    for number, key in enumerate(chosen):
+        if number % CHARTS_ABREAST == 0:
+            columns = st.columns(min(CHARTS_ABREAST, len(chosen)), gap="medium")
         known = figure(key)
-        st.text(f"{known.name}, {known.better} is better" if known.better else known.name)
-        lines = {line: np.array(of_line).T for line, of_line in points[key].items()}
-        drawn = [(line, key, Curve(scales, np.zeros(len(scales)), values)) for line, (scales, values) in lines.items()]
-        st.vega_lite_chart(line_chart(drawn, "guidance scale", marks=True))
+        drawn = []
+        for (run_name, checkpoint), of_line in points[key].items():
+            scales, values = np.array(of_line).T
+            drawn.append((run_name, checkpoint, Curve(scales, np.zeros(len(scales)), values)))
+        with columns[number % CHARTS_ABREAST]:
+            st.text(f"{known.name}, {known.better} is better" if known.better else known.name)
+            st.vega_lite_chart(
+                line_chart(
+                    drawn,
+                    "guidance scale",
+                    marks=True,
+                    colors=color_runs(runs) if several else None,
+                    metric="checkpoint",
+                    has_legend=number == 0,
+                )
+            )
 
 
 main()
