@@ -3,7 +3,7 @@
 streamlit run dashboard
 
 Run the dashboard from the repository root. The dashboard shows the run folders below outputs/, and the MLflow store of
-MLFLOW_TRACKING_URI (mlflow.db if that is unset). The dashboard only reads runs: t2i computes everything.
+MLFLOW_TRACKING_URI (mlflow.db if that is unset). It leaves trained weights and figures as they are: t2i computes everything.
 
 Use this command behind a reverse proxy or a notebook server, with HOST as in the browser's address:
 streamlit run dashboard --server.allowedHosts=HOST --server.allowedHosts=localhost --server.corsAllowedOrigins=https://HOST

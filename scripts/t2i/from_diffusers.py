@@ -39,13 +39,16 @@ THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
         "a new autoencoder is built from --vae_channels, --vae_layers, --latent_channels",
     ),
     "perceptual_scale 0": (True, "there is no LPIPS term"),
-    "perceptual_scale": (False, "there is no LPIPS term; --ssim_weight weighs the structural term in its place"),
-    "disc_start": (False, "there is no discriminator; leave it out"),
-    "disc_factor": (False, "there is no discriminator; leave it out"),
-    "disc_scale": (False, "there is no discriminator; leave it out"),
-    "disc_loss": (False, "there is no discriminator; leave it out"),
-    "disc_learning_rate": (False, "there is no discriminator; leave it out"),
-    "disc_lr_scheduler": (False, "there is no discriminator; leave it out"),
+    "perceptual_scale": (
+        False,
+        "there is no LPIPS term; give --perceptual_weight, which compares features of another network",
+    ),
+    "disc_start": (False, "give --adversarial_weight and --adversarial_start, which counts updates"),
+    "disc_factor": (False, "give --adversarial_weight, which is relative to the other terms"),
+    "disc_scale": (False, "give --adversarial_weight, which is relative to the other terms"),
+    "disc_loss": (False, "the discriminator of --adversarial_weight has the hinge loss; leave it out"),
+    "disc_learning_rate": (False, "give --discriminator_learning_rate"),
+    "disc_lr_scheduler": (False, "the discriminator of --adversarial_weight has a constant learning rate; leave it out"),
 }
 # Options of train_autoencoderkl.py -> ours; {} stands for the value.
 _VAE_OPTIONS = {
