@@ -13,7 +13,8 @@ the time. Each of its checkpoints draws at the best of SCALES.
 
 Our script trains by the recipe for the SHARES of the peer's time, caching included, and draws without and with a guide. For
 the last share, it also trains with the peer's optimizer, rate and loss. The start of Python and the loading of models do not
-count for either script. Results of an earlier run are reused.
+count for either script, nor does the decoding and shrinking of photos: the peer gets photos of 64 px. Both record their
+curves in MLflow. Results of an earlier run are reused.
 """
 
 import json
@@ -51,9 +52,15 @@ def main() -> None:
     if len(sys.argv) < 4 or not Path(sys.argv[1]).is_file():
         sys.exit(f"name diffusers' script, photos and autoencoder: {__doc__.splitlines()[2]}" if __doc__ else "")
     WORK.mkdir(parents=True, exist_ok=True)
-    peer, photos, vae = Path(sys.argv[1]).resolve(), str(Path(sys.argv[2]).resolve()), str(Path(sys.argv[3]).resolve())
+    peer, photos, vae = (str(Path(word).resolve()) if Path(word).exists() else word for word in sys.argv[1:4])
     seconds = 60 * (float(sys.argv[4]) if len(sys.argv) > 4 else 60.0)
+    told, wanted = WORK / "arguments.json", [photos, vae, seconds]
+    if told.is_file() and json.loads(told.read_text()) != wanted:
+        sys.exit(f"{WORK} holds results of {told.read_text()}; delete that folder, or give the same arguments")
+    write_json(told, wanted)
     recipe = make_recipe(photos, vae)
+    if not (WORK / "start.timed.json").is_file():
+        shutil.rmtree(WORK / "cache", ignore_errors=True)  # Its making is measured.
     start = train_ours(recipe, WORK / "start", PROBE, {"learning_rate": 1e-9, "lr_warmup_steps": 0})
     images = write_photos(recipe, WORK / "peer_dataset")
     bench = prepare(WORK / "start", PICTURES)
@@ -83,7 +90,7 @@ def main() -> None:
         }  # fmt: skip
         options = [text for key, value in words.items() for text in (f"--{key}", str(value))]
         environment = make_environment(WORK / "peer_environment") | {"ACCELERATE_MIXED_PRECISION": precision}
-        seen = run([str(peer), *options, "--random_flip", "--center_crop", "--use_ema"], environment, WORK)
+        seen = run([peer, *options, "--random_flip", "--center_crop", "--use_ema"], environment, WORK)
         return {"step_seconds": statistics.median(seen.step_seconds), "updates": steps, "learning_rate": rate}
 
     probes = {
@@ -166,7 +173,7 @@ def make_recipe(photos: str, vae: str) -> dict[str, Any]:
     recipe = yaml.safe_load((SCRIPTS / "recipes" / "photos.yaml").read_text())
     recipe["data"] |= {"dataset": photos, "cache_dir": str(WORK / "cache")}
     recipe["vae"]["vae"] = vae
-    recipe["train_unet"] |= {"logging_steps": LOGGED, "report_to": "none", "validation_steps": 10**6}
+    recipe["train_unet"] |= {"logging_steps": LOGGED, "report_to": REPORT, "validation_steps": 10**6}
     return recipe
 
 
@@ -197,12 +204,13 @@ def write_photos(recipe: dict[str, Any], folder: Path) -> int:
     from PIL import Image
 
     split = preparing.load_splits(DataConfig(**recipe["data"]), say=lambda _: None).train
-    if not folder.is_dir():
+    if not (folder / "train.parquet").is_file():
         captions = [[*(9 * list(texts)), *(len(texts) * [""])] for texts in split.captions()]
         rows = {"image": [Image.fromarray(pixels) for pixels in split.pixels], "caption": captions}
         features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
-        folder.mkdir()
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "part")
+        (folder / "part").rename(folder / "train.parquet")
     return len(split)
 
 

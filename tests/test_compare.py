@@ -236,12 +236,16 @@ def test_a_new_grid_never_compares_a_picture_with_itself(tmp_path):
 def test_a_picture_at_the_best_setting_is_compared_with_its_neighbour_at_first(tmp_path):
     run = make_run(tmp_path / "outputs" / "one")
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
-    report = {"checkpoint": "checkpoint-000020", "guidance_scale": 3.0}
+    report = {"checkpoint": "checkpoint-000020", "guidance_scale": 3.0, "num_inference_steps": 4}
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation | {"report": report}))
     grid = grid_of(show())
     assert (grid["left"], grid["right"]) == ([1, 0], [1, 1])
     asked = grid_of(show(left="guidance scale 3, checkpoint-000020"))  # the best one is taken by the left side
     assert (asked["left"], asked["right"]) == ([1, 1], [1, 0])
+    report["num_inference_steps"] = 30  # none of these pictures
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation | {"report": report}))
+    grid = grid_of(show())
+    assert (grid["left"], grid["right"]) == ([0, 0], [0, 1])
 
 
 def test_each_picture_names_its_values_on_all_axes(tmp_path):

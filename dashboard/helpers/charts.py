@@ -19,6 +19,7 @@ HEIGHT, TALL = 360, 480  # pixels of a chart with axes and legend, and of one wi
 MARGIN, SIDE = 8, 16  # pixels between the outermost points and the frame, so that marks and labels on them are not cut
 MOST_TICKS = 12  # measured values that an axis labels each
 LEGEND_LINES, LEGEND_ROW = 8, 18  # most lines of a legend below a chart, and pixels per line
+DASHES = 5  # patterns of lines that Vega-Lite has
 MANY_LINES = 12  # with more lines, each is thin and pale until the pointer meets it
 DOTS = [2, 2]  # pixels drawn and left out of a dotted line
 BASELINE = "#767676"  # color of the pinned run, visible on both backgrounds
@@ -177,6 +178,7 @@ def line_chart(
     marks: bool = False,
     colors: Mapping[str, str] | None = None,
     metric: str = "metric",
+    shared: Sequence[tuple[str, str]] = (),
     has_legend: bool = True,
 ) -> Chart:
     """Return a chart of curves, whose steps are x, with a legend. Names of runs are shown literally.
@@ -185,9 +187,11 @@ def line_chart(
         marks: whether each point has a mark, and the axis labels the values of x.
         colors: CSS color per run. Without it runs have colors of the page's theme.
         metric: what the second name of a row stands for.
-        has_legend: whether the chart has a legend. Charts of the same lines can share the legend of the first one.
+        shared: run and metric of all lines of all charts that share one legend. By default the chart's own lines.
+        has_legend: whether the chart has a legend.
     """
-    names, metrics = {run for run, _, _ in drawn}, {metric for _, metric, _ in drawn}
+    pairs = shared or [(run, metric) for run, metric, _ in drawn]
+    names, metrics = (list(dict.fromkeys(column)) for column in zip(*pairs, strict=True))
     is_by_run = len(names) > 1 or (bool(colors) and len(metrics) == 1)
     lines = max(len(names), len(metrics))
     legend, height = None, HEIGHT  # the title already names a single line, and too many lines have no room
@@ -198,6 +202,8 @@ def line_chart(
     color = nominal("run" if is_by_run else "metric", title=None, legend=legend)
     if is_by_run and (named := {run: css for run, css in (colors or {}).items() if run in names}):
         color["scale"] = {"domain": list(named), "range": list(named.values())}
+    elif shared:
+        color["scale"] = {"domain": names if is_by_run else metrics}
     table = table_of(drawn)
     encoding: dict[str, Any] = {
         **axes_of(x, log, "value", np.unique(table["x"].to_numpy()).tolist() if marks else ()),
@@ -209,8 +215,11 @@ def line_chart(
             quantity("value", format=".5~g"),
         ],
     }
-    if len(names) > 1 and len(metrics) > 1:
+    if len(names) > 1 and 1 < len(metrics) <= DASHES:
+        height += LEGEND_ROW * len(metrics) if legend else 0
         encoding["strokeDash"] = nominal("metric", title=None, legend=legend and {**legend, "orient": "top"})
+        if shared:
+            encoding["strokeDash"]["scale"] = {"domain": metrics}
     elif lines > 1:
         encoding["detail"] = [nominal("run"), nominal("metric")]
     chart = {"data": table, "mark": {"type": "line", "clip": True}, "encoding": encoding, "params": [ZOOM]}
@@ -220,7 +229,7 @@ def line_chart(
     without_dashes = {name: value for name, value in encoding.items() if name != "strokeDash"}
     points = {
         "data": table,
-        "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
+        "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1, "clip": True},
         "encoding": without_dashes,
     }
     return layered([chart, points], height)

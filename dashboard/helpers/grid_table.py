@@ -23,6 +23,7 @@ from t2i.pictures.png import grid_png, labelled_grid
 
 SHOWN = 100  # pictures of a grid at once; the rows of a larger grid are shown in pages
 MANY, LONG_S = 100, 120  # missing pictures and seconds from which on a grid asks before it is drawn
+SAMPLING = ("guidance_scale", "num_inference_steps", "scheduler", "guidance_end", "guidance_rescale")
 TEXTS = ("prompt", "sample")  # axes whose values are prompts, which every picture's text ends with
 Measured = Mapping[Path, Mapping[tuple[str, cells.Cell], tuple[Any, Any]]]
 TITLE_CHARACTERS = 40  # characters of all tabs together, from which on they become a list
@@ -129,6 +130,7 @@ def draw_pictures(
     plans the rows that it shows.
     """
     fresh = [planned]
+    best = {run: best_setting(run) for run in {one.run for one in planned}}
 
     @st.fragment(run_every=1 if job else None)
     def draw() -> None:
@@ -148,8 +150,9 @@ def draw_pictures(
             shown = part_of_plan(fresh.pop(), tab, rows) if fresh else grid.plan(tab, rows)
         except UserError as error:  # the run was deleted meanwhile
             warn(error)
+            show_curves()
             return
-        show_table(grid, shown, rows, tab, measured, show_curves)
+        show_table(grid, shown, rows, tab, measured, best, show_curves)
 
     draw()
 
@@ -213,14 +216,19 @@ def show_table(
     rows: slice,
     tab: int,
     measured: Measured,
+    best: Mapping[Path, dict[str, Any]],
     show_curves: Callable[[], None],
 ) -> None:
     """Show the planned pictures of a tab as a table with its downloads, and beside it two of them compared and the curves.
 
     The picture at the best setting stands on the right at first, because it is the one to compare others with. The curves
-    of several runs come first.
+    come first if the table shows several runs.
+
+    Args:
+        best: the setting that the evaluation of each run chose, as `best_setting` returns it.
     """
     shown: dict[str, dict[str, Any]] = {}
+    plans: dict[str, cells.PlannedCell] = {}
     on_tab = "".join(
         f", {axis_label(axis.name, grid.labels[2][tab])}" for axis in grid.axes[2:] if axis.name not in TEXTS
     )
@@ -228,6 +236,7 @@ def show_table(
         _, row, column = one.at
         source = stored_address(one.path) if one.made else ""
         label = cell_name(grid, rows.start + row, column)
+        plans[label] = one
         shown[label] = {
             "row": rows.start + row,
             "column": column,
@@ -240,15 +249,13 @@ def show_table(
             "open": partial(open_picture, one),
         }
     corner = f"{AXES[grid.axes[1].name]} \\ {AXES[grid.axes[0].name]}"
-    best = {run: best_setting(run) for run in {one.run for one in planned}}
-    pairs = zip(shown, planned, strict=True)
-    first = next((name for name, one in pairs if (one.checkpoint, one.cell.guidance_scale) == best[one.run]), None)
+    first = next((name for name, one in plans.items() if has_setting(one, best.get(one.run, {}))), None)
     left, right = st.columns([3, 2], gap="large")
     with left:
         pair = show_pictures(shown, list(grid.labels[0]), list(grid.labels[1][rows]), corner, first=first)
         if any(picture["source"] for picture in shown.values()):
             show_downloads(grid, planned, rows)
-    with right:  # Beside the grid, which scrolls by itself, the compared pictures stay in sight.
+    with right:  # The grid scrolls by itself, so the pictures beside it stay in sight.
         several = len({one.run for one in planned}) > 1
         if several:
             show_curves()
@@ -257,16 +264,21 @@ def show_table(
         for side in ("left", "right"):
             name = st.session_state.get(side)
             if name in shown and shown[name]["source"]:
-                playground_link(planned[list(shown).index(name)], f"Open the {side} picture in the Playground")
+                playground_link(plans[name], f"Open the {side} picture in the Playground")
         if not several:
             show_curves()
 
 
-def best_setting(run: Path) -> tuple[Any, Any]:
-    """Return the checkpoint and the guidance scale that the evaluation of a run chose; None for what is not known."""
+def best_setting(run: Path) -> dict[str, Any]:
+    """Return the setting that the evaluation of a run chose: its checkpoint, and values of a cell by their names."""
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     report = report if isinstance(report, dict) else {}
-    return report.get("checkpoint"), report.get("guidance_scale")
+    return {name: report[name] for name in ("checkpoint", *SAMPLING) if name in report}
+
+
+def has_setting(planned: cells.PlannedCell, setting: dict[str, Any]) -> bool:
+    """Return whether a picture is drawn at a setting of `best_setting`. No picture is, if the setting is not known."""
+    return bool(setting) and all(getattr(planned.cell, name, planned.checkpoint) == setting[name] for name in setting)
 
 
 def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def show_pictures(
 def partner_of(shown: dict[str, dict[str, Any]], drawn: list[str], other: str | None, is_by_row: bool) -> str | None:
     """Return a drawn picture beside `other`: the nearest one of its row, otherwise the first one of another row.
 
-    Without `other`, return the first picture that has one beside it. Return None if there is no such picture.
+    Without `other`, return the first picture that has one beside it. Return None if there is no such picture. If
+    `is_by_row`, only pictures of one row stand beside each other.
     """
     rows = [shown[name]["row"] for name in drawn]
     if other not in shown:

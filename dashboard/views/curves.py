@@ -450,8 +450,7 @@ def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[s
 def show_sweep(runs: dict[str, Path]) -> None:
     """Draw the evaluation's figures over the guidance scale, one line per checkpoint, two charts beside each other.
 
-    Several runs have the colors of the charts above, and their checkpoints have dashes. All charts share the first one's
-    legend.
+    Of several runs, each has its own color, and few checkpoints have dashes. All charts share the legend of the first one.
     """
     points: dict[str, dict[tuple[str, str], list[tuple[float, float]]]] = {}  # of each figure and line: scale, value
     for name, run in runs.items():
@@ -471,7 +470,8 @@ def show_sweep(runs: dict[str, Path]) -> None:
         name for name in ("prompt_following.all", "judge.kernel_distance", "memorisation.copies") if name in names
     ]
     chosen = st.multiselect("Figures", names, default=defaults or names[:1], key="figure", bind="query-params")
-    several = len({run for lines in points.values() for run, _ in lines}) > 1
+    lines = sorted({line for key in chosen for line in points[key]})
+    several = len({run for run, _ in lines}) > 1
     for number, key in enumerate(chosen):
         if number % CHARTS_ABREAST == 0:
             columns = st.columns(min(CHARTS_ABREAST, len(chosen)), gap="medium")
@@ -489,6 +489,7 @@ def show_sweep(runs: dict[str, Path]) -> None:
                     marks=True,
                     colors=color_runs(runs) if several else None,
                     metric="checkpoint",
+                    shared=lines,
                     has_legend=number == 0,
                 )
             )

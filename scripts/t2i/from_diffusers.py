@@ -48,7 +48,10 @@ THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
     "disc_scale": (False, "give --adversarial_weight, which is relative to the other terms"),
     "disc_loss": (False, "the discriminator of --adversarial_weight has the hinge loss; leave it out"),
     "disc_learning_rate": (False, "give --discriminator_learning_rate"),
-    "disc_lr_scheduler": (False, "the discriminator of --adversarial_weight has a constant learning rate; leave it out"),
+    "disc_lr_scheduler": (
+        False,
+        "the discriminator of --adversarial_weight has a constant learning rate; leave it out",
+    ),
 }
 # Options of train_autoencoderkl.py -> ours; {} stands for the value.
 _VAE_OPTIONS = {
