@@ -9,7 +9,7 @@ and seeds are the same for all.
 
 The peer, diffusers' script, runs unmodified, in the faster of fp32 and bf16. It gets a cosine schedule with warm-up, averaged
 weights and a tenth of empty captions, which guidance needs. Its learning rate is the best of RATES in runs of a tenth of
-the time. Each of its checkpoints draws.
+the time, or the next best one if the long training diverges. Each of its checkpoints draws.
 
 Our script trains by the recipe for the SHARES of the peer's time, caching included, until its pictures are as good without a
 guide. For the last of these times, it also trains with the peer's optimizer, rate and loss. All draw without and with a guide,
@@ -103,20 +103,23 @@ def main() -> None:
         return trained | draw(peer_pipeline(WORK / f"pilot_{rate:g}" / "unet"), scale=3.0)
 
     pilots = {rate: kept(f"peer_pilot_{rate:g}", lambda r=rate: pilot(r)) for rate in RATES}
-    rate = min(pilots, key=lambda one: pilots[one]["kernel_distance"])
     step = statistics.median(row["step_seconds"] for row in pilots.values())
-    whole = kept("peer", lambda: train_peer("peer", round(seconds / step), rate, precision))
-    curve = []
-    for number in range(1, CHECKPOINTS + 1):
-        updates = number * (whole["updates"] // CHECKPOINTS)
-        unet = WORK / "peer" / (f"checkpoint-{updates}/unet_ema" if number < CHECKPOINTS else "unet")
-        row = kept(f"peer_drawn_{number}", lambda u=unet: draw(peer_pipeline(u)))
-        curve.append({"minutes": round(updates * whole["step_seconds"] / 60, 1), "updates": updates, **row})
-    target = curve[-1]["kernel_distance"]
-
-    guide = WORK / "peer" / f"checkpoint-{CHECKPOINTS // 2 * (whole['updates'] // CHECKPOINTS)}" / "unet_ema"
-    weak = with_unet(WORK / "start" / "pipeline", guide, WORK / "guiding")
-    guided_peer = kept("peer_guided", lambda: draw(peer_pipeline(WORK / "peer" / "unet"), weak))
+    tried: dict[str, list[dict[str, Any]]] = {}
+    for rate in sorted(pilots, key=lambda one: pilots[one]["kernel_distance"]):
+        folder = WORK / f"peer_{rate:g}"
+        whole = kept(folder.name, lambda r=rate: train_peer(f"peer_{r:g}", round(seconds / step), r, precision))
+        saved = [number * (whole["updates"] // CHECKPOINTS) for number in range(1, CHECKPOINTS)]
+        unets = {updates: folder / f"checkpoint-{updates}" / "unet_ema" for updates in saved}
+        unets[whole["updates"]] = folder / "unet"
+        curve = tried[f"{rate:g}"] = []
+        for number, (updates, unet) in enumerate(unets.items(), start=1):
+            row = kept(f"{folder.name}_drawn_{number}", lambda u=unet: draw(peer_pipeline(u)))
+            curve.append({"minutes": round(updates * whole["step_seconds"] / 60, 1), "updates": updates, **row})
+        target = curve[-1]["kernel_distance"]
+        if target <= pilots[rate]["kernel_distance"]:
+            break  # Otherwise the long training has diverged: the next rate.
+    weak = with_unet(WORK / "start" / "pipeline", unets[saved[CHECKPOINTS // 2 - 1]], WORK / "guiding")
+    guided_peer = kept(f"{folder.name}_guided", lambda: draw(peer_pipeline(folder / "unet"), weak))
 
     each = start["step_seconds"]
     ours: list[dict[str, Any]] = []
@@ -153,6 +156,7 @@ def main() -> None:
         {
             "ratio": ratio("the recipe, with a guide"), "goal": 5.0, "ratios": {way: ratio(way) for way in ways},
             "train_images": images, "precision": precision, "caching_seconds": start["cache"], "pilots": pilots,
+            "diverged": {name: rows for name, rows in tried.items() if rows is not curve},
             "peer": curve, "peer_with_a_guide": guided_peer, "ours": ours,
         },
     )  # fmt: skip
