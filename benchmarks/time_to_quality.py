@@ -1,4 +1,4 @@
-"""Measure how soon train_unet.py draws as well as diffusers' train_text_to_image.py does after an hour, on photos.
+"""Measure how soon train_unet.py draws as well as diffusers' train_text_to_image.py does after 20 minutes or more, on photos.
 
 python benchmarks/time_to_quality.py path/to/diffusers/examples/text_to_image/train_text_to_image.py PHOTOS VAE [minutes]
 
@@ -8,8 +8,8 @@ train_vae.py or a path. Quality is the judge's distance to photos, of PICTURES p
 and seeds are the same for all.
 
 The peer, diffusers' script, runs unmodified, in the faster of fp32 and bf16. It gets a cosine schedule with warm-up, averaged
-weights and a tenth of empty captions, which guidance needs. Its learning rate is the best of RATES in runs of a tenth of
-the time, or the next best one if the long training diverges. Each of its checkpoints draws.
+weights and a tenth of empty captions, which guidance needs. Its learning rate is the best of RATES in runs of PILOT
+updates, or the next best one if the long training diverges. Each of its checkpoints draws.
 
 Our script trains by the recipe for the SHARES of the peer's time, caching included, until its pictures are as good without a
 guide. For the last of these times, it also trains with the peer's optimizer, rate and loss. All draw without and with a guide,
@@ -45,6 +45,7 @@ SHARES = (1 / 10, 1 / 5, 1 / 3)  # of the peer's time, that ours is given
 WARMUP = 0.03  # of the updates
 CHECKPOINTS = 4  # of the peer, the last one included
 PROBE = 40  # updates that tell an update's seconds
+PILOT = 460  # updates that compare the peer's rates
 LOGGED = 20  # updates between two of our lines
 PICTURES = 240
 
@@ -54,7 +55,7 @@ def main() -> None:
         sys.exit(f"name diffusers' script, photos and autoencoder: {__doc__.splitlines()[2]}" if __doc__ else "")
     WORK.mkdir(parents=True, exist_ok=True)
     peer, photos, vae = (str(Path(word).resolve()) if Path(word).exists() else word for word in sys.argv[1:4])
-    seconds = 60 * (float(sys.argv[4]) if len(sys.argv) > 4 else 60.0)
+    seconds = 60 * (float(sys.argv[4]) if len(sys.argv) > 4 else 20.0)
     told, wanted = WORK / "arguments.json", [photos, vae, seconds]
     if told.is_file() and json.loads(told.read_text()) != wanted:
         sys.exit(f"{WORK} holds results of {told.read_text()}; delete that folder, or give the same arguments")
@@ -99,7 +100,7 @@ def main() -> None:
     step = probes[precision]["step_seconds"]
 
     def pilot(rate: float) -> dict[str, Any]:
-        trained = train_peer(f"pilot_{rate:g}", round(seconds / 10 / step), rate, precision)
+        trained = train_peer(f"pilot_{rate:g}", PILOT, rate, precision)
         return trained | draw(peer_pipeline(WORK / f"pilot_{rate:g}" / "unet"), scale=3.0)
 
     pilots = {rate: kept(f"peer_pilot_{rate:g}", lambda r=rate: pilot(r)) for rate in RATES}
