@@ -12,10 +12,11 @@ weights and a tenth of empty captions, which guidance needs. Its learning rate i
 updates, or the next best one if the long training diverges. Each of its checkpoints draws.
 
 Our script trains by the recipe for the SHARES of the peer's time, caching included, until its pictures are as good without a
-guide. For the last of these times, it also trains with the peer's optimizer, rate and loss. All draw without and with a guide,
-which has the weights of half of the updates. The start of Python and the loading of models do not
-count for either script, nor does the decoding and shrinking of photos: the peer gets photos of 64 px. Both record their
-curves in MLflow. Results of an earlier run are reused.
+guide. For the last of these times, it also trains with the peer's optimiser, rate and loss. All draw without and with a
+guide, which has the weights of half of the updates.
+
+The start of Python and the loading of models do not count for either script, nor does the decoding and shrinking of photos:
+the peer gets photos of 64 px. Both record their curves in MLflow. Results of an earlier run are reused.
 """
 
 import json
@@ -30,7 +31,7 @@ from typing import Any
 
 import yaml
 from common import ROOT, SCRIPTS, keep
-from guidance import Setting, prepare
+from guidance import Bench, Setting, prepare
 from train import REPORT, make_environment, run
 
 from t2i.config import DataConfig
@@ -66,104 +67,102 @@ def main() -> None:
     start = train_ours(recipe, WORK / "start", PROBE, {"learning_rate": 1e-9, "lr_warmup_steps": 0})
     images = write_photos(recipe, WORK / "peer_dataset")
     bench = prepare(WORK / "start", PICTURES)
+    result = {"train_images": images, "caching_seconds": start["cache"]} | measure_peer(peer, recipe, bench, seconds)
+    target, rate = result["peer"][-1], result["peer"][-1]["learning_rate"]
+    ours: list[dict[str, Any]] = []
+    each = start["step_seconds"]
+    for share in SHARES:
+        updates = round((share * seconds - start["cache"]) / each)
+        ours += measure_ours("the recipe", f"recipe_{round(1 / share)}", updates, {}, recipe, start, bench)
+        each = ours[-1]["step_seconds"]
+        if ours[-2]["kernel_distance"] <= target["kernel_distance"]:
+            break
+    keep_all(result, ours)  # A run that is cut short has told what it measured.
+    adamw = {"optimizer": "adamw", "learning_rate": rate, "alignment_weight": 0.0}
+    name = f"adamw_{round(1 / share)}"
+    ours += measure_ours("the peer's optimiser, rate and loss", name, updates, adamw, recipe, start, bench)
+    keep_all(result, ours)
 
-    def draw(pipeline: Path, weak: Path | None = None, scale: float = SCALE) -> dict[str, Any]:
-        """Return the judge's figures of a model's pictures, with guidance by the empty prompt or by `weak`."""
-        guide = sampling.load_pipeline(weak).unet if weak else None
-        setting = Setting(share=0.5 if weak else 0.0, scale=scale)
-        return bench.row(sampling.load_pipeline(pipeline), guide, setting) | {"scale": scale}
 
-    def peer_pipeline(unet: Path) -> Path:
-        """Make a pipeline of the peer's UNet. The peer saves autoencoder and text encoder in the precision of its training."""
-        return with_unet(WORK / "start" / "pipeline", unet, WORK / "drawing")
+def keep_all(result: dict[str, Any], ours: list[dict[str, Any]]) -> None:
+    """Keep the result, with how many times as fast each of our ways reaches the peer's last distance."""
+    target = result["peer"][-1]
+    ratios: dict[str, float | None] = dict.fromkeys(row["way"] for row in ours)
+    for row in sorted(ours, key=lambda row: row["minutes"], reverse=True):
+        if row["kernel_distance"] <= target["kernel_distance"]:
+            ratios[row["way"]] = round(target["minutes"] / row["minutes"], 1)
+    ratio = ratios["the recipe, with a guide"]
+    keep("time_to_quality", {"ratio": ratio, "goal": 5.0, "ratios": ratios, **result, "ours": ours})
 
-    def train_peer(name: str, steps: int, rate: float, precision: str) -> dict[str, Any]:
-        folder = WORK / name
-        words = {
-            "pretrained_model_name_or_path": WORK / "start" / "pipeline", "dataset_name": WORK / "peer_dataset",
-            "caption_column": "caption", "resolution": recipe["data"]["resolution"],
-            "train_batch_size": recipe["train_unet"]["train_batch_size"], "learning_rate": rate, "lr_scheduler": "cosine",
-            "lr_warmup_steps": round(WARMUP * steps), "max_train_steps": steps, "output_dir": folder, "seed": 0,
-            "cache_dir": WORK / "peer_cache", "report_to": REPORT, "checkpointing_steps": max(1, steps // CHECKPOINTS),
-            "logging_dir": WORK / "peer_logs",
-        }  # fmt: skip
-        options = [text for key, value in words.items() for text in (f"--{key}", str(value))]
-        environment = make_environment(WORK / "peer_environment") | {"ACCELERATE_MIXED_PRECISION": precision}
-        seen = run([peer, *options, "--random_flip", "--center_crop", "--use_ema"], environment, WORK)
-        return {"step_seconds": statistics.median(seen.step_seconds), "updates": steps, "learning_rate": rate}
 
+def draw(bench: Bench, pipeline: Path, weak: Path | None = None) -> dict[str, Any]:
+    """Return the judge's figures of a model's pictures, with guidance by the empty prompt or by the UNet of `weak`."""
+    guide = sampling.load_pipeline(weak).unet if weak else None
+    setting = Setting(share=0.5 if weak else 0.0, scale=SCALE)
+    return bench.row(sampling.load_pipeline(pipeline), guide, setting) | {"scale": SCALE}
+
+
+# --- The peer --------------------------------------------------------------------------------------------------------
+
+
+def measure_peer(script: str, recipe: dict[str, Any], bench: Bench, seconds: float) -> dict[str, Any]:
+    """Choose the peer's precision and learning rate, train it for a time, and draw with each of its checkpoints."""
     probes = {
-        precision: kept(f"peer_probe_{precision}", lambda p=precision: train_peer(f"peer_{p}", PROBE, RATES[0], p))
+        precision: kept(
+            f"peer_probe_{precision}", lambda p=precision: train_peer(script, recipe, f"peer_{p}", PROBE, RATES[0], p)
+        )
         for precision in ("no", "bf16")
     }
     precision = min(probes, key=lambda one: probes[one]["step_seconds"])
-    step = probes[precision]["step_seconds"]
 
     def pilot(rate: float) -> dict[str, Any]:
-        trained = train_peer(f"pilot_{rate:g}", PILOT, rate, precision)
-        return trained | draw(peer_pipeline(WORK / f"pilot_{rate:g}" / "unet"), scale=3.0)
+        trained = train_peer(script, recipe, f"pilot_{rate:g}", PILOT, rate, precision)
+        return trained | draw(bench, peer_pipeline(WORK / f"pilot_{rate:g}" / "unet"))
 
     pilots = {rate: kept(f"peer_pilot_{rate:g}", lambda r=rate: pilot(r)) for rate in RATES}
-    step = statistics.median(row["step_seconds"] for row in pilots.values())
-    tried: dict[str, list[dict[str, Any]]] = {}
+    steps = round(seconds / statistics.median(row["step_seconds"] for row in pilots.values()))
+    diverged: dict[str, Any] = {}
     for rate in sorted(pilots, key=lambda one: pilots[one]["kernel_distance"]):
-        folder = WORK / f"peer_{rate:g}"
-        whole = kept(folder.name, lambda r=rate: train_peer(f"peer_{r:g}", round(seconds / step), r, precision))
+        name = f"peer_{rate:g}"
+        whole = kept(name, lambda r=rate, n=name: train_peer(script, recipe, n, steps, r, precision))
         saved = [number * (whole["updates"] // CHECKPOINTS) for number in range(1, CHECKPOINTS)]
-        unets = {updates: folder / f"checkpoint-{updates}" / "unet_ema" for updates in saved}
-        unets[whole["updates"]] = folder / "unet"
-        curve = tried[f"{rate:g}"] = []
+        unets = {updates: WORK / name / f"checkpoint-{updates}" / "unet_ema" for updates in saved}
+        unets[whole["updates"]] = WORK / name / "unet"
+        curve = []
         for number, (updates, unet) in enumerate(unets.items(), start=1):
-            row = kept(f"{folder.name}_drawn_{number}", lambda u=unet: draw(peer_pipeline(u)))
-            curve.append({"minutes": round(updates * whole["step_seconds"] / 60, 1), "updates": updates, **row})
-        target = curve[-1]["kernel_distance"]
-        if target <= pilots[rate]["kernel_distance"]:
-            break  # Otherwise the long training has diverged: the next rate.
-    weak = with_unet(WORK / "start" / "pipeline", unets[saved[CHECKPOINTS // 2 - 1]], WORK / "guiding")
-    guided_peer = kept(f"{folder.name}_guided", lambda: draw(peer_pipeline(folder / "unet"), weak))
-
-    each = start["step_seconds"]
-    ours: list[dict[str, Any]] = []
-
-    def train_and_draw(way: str, name: str, share: float, settings: dict[str, Any]) -> bool:
-        """Train for a share of the peer's time, and return whether the pictures are as good as the peer's."""
-        nonlocal each
-        updates = round((share * seconds - start["cache"]) / each)
-        settings = settings | {"lr_warmup_steps": round(WARMUP * updates)}
-        trained = kept(name, lambda: train_ours(recipe, WORK / name, updates, settings))
-        each, pipeline = trained["step_seconds"], WORK / name / "pipeline"
-        minutes = round((start["cache"] + trained["updates"] * each) / 60, 1)
-        known = {"minutes": minutes, "updates": trained["updates"]}
-        row = kept(f"{name}_drawn", lambda: draw(pipeline))
-        ours.append({"way": way, **known, **row})
-        weak = with_unet(pipeline, pipeline / "guide", WORK / "guiding")
-        ours.append({"way": f"{way}, with a guide", **known, **kept(f"{name}_guided", lambda: draw(pipeline, weak))})
-        return bool(row["kernel_distance"] <= target)
-
-    def ratio(way: str) -> float | None:
-        """Return how many times as fast one of our ways reaches the peer's last distance, or None if it does not."""
-        reached = [row["minutes"] for row in ours if row["way"] == way and row["kernel_distance"] <= target]
-        return round(curve[-1]["minutes"] / min(reached), 1) if reached else None
-
-    def keep_all() -> None:
-        ways = list(dict.fromkeys(row["way"] for row in ours))
-        keep(
-            "time_to_quality",
-            {
-                "ratio": ratio("the recipe, with a guide"), "goal": 5.0, "ratios": {way: ratio(way) for way in ways},
-                "train_images": images, "precision": precision, "caching_seconds": start["cache"], "pilots": pilots,
-                "diverged": {name: rows for name, rows in tried.items() if rows is not curve},
-                "peer": curve, "peer_with_a_guide": guided_peer, "ours": ours,
-            },
-        )  # fmt: skip
-
-    for share in SHARES:
-        if train_and_draw("the recipe", f"recipe_{round(1 / share)}", share, {}):
+            row = kept(f"{name}_drawn_{number}", lambda u=unet: draw(bench, peer_pipeline(u)))
+            minutes = round(updates * whole["step_seconds"] / 60, 1)
+            curve.append({"minutes": minutes, "updates": updates, "learning_rate": rate, **row})
+        if curve[-1]["kernel_distance"] <= pilots[rate]["kernel_distance"]:
             break
-    keep_all()  # A run that is cut short has told what it measured.
-    adamw = {"optimizer": "adamw", "learning_rate": rate, "alignment_weight": 0.0}
-    train_and_draw("the peer's optimizer, rate and loss", f"adamw_{round(1 / share)}", share, adamw)
-    keep_all()
+        diverged[f"{rate:g}"] = curve
+    weak = with_unet(WORK / "start" / "pipeline", unets[saved[CHECKPOINTS // 2 - 1]], WORK / "guiding")
+    guided = kept(f"{name}_guided", lambda: draw(bench, peer_pipeline(WORK / name / "unet"), weak))
+    figures = {"peer": curve, "peer_with_a_guide": guided}
+    return {"precision": precision, "pilots": pilots, "diverged": diverged, **figures}
+
+
+def train_peer(
+    script: str, recipe: dict[str, Any], name: str, steps: int, rate: float, precision: str
+) -> dict[str, Any]:
+    """Train with diffusers' script into `WORK/name`."""
+    words = {
+        "pretrained_model_name_or_path": WORK / "start" / "pipeline", "dataset_name": WORK / "peer_dataset",
+        "caption_column": "caption", "resolution": recipe["data"]["resolution"],
+        "train_batch_size": recipe["train_unet"]["train_batch_size"], "learning_rate": rate, "lr_scheduler": "cosine",
+        "lr_warmup_steps": round(WARMUP * steps), "max_train_steps": steps, "output_dir": WORK / name, "seed": 0,
+        "cache_dir": WORK / "peer_cache", "report_to": REPORT, "checkpointing_steps": max(1, steps // CHECKPOINTS),
+        "logging_dir": WORK / "peer_logs",
+    }  # fmt: skip
+    options = [text for key, value in words.items() for text in (f"--{key}", str(value))]
+    environment = make_environment(WORK / "peer_environment") | {"ACCELERATE_MIXED_PRECISION": precision}
+    seen = run([script, *options, "--random_flip", "--center_crop", "--use_ema"], environment, WORK)
+    return {"step_seconds": statistics.median(seen.step_seconds), "updates": steps, "learning_rate": rate}
+
+
+def peer_pipeline(unet: Path) -> Path:
+    """Make a pipeline of the peer's UNet. The peer saves autoencoder and text encoder in the precision of its training."""
+    return with_unet(WORK / "start" / "pipeline", unet, WORK / "drawing")
 
 
 def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -185,6 +184,24 @@ def make_recipe(photos: str, vae: str) -> dict[str, Any]:
     recipe["vae"]["vae"] = vae
     recipe["train_unet"] |= {"logging_steps": LOGGED, "report_to": REPORT, "validation_steps": 10**6}
     return recipe
+
+
+# --- Ours ------------------------------------------------------------------------------------------------------------
+
+
+def measure_ours(
+    way: str, name: str, updates: int, settings: dict[str, Any], recipe: dict[str, Any], start: dict[str, Any], bench: Bench
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train with our script, and draw without and with a guide: a row of the result each."""
+    settings = settings | {"lr_warmup_steps": round(WARMUP * updates)}
+    trained = kept(name, lambda: train_ours(recipe, WORK / name, updates, settings))
+    pipeline = WORK / name / "pipeline"
+    minutes = round((start["cache"] + trained["updates"] * trained["step_seconds"]) / 60, 1)
+    known = {"minutes": minutes, "updates": trained["updates"], "step_seconds": trained["step_seconds"]}
+    plain = kept(f"{name}_drawn", lambda: draw(bench, pipeline))
+    weak = with_unet(pipeline, pipeline / "guide", WORK / "guiding")
+    guided = kept(f"{name}_guided", lambda: draw(bench, pipeline, weak))
+    return [{"way": way, **known, **plain}, {"way": f"{way}, with a guide", **known, **guided}]
 
 
 def train_ours(recipe: dict[str, Any], folder: Path, updates: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ PAGES = {
 
 RUNS = {"compare": "run", "curves": "runs", "runs": "runs"}  # page: its widget that chooses any number of runs
 # Streamlit leaves 6rem above a wide page: a third of a small window, before the first picture. Its captions, the
-# chosen segment of a control and the value of a slider have a contrast below 4.5 : 1. A list that
-# always has a choice needs no word that one is required.
+# chosen segment of a control and the value of a slider have a contrast below 4.5 : 1. A list that always
+# has a choice needs no word that one is required.
 STYLE = """<style>
 [data-testid=stMainBlockContainer] { padding-top: 4rem; padding-bottom: 3rem; }
 .stApp [data-testid=stCaptionContainer], .stApp [data-testid=stImageCaption] { opacity: 0.85; }

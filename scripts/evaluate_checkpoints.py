@@ -97,7 +97,6 @@ def main() -> None:
 
     quiet_libraries()
     from t2i.data import preparing
-    from t2i.evaluation.memorisation import pixel_embedding
     from t2i.hub import model_card
 
     if config.engine == "openvino":
@@ -120,7 +119,7 @@ def main() -> None:
         print_sweep(state.state["cells"])
         print_verdict(verdict_of(state.state))
         if config.report:
-            save_report(run, state.state, splits.train, pixel_embedding(splits.train.pixels), trained)
+            save_report(run, state.state, splits.train, trained)
         return
     folder.mkdir(exist_ok=True)
     (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
@@ -162,7 +161,7 @@ def main() -> None:
     print_report(report, folder)
     print_verdict(results["verdict"])
     if config.report:
-        save_report(run, results, splits.train, pixel_embedding(splits.train.pixels), trained)
+        save_report(run, results, splits.train, trained)
 
 
 def prepare_study(recipe: Recipe, splits: Any, preset: Preset, state: RunFolder) -> tuple[Study, dict[str, float], int]:
@@ -746,13 +745,12 @@ def draw_missing(run: Path, config: EvaluateConfig) -> None:
     cells.make(gone, load=partial(load, engine=config.engine), batch_size=config.eval_batch_size)
 
 
-def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any, trained: TrainUnetConfig) -> None:
+def save_report(run: Path, results: dict[str, Any], train: Any, trained: TrainUnetConfig) -> None:
     """Write the HTML report of a finished evaluation, and send it to the training's MLflow run.
 
     Args:
         results: content of evaluation.json.
         train: training split, in which the images nearest to the pictures are looked up.
-        thumbnails: `pixel_embedding` of its images.
         trained: settings of the training.
     """
     import numpy as np
@@ -761,6 +759,7 @@ def save_report(run: Path, results: dict[str, Any], train: Any, thumbnails: Any,
     from t2i.pictures import cells
     from t2i.tracking.mlflow_tracker import Tracker
 
+    thumbnails = memorisation.pixel_embedding(train.pixels)
     pairs: list[report.Pair] = []
     for planned, _ in report.reported_pictures(run, results) if len(train) > 1 else ():
         drawn = cells.read_cell(planned.run, planned.model_hash, planned.cell) if planned.made else None

@@ -254,10 +254,8 @@ def axes_of(x: str, log: bool, y: str, measured: Sequence[float] = ()) -> dict[s
     if x == "step":
         ticks |= {"format": ",d", "tickMinStep": 1}
     if 0 < len(measured) <= MOST_TICKS:
-        ticks = {
-            "values": list(measured),
-            "format": ".4~g",
-        }  # Without digits, the distance of ticks decides: 2 for 1.5.
+        # Without a number of digits, the distance of the ticks decides, and 1.5 becomes 2.
+        ticks = {"values": list(measured), "format": ".4~g"}
     y_scale = {"type": "log" if log else "linear", "zero": False, "padding": MARGIN}
     return {
         "x": quantity("x", title=x, axis=ticks, scale={"zero": False, "nice": False, "padding": SIDE}),

@@ -278,7 +278,8 @@ def best_setting(run: Path) -> dict[str, Any]:
 
 def has_setting(planned: cells.PlannedCell, setting: dict[str, Any]) -> bool:
     """Return whether a picture is drawn at a setting of `best_setting`. No picture is, if the setting is not known."""
-    return bool(setting) and all(getattr(planned.cell, name, planned.checkpoint) == setting[name] for name in setting)
+    values = {"checkpoint": planned.checkpoint, **asdict(planned.cell)}
+    return bool(setting) and all(values[name] == setting[name] for name in setting)
 
 
 def settings_of(planned: cells.PlannedCell) -> dict[str, Any]:
