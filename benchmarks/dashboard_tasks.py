@@ -151,6 +151,12 @@ def is_in_window(place: Locator) -> bool:
     return box is not None and box["y"] >= 0 and box["y"] + box["height"] <= WINDOW["height"]
 
 
+def is_right_of(place: Locator, other: Locator) -> bool:
+    """Return whether both are there, one to the right of the other. A page that is drawn again lacks them for a moment."""
+    box, left = place.bounding_box(), other.bounding_box()
+    return bool(box and left) and box["x"] >= left["x"] + left["width"]  # type: ignore[index]
+
+
 # --- The tasks -------------------------------------------------------------------------------------------------------
 
 
@@ -183,10 +189,8 @@ def compare_curves(hands: Hands, space: Workspace) -> None:
     hands.wait(lambda: len(painted(grid_pictures(page))) >= max(2, count), "pictures of both runs")
     legend = page.locator("[data-testid=stVegaLiteChart] .role-legend text")
     hands.wait(lambda: {*space.runs[:2]} <= {*legend.all_text_contents()}, "curves of both runs")
-    chart, grid = (page.locator(name).first.bounding_box() for name in ("[data-testid=stVegaLiteChart]", ".grid"))
-    assert chart is not None
-    assert grid is not None
-    assert chart["x"] >= grid["x"] + grid["width"], "the curves are not beside the pictures"
+    chart, grid = (page.locator(name).first for name in ("[data-testid=stVegaLiteChart]", ".grid"))
+    hands.wait(lambda: is_right_of(chart, grid), "the curves, beside the pictures")
 
 
 def find_neighbours(hands: Hands, space: Workspace) -> None:
@@ -361,7 +365,7 @@ def work(browser: Browser, address: str, space: Workspace, number: int) -> dict[
         try:
             function(hands, space)
         except (AssertionError, Error) as error:
-            problem = f"failed: {str(error).splitlines()[0]}"
+            problem = f"failed: {(str(error) or repr(error)).splitlines()[0]}"
     hands.page.context.close()
     row: dict[str, Any] = {"number": number, "task": task, "page": page, "interactions": hands.interactions,
                            "allowed": allowed, "seconds": round(hands.seconds, 2),
