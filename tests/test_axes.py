@@ -108,7 +108,7 @@ def test_prompts_come_back(prompts):
     st.text("0123456789eE+-.,()[] \n\"'Na", max_size=60) | st.text(max_size=60),
 )
 def test_any_text_gives_values_within_bounds_or_one_sentence(axis, text):
-    start = time.perf_counter()
+    start = time.thread_time()
     try:
         values = axes.parse(axis, text, ["1", "Na", "e"])
     except UserError as error:
@@ -122,12 +122,12 @@ def test_any_text_gives_values_within_bounds_or_one_sentence(axis, text):
         if axis in axes.NUMBERS:
             kind, low, high = axes.NUMBERS[axis]
             assert all(type(value) is kind and low <= value <= high for value in values)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @pytest.mark.parametrize("text", ["9" * 10**6, "1-" * 10**5, "0-1e18(+1e-6)", "1e999999-1", "((" * 10**5, "1," * 10**6])
 def test_hostile_text_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(UserError):
         axes.parse("seed", text)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5

@@ -131,7 +131,7 @@ def test_stores_that_cannot_be_read_get_one_sentence(tmp_path):
         began = time.monotonic()
         with pytest.raises(UserError) as caught:
             list_stored_runs(uri)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30  # not the minutes for which MLflow tries again
         assert "\n" not in str(caught.value)
         assert "geheim99" not in str(caught.value)
 

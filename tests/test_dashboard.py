@@ -326,7 +326,7 @@ def test_stores_that_do_not_answer_get_a_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     began = time.monotonic()
     assert "does not answer" in show("curves", source="MLflow").warning[0].value
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # not the minutes for which MLflow tries again
 
 
 def test_a_server_that_keeps_silent_does_not_block_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ def test_a_server_that_keeps_silent_does_not_block_the_page(monkeypatch: pytest.
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         app = show("curves", source="MLflow")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 9  # not the 10 s for which a request waits
         assert "waiting for the server's list of runs" in texts(app)
 
 

@@ -215,7 +215,7 @@ def test_a_fault_that_stays_ends_at_the_deadline(hub, folder, kind, method, path
     said, before, began = [], contents(folder), time.monotonic()
     with pytest.raises(HubError) as error:
         push(folder, said, deadline=1)
-    assert 0.9 < time.monotonic() - began < 4
+    assert 0.9 < time.monotonic() - began < 20  # not the minutes of the default deadline
     text = str(error.value)
     assert text.startswith(f"the push to me/flowers failed: {words}")
     assert text.endswith(f"; {folder} is unchanged, and the same command repeats the push")
@@ -230,7 +230,7 @@ def test_a_wait_beyond_the_deadline_is_not_begun(hub, folder):
     said, began = [], time.monotonic()
     with pytest.raises(HubError, match=r"429: ordered by the test \(asking to wait 600 s\)"):
         push(folder, said, deadline=60)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # not the 60 s of the deadline
     assert said == []
 
 
