@@ -229,9 +229,8 @@ def stop_and_resume(hands: Hands, space: Workspace) -> None:
     settle(page)
     first = painted(grid_pictures(page))
     assert draw_grid(hands) == 16 - len(first)
-    hands.wait(
-        lambda: len({*painted(grid_pictures(page))}) == 16, "16 pictures"
-    )  # A page may show a grid twice for a moment.
+    # A page may show a grid twice for a moment, so distinct pictures are counted.
+    hands.wait(lambda: len({*painted(grid_pictures(page))}) == 16, "16 pictures")
     assert {*first} < {*painted(grid_pictures(page))}, "pictures were drawn again"
 
 
