@@ -296,7 +296,7 @@ def test_the_loss_of_a_jump_is_the_error_of_the_velocity():
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_trajectory_ends_in_the_picture_of_preset_fast(teacher, guided):
+def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided):
     pipeline = sampling.load_pipeline(teacher, scheduler="unipc")
     if guided:  # by a UNet that answers otherwise
         weak = copy.deepcopy(pipeline.unet)
@@ -313,7 +313,7 @@ def test_a_trajectory_ends_in_the_picture_of_preset_fast(teacher, guided):
     with guide.guiding(pipeline):
         drawn = pipeline(
             prompt_embeds=hidden[1:], negative_prompt_embeds=hidden[:1].repeat(2, 1, 1), latents=noise, guidance_scale=3.0,
-            num_inference_steps=8, output_type="latent", **sampling._after_steps(pipeline, 8, 0.5, None),
+            num_inference_steps=trajectories.SOLVER.num_inference_steps, output_type="latent",
         ).images  # fmt: skip
     torch.testing.assert_close(found[:, -1], drawn, rtol=1e-3, atol=1e-3)
 
