@@ -86,9 +86,7 @@ def main() -> None:
     count = config.trajectories * config.num_inference_steps
     steps = loop.total_steps(config, count, accelerator.num_processes)
     batch = loop.global_batch(config, accelerator.num_processes)
-    decisive = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale")}
-    identity = loop.identity(recipe.data, config, steps=steps, global_batch=batch, **decisive, **input_hashes)
-    run = RunFolder(folder, identity)
+    run = RunFolder(folder, identity_of(recipe, {"steps": steps, "global_batch": batch, **input_hashes}))
     if loop.is_done(run, config, accelerator):
         if accelerator.is_main_process:  # Another node may have no run.json.
             print(f"reusing the finished run in {folder / 'pipeline'} (validation loss {run.state['val_loss']:.4f})")
@@ -258,6 +256,16 @@ def load_teacher(
     recipe.train_unet.num_inference_steps = recipe.evaluate.num_inference_steps = config.num_inference_steps
     recipe.evaluate.preset, recipe.evaluate.guidance_scales, recipe.evaluate.guidance_rescale = None, [1.0], 0.0
     return frozen, unguided(pipeline.unet), scheduler, input_hashes
+
+
+def identity_of(recipe: Recipe, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that decides a student: its settings, its `inputs`, and how the teacher draws its pictures."""
+    from t2i.training import loop
+    from t2i.training.trajectories import SOLVER
+
+    config = recipe.distill
+    decisive = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale")}
+    return loop.identity(recipe.data, config, teacher_solver=list(SOLVER), **decisive, **inputs)
 
 
 def choose_scale(recipe: Recipe, run: Path | None) -> float:

@@ -227,6 +227,7 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         ("distill_unet.py", ["--model", "nowhere/at/all", "--dataset", "dataset"], "neither a folder here nor a Hub id"),
         ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OTHER", "--seed", "1"], "holds another run"),
         ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OTHER", "--guidance_scale", "2"], "guidance_scale: 7.5"),
+        ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "OLDER"], "teacher_solver: null there, [\"unipc\", 8, 1.0]"),
         ("train_unet.py", ["--config", "tiny.yaml", "--dataset", "dataset", "--vae", "STUDENT"], "holds a tiny autoencoder"),
         ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--preset", "fast"], "only in 2 steps of DDIMSch"),
         ("generate_images.py", ["--model", "STUDENT", "--prompt", "x", "--num_inference_steps", "8"], "take preset turbo"),
@@ -240,10 +241,14 @@ def test_mistakes_get_one_sentence(
     script, arguments, sentence, student, teacher, workspace, tmp_path, monkeypatch, capsys
 ):
     other = tmp_path / "new"  # A process keeps the lock of a folder until it ends.
-    if "OTHER" in arguments:
+    if {"OTHER", "OLDER"} & {*arguments}:
         other.mkdir()
-        shutil.copy(student / "run.json", other)
-    words = [str({"TEACHER": teacher, "STUDENT": student, "OTHER": other}.get(word, word)) for word in arguments]
+        state = json.loads((student / "run.json").read_text())
+        if "OLDER" in arguments:  # A version whose teacher drew otherwise did not say how.
+            del state["identity"]["teacher_solver"]
+        (other / "run.json").write_text(json.dumps(state))
+    places = {"TEACHER": teacher, "STUDENT": student, "OTHER": other, "OLDER": other}
+    words = [str(places.get(word, word)) for word in arguments]
     options = [*map(str, OPTIONS), "--output_dir", str(other)] if script == "distill_unet.py" else []
     options = options[:-2] if "--output_dir" in words else options
     monkeypatch.chdir(workspace)
