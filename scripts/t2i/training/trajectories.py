@@ -18,8 +18,8 @@ from t2i.diffusion import draw, draw_captions, occurrences
 from t2i.files import hash_json
 from t2i.pictures.png import Preset, guided_steps
 
-# As near to photos as preset exact, with a quarter of its calls of the UNet. Guidance stays on to the end, unlike with preset
-# fast: without it in the second half, a teacher with a guide draws farther from photos (benchmarks/results/turbo.md).
+# On photos, as near as preset exact, with about a quarter of its calls of the UNet. All steps are guided, unlike with preset fast:
+# if the second half is unguided, a teacher with a guide draws farther from photos (benchmarks/results/turbo.md).
 SOLVER = Preset("unipc", 8, 1.0)
 BATCH = 32  # Trajectories that are computed at once.
 
