@@ -204,10 +204,16 @@ def test_a_grid_is_drawn_shown_as_it_comes_shared_and_compared(visit, gate):
     page = visit(query={"run": "one"})
     choose(page, "Rows", "seed")
     page.get_by_text("Values:").click()
-    for label, text in (("Guidance scale", "1-3"), ("Steps", "4"), ("Seed", "1-3")):
+    for label, text, name in (
+        ("Guidance scale", "1-3", "guidance_scale"),
+        ("Steps", "4", "num_inference_steps"),
+        ("Seed", "1-3", "seed"),
+    ):
         page.get_by_role("textbox", name=label).fill(text)
         page.keyboard.press("Enter")
-        settle(page)  # A rerun could replace the next field while it is filled.
+        # The rerun that this asks for could replace the next field while it is filled. On a busy machine it begins late.
+        expect(page).to_have_url(re.compile(rf"[?&]{name}={text}&"))
+        settle(page)
     page.get_by_text("Values:").click()
     draw = page.get_by_role("button", name="Draw 9 pictures")
     gate.touch()

@@ -1,7 +1,7 @@
 """Start commands at once: fork them from a process that has imported the libraries, which takes a command 12 s otherwise.
 
     python = WarmPython(folder, environment)   # once for all workers of a test run
-    done = start(folder, script, arguments, cwd, variables, reads_hub=False).wait(280)
+    done = start(folder, script, arguments, cwd, variables, reads_hub=False).wait(900)
 
 Where a command line is wanted in place of `python script arguments`, it is `python tests/warm_python.py FOLDER script arguments`.
 
