@@ -22,6 +22,7 @@ from warm_python import WarmPython, start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+LONGEST_S = 900  # Seconds of a command. It ends only what hangs: on a busy machine, a tiny recipe takes minutes.
 WARM = "T2I_WARM_PYTHON"  # the folder that all workers share
 
 # small enough that every command takes seconds
@@ -152,10 +153,10 @@ def command(environment):
         is_read_at_start = any(key.startswith(("OMP_", "MKL_", "PYTHON", "TRANSFORMERS_")) for key in env or {})
         may_fork = WARM in os.environ and not launcher and not is_read_at_start
         if may_fork and (fork or (started and started.exists())):
-            done = warm_start(script, arguments, cwd, variables).wait(900)
+            done = warm_start(script, arguments, cwd, variables).wait(LONGEST_S)
         else:
             done = subprocess.run(
-                words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False
+                words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=LONGEST_S, check=False
             )
         assert done.returncode == code, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         if code == 0 and started:
@@ -185,7 +186,7 @@ def ranks(command, environment):
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         variables = environment | common | (env or {})
         both = [warm_start(script, arguments, cwd, variables | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-        done = [process.wait(900) for process in both]
+        done = [process.wait(LONGEST_S) for process in both]
         assert not any(process.returncode for process in done), "\n".join(process.stderr[-5000:] for process in done)
         return "".join(process.stdout for process in done)
 

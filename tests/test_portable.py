@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import ROOT, SCRIPTS, TINY
+from conftest import LONGEST_S, ROOT, SCRIPTS, TINY
 from t2i import machine, models
 from t2i.data import workers
 from t2i.training import checkpoints
@@ -87,7 +87,7 @@ def test_commands_run_without_what_is_unix_alone(tmp_path, environment):
     done = subprocess.run(
         [sys.executable, "commands.py", str(SCRIPTS), str(ROOT / "dashboard" / "streamlit_app.py")],
         cwd=tmp_path, env=environment | {"PYTHONPATH": str(tmp_path), "T2I_TAKEN_AWAY": repr(taken)},
-        capture_output=True, text=True, timeout=900, check=False,
+        capture_output=True, text=True, timeout=LONGEST_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("DONE")] == [
