@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,7 @@ from t2i.config import (
 )
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
-from t2i.files import read_json, write_json
+from t2i.files import read_json, read_optional, write_json
 from t2i.launch_config import check_launch_config
 from t2i.loading import find_model
 from t2i.runs import own_checkpoint
@@ -57,6 +57,11 @@ SET_HERE = {
     "model": "leave it out",
     "dry_run": "leave it out",
 }
+VAE_OPTIONS = (
+    "vae",
+    "pretrained_vae_model_name_or_path",
+    "vae_revision",
+)  # The denoiser gets the autoencoder made here.
 # exit codes of a stage after Ctrl-C or SIGTERM: before its first step, after saving a checkpoint, and ended by the signal
 RESUMABLE = (130, EXIT_STOPPED, 143, -signal.SIGINT, -signal.SIGTERM)
 
@@ -78,12 +83,14 @@ def main() -> None:
     plain_words, overrides = take_overrides(sys.argv[1:])
     options = check_options(parse_options(Options, __doc__ or "", plain_words))
     recipe = load_recipe(options.config)
+    if options.dataset:
+        override(recipe, "data", ["--dataset", options.dataset])
     for section, words in overrides.items():
         override(recipe, section, [word for option in words for word in option])
     check_stages(recipe, options)
     folder = Path(options.output_dir)
-    dataset = options.dataset or recipe.data.dataset or str(folder / "dataset")
-    if not (options.dataset or recipe.data.dataset):
+    dataset = recipe.data.dataset or str(folder / "dataset")
+    if not recipe.data.dataset:
         size = str(recipe.data.resolution)
         drawing = python("make_flowers.py", "--output_dir", dataset, "--size", size)
         stage("draw", "drawing flowers", drawing, folder, folder / ".dataset" / "run.json")
@@ -95,13 +102,13 @@ def main() -> None:
         from t2i.data.preparing import load_splits
 
         # The autoencoder needs no captions. A data set without captions is refused before its hours of training.
-        load_splits(replace(recipe.data, dataset=dataset), say=lambda _: None)
+        load_splits(recipe.data, say=lambda _: None)
     changed = options_of(overrides, "data", "vae", "train_vae")
     training = launch([config], "train_vae.py", *common, "--output_dir", str(vae), *changed)
     stage("train_vae", "training the autoencoder", training, folder, vae / "run.json")
     set_already = options.accelerate_config or recipe.train_unet.mixed_precision
     bf16 = [] if set_already or not computes_in_bf16() else ["--mixed_precision", "bf16"]
-    changed = options_of(overrides, "data", "vae", "unet", "train_unet", without=("vae", "vae_revision"))
+    changed = options_of(overrides, "data", "vae", "unet", "train_unet", without=VAE_OPTIONS)
     training = launch([config, *bf16], "train_unet.py", *common, "--vae", str(vae), "--output_dir", str(unet), *changed)
     stage("train_unet", "caching, then training the denoiser", training, folder, unet / "run.json")
     changed = options_of(overrides, "data", "evaluate")
@@ -147,8 +154,8 @@ def check_stages(recipe: Recipe, options: Options) -> None:
     """Refuse settings before the first stage if a later stage would refuse these settings, perhaps after hours."""
     check_vae(recipe)
     check_unet(recipe)
-    if options.dataset or recipe.data.dataset:
-        check_dataset(options.dataset or recipe.data.dataset)
+    if recipe.data.dataset:
+        check_dataset(recipe.data.dataset)
     if options.accelerate_config:
         check_launch_config(Path(options.accelerate_config), "--accelerate_config")
         check_optimizer(recipe.train_unet.optimizer, read_yaml(Path(options.accelerate_config)))
@@ -265,8 +272,8 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
             "finished stages are kept"
         )
     if marker.is_file() and marker.stat().st_mtime_ns != before:
-        stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
-        write_json(folder / "stages.json", {**stages, name: round(time.perf_counter() - start, 1)})
+        stages = folder / "stages.json"
+        write_json(stages, {**read_optional(stages), name: round(time.perf_counter() - start, 1)})
 
 
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
@@ -295,7 +302,7 @@ def make_report(folder: Path) -> dict[str, Any]:
     vae, unet = read_json(folder / "vae" / "run.json"), read_json(folder / "unet" / "run.json")
     evaluation = read_json(folder / "unet" / "evaluation" / "run.json")
     return {
-        "seconds": read_json(folder / "stages.json"),
+        "seconds": read_optional(folder / "stages.json"),  # Without a file, the stages were run one by one.
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in (vae, unet, evaluation)),
         "vae": {key: vae.get(key) for key in ("psnr_db", "ssim", "test_psnr_db", "test_ssim")},
         "unet": {key: unet[key] for key in ("train_loss", "val_loss", "steps")},

@@ -277,6 +277,29 @@ def test_revisions_of_folders_and_senseless_numbers_are_refused(tmp_path, monkey
         parse(("data", "evaluate"), "", ["--num_inference_steps", "1500"])
 
 
+@pytest.mark.parametrize(
+    ("section", "text", "words", "expected"),
+    [
+        ("train_unet", "max_train_steps: 900", "--num_train_epochs 100", {"num_train_epochs": 100, "max_train_steps": None}),
+        ("train_unet", "max_train_steps: 900", "--num-train-epochs=7", {"num_train_epochs": 7, "max_train_steps": None}),
+        ("train_unet", "max_train_steps: 900", "--num_train_epochs 7 --max_train_steps 900", {"max_train_steps": 900}),
+        ("train_unet", "validation_epochs: 2", "--validation_steps 500", {"validation_epochs": None}),
+        ("evaluate", "preset: fast", "--num_inference_steps 30", {"preset": None, "num_inference_steps": 30}),
+        ("evaluate", "preset: fast", "--sweep_prompts 4", {"preset": "fast"}),
+        ("data", "{dataset: a/b, dataset_revision: v1}", "--dataset_name a/b", {"dataset_revision": "v1"}),
+        ("data", "{dataset: a/b, dataset_revision: v1}", "--train_data_dir c/d", {"dataset_revision": None}),
+        ("data", "{dataset: a/b, dataset_revision: v1}", "--dataset c/d --dataset_revision v1", {"dataset_revision": "v1"}),
+    ],
+)  # fmt: skip
+def test_a_typed_option_replaces_what_says_the_same_in_another_way(section, text, words, expected, tmp_path):
+    text = text if text.startswith("{") else f"{{{text}}}"
+    sections = ("data", "evaluate") if section == "evaluate" else SECTIONS
+    chosen = getattr(
+        parse(sections, "", ["--config", recipe(tmp_path, f"{section}: {text}\n"), *words.split()]), section
+    )
+    assert {key: getattr(chosen, key) for key in expected} == expected
+
+
 def test_the_yaml_for_a_mac_trains_on_its_gpu_in_float32_in_one_process(monkeypatch):
     """accelerate's launcher reads the YAML, and accelerate takes the GPU of a Mac as soon as torch says that there is one."""
     taken = []

@@ -1,6 +1,7 @@
 """run_recipe.py: keys of the recipe on its command line, and Ctrl-C."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -19,16 +20,17 @@ from t2i.launch_config import check_launch_config
 from t2i.loading import find_dataset
 
 TYPED = """--config photos --train_vae.max_train_steps 20 --train_unet.max-train-steps=30 --output_dir out
---data.resolution 32 --vae.vae a/b --train_unet.no_use_ema --train_unet.validation_prompts a rose --vae.vae_layers 2"""
+--data.resolution 32 --vae.vae a/b
+--vae.pretrained-vae-model-name-or-path a/b --train_unet.no_use_ema --train_unet.validation_prompts a rose --vae.vae_layers 2"""
 
 
 def test_keys_of_the_recipe_go_to_the_scripts_that_read_them():
     own, overrides = run_recipe.take_overrides(TYPED.split())
     assert own == ["--config", "photos", "--output_dir", "out"]
-    assert run_recipe.options_of(overrides, "data", "vae", "train_vae") == (
-        ["--resolution", "32", "--vae", "a/b", "--vae_layers", "2", "--max_train_steps", "20"]
-    )
-    unet = run_recipe.options_of(overrides, "data", "vae", "unet", "train_unet", without=("vae", "vae_revision"))
+    taken = run_recipe.options_of(overrides, "data", "vae", "train_vae")
+    path = "--vae a/b --pretrained_vae_model_name_or_path a/b"
+    assert " ".join(taken) == f"--resolution 32 {path} --vae_layers 2 --max_train_steps 20"
+    unet = run_recipe.options_of(overrides, "data", "vae", "unet", "train_unet", without=run_recipe.VAE_OPTIONS)
     assert " ".join(unet) == (
         "--resolution 32 --vae_layers 2 --max_train_steps 30 --no_use_ema --validation_prompts a rose"
     )
@@ -132,6 +134,46 @@ def test_a_launch_by_a_wrong_yaml_gets_one_sentence(text, sentence, tmp_path, co
     done = command("launch_local.py", "--config_file", file, "x.py", cwd=tmp_path, code=2, fork=True)
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_stages_that_were_run_one_by_one_are_reported_too(tmp_path, monkeypatch, capsys):
+    images = ["real", "reconstructions", "pictures"]
+    report = {
+        "guidance_scale": 2.0, "prompt_following": {"color": 0.5}, "probe_accuracy": {}, "memorisation": None,
+        "judge": {name: {"kernel_distance": 3.0} for name in images},
+    }  # fmt: skip
+    for folder, results in (
+        ("vae", {"psnr_db": 20.0}),
+        ("unet", {"train_loss": 1.0, "val_loss": 1.0, "steps": 8}),
+        ("unet/evaluation", {"report": report}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.json").write_text(json.dumps(results | {"peak_rss_bytes": 1}))
+    monkeypatch.setattr(run_recipe, "stage", lambda *_: None)  # each is reused
+    monkeypatch.setattr(sys, "argv", ["run_recipe.py", "--config", "demo", "--output_dir", str(tmp_path)])
+    run_recipe.main()
+    assert "chosen guidance scale            2.0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["seconds"] == {}
+
+
+def test_another_data_set_has_no_revision_of_the_recipes(tmp_path, monkeypatch):
+    kept = {}
+
+    def keep(recipe, options):
+        kept["data"] = recipe.data
+        raise SystemExit
+
+    monkeypatch.setattr(run_recipe, "check_stages", keep)
+    for words, revision in (
+        ([], load_recipe("flowers").data.dataset_revision),
+        (["--dataset", "me/flowers"], None),
+        (["--dataset", "me/flowers", "--data.dataset_revision", "v9"], "v9"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run_recipe.py", "--config", "flowers", *words])
+        with pytest.raises(SystemExit):
+            run_recipe.main()
+        assert kept["data"].dataset_revision == revision
+    assert kept["data"].dataset == "me/flowers"
 
 
 @pytest.mark.parametrize(

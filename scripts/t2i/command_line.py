@@ -99,6 +99,12 @@ def option(argv: list[str], name: str) -> str | None:
     return value
 
 
+def typed_fields(cls: Any, argv: list[str]) -> set[str]:
+    """Return the fields of a dataclass whose options stand in a command line, by their own names or by other ones."""
+    options = _options(cls)
+    return {options[name][0] for word, _, _ in typed_options(argv) if (name := plain_option(word)) in options}
+
+
 def note(text: str) -> None:
     """Print a note about the typed command line, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":

@@ -20,7 +20,7 @@ import tyro
 import yaml
 from pydantic import Field
 
-from t2i.command_line import check_options, option, parse_options
+from t2i.command_line import check_options, option, parse_options, typed_fields
 from t2i.config_types import (
     AS_LIST,
     NUMBER,
@@ -530,7 +530,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     ]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), doc, argv)
     for name, before in defaults.items():
-        _put(recipe, name, getattr(chosen, name), before)
+        _put(recipe, name, getattr(chosen, name), before, argv)
     if "vae" in sections:
         check_vae(recipe, crop="train_vae" in sections)
     if "unet" in sections:
@@ -543,7 +543,7 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
     before = getattr(recipe, name)
     members = [(name, type(before), field(default_factory=lambda: before))]
     chosen: Any = parse_options(dataclasses.make_dataclass("Options", members), f"Section {name} of the recipe.", argv)
-    _put(recipe, name, getattr(chosen, name), before)
+    _put(recipe, name, getattr(chosen, name), before, argv)
 
 
 # Options of Hub ids, and the options of their revisions.
@@ -564,21 +564,34 @@ def check_report_to(report_to: str) -> None:
         )
 
 
-def _put(recipe: Recipe, name: str, chosen: Any, before: Any) -> None:
+def _put(recipe: Recipe, name: str, chosen: Any, before: Any, argv: list[str]) -> None:
     """Put a section that was parsed from the command line into the recipe.
 
-    The argument `before` is the section as the recipe file gave it.
+    Args:
+        chosen: the section with the options of the command line.
+        before: the section as the recipe file gave it.
+        argv: words of the command line.
     """
     section = check_options(chosen)
-    _clear_dependent(section, before, "dataset", "dataset_revision")
-    _clear_dependent(section, before, "dataset", "dataset_config_name")
-    _clear_dependent(section, before, "vae", "vae_revision")
-    _clear_dependent(section, before, "text_encoder", "text_encoder_revision")
-    _clear_dependent(section, before, "pretrained_model_name_or_path", "revision")
-    _clear_dependent(section, before, "pretrained_model_name_or_path", "variant")
-    _clear_dependent(section, before, "validation_steps", "validation_epochs")
-    _clear_dependent(section, before, "num_train_epochs", "max_train_steps")
-    _clear_dependent(section, before, "num_inference_steps", "preset")
+    typed = typed_fields(type(section), argv)
+    for key, dependent in (
+        ("dataset", "dataset_revision"),
+        ("dataset", "dataset_config_name"),
+        ("vae", "vae_revision"),
+        ("text_encoder", "text_encoder_revision"),
+        ("pretrained_model_name_or_path", "revision"),
+        ("pretrained_model_name_or_path", "variant"),
+    ):
+        if key in typed and getattr(section, key) != getattr(before, key):
+            _clear_dependent(section, dependent, typed)
+    # These options say the same thing in two ways, so the typed one holds, also with the value that it had before.
+    for key, dependent in (
+        ("validation_steps", "validation_epochs"),
+        ("num_train_epochs", "max_train_steps"),
+        ("num_inference_steps", "preset"),
+    ):
+        if key in typed:
+            _clear_dependent(section, dependent, typed)
     for key, revision in _REVISIONS.items():
         _check_revision(section, key, revision)
     if name == "source":
@@ -596,16 +609,9 @@ def _check_revision(section: Any, key: str, revision: str) -> None:
         )
 
 
-def _clear_dependent(section: Any, before: Any, key: str, dependent: str) -> None:
-    """Reset the setting `dependent`, such as a revision, if the command line changes the setting `key` but not
-    `dependent`.
-    """
-    if (
-        hasattr(section, key)
-        and hasattr(section, dependent)
-        and getattr(section, key) != getattr(before, key)
-        and getattr(section, dependent) == getattr(before, dependent)
-    ):
+def _clear_dependent(section: Any, dependent: str, typed: set[str]) -> None:
+    """Reset a setting that depends on another one, such as a revision, unless the command line has it."""
+    if hasattr(section, dependent) and dependent not in typed:
         setattr(section, dependent, None)
 
 
