@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i.command_line import option
-from t2i.config import EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse
+from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse
 from t2i.errors import UserError, run_main
-from t2i.evaluation.figures import percent
+from t2i.evaluation.figures import other_prompts, percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
 from t2i.files import hash_files, read_object, write_json
 from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
@@ -76,8 +76,9 @@ class Study:
 def main() -> None:
     argv = sys.argv[1:]
     model = option(argv, "model")
-    if model and not option(argv, "config") and (Path(model) / "config.yaml").is_file():
-        argv = ["--config", str(Path(model) / "config.yaml"), *argv]  # the settings that the run was trained with
+    settings = Path(model).expanduser() / "config.yaml" if model else None
+    if settings and settings.is_file() and not option(argv, "config"):
+        argv = ["--config", str(settings), *argv]  # the settings that the run was trained with
     recipe = parse(("data", "evaluate"), __doc__ or "", argv)
     config = recipe.evaluate
     if not config.model:
@@ -87,9 +88,11 @@ def main() -> None:
         draw_missing(run, config)
         return
     training = read_object(run / "run.json")
-    trained = load_recipe(str(run / "config.yaml")).train_unet
+    recipe_of_run = load_recipe(str(run / "config.yaml"))
+    trained = recipe_of_run.train_unet
     if not recipe.data.dataset:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
+    check_data(recipe.data, recipe_of_run.data)
     checkpoints = choose_checkpoints(run, config)
     check_judge(run, config)
 
@@ -105,6 +108,12 @@ def main() -> None:
         engines.import_openvino()  # refused now, not after the classifier
     preset = sampler(run, config)
     splits = preparing.load_splits(recipe.data)
+    if splits.fingerprint != training.get("identity", {}).get("dataset_hash"):
+        print(
+            f"WARNING: {recipe.data.dataset} is not the data set that the model was trained on, or its captions have changed. "
+            "Images that count as unseen may be training images.",
+            file=sys.stderr,
+        )
     folder = run / "evaluation"
     input_hashes = {
         "dataset_hash": splits.fingerprint,
@@ -158,7 +167,7 @@ def main() -> None:
         track(run, results, trained.experiment)
     state.finish(**results)
     print_sweep(sweep_results)
-    print_report(report, folder)
+    print_report(results, folder)
     print_verdict(results["verdict"])
     if config.report:
         save_report(run, results, splits.train, trained)
@@ -194,6 +203,16 @@ def prepare_study(recipe: Recipe, splits: Any, preset: Preset, state: RunFolder)
     run = Path(recipe.evaluate.model or "")
     study = Study(run, kind, splits, unseen, labels, features, recipe, preset, classifier, judge, memory)
     return study, accuracy, left_out
+
+
+def check_data(asked: DataConfig, trained: DataConfig) -> None:
+    """Refuse other settings than those that decided which images the model was trained on, and how large they were."""
+    for key in ("resolution", "validation_fraction", "split_seed", "max_train_samples"):
+        if getattr(asked, key) != getattr(trained, key):
+            raise UserError(
+                f"{key} {getattr(asked, key)}: the model was trained with {getattr(trained, key)}, so other images would count "
+                f"as unseen; leave out --config, or give --{key} {getattr(trained, key)}"
+            )
 
 
 def check_judge(run: Path, config: EvaluateConfig) -> None:
@@ -316,6 +335,10 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
     if not known and copies:
         raise UserError(
             f"{run} holds no checkpoint of its own, only copies ({', '.join(copies)}); give one copy its old name back"
+        )
+    if not known and read_object(run / "run.json").get("status") == "finished":
+        raise UserError(
+            f"the checkpoints of the finished run in {run} were removed; restore one from a copy, or train in another folder"
         )
     if not known:
         raise UserError(f"{run} holds no checkpoint; train with scripts/train_unet.py --output_dir {run}")
@@ -559,6 +582,12 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
             raise UserError(f"preset {config.preset}: {problem}")
         return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
     if student := student_steps(schedule):
+        if max(config.guidance_scales) > 1:
+            scales = ", ".join(f"{scale:g}" for scale in config.guidance_scales)
+            raise UserError(
+                f"guidance_scales {scales}: the model is a student, which has learnt guidance; leave out --config, or give "
+                "--guidance_scales 1"
+            )
         return Preset(saved, student, 1.0)
     return Preset(saved, config.num_inference_steps, 1.0)
 
@@ -826,10 +855,12 @@ def print_sweep(sweep_results: list[dict[str, Any]]) -> None:
         print(f"{result['checkpoint']:<20}{result['guidance_scale']:>9g}{loss:>10}{shares}{distance:>16}{copies:>8}")
 
 
-def print_report(report: dict[str, Any], folder: Path) -> None:
+def print_report(results: dict[str, Any], folder: Path) -> None:
     """Print the figures of the chosen checkpoint and guidance scale on the prompts of the report."""
+    report = results["report"]
     print(
-        f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}; on {report['prompts']} other prompts:"
+        f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}, on {other_prompts(results)}; "
+        f"here {report['prompts']} pictures:"
     )
     for head, share in (report["prompt_following"] or {}).items():
         known = report["probe_accuracy"].get(head)

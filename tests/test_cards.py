@@ -132,6 +132,19 @@ def test_the_card_names_muon_and_the_network_of_an_alignment(tmp_path: Path) -> 
     assert row(text, "Alignment") == "with efficientnet-lite2, weight 0.5"
 
 
+def test_the_card_says_which_prompts_and_weights_were_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    text = model_card.write_model_card(run, EVALUATION)
+    assert "Both were chosen on other prompts." in text
+    assert "this folder holds the raw ones" not in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train_unet"] |= {"save_raw_weights": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = model_card.write_model_card(run, EVALUATION | {"prompts": ["a", "b"], "sweep": {"prompts": ["b"]}})
+    assert "Both were chosen on other pictures, which share 1 of 2 different prompts." in text
+    assert "The evaluation draws with the averaged weights, and this folder holds the raw ones." in text
+
+
 def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
     text = model_card.write_model_card(make_run(tmp_path / "run"), EVALUATION)
     assert "channels 48/96/144" in row(text, "Architecture")

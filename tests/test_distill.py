@@ -173,7 +173,9 @@ def test_preset_turbo_finds_the_student_beside_its_teacher(student, teacher, pic
 
 
 def test_the_same_command_reuses_the_student(student, teacher, run_main, capsys):
-    run_main("--model", teacher, "--output_dir", student, *OPTIONS)
+    run_main(
+        "--model", f"{teacher}/", "--output_dir", student, *OPTIONS
+    )  # the same model, as a shell completes its name
     assert "reusing the finished run" in capsys.readouterr().out
 
 
@@ -235,6 +237,9 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         ("generate_images.py", ["--model", "unet", "--prompt", "x", "--preset", "turbo"], "needs a student"),
         ("evaluate_checkpoints.py", ["--model", "unet", "--preset", "turbo"], "needs a student"),
         ("evaluate_checkpoints.py", ["--model", "STUDENT", "--preset", "draft"], "take preset turbo"),
+        ("evaluate_checkpoints.py", ["--model", "STUDENT", "--guidance_scales", "1", "3"], "give --guidance_scales 1"),
+        ("evaluate_checkpoints.py", ["--model", "unet", "--split_seed", "3"], "split_seed 3: the model was trained with 0"),
+        ("evaluate_checkpoints.py", ["--model", "unet", "--resolution", "64"], "give --resolution 32"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_sentence(

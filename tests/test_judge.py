@@ -1,5 +1,9 @@
 """The judge's distances, its probe and its networks."""
 
+import json
+import shutil
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from t2i.config import EvaluateConfig
 from t2i.data.caches import cache_features
 from t2i.errors import UserError
 from t2i.evaluation import judge, memorisation
+from t2i.evaluation.figures import other_prompts
 from t2i.evaluation.networks import FeatureNetwork, load_efficientnet_lite
 
 
@@ -179,6 +184,37 @@ def test_copies_are_told_from_new_pictures_also_if_soft_or_mirrored() -> None:
     twins = memorisation.pixel_embedding(np.concatenate([train, train[:, :, ::-1], soft]))
     assert memorisation.copied(soft, twins).all()  # a photo that stands there three times is copied all the same
     assert not memorisation.copied(fresh, twins).any()
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_images_that_may_have_been_trained_on_are_said(is_same, workspace, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "unet"
+    shutil.copytree(workspace / "unet", run, ignore=shutil.ignore_patterns("evaluation", "cells"))
+    state = json.loads((run / "run.json").read_text())
+    state["identity"]["dataset_hash"] += "" if is_same else "0"
+    (run / "run.json").write_text(json.dumps(state))
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(evaluate_checkpoints, "prepare_study", None)  # nothing is drawn
+    monkeypatch.setattr(sys, "argv", ["evaluate_checkpoints.py", "--model", str(run)])
+    with pytest.raises(TypeError):
+        evaluate_checkpoints.main()
+    assert ("Images that count as unseen may be training images." in capsys.readouterr().err) != is_same
+
+
+def test_an_evaluation_of_a_run_without_checkpoints_says_why(tmp_path) -> None:
+    for status, sentence in (
+        ("finished", "were removed; restore one from a copy"),
+        ("unfinished", "train with scripts"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({"status": status}))
+        with pytest.raises(UserError, match=sentence):
+            evaluate_checkpoints.choose_checkpoints(tmp_path, EvaluateConfig())
+
+
+def test_prompts_that_chose_the_setting_are_counted() -> None:
+    results = {"prompts": ["a", "b", "b"], "sweep": {"prompts": ["c", "b"]}}
+    assert other_prompts(results) == "other pictures, which share 1 of 2 different prompts"
+    assert other_prompts({"prompts": ["a"], "sweep": {"prompts": ["b"]}}) == other_prompts({}) == "other prompts"
 
 
 def test_a_network_that_taught_the_autoencoder_is_no_judge(tmp_path, monkeypatch) -> None:

@@ -114,6 +114,18 @@ def percent(share: float, count: int | None = None) -> str:
     return f"{text} ({100 * low:.0f}–{100 * high:.0f}%)"
 
 
+def other_prompts(results: Mapping[str, Any]) -> str:
+    """Return words for the pictures on which an evaluation chose its best setting, beside those that it reports.
+
+    Args:
+        results: content of evaluation.json. Its sweep and its report have different seeds. If a data set has few captions
+            or labels, both have some of the same prompts.
+    """
+    reported, chosen = set(results.get("prompts") or ()), set((results.get("sweep") or {}).get("prompts") or ())
+    shared = len(reported & chosen)
+    return f"other pictures, which share {shared} of {len(reported)} different prompts" if shared else "other prompts"
+
+
 def is_finite(value: Any) -> bool:
     """Return whether a value read from a file is a finite number, which tables and charts accept."""
     most = 2**63 if isinstance(value, int) else 1e300

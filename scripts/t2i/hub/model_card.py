@@ -16,7 +16,7 @@ from typing import Any
 
 from t2i.config import Recipe, load_recipe
 from t2i.errors import UserError
-from t2i.evaluation.figures import percent
+from t2i.evaluation.figures import other_prompts, percent
 from t2i.evaluation.verdict import TOPICS, verdict_of
 from t2i.files import read_object, read_optional, write_text
 from t2i.hub.markdown import escape_markdown, one_line
@@ -137,7 +137,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         guidance_scale=f"{_number(report.get('guidance_scale')) or recipe.train_unet.guidance_scale:g}",
         verdict=_verdict(evaluation),
         figures=_figures(result, report, vae_run),
-        protocol=_protocol(result, report),
+        protocol=_protocol(recipe, result, evaluation or {}),
         following=_following(report),
         judge=_text(_last_part((report.get("judge") or {}).get("network"))),
         judged=_judge_rows(report),
@@ -386,8 +386,9 @@ def _verdict(evaluation: dict[str, Any] | None) -> dict[str, str]:
     }
 
 
-def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
+def _protocol(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """Return sentences on how the figures on the card were measured."""
+    report = evaluation.get("report") or {}
     if not report:
         return "The pictures have not been evaluated."
     checkpoint, scale = report.get("checkpoint"), _figure(report.get("guidance_scale"), 2)
@@ -399,8 +400,10 @@ def _protocol(result: dict[str, Any], report: dict[str, Any]) -> str:
         sentences.append("Half of the prompts name attribute combinations that never occur in training.")
     sentences += [
         f"The pictures were drawn with {_text(checkpoint)} at guidance scale {scale}.",
-        "Both were chosen on other prompts.",
+        f"Both were chosen on {other_prompts(evaluation)}.",
     ]
+    if recipe.train_unet.save_raw_weights and not result.get("student"):
+        sentences.append("The evaluation draws with the averaged weights, and this folder holds the raw ones.")
     if re.findall(r"\d+$", str(checkpoint)) != [f"{result.get('steps'):06d}" if _number(result.get("steps")) else ""]:
         sentences.append("The weights in this folder come from the end of training.")
     sentences.append("Parentheses hold the 95% interval of a share (Wilson).")
