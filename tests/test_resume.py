@@ -634,6 +634,10 @@ def test_a_run_stopped_before_its_first_checkpoint_takes_the_new_length_from_ste
         tmp_path, identity(9) | {"TrainUnet.max_train_steps": None, "TrainUnet.num_train_epochs": 3.0}
     )
     assert (by_epochs.shorter, by_epochs.finished) == (None, True)
+    # An earlier version compared settings of validation pictures too.
+    earlier = identity(9) | {"TrainUnet.guidance_rescale": 0.35}
+    (tmp_path / "run.json").write_text(json.dumps(again.state | {"identity": earlier}))
+    assert runs.RunFolder(tmp_path, identity(9)).shorter is None
 
 
 # --- Signals and numbers ---------------------------------------------------------------------------------------------

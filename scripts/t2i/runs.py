@@ -40,6 +40,7 @@ def code_revision() -> str:
         return "unknown"
 
 
+NOT_COMPARED = {"Distill.model", "TrainUnet.guidance_rescale"}  # Settings that earlier versions compared.
 LENGTHS = ("max_train_steps", "num_train_epochs")  # The settings that may be raised to extend a training.
 
 
@@ -69,7 +70,7 @@ class RunFolder:
         self.shorter: int | None = None
         if self.file.is_file():
             earlier = read_object(self.file)
-            before = earlier.get("identity", {})
+            before = {key: value for key, value in earlier.get("identity", {}).items() if key not in NOT_COMPARED}
             if not replace:
                 _refuse_other_identity(folder, before, identity)
             if before == identity or not replace:

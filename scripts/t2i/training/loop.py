@@ -70,7 +70,9 @@ _PASSING = {
     *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
     "caption_prefix",
     *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
-    *("validation_prompts", "guidance_scale", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("validation_prompts", "guidance_scale", "guidance_rescale", "num_inference_steps"),
+    *("checkpointing_steps", "checkpoints_total_limit"),
+    "model",  # The hash of its weights is compared.
     *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
     *("compile", "channels_last", "cuda_graphs"),
     "perceptual_network",  # Its hash is compared if the network is used.
