@@ -112,6 +112,25 @@ def test_mistakes_are_sentences_before_anything_is_drawn(draw, monkeypatch, word
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "sentence"),
+    [
+        ("unet", ["--revision", "v2"], "revision v2 is a revision of the Hub"),
+        ("unet/pipeline", ["--weights", "raw"], "leave out --weights raw, or give a checkpoint"),
+        ("me/flowers", ["--weights", "raw"], "leave out --weights raw, or give a checkpoint"),
+        ("bare", ["--weights", "raw"], "the checkpoints of the finished run in"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(draw, workspace, tmp_path, model, words, sentence):
+    bare = tmp_path / "bare"
+    (bare / "pipeline" / "unet").mkdir(parents=True)
+    shutil.copyfile(workspace / "unet" / "run.json", bare / "run.json")
+    places = {"bare": bare, "me/flowers": model}
+    with pytest.raises(UserError) as error:
+        draw("--prompt", "x", *words, model=places.get(model, workspace / model))
+    assert sentence in str(error.value)
+
+
 @pytest.mark.parametrize("folder", ["file", "file/below", "/proc/t2i", "x" * 300])
 def test_a_folder_that_cannot_be_written_is_said_before_drawing(draw, monkeypatch, folder):
     monkeypatch.setattr(sampling, "generate", None)

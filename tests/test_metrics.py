@@ -74,6 +74,12 @@ def test_training_repeats_by_seed_and_leaves_the_callers_generator_alone() -> No
     assert not torch.equal(train(1), first)
 
 
+@pytest.mark.parametrize("steps", [1, 5, 10])
+def test_the_classifier_learns_in_any_number_of_steps(steps: int) -> None:
+    pixels, labels = discs(8, 32, seed=3)
+    attributes.train_classifier(pixels, labels, HEADS, steps=steps, batch_size=4, seed=0, width=8, progress=False)
+
+
 @pytest.mark.parametrize("resolution", [32, 64, 128])
 def test_classifier_shapes_and_round_trip(resolution: int, tmp_path) -> None:
     model = attributes.Classifier(HEADS, resolution, width=8).eval()

@@ -175,7 +175,10 @@ def train_classifier(
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=learning_rate
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
+        warm_up = (
+            0.3 if steps == 5 else 0.2
+        )  # Share of the steps. A warm-up of exactly one step makes torch divide by 0.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=warm_up)
         model.train()
         for rows in tqdm(
             _batches(len(pixels), batch_size, steps), total=steps, desc="classifier", disable=not progress

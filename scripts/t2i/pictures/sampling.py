@@ -70,6 +70,14 @@ def load_pipeline(
         is_folder = folder.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # the path is too long, or names an unknown user
         raise UserError(f"model {str(model)[:200]} cannot be a folder ({error}); correct the path") from None
+    if is_folder and revision:
+        raise UserError(
+            f"revision {revision} is a revision of the Hub, and model {model} is a folder here; leave it out"
+        )
+    if weights == "raw" and (not is_folder or (folder / "model_index.json").is_file()):
+        raise UserError(
+            f"model {model} is a pipeline, which has its weights once; leave out --weights raw, or give a checkpoint"
+        )
     compiled = engine != "torch" and _exported(folder, weights, device, engine)
     if compiled:
         try:
@@ -183,6 +191,11 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         if copies:
             raise UserError(
                 f"the run in {folder} has no checkpoint of its own, only copies; give --model {folder / copies[-1]} to draw with a copy"
+            )
+        if read_object(folder / "run.json").get("status") == "finished":
+            raise UserError(
+                f"the checkpoints of the finished run in {folder} were removed, and only they hold raw weights; "
+                "leave out --weights raw, or restore a checkpoint from a copy"
             )
         raise UserError(
             f"the run in {folder} has no checkpoint yet; let scripts/train_unet.py reach its first --checkpointing_steps"
@@ -320,7 +333,7 @@ def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any
             raise
         raise UserError(
             f"memory does not suffice for {len(prompts)} pictures at once ({text.splitlines()[0][:150] if text else 'none left'}); "
-            "give a smaller --batch_size"
+            "draw fewer at once, by a smaller --batch_size, --eval_batch_size or number of --validation_prompts"
         ) from None
     if not np.isfinite(made).all():
         raise UserError(
