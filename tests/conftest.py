@@ -13,6 +13,7 @@ from pathlib import Path
 import botocore.loaders
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from streamlit.components.v2 import manifest_scanner
 
 from streamlit_client import free_port
@@ -20,6 +21,8 @@ from warm_python import WarmPython, start
 
 # Before torch is imported. Several workers share the cores: threads that wait for each other would only keep them busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("suite", deadline=None)  # A busy machine exceeds any deadline of an example.
+settings.load_profile("suite")
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 LONGEST_S = 900  # Seconds of a command. It ends only what hangs: on a busy machine, a tiny recipe takes minutes.

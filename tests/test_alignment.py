@@ -38,7 +38,7 @@ class Colors:
         return "colors"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(3, 6), st.booleans(), st.integers(0, 1000))
 def test_targets_are_the_features_in_their_principal_axes(tmp_path_factory, count, flip, seed):
     images = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)

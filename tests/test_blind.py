@@ -147,7 +147,7 @@ def test_a_full_or_foreign_file_never_breaks_the_page(tmp_path, monkeypatch):
     assert "0 of 2 pairs judged" in texts(app)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from(preferences.CHOICES), st.booleans()), max_size=12))
 def test_the_last_answer_about_each_pair_counts_in_either_order(tmp_path_factory, given_answers):
     run = tmp_path_factory.getbasetemp() / "judged" / "one"

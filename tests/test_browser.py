@@ -92,9 +92,12 @@ def address_of(request):
 
 
 @pytest.fixture
-def visit(chromium, address_of):
-    """Open a page in a browser of its own (no cookies, no storage); whatever the console calls an error fails the test."""
-    errors, contexts = [], []
+def visit(chromium, address_of, request):
+    """Open a page in a browser of its own (no cookies, no storage); whatever the console calls an error fails the test.
+
+    If a test fails, its report shows the address and the text of each page.
+    """
+    errors, contexts, failed = [], [], request.session.testsfailed
 
     def note(message):
         # Below a page's path Streamlit asks for its own files there first, and then at the root. Chromium ends all requests,
@@ -116,6 +119,8 @@ def visit(chromium, address_of):
 
     yield open_page
     for context in contexts:
+        for page in context.pages if request.session.testsfailed > failed else ():
+            print(page.url, page.locator("body").inner_text(), sep="\n")
         context.close()
     assert not errors
 

@@ -59,7 +59,6 @@ SURE_COLORS = {  # species of the real photos that come in one color
 # --- Cleaning --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(ANY_TEXT)
 def test_a_clean_caption_is_one_line_that_any_file_holds(text):
     clean = clean_caption(text)
@@ -138,7 +137,7 @@ OPENING = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(OPENING, max_size=3).map("".join), ANY_TEXT)
 def test_stripping_is_idempotent_and_never_empties(opening, rest):
     text = clean_caption(opening + rest)
@@ -416,7 +415,7 @@ def test_lengths_are_those_of_the_real_tokenizer():
     assert auditing.token_limit(tokenizer) == 77
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT, st.one_of(st.none(), ANY_TEXT)), max_size=6))
 def test_any_captions_can_be_audited(rows):
     texts, ids, labels = ([row[i] for row in rows] for i in range(3))
@@ -435,13 +434,11 @@ def test_any_captions_can_be_audited(rows):
 # --- Limits and the terminal -----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(list(CHECKS)), st.floats(0, 1)))
 def test_limits_are_read_as_they_are_written(limits):
     assert parse_thresholds(f" {name} = {share!r} " for name, share in limits.items()) == limits
 
 
-@settings(deadline=None)
 @given(st.one_of(ANY_TEXT, st.tuples(st.sampled_from(list(CHECKS)), ANY_TEXT).map("=".join)))
 def test_any_other_limit_is_a_users_mistake(entry):
     try:

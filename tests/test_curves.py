@@ -24,7 +24,7 @@ def curve_of(values):
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=300), st.integers(4, 50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_thinning_keeps_ends_and_extremes_and_invents_nothing(values, points):
     curve, thinned = curve_of(values), thin(curve_of(values), points)
     assert len(thinned) <= max(points, 0) or len(thinned) == len(values) <= points
@@ -36,7 +36,7 @@ def test_thinning_keeps_ends_and_extremes_and_invents_nothing(values, points):
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=100), st.floats(0, 0.999))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_smoothing_is_a_weighted_mean_of_what_came_before(values, weight):
     smoothed = smooth(curve_of(values), weight).values
     shares = weight ** np.arange(len(values) - 1, -1, -1.0)
@@ -52,7 +52,7 @@ def test_a_constant_stays_and_a_wrong_weight_is_refused():
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.floats()), max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_of_a_step_made_twice_the_later_finite_value_counts(points):
     curve = make_curve([step for step, _ in points], [0.0] * len(points), [value for _, value in points])
     expected = {step: value for step, value in points if math.isfinite(value) and abs(value) < 1.79e308}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import streamlit as st
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st_
 from streamlit.testing.v1 import AppTest
 
@@ -52,7 +52,6 @@ def to_curve(points: dict[int, float]) -> Curve:
     return Curve(steps, np.full(len(steps), np.nan), np.array([points[step] for step in steps]))
 
 
-@settings(deadline=None)
 @given(CURVES)
 def test_a_mean_lies_between_the_lowest_and_the_highest_curve(points):
     curves = [to_curve(one) for one in points]
@@ -77,7 +76,6 @@ def test_a_mean_takes_few_steps_and_only_runs_that_have_them():
     assert mean.values[0] == 2
 
 
-@settings(deadline=None)
 @given(st_.lists(st_.text(min_size=1, max_size=8), max_size=60, unique=True), st_.data())
 def test_runs_that_are_added_change_no_color(names, data):
     from helpers.run_colors import COLORS, color_runs, repeats

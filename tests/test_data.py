@@ -1330,7 +1330,7 @@ def test_two_processes_at_once_build_once(tmp_path):
 # The sampler
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 60), batch=st.integers(1, 90), seed=st.integers(0, 2**32), epochs=st.integers(1, 4))
 def test_every_sample_comes_once_an_epoch(n, batch, seed, epochs):
     steps = -(-n * epochs // batch)
@@ -1341,7 +1341,7 @@ def test_every_sample_comes_once_an_epoch(n, batch, seed, epochs):
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 60), batch=st.integers(1, 32), seed=st.integers(0, 2**32), step=st.integers(0, 10**6))
 def test_the_sampler_is_a_pure_function_and_ranks_share_a_batch(n, batch, seed, step):
     expected = batch_indices(n, batch, seed, step)

@@ -160,7 +160,7 @@ OWN_KEYS = st.dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     deleted=st.sets(st.sampled_from(BLOCKS)), edited=st.sets(st.sampled_from(BLOCKS)),
     prose=st.lists(PROSE, min_size=len(BLOCKS), max_size=len(BLOCKS)), keys=OWN_KEYS, flow=st.booleans(),
@@ -187,7 +187,7 @@ def test_a_persons_edits_survive_and_generated_parts_are_renewed(deleted, edited
     assert outside == re.sub("<!-- t2i.*?end -->", "", mine, flags=re.DOTALL).split("\n---\n", 1)[1]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.one_of(
         st.text(),

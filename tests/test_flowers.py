@@ -30,7 +30,7 @@ def picture(size=64, seed=0, **changes):
     return flowers.draw(PLAIN | changes, size, np.random.default_rng(seed)).astype(float)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**40), index=st.integers(0, 2**40), size=st.integers(32, 96), held_out=st.booleans())
 def test_drawing_is_pure(seed, index, size, held_out):
     attributes, image, words = flowers.drawing(seed, index, size, held_out)
@@ -44,7 +44,7 @@ def test_drawing_is_pure(seed, index, size, held_out):
     assert flowers.is_held_out(attributes) == held_out
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(attributes=every_attributes, seed=st.integers(0, 2**32))
 def test_caption_names_every_attribute(attributes, seed):
     words = flowers.caption(attributes, np.random.default_rng(seed)).replace(",", " ").replace(":", " ").split()

@@ -289,7 +289,7 @@ def test_the_costs_in_the_documents_are_those_of_dry_runs(hub, launcher):
     assert (f"{found.usd_per_hour:.2f}", f"{found.usd:.2f}") == (price, usd)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20), max_size=6))
 def test_every_argument_arrives_as_typed(words):
     command = staging.Command("mine.py", words, None)

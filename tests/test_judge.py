@@ -24,7 +24,7 @@ def normal(count: int, width: int = 16, seed: int = 0, shift: float = 0.0) -> to
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=st.integers(3, 40), m=st.integers(3, 40), shift=st.floats(0, 2), seed=st.integers(0, 1000))
 def test_the_kernel_distance_is_the_unbiased_squared_mmd(n: int, m: int, shift: float, seed: int) -> None:
     real, generated = normal(n, seed=seed), normal(m, seed=seed + 1, shift=shift)

@@ -52,7 +52,7 @@ def test_the_tokenizer_survives_saving_and_knows_whole_words(tmp_path):
     assert again.model_max_length == 16
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=40))
 def test_the_tokenizer_takes_any_text(text):
     tokenizer = test_the_tokenizer_takes_any_text.tokenizer

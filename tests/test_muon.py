@@ -15,7 +15,7 @@ from t2i.training.distributed import write_deepspeed_config
 from t2i.training.muon import Muon, orthogonalise
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from([(4, 6), (6, 4), (6, 6), (3, 2, 3, 3), (8, 2, 1, 1), (1, 5)]), min_size=1, max_size=5),
     st.integers(0, 2**31),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -42,7 +42,6 @@ def load(folder: Path, cache: Path, crops: int) -> preparing.Splits:
     return preparing.load_splits(data, say=lambda _: None)
 
 
-@settings(deadline=None)
 @given(st.integers(40, 300), st.integers(40, 300), st.integers(0, 2**32))
 def test_a_crop_is_a_square_within_the_image_of_at_least_four_fifths_of_its_side(width, height, seed):
     crop = random_crop(gradient(width, height), 32, [seed, 0]).astype(float)
@@ -155,7 +154,6 @@ def test_a_cache_folder_that_lost_its_crops_is_damaged(tmp_path):
         open_prepared(prepared)
 
 
-@settings(deadline=None)
 @given(st.booleans(), st.integers(0, 4))
 def test_each_version_is_drawn_equally_often_and_without_crops_as_ever(flip, crops):
     uniform = torch.linspace(0, 1, 1001, dtype=torch.float32)[:-1]

@@ -129,7 +129,7 @@ def test_edited_captions_are_trained_on_and_survive_another_prefix(tmp_path):
     assert load(folder, tmp_path)[0].train.captions()[0] == ["a rose"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=6), min_size=1, max_size=3), max_size=4))
 def test_whatever_is_typed_is_what_is_read(tmp_path_factory, typed):
     folder = tmp_path_factory.mktemp("edits")

@@ -167,7 +167,7 @@ ARGUMENTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ARGUMENTS)
 def test_every_argument_arrives_as_typed(parts):
     """From the shell, through job.json and accelerate's command line in the container, to the script's settings."""

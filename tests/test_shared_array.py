@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     assert not (tmp_path / ".key.part").exists()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(count=st.integers(1, 2000), batch=st.integers(1, 64))
 def test_ranges_are_whole_batches_that_cover_every_row_once(count, batch, tmp_path_factory):
     seen = []

@@ -112,7 +112,7 @@ def extension(before, after, way, at_step=None, skipped=0):
     return {"from_steps": before, "to_steps": after, "at_step": at, "at_update": at - skipped, "lr_on_extend": way}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(SCHEDULES), st.integers(0, 5), st.integers(1, 20), st.integers(1, 20), st.data())
 def test_the_rate_of_an_extension_is_the_one_that_its_name_says(name, warmup, before, added, data):
     """From a checkpoint anywhere in the run: stretch gives the longer run's rates, restart the schedule anew, constant one rate."""

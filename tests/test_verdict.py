@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from t2i.evaluation.figures import Z
@@ -150,7 +150,6 @@ def test_copies_stand_beside_those_among_unseen_images(copies, of_unseen, contro
     assert ("weak" in text) == (control < 0.9)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 4), st.integers(0, 20), st.integers(0, 24), st.integers(1, 8)), min_size=2, max_size=8
@@ -212,7 +211,6 @@ WHOLE = evaluation([result(10, 3.0, 12.0, 0.5, clipped=0.1), result(20, 3.0, 15.
 EVIL = "<b>_*" * 100
 
 
-@settings(deadline=None)
 @given(st.sampled_from([path for path in paths(WHOLE) if path]), st.sampled_from([None, [], {}, EVIL, -1, 1e999, True]))
 def test_a_damaged_evaluation_gets_no_verdict_or_short_sentences(path, value):
     broken = copy.deepcopy(WHOLE)
