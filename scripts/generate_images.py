@@ -143,14 +143,12 @@ def choose_scale(asked: float | None, schedule: dict[str, Any]) -> float:
     Raises:
         UserError: guidance is asked of a student, which has learnt it.
     """
-    from t2i.pictures.png import student_steps
+    from t2i.pictures.png import guidance_problem, student_steps
 
     if not student_steps(schedule):
         return 7.5 if asked is None else asked
-    if asked is not None and asked > 1:
-        raise UserError(
-            f"guidance_scale {asked:g}: the model is a student, which has learnt guidance; leave the option out"
-        )
+    if asked is not None and (problem := guidance_problem(asked, schedule)):
+        raise UserError(problem)
     return 1.0
 
 

@@ -316,6 +316,27 @@ def test_a_run_that_is_gone_gets_a_sentence_and_no_other_runs_pictures(tmp_path)
     assert grid_of(app)["rows"] == ["checkpoint-000010", "checkpoint-000020"]
 
 
+def make_student(folder: Path) -> Path:
+    """A run of distill_unet.py that was not evaluated."""
+    run = make_run(folder, evaluated=False)
+    (run / "pipeline" / "model_index.json").write_text("{}")
+    schedule = {"_class_name": "DDIMScheduler", "_student_steps": 2}
+    (run / "pipeline" / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    return run
+
+
+def test_a_student_is_offered_without_guidance_and_refused_with_it(tmp_path):
+    make_student(tmp_path / "outputs" / "turbo")
+    app = show()
+    assert grid_of(app)["columns"] == ["1"]
+    press(app, "4 seeds")
+    assert (grid_of(app)["columns"], len(grid_of(app)["rows"])) == (["1"], 4)
+    assert "4 of 4 pictures are not drawn yet" in texts(app)
+    first, second = (cell["note"] for cell in grid_of(show(guidance_scale="1,3", checkpoint="pipeline"))["cells"])
+    assert first == "not drawn yet"
+    assert second == "guidance_scale 3: the model is a student, which has learnt guidance; give guidance_scale 1"
+
+
 def test_ten_thousand_cells_are_shown_in_pages_and_ask_first(tmp_path):
     make_run(tmp_path / "outputs" / "one")
     wide = {

@@ -301,6 +301,16 @@ def test_pndm_with_too_few_steps_gets_a_sentence(tmp_path, painter):
     assert app.number_input(key="num_inference_steps").value == 2  # and the form stays
 
 
+def test_a_student_takes_no_guidance(tmp_path, painter):
+    test_compare.make_student(tmp_path / "outputs" / "turbo")
+    app = show()
+    assert app.number_input(key="guidance_scale").value == 1
+    assert links(app, "Make a grid of this")["guidance_scale"] == ["1"]
+    app = press(show(guidance_scale="3"), DRAW)
+    assert "has learnt guidance; give guidance_scale 1" in warnings(app)
+    assert not painter.places
+
+
 def test_only_schedulers_that_are_right_for_the_model_are_offered(tmp_path, painter):
     folder = make_run(tmp_path / "outputs" / "flowers") / "pipeline" / "scheduler"
     folder.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from helpers.run_files import best_checkpoint, first_prompt
 from helpers.run_list import checkpoints_of, step_of
 from t2i.errors import UserError
 from t2i.pictures import axes, cells
-from t2i.pictures.png import SCHEDULERS, fitting_schedulers
+from t2i.pictures.png import SCHEDULERS, fitting_schedulers, student_steps
 
 AXES = {  # of `cells.AXES`, as they are called on the page
     "guidance_scale": "guidance scale",
@@ -193,8 +193,9 @@ def show_shortcuts(offer: Offer) -> None:
         args=(offer,),
         width=2 * AXIS_PX,
     )
+    count = offered_scales(offer.runs, FOUR_SCALES).count(",") + 1
     row.button(
-        f"{SEEDS} seeds × {FOUR_SCALES.count(',') + 1} scales",
+        f"{SEEDS} seeds × {count} scales" if count > 1 else f"{SEEDS} seeds",
         on_click=vary_seeds_and_scales,
         args=(offer,),
         help="Show the prompt by the best checkpoint, with a row per seed and a column per guidance scale.",
@@ -241,7 +242,7 @@ def vary_seeds_and_scales(offer: Offer) -> None:
         prompt, _ = samples.get(state.get("tab", ""), next(iter(samples.values())))
     state.update(columns="guidance_scale", rows="seed", tabs="run" if len(offer.runs) > 1 else "none")
     show_by_best(offer, prompt)
-    state["guidance_scale"] = FOUR_SCALES
+    state["guidance_scale"] = offered_scales(offer.runs, FOUR_SCALES)
     state["_reset"] = {"seed"}
 
 
@@ -332,7 +333,11 @@ def first_values(
         values["sample"] = list(sample_titles(evaluated))
     else:
         values["prompt"] = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
-    values |= default_texts(cell, evaluated, best_scale, chosen)
+    if evaluated:
+        scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values)
+    else:
+        scales = offered_scales(runs, GUIDANCE)
+    values |= default_texts(cell, scales if "guidance_scale" in chosen else f"{best_scale:g}", chosen)
     short_names = {name: key for key, name in SCHEDULERS.items()}
     first = short_names.get(cell.scheduler, "ddim")
     several = [name for name in ("dpm++", "unipc") if name != first and "scheduler" in chosen]
@@ -402,14 +407,16 @@ def choose_values(offer: Offer) -> dict[str, Any]:
     return typed
 
 
-def default_texts(
-    cell: cells.Cell, evaluated: cells.EvaluatedGrid | None, best_scale: float, chosen: Sequence[str]
-) -> dict[str, str]:
+def offered_scales(runs: dict[str, Path], scales: str) -> str:
+    """Return the guidance scales to offer for pictures by the settings of the first run: `scales`, or 1 for a student."""
+    return "1" if student_steps(cells.schedule_of(next(iter(runs.values())))) else scales
+
+
+def default_texts(cell: cells.Cell, scales: str, chosen: Sequence[str]) -> dict[str, str]:
     """Return the default text of each typed setting: several values if the setting is an axis, otherwise one value."""
-    scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values) if evaluated else GUIDANCE
     seed, steps = cell.seed, cell.num_inference_steps
     texts = {
-        "guidance_scale": scales if "guidance_scale" in chosen else f"{best_scale:g}",
+        "guidance_scale": scales,
         "num_inference_steps": f"{max(1, steps // 2)},{steps}" if "num_inference_steps" in chosen else str(steps),
         "guidance_end": "0.5,1" if "guidance_end" in chosen else f"{cell.guidance_end:g}",
         "guidance_rescale": "0,0.7" if "guidance_rescale" in chosen else f"{cell.guidance_rescale:g}",

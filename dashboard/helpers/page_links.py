@@ -9,7 +9,7 @@ import streamlit as st
 from helpers.page_url import url_text
 from helpers.run_list import OUTPUTS
 from t2i.pictures import axes, cells, wildcards
-from t2i.pictures.png import SCHEDULERS
+from t2i.pictures.png import SCHEDULERS, student_steps
 
 VIEWS = Path(__file__).parents[1] / "views"
 SHORT_NAMES = {name: key for key, name in SCHEDULERS.items()}  # by the class names of diffusers
@@ -73,7 +73,8 @@ def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:
     scales = [cell.guidance_scale]
     if len(chosen) < 2:
         chosen.append("guidance_scale")
-        scales = sorted({max(1.0, scales[0] / 2), scales[0], min(MAX_SCALE, scales[0] * 2)})
+        if not student_steps(cells.schedule_of(planned[0].run)):  # a student draws without guidance alone
+            scales = sorted({max(1.0, scales[0] / 2), scales[0], min(MAX_SCALE, scales[0] * 2)})
     if len(chosen) < 2:
         chosen.append("seed")
         seeds = [seeds[0] + number for number in range(3)]

@@ -34,6 +34,7 @@ from t2i.pictures.png import (
     PNDM_STEPS,
     SCHEDULERS,
     TURBO,
+    guidance_problem,
     guided_steps,
     pixel_hash,
     presets_of,
@@ -433,7 +434,9 @@ def plan(
         name, model_hash, problem = models[wanted]
         model = (wanted[0], name)
         own_cell = replace(cell, **settings)
-        problem = problem or scheduler_problem(own_cell.scheduler, schedule_of(model[0]), own_cell.num_inference_steps)
+        schedule = schedule_of(model[0])
+        problem = problem or scheduler_problem(own_cell.scheduler, schedule, own_cell.num_inference_steps)
+        problem = problem or guidance_problem(own_cell.guidance_scale, schedule)
         path = cell_path(model[0], model_hash, own_cell)
         made = problem is None and is_made(model[0], model_hash, own_cell)
         planned.append(PlannedCell((tab, row, column), *model, model_hash, own_cell, path, made, problem))

@@ -118,6 +118,17 @@ def scheduler_problem(name: str, config: Mapping[str, Any], steps: int | None = 
     return f"scheduler {name} {reason}; {instead}"
 
 
+def guidance_problem(scale: float, config: Mapping[str, Any]) -> str | None:
+    """Return a sentence on why a guidance scale does not suit a model, or None if it suits the model.
+
+    Args:
+        config: content of scheduler_config.json, which was saved with the model.
+    """
+    if scale <= 1 or not student_steps(config):
+        return None
+    return f"guidance_scale {scale:g}: the model is a student, which has learnt guidance; give guidance_scale 1"
+
+
 def fitting_schedulers(config: Mapping[str, Any], steps: int | None = None) -> list[str]:
     """Return the keys of `SCHEDULERS` that suit a model.
 
