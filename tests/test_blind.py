@@ -92,6 +92,18 @@ def test_back_replaces_the_last_answer(tmp_path):
     assert rows[1] in ("first", "second")
 
 
+def test_back_leads_to_the_last_pair_of_all_and_to_none_of_other_models(tmp_path):
+    make_run(tmp_path / "outputs" / "one")
+    app = show(**CHECKPOINTS)
+    app.session_state["_blind_again"] = app.session_state["_blind_last"] = ("a prompt of another run", 7)
+    app = press(press(app.run(), EQUAL), EQUAL)
+    assert "All 2 pairs are judged." in texts(app)
+    app = press(press(app, "Back"), LEFT)
+    assert "All 2 pairs are judged." in texts(app)
+    app = press(app, "Back")
+    assert LEFT in [button.label for button in app.button]
+
+
 def test_two_runs_both_keep_the_answers_and_equal_sides_are_refused(tmp_path):
     one, two = make_run(tmp_path / "outputs" / "one"), make_run(tmp_path / "outputs" / "two")
     app = press(show(a_run="one", b_run="two", **CHECKPOINTS), RIGHT)

@@ -199,6 +199,9 @@ def ask(pairs: Sequence[Pair], known: Mapping[tuple[str, int], str]) -> None:
     """Show a pair that has no answer yet, and the buttons that answer. Order and sides are drawn anew in each session."""
     if not pairs:
         return
+    for key in ("_blind_again", "_blind_last"):
+        if st.session_state.get(key) not in [at(pair) for pair in pairs]:  # other models were chosen meanwhile
+            st.session_state.pop(key, None)
     seed = st.session_state.setdefault("_blind_seed", random.randrange(2**32))
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))
     again: tuple[str, int] | None = st.session_state.get("_blind_again")
@@ -209,6 +212,7 @@ def ask(pairs: Sequence[Pair], known: Mapping[tuple[str, int], str]) -> None:
     ]
     if not open_pairs:
         st.success(f"All {len(pairs)} pairs are judged.")
+        show_back()
         return
     pair = open_pairs[0]
     is_swapped = random.Random(f"{seed} {at(pair)}").random() < 0.5
@@ -229,10 +233,14 @@ def ask(pairs: Sequence[Pair], known: Mapping[tuple[str, int], str]) -> None:
             ("Right is better", "Right", sides[1]),
         ):
             st.button(label, shortcut=key, on_click=partial(take_answer, pair, preferred))
-        last = st.session_state.get("_blind_last")
-        st.button("Back", shortcut="Up", on_click=go_back, disabled=last is None, help="Judge the last pair again.")
+        show_back()
     if error := st.session_state.pop("_blind_error", None):
         warn(error)
+
+
+def show_back() -> None:
+    last = st.session_state.get("_blind_last")
+    st.button("Back", shortcut="Up", on_click=go_back, disabled=last is None, help="Judge the last pair again.")
 
 
 def at(pair: Pair) -> tuple[str, int]:
