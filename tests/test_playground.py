@@ -613,6 +613,12 @@ def test_pictures_become_a_grid_and_a_grids_picture_opens_here(tmp_path, painter
     grid = test_compare.grid_of(follow(several, "Make a grid of this", "compare"))
     assert (grid["columns"], grid["rows"]) == (["checkpoint-000010", "checkpoint-000020"], ["red rose", "blue rose"])
     assert not links(show(**query, prompt="two\nlines"), "Make a grid of this")  # Compare has a prompt per line
+    other = show(**query, prompt="rose", beside="one/checkpoint-000020")
+    grid = test_compare.grid_of(follow(other, "Make a grid of this", "compare"))
+    steps = ["checkpoint-000010", "checkpoint-000020"]
+    assert (grid["columns"], sorted(grid["rows"])) == (["two", "one"], steps)
+    four = show(**query, prompt="{red|blue} rose", pictures="4", beside="one/checkpoint-000020")
+    assert not links(four, "Make a grid of this")  # Compare has three axes
 
 
 def test_strangers_find_no_stars_and_in_a_space_only_their_own_pictures(tmp_path, painter, monkeypatch):

@@ -55,7 +55,7 @@ def grid_link(planned: Sequence[cells.PlannedCell]) -> None:
 
 
 def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:
-    """Return Compare's URL parameters for a grid that holds these pictures, or {} if a prompt cannot stand in its list.
+    """Return Compare's URL parameters for a grid that holds these pictures, or {} if no grid can hold them.
 
     A grid has two axes at least. If the pictures do not differ so much, guidance scales and seeds are added.
     """
@@ -66,10 +66,12 @@ def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:
     checkpoints = list(dict.fromkeys(one.checkpoint for one in planned))
     if any(not prompt or prompt.splitlines() != [prompt.strip()] for prompt in prompts):  # one prompt per line
         return {}
-    if cell.scheduler not in SHORT_NAMES or planned[0].problem:
+    if cell.scheduler not in SHORT_NAMES or any(one.problem for one in planned):
         return {}
-    several = {"run": len(runs), "checkpoint": len(checkpoints) if len(runs) == 1 else 1, "prompt": len(prompts)}
-    chosen = [name for name, count in (several | {"seed": len(seeds)}).items() if count > 1]
+    several = {"run": len(runs), "checkpoint": len(checkpoints), "prompt": len(prompts), "seed": len(seeds)}
+    chosen = [name for name, count in several.items() if count > 1]
+    if len(chosen) > 3:  # a grid has three axes
+        return {}
     scales = [cell.guidance_scale]
     if len(chosen) < 2:
         chosen.append("guidance_scale")
@@ -79,13 +81,13 @@ def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:
         chosen.append("seed")
         seeds = [seeds[0] + number for number in range(3)]
     titles = {"guidance_scale": "guidance scale"}
-    named = [titles.get(name, name) for name in chosen[:3]] + ["none"] * (3 - len(chosen))
+    named = [titles.get(name, name) for name in chosen] + ["none"] * (3 - len(chosen))
     return {
         "run": runs,
         "columns": named[0],
         "rows": named[1],
         "tabs": named[2],
-        "checkpoint": checkpoints if len(runs) == 1 else checkpoints[:1],
+        "checkpoint": checkpoints,
         "prompt": "\n".join(prompts),
         "seed": axes.format_values("seed", seeds),
         "guidance_scale": axes.format_values("guidance_scale", scales),
