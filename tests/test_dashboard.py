@@ -226,6 +226,14 @@ def test_a_run_that_the_url_names_and_that_is_not_there_gets_a_sentence(tmp_path
     assert not app.get("bidi_component")
 
 
+def test_a_gone_run_that_is_restored_is_gone_no_more(tmp_path: Path) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    app = show("runs", runs="two")
+    assert "outputs/ holds no two" in app.warning[0].value
+    make_run(tmp_path / "outputs" / "two")
+    assert not app.run().warning
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_run_deleted_while_shown(tmp_path: Path, page: str) -> None:
     run = make_run(tmp_path / "outputs" / "one")
@@ -363,6 +371,9 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert list(app.dataframe[2].value.index) == [f"train_unet.{key}" for key in ("learning_rate", "seed", "hub_token")]
     assert "geheim" not in app.dataframe[2].value.to_string()
     assert list(show("runs", status="running").dataframe[0].value["run"]) == ["two"]
+    filtered = show("runs", status="running", runs="one")
+    assert "no run matches" in texts(filtered)
+    assert not filtered.warning  # the chosen run is there, and ended
     assert list(show("runs", name="ON").dataframe[0].value["run"]) == ["one"]
     assert "no run matches" in texts(show("runs", name="none such"))
 

@@ -58,12 +58,12 @@ def asked(key: str) -> list[str]:
 def gone_names(key: str, known: Collection[str]) -> list[str]:
     """Return the names in the URL that do not exist.
 
-    Streamlit removes unknown names from the URL, so the names are kept until the user chooses others.
+    Streamlit removes unknown names from the URL, so the names are kept until the user chooses others, or until they exist.
     """
     named = [name for name in asked(key) or st.query_params.get_all(key) if name]
-    if named:
-        st.session_state[f"gone {key}"] = [name for name in named if name not in known]
-    return st.session_state.get(f"gone {key}", [])
+    named = named or st.session_state.get(f"gone {key}", [])
+    gone = st.session_state[f"gone {key}"] = [name for name in named if name not in known]
+    return gone
 
 
 def warn_of_gone(names: Sequence[str], place: str, fix: str) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
         "Status", statuses, key="status", bind="query-params", placeholder="any status"
     )  # a status comes from a file, so it is looked up among those there
     show_trainings(runs)
-    names = choose_runs([name for name in runs if not kept or status[name] in kept])
+    names = [name for name in choose_runs(list(runs)) if not kept or status[name] in kept]
     st.dataframe(
         pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
     )
