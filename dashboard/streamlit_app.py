@@ -83,7 +83,11 @@ def change_page(page: str) -> None:
         return
     forget_choices()
     if page in RUNS and not st.query_params and state.get("_runs"):
-        state[RUNS[page]] = st.query_params[RUNS[page]] = state["_runs"]
+        from helpers.run_list import find_runs  # the path to it is set above
+
+        listed = find_runs("unet" if page == "compare" else "any")  # Compare lists no autoencoders
+        if runs := [name for name in state["_runs"] if name in listed]:
+            state[RUNS[page]] = st.query_params[RUNS[page]] = runs
 
 
 def forget_choices() -> None:

@@ -226,6 +226,21 @@ def test_a_run_that_the_url_names_and_that_is_not_there_gets_a_sentence(tmp_path
     assert not app.get("bidi_component")
 
 
+def test_an_autoencoder_is_not_carried_to_compare_and_not_called_gone(tmp_path: Path) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    (tmp_path / "outputs" / "vae" / "vae").mkdir(parents=True)
+    for name in ("run.json", "metrics.jsonl"):
+        shutil.copy(tmp_path / "outputs" / "one" / name, tmp_path / "outputs" / "vae")
+    app = show("curves")
+    app.multiselect(key="runs").select("one").select("vae").run()
+    app.switch_page("views/compare.py").run()
+    assert app.multiselect(key="run").value == ["one"]
+    assert not app.warning
+    for page in ("compare", "playground"):
+        assert "vae draws no pictures" in show(page, run="vae").warning[0].value
+    assert "vae draws no pictures" in show("blind", a_run="vae").warning[0].value
+
+
 def test_a_gone_run_that_is_restored_is_gone_no_more(tmp_path: Path) -> None:
     make_run(tmp_path / "outputs" / "one")
     app = show("runs", runs="two")

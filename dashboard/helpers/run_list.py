@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from stat import S_ISREG
 
 import streamlit as st
 
+from helpers.page_texts import escape
 from helpers.page_url import gone_names, warn_of_gone
 from t2i.runs import checkpoint_folders, checkpoint_step
 
@@ -89,6 +90,19 @@ def step_of(checkpoint: str) -> float:
     """Return the step in a checkpoint's name; NaN for other names."""
     digits = checkpoint.removeprefix("checkpoint-")
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else math.nan
+
+
+def warn_of_unlisted(names: Sequence[str]) -> None:
+    """Show a warning for runs of the URL that a page of pictures does not list, whether they exist or not."""
+    others = find_runs("any") if names else {}
+    gone = [name for name in names if name not in others]
+    warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+    for name in [name for name in names if name in others][:3]:
+        st.warning(
+            escape(
+                f"{name} draws no pictures: it is an autoencoder, or has no checkpoint yet; open it on Curves or Runs"
+            )
+        )
 
 
 def choose_runs(runs: list[str], key: str = "runs") -> list[str]:

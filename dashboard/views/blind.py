@@ -13,10 +13,10 @@ from helpers.components import data_address, picture_pair
 from helpers.drawing_jobs import GridJob, running_job
 from helpers.grid_table import show_progress
 from helpers.page_texts import escape, show_no_runs, warn
-from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
+from helpers.page_url import asked, gone_names, name_choices
 from helpers.picture_table import encode_png
 from helpers.run_files import best_checkpoint, best_scale, first_prompt, read_settings, sweep_results
-from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
+from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, warn_of_unlisted
 
 from t2i.errors import UserError
 from t2i.evaluation import preferences
@@ -92,7 +92,7 @@ def choose_models(runs: dict[str, Path]) -> list[tuple[Path, str, cells.Cell]] |
     for column, (side, title) in zip(st.columns(len(SIDES), gap="large"), SIDES.items(), strict=True):
         with column:
             chosen.append(choose_model(runs, side, title))
-            warn_of_gone(gone[f"{side}_run"], f"{OUTPUTS}/", "choose another run, or restore the folder")
+            warn_of_unlisted(gone[f"{side}_run"])
     models = [one for one in chosen if one is not None]
     return models if len(models) == len(SIDES) else None
 

@@ -19,7 +19,7 @@ from helpers.page_texts import show_no_runs, title_row, warn
 from helpers.page_url import asked, gone_names, warn_of_gone
 from helpers.run_colors import color_runs
 from helpers.run_files import best_scale, read_or_warn, sweep_results
-from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, step_of
+from helpers.run_list import checkpoints_of, find_runs, step_of, warn_of_unlisted
 from helpers.run_samples import show_samples
 from helpers.tables import show_rows, table_of_rows
 
@@ -68,7 +68,7 @@ def main() -> None:
         placeholder="choose one or more runs",
         on_change=reset_values,
     )
-    warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+    warn_of_unlisted(gone)
     show_trainings(find_runs("any"))
     st.session_state["_runs"] = list(chosen) if list(chosen) != default else []  # they go along to other pages
     if not chosen:

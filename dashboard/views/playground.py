@@ -22,7 +22,7 @@ from helpers.picture_set import show_set
 from helpers.picture_strip import show_strip
 from helpers.picture_table import encode_png
 from helpers.run_files import best_checkpoint, best_run, best_scale, first_prompt, read_or_warn, warn_of_cut_prompts
-from helpers.run_list import OUTPUTS, checkpoints_of, find_runs
+from helpers.run_list import OUTPUTS, checkpoints_of, find_runs, warn_of_unlisted
 from helpers.training_neighbours import show_neighbours
 from helpers.typed_drafts import forget_text, show_draft
 from streamlit.delta_generator import DeltaGenerator
@@ -126,7 +126,7 @@ def choose_model(runs: dict[str, Path]) -> tuple[Path, str] | None:
     options: dict[str, Any] = {"index": None, "required": True, "bind": "query-params"}
     st.selectbox("Run", list(runs), key="run", on_change=take_run, **options)
     if run is None:
-        warn_of_gone(gone, f"{OUTPUTS}/", "choose another run, or restore the folder")
+        warn_of_unlisted(gone)
         return None
     if not names:
         st.text("no complete checkpoint yet; training writes the first one soon")
