@@ -58,6 +58,20 @@ def test_a_caption_is_edited_in_place_and_trainings_read_it(flowers, only_here):
     assert browse.read_rows(browse.find_splits(flowers)["train"]).captions[1] == ["a rose"]  # what is stored stays
 
 
+def test_an_unchanged_text_changes_no_caption(tmp_path, only_here):
+    captions = [["a red\ntulip"], ["a\x07rose", "a  rose", "a rose"]]
+    folder = make_set(tmp_path / "outputs" / "flowers", captions, ["tulip", "rose"])
+    for picture, text in ((0, "a red tulip"), (1, "a\x07rose\na rose")):
+        app = show(picture=str(picture))
+        assert app.text_area[0].value == text
+        assert [toast.value for toast in press(app, "Save").toast] == ["Nothing was changed."]
+    assert not (folder / repairs.CAPTIONS).exists()
+    app = show(picture="1")
+    app.text_area[0].set_value("a\x07rose\na lily")
+    press(app, "Save")
+    assert browse.read_rows(browse.find_splits(folder, home=folder)["train"]).captions[1] == ["a\x07rose", "a lily"]
+
+
 def test_a_picture_is_left_out_and_taken_back(flowers, only_here):
     app = show(picture="3")
     press(app, "Leave out of training")

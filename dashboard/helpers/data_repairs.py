@@ -41,12 +41,14 @@ def show_editor(split: browse.Split, rows: browse.Rows, number: int) -> None:
             st.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
         st.caption(escape(reason))
     else:
-        count = len(rows.captions[number])
+        # As a training reads them, so that to save an unchanged text changes nothing.
+        texts = list(dict.fromkeys(filter(None, map(clean, rows.captions[number]))))
+        count = max(1, len(texts))
         key = f"captions {split.name} {number}"
         with st.form(f"edit {split.name} {number}", border=False):
             st.text_area(
                 "Caption" if count == 1 else f"Captions, one per line, at most {count}",
-                "\n".join(map(browse.visible, rows.captions[number])), key=key, height="content",
+                "\n".join(texts), key=key, height="content",
             )  # fmt: skip
             st.form_submit_button("Save", type="primary", on_click=save, args=(split, number, key))
         if number in rows.edited:

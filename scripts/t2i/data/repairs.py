@@ -204,11 +204,12 @@ def edit_captions(folder: Path, image: str, file: str, original: list[str], afte
     Raises:
         UserError: no caption is left, there are more captions than before, or the file cannot be read or written.
     """
-    after = [text for text in map(clean_caption, after) if text]
     path = folder / CAPTIONS
     try:
         repairs = read_repairs(folder)
         before = repairs.edited_captions(image, original)
+        after = [text if text in before else clean_caption(text) for text in after]
+        after = [text for text in after if text]
         if not after:
             raise UserError("an image needs a caption; write one, or leave the image out")
         if len(after) > len(before):
