@@ -340,6 +340,7 @@ def test_a_prompt_that_the_model_reads_in_part_is_said(tmp_path, painter, kept):
     assert not warnings(show(prompt="a red flower"))
     said = warnings(show(prompt="a red flower with five petals"))
     assert 'has 8 tokens, and the model reads 5: "with five petals" is cut off' in said
+    assert warnings(show(prompt="a red flower" + " with five petals" * 20)).endswith("is cut off; shorten the prompt")
 
 
 def test_two_sessions_draw_one_after_the_other(tmp_path, painter):

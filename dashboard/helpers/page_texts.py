@@ -36,8 +36,8 @@ def warn(error: Exception) -> None:
 
 
 def escape(text: Any) -> str:
-    """Escape users' texts (captions, prompts, names) for a widget that reads Markdown."""
-    return escape_markdown(text)
+    """Escape users' texts (captions, prompts, names) for a widget that reads Markdown. Warnings keep the fix at their end."""
+    return escape_markdown(text, limit=None)
 
 
 def shorten(text: str, most: int) -> str:
