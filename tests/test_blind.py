@@ -1,6 +1,7 @@
 """The page Blind test: pairs of pictures whose models stay hidden, answers that are kept, and the share that each model won."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,18 @@ def test_missing_pictures_are_offered_for_drawing(tmp_path):
     assert "0 of 2 pairs are drawn" in texts(app)
     assert "Draw the missing 2 pictures" in [button.label for button in app.button]
     assert not side_by_side(app)
+
+
+def test_the_drawing_of_another_session_is_not_stopped(monkeypatch):
+    run = make_run(Path("outputs") / "one")  # as the page names it
+    app = show(a_scale="1.5", b_scale="2.5", **CHECKPOINTS)
+    jobs = sys.modules["helpers.drawing_jobs"]
+    first = (picture(run, name, 0, scale) for name, scale in zip(CHECKPOINTS.values(), (1.5, 2.5), strict=True))
+    job = jobs.GridJob(key=("blind", *(one.path for one in first)), missing=[])
+    monkeypatch.setitem(jobs._running, job.key, job)
+    assert app.run().get("progress")
+    assert not app.number_input(key="b_scale").set_value(2.0).run().get("progress")
+    assert not job.stopped.is_set()
 
 
 def test_an_empty_folder_and_a_run_without_checkpoints_say_what_is_missing(tmp_path):

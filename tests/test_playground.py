@@ -526,6 +526,20 @@ def test_seeds_and_alternatives_fill_a_set_that_is_stored(tmp_path, painter):
     assert [caption for caption, _ in shown_set(app)] == [f"seed {seed}" for seed in range(7, 16)]
 
 
+def test_a_session_stops_its_own_set_and_no_set_of_another(tmp_path, painter):
+    make_run(tmp_path / "outputs" / "one", evaluated=False)
+    painter.go.clear()
+    query = {"pictures": "4", "seed": "7", "num_inference_steps": "4"}
+    one = press(show(**query), DRAW)
+    two = show(**query)
+    assert progress(two)
+    job = two.session_state["_set_job"]
+    two.number_input(key="seed").set_value(70).run()
+    assert not job.stopped.is_set()
+    one.number_input(key="seed").set_value(70).run()
+    assert job.stopped.is_set()
+
+
 def test_too_many_pictures_and_braces_that_do_not_fit_get_a_sentence(tmp_path, painter):
     make_run(tmp_path / "outputs" / "one", evaluated=False)
     app = press(show(pictures="9", prompt="{a|b|c|d|e}"), DRAW)

@@ -38,12 +38,12 @@ def show_set(
     if job is not None and (job.key != key or job.finished.is_set()):
         if job.error:
             warn(UserError(job.error))
-        if job.key != key:
+        if job.key != key and job is st.session_state.get("_started_set"):  # else another session draws it
             job.stopped.set()
         job = None
     missing = cells.missing(planned)
     if asked and job is None and missing:
-        job = GridJob.start(key, missing, as_watched=True)
+        job = st.session_state["_started_set"] = GridJob.start(key, missing, as_watched=True)
     st.session_state["_set_job"] = job
     if job is None and len(missing) == len(planned):
         st.text("These pictures are not drawn yet. Draw makes them.")

@@ -171,7 +171,7 @@ def draw_missing(pairs: Sequence[Pair]) -> None:
     if job is not None and (job.key != key or job.finished.is_set()):
         if job.error:
             warn(UserError(job.error))
-        if job.key != key:
+        if job.key != key and job is st.session_state.get("_started_blind"):  # else another session draws it
             job.stopped.set()
         job = None
     st.session_state["_blind_job"] = job
@@ -180,7 +180,7 @@ def draw_missing(pairs: Sequence[Pair]) -> None:
         whole = sum(one.made and two.made for one, two in pairs)
         row.text(f"{whole} of {len(pairs)} pairs are drawn", width="content")
         if row.button(f"Draw the missing {len(missing)} pictures"):
-            job = st.session_state["_blind_job"] = GridJob.start(key, missing)
+            job = st.session_state["_blind_job"] = st.session_state["_started_blind"] = GridJob.start(key, missing)
     if job is not None:
         watch(job)
 
