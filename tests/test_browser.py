@@ -391,8 +391,12 @@ def test_the_list_beside_the_curves_switches_a_line_off_and_on(visit, painted, s
     page.keyboard.press("Space")
     expect(drawn).to_have_count(2)
     expect(switches.first).to_be_focused()
-    page.get_by_role("button", name="All", exact=True).click()
-    expect(drawn).to_have_count(4)
+    for name, lines in (("None", 0), ("All", 4)):
+        button = page.get_by_role("button", name=name, exact=True)
+        button.focus()
+        page.keyboard.press("Enter")
+        expect(drawn).to_have_count(lines)
+        expect(button).to_be_focused()
 
 
 def test_on_a_phone_prompt_draw_and_picture_are_in_the_first_screen(visit, painted):

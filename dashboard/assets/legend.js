@@ -4,7 +4,8 @@ export default function ({ data: [data], parentElement, setStateValue }) {
   const state = JSON.stringify(data);
   if (root.state === state) return; // an unchanged list keeps its elements and the focus
   root.state = state;
-  const focused = root.querySelector("input:focus")?.name; // figures change while a training runs
+  const focused = root.querySelector(":focus"); // figures change while a training runs
+  const name = focused?.name ? `[name="${CSS.escape(focused.name)}"]` : "";
   const top = root.querySelector("ul")?.scrollTop ?? 0;
   const hidden = new Set(data.hidden);
   const send = () => setStateValue("hidden", [...hidden]);
@@ -19,12 +20,12 @@ export default function ({ data: [data], parentElement, setStateValue }) {
     const figures = make("span", { class: "figures" }, line.figures);
     return make("li", {}, make("label", {}, input, swatch, make("span", {}, words, figures)));
   });
-  const show = make("button", { type: "button" }, "All");
-  const hide = make("button", { type: "button" }, "None");
+  const show = make("button", { type: "button", name: "all" }, "All");
+  const hide = make("button", { type: "button", name: "none" }, "None");
   show.onclick = () => all([]);
   hide.onclick = () => all(data.lines.map((line) => line.name));
   const list = make("ul", { "aria-label": data.title, tabindex: "0" }, ...rows);
   root.replaceChildren(make("div", { class: "bar" }, make("span", { class: "title" }, data.title), show, hide), list);
   list.scrollTop = top;
-  if (focused !== undefined) root.querySelector(`input[name="${CSS.escape(focused)}"]`)?.focus();
+  if (focused) root.querySelector(focused.localName + name)?.focus({ preventScroll: true });
 }
