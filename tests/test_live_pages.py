@@ -78,6 +78,15 @@ def test_a_running_training_tells_how_far_it_is(run, page):
         assert app.button[0].disabled
 
 
+def test_a_training_that_starts_later_appears_at_the_next_click(tmp_path):
+    run = make_run(tmp_path / "outputs" / "one")
+    (run / "run.json").write_text(json.dumps({"status": "unfinished"}))
+    app = show("runs")
+    assert not any("one · " in text for text in texts(app))
+    with lock_run(run, 0, lambda: None):
+        assert any(text.startswith("one · ") for text in texts(app.run()))
+
+
 def test_a_training_that_ended_is_not_shown(tmp_path):
     run = make_run(tmp_path / "outputs" / "one")
     (run / live.LIVE).write_text(json.dumps({"step": 3, "steps": 9}))
