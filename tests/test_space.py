@@ -239,6 +239,24 @@ def test_models_that_cannot_be_shown_get_a_sentence(own, monkeypatch):
         space.find_model("own")
 
 
+def test_compiled_models_come_along_if_the_space_has_room(own, monkeypatch):
+    (own / "openvino").mkdir()
+    for name in ("engine.json", "unet.xml", "unet.bin", "notes.bin.txt.exe"):
+        (own / "openvino" / name).write_text("{}")
+    folder = space.stage(space.find_model("own"), "me/x")
+    compiled = folder / "outputs/x/pipeline/openvino"
+    assert sorted(path.name for path in compiled.iterdir()) == ["engine.json", "unet.bin", "unet.xml"]
+    assert "openvino==" in (folder / "requirements.txt").read_text()
+    monkeypatch.setattr(space, "SPACE_BYTES", space.folder_size(folder))
+    (own / "openvino" / "unet.bin").write_bytes(bytes(100_000))
+    said = []
+    small = space.stage(space.find_model("own"), "me/small", said.append)
+    assert not (small / "outputs/small/pipeline/openvino").exists()
+    assert "openvino==" not in (small / "requirements.txt").read_text()
+    assert len(said) == 1
+    assert "leaving out the compiled models" in said[0]
+
+
 def test_a_model_too_large_for_a_space_is_stored_as_float16_and_draws_the_same(own, monkeypatch):
     large = np.full((300, 1000), 1e6, np.float32)  # beyond float16
     weights = own / "unet/diffusion_pytorch_model.safetensors"

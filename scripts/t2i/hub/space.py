@@ -46,7 +46,8 @@ FILES = ("Dockerfile", "README.md", "requirements.txt", "constraints.txt", SETTI
 # Packages that a Space does without if they are imported inside functions: they serve trainings, stores of metrics and data
 # sets. It needs openvino only if compiled models come along; nncf makes these elsewhere. sqlalchemy belongs to mlflow.
 LEFT_OUT = ("accelerate", "mlflow", "sqlalchemy", "datasets", "torchmetrics", "openvino", "nncf")
-COMPILED = "openvino/"  # a pipeline's folder of models that `make export` compiled, in OpenVINO's format
+COMPILED = "openvino"  # a pipeline's folder of models that `make export` compiled, in OpenVINO's format
+COMPILED_SUFFIXES = (".xml", ".bin")
 PACKAGES = {"PIL": "pillow", "yaml": "PyYAML"}  # imports whose name in requirements.txt differs
 SPACE_BYTES = 1_000_000_000  # the Hub's limit of a Space, for all its commits together
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt")  # no pickles and no code
@@ -160,10 +161,12 @@ def _components(folder: Path, model: str) -> set[str]:
 def _model_files(folder: Path) -> list[str]:
     """Return the paths of the model's files, with the model card."""
     paths = (path for pattern in pipeline_files(folder) for path in folder.glob(pattern) if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths if path.suffix in MODEL_SUFFIXES]
     names = [
-        name for name in names if not name.startswith(("safety_checker/", "openvino/")) and not VARIANTS.search(name)
+        path.relative_to(folder).as_posix()
+        for path in paths
+        if path.suffix in MODEL_SUFFIXES + COMPILED_SUFFIXES * (path.parent.name == COMPILED)
     ]
+    names = [name for name in names if not name.startswith("safety_checker/") and not VARIANTS.search(name)]
     return sorted([*names, *(["README.md"] if (folder / "README.md").is_file() else [])])
 
 
@@ -268,8 +271,8 @@ def requirements(compiled: bool) -> tuple[str, str]:
 def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path:
     """Write the Space `repo_id` of `model` as a new folder, and return the folder.
 
-    If the Space would exceed the Hub's limit of size, its weights are stored as float16. With float16 weights, drawing
-    still computes in float32.
+    If the Space would exceed the Hub's limit of size, it has no compiled models. If it still does, its weights are stored
+    as float16. With float16 weights, drawing still computes in float32.
 
     Raises:
         UserError: The Space exceeds the Hub's limit even with float16 weights.
@@ -279,13 +282,15 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
     pipeline = folder / "outputs" / repo_id.split("/")[1] / "pipeline"
     sources |= {pipeline / file: model.folder / file for file in model.files}
     size = sum(source.stat().st_size for source in sources.values())
+    if size > SPACE_BYTES and any(target.parent.name == COMPILED for target in sources):
+        say(f"{size / 1e9:.2f} GB exceed the limit of a Space; leaving out the compiled models")
+        sources = {target: source for target, source in sources.items() if target.parent.name != COMPILED}
+        size = sum(source.stat().st_size for source in sources.values())
     halved = size > SPACE_BYTES
     if halved:
         say(
             f"{size / 1e9:.2f} GB exceed the limit of a Space; storing the weights as float16 (pictures differ by about 1/255)"
         )
-        # Compiled models are valid only beside the weights that they were made from.
-        sources = {target: source for target, source in sources.items() if target.parent.name != COMPILED.rstrip("/")}
     if folder.exists():
         shutil.rmtree(folder)
     for target, source in sources.items():
@@ -299,7 +304,7 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
             f"the Space would be {folder_size(folder) / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "
             "use a smaller model"
         )
-    few, all_pins = requirements(any(target.parent.name == COMPILED.rstrip("/") for target in sources))
+    few, all_pins = requirements(any(target.parent.name == COMPILED for target in sources))
     texts = {"Dockerfile": DOCKERFILE, "requirements.txt": few, "constraints.txt": all_pins}
     for name, text in (texts | {"README.md": card(model, repo_id)}).items():
         write_text(folder / name, text)
