@@ -216,6 +216,14 @@ def test_evaluation_results_name_the_data_set_on_the_hub(tmp_path, monkeypatch):
     assert "datasets:" not in model_card.write_model_card(run, None)
 
 
+def test_figures_of_a_run_before_its_extension_are_not_published(tmp_path, capsys):
+    write_json(tmp_path / "evaluation/evaluation.json", EVALUATION)
+    for identity, figures in (({}, EVALUATION), ({"unet_hash": "new"}, EVALUATION), ({"unet_hash": "old"}, {})):
+        write_json(tmp_path / "evaluation/run.json", {"identity": identity})
+        assert publish.evaluation_of(tmp_path, "new") == figures
+    assert "run scripts/evaluate_checkpoints.py again, then publish again" in capsys.readouterr().out
+
+
 def test_another_model_on_the_hub_is_told(workspace, monkeypatch):
     import diffusers
 

@@ -103,7 +103,7 @@ def publish_run(
     from t2i.pictures import sampling
 
     recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
-    evaluation = read_optional(run / "evaluation" / "evaluation.json")
+    evaluation = evaluation_of(run, result["output_unet_hash"])
     report = evaluation.get("report") or {}
     scale = report.get("guidance_scale", recipe.train_unet.guidance_scale)
     steps = report.get("num_inference_steps", recipe.train_unet.num_inference_steps)
@@ -189,6 +189,22 @@ def publish_vae(run: Path, config: TrainVaeConfig) -> None:
         target=upload.Target(config.hub_revision, config.create_pr),
     )
     print(pushed, flush=True)
+
+
+def evaluation_of(run: Path, unet_hash: str) -> dict[str, Any]:
+    """Return the content of a run's evaluation.json, or {} if the run was extended after its evaluation.
+
+    Args:
+        unet_hash: hash of the weights to publish.
+    """
+    identity = read_optional(run / "evaluation" / "run.json").get("identity") or {}
+    if identity.get("unet_hash") not in (unet_hash, None):
+        print(
+            f"WARNING: {run / 'evaluation'} is of the weights before the run was extended, so the card has none of its "
+            "figures; run scripts/evaluate_checkpoints.py again, then publish again"
+        )
+        return {}
+    return read_optional(run / "evaluation" / "evaluation.json")
 
 
 def hash_guide(run: Path) -> str | None:
