@@ -93,6 +93,7 @@ def main() -> None:
     if not recipe.data.dataset:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
     check_data(recipe.data, recipe_of_run.data)
+    recipe.data.random_crops = recipe_of_run.data.random_crops  # So the images that the training prepared are found.
     checkpoints = choose_checkpoints(run, config)
     check_judge(run, config)
 
@@ -163,7 +164,7 @@ def main() -> None:
     write_json(folder / "pictures.json", [*single, reported])
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
-    if trained.report_to == "mlflow":
+    if trained.report_to != "none":
         track(run, results, trained.experiment)
     state.finish(**results)
     print_sweep(sweep_results)
@@ -355,13 +356,21 @@ def choose_checkpoints(run: Path, config: EvaluateConfig) -> list[str]:
 
 
 def kind_of(splits: Any) -> str:
-    """Return `drawn` if the data set has the attributes of drawn flowers, `labelled` if it has labels, else `captioned`."""
+    """Return the kind of a data set: `drawn`, `labelled` or `captioned`.
+
+    Drawn flowers have attributes. The captions of a `labelled` set say nothing but labels, so that images share them. All
+    other sets are `captioned`, also if they have labels.
+    """
     from t2i.data import flowers
 
     columns = splits.train.rows.column_names
     if set(flowers.ATTRIBUTES) <= set(columns):
         return "drawn"
-    return "labelled" if "label" in columns and len(known_labels(splits.train)) > 1 else "captioned"
+    if "label" not in columns or len(known_labels(splits.train)) < 2:
+        return "captioned"
+    labels, captions = splits.train.rows["label"], splits.train.rows["caption"]
+    pairs = [pair for pair in zip(labels, captions, strict=True) if pair[0] is not None]
+    return "labelled" if 2 * len(set(pairs)) <= len(pairs) else "captioned"
 
 
 def known_labels(split: Any) -> list[str]:
@@ -535,15 +544,14 @@ def encode(heads: dict[str, list[Any]], attributes: list[dict[str, Any]]) -> "di
 def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, offset: int) -> Prompts:
     """Return `count` prompts.
 
-    Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: labels of random training images.
-    Kind `captioned`: the prompts are captions of unseen images.
+    Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: captions of random training images, which
+    name their labels. Kind `captioned`: the prompts are captions of unseen images.
 
     Args:
         offset: number of captions to skip, because other prompts use these captions.
     """
     import numpy as np
 
-    from t2i.captions.texts import label_captions, prefixed
     from t2i.data import flowers
 
     if kind == "drawn":
@@ -553,12 +561,10 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
         return Prompts(texts, wanted, [False] * len(seen) + [True] * len(held_out))
     if kind == "labelled":
         # Prompts have the mix of the training labels, as the real images have that pictures are compared with.
-        labels = [label for label in splits.train.rows["label"] if label is not None]
-        chosen = [labels[row] for row in np.random.default_rng(seed).integers(len(labels), size=count)]
-        data = recipe.data
-        first = [label_captions(label, data.caption_template[:1])[0] for label in chosen]
-        texts = [prefixed(caption, data.caption_prefix) for caption in first]
-        return Prompts(texts, [{"label": label} for label in chosen], [False] * count)
+        rows = zip(splits.train.rows["label"], splits.train.rows["caption"], strict=True)
+        known = [row for row in rows if row[0] is not None]
+        chosen = [known[row] for row in np.random.default_rng(seed).integers(len(known), size=count)]
+        return Prompts([caption for _, caption in chosen], [{"label": label} for label, _ in chosen], [False] * count)
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
     if not captions:
         raise UserError(f"{recipe.data.dataset} has no caption in its test or validation split; give a captioned set")
@@ -801,7 +807,7 @@ def save_report(run: Path, results: dict[str, Any], train: Any, trained: TrainUn
         pairs = sorted(pairs, key=lambda pair: pair.distance)[: report.PAIRS]
     path = report.write_report(run, results, pairs)
     print(f"report in one file: {path}")
-    if trained.report_to == "mlflow":
+    if trained.report_to != "none":
         tracker = Tracker(run, experiment=trained.experiment, run_name=run.name, config={})
         tracker.log_artifact(path)
         tracker.finish()

@@ -211,7 +211,8 @@ def freeze(vae: Any, config: TrainVaeConfig) -> None:
     if config.vae_train_part == "decoder":
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
-        vae.post_quant_conv.requires_grad_(True)
+        if vae.post_quant_conv is not None:
+            vae.post_quant_conv.requires_grad_(True)
 
 
 def load_perceptual(config: TrainVaeConfig, accelerator: Any) -> Any:

@@ -355,17 +355,24 @@ def test_evaluation_prompts_are_those_of_the_first_caption(tmp_path):
         split: [row | {"caption": row["caption"][0]} for row in rows] for split in ("train", "test")
     })  # fmt: skip
     prompts = {}
-    for name, templates in (("several", ["a photo of a {label}", "{label}"]), ("one", ["a photo of a {label}"])):
+    rows = [{key: row[key] for key in ("image", "label")} for row in rows]
+    save_dataset_folder(tmp_path / "labels", {"train": rows, "test": rows})
+    for name, templates in (
+        ("several", ["{label}"]),
+        ("one", ["{label}"]),
+        ("labels", ["a photo of a {label}", "{label}"]),
+    ):
         data = DataConfig(dataset=str(tmp_path / name), resolution=16, cache_dir=str(tmp_path / "cache"))
         data.caption_template = templates
         splits = preparing.load_splits(data, say=lambda text: None)
-        prompts[name] = [
-            evaluate_checkpoints.make_prompts(kind, splits, Recipe(data=data), 6, 0, 1).texts
-            for kind in ("labelled", "captioned")
-        ]
+        kind = evaluate_checkpoints.kind_of(splits)
+        assert kind == ("labelled" if name == "labels" else "captioned")
+        prompts[name] = evaluate_checkpoints.make_prompts(kind, splits, Recipe(data=data), 6, 0, 1)
     assert prompts["several"] == prompts["one"]
-    assert set(prompts["one"][0]) == {"a photo of a a", "a photo of a b"}
-    assert set(prompts["one"][1]) == {"a 0", "b 1", "a 2", "b 3"}
+    assert set(prompts["one"].texts) == {"a 0", "b 1", "a 2", "b 3"}
+    assert set(prompts["labels"].texts) == {"a photo of a a", "a photo of a b"}
+    for text, wanted in zip(prompts["labels"].texts, prompts["labels"].wanted, strict=True):
+        assert text == f"a photo of a {wanted['label']}"
     for recipe in ("photos", "flowers"):
         first, *others = load_recipe(recipe).data.caption_template
         assert first == DataConfig().caption_template[0]
