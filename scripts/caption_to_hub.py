@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2i.captions import auditing, ledger
-from t2i.captions.ledger import Key
+from t2i.captions.ledger import WORK, Key
 from t2i.captions.texts import label_captions, prefixed, prefixed_all
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
 from t2i.config_types import unlisted
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from t2i.captions.captioners import ModelName
 
 DECODE_SIDE = 768  # px; Florence-2 reads images at 768 px, other models at less
-# Subfolder of the output folder for the script's own files. Its presence shows that this script made the folder.
-WORK = ".captioning"
 GRID, GRID_SIDE = 16, 128  # pictures in the card, and their side in px
 BATCHES_AHEAD = 2  # batches that a thread decodes while the model generates
 NO_MODEL = ("label", "existing")  # captioners that take their text from the data set

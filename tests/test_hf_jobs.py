@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import caption_to_hub
 import launch_hf_job
 import list_jobs
 import run_hf_job
@@ -166,9 +167,8 @@ def test_a_command_that_the_run_cannot_take_is_refused_before_it_costs(hub, laun
     launcher("--yes", *CARD, "--max_train_steps", 70)
     run = hub.jobs[-1].spec["labels"][hf_job.LABEL]
     assert hub.jobs[-1].wait(20) == "COMPLETED"
-    state = json.dumps({"identity": {"steps": 70, "global_batch": 32}}).encode()
-    for name in ("run/pipeline/unet/config.json", "run/run.json"):
-        huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo=name, repo_id=f"me/{run}")
+    state = json.dumps({"status": "finished", "identity": {"steps": 70, "global_batch": 32}}).encode()
+    huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
     with pytest.raises(UserError, match="is shorter: updates 70 there, 60 now; raise --max_train_steps"):
         launcher("--yes", *CARD, "--max_train_steps", 60)
     with pytest.raises(UserError, match="has finished the run of this command"):
@@ -178,6 +178,36 @@ def test_a_command_that_the_run_cannot_take_is_refused_before_it_costs(hub, laun
     with pytest.raises(UserError, match="samples per update 64 there, 32 now; choose a flavor with as many GPUs"):
         launcher("--yes", *CARD, "--max_train_steps", 80, "--resume_from_checkpoint", "latest")
     assert len(hub.jobs) == 1
+
+
+def test_a_captioning_resumes_and_its_end_is_known(hub, launcher, short, tmp_path):
+    short("true")
+    words = ["--yes", "--train_images", 10, SCRIPTS / "caption_to_hub.py", "--dataset", "me/photos", "--captioner",
+             "label"]  # fmt: skip
+    launcher(*words)
+    job = hub.jobs[-1]
+    assert job.wait(20) == "COMPLETED"
+    repo_id = f"me/{job.spec['labels'][hf_job.LABEL]}"
+    inspected = ".captioning/photos-0a1b2c.jsonl"
+    for name in (inspected, ".captioning/source/train.arrow", ".captions.jsonl.lock", "captions.jsonl"):
+        (tmp_path / "work/run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work/run" / name).write_text("{}")
+    kept = mirror.Mirror(tmp_path / "work", repo_id, print)
+    kept.start()
+    kept.end(10.0)
+    assert {name for name in hub.files(f"models/{repo_id}") if name.startswith("run/")} == {
+        "run/captions.jsonl",
+        f"run/{inspected}",
+    }
+    mirror.Mirror(tmp_path / "next", repo_id, print).restore()
+    caption_to_hub.require_own(tmp_path / "next/run", tmp_path / "photos")
+    assert "resumes there from captions.jsonl" in launcher("--dry_run", *words)
+    launcher("--fetch", job.id, "--output_dir", tmp_path / "home")
+    caption_to_hub.require_own(tmp_path / "home", tmp_path / "photos")
+    (tmp_path / "work/run/run.json").write_text('{"status": "finished", "identity": {}}')
+    kept._push(10.0)
+    with pytest.raises(UserError, match=f"{job.id} has finished the run of this command"):
+        launcher(*words)
 
 
 def test_a_second_launch_during_the_question_is_refused(hub, launcher, short, monkeypatch):
@@ -369,9 +399,8 @@ def test_a_longer_command_extends_the_finished_run(hub, launcher, short):
     first = hub.jobs[-1]
     assert first.wait(20) == "COMPLETED"
     run = first.spec["labels"][hf_job.LABEL]
-    huggingface_hub.HfApi().upload_file(
-        path_or_fileobj=b"{}", path_in_repo="run/pipeline/unet/config.json", repo_id=f"me/{run}"
-    )
+    state = b'{"status": "finished"}'
+    huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
     with pytest.raises(UserError, match=f"{first.id} has finished the run of this command.*raise --max_train_steps"):
         launcher("--yes", *CARD, "--max_train_steps", 60)
     launcher("--yes", *CARD, "--max_train_steps=70", "--lr_on_extend", "constant")

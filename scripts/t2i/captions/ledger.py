@@ -7,6 +7,7 @@ machine or a shared disk write the same file.
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from io import RawIOBase
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from t2i.errors import UserError
+
+# Subfolder of the output folder for files of caption_to_hub.py. Its presence shows that this script made the folder.
+WORK = ".captioning"
 
 
 class Key(NamedTuple):
@@ -25,6 +29,14 @@ class Key(NamedTuple):
     revision: str
     task: str
     prompt: str
+
+
+def is_inspection(name: str) -> bool:
+    """Return whether a file of an output folder, given by its relative path, holds the result of inspecting the photos.
+
+    This file must be in every copy of the output folder. Captioning resumes only in a folder that has `WORK`.
+    """
+    return bool(re.fullmatch(rf"{re.escape(WORK)}/photos-\w+\.jsonl", name))
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from t2i.clouds import costs, launch
 from t2i.clouds.hf_job import COMMAND_LABEL, LABEL, PRICES, HfJobsConfig
-from t2i.clouds.mirror import newest_checkpoint
+from t2i.clouds.mirror import resumes_from
 from t2i.config_types import known_key
 from t2i.errors import UserError
 from t2i.files import read_json
@@ -159,7 +159,7 @@ def renew_prices(prices: costs.Prices, account: Account) -> None:
 class Run:
     """The run of a command, as far as its repository and its jobs tell. A missing repository has no run."""
 
-    newest: str = ""  # Name of the newest checkpoint.
+    newest: str = ""  # Name of the newest checkpoint, or of the file of captions.
     active: str = ""  # Job that is at work on the run.
     finished_by: str = ""  # Job that finished the run by the same command.
     steps: int | None = None  # Length of the run in weight updates.
@@ -175,24 +175,19 @@ def find_run(account: Account, repo_id: str, command: str) -> Run:
     run = Run()
     if account.missing or not account.api.repo_exists(repo_id):
         return run
-    run.newest = newest_checkpoint(account.api, repo_id)
+    run.newest = resumes_from(account.api, repo_id)
     labels = {LABEL: repo_id.split("/")[1]}
     jobs = list(account.api.list_jobs(labels=labels, namespace=account.namespace))
     jobs.sort(key=lambda job: job.created_at or datetime.min.replace(tzinfo=UTC))
     run.active = next((job.id for job in jobs if _text(job.status.stage) not in ENDED), "")
-    if is_finished(account.api, repo_id):
-        done = [job for job in jobs if _text(job.status.stage) == "COMPLETED"]
-        run.finished_by = next((job.id for job in done if (job.labels or {}).get(COMMAND_LABEL) == command), "")
     if account.api.file_exists(repo_id, "run/run.json"):
-        identity = read_json(Path(account.api.hf_hub_download(repo_id, "run/run.json"))).get("identity") or {}
+        state = read_json(Path(account.api.hf_hub_download(repo_id, "run/run.json")))
+        identity = state.get("identity") or {}
         run.steps, run.global_batch = identity.get("steps"), identity.get("global_batch")
+        if state.get("status") == "finished":
+            done = [job for job in jobs if _text(job.status.stage) == "COMPLETED"]
+            run.finished_by = next((job.id for job in done if (job.labels or {}).get(COMMAND_LABEL) == command), "")
     return run
-
-
-def is_finished(api: HfApi, repo_id: str) -> bool:
-    """Return whether the run in a repository has its result: a pipeline or a VAE at the run's end."""
-    files = api.list_repo_files(repo_id)
-    return any(name in files for name in ("run/pipeline/unet/config.json", "run/vae/config.json"))
 
 
 def upload_inputs(account: Account, inputs: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
@@ -230,7 +225,7 @@ def describe_end(api: HfApi, job: JobInfo) -> str:
     stage = _text(job.status.stage)
     if stage == "ERROR" and not (job.durations and job.durations.running_secs) and not job.started_at:
         return f"{job.id} never started ({why}); check image {job.docker_image or job.space_id} and flavor in the YAML"
-    newest = newest_checkpoint(api, repo_id) if repo_id and api.repo_exists(repo_id) else ""
+    newest = resumes_from(api, repo_id) if repo_id and api.repo_exists(repo_id) else ""
     resumes = f"{newest} is in {repo_id}, and the same command resumes from it" if newest else "it left no checkpoint"
     return f"{job.id} ended as {stage} ({why}); {resumes}"
 

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from t2i.captions.ledger import is_inspection
 from t2i.clouds.staging import Command
 from t2i.errors import UserError
 from t2i.redaction import redact
@@ -285,10 +286,13 @@ def fetched_into(folder: Path) -> Iterator[Path]:
 
 
 def is_result(name: str) -> bool:
-    """Return whether a file of a run folder, given by its relative path, is fetched: all but checkpoints and hidden files."""
+    """Return whether a file of a run folder, given by its relative path, is fetched.
+
+    Checkpoints and hidden files are not fetched, except the hidden file that lets a captioning resume.
+    """
     parts = PurePosixPath(name).parts
     inside = bool(parts) and ".." not in parts and not name.startswith("/") and not name.endswith("/")
-    return inside and not parts[0].startswith((".", "checkpoint-", "node-"))
+    return inside and (is_inspection(name) or not parts[0].startswith((".", "checkpoint-", "node-")))
 
 
 def say_fetched(folder: Path) -> None:

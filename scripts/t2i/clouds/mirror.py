@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 from huggingface_hub import HfApi, snapshot_download
 
+from t2i.captions.ledger import is_inspection
 from t2i.errors import UserError
 from t2i.hub import upload
 from t2i.runs import checkpoint_folders
@@ -93,8 +94,15 @@ class Mirror:
         if not any((self._copy / "run").iterdir()):
             return  # a training that ended before it made a file
         message = f"run at {newest}" if newest else "run without a checkpoint"
+        hidden = [path.relative_to(self._copy).as_posix() for path in self._copy.glob("run/.*/*")]
         upload.push_folder(
-            self._copy, self.repo_id, "model", files=["run/*"], message=message, deadline=deadline, say=self._say
+            self._copy,
+            self.repo_id,
+            "model",
+            files=["run/*", *hidden],
+            message=message,
+            deadline=deadline,
+            say=self._say,
         )
         shutil.rmtree(self._copy, ignore_errors=True)
         self._pushed = newest
@@ -109,6 +117,12 @@ def newest_checkpoint(api: HfApi, repo_id: str) -> str:
     return steps[max(steps)] if steps else ""
 
 
+def resumes_from(api: HfApi, repo_id: str) -> str:
+    """Return what a job resumes from in a repository: the newest checkpoint, the file of captions, or ""."""
+    captions = "captions.jsonl"
+    return newest_checkpoint(api, repo_id) or (captions if api.file_exists(repo_id, f"run/{captions}") else "")
+
+
 def step_of(name: str) -> int:
     """Return the step of a checkpoint's name, or -1 for ""."""
     return int(name.rpartition("-")[2]) if name else -1
@@ -117,7 +131,8 @@ def step_of(name: str) -> int:
 def copy_run(run: Path, copy: Path) -> None:
     """Copy a run folder at one moment: its complete checkpoints by hard links, and its other visible files.
 
-    Checkpoints that the training removes meanwhile are left out.
+    Of the hidden files, only the one that lets a captioning resume is copied. Checkpoints that the training removes
+    meanwhile are left out.
     """
     copy.mkdir(parents=True)
     for folder in checkpoint_folders(run):
@@ -127,7 +142,8 @@ def copy_run(run: Path, copy: Path) -> None:
             shutil.rmtree(copy / folder.name, ignore_errors=True)
     for file in run.rglob("*"):
         name = file.relative_to(run)
-        if any(part.startswith(".") for part in name.parts) or name.parts[0].startswith("checkpoint-"):
+        hidden = any(part.startswith(".") for part in name.parts) and not is_inspection(name.as_posix())
+        if hidden or name.parts[0].startswith("checkpoint-"):
             continue
         if file.is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
