@@ -122,12 +122,16 @@ def test_a_result_goes_to_the_experiment_of_the_first_models_run(tmp_path, monke
     first, second = (picture(run, f"checkpoint-0000{step}0") for step in (2, 1))
     preferences.record(first, second, "first")
     recorded = []
-    monkeypatch.setattr(preferences, "track", lambda *given: recorded.append(given))
+    waiting = iter((None, run / "mlflow_spool.jsonl"))
+    monkeypatch.setattr(preferences, "track", lambda *given: recorded.append(given) or next(waiting))
     app = show(a_scale="1.5", b_scale="1.5", **CHECKPOINTS)
     app.toggle[0].set_value(True).run()
     app = press(app, "Record the result in MLflow")
     assert "The result stands in the MLflow run" in texts(app)
-    ((one, two, counted, experiment),) = recorded
+    app = press(app, "Record the result in MLflow")
+    assert f"They wait in {run}/mlflow_spool.jsonl" in texts(app)
+    assert "stands in the MLflow run" not in texts(app)
+    one, two, counted, experiment = recorded[0]
     assert (one.cell, one.checkpoint, two.cell, two.checkpoint) == (*side(first), *side(second))
     assert (counted, experiment) == (preferences.Count(first=1), "roses")
 

@@ -142,6 +142,31 @@ def test_a_blind_tests_result_stands_in_the_run_of_the_first_model(empty_databas
     }
 
 
+def test_a_later_blind_test_replaces_the_result_and_leaves_the_runs_status(
+    empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(sender.Sender):
+        def send(self) -> None:
+            raise ConnectionError("no answer")
+
+    shutil.copy(empty_database, "mlflow.db")
+    run = make_run(Path("outputs/one"))
+    first, second = (
+        cells.plan(run, f"checkpoint-0000{step}0", cells.Cell("", guidance_scale=1.5), [])[0] for step in (2, 1)
+    )
+    training = start(run)
+    training.finish("KILLED")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_tracker, "Sender", Silent)
+        assert preferences.track(first, second, preferences.Count(6, 2, 2), "") == run / "mlflow_spool.jsonl"
+    assert preferences.track(first, second, preferences.Count(30, 10, 10), "") is None
+    found = client().get_run(training.run_id)
+    assert (found.info.status, found.data.params["data.resolution"]) == ("KILLED", "64")
+    name = "blind_test/one/checkpoint-000010 at 1.5/won"
+    assert points(training.run_id, name) == [(20, 6.0), (20, 30.0)]
+    assert found.data.metrics[name] == 30.0  # the value in MLflow's table
+
+
 def test_a_resumed_run_goes_on_in_the_same_run(empty_database: Path) -> None:
     shutil.copy(empty_database, "mlflow.db")
     first = start()

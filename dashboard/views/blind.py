@@ -283,8 +283,12 @@ def show_result(pairs: Sequence[Pair], known: Mapping[tuple[str, int], str]) -> 
     if st.button("Record the result in MLflow"):
         try:
             with st.spinner("MLflow"):
-                preferences.track(*pairs[0], counted, experiment_of(pairs[0][0].run))
-            st.text("The result stands in the MLflow run of the first model's training.")
+                waiting = preferences.track(*pairs[0], counted, experiment_of(pairs[0][0].run))
+            st.text(
+                f"MLflow has not taken all records of this run yet. They wait in {waiting}, and are sent when MLflow answers."
+                if waiting
+                else "The result stands in the MLflow run of the first model's training."
+            )
         except UserError as error:
             warn(error)
 

@@ -7,6 +7,7 @@ pair of pictures replaces the earlier one.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
@@ -14,6 +15,7 @@ from t2i.evaluation.figures import wilson
 from t2i.files import append_jsonl, hash_json, json_lines
 from t2i.pictures.cells import PlannedCell
 from t2i.runs import checkpoint_step
+from t2i.tracking.spool import SPOOL_FILE
 
 FILE = "preferences.jsonl"
 MOST_BYTES = 20_000_000  # of a file: whoever opens the dashboard may answer, and the disk must not fill
@@ -113,11 +115,16 @@ def count(preferred: Sequence[str]) -> Count:
     return Count(*(list(preferred).count(choice) for choice in CHOICES))
 
 
-def track(first: PlannedCell, second: PlannedCell, counted: Count, experiment: str) -> None:
+def track(first: PlannedCell, second: PlannedCell, counted: Count, experiment: str) -> Path | None:
     """Log how often the first model won against the second one, in the MLflow run of the first model's training.
 
+    A later result replaces an earlier one in MLflow's table. The status of the run stays, as the training may be at work.
+
     Args:
-        experiment: name of the MLflow experiment. With "", use the default one.
+        experiment: name of the MLflow experiment of a run that was never tracked. With "", use the default one.
+
+    Returns:
+        The file in which records wait for MLflow, or None if MLflow has all records.
 
     Raises:
         UserError: MLflow cannot use its URI.
@@ -128,12 +135,12 @@ def track(first: PlannedCell, second: PlannedCell, counted: Count, experiment: s
     values: dict[str, float] = {"won": counted.first, "lost": counted.second, "no_difference": counted.neither}
     if counted.share is not None:
         values["share_won"] = counted.share
-    tracker = Tracker(run, experiment=experiment or DEFAULT_EXPERIMENT, run_name=run.name, config={})
+    tracker = Tracker(run, experiment=experiment or DEFAULT_EXPERIMENT, run_name=run.name, config={}, guest=True)
     name = f"blind_test/{opponent} at {second.cell.guidance_scale:g}"
     tracker.log_metrics(
         {f"{name}/{key}": value for key, value in values.items()}, checkpoint_step(run / first.checkpoint) or 0
     )
-    tracker.finish()
+    return run / SPOOL_FILE if tracker.finish() else None
 
 
 def _model(planned: PlannedCell) -> dict[str, Any]:

@@ -88,6 +88,9 @@ class Tracker:
         config: resolved settings by section, which are logged as parameters `section.key` without secrets.
         tags: further tags of the run.
         tracking_uri: MLflow's tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
+        guest: whether the tracker only adds records to the run of a training, which may be at work or interrupted. The
+            run's status, parameters and tags stay, and metrics of a recorded step are recorded again. A folder that was
+            never tracked gets a run of its own.
 
     Raises:
         UserError: MLflow cannot use the URI.
@@ -102,6 +105,7 @@ class Tracker:
         config: Mapping[str, Any],
         tags: Mapping[str, str] | None = None,
         tracking_uri: str | None = None,
+        guest: bool = False,
     ):
         uri = resolve_uri(tracking_uri)
         self._sender = Sender(run_dir.absolute(), uri)  # absolute: the process may end in another folder
@@ -117,26 +121,9 @@ class Tracker:
         self._attempts = {"sent": -1.0, "failed": -1.0}
         run_dir.mkdir(parents=True, exist_ok=True)
         spool_id = self._open_spool()
-        experiment, run_name, sentences = find_names(experiment, run_name, run_dir.name)
-        run_id = os.environ.get("MLFLOW_RUN_ID", "").strip()
-        recorded = self._sender.recorded_run()
-        if run_id and recorded not in (None, run_id):
-            sentences.append(
-                f"MLflow: {run_dir} records to the run {recorded}, as before; "
-                f"MLFLOW_RUN_ID={run_id} needs another --output_dir"
-            )
-        for sentence in sentences:
-            say(sentence)
-        source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-        self._append(
-            kind="start",
-            spool_id=spool_id,
-            experiment=redact(experiment),
-            run_name=redact(run_name),
-            **({"run_id": run_id} if run_id else {}),
-            params=flatten(redact_config(config)),
-            tags={str(key): str(value) for key, value in redact_config(source | dict(tags or {})).items()},
-        )
+        self._guest = guest and bool(spool_id)
+        if not self._guest:
+            self._append_start(spool_id or uuid.uuid4().hex, run_dir, experiment, run_name, config, tags or {})
         import_mlflow()  # not in the thread: two threads that import at once may see incomplete modules
         if missing := missing_driver(uri):  # now: a short run may end before the thread finds out
             self._warn(*explain(missing, uri))
@@ -182,7 +169,8 @@ class Tracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the metrics of one step, NaN and infinity included. Recording metrics takes well under 1 ms."""
         values = {valid_key(key): float(value) for key, value in metrics.items()}
-        values = {key: value for key, value in values.items() if (key, int(step)) not in self._recorded}
+        if not self._guest:
+            values = {key: value for key, value in values.items() if (key, int(step)) not in self._recorded}
         if values:
             self._append(kind="metrics", step=int(step), values=values)
 
@@ -225,17 +213,21 @@ class Tracker:
                 target_folder = "/".join(part for part in (folder.strip("/"), inner) if part)
                 self._append(kind="artifact", file=file, folder=target_folder)
 
-    def finish(self, status: str = "FINISHED") -> None:
+    def finish(self, status: str = "FINISHED") -> int:
         """End the run as "FINISHED", "FAILED" or "KILLED", and wait at most 10 s until everything is sent.
 
         No other method of the tracker may be called after `finish`.
+
+        Returns:
+            The number of records that are not sent yet. They are kept in the spool.
         """
         if self._finished:
-            return
+            return 0
         self._ended.set()
         if self._measuring:
             self._measuring.join(FINISH_WAIT_S)  # The last sample is recorded before the end.
-        self._append(kind="finish", status=status)
+        if not self._guest:
+            self._append(kind="finish", status=status)
         self._finished = True
         began = time.monotonic()
         self._wake.set()
@@ -249,6 +241,38 @@ class Tracker:
                 f"MLflow at {self.uri}: records not sent yet: {pending}; they are kept in {self._sender.spool} "
                 "and sent at the next start on this folder"
             )
+        return pending
+
+    def _append_start(
+        self,
+        spool_id: str,
+        run_dir: Path,
+        experiment: str,
+        run_name: str,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Record the start of the run with its names, parameters and tags. Print what MLflow's variables change."""
+        experiment, run_name, sentences = find_names(experiment, run_name, run_dir.name)
+        run_id = os.environ.get("MLFLOW_RUN_ID", "").strip()
+        recorded = self._sender.recorded_run()
+        if run_id and recorded not in (None, run_id):
+            sentences.append(
+                f"MLflow: {run_dir} records to the run {recorded}, as before; "
+                f"MLFLOW_RUN_ID={run_id} needs another --output_dir"
+            )
+        for sentence in sentences:
+            say(sentence)
+        source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+        self._append(
+            kind="start",
+            spool_id=spool_id,
+            experiment=redact(experiment),
+            run_name=redact(run_name),
+            **({"run_id": run_id} if run_id else {}),
+            params=flatten(redact_config(config)),
+            tags={str(key): str(value) for key, value in redact_config(source | dict(tags)).items()},
+        )
 
     def _measure(self, system: SystemMetrics) -> None:
         """Record the machine's use until the run ends. The step of a system metric counts its samples, as in MLflow."""
@@ -263,7 +287,7 @@ class Tracker:
             step += 1
 
     def _open_spool(self) -> str:
-        """Open the spool for appending, and return the id of the spool. A new spool gets a new id."""
+        """Open the spool for appending, and return the id of the spool, or "" for a new spool."""
         spool = self._sender.spool
         spool_id = ""
         for record, _ in read_spool(spool, 0) if spool.is_file() else ():
@@ -273,7 +297,6 @@ class Tracker:
                 self._recorded |= {(key, record["step"]) for key in record["values"]}
             elif record["kind"] == "image":
                 self._recorded.add((Path(record["file"]).name.split("+")[0], record["step"]))
-        spool_id = spool_id or uuid.uuid4().hex
         self._file = open(spool, "ab", buffering=0)  # noqa: SIM115 - open until the process ends
         if ends_torn(spool):
             self._file.write(b"\n")  # ends a line that an earlier process tore when it died
