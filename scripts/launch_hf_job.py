@@ -32,19 +32,21 @@ CONFIGS = staging.ROOT / "accelerate_configs"
 def main() -> None:
     options = read_options()
     launch.check_options(options)
-    config = hf_job.read_config(Path(options.config_file))
+    file = Path(options.config_file)
+    config = None if options.stop or options.fetch else hf_job.read_config(file)
+    payer = config or staging.read_keys(hf_job.Payer, file)
     from t2i.clouds import hf_account
 
     with hf_account.in_words():  # errors that have no sentence of their own
-        account = hf_account.look(config)
-        if options.stop:
+        account = hf_account.look(payer)
+        if config:
+            plan_and_submit(options, config, account)
+        elif options.stop:
             stop(options.stop, account)
-        elif options.fetch:
+        else:
             if options.wait:
                 wait(options.fetch, account)
             fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), account)
-        else:
-            plan_and_submit(options, config, account)
 
 
 def read_options() -> argparse.Namespace:

@@ -40,24 +40,25 @@ ENDED = ("Completed", "Failed", "Stopped")
 def main() -> None:
     options = read_options()
     launch.check_options(options)
-    config = sagemaker_job.read_config(Path(options.config_file))
-    aws.find_region(config)
+    file = Path(options.config_file)
+    config = None if options.stop or options.fetch else sagemaker_job.read_config(file)
+    place = config or staging.read_keys(sagemaker_job.Place, file)
+    aws.find_region(place)
     with aws_errors.in_words():  # errors that have no sentence of their own
-        act(options, config)
+        if config:
+            plan_and_submit(options, config)
+        elif options.stop:
+            stop(options.stop, place)
+        else:
+            if options.wait:
+                session = aws.open_session(place)
+                aws.check_credentials(session)
+                wait(options.fetch, place, session)
+            fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), place)
 
 
-def act(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
-    """Plan, confirm and submit a job, or stop a job, or fetch the result of an earlier job."""
-    if options.stop:
-        stop(options.stop, config)
-        return
-    if options.fetch:
-        if options.wait:
-            session = aws.open_session(config)
-            aws.check_credentials(session)
-            wait(options.fetch, config, session)
-        fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), config)
-        return
+def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
+    """Check the command and the account, show the plan, ask, and submit the job."""
     command = sagemaker_job.read_command(options.command)
     inside = Path(options.inside)
     inner = read_inside(inside)
@@ -327,7 +328,7 @@ def submit(
 # --- Waiting and fetching --------------------------------------------------------------------------------------------
 
 
-def wait(job: str, config: sagemaker_job.SageMakerConfig, session: Any) -> None:
+def wait(job: str, config: sagemaker_job.Place, session: Any) -> None:
     """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -397,12 +398,12 @@ def is_unknown(error: Exception) -> bool:
     return code in ("ValidationException", "ResourceNotFound", "404", "NoSuchKey", "NoSuchBucket")
 
 
-def check_name(config: sagemaker_job.SageMakerConfig) -> str:
+def check_name(config: sagemaker_job.Place) -> str:
     """Return the advice for an unknown job."""
     return f"check its name and the region {config.region} ({config.region_from})"
 
 
-def stop(job: str, config: sagemaker_job.SageMakerConfig) -> None:
+def stop(job: str, config: sagemaker_job.Place) -> None:
     """Ask SageMaker to stop a job. The job saves a checkpoint first."""
     from botocore.exceptions import ClientError
 
@@ -421,7 +422,7 @@ def stop(job: str, config: sagemaker_job.SageMakerConfig) -> None:
     print(f"{job} is being stopped; it saves a checkpoint first, and --fetch brings its curves home")
 
 
-def fetch(job: str, folder: Path, config: sagemaker_job.SageMakerConfig) -> None:
+def fetch(job: str, folder: Path, config: sagemaker_job.Place) -> None:
     """Download the result of an ended job as a run folder: model, settings, curves and samples, but no checkpoints."""
     from botocore.exceptions import BotoCoreError, ClientError
 

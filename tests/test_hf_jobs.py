@@ -132,7 +132,8 @@ def test_stopping_and_fetching_need_only_the_account(hub, launcher, short, monke
     launcher("--yes", *CARD)
     job = hub.jobs[-1]
     hub.fault("503", times=20, path="/api/jobs/hardware")
-    changes = {"secrets": ["T2I_NO_SUCH_VARIABLE"], "flavor": "t4-smal"}
+    changes = {"secrets": ["T2I_NO_SUCH_VARIABLE"], "flavor": "t4-smal", "flavour": "", "timeout": "5m"}
+    changes["environment"] = {"HF_TOKEN": "x"}
     with pytest.raises(UserError, match="exclude each other"):
         launcher("--dry_run", "--stop", job.id)
     with pytest.raises(UserError, match="--stop submits nothing; leave out"):
@@ -144,6 +145,8 @@ def test_stopping_and_fetching_need_only_the_account(hub, launcher, short, monke
     assert job.stage == "CANCELED"
     with pytest.raises(UserError, match=rf"{job.id} has ended already \(CANCELED\)"):
         launcher("--stop", job.id, **changes)
+    with pytest.raises(UserError, match="namespace = 'a b' is not usable"):
+        launcher("--stop", job.id, namespace="a b")
     job.spec["labels"].pop(hf_job.LABEL)
     job.stage = "RUNNING"
     with pytest.raises(UserError, match="was not submitted by this suite"):

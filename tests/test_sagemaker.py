@@ -859,7 +859,8 @@ def test_a_job_is_stopped_followed_and_fetched(tmp_path, launcher, cloud, monkey
     job = request["TrainingJobName"]
     record = backend().training_jobs[job]
     record.training_job_status = "InProgress"
-    assert f"{job} is being stopped; it saves a checkpoint first" in launcher("--stop", job)
+    wrong = {"num_machine": 2, "py_version": "py38", "additional_args": {"environment": {"HF_TOKEN": "x"}}}
+    assert f"{job} is being stopped; it saves a checkpoint first" in launcher("--stop", job, **wrong)
     assert record.training_job_status == "Stopping"
 
     def end(_):
@@ -867,7 +868,7 @@ def test_a_job_is_stopped_followed_and_fetched(tmp_path, launcher, cloud, monkey
         record.training_job_status = "Completed"
 
     monkeypatch.setattr("time.sleep", end)
-    told = launcher("--fetch", job, "--wait", "--output_dir", tmp_path / "home")
+    told = launcher("--fetch", job, "--wait", "--output_dir", tmp_path / "home", **wrong)
     assert re.search(r"\] Stopping, .*\n\[0 min\] Completed", told)
     assert json.loads((tmp_path / "home/sagemaker.json").read_text())["TrainingJobStatus"] == "Completed"
     for words, verb in ((("--stop", "nobodys-job"), "stopped"), (("--fetch", "nobodys-job", "--wait"), "followed")):

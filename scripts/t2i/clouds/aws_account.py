@@ -221,7 +221,7 @@ def check_buckets(config: sagemaker_job.SageMakerConfig, inputs: dict[str, str],
 # --- Region and credentials -------------------------------------------------------------------------------------------
 
 
-def find_region(config: sagemaker_job.SageMakerConfig) -> None:
+def find_region(config: sagemaker_job.Place) -> None:
     """Set the job's region and its origin: the YAML, AWS_REGION, AWS_DEFAULT_REGION, the profile, or else us-east-1."""
     if config.region:
         config.region_from = "region in the YAML"
@@ -238,7 +238,7 @@ def find_region(config: sagemaker_job.SageMakerConfig) -> None:
         )
 
 
-def _profiles_region(config: sagemaker_job.SageMakerConfig) -> None:
+def _profiles_region(config: sagemaker_job.Place) -> None:
     import botocore.session
 
     with in_words():
@@ -249,7 +249,7 @@ def _profiles_region(config: sagemaker_job.SageMakerConfig) -> None:
     config.region_from = f"from the profile {named}" if value else "the default"
 
 
-def open_session(config: sagemaker_job.SageMakerConfig) -> Any:
+def open_session(config: sagemaker_job.Place) -> Any:
     """Return boto3's session for the YAML's profile and region."""
     import boto3
 

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, JobHardware, JobInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from t2i.clouds import costs, launch
-from t2i.clouds.hf_job import COMMAND_LABEL, LABEL, PRICES, HfJobsConfig
+from t2i.clouds.hf_job import COMMAND_LABEL, LABEL, PRICES, HfJobsConfig, Payer
 from t2i.clouds.mirror import resumes_from
 from t2i.config_types import known_key
 from t2i.errors import UserError
@@ -90,7 +90,7 @@ def _brief(error: Exception) -> str:
     return redact(" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
-def look(config: HfJobsConfig) -> Account:
+def look(config: Payer) -> Account:
     """Ask the Hub for the account. What a job lacks is listed in `missing`."""
     token = get_token() or ""
     account = Account(HfApi(token=token or False), config.namespace or "", token)

@@ -48,8 +48,16 @@ def _seconds(value: Any) -> Any:
 Duration = Annotated[int, BeforeValidator(_seconds)]  # seconds
 
 
+@dataclass(kw_only=True)
+class Payer:
+    """The key of the YAML that names the account. `--stop` and `--fetch` read only this key."""
+
+    # User or organization that runs and pays for the job. With None, the user of the token.
+    namespace: Annotated[str, matching(r"[\w.-]+", "my-organization")] | None = None
+
+
 @dataclass
-class HfJobsConfig:
+class HfJobsConfig(Payer):
     """The keys of the YAML for Hugging Face Jobs."""
 
     compute_environment: Literal["HF_JOBS"]
@@ -60,8 +68,6 @@ class HfJobsConfig:
     timeout: Duration  # Time after which the Hub ends the job, such as 12h.
     # Time before the timeout at which the training saves a checkpoint and ends.
     save_before_timeout: Duration = 600
-    # User or organization that runs and pays for the job. With None, the user of the token.
-    namespace: Annotated[str, matching(r"[\w.-]+", "my-organization")] | None = None
     attempts: Count = 1  # Number of times that the Hub starts a failing job. Each attempt resumes from the checkpoints.
     base_job_name: Annotated[
         str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")

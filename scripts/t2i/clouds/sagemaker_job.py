@@ -79,8 +79,19 @@ class Additional:
     encrypt_inter_container_traffic: Flag = False
 
 
+@dataclass(kw_only=True)
+class Place:
+    """The keys of the YAML that name the account and the region. `--stop` and `--fetch` read only these keys."""
+
+    # Region of the job. Without a region, use AWS_REGION, the profile's region, or us-east-1.
+    region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = ""
+    profile: str | None = None  # Name of a profile in ~/.aws/config.
+    # Origin of the job's region in words. The field is not a key of the YAML.
+    region_from: str = field(default="", init=False)
+
+
 @dataclass
-class SageMakerConfig:
+class SageMakerConfig(Place):
     """The keys of the YAML that `accelerate config` writes for Amazon SageMaker."""
 
     compute_environment: Literal["AMAZON_SAGEMAKER"]
@@ -91,9 +102,6 @@ class SageMakerConfig:
     distributed_type: Literal["NO"] = "NO"
     # Precision of the training. With None, use the precision of the YAML that --inside names.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    # Region of the job. Without a region, use AWS_REGION, the profile's region, or us-east-1.
-    region: Annotated[str, matching(r"([a-z]{2}(-[a-z]+)+-\d)?", "us-east-1")] = ""
-    profile: str | None = None  # Name of a profile in ~/.aws/config.
     base_job_name: Annotated[
         str, matching(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,45}", "my-flowers-2 (letters, digits and single -, 46 at most)")
     ] = "t2i"
@@ -117,9 +125,6 @@ class SageMakerConfig:
     num_processes: int | None = None
     dynamo_config: dict[str, Any] | None = None
     enable_cpu_affinity: Flag = False
-    # Origin of the job's region in words. The field is not a key of the YAML.
-    region_from: str = field(default="", init=False)
-
     # The protocol `costs.Rental`. The field is not a key of the YAML.
     attempts: int = field(default=1, init=False)
 

@@ -3,6 +3,7 @@
 This module imports no torch.
 """
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 from t2i.command_line import option, plain_option, typed_options
 from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
+from t2i.config_types import checked
 from t2i.errors import UserError
 from t2i.files import sha256_file, write_text
 from t2i.redaction import holds_token, redact
@@ -239,6 +241,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not {str(values)[:40]!r}; write key: value, one per line")
     return values
+
+
+def read_keys(cls: Any, path: Path) -> Any:
+    """Return a dataclass made of those keys of a YAML file that it has. The file may have mistakes in other keys."""
+    names = {item.name for item in dataclasses.fields(cls) if item.init}
+    values = {key: value for key, value in read_mapping(path).items() if key in names and value is not None}
+    return checked(cls, values, str(path))
 
 
 # --- What is sent ----------------------------------------------------------------------------------------------------
