@@ -383,8 +383,9 @@ def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
         name = stream["logStreamName"]
         host = name.split("/")[-1].rpartition("-")[0]  # JOB/algo-1-1732000000
         while True:
-            more = {"nextToken": seen[name]} if name in seen else {"startFromHead": True}
-            answer = logs.get_log_events(logGroupName=LOGS, logStreamName=name, **more)
+            token = {"nextToken": seen[name]} if name in seen else {}
+            # AWS requires startFromHead with each token, too.
+            answer = logs.get_log_events(logGroupName=LOGS, logStreamName=name, startFromHead=True, **token)
             lines += [f"{host}: {event['message'].rstrip()}" for event in answer["events"]]
             if answer["nextForwardToken"] == seen.get(name):
                 break

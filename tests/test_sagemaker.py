@@ -651,12 +651,20 @@ def test_following_a_job(launcher, cloud, monkeypatch):
         logs.put_log_events(
             logGroupName=launch_sagemaker.LOGS, logStreamName=stream, logEvents=[{"timestamp": now, "message": message}]
         )
-    seen = {}
+    seen, sent = {}, []
+    logs.meta.events.register(
+        "provide-client-params.cloudwatch-logs.GetLogEvents", lambda params, **_: sent.append(params)
+    )
     assert launch_sagemaker.new_lines(logs, job, seen) == [
         "algo-1: step 10: train_loss=0.5",
         "algo-1: step 20: train_loss=0.4",
     ]
     assert launch_sagemaker.new_lines(logs, job, seen) == []
+    assert [(params["startFromHead"], "nextToken" in params) for params in sent] == [
+        (True, False),
+        (True, True),
+        (True, True),
+    ]
     finish_in_moto(request)
     launch_sagemaker.wait(job, settings, cloud.session)
     known.training_jobs[job].training_job_status = "Failed"
