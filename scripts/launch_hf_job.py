@@ -44,9 +44,8 @@ def main() -> None:
         elif options.stop:
             stop(options.stop, account)
         else:
-            if options.wait:
-                wait(options.fetch, account)
-            fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), account)
+            folder = staging.expand_user(options.output_dir or f"outputs/{options.fetch}")
+            fetch(options.fetch, folder, account, follows=options.wait)
 
 
 def read_options() -> argparse.Namespace:
@@ -112,7 +111,9 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     own = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(options.config_file))}"
     print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
     if options.wait:
-        wait(job.id, account)
+        ended = follow(job.id, account)
+        if ended.status.stage != "COMPLETED":
+            raise UserError(hf_account.describe_end(account.api, ended))
 
 
 def check_run(run: "Run", estimate: costs.Estimate) -> None:
@@ -181,8 +182,8 @@ def submit(
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
 
-def wait(job_id: str, account: "Account") -> None:
-    """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
+def follow(job_id: str, account: "Account") -> Any:
+    """Print the job's log until the job ends, and return the Hub's `JobInfo`. Ctrl-C leaves the job running."""
     from t2i.clouds import hf_account
 
     account.require()
@@ -195,10 +196,9 @@ def wait(job_id: str, account: "Account") -> None:
     except KeyboardInterrupt:
         print(f"\n{job_id} keeps running; stop it with --stop {job_id}", file=sys.stderr)
         raise SystemExit(130) from None
-    if job.status.stage != "COMPLETED":
-        raise UserError(hf_account.describe_end(account.api, job))
     if job.durations and job.durations.running_secs:
         print(f"{job_id} ran {job.durations.running_secs / 60:.0f} min")
+    return job
 
 
 def stop(job_id: str, account: "Account") -> None:
@@ -215,14 +215,20 @@ def stop(job_id: str, account: "Account") -> None:
     print(f"{job_id} is cancelled; checkpoints in its repository are kept, and the same command resumes from them")
 
 
-def fetch(job_id: str, folder: Path, account: "Account") -> None:
-    """Download the run of an ended job as a run folder: model, settings, curves and samples, but no checkpoints."""
+def fetch(job_id: str, folder: Path, account: "Account", follows: bool) -> None:
+    """Download the run of an ended job as a run folder: model, settings, curves and samples, but no checkpoints.
+
+    With `follows`, print the job's log until the job ends. A job that did not complete is fetched, too, and then raises
+    `UserError`.
+    """
     from huggingface_hub import snapshot_download
 
     from t2i.clouds import hf_account
 
     account.require()
     with launch.fetched_into(folder) as part:
+        if follows:
+            follow(job_id, account)
         job = account.api.inspect_job(job_id=job_id, namespace=account.namespace)
         repo_id = hf_account.repository_of(job)
         if not repo_id:
@@ -248,9 +254,9 @@ def fetch(job_id: str, folder: Path, account: "Account") -> None:
             {"id": job.id, "stage": job.status.stage, "flavor": job.flavor, "repository": repo_id, "url": job.url,
              "running_seconds": job.durations.running_secs if job.durations else None},
         )  # fmt: skip
-    if job.status.stage != "COMPLETED":
-        print(hf_account.describe_end(account.api, job))
-    launch.say_fetched(folder)
+    launch.say_fetched(
+        folder, "" if job.status.stage == "COMPLETED" else hf_account.describe_end(account.api, job), follows
+    )
 
 
 if __name__ == "__main__":

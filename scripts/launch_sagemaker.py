@@ -50,11 +50,8 @@ def main() -> None:
         elif options.stop:
             stop(options.stop, place)
         else:
-            if options.wait:
-                session = aws.open_session(place)
-                aws.check_credentials(session)
-                wait(options.fetch, place, session)
-            fetch(options.fetch, staging.expand_user(options.output_dir or f"outputs/{options.fetch}"), place)
+            folder = staging.expand_user(options.output_dir or f"outputs/{options.fetch}")
+            fetch(options.fetch, folder, place, follows=options.wait)
 
 
 def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMakerConfig) -> None:
@@ -114,8 +111,8 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
         f"  stop:  python scripts/launch_sagemaker.py --config_file {file} --stop {job}\n"
         f"  fetch: python scripts/launch_sagemaker.py --config_file {file} --fetch {job}"
     )
-    if options.wait:
-        wait(job, config, account.session)
+    if options.wait and (bad_end := describe_end(job, follow(job, config, account.session))):
+        raise UserError(bad_end)
 
 
 def read_options() -> argparse.Namespace:
@@ -328,8 +325,8 @@ def submit(
 # --- Waiting and fetching --------------------------------------------------------------------------------------------
 
 
-def wait(job: str, config: sagemaker_job.Place, session: Any) -> None:
-    """Print the job's log until the job ends. Ctrl-C ends the printing and leaves the job running."""
+def follow(job: str, config: sagemaker_job.Place, session: Any) -> dict[str, Any]:
+    """Print the job's log until the job ends, and return SageMaker's description. Ctrl-C leaves the job running."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client, logs = session.client("sagemaker"), session.client("logs")
@@ -360,11 +357,21 @@ def wait(job: str, config: sagemaker_job.Place, session: Any) -> None:
             f"{job} cannot be followed any more: {aws_errors.explain(error)}; it keeps running, and "
             f"--fetch {job} --wait follows it again"
         ) from None
-    if state["TrainingJobStatus"] != "Completed":
-        raise UserError(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
     paid, ran = state.get("BillableTimeInSeconds"), state.get("TrainingTimeInSeconds")
     if paid and ran:
         print(f"trained {ran / 60:.0f} min, billed {paid / 60:.0f} min per machine")
+    return dict(state)
+
+
+def describe_end(job: str, state: dict[str, Any]) -> str:
+    """Return how a job ended that did not complete, and how its run resumes. Return "" for a completed job."""
+    if state["TrainingJobStatus"] == "Completed":
+        return ""
+    uri = state.get("CheckpointConfig", {}).get("S3Uri")
+    return (
+        f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}; "
+        f"a new job resumes from its checkpoints with checkpoint_s3_uri: {uri}"
+    )
 
 
 def new_lines(logs: Any, job: str, seen: dict[str, str]) -> list[str]:
@@ -423,14 +430,20 @@ def stop(job: str, config: sagemaker_job.Place) -> None:
     print(f"{job} is being stopped; it saves a checkpoint first, and --fetch brings its curves home")
 
 
-def fetch(job: str, folder: Path, config: sagemaker_job.Place) -> None:
-    """Download the result of an ended job as a run folder: model, settings, curves and samples, but no checkpoints."""
+def fetch(job: str, folder: Path, config: sagemaker_job.Place, follows: bool) -> None:
+    """Download the result of an ended job as a run folder: model, settings, curves and samples, but no checkpoints.
+
+    With `follows`, print the job's log until the job ends. A job that did not complete is fetched, too, and then raises
+    `UserError`.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         with launch.fetched_into(folder) as part:
             session = aws.open_session(config)
             aws.check_credentials(session)
+            if follows:
+                follow(job, config, session)
             state = session.client("sagemaker").describe_training_job(TrainingJobName=job)
             if state["TrainingJobStatus"] not in ENDED:
                 raise UserError(
@@ -452,10 +465,7 @@ def fetch(job: str, folder: Path, config: sagemaker_job.Place) -> None:
         raise UserError(
             f"{job} cannot be stored in {folder} ({aws_errors.brief(error)}); make room, and fetch it again"
         ) from None
-    if state["TrainingJobStatus"] != "Completed":
-        print(f"{job} ended as {state['TrainingJobStatus']}: {state.get('FailureReason', 'no reason given')}")
-        print(f"a new job resumes from its checkpoints with checkpoint_s3_uri: {uri}")
-    launch.say_fetched(folder)
+    launch.say_fetched(folder, describe_end(job, state), follows)
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:

@@ -362,10 +362,11 @@ def test_a_job_that_ends_badly_says_why_and_what_to_do(hub, launcher, short, tmp
     with pytest.raises(UserError, match="is still running"):
         launcher("--fetch", hub.jobs[-1].id, "--output_dir", tmp_path / "home")
     repo = "models/me/" + hub.jobs[-1].spec["labels"][hf_job.LABEL]
-    hub.edit(repo, {"run/checkpoint-000040/manifest.json": "{}", "run/checkpoint-000020/manifest.json": "{}"})
+    hub.edit(repo, {f"run/checkpoint-0000{step}0/manifest.json": "{}" for step in (2, 4)} | {"run/run.json": "{}"})
     hub.jobs[-1].preempt()
     with pytest.raises(UserError, match=r"ended as ERROR \(The machine was reclaimed\); checkpoint-000040 is in me/"):
-        launcher("--fetch", hub.jobs[-1].id, "--wait")
+        launcher("--fetch", hub.jobs[-1].id, "--wait", "--output_dir", tmp_path / "home")
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"run.json", "hf_job.json"}
     assert "resumes there from checkpoint-000040" in launcher("--dry_run", *CARD)
     launcher("--yes", *CARD)
     assert "is cancelled" in launcher("--stop", hub.jobs[-1].id)
@@ -380,7 +381,7 @@ def test_a_log_that_breaks_is_followed_again(hub, launcher, short):
     assert [told.count(word) for word in ("one\n", "two\n", "three\n")] == [1, 1, 1]
 
 
-def test_a_log_that_stays_broken_is_told_and_the_job_runs_on(hub, launcher, short, monkeypatch):
+def test_a_log_that_stays_broken_is_told_and_the_job_runs_on(hub, launcher, short, monkeypatch, tmp_path):
     monkeypatch.setattr(
         time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1))
     )  # of the client's retries
@@ -388,7 +389,7 @@ def test_a_log_that_stays_broken_is_told_and_the_job_runs_on(hub, launcher, shor
     launcher("--yes", *CARD)
     hub.fault("reset", times=float("inf"), path="/logs")
     with pytest.raises(UserError) as told:
-        launcher("--fetch", hub.jobs[-1].id, "--wait")
+        launcher("--fetch", hub.jobs[-1].id, "--wait", "--output_dir", tmp_path / "home")
     job = hub.jobs[-1].id
     assert str(told.value).startswith("the log cannot be followed any more: the Hub cannot be reached (")
     assert str(told.value).endswith(f"; {job} keeps running, and --fetch {job} --wait follows it again")
@@ -500,7 +501,7 @@ def test_a_job_is_cut_off_and_the_same_command_goes_on(hub, launcher, tmp_path, 
     with pytest.raises(
         UserError, match=r"ended as ERROR \(Job timeout\); checkpoint-000020 is in me/.* resumes from it"
     ):
-        launcher("--fetch", cut.id, "--wait", **CPU)
+        launcher("--fetch", cut.id, "--wait", "--output_dir", tmp_path / "cut", **CPU)
     told += launcher(*words, **CPU)
     assert "the training resumes there from checkpoint-000020" in told
     job = hub.jobs[-1]

@@ -630,7 +630,7 @@ def test_credentials_travel_through_secrets_manager_alone(launcher, cloud, monke
     assert inside["NCCL_SOCKET_IFNAME"] == "eth0"
 
 
-def test_following_a_job(launcher, cloud, monkeypatch):
+def test_following_a_job(launcher, cloud, monkeypatch, tmp_path):
     """--wait shows the log and ends with the job; Ctrl-C leaves it running."""
     launcher("--yes", UNET, "--config", "flowers", base_job_name="followed")
     request = cloud.requests[-1]
@@ -640,7 +640,7 @@ def test_following_a_job(launcher, cloud, monkeypatch):
     known = backend()
     known.training_jobs[job].training_job_status = "InProgress"
     with pytest.raises(SystemExit) as error:
-        launch_sagemaker.wait(job, settings, cloud.session)
+        launch_sagemaker.follow(job, settings, cloud.session)
     assert error.value.code == 130
     assert known.training_jobs[job].training_job_status == "InProgress"
     logs.create_log_group(logGroupName=launch_sagemaker.LOGS)
@@ -666,10 +666,12 @@ def test_following_a_job(launcher, cloud, monkeypatch):
         (True, True),
     ]
     finish_in_moto(request)
-    launch_sagemaker.wait(job, settings, cloud.session)
+    launch_sagemaker.follow(job, settings, cloud.session)
     known.training_jobs[job].training_job_status = "Failed"
-    with pytest.raises(UserError, match=f"{job} ended as Failed"):
-        launch_sagemaker.wait(job, settings, cloud.session)
+    home = tmp_path / "home"
+    with pytest.raises(UserError, match=f"{job} ended as Failed: .*; a new job resumes from its checkpoints with"):
+        launcher("--fetch", job, "--wait", "--output_dir", home)
+    assert json.loads((home / "sagemaker.json").read_text())["TrainingJobStatus"] == "Failed"
 
 
 def test_an_mlflow_address_with_odd_letters(monkeypatch):
@@ -879,7 +881,10 @@ def test_a_job_is_stopped_followed_and_fetched(tmp_path, launcher, cloud, monkey
     told = launcher("--fetch", job, "--wait", "--output_dir", tmp_path / "home", **wrong)
     assert re.search(r"\] Stopping, .*\n\[0 min\] Completed", told)
     assert json.loads((tmp_path / "home/sagemaker.json").read_text())["TrainingJobStatus"] == "Completed"
-    for words, verb in ((("--stop", "nobodys-job"), "stopped"), (("--fetch", "nobodys-job", "--wait"), "followed")):
+    for words, verb in (
+        (("--stop", "nobodys-job"), "stopped"),
+        (("--fetch", "nobodys-job", "--wait", "--output_dir", tmp_path / "other"), "followed"),
+    ):
         with pytest.raises(
             UserError, match=rf"nobodys-job cannot be {verb}: .*; check its name and the region us-east-1"
         ):

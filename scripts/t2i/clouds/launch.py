@@ -295,9 +295,19 @@ def is_result(name: str) -> bool:
     return inside and (is_inspection(name) or not parts[0].startswith((".", "checkpoint-", "node-")))
 
 
-def say_fetched(folder: Path) -> None:
-    """Print what a fetched run folder holds, and the command that draws with its model."""
+def say_fetched(folder: Path, bad_end: str, followed: bool) -> None:
+    """Print what a fetched run folder holds, the command that draws with its model, and how the job ended.
+
+    Args:
+        folder: the fetched run folder.
+        bad_end: how the job ended that did not complete, or "".
+        followed: whether the user waited for the job's end. A bad end of such a job raises `UserError`.
+    """
     models = [name for name in ("pipeline", "vae") if (folder / name).is_dir()]
     print(f"{folder}: {', '.join(models) or 'no model'}; show it with streamlit run dashboard")
     if "pipeline" in models:
         print(f"python scripts/generate_images.py --model {shlex.quote(str(folder))} --prompt …")
+    if bad_end and followed:
+        raise UserError(bad_end)
+    if bad_end:
+        print(bad_end)
