@@ -366,11 +366,13 @@ def kind_of(splits: Any) -> str:
     columns = splits.train.rows.column_names
     if set(flowers.ATTRIBUTES) <= set(columns):
         return "drawn"
-    if "label" not in columns or len(known_labels(splits.train)) < 2:
+    kinds = len(known_labels(splits.train)) if "label" in columns else 0
+    if kinds < 2:
         return "captioned"
     labels, captions = splits.train.rows["label"], splits.train.rows["caption"]
     pairs = [pair for pair in zip(labels, captions, strict=True) if pair[0] is not None]
-    return "labelled" if 2 * len(set(pairs)) <= len(pairs) else "captioned"
+    # A label may have further captions, if a person edited some.
+    return "labelled" if 2 * (len(set(pairs)) - kinds) <= len(pairs) - kinds else "captioned"
 
 
 def known_labels(split: Any) -> list[str]:
@@ -808,7 +810,7 @@ def save_report(run: Path, results: dict[str, Any], train: Any, trained: TrainUn
     path = report.write_report(run, results, pairs)
     print(f"report in one file: {path}")
     if trained.report_to != "none":
-        tracker = Tracker(run, experiment=trained.experiment, run_name=run.name, config={})
+        tracker = Tracker(run, experiment=trained.experiment, run_name=run.name, config={}, guest=True)
         tracker.log_artifact(path)
         tracker.finish()
 
@@ -826,7 +828,7 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
 
     from t2i.tracking.mlflow_tracker import Tracker
 
-    tracker = Tracker(run, experiment=experiment, run_name=run.name, config={})
+    tracker = Tracker(run, experiment=experiment, run_name=run.name, config={}, guest=True)
     for result in results["cells"]:
         step = checkpoint_step(run / result["checkpoint"]) or 0
         name = f"guidance_{result['guidance_scale']:g}"
