@@ -244,7 +244,7 @@ def mistakes():
         "max_wait",
     )
     yield "old Python", {"py_version": "py38"}, [], r"py_version py38, older than Python 3\.11.* set py_version: py312"
-    yield "no such image", {"pytorch_version": "9.9.9"}, [], "AWS has no image for pytorch_version 9.9.9"
+    yield "no such image", {"pytorch_version": "9.9.9"}, [], "AWS has no container image with pytorch_version 9.9.9"
     yield (
         "region",
         {"region": "us-nowhere-1"},

@@ -373,7 +373,7 @@ def checkpoint_in(run: Path, wanted: str) -> str:
 
 
 def sample_titles(evaluated: cells.EvaluatedGrid | None) -> dict[str, tuple[str, int]]:
-    """Return the evaluated prompts with their seeds, by the titles that the page shows."""
+    """Return each evaluated prompt and its seed, by the title that the page shows for the two."""
     samples = evaluated.samples.values if evaluated else ()
     return {f"{number}. {prompt}": (prompt, seed) for number, (prompt, seed) in enumerate(samples, start=1)}
 

@@ -122,7 +122,9 @@ def find_image(image_uris: Any, config: sagemaker_job.SageMakerConfig) -> str:
         changes = []  # these changes would not help
     fix = f"in the YAML {', '.join(changes)}, or name image_uri" if changes else "name image_uri in the YAML"
     named = ", ".join(f"{key} {getattr(config, key)}" for key in sagemaker_job.VERSIONS if getattr(config, key))
-    raise UserError(f"AWS has no image for {named} on {config.ec2_instance_type} ({reason}); {fix}")
+    raise UserError(
+        f"AWS has no container image with {named} for {config.ec2_instance_type} machines ({reason}); {fix}"
+    )
 
 
 def find_role(config: sagemaker_job.SageMakerConfig, account: Account) -> str:

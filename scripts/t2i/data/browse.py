@@ -607,7 +607,7 @@ def template_groups(split: Split) -> tuple[int, list[str]]:
 
 @lru_cache(maxsize=8)
 def words(split: Split) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """Count the words in the captions of a split.
+    """Count the words in each caption of a split, and the captions in which each word occurs.
 
     Returns:
         First, the number of words in each caption, int64 [N]. Second, the 50 words that occur in most captions, each

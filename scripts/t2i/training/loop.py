@@ -148,7 +148,7 @@ def global_batch(config: TrainConfig, world: int) -> int:
 def total_steps(config: TrainConfig, samples: int, world: int) -> int:
     """Return the number of weight updates of the run.
 
-    The number is `max_train_steps` if set, otherwise that of `num_train_epochs` over `samples` images. If
+    If `max_train_steps` is None, these are the updates that `num_train_epochs` passes over `samples` images take. If
     `validation_epochs` is set, this function converts it to updates and stores them in `validation_steps`.
     """
     per_epoch = samples / global_batch(config, world)
