@@ -85,6 +85,23 @@ def test_a_picture_is_left_out_and_taken_back(flowers, only_here):
 
 
 @pytest.mark.parametrize(
+    "shard", ["data/{}-00000-of-00001-0123456789abcdef", "{}-00000-of-00001", "{}/0000", "{}_0", "data/{}"]
+)
+def test_a_picture_of_the_test_split_is_left_out_of_it_whatever_its_shard_is_called(shard, flowers, only_here):
+    for split in ("train", "test"):
+        to = flowers / f"{shard.format(split)}.parquet"
+        to.parent.mkdir(exist_ok=True)
+        (flowers / "data" / f"{split}-00000-of-00001.parquet").rename(to)
+    (flowers / "README.md").unlink()  # it assigns the files by their first names
+    app = show(dataset="flowers", picture="1", split="test")
+    assert app.selectbox[1].options == ["train", "test"]
+    press(app, "Leave out of training")
+    config = DataConfig(dataset=str(flowers), resolution=16, cache_dir="cache", validation_fraction=0)
+    splits = load_splits(config, say=lambda _: None)
+    assert (len(splits.train), len(splits.test)) == (4, 1)
+
+
+@pytest.mark.parametrize(
     ("options", "env", "sentence"),
     [
         ({"server.address": None}, {}, "other machines may open this page"),

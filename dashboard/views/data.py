@@ -24,6 +24,7 @@ from t2i.captions.auditing import CHECKS
 from t2i.data import browse
 from t2i.data.images import BadImage
 from t2i.data.repairs import ID_DIGITS
+from t2i.data.split_names import SPLIT_NAMES
 from t2i.errors import UserError
 from t2i.evaluation.image_losses import Losses, excess
 from t2i.files import read_json
@@ -100,7 +101,7 @@ def find_data() -> dict[str, DataSet]:
     inside = OUTPUTS.resolve()
     shards = [file for level in ("*", "*/data", "*/*", "*/*/data") for file in OUTPUTS.glob(f"{level}/*.parquet")]
     shards = [file for file in shards if file.resolve().is_relative_to(inside)]
-    folders = sorted({file.parent.parent if file.parent.name == "data" else file.parent for file in shards})
+    folders = sorted({file.parent.parent if is_part(file.parent) else file.parent for file in shards})
     folders = [folder for folder in folders if not folder.name.startswith(".")]
     sets = {folder.relative_to(OUTPUTS).as_posix(): DataSet(folder, folder) for folder in folders}
     names = {found.folder.resolve(): name for name, found in sets.items()}
@@ -117,6 +118,12 @@ def find_data() -> dict[str, DataSet]:
             prefix = "" if is_itself else str(settings.get("caption_prefix") or "")
             sets.setdefault(title, DataSet(folder, home, prefix)).runs[name] = run
     return sets
+
+
+def is_part(folder: Path) -> bool:
+    """Return whether a folder with shards is only a part of a data set: `data`, or a split beside `train`."""
+    is_split = folder.name in SPLIT_NAMES and folder.parent != OUTPUTS and (folder.parent / "train").is_dir()
+    return folder.name == "data" or is_split
 
 
 def data_folder(source: str, settings: dict[str, Any], run: Path) -> Path | None:

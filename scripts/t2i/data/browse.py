@@ -43,7 +43,9 @@ _COMMON = (
 )
 STOP_WORDS = frozenset(_COMMON.split())
 BATCH = 100  # Rows of images in memory at a time. `t2i.data.dataset_folder` writes row groups of this size.
-SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")
+SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")  # Older shards of the Hub end in a hash.
+# Names of files and folders that `datasets` assigns to a split, such as `test`, `test_0` and `flowers-test`.
+OF_SPLIT = re.compile(rf"(.*[-._ 0-9])?(?P<split>{'|'.join(SPLIT_NAMES)})([-._ 0-9].*)?")
 DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # Errors of reading a damaged or a deleted file.
 
 
@@ -121,8 +123,7 @@ def find_splits(
     for pattern in ("*.parquet", "*/*.parquet"):
         for path in sorted(folder.glob(pattern)):
             if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-                match = SHARD.fullmatch(path.stem)
-                found.setdefault(match["split"] if match else path.stem, []).append(path)
+                found.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     if not found:
         captions = ()
         pairs = {path.stem: [path, path.with_suffix(".npy")] for path in sorted(folder.glob("*.arrow"))}
@@ -137,6 +138,17 @@ def find_splits(
         }
     except OSError:  # A file was deleted while the folder was listed.
         return {}
+
+
+def _split_of(file: Path) -> str:
+    """Return the split to which `datasets` assigns a Parquet file, by the path in the data set's folder."""
+    above = file.parts[:-1]
+    shard = SHARD.fullmatch(file.stem)
+    name = shard["split"] if shard else file.stem
+    if not (shard and above == ("data",)):  # In `data/`, only the whole name of a shard counts.
+        named = next(filter(None, map(OF_SPLIT.fullmatch, (*above, file.stem))), None)
+        name = named["split"] if named else name
+    return SPLIT_NAMES.get(name, name)
 
 
 def _state(path: Path) -> tuple[Path, int, int]:
