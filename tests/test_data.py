@@ -1175,6 +1175,27 @@ def test_a_split_beside_class_folders_without_folders_of_its_own_is_refused(tmp_
     assert "a validation" in set(load(tmp_path / "a", tmp_path, validation_fraction=0).train.rows["label"])
 
 
+def test_a_class_called_train_is_refused_and_a_split_is_not(tmp_path):
+    folder = tmp_path / "a"
+    for index, name in enumerate(("bus", "car", "train", "train")):
+        write(folder / name / f"{index}.png", png(index))
+    with pytest.raises(
+        UserError, match=r"the folder train may be a class, .* \(bus, car\); rename it .* use only this folder$"
+    ):
+        load(folder, tmp_path)
+    shutil.copytree(folder, tmp_path / "captioned")
+    for index in (2, 3):
+        write(tmp_path / f"captioned/train/{index}.txt", "a flower")
+    shutil.copytree(folder, tmp_path / "renamed")
+    (tmp_path / "renamed/train").rename(tmp_path / "renamed/trains")
+    write(folder / "readme/notes.txt", "x")
+    for index in (2, 3):
+        write(folder / f"train/rose/{index}.png", (folder / f"train/{index}.png").read_bytes())
+        (folder / f"train/{index}.png").unlink()
+    for name, count in (("a", 2), ("captioned", 2), ("renamed", 4)):
+        assert len(captions_of(load(tmp_path / name, tmp_path))) == count
+
+
 @pytest.mark.parametrize(
     "names",
     ["train_station", "steam_train test_tube bus car lily", "latest trainer", "data/train", "train/rose train/test"],

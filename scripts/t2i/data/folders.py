@@ -122,6 +122,18 @@ def split_among_classes(images: Iterable[str]) -> str | None:
     return "/".join((*above, named[0])) if named and len(beside) > len(named) else None
 
 
+def folders_beside_train(images: Iterable[str]) -> list[str]:
+    """Return the folders beside `train` that are as much a class as `train` is. [] if `train` is surely a split.
+
+    A class holds its images itself, without subfolders. Another split beside `train` shows that both are splits.
+    """
+    homes = _homes(images)
+    splits = {home[0] for home in homes if home and split_name(home[0])}
+    if {*map(split_name, splits)} != {"train"} or any(len(home) > 1 for home in homes if home and home[0] in splits):
+        return []
+    return sorted(home[0] for home in homes if len(home) == 1 and home[0] not in splits)
+
+
 def _homes(images: Iterable[str]) -> set[tuple[str, ...]]:
     return {tuple(image.split("/")[:-1]) for image in images}
 
@@ -371,6 +383,8 @@ def _folder_columns(
     }
     if "train" not in columns:
         columns.clear()
+    if depth == 1 and not (listing.by_row or listing.used):  # Captions of its own would make `train` a split.
+        _refuse_class_train(name, images)
     _refuse_look_alikes(name, columns.get("train", {"image": []})["image"], depth)
     return columns, notes, listing.quarantine
 
@@ -497,6 +511,17 @@ def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
             "rows to train on"
         )
     return True
+
+
+def _refuse_class_train(name: str, images: list[str]) -> None:
+    """Raise `UserError` if the folder `train` may be a class, since only its images would be trained on."""
+    if beside := folders_beside_train(images):
+        train = next(file.split("/")[0] for file in images if "/" in file and split_name(file.split("/")[0]))
+        shown = f"{', '.join(beside[:3])}{', …' if len(beside) > 3 else ''}"
+        raise UserError(
+            f"{name}: the folder {train} may be a class, like the folders beside it ({shown}); rename it (for example to "
+            f"trains) to use all folders, or give --dataset {Path(name) / train} to use only this folder"
+        )
 
 
 def _refuse_look_alikes(name: str, images: list[str], depth: int) -> None:
