@@ -27,6 +27,7 @@ from t2i.data import dataset_folder, overview, preparing, tables
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import decode_image, fit
 from t2i.data.preparing import batch_indices, count_long_captions, epoch_order, load_splits
+from t2i.data.repairs import edit_captions
 from t2i.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -774,8 +775,18 @@ def test_tables_beside_classes_are_named(tmp_path):
         write(tmp_path / "a" / name, png(len(name)))
     for name in ("captions.json", "meta_cap.JSON", "list.csv"):
         write(tmp_path / "a" / name, "{}")
-    left_out = load(tmp_path / "a", tmp_path).report["left_out"]
-    assert left_out["tables that are not named metadata.csv or metadata.jsonl"]["count"] == 3
+    tables = "tables that are not named metadata.csv or metadata.jsonl"
+    assert load(tmp_path / "a", tmp_path).report["left_out"][tables]["count"] == 3
+    write(tmp_path / "a/captions.jsonl", '{"file_name": "rose/0.png", "text": "a rose"}\n')
+    assert load(tmp_path / "a", tmp_path).report["left_out"][tables]["count"] == 4
+
+
+def test_files_of_the_suite_are_no_misnamed_tables(tmp_path):
+    folder = parquet(tmp_path / "a")
+    edit_captions(folder, "0" * 32, "x.png", ["a rose"], ["a tulip"])
+    for name in ("audit.json", "left_out.jsonl", "quarantine.jsonl", "run.json"):
+        write(folder / name, "")
+    assert load(folder, tmp_path).report["left_out"] == {}
 
 
 def test_files_and_folders_of_other_programs_are_left_out_and_said(tmp_path):

@@ -90,6 +90,15 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
     return rows
 
 
+def is_ledger(path: Path) -> bool:
+    """Return whether the first line of a file is a caption as this module writes it."""
+    try:
+        with open(path, "rb") as file:
+            return _row(file.readline()) is not None
+    except OSError:
+        return False
+
+
 def _is_torn(line: bytes) -> bool:
     """Return whether the last line is incomplete: it begins like a line of this module and has no end."""
     start = b'{"image": "'

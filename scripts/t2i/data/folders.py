@@ -24,6 +24,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from t2i.captions.ledger import is_ledger
 from t2i.captions.texts import clean, label_captions
 from t2i.config import SourceConfig
 from t2i.config_types import unlisted
@@ -39,6 +40,7 @@ from t2i.data.caption_files import (
 )
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
 from t2i.data.records import LABELS, LeftOut, Source, caption_keys, check_label_names, label_name
+from t2i.data.repairs import CAPTIONS
 from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
@@ -57,6 +59,7 @@ NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".yaml",
 NOT_IMAGES |= {".caption", ".parquet"}
 NOT_IMAGE_NAMES = {"readme", "license", "licence", "copying", "notice", "thumbs.db", "desktop.ini", "sha256sums"}
 NOT_IMAGE_NAMES |= {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "left_out.jsonl"}
+NOT_IMAGE_NAMES |= {"audit.json", "quarantine.jsonl", "run.json"}  # of scripts/caption_to_hub.py
 NOT_IMAGE_NAMES |= {"icon\r", "icon\uf00d"}  # macOS's icon of a folder, and its name on a disk of Windows.
 UNFINISHED = {".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2"}
 # Folders in which storage systems, unpackers and photo programs keep copies, thumbnails and deleted files.
@@ -236,7 +239,8 @@ def pick_images(folder: Path, files: Iterable[str], left_out: LeftOut) -> list[s
         elif file in readable or not suffix or suffix in UNREADABLE:
             images.append(file)
         elif suffix in (".csv", ".tsv", ".jsonl", ".json"):
-            leave_out(left_out, TABLES, file)
+            if name != CAPTIONS or not is_ledger(folder / file):
+                leave_out(left_out, TABLES, file)
         elif suffix not in NOT_IMAGES:
             if starts_like_an_image(folder / file):
                 images.append(file)
