@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from t2i.captions.texts import prefixed, unprefixed
 from t2i.config import DataConfig
 from t2i.data import dataset_folder, overview, preparing, tables
 from t2i.data.dataset_folder import save_dataset_folder
@@ -229,6 +230,20 @@ def test_a_prefix_comes_before_each_caption_once(tmp_path):
     assert "each begins with ' sks ' (--caption_prefix)" in "\n".join(said)
     plain = load(folder, tmp_path)  # another cache
     assert captions_of(plain)["0.png"] == "a rose"
+
+
+@pytest.mark.parametrize(
+    ("caption", "prefix", "expected"),
+    [
+        ("photograph of a rose", "photo", "photo photograph of a rose"),
+        ("photo: a rose", "photo", "photo: a rose"),
+        ("photo", "photo", "photo"),
+        ("sks style,rose", "sks style,", "sks style,rose"),
+    ],
+)
+def test_only_whole_words_of_a_caption_are_its_prefix(caption, prefix, expected):
+    assert prefixed(caption, prefix) == expected
+    assert unprefixed(caption, prefix) == (caption if caption != expected else caption.removeprefix(prefix).lstrip())
 
 
 def test_empty_captions_stay_and_are_counted(tmp_path):

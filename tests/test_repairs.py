@@ -160,6 +160,8 @@ def test_an_edit_keeps_the_key_of_the_captioning_and_nothing_is_replaced_twice(t
     # the captioning has run again, so the data set holds the edited caption; then the first caption comes back
     repairs.edit_captions(tmp_path, digest(0), "x", ["sks a tulip"], ["sks a rose"], prefix="sks")
     assert repairs.read_repairs(tmp_path).edited_captions(digest(0), ["sks a tulip"]) == ["sks a rose"]
+    repairs.edit_captions(tmp_path, digest(0), "x", ["sks a tulip"], ["skselia"], prefix="sks")  # no letter is lost
+    assert repairs.read_repairs(tmp_path).edited_captions(digest(0), ["sks a tulip"]) == ["sks skselia"]
     assert len(ledger.read(tmp_path / "captions.jsonl")) == 1
 
 

@@ -7,7 +7,7 @@ import streamlit as st
 
 from helpers.page_rights import has_control, is_space
 from helpers.page_texts import escape
-from t2i.captions.texts import clean
+from t2i.captions.texts import clean, unprefixed
 from t2i.config import read_yaml
 from t2i.data import browse
 from t2i.data.repairs import edit_captions, set_left_out
@@ -69,17 +69,12 @@ def save(split: browse.Split, number: int, key: str) -> None:
     if why_not(split.home):  # a button of a page that was opened before
         return
     stored = split.as_stored()
-    words = clean(split.prefix)
-
-    def without_prefix(text: str) -> str:
-        return clean(text).removeprefix(words).lstrip()
-
     try:
         ids, files = browse.identities(stored)
         changed = edit_captions(
             Path(str(split.home)), require_id(ids[number]), files[number],
-            [without_prefix(text) for text in browse.read_rows(stored).captions[number]],
-            [without_prefix(line) for line in st.session_state[key].split("\n")], captioning_prefix(split),
+            [unprefixed(clean(text), split.prefix) for text in browse.read_rows(stored).captions[number]],
+            [unprefixed(clean(line), split.prefix) for line in st.session_state[key].split("\n")], captioning_prefix(split),
         )  # fmt: skip
     except UserError as error:
         st.session_state["_error"] = str(error)

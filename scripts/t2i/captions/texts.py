@@ -15,7 +15,19 @@ def clean(value: Any) -> str:
 def prefixed(caption: str, prefix: str) -> str:
     """Put `--caption_prefix` before a caption, unless the caption is empty or already begins with the prefix."""
     words = clean(prefix)
-    return caption if not words or not caption or caption.startswith(words) else f"{words} {caption}"
+    return caption if not words or not caption or _begins_with(caption, words) else f"{words} {caption}"
+
+
+def unprefixed(caption: str, prefix: str) -> str:
+    """Return a caption without the `--caption_prefix` at its beginning, if it begins with the prefix."""
+    words = clean(prefix)
+    return caption.removeprefix(words).lstrip() if _begins_with(caption, words) else caption
+
+
+def _begins_with(caption: str, words: str) -> bool:
+    """Return whether a caption begins with whole words: "photo" does not begin "photograph"."""
+    is_cut = words[-1:].isalnum() and caption[len(words) :][:1].isalnum()
+    return caption.startswith(words) and not is_cut
 
 
 def label_captions(label: str | None, templates: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from filelock import FileLock
 from t2i.captions import ledger
 from t2i.captions.auditing import clean_caption
 from t2i.captions.ledger import Key
-from t2i.captions.texts import prefixed
+from t2i.captions.texts import prefixed, unprefixed
 from t2i.errors import UserError
 from t2i.files import hash_json, write_text
 
@@ -236,7 +236,7 @@ def _edited_line(
     line = line or next((row for row in rows if prefixed(clean_caption(row["caption"]), prefix) == original), None)
     if line is None:
         line = {**Key(image, EDITED, "", "", hash_json(original))._asdict(), "file": file, "made": hash_json(original)}
-    own = new.removeprefix(words).lstrip()  # The file holds captions without the prefix.
+    own = unprefixed(new, words)  # The file holds captions without the prefix.
     return {**line, "replaces": original, "caption": own, **({"prefix": words} if words else {})}
 
 
