@@ -42,6 +42,8 @@ def main() -> None:
     from t2i.data.dataset_folder import save_dataset_folder
 
     folder = Path(options.output_dir)
+    if folder.name in ("", ".."):
+        raise UserError(f"--output_dir {folder} ends without a name; give a new folder, such as outputs/flowers")
     wanted = {"count": options.count, "validation_count": options.validation_count, "test_count": options.test_count,
               "size": options.size, "seed": options.seed, "version": flowers.VERSION}  # fmt: skip
     marker = folder.with_name(f".{folder.name}")  # The run's record stands beside the dataset folder, not in it.

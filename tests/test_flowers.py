@@ -1,12 +1,14 @@
 """Drawn flowers: pure by seed, complete captions, and held-out combinations that training never sees."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import make_flowers
 from t2i.data import flowers
 from t2i.errors import UserError
 
@@ -159,3 +161,11 @@ def test_draw_many_is_the_same_with_any_number_of_workers():
         assert one[0] == two[0]
         assert one[2] == two[2] == flowers.drawing(7, 3 + i, 32)[2]
         np.testing.assert_array_equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("folder", [".", "/", ".."])
+def test_a_folder_without_a_name_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_flowers.py", "--output_dir", folder])
+    with pytest.raises(UserError, match="ends without a name; give a new folder"):
+        make_flowers.main()
