@@ -186,6 +186,18 @@ def test_copies_are_told_from_new_pictures_also_if_soft_or_mirrored() -> None:
     assert not memorisation.copied(fresh, twins).any()
 
 
+@pytest.mark.parametrize("noise", [0, 1])
+def test_a_picture_far_from_many_copies_of_one_photo_copies_nothing(noise) -> None:
+    rng = np.random.default_rng(2)
+    other, fresh = (rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2) for _ in range(2))
+    twins = (100 + other[:1] // 5 + rng.integers(0, noise + 1, (60, 32, 32, 3))).astype(np.uint8)
+    train = memorisation.pixel_embedding(np.concatenate([twins, other]))
+    assert not memorisation.copied(fresh, train).any()  # their 50 nearest images are all twins
+    copy = twins[:1] if noise else ((twins[:1].astype(int) * 9 + 128) // 10).astype(np.uint8)
+    assert memorisation.copied(np.concatenate([copy, copy[:, :, ::-1], other]), train).all()
+    assert not memorisation.copied(fresh, train[:60]).any()  # there is no other photo at all
+
+
 @pytest.mark.parametrize("is_same", [True, False])
 def test_images_that_may_have_been_trained_on_are_said(is_same, workspace, tmp_path, monkeypatch, capsys) -> None:
     run = tmp_path / "unet"

@@ -61,9 +61,13 @@ def _both_ways(pictures: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor]:
     """
     thumbnails = pixel_embedding(pictures)
     near, rows = _nearest(thumbnails, train, 50)
-    mirrored = thumbnails.unflatten(1, (3, 16, 16)).flip(3).flatten(1)
-    near_mirrored, rows_mirrored = _nearest(mirrored, train, 50)
+    near_mirrored, rows_mirrored = _nearest(_mirrored(thumbnails), train, 50)
     return torch.cat([near, near_mirrored], 1), torch.cat([rows, rows_mirrored], 1)
+
+
+def _mirrored(thumbnails: Tensor) -> Tensor:
+    """Return the mirror images of thumbnails [..., 3 * 16^2]."""
+    return thumbnails.unflatten(-1, (3, 16, 16)).flip(-1).flatten(-3)
 
 
 def _neighbourhood(distances: Tensor) -> Tensor:
@@ -98,10 +102,10 @@ def copied(pictures: np.ndarray, train: Tensor) -> np.ndarray:
     Returns:
         Whether each picture is a copy, bool [M].
     """
-    return _copied(*_both_ways(pictures, train), train)
+    return _copied(pictures, *_both_ways(pictures, train), train)
 
 
-def _copied(distances: Tensor, rows: Tensor, train: Tensor) -> np.ndarray:
+def _copied(pictures: np.ndarray, distances: Tensor, rows: Tensor, train: Tensor) -> np.ndarray:
     """Return which pictures are copies, from the distances and rows of `_both_ways`."""
     limits = TWIN * _neighbourhood(distances)
     distances, order = distances.sort(1)
@@ -110,10 +114,31 @@ def _copied(distances: Tensor, rows: Tensor, train: Tensor) -> np.ndarray:
     for start in range(0, len(rows), 64):  # The thumbnails of all neighbours at once would fill the memory.
         some = slice(start, start + 64)
         nearest, neighbours = train[rows[some, :1]], train[rows[some]]
-        mirrored = nearest.unflatten(2, (3, 16, 16)).flip(4).flatten(2)
-        apart = torch.minimum((neighbours - nearest).norm(dim=2), (neighbours - mirrored).norm(dim=2))
+        apart = torch.minimum((neighbours - nearest).norm(dim=2), (neighbours - _mirrored(nearest)).norm(dim=2))
         seconds.append(torch.where(apart < limits[some], torch.inf, distances[some]).min(1).values)
-    return (distances[:, 0] < COPY * torch.cat(seconds)).numpy()
+    second = torch.cat(seconds)
+    for row in second.isinf().nonzero()[:, 0].tolist():  # All neighbours are twins of the nearest one.
+        picture = pixel_embedding(pictures[row : row + 1])
+        second[row] = _distance_to_other_photos(picture, train[rows[row, :1]], limits[row], train)
+    return (distances[:, 0] < COPY * second).numpy()
+
+
+def _distance_to_other_photos(picture: Tensor, photo: Tensor, limit: Tensor, train: Tensor) -> Tensor:
+    """Return the distance of a picture to the nearest training image that is no twin of a photo.
+
+    Without such an image, only a picture that is nearer than the twins are to each other is a copy.
+
+    Args:
+        picture: thumbnail [1, D] of the picture.
+        photo: thumbnail [1, D] of the training image nearest to the picture.
+        limit: distance [1] under which a training image is a twin of the photo.
+        train: `pixel_embedding` [N, D] of all training images.
+    """
+    far, apart = (
+        torch.minimum(torch.cdist(one, train), torch.cdist(_mirrored(one), train))[0] for one in (picture, photo)
+    )
+    others = far[apart >= limit]
+    return others.min() if len(others) else apart.max() / COPY
 
 
 def nearest_images(picture: np.ndarray, train: Tensor, count: int) -> list[tuple[int, float]]:
@@ -197,7 +222,7 @@ class Memory:
         self.thumbnails, self.unseen = thumbnails, pixel_embedding(held_out)
         near = _both_ways(held_out, self.thumbnails)
         self.held_out, _ = _relative(*near)
-        self.copies_held_out = float(_copied(*near, self.thumbnails).mean())
+        self.copies_held_out = float(_copied(held_out, *near, self.thumbnails).mean())
 
     def measure(self, generated: np.ndarray) -> dict[str, Any]:
         """Return the figures of `memorisation` for pictures, uint8 [M, H, W, 3]."""
@@ -213,7 +238,7 @@ class Memory:
             "probability_closer": float(1 - (below + level).float().mean() / (2 * len(ordered))),
             "near_copies": float((ours < 0.5).float().mean()),
             "near_copies_held_out": float((theirs < 0.5).float().mean()),
-            "copies": float(_copied(*near, self.thumbnails).mean()),
+            "copies": float(_copied(generated, *near, self.thumbnails).mean()),
             "copies_held_out": self.copies_held_out,
             "nearest": rows.numpy(),
             "relative_distance": ours.numpy(),
