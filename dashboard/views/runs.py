@@ -19,6 +19,13 @@ from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
 
 MISSING = "–"  # shown for a missing value of a table
+FACTS = {  # of run.json, by the titles of their columns
+    "steps": "steps",
+    "train_images": "training images",
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+    "psnr_db": "PSNR in dB",
+}
 CARD_CHARACTERS = 20_000  # characters of a model card that are shown
 
 
@@ -53,8 +60,8 @@ def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a run in the table of runs: the run's present status, and facts from run.json."""
     seconds = state.get("seconds")
     row: dict[str, Any] = {"run": name, "status": status}
-    for key in ("steps", "train_images", "train_loss", "val_loss", "psnr_db"):
-        row[key] = state[key] if is_finite(state.get(key)) else None
+    for key, title in FACTS.items():
+        row[title] = state[key] if is_finite(state.get(key)) else None
     known = state.get("extensions")
     entries = [entry for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
     lengths = [str(entry["from_steps"]) for entry in entries if is_finite(entry.get("from_steps"))]
