@@ -17,6 +17,8 @@ from playwright.sync_api import expect, sync_playwright
 
 from browser import CHROMIUM, INSTALL, SCHEMES, WIDTHS, dashboard_pages, serve, settle, start
 from conftest import ROOT, TINY, WARM, warm_start
+from t2i.evaluation import report
+from t2i.evaluation.verdict import make_verdict
 from t2i.run_lock import lock_run
 from t2i.training import live
 from test_compare import PROMPTS, make_run
@@ -561,6 +563,28 @@ def judged(painted):
     os.utime(run / "run.json", (3e9, 3e9))
     yield run
     shutil.rmtree(run)
+
+
+def test_the_report_is_downloaded_and_opens_whole_without_a_network(chromium, visit, painted, judged, tmp_path):
+    evaluation = json.loads((judged / "evaluation" / "evaluation.json").read_text())
+    (judged / "config.yaml").write_text("train_unet: {seed: 1}\n")
+    report.write_report(judged, evaluation, [])
+    page = visit(query={"run": "judged"}, at=painted[0])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Report as one file").click()
+    download.value.save_as(tmp_path / "report.html")
+    offline = chromium.new_context(offline=True)
+    page, asked, errors = offline.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto((tmp_path / "report.html").as_uri())
+    for sentences in make_verdict(evaluation)["sentences"].values():
+        expect(page.get_by_text(sentences[0]).first).to_be_visible()
+    pictures = page.locator("img")
+    assert pictures.count() >= 2
+    assert all(picture.evaluate("picture => picture.naturalWidth") for picture in pictures.all())
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == errors == []
+    offline.close()
 
 
 @pytest.mark.parametrize("number", [1, 7, 9, 10])  # those that need neither a drawing nor a training
