@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from t2i.clouds import costs, launch
 from t2i.clouds.hf_job import COMMAND_LABEL, LABEL, PRICES, HfJobsConfig, Payer
-from t2i.clouds.mirror import resumes_from
+from t2i.clouds.mirror import CAPTIONS, resumes_from
 from t2i.config_types import known_key
 from t2i.errors import UserError
 from t2i.files import read_json
@@ -184,7 +184,9 @@ def find_run(account: Account, repo_id: str, command: str) -> Run:
         state = read_json(Path(account.api.hf_hub_download(repo_id, "run/run.json")))
         identity = state.get("identity") or {}
         run.steps, run.global_batch = identity.get("steps"), identity.get("global_batch")
-        if state.get("status") == "finished":
+        if (
+            state.get("status") == "finished" and run.newest != CAPTIONS
+        ):  # Photos may have been added to a captioned set.
             done = [job for job in jobs if _text(job.status.stage) == "COMPLETED"]
             run.finished_by = next((job.id for job in done if (job.labels or {}).get(COMMAND_LABEL) == command), "")
     return run

@@ -17,6 +17,8 @@ from t2i.errors import UserError
 from t2i.hub import upload
 from t2i.runs import checkpoint_folders
 
+CAPTIONS = "captions.jsonl"  # file of a captioning
+
 POLL_S = 5.0  # between two looks at the run folder
 FOLLOW_S = 60.0  # Time for which the push of a checkpoint is retried. The next look tries again.
 
@@ -118,9 +120,15 @@ def newest_checkpoint(api: HfApi, repo_id: str) -> str:
 
 
 def resumes_from(api: HfApi, repo_id: str) -> str:
-    """Return what a job resumes from in a repository: the newest checkpoint, the file of captions, or ""."""
-    captions = "captions.jsonl"
-    return newest_checkpoint(api, repo_id) or (captions if api.file_exists(repo_id, f"run/{captions}") else "")
+    """Return what a job resumes from in a repository: the newest checkpoint, the file of captions, or "".
+
+    Repositories of earlier versions lack the inspected photos beside the captions. A captioning cannot resume there.
+    """
+    if newest := newest_checkpoint(api, repo_id):
+        return newest
+    files = set(api.list_repo_files(repo_id))
+    is_whole = f"run/{CAPTIONS}" in files and any(is_inspection(file.removeprefix("run/")) for file in files)
+    return CAPTIONS if is_whole else ""
 
 
 def step_of(name: str) -> int:
