@@ -122,6 +122,12 @@ def main() -> None:
         "unet_hash": training.get("output_unet_hash"),
         **({"guide": hash_files(guide)} if (guide := guide_folder(run / "pipeline")) else {}),
         **splits.repair_hashes(),
+        # Earlier versions took labels for prompts here.
+        **(
+            {"prompts": "captions"}
+            if kind_of(splits) == "captioned" and "label" in splits.train.rows.column_names
+            else {}
+        ),
     }
     state = RunFolder(folder, {**evaluation_settings(config, preset), **input_hashes}, replace=True)
     if state.finished:
@@ -212,7 +218,7 @@ def check_data(asked: DataConfig, trained: DataConfig) -> None:
         if getattr(asked, key) != getattr(trained, key):
             raise UserError(
                 f"{key} {getattr(asked, key)}: the model was trained with {getattr(trained, key)}, so other images would count "
-                f"as unseen; leave out --config, or give --{key} {getattr(trained, key)}"
+                f"as unseen; give --{key} {getattr(trained, key)}"
             )
 
 
@@ -583,6 +589,11 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
     saved = schedule.get("_class_name")
     if not isinstance(saved, str):
         raise UserError(f"{file} has no key _class_name; restore the file from a copy")
+    if student_steps(schedule) and max(config.guidance_scales) > 1:
+        scales = ", ".join(f"{scale:g}" for scale in config.guidance_scales)
+        raise UserError(
+            f"guidance_scales {scales}: the model is a student, which has learnt guidance; give --guidance_scales 1"
+        )
     if config.preset:
         preset = choose_preset(config.preset, schedule)
         problem = scheduler_problem(preset.scheduler, schedule, preset.num_inference_steps)
@@ -590,12 +601,6 @@ def sampler(run: Path, config: EvaluateConfig) -> Preset:
             raise UserError(f"preset {config.preset}: {problem}")
         return preset._replace(scheduler=SCHEDULERS[preset.scheduler])
     if student := student_steps(schedule):
-        if max(config.guidance_scales) > 1:
-            scales = ", ".join(f"{scale:g}" for scale in config.guidance_scales)
-            raise UserError(
-                f"guidance_scales {scales}: the model is a student, which has learnt guidance; leave out --config, or give "
-                "--guidance_scales 1"
-            )
         return Preset(saved, student, 1.0)
     return Preset(saved, config.num_inference_steps, 1.0)
 

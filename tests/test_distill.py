@@ -238,6 +238,7 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         ("evaluate_checkpoints.py", ["--model", "unet", "--preset", "turbo"], "needs a student"),
         ("evaluate_checkpoints.py", ["--model", "STUDENT", "--preset", "draft"], "take preset turbo"),
         ("evaluate_checkpoints.py", ["--model", "STUDENT", "--guidance_scales", "1", "3"], "give --guidance_scales 1"),
+        ("evaluate_checkpoints.py", ["--model", "STUDENT", "--guidance_scales", "3", "--preset", "turbo"], "has learnt guid"),
         ("evaluate_checkpoints.py", ["--model", "unet", "--split_seed", "3"], "split_seed 3: the model was trained with 0"),
         ("evaluate_checkpoints.py", ["--model", "unet", "--resolution", "64"], "give --resolution 32"),
     ],
