@@ -136,6 +136,7 @@ def find_model(model: str | None) -> Model:
 
 def _download(repo_id: str) -> Path:
     wanted = ["README.md", "model_index.json", *(f"*/*{suffix}" for suffix in MODEL_SUFFIXES)]
+    wanted += [f"{COMPILED}/*{suffix}" for suffix in COMPILED_SUFFIXES]
     unwanted = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "safety_checker/*", "images/*", "checkpoint*"]
     if constants.is_offline_mode():
         print(f"HF_HUB_OFFLINE is set; {repo_id} is read from the local cache of the Hub")
@@ -304,7 +305,7 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
             f"the Space would be {folder_size(folder) / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "
             "use a smaller model"
         )
-    few, all_pins = requirements(any(target.parent.name == COMPILED for target in sources))
+    few, all_pins = requirements(any(target.parent.name == COMPILED and target.suffix == ".xml" for target in sources))
     texts = {"Dockerfile": DOCKERFILE, "requirements.txt": few, "constraints.txt": all_pins}
     for name, text in (texts | {"README.md": card(model, repo_id)}).items():
         write_text(folder / name, text)
