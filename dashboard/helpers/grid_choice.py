@@ -333,7 +333,7 @@ def first_values(
         values["sample"] = list(sample_titles(evaluated))
     else:
         values["prompt"] = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
-    if evaluated:
+    if evaluated and offered_scales(runs, "") != "1":
         scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values)
     else:
         scales = offered_scales(runs, GUIDANCE)

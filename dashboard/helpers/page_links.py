@@ -75,7 +75,9 @@ def grid_query(planned: Sequence[cells.PlannedCell]) -> Query:
     scales = [cell.guidance_scale]
     if len(chosen) < 2:
         chosen.append("guidance_scale")
-        if not student_steps(cells.schedule_of(planned[0].run)):  # a student draws without guidance alone
+        if not any(
+            student_steps(cells.schedule_of(one.run)) for one in planned
+        ):  # students draw without guidance alone
             scales = sorted({max(1.0, scales[0] / 2), scales[0], min(MAX_SCALE, scales[0] * 2)})
     if len(chosen) < 2:
         chosen.append("seed")

@@ -134,7 +134,8 @@ def folders_beside_train(images: Iterable[str]) -> list[str]:
     splits = {home[0] for home in homes if home and split_name(home[0])}
     if {*map(split_name, splits)} != {"train"} or any(len(home) > 1 for home in homes if home and home[0] in splits):
         return []
-    return sorted(home[0] for home in homes if len(home) == 1 and home[0] not in splits)
+    others = {home[0] for home in homes if len(home) == 1} - splits
+    return sorted(other for other in others if other.lower() not in NOT_CLASS_NAMES)
 
 
 def _homes(images: Iterable[str]) -> set[tuple[str, ...]]:

@@ -436,9 +436,10 @@ def plan(
         own_cell = replace(cell, **settings)
         schedule = schedule_of(model[0])
         problem = problem or scheduler_problem(own_cell.scheduler, schedule, own_cell.num_inference_steps)
-        problem = problem or guidance_problem(own_cell.guidance_scale, schedule)
         path = cell_path(model[0], model_hash, own_cell)
         made = problem is None and is_made(model[0], model_hash, own_cell)
+        if not made:  # Pictures that an earlier version drew with guidance are shown.
+            problem = problem or guidance_problem(own_cell.guidance_scale, schedule)
         planned.append(PlannedCell((tab, row, column), *model, model_hash, own_cell, path, made, problem))
     return planned
 
