@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def remember_secret(password: str) -> None:
     _url_passwords.update({password, unquote(password)})
 
 
+@lru_cache(maxsize=4096)  # Each redacted text asks for all variables of the environment.
 def _is_secret_name(name: str) -> bool:
     words = [word.lower() for word in _NAME_WORDS.findall(name)]
     if not words or words[-1] in _HARMLESS_LAST_WORDS or _SPECIAL_TOKENS & set(words):
