@@ -45,7 +45,9 @@ MOST_PICTURES = 24  # that a session draws at once
 THINK_S = (0.3, 2.0)  # between an answer and the next click
 SPARE_MB = 64  # of memory that was given back and is kept for later, by the threads of sessions
 TAB_MB = 3  # of memory for a tab: Streamlit keeps what it shows, and that of a closed one for two minutes
-DRAWING_S = 120  # a session looks at its drawing for no longer, with twenty models asked for before its own
+DRAWING_S = (
+    300  # A session looks at its drawing for no longer. Twenty models are drawn with before, each in up to ten seconds.
+)
 
 
 @dataclass
