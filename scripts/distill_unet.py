@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i import redaction
-from t2i.command_line import option
-from t2i.config import DistillConfig, Recipe, parse, to_dict
+from t2i.config import DistillConfig, Recipe, parse, run_of, to_dict, with_settings_of_model
 from t2i.errors import UserError, run_main
 from t2i.files import read_optional, write_json
 from t2i.hub import model_card
@@ -170,19 +169,6 @@ def main() -> None:
     denoiser.finish(run, train_state, results, tracker, accelerator)
     if accelerator.is_main_process:
         model_card.write_model_card(folder, None)
-
-
-def with_settings_of_model(argv: list[str]) -> list[str]:
-    """Return a command line with the recipe of the run that `--model` names, unless `--config` names another."""
-    model = option(argv, "model")
-    run = run_of(model) if model and not option(argv, "config") else None
-    return ["--config", str(run / "config.yaml"), *argv] if run else argv
-
-
-def run_of(model: str) -> Path | None:
-    """Return the run folder of a model: of a run folder, one of its checkpoints or its pipeline. Others have none."""
-    folder = Path(model).expanduser()
-    return next((path for path in (folder, folder.parent) if (path / "config.yaml").is_file()), None)
 
 
 def check_model(config: DistillConfig) -> Path | None:

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.command_line import option
-from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse
+from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse, with_settings_of_model
 from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import other_prompts, percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
@@ -74,12 +73,7 @@ class Study:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    model = option(argv, "model")
-    settings = Path(model).expanduser() / "config.yaml" if model else None
-    if settings and settings.is_file() and not option(argv, "config"):
-        argv = ["--config", str(settings), *argv]  # the settings that the run was trained with
-    recipe = parse(("data", "evaluate"), __doc__ or "", argv)
+    recipe = parse(("data", "evaluate"), __doc__ or "", with_settings_of_model(sys.argv[1:]))
     config = recipe.evaluate
     if not config.model:
         raise UserError("no model: give --model with the run folder of train_unet.py")
@@ -93,14 +87,12 @@ def main() -> None:
     if not recipe.data.dataset:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
     check_data(recipe.data, recipe_of_run.data)
-    recipe.data.random_crops = recipe_of_run.data.random_crops  # So the images that the training prepared are found.
     checkpoints = choose_checkpoints(run, config)
     check_judge(run, config)
 
     from t2i.training.distributed import quiet_libraries
 
     quiet_libraries()
-    from t2i.data import preparing
     from t2i.hub import model_card
 
     if config.engine == "openvino":
@@ -108,28 +100,10 @@ def main() -> None:
 
         engines.import_openvino()  # refused now, not after the classifier
     preset = sampler(run, config)
-    splits = preparing.load_splits(recipe.data)
-    if splits.fingerprint != training.get("identity", {}).get("dataset_hash"):
-        print(
-            f"WARNING: {recipe.data.dataset} is not the data set that the model was trained on, or its captions have changed. "
-            "Images that count as unseen may be training images.",
-            file=sys.stderr,
-        )
-    folder = run / "evaluation"
-    input_hashes = {
-        "dataset_hash": splits.fingerprint,
-        "checkpoints": checkpoints,
-        "unet_hash": training.get("output_unet_hash"),
-        **({"guide": hash_files(guide)} if (guide := guide_folder(run / "pipeline")) else {}),
-        **splits.repair_hashes(),
-        # Earlier versions took labels for prompts here.
-        **(
-            {"prompts": "captions"}
-            if kind_of(splits) == "captioned" and "label" in splits.train.rows.column_names
-            else {}
-        ),
-    }
-    state = RunFolder(folder, {**evaluation_settings(config, preset), **input_hashes}, replace=True)
+    splits = load_data(recipe, recipe_of_run, training)
+    folder, kind = run / "evaluation", kind_of(splits)
+    inputs = {"checkpoints": checkpoints, **input_hashes(run, training, splits, kind)}
+    state = RunFolder(folder, {**evaluation_settings(config, preset), **inputs}, replace=True)
     if state.finished:
         print(f"reusing the finished evaluation in {folder}")
         print_sweep(state.state["cells"])
@@ -140,7 +114,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
 
-    study, accuracy, left_out = prepare_study(recipe, splits, preset, state)
+    study, accuracy, left_out = prepare_study(kind, recipe, splits, preset, state)
 
     # sweep
     with state.timed("sweep"):
@@ -180,10 +154,48 @@ def main() -> None:
         save_report(run, results, splits.train, trained)
 
 
-def prepare_study(recipe: Recipe, splits: Any, preset: Preset, state: RunFolder) -> tuple[Study, dict[str, float], int]:
+def load_data(recipe: Recipe, recipe_of_run: Recipe, training: dict[str, Any]) -> Any:
+    """Return the prepared splits. Warn if the model was trained on another data set.
+
+    Args:
+        recipe_of_run: settings of the training.
+        training: content of the training's run.json.
+    """
+    from t2i.data import preparing
+
+    recipe.data.random_crops = recipe_of_run.data.random_crops  # So the images that the training prepared are found.
+    splits = preparing.load_splits(recipe.data)
+    if splits.fingerprint != training.get("identity", {}).get("dataset_hash"):
+        print(
+            f"WARNING: {recipe.data.dataset} is not the data set that the model was trained on, or its captions have changed. "
+            "Images that count as unseen may be training images.",
+            file=sys.stderr,
+        )
+    return splits
+
+
+def input_hashes(run: Path, training: dict[str, Any], splits: Any, kind: str) -> dict[str, Any]:
+    """Return what stands for the inputs of an evaluation, beside its settings and checkpoints."""
+    guide = guide_folder(run / "pipeline")
+    hashes = {
+        "dataset_hash": splits.fingerprint,
+        "unet_hash": training.get("output_unet_hash"),
+        **splits.repair_hashes(),
+    }
+    if guide:
+        hashes["guide"] = hash_files(guide)
+    if kind == "captioned" and "label" in splits.train.rows.column_names:
+        hashes["prompts"] = "captions"  # Earlier versions took labels for prompts here.
+    return hashes
+
+
+def prepare_study(
+    kind: str, recipe: Recipe, splits: Any, preset: Preset, state: RunFolder
+) -> tuple[Study, dict[str, float], int]:
     """Choose the unseen images, and learn the classifier and the judge of an evaluation.
 
     Args:
+        kind: kind of the data set, from `kind_of`.
         state: the folder of the evaluation, which keeps the classifier and how long each phase takes.
 
     Returns:
@@ -193,7 +205,6 @@ def prepare_study(recipe: Recipe, splits: Any, preset: Preset, state: RunFolder)
     from t2i.evaluation.judge import MAX_UNSEEN, spread
     from t2i.evaluation.memorisation import Memory, pixel_embedding
 
-    kind = kind_of(splits)
     held_out: Any = splits.test or splits.validation
     thumbnails = pixel_embedding(splits.train.pixels)
     fresh = unseen_rows(held_out.pixels, thumbnails)

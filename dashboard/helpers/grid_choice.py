@@ -333,10 +333,8 @@ def first_values(
         values["sample"] = list(sample_titles(evaluated))
     else:
         values["prompt"] = "\n".join([cell.prompt, *(prompt for prompt, _ in samples[1:3] if "prompt" in chosen)])
-    if evaluated and offered_scales(runs, "") != "1":
-        scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values)
-    else:
-        scales = offered_scales(runs, GUIDANCE)
+    scales = axes.format_values("guidance_scale", evaluated.guidance_scales.values) if evaluated else GUIDANCE
+    scales = offered_scales(runs, scales)
     values |= default_texts(cell, scales if "guidance_scale" in chosen else f"{best_scale:g}", chosen)
     short_names = {name: key for key, name in SCHEDULERS.items()}
     first = short_names.get(cell.scheduler, "ddim")

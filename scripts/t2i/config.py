@@ -538,6 +538,19 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     return recipe
 
 
+def with_settings_of_model(argv: list[str]) -> list[str]:
+    """Return a command line with the recipe of the run that `--model` names, unless `--config` names another."""
+    model = option(argv, "model")
+    run = run_of(model) if model and not option(argv, "config") else None
+    return ["--config", str(run / "config.yaml"), *argv] if run else argv
+
+
+def run_of(model: str) -> Path | None:
+    """Return the run folder of a model: of a run folder, one of its checkpoints or its pipeline. Others have none."""
+    folder = Path(model).expanduser()
+    return next((path for path in (folder, folder.parent) if (path / "config.yaml").is_file()), None)
+
+
 def override(recipe: Recipe, name: str, argv: list[str]) -> None:
     """Change section `name` of a recipe by options of its script, such as `--max_train_steps 20`."""
     before = getattr(recipe, name)

@@ -184,9 +184,8 @@ def find_run(account: Account, repo_id: str, command: str) -> Run:
         state = read_json(Path(account.api.hf_hub_download(repo_id, "run/run.json")))
         identity = state.get("identity") or {}
         run.steps, run.global_batch = identity.get("steps"), identity.get("global_batch")
-        if (
-            state.get("status") == "finished" and run.newest != CAPTIONS
-        ):  # Photos may have been added to a captioned set.
+        # A finished captioning may be repeated: photos may have been added.
+        if state.get("status") == "finished" and run.newest != CAPTIONS:
             done = [job for job in jobs if _text(job.status.stage) == "COMPLETED"]
             run.finished_by = next((job.id for job in done if (job.labels or {}).get(COMMAND_LABEL) == command), "")
     return run

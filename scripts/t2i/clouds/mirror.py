@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,11 @@ class Mirror:
 
 def newest_checkpoint(api: HfApi, repo_id: str) -> str:
     """Return the name of the newest checkpoint of the run in a repository, or ""."""
-    found = (re.fullmatch(r"run/(checkpoint-(\d+))/manifest\.json", path) for path in api.list_repo_files(repo_id))
+    return _newest_checkpoint(api.list_repo_files(repo_id))
+
+
+def _newest_checkpoint(files: Iterable[str]) -> str:
+    found = (re.fullmatch(r"run/(checkpoint-(\d+))/manifest\.json", path) for path in files)
     steps = {int(match[2]): match[1] for match in found if match}
     return steps[max(steps)] if steps else ""
 
@@ -124,9 +128,9 @@ def resumes_from(api: HfApi, repo_id: str) -> str:
 
     Repositories of earlier versions lack the inspected photos beside the captions. A captioning cannot resume there.
     """
-    if newest := newest_checkpoint(api, repo_id):
+    files = api.list_repo_files(repo_id)
+    if newest := _newest_checkpoint(files):
         return newest
-    files = set(api.list_repo_files(repo_id))
     is_whole = f"run/{CAPTIONS}" in files and any(is_inspection(file.removeprefix("run/")) for file in files)
     return CAPTIONS if is_whole else ""
 

@@ -89,7 +89,7 @@ class Tracker:
         tags: further tags of the run.
         tracking_uri: MLflow's tracking URI. With None, use `MLFLOW_TRACKING_URI`, otherwise `sqlite:///mlflow.db`.
         guest: whether the tracker only adds records to the run of a training, which may be at work or interrupted. The
-            run's status, parameters and tags stay, and metrics of a recorded step are recorded again. A folder that was
+            run's status, parameters and tags stay, and metrics and pictures of a recorded step are recorded again. A folder that was
             never tracked gets a run of its own.
 
     Raises:
@@ -186,7 +186,7 @@ class Tracker:
         if picture.mode not in ("RGB", "RGBA", "L"):
             picture = picture.convert("RGB")
         key = re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name).replace("/", "~")[:100]
-        if (key, int(step)) in self._recorded:
+        if (key, int(step)) in self._recorded and not self._guest:
             return
         now = time.time_ns() // 1_000_000
         # The name is fixed now. mlflow.log_image makes it on sending, so a picture sent twice would be shown twice.
