@@ -133,7 +133,7 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     best = results["verdict"]["best"]
     assert {key: best[key] for key in ("checkpoint", "guidance_scale")}.items() <= results["report"].items()
     assert (
-        "- **Best setting**: Of 4 pairs of checkpoint and guidance scale, with 4 pictures each, checkpoint-"
+        "- **Best setting**: 4 settings, each of a checkpoint and a guidance scale, were compared, by 4 pictures each. checkpoint-"
         in card.content
     )
     read = [{name: one["wanted"] == one["read"] for name, one in reading.items()} for reading in results["readings"]]

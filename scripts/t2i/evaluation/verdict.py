@@ -19,10 +19,10 @@ CONTROL = 0.9  # With a smaller share of control images found, the test for copi
 DISTANCE, FOLLOWING, CLIP, LOSS = "judge.kernel_distance", "prompt_following", "clip_score.mean", "val_loss"
 CLIPPED = "clipped.pictures"
 NAMES = {
-    FOLLOWING: "the mean share of right attributes",
-    CLIP: "the CLIP score",
-    DISTANCE: "the kernel distance to real images",
-    CLIPPED: "the share of clipped colors",
+    FOLLOWING: "the highest mean share of right attributes",
+    CLIP: "the highest CLIP score",
+    DISTANCE: "the lowest kernel distance to real images",
+    CLIPPED: "the share of clipped colors nearest to that of real images",
 }
 
 
@@ -44,19 +44,19 @@ class Choice:
 
 
 def choose(sweep_results: Sequence[dict[str, Any]], guidance_scale: float) -> Choice:
-    """Choose the best checkpoint and guidance scale of a sweep.
+    """Choose the best setting of a sweep: a checkpoint with a guidance scale.
 
-    The judge narrows the choice to the pairs whose kernel distance is not measurably higher than the lowest. Photos keep the
+    The judge narrows the choice to the settings whose kernel distance is not measurably higher than the lowest. Photos keep the
     checkpoint of the lowest distance, and colors choose among its guidance scales. Distances of photos fall as guidance
     grows, while colors become glaring. So the best scale has the share of clipped colors that is nearest to that of real
-    images. Drawings have no such share. Among their pairs, prompt following (or else the CLIP score) decides, and then the
+    images. Drawings have no such share. Among their settings, prompt following (or else the CLIP score) decides, and then the
     later checkpoint. Without either, the lowest distance decides.
 
-    Without a judge, only prompt following or the CLIP score chooses the best pair. If nothing was measured, the result has
+    Without a judge, only prompt following or the CLIP score chooses the best setting. If nothing was measured, the result has
     the guidance scale nearest to the recipe's, and the checkpoint with the lowest validation loss.
 
     Args:
-        sweep_results: figures of each pair of checkpoint and guidance scale, at least one pair.
+        sweep_results: figures of each setting (a checkpoint with a guidance scale), at least one.
         guidance_scale: guidance scale of the recipe.
     """
     close, lowest = list(sweep_results), None
@@ -274,7 +274,8 @@ def _best(
     if len(results) == 1:
         return figures | {"chosen_by": None}, [f"Only {_setting(report)} was evaluated."]
     sentences = [
-        f"Of {len(results)} pairs of checkpoint and guidance scale, with {pictures} pictures each, {_setting(report)} is the best."
+        f"{len(results)} settings, each of a checkpoint and a guidance scale, were compared, by {pictures} pictures each.",
+        f"{_setting(report)} is the best. The other figures are of {report['prompts']} pictures that it drew afterwards.",
     ]
     choice = choose(results, scale)
     (best, *_) = [result for result in results if is_setting(result, name, scale)]
@@ -284,29 +285,28 @@ def _best(
     if best is not choice.best:
         sentences.append("An earlier version of the evaluation chose it, by another rule.")
         return figures | {"chosen_by": None}, sentences
+    value, other, runner_up = _value(best, choice.key), _value(choice.rivals[0], choice.key), choice.rivals[0]
+    among = ""
     if choice.lowest:
         judged = choice.lowest["judge"]
         distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}"
-        pairs = "guidance scales of this checkpoint" if choice.key == CLIPPED else "pairs"
+        those = f"guidance scales of {_name(name)}" if choice.key == CLIPPED else "settings"
         sentences.append(
-            f"{len(choice.rivals) + 1} {pairs} lie no farther than chance explains from the lowest kernel distance to real "
-            f"images ({distance})."
+            f"As far as {pictures} pictures can tell, {len(choice.rivals) + 1} {those} are equally near to real images "
+            f"(lowest kernel distance: {distance})."
         )
-    value, other = _value(best, choice.key), _value(choice.rivals[0], choice.key)
-    among = "Among them, " if choice.lowest else ""
-    chosen = f"{among}{NAMES[choice.key]} chose it"
-    better = {DISTANCE: "lower is better", CLIPPED: f"real images: {percent(_real(best))}"}.get(
-        choice.key, "higher is better"
-    )
-    sentences.append(f"{chosen[0].upper()}{chosen[1:]}: {_shown(value, choice.key)} ({better}).")
+        among = "Of these, "
+    real = f" (real images: {percent(_real(best))})" if choice.key == CLIPPED else ""
+    sentences.append(f"{among}{_setting(best)} has {NAMES[choice.key]}: {_shown(value, choice.key)}{real}.")
     is_tie = choice.key in (FOLLOWING, CLIP) and value == other
-    has = "the same" if is_tie else _shown(other, choice.key)
-    sentences.append(f"The runner-up, {_setting(choice.rivals[0])}, has {has}.")
-    if is_tie and _step(best["checkpoint"]) != _step(choice.rivals[0]["checkpoint"]):
-        sentences.append("The later checkpoint decides.")
+    if is_tie and _step(best["checkpoint"]) != _step(runner_up["checkpoint"]):
+        sentences.append(f"{_setting(runner_up)} equals it, but is an earlier checkpoint.")
     elif is_tie and choice.lowest:
-        sentences.append(f"The distance decides: {_distance(best):.1f} and {_distance(choice.rivals[0]):.1f}.")
-    limit = _limit(best, choice.rivals[0], choice.key, pictures)
+        farther = f"its kernel distance is higher ({_distance(runner_up):.1f} instead of {_distance(best):.1f})"
+        sentences.append(f"{_setting(runner_up)} equals it, but {farther}.")
+    else:
+        sentences.append(f"{_setting(runner_up)} comes second with {_shown(other, choice.key)}.")
+    limit = _limit(best, runner_up, choice.key, pictures)
     gap = abs(value - other)
     if limit is not None:
         known = f"{limit:.1f}" if choice.key == DISTANCE else f"{100 * limit:.1f} percentage points"
@@ -315,7 +315,6 @@ def _best(
             if gap > limit
             else f"Chance alone explains a difference of up to {known}, so both may be equally good."
         )
-    runner_up = choice.rivals[0]
     return figures | {
         "chosen_by": choice.key,
         "value": value,
