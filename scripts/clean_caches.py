@@ -80,7 +80,7 @@ def main() -> None:
     print()
     if not options.remove and not sys.stdin.isatty():
         raise UserError(
-            f"nobody is here to choose; name what to remove: --remove {' '.join(KINDS)}, or look with --dry_run"
+            f"no terminal is attached to choose in; name what to remove: --remove {' '.join(KINDS)}, or look with --dry_run"
         )
     for kind, paths in removable.items():
         if paths and (kind in options.remove or (not options.remove and said_yes(kind))):

@@ -250,7 +250,7 @@ def read_prompts(options: Options) -> list[str]:
             ) from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError('no prompt: give --prompt "a red flower", or --prompt_file with a prompt a line')
+        raise UserError('no prompt: give --prompt "a red flower", or --prompt_file with one prompt per line')
     return prompts
 
 

@@ -105,7 +105,7 @@ def prove(folder: Path) -> None:
     print(f"SIGTERM to the first process: exit code 75, {saved[-1]}", flush=True)
     second = run(*train)
     log = end(second, 0)
-    print(next(line for line in log.splitlines() if line.startswith("going on from")), flush=True)
+    print(next(line for line in log.splitlines() if line.startswith("resuming from")), flush=True)
     end(run("python3", "scripts/generate_images.py", "--model", "/suite/outputs/unet", "--prompt", "a red flower",
             "--num_inference_steps", "2", "--output_dir", "/suite/outputs/pictures"), 0)  # fmt: skip
     pictures = list((data / "outputs/pictures").glob("*.png"))

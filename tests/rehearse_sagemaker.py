@@ -108,7 +108,7 @@ def rehearse(
             say(quote(first["algo-1"], r"^\d+ steps of .*ZeRO stage 2"))
             job.start()
             assert job.wait(timeout=timeout) == "Completed", told_by(job)
-            say(quote(job.logs()["algo-1"], r"^going on from .*checkpoint-\d+.*"))
+            say(quote(job.logs()["algo-1"], r"^resuming from .*checkpoint-\d+.*"))
             say(quote(job.logs()["algo-1"], r"^pipeline left in /opt/ml/model"))
             assert SECRET not in "".join([*first.values(), *job.logs().values()]), "the credential is in a log"
         finish_in_moto(request)

@@ -58,7 +58,7 @@ def test_everything_is_listed_and_nothing_removed_unasked(folder, monkeypatch, c
     assert os.path.join("outputs", "killed", "checkpoint") not in said  # it resumes from there
     assert "somebody_elses" not in said
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    with pytest.raises(UserError, match="nobody is here to choose; name what to remove: --remove caches"):
+    with pytest.raises(UserError, match="no terminal is attached to choose in; name what to remove: --remove caches"):
         clean(monkeypatch)
     assert files(folder) == before
 

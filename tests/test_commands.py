@@ -67,7 +67,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(workspace, 
     (unet / "run.json").write_text(json.dumps(state | {"status": "running"}))
     common = ("--config", "tiny.yaml", "--dataset", "dataset", "--vae", "vae", "--output_dir", unet)
     done = command("train_unet.py", *common, cwd=workspace)  # plain python, where the first run was launched
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     for part in ("unet", "unet_ema"):
         first = (workspace / "unet/checkpoint-000008" / part / "diffusion_pytorch_model.safetensors").read_bytes()
         assert (unet / "checkpoint-000008" / part / "diffusion_pytorch_model.safetensors").read_bytes() == first

@@ -1283,7 +1283,7 @@ def test_the_second_call_reuses_and_says_so(tmp_path):
     assert "16 px" in said[0]
     assert "MB" in said[0]
     second = load_splits(config(folder, tmp_path), said.append)
-    assert said[1].startswith("what was understood of the data:")
+    assert said[1].startswith("how the data set was understood:")
     assert said[2].startswith("reusing")
     assert said[3] == said[1]
     assert len(said) == 4

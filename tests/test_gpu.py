@@ -74,7 +74,7 @@ def test_denoiser_and_going_on(folder, command, precision):
     assert state["machine"].startswith("1 x ")
     (folder / f"again_{precision}/run.json").write_text(json.dumps(state | {"status": "running"}))
     done = launch(command, folder, "train_unet.py", f"again_{precision}", precision, "--vae", "vae")
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     np.testing.assert_allclose(
         losses(folder / f"again_{precision}")[-4:], losses(folder / graph)[-4:], rtol=NEARNESS[precision]
     )

@@ -506,7 +506,7 @@ def test_a_job_is_cut_off_and_the_same_command_goes_on(hub, launcher, tmp_path, 
     job = hub.jobs[-1]
     assert job.wait(1200) == "COMPLETED", job.log()[-6000:]
     assert "the run of an earlier job is here, at checkpoint-000020" in job.log()
-    assert re.search(r"^going on from .*checkpoint-000020", job.log(), re.MULTILINE), job.log()[-3000:]
+    assert re.search(r"^resuming from .*checkpoint-000020", job.log(), re.MULTILINE), job.log()[-3000:]
     assert f"finished; the run is in {repo.removeprefix('models/')}" in job.log()
     with pytest.raises(
         UserError, match=f"{job.id} has finished the run of this command; bring it home with --fetch {job.id}"

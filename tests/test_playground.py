@@ -833,7 +833,7 @@ def test_the_model_alone_is_enough(trained, tmp_path, environment):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == (
         "['step 1', 'step 2', 'step 3', 'step 5', 'step 6', 'finished'] The images this model was trained on are "
-        "not on this machine, so its picture cannot be held beside them."
+        "not on this machine, so its picture cannot be compared with them."
     )
 
 

@@ -258,7 +258,7 @@ def test_disk_full_during_a_save_leaves_the_good_one(small_disk):
 
     checkpoints.rehearse(run, write(1_000_000), Alone, 0)
     checkpoints.save_checkpoint(run, 1, write(2_000_000), Alone, 1)
-    with pytest.raises(UserError, match=r"No space left.*whole ones: checkpoint-000001"):
+    with pytest.raises(UserError, match=r"No space left.*complete checkpoints: checkpoint-000001"):
         checkpoints.save_checkpoint(run, 2, write(3_000_000), Alone, 1)
     assert [path.name for path in run.iterdir()] == ["checkpoint-000001"]
     assert checkpoints.find_damage(run / "checkpoint-000001") is None
@@ -310,7 +310,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(trained, work
     run_main("--output_dir", trained)
     said = capsys.readouterr().out
     assert "checkpoint-000008/unet/diffusion_pytorch_model.safetensors is damaged" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     assert "checkpoint-000004" in said
     for file in (
         "unet/diffusion_pytorch_model.safetensors",

@@ -132,7 +132,7 @@ def test_zero_goes_on_as_if_it_had_not_stopped(runs, ranks):
     shutil.rmtree(runs / "again/checkpoint-000006")
     state = json.loads((runs / "again/run.json").read_text())
     (runs / "again/run.json").write_text(json.dumps(state | {"status": "running"}))
-    assert "going on from" in train(ranks, runs, "again", env=launcher_variables())
+    assert "resuming from" in train(ranks, runs, "again", env=launcher_variables())
     files = [path.relative_to(runs / "zero") for path in (runs / "zero/checkpoint-000006").rglob("*.safetensors")]
     assert {path.name for path in files} > {"zero-rank0.safetensors", "zero-rank1.safetensors"}
     for file in files:

@@ -19,11 +19,14 @@ def why_not(home: Path | None) -> str:
     if is_space():
         return "A Space shows data and never edits it."
     if not has_control():
-        return "Editing is off, because other machines may open this page. It is on for --server.address 127.0.0.1."
+        return (
+            "Editing is off, because other machines may open this page. "
+            "To edit, start the dashboard with --server.address 127.0.0.1."
+        )
     if home is None:
         return (
-            "This data set is on the Hub, so it cannot be edited here. scripts/caption_to_hub.py with --captioner existing "
-            "writes a folder that can be."
+            "This data set is on the Hub, so it cannot be edited here. To get an editable folder, run "
+            "scripts/caption_to_hub.py with --captioner existing."
         )
     if not os.access(home, os.W_OK):
         return f"Editing is off, because {home} is read-only."

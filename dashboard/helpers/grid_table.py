@@ -170,7 +170,7 @@ def show_progress(job: GridJob) -> None:
     if job.stopped.is_set():
         text = f"stopping, {job.done:,} of {job.total:,} drawn"
     elif not job.done:
-        text = "loading the model, or waiting for another's turn"
+        text = "loading the model, or waiting for another drawing to end"
     row = st.container(horizontal=True, vertical_alignment="center")
     row.progress(job.done / max(1, job.total), text=text)
     row.button(

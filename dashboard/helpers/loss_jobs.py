@@ -19,8 +19,7 @@ from t2i.pictures import cells
 from t2i.pictures.png import student_steps
 
 ABOUT = (
-    "A model that was trained on these pictures finds wrong captions: where a caption says something else than the picture "
-    "shows, it raises the model's loss."
+    "A model trained on these pictures finds wrong captions: a caption that contradicts its picture raises the model's loss."
 )
 
 

@@ -68,7 +68,7 @@ def show_pictures(
         )
         return None
     st.caption(
-        "A click chooses the right picture to compare, Shift and a click the left one. By keyboard: Alt and G, arrow keys, Enter."
+        "Click a picture to compare it on the right side, or Shift-click for the left side. By keyboard: Alt and G, arrow keys, Enter."
     )
     return left, right
 

@@ -18,7 +18,7 @@ SETS = 2  # training sets in memory: 3 KB per image
 MAX_IMAGES = 50_000  # images of a training set: 150 MB in memory, half a minute on two cores
 WIDTH = 128  # pixels per side on the page
 HELP = (
-    "Relative distance: that of 16 x 16 thumbnails to the nearest training image, divided by the mean to the 50 nearest. "
+    "Relative distance: the distance of 16 x 16 thumbnails to the nearest training image, divided by the mean to the 50 nearest. "
     "The evaluation's memorisation figures use it too. With 1, the nearest image is as far away as the 50 nearest."
 )
 
@@ -46,7 +46,7 @@ def show_neighbours(run: Path, picture: np.ndarray | None) -> None:
     folder = find_images(run)
     if folder is None:
         st.caption(
-            "The images this model was trained on are not on this machine, so its picture cannot be held beside them."
+            "The images this model was trained on are not on this machine, so its picture cannot be compared with them."
         )
         return
     if not st.toggle("Nearest training images", key="nearest", bind="query-params", help=HELP) or picture is None:

@@ -356,7 +356,7 @@ def follow(
             st.text(note)
         draw_curves(curves, options)
         if live:
-            st.caption(f"drawn again every {every_s:g} s while it goes on")
+            st.caption(f"drawn again every {every_s:g} s while a training runs")
 
     draw()
 
@@ -444,7 +444,7 @@ def draw_charts(charts: dict[str, list[tuple[str, str, Curve]]], options: dict[s
         elif options["wall_time"]:
             st.text("no times were recorded: these runs were trained without MLflow")
         else:
-            st.text("no value above 0, which alone a log scale can show")
+            st.text("no value above 0; a log scale shows only positive values")
 
 
 def show_sweep(runs: dict[str, Path]) -> None:

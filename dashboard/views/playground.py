@@ -453,7 +453,7 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> bool:
     is_other = job is not None and job.planned.path != planned.path  # settings were changed while the job draws
     if job is not None and not (is_other and watched):
         if is_other:
-            st.text("This picture has earlier settings. Draw stops it and draws the present ones.")
+            st.text("The picture being drawn has earlier settings. Draw stops it, and draws one with the present settings.")
         show_job(job)
         show_neighbours(planned.run, None)
     elif watched is not None:
@@ -579,8 +579,8 @@ def show_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
 def explain_steps(watched: cells.Watched, planned: cells.PlannedCell) -> None:
     if watched.steps:
         st.caption(
-            "The slider shows what the model takes the finished picture to be at some of the steps (the predicted x0, "
-            "decoded): first a blur of the prompt's colors, then forms, then detail."
+            "At some of the steps, the slider shows how the model predicts the finished picture (x0, decoded): "
+            "first a blur of the prompt's colors, then forms, then detail."
         )
     elif planned.cell.num_inference_steps > 1:
         st.caption("The steps of this picture were not recorded. Draw shows them.")

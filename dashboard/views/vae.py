@@ -116,7 +116,7 @@ def reconstruct(vaes: Sequence[Vae], originals: Sequence[np.ndarray], place: Any
     Finished reconstructions stay stored, even if the user leaves the page.
     """
     total = len(vaes) * len(originals)
-    bar = place.progress(0.0, text="loading the model, or waiting for another's turn")
+    bar = place.progress(0.0, text="loading the model, or waiting for another drawing to end")
     for number, vae in enumerate(vaes):
         with drawing_turn():
             reconstructions.make(vae, originals, progress=partial(_show_progress, bar, number * len(originals), total))

@@ -278,7 +278,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     decoder_only_steps: Natural = 0
     # Side of random training crops in pixels. Validation uses whole images. With None, train on whole images.
     crop_size: Count | None = None
-    # Updates on crops, before training continues on whole images in batches of the same number. With None, train on crops to the end.
+    # Number of updates on crops. Training then continues on whole images at the same batch size. With None, train on crops to the end.
     crop_steps: Count | None = None
     # Weight of KL(posterior || N(0, 1)). The divergence is in nats per color value, like the reconstruction term.
     kl_weight: Annotated[NonNegative, _alias("kl_scale")] = 1e-6
@@ -291,7 +291,7 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     perceptual_network: PathText = "efficientnet-lite2"
     # Strength of the patch discriminator, relative to the other terms: 0.5 gives half of their gradient. 0 disables the discriminator.
     adversarial_weight: NonNegative = 0.0
-    adversarial_start: Natural = 0  # Number of updates before the discriminator is trained and heard.
+    adversarial_start: Natural = 0  # Number of updates before the discriminator is trained and takes effect.
     discriminator_learning_rate: Positive = 2e-4  # Learning rate of the discriminator, which is constant.
     # Share of batches that decode rotated and shrunk latents (EQ-VAE, arXiv:2502.09509). The paper has 0.5. 0 disables it.
     equivariance_share: Share = 0.0
@@ -618,7 +618,7 @@ def _check_revision(section: Any, key: str, revision: str) -> None:
     source, asked = getattr(section, key, None), getattr(section, revision, None)
     if asked and source and Path(source).expanduser().exists():
         raise UserError(
-            f"--{revision} {asked} is a revision of the Hub, and --{key} {source} is a folder here; leave it out"
+            f"--{revision} {asked} is a revision of the Hub, and --{key} {source} is a folder here; leave out --{revision}"
         )
 
 

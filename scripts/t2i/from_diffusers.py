@@ -16,7 +16,7 @@ THEIR_OPTIONS: dict[str, tuple[bool, str]] = {
     "foreach_ema": (True, "the moving average is always updated by foreach kernels"),
     "offload_ema": (True, "the moving average stays on the device; --no_use_ema saves its memory"),
     "set_grads_to_none": (True, "gradients are always set to None"),
-    "local_rank": (True, "the launcher says it"),
+    "local_rank": (True, "the launcher sets it"),
     "validation_image": (True, "reconstructions of validation images are drawn, into samples/"),
     "image_interpolation_mode lanczos": (True, "images are always resized by Lanczos"),
     "image_interpolation_mode": (False, "images are always resized by Lanczos; leave it out"),

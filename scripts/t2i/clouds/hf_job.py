@@ -171,7 +171,7 @@ def local_inputs(command: Command) -> dict[str, str]:
     for name, value in inputs.items():
         if value.startswith("s3://"):
             raise UserError(
-                f"--{name} {value} needs an AWS account, which a job has not; give a Hub id or a local folder"
+                f"--{name} {value} needs an AWS account, which a Hugging Face job does not have; give a Hub id or a local folder"
             )
     if command.recipe and not command.recipe.data.dataset:
         raise UserError("no data set: give --dataset with a Hub id or a local folder, or --config flowers")

@@ -181,7 +181,7 @@ def table(report: dict[str, Any]) -> str:
     for name, text in rows:
         lines.append(f"  {'' if name == last else name:<14}{_one_line(text)}")
         last = name
-    return "\n".join(["what was understood of the data:", *lines])
+    return "\n".join(["how the data set was understood:", *lines])
 
 
 _COPIES = {

@@ -72,7 +72,7 @@ def load_pipeline(
         raise UserError(f"model {str(model)[:200]} cannot be a folder ({error}); correct the path") from None
     if is_folder and revision:
         raise UserError(
-            f"revision {revision} is a revision of the Hub, and model {model} is a folder here; leave it out"
+            f"revision {revision} is a revision of the Hub, and model {model} is a folder here; leave out --revision"
         )
     if weights == "raw" and (not is_folder or (folder / "model_index.json").is_file()):
         raise UserError(

@@ -28,7 +28,7 @@ DRIVERS = {
 _SQLITE_FAULTS = {
     "unable to open database file": "the database cannot be opened; correct its path in MLFLOW_TRACKING_URI, "
     "or the folder's rights",
-    "readonly database": "the database may not be written; correct its rights, or name another in MLFLOW_TRACKING_URI",
+    "readonly database": "the database is not writable; correct its permissions, or name another in MLFLOW_TRACKING_URI",
     "file is not a database": "this file is no SQLite database; name another in MLFLOW_TRACKING_URI",
     "malformed": "the database is damaged; restore a backup, or name another in MLFLOW_TRACKING_URI",
     "disk is full": "the database's disk is full; make room",

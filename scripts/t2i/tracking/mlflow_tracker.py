@@ -326,7 +326,7 @@ class Tracker:
             sent = "when the server answers" if waiting_helps else "at the next start on this folder"
             mark = "" if why.startswith(("does not take", "has not answered")) else ": "
             say(
-                f"warning: MLflow at {self.uri}{mark or ' '}{why}; the run goes on, its records are kept in "
+                f"warning: MLflow at {self.uri}{mark or ' '}{why}; the run continues; its records are kept in "
                 f"{self._sender.spool} and sent {sent}"
             )
 

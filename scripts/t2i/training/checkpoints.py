@@ -80,8 +80,8 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], node: N
             shutil.rmtree(part, ignore_errors=True)
         whole = ", ".join(found.name for found in checkpoint_folders(home)) or "none"
         raise UserError(
-            f"checkpoint {folder} cannot be written ({reason_of(error)}); whole ones: {whole}; make room, and the same command goes "
-            "on from there"
+            f"checkpoint {folder} cannot be written ({reason_of(error)}); complete checkpoints: {whole}; make room, then "
+            "the same command resumes"
         ) from None
     node.meet()
     if node.first:
@@ -277,7 +277,7 @@ def _newest_whole(folders: list[Path], limit: float, say: Callable[[str], Any]) 
         problem = find_damage(folder)
         if problem is None:
             return step
-        say(f"WARNING: {problem}; {folder.name} is not used, an earlier checkpoint is")
+        say(f"WARNING: {problem}; skipping {folder.name}, and looking for an earlier checkpoint")
     return -1
 
 

@@ -287,6 +287,6 @@ def check_effective(model: Any, schedule: Any, config: TrainConfig, accelerator:
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(
-                f"{name} is {found[name]} after the launch's settings, the recipe says {value}; take it out of the launch's YAML"
+                f"the launch changes {name} to {found[name]}, but the recipe says {value}; remove {name} from the launch's YAML"
             )
     return found

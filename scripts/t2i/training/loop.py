@@ -316,14 +316,14 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
     train_state.skipped.update(state["skipped"])
     if alike:
         checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
-        accelerator.print(f"going on from {checkpoint}")
+        accelerator.print(f"resuming from {checkpoint}")
         return state
     before, now = (f"{count} process(es){' under ZeRO' if split else ''}" for count, split in
                    ((state["processes"], state["sharded"]), (processes, sharded)))  # fmt: skip
     lost = "random states of layers" if keeps_moments else "the optimiser's moments and random states of layers"
     accelerator.print(
-        f"going on from {checkpoint} on {now} instead of {before}: weights, average, schedule and the order of samples are kept; "
-        f"{lost} begin anew"
+        f"resuming from {checkpoint} on {now} instead of {before}: weights, average, schedule and the order of samples are kept; "
+        f"{lost} start anew"
     )
     return state
 
@@ -456,7 +456,7 @@ def exit_stopped(run: RunFolder, tracker: Any, done: int, steps: int, accelerato
         run.save(status="stopped")
         if tracker:
             tracker.finish("KILLED")
-        print(f"stopped after step {done} of {steps}; the same command goes on from there")
+        print(f"stopped after step {done} of {steps}; the same command resumes from there")
     raise SystemExit(EXIT_STOPPED)
 
 
