@@ -2,6 +2,7 @@
 # make dashboard       show the runs in outputs/
 # make train           run one training, here or in a cloud: CONFIG=accelerate_configs/X.yaml SCRIPT=scripts/train_unet.py ARGS="…".
 #                      Without ARGS it trains the demo's denoiser in outputs/train, and first makes missing drawings and autoencoder.
+#                      In a cloud, no ARGS mean the recipe flowers.
 # make turbo           distil a model into a student that draws in two steps: MODEL=outputs/demo/unet (ARGS="…")
 # make export          compile a model for pictures on a CPU: MODEL=outputs/demo/unet
 # make publish         push a trained model with its card to the Hub: MODEL=outputs/demo/unet REPO=ORG/NAME (ARGS="--license …")
