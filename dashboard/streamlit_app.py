@@ -62,7 +62,7 @@ def main() -> None:
     try:
         page.run()
     finally:
-        freeze_loaded("pages")
+        freeze_loaded(f"page {page.url_path}")  # Each page loads libraries of its own.
 
 
 def change_page(page: str) -> None:

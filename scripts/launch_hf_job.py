@@ -138,8 +138,8 @@ def check_run(run: "Run", estimate: costs.Estimate) -> None:
     ):
         if there and now and (now < there if "shorter" in name else now != there):
             raise UserError(
-                f"this command already has a run, but {name} {there} in that run, {now} in this command; {fix}, or start another run, for example "
-                "by --run_name"
+                f"this command already has a run, but {name} {there} in that run, {now} in this command; {fix}, "
+                "or start another run, for example by --run_name"
             )
 
 

@@ -20,7 +20,10 @@ from t2i.training.live import REQUESTS, ask, read_live, read_requests
 EVERY_S = 2  # seconds between two looks at the running trainings
 MOST = 6  # trainings that are shown one by one
 BUTTONS = {
-    "sample": ("Sample now", "Draw the validation prompts with the present weights. An autoencoder measures and reconstructs validation images instead."),
+    "sample": (
+        "Sample now",
+        "Draw the validation prompts with the present weights. An autoencoder measures and reconstructs validation images instead.",
+    ),
     "evaluate": (
         "Evaluate",
         "Measure the validation images with the present weights, and draw the validation prompts.",

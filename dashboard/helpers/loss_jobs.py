@@ -18,9 +18,7 @@ from t2i.evaluation import image_losses
 from t2i.pictures import cells
 from t2i.pictures.png import student_steps
 
-ABOUT = (
-    "A model trained on these pictures finds wrong captions: a caption that contradicts its picture raises the model's loss."
-)
+ABOUT = "A model trained on these pictures finds wrong captions: a caption that contradicts its picture raises the model's loss."
 
 
 @dataclass(kw_only=True)

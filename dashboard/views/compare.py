@@ -156,7 +156,8 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
         else:
             st.vega_lite_chart(chart)
     st.caption(
-        "Each point is a checkpoint, and filled points are in the grid. Click a point to choose its checkpoint. The page Curves shows all curves."
+        "Each point is a checkpoint, and filled points are in the grid. Click a point to choose its checkpoint. "
+        "The page Curves shows all curves."
     )
 
 
@@ -252,7 +253,9 @@ def show_judge(report: dict[str, Any]) -> None:
         return
     titles = {"real": "unseen real images", "reconstructions": "their reconstructions", "pictures": "pictures"}
     rows = [{"": title, **judged[name]} for name, title in titles.items() if isinstance(judged.get(name), dict)]
-    st.text(f"Judged by {judged.get('network')}: the pictures, beside unseen real images and their reconstructions by the autoencoder")
+    st.text(
+        f"Judged by {judged.get('network')}: the pictures, beside unseen real images and their reconstructions by the autoencoder"
+    )
     show_rows([{words(key): value for key, value in row.items() if key != "network"} for row in rows])
 
 

@@ -453,7 +453,9 @@ def show_result(planned: cells.PlannedCell, asked: bool) -> bool:
     is_other = job is not None and job.planned.path != planned.path  # settings were changed while the job draws
     if job is not None and not (is_other and watched):
         if is_other:
-            st.text("The picture being drawn has earlier settings. Draw stops it, and draws one with the present settings.")
+            st.text(
+                "The picture being drawn has earlier settings. Draw stops it, and draws one with the present settings."
+            )
         show_job(job)
         show_neighbours(planned.run, None)
     elif watched is not None:

@@ -4,21 +4,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
 import streamlit as st
 from helpers.folder_curves import folder_curves
 from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_no_runs, title_row
 from helpers.page_url import name_choices
-from helpers.run_files import read_or_warn, read_settings, sweep_pictures, sweep_results
+from helpers.run_files import measured_results, read_or_warn, read_settings
 from helpers.run_list import choose_runs, find_runs, step_of
+from helpers.tables import column, show_rows
 
 from t2i.evaluation.figures import figure, flatten, interval, is_finite, rank
 from t2i.redaction import redact_config
 from t2i.run_lock import run_status
 from t2i.runs import checkpoint_folders
 
-MISSING = "–"  # shown for a missing value of a table
 FACTS = {  # of run.json, by the titles of their columns
     "steps": "steps",
     "train_images": "training images",
@@ -43,12 +43,10 @@ def main() -> None:
     )  # a status comes from a file, so it is looked up among those there
     show_trainings(runs)
     names = [name for name in choose_runs(list(runs)) if not kept or status[name] in kept]
-    st.dataframe(
-        pd.DataFrame([row_of(name, status[name], states[name]) for name in names]), hide_index=True, placeholder=MISSING
-    )
     if not names:
         st.text("no run matches")
         return
+    show_rows([row_of(name, status[name], states[name]) for name in names])
     chosen = {name: runs[name] for name in names}
     show_best(chosen)
     show_settings(chosen)
@@ -98,9 +96,8 @@ def show_best(runs: dict[str, Path]) -> None:
     best = [row for name, measured in rows.items() if (row := best_row(name, measured, key))]
     best.sort(key=lambda row: row["value"], reverse=better == "higher")
     st.text(f"{title}, {better} is better: the best of each run, the best run first")
-    table = pd.DataFrame(best)
-    st.dataframe(table.dropna(axis=1, how="all"), hide_index=True, placeholder=MISSING)
-    if table["95% interval"].notna().any():
+    show_rows(best)
+    if any(row["95% interval"] for row in best):
         st.caption("Values within the interval of the best one may be as good: the difference can be chance.")
 
 
@@ -126,14 +123,7 @@ def best_row(name: str, measured: list[dict[str, Any]], key: str) -> dict[str, A
 
 def candidates(run: Path) -> list[dict[str, Any]]:
     """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step."""
-    rows = []
-    pictures = sweep_pictures(run)
-    for result in sweep_results(run):
-        values = {key: value for key, value in flatten(result).items() if is_finite(value) and key != "guidance_scale"}
-        scale = result["guidance_scale"]
-        rows.append(
-            {"checkpoint": str(result.get("checkpoint")), "scale": scale, "pictures": pictures, "values": values}
-        )
+    rows = list(measured_results(run))
     curves = {key: curve for key, curve in folder_curves(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):
         step = step_of(folder.name)
@@ -148,38 +138,51 @@ def candidates(run: Path) -> list[dict[str, Any]]:
 def show_settings(runs: dict[str, Path]) -> None:
     """Show the settings of the chosen runs side by side, either all settings or only those that differ."""
     st.header("Settings")
-    columns = {name: flatten(read_settings(run)) for name, run in runs.items()}
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    table = pd.DataFrame(
-        {name: [str(column.get(key, "")) for key in keys] for name, column in columns.items()},
-        index=pd.Index(keys, name="setting"),
-    )
+    settings = [flatten(read_settings(run)) for run in runs.values()]
+    keys = list(dict.fromkeys(key for values in settings for key in values))
+    rows = {key: [str(values.get(key, "")) for values in settings] for key in keys}
     only = st.toggle("Differences only", value=True, key="diff", bind="query-params")
     if only and len(runs) > 1:
-        table = table[[len(set(row)) > 1 for row in table.itertuples(index=False)]]
-        st.text(f"{len(table)} of {len(keys)} settings differ")
+        rows = {key: row for key, row in rows.items() if len(set(row)) > 1}
+        st.text(f"{len(rows)} of {len(keys)} settings differ")
     elif only:
         st.text("choose two or more runs for their differences")
-    if len(table):
-        st.dataframe(table)
+    if rows:
+        show_columns("setting", list(rows), list(runs), list(rows.values()))
 
 
 def show_provenance(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:
     """Show the hashes and versions that the chosen runs were made from, side by side."""
     st.header("Provenance")
-    columns = {}
+    sources = []
     for name, run in runs.items():
         keys_of_state = ("machine", "precision", "processes", "distribution", "output_unet_hash")
         of_state = {key: value for key in keys_of_state if (value := states[name].get(key)) is not None}
-        columns[name] = flatten(redact_config(read_or_warn(run / "provenance.json") | of_state))
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+        sources.append(flatten(redact_config(read_or_warn(run / "provenance.json") | of_state)))
+    keys = list(dict.fromkeys(key for values in sources for key in values))
     if not keys:
         st.text("nothing was recorded of where these runs come from")
         return
-    table = {
-        name: ["" if column.get(key) is None else str(column[key]) for key in keys] for name, column in columns.items()
-    }
-    st.dataframe(pd.DataFrame(table, index=pd.Index(keys, name="what")))
+    rows = [["" if values.get(key) is None else str(values[key]) for values in sources] for key in keys]
+    show_columns("what", keys, list(runs), rows)
+
+
+def show_columns(title: str, keys: list[str], names: list[str], rows: list[list[str]]) -> None:
+    """Show a table with a column per run, and the rows' keys in a first column that stays in sight.
+
+    Args:
+        title: title of the first column.
+        keys: R keys.
+        names: N titles of the other columns.
+        rows: texts, [R][N].
+    """
+    columns = [column(keys), *(column(texts) for texts in zip(*rows, strict=True))]
+    st.dataframe(
+        pa.Table.from_arrays(columns, names=[title, *names]),
+        hide_index=True,
+        column_config={title: st.column_config.TextColumn(pinned=True)},
+        lazy=False,
+    )
 
 
 def show_cards(runs: dict[str, Path]) -> None:

@@ -91,7 +91,11 @@ def redact(text: str) -> str:
     - Values that a text assigns to secret names are secret (`hub_token: x`, `--hub_token x`).
     - Tokens of a known shape are secret (Hugging Face, AWS, GitHub, JWT, private keys).
     """
-    for value in _secret_values():
+    return _redact(text, _secret_values())
+
+
+def _redact(text: str, secrets: list[str]) -> str:
+    for value in secrets:
         text = text.replace(value, REDACTED)
     text = _URL_USER.sub(REDACTED, text)
     text = _URL_QUERY.sub(rf"\g<1>{REDACTED}", text)
@@ -101,17 +105,21 @@ def redact(text: str) -> str:
 
 def redact_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a nested config, with "[redacted]" for values of secret names and secrets within other texts."""
-    return {key: _redact_value(str(key), value) for key, value in config.items()}
+    return _redact_items(config, _secret_values())
 
 
-def _redact_value(key: str, value: Any) -> Any:
+def _redact_items(config: Mapping[str, Any], secrets: list[str]) -> dict[str, Any]:
+    return {key: _redact_value(str(key), value, secrets) for key, value in config.items()}
+
+
+def _redact_value(key: str, value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
-        return redact_config(value)
+        return _redact_items(value, secrets)
     if isinstance(value, list | tuple):
-        return [_redact_value(key, item) for item in value]
+        return [_redact_value(key, item, secrets) for item in value]
     if isinstance(value, str | Path):
         harmless = _HARMLESS_VALUE.fullmatch(str(value)) or not _is_secret_name(key)
-        return redact(str(value)) if harmless else REDACTED
+        return _redact(str(value), secrets) if harmless else REDACTED
     return value
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 Z = 1.96  # Quantile of the normal distribution for intervals of 95 %.
@@ -58,6 +59,7 @@ FIGURES = {
 }
 
 
+@lru_cache(maxsize=4096)  # The page Runs asks for each figure of each result of each run.
 def figure(key: str) -> Figure:
     """Return what the figure with a key such as "prompt_following.petal_color" means.
 
@@ -74,6 +76,7 @@ def words(key: str) -> str:
     return key.replace("_", " ").replace(".", ", ")
 
 
+@lru_cache(maxsize=4096)
 def rank(key: str) -> int:
     """Return the place of a figure in `FIGURES`, the figures that choose best first."""
     return next((at for at, pattern in enumerate(FIGURES) if re.fullmatch(pattern, key)), len(FIGURES))

@@ -141,7 +141,10 @@ def load_shard_state(model: Any, ema: Any, tensors: dict[str, torch.Tensor]) -> 
     for index, (master, moments) in enumerate(_shares(model)):
         saved = tensors[f"master.{index}"]
         if saved.shape != master.shape:
-            raise UserError(f"the checkpoint holds {saved.numel()} weights per process, but this model holds {master.numel()}; resume with the checkpoint's model, or give another --output_dir")
+            raise UserError(
+                f"the checkpoint holds {saved.numel()} weights per process, but this model holds {master.numel()}; "
+                "resume with the checkpoint's model, or give another --output_dir"
+            )
         master.copy_(saved)
         prefix = f"optimizer.{index}."
         moments.update(
