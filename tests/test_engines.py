@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.models.upsampling import Upsample2D
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +61,16 @@ def test_valid_compiled_models_are_not_compiled_again(exported, command):
     assert file.stat().st_mtime_ns == before
     assert quantization.is_current(exported / "pipeline", 7.5)
     assert not quantization.is_current(exported / "pipeline", 3.0)  # Other pictures decide what computes in 8 bits.
+
+
+def test_a_unet_that_scales_and_shifts_by_the_timestep_is_compiled(exported):
+    pipeline = sampling.load_pipeline(exported)
+    config = dict(pipeline.unet.config) | {"resnet_time_scale_shift": "scale_shift"}
+    torch.manual_seed(0)
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(config).eval())
+    wanted, found = draw(pipeline, guidance_scale=1.0), draw(engines.compile_pipeline(pipeline), guidance_scale=1.0)
+    assert np.abs(wanted - found).mean() < 1.0
+    assert np.abs(wanted - wanted[::-1]).mean() > 2.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -8,6 +8,7 @@ Compiled models are valid as long as the weights in the same pipeline folder do 
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _WEIGHTS = {  # each compiled model of any pipeline, and the weights file that i
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
 }
 BLOBS = Path(".cache") / "openvino"  # compiled models; OpenVINO finds them by model, processor and version
-FORMAT = 3  # version of the exported files; files of other versions are not valid
+FORMAT = 4  # version of the exported files; files of other versions are not valid
 TEXTS_KEPT = 64  # number of encoded prompts; with CLIP ViT-L/14 each takes 0.24 MB
 SAMPLE = 1 << 20  # bytes read at each end of a weights file, to tell it from other files
 
@@ -251,7 +252,11 @@ def convert(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
         **({GUIDE: (_Unet(guide), (latents, torch.tensor(1.0), context), -1)} if guide else {}),
         "vae_decoder": (_Decoder(pipeline.vae.eval()), (latents[:1],), 1),
     }
-    with warnings.catch_warnings(), patch.object(Upsample2D, "forward", _upsample):
+    with (
+        warnings.catch_warnings(),
+        patch.object(Upsample2D, "forward", _upsample),
+        patch.object(torch, "chunk", _chunk),
+    ):
         # tracing warns that it treats the shape as a constant, and the shape is constant here
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return {
@@ -286,6 +291,20 @@ def _upsample(
             padded = torch.nn.functional.pad(hidden_states, (1 - x, x, 1 - y, y))
             blocks.append(torch.nn.functional.conv2d(padded, weight, convolution.bias))
     return torch.nn.functional.pixel_shuffle(torch.stack(blocks, 2).flatten(1, 2), 2)
+
+
+_stock_chunk = torch.chunk
+
+
+def _chunk(values: torch.Tensor, chunks: int, dim: int = 0) -> Sequence[torch.Tensor]:
+    """Split a tensor as torch does. A tensor [B, C, 1, 1] is split as [B, C].
+
+    UNets with `scale_shift` split their embedding of the timestep so. OpenVINO 2026.4.1 crashes in float32, while it
+    compiles a group normalisation whose scale and shift come from one split of four dimensions.
+    """
+    if dim != 1 or values.ndim != 4 or values.shape[2:] != (1, 1):
+        return _stock_chunk(values, chunks, dim)
+    return [part[:, :, None, None] for part in _stock_chunk(values.flatten(1), chunks, 1)]
 
 
 def _pairs(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
