@@ -379,11 +379,13 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert (one["steps"], one["extended from"]) == (20, "5, 10")
     assert list(best["value"]) == [0.9, 0.9]
     assert any(text.startswith("prompt following, petal color, higher is better") for text in texts(app))
-    assert list(settings.index) == ["train_unet.learning_rate"]
-    assert list(provenance.loc["code", ["one", "two"]]) == ["commit 1", "commit 2"]
+    assert list(settings["setting"]) == ["train_unet.learning_rate"]
+    assert list(provenance.set_index("what").loc["code", ["one", "two"]]) == ["commit 1", "commit 2"]
     assert app.code[0].value == "# Card <b>of one</b>"
     app.toggle[0].set_value(False).run()
-    assert list(app.dataframe[2].value.index) == [f"train_unet.{key}" for key in ("learning_rate", "seed", "hub_token")]
+    assert list(app.dataframe[2].value["setting"]) == [
+        f"train_unet.{key}" for key in ("learning_rate", "seed", "hub_token")
+    ]
     assert "geheim" not in app.dataframe[2].value.to_string()
     assert list(show("runs", status="running").dataframe[0].value["run"]) == ["two"]
     filtered = show("runs", status="running", runs="one")
@@ -413,6 +415,28 @@ def test_only_figures_with_a_direction_choose_and_a_share_has_its_interval(tmp_p
     assert row["guidance scale"] == 3.0
     app.selectbox(key="measure").set_value("validation loss").run()
     assert "guidance scale" not in app.dataframe[1].value  # which the loss does not depend on
+
+
+def test_runs_ranks_only_what_can_be_compared(tmp_path: Path) -> None:
+    for name, judge in (("one", "efficientnet-lite0"), ("two", "dinov2"), ("student", "dinov2")):
+        run = make_run(tmp_path / "outputs" / name)
+        known = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        for result in known["cells"]:
+            result |= {"checkpoint": "checkpoint-000001", "judge": {"kernel_distance": 9.0, "standard_error": 2.0}}
+        known["report"] = {"judge": {"network": judge}}
+        (run / "evaluation" / "evaluation.json").write_text(json.dumps(known))
+        (run / "run.json").write_text(json.dumps({"student": {}} if name == "student" else {}))
+    app = show("runs")
+    assert "Compare only runs of one data set and one judge: these runs have several." in [
+        caption.value for caption in app.caption
+    ]
+    assert set(app.dataframe[1].value["checkpoint"]) == {"checkpoint-000001 (removed)"}
+    app.selectbox(key="measure").set_value("validation loss").run()
+    assert sorted(app.dataframe[1].value["run"]) == ["one", "two"]
+    app.selectbox(key="measure").set_value("validation loss of students").run()
+    assert list(app.dataframe[1].value["run"]) == ["student"]
+    alone = show("runs", runs="two")
+    assert not [caption for caption in alone.caption if "several" in caption.value]
 
 
 def test_a_model_of_the_hub_is_a_run_of_its_pipeline(tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def measured_results(run: Path) -> list[dict[str, Any]]:
     """Return what an evaluation measured for each checkpoint and guidance scale of a run.
 
     Returns:
-        Dictionaries of "checkpoint", "scale", "pictures" (their number, or None) and "values" (finite figures by their
-            flattened keys). No caller changes them.
+        Dictionaries of "checkpoint", "scale", "pictures" (their number, or None), "judge" (the network, or None) and
+            "values" (finite figures by their flattened keys). No caller changes them.
     """
     return read_or_warn(run / "evaluation" / "evaluation.json", _measured_results).get("results", [])
 
@@ -92,6 +92,8 @@ def _measured_results(file: Path) -> dict[str, Any]:
 @lru_cache(maxsize=512)  # Parsing 100 evaluations takes 0.2 s. A file that changes has another time or size.
 def _parse_results(file: Path, changed_ns: int, size: int) -> list[dict[str, Any]]:
     evaluation = read_json(file)
+    report = evaluation.get("report") if isinstance(evaluation, dict) else None
+    judged = report.get("judge") if isinstance(report, dict) else None
     results = []
     for row in _rows_of(evaluation):
         values = {key: value for key, value in flatten(row).items() if is_finite(value) and key != "guidance_scale"}
@@ -100,6 +102,7 @@ def _parse_results(file: Path, changed_ns: int, size: int) -> list[dict[str, Any
                 "checkpoint": str(row.get("checkpoint")),
                 "scale": row["guidance_scale"],
                 "pictures": _pictures_of(evaluation),
+                "judge": judged.get("network") if isinstance(judged, dict) else None,
                 "values": values,
             }
         )

@@ -11,7 +11,7 @@ from helpers.live_trainings import show_trainings
 from helpers.page_texts import show_no_runs, title_row
 from helpers.page_url import name_choices
 from helpers.run_files import measured_results, read_or_warn, read_settings
-from helpers.run_list import choose_runs, find_runs, step_of
+from helpers.run_list import checkpoints_of, choose_runs, find_runs, step_of
 from helpers.tables import column, show_rows
 
 from t2i.evaluation.figures import figure, flatten, interval, is_finite, rank
@@ -26,6 +26,7 @@ FACTS = {  # of run.json, by the titles of their columns
     "val_loss": "validation loss",
     "psnr_db": "PSNR in dB",
 }
+STUDENTS = {"val_loss": "student_val_loss"}  # figures that mean something else for a student
 CARD_CHARACTERS = 20_000  # characters of a model card that are shown
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         return
     show_rows([row_of(name, status[name], states[name]) for name in names])
     chosen = {name: runs[name] for name in names}
-    show_best(chosen)
+    show_best(chosen, states)
     show_settings(chosen)
     show_provenance(chosen, states)
     show_cards(chosen)
@@ -71,14 +72,14 @@ def row_of(name: str, status: str, state: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def show_best(runs: dict[str, Path]) -> None:
+def show_best(runs: dict[str, Path], states: dict[str, dict[str, Any]]) -> None:
     """Show each run's checkpoint (and guidance scale) with the best value of a chosen figure.
 
     Only figures that have a better direction can be chosen. If a figure has an interval, the table counts the run's other
     values that lie within the interval of the best one, and so may be as good.
     """
     st.header("Best checkpoint")
-    rows = {name: candidates(run) for name, run in runs.items()}
+    rows = {name: candidates(run, "student" in states[name]) for name, run in runs.items()}
     keys = {key for measured in rows.values() for row in measured for key in row["values"] if figure(key).better}
     if not keys:
         st.text("no checkpoint of these runs was measured")
@@ -99,6 +100,15 @@ def show_best(runs: dict[str, Path]) -> None:
     show_rows(best)
     if any(row["95% interval"] for row in best):
         st.caption("Values within the interval of the best one may be as good: the difference can be chance.")
+    kinds = {(str(rows[row["run"]][0].get("judge")), trained_on(states[row["run"]])) for row in best}
+    if key.startswith("judge.") and len(kinds) > 1:
+        st.caption("Compare only runs of one data set and one judge: these runs have several.")
+
+
+def trained_on(state: dict[str, Any]) -> str:
+    """Return the hash of the images that a run was trained on, or "None"."""
+    identity = state.get("identity")
+    return str(identity.get("dataset_hash") if isinstance(identity, dict) else None)
 
 
 def best_row(name: str, measured: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
@@ -121,9 +131,16 @@ def best_row(name: str, measured: list[dict[str, Any]], key: str) -> dict[str, A
     }
 
 
-def candidates(run: Path) -> list[dict[str, Any]]:
-    """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step."""
-    rows = list(measured_results(run))
+def candidates(run: Path, is_student: bool) -> list[dict[str, Any]]:
+    """Return all figures measured for a run's checkpoints, by the evaluation and during training at the checkpoint's step.
+
+    Checkpoints that were removed since are marked.
+    """
+    there = checkpoints_of(run)
+    rows = [
+        row if row["checkpoint"] in there else row | {"checkpoint": f"{row['checkpoint']} (removed)"}
+        for row in measured_results(run)
+    ]
     curves = {key: curve for key, curve in folder_curves(run).items() if key.startswith("val_")}
     for folder in checkpoint_folders(run):
         step = step_of(folder.name)
@@ -132,6 +149,10 @@ def candidates(run: Path) -> list[dict[str, Any]]:
         }
         if values and not math.isnan(step):
             rows.append({"checkpoint": folder.name, "scale": None, "pictures": None, "values": values})
+    if is_student:
+        rows = [
+            row | {"values": {STUDENTS.get(key, key): value for key, value in row["values"].items()}} for row in rows
+        ]
     return rows
 
 

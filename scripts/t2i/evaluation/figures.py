@@ -38,6 +38,8 @@ FIGURES = {
     r"judge\.named": Figure("label recognised in the pictures", "higher", is_share=True),
     r"clip_score\.mean": Figure("CLIP score", "higher"),
     r"val_loss": Figure("validation loss", "lower", is_guided=False),
+    # A student's loss is measured on its teacher's pictures, so it is no other model's loss.
+    r"student_val_loss": Figure("validation loss of students", "lower", is_guided=False),
     r"prompt_following\.(.+)": Figure("prompt following, {}", "higher", is_share=True),
     r"val_loss_(\d+)_(\d+)": Figure("validation loss, timesteps {} to {}", "lower", is_guided=False),
     r"val_psnr_db": Figure("PSNR of reconstructions in dB", "higher", is_guided=False),
