@@ -465,6 +465,43 @@ def test_a_chosen_point_chooses_its_checkpoint(tmp_path):
     assert app.multiselect(key="checkpoint").value == ["checkpoint-000020"]
 
 
+def click(app: AppTest, metric: str, *checkpoints: str) -> None:
+    """Select points of a curve, as a click in the browser does, or none."""
+    chart = next(one.proto for one in app.get("vega_lite_chart") if one.proto.id.endswith(f"_curve_{metric}"))
+    points = [{"run": "one", "checkpoint": name} for name in checkpoints]
+    states = app._tree.get_widget_states()
+    states.widgets.add(id=chart.id, string_value=json.dumps({"selection": {"mark": points}}))
+    app._run(states)
+    assert not app.exception
+
+
+def test_each_click_on_a_curve_chooses_its_own_checkpoint(tmp_path):
+    make_run(tmp_path / "outputs" / "one", steps=(10, 20, 30))
+    app = show(rows="steps", checkpoint="checkpoint-000030", metric=["train_loss", "val_loss"])
+    for metric, clicked, expected in (
+        ("train_loss", "checkpoint-000010", "checkpoint-000010"),
+        ("val_loss", "checkpoint-000020", "checkpoint-000020"),
+        ("train_loss", "checkpoint-000020", "checkpoint-000020"),
+        ("val_loss", "checkpoint-000010", "checkpoint-000010"),
+        ("val_loss", None, "checkpoint-000010"),  # a click beside all points
+    ):
+        click(app, metric, *filter(None, [clicked]))
+        assert app.multiselect(key="checkpoint").value == [expected]
+
+
+def test_a_model_that_was_not_trained_here_gets_no_command_and_a_name_with_blanks_gets_quotes(tmp_path):
+    theirs = make_run(tmp_path / "outputs" / "theirs", evaluated=False)
+    (theirs / "pipeline" / "model_index.json").write_text("{}")
+    (theirs / "run.json").unlink()
+    app = show(run="theirs")
+    assert "This model was not trained here" in texts(app)
+    assert "status" not in texts(app)
+    assert not app.code
+    make_run(tmp_path / "outputs" / "my run", evaluated=False)
+    app = show(run="my run")
+    assert app.code[0].value == "python scripts/evaluate_checkpoints.py --model 'outputs/my run'"
+
+
 def progress(app: AppTest) -> str:
     return " ".join(element.proto.text for element in app.get("progress"))
 

@@ -4,8 +4,10 @@ import http.server
 import json
 import math
 import socket
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i.errors import UserError
+from t2i.tracking import curves
 from t2i.tracking.curves import Loading, list_stored_runs, make_curve, read_folder, read_stored, smooth, thin
 
 FLOATS = st.floats(-1e6, 1e6)
@@ -134,6 +137,16 @@ def test_stores_that_cannot_be_read_get_one_sentence(tmp_path):
         assert time.monotonic() - began < 30  # not the minutes for which MLflow tries again
         assert "\n" not in str(caught.value)
         assert "geheim99" not in str(caught.value)
+
+
+def test_a_store_that_another_process_writes_gets_another_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "BUSY_S", 0.1)
+    file = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(file)) as writer:
+        writer.execute("CREATE TABLE runs (run_uuid)")
+        writer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=r"mlflow\.db is being written by another process.*; open the page again"):
+            list_stored_runs(f"sqlite:///{file}")
 
 
 class _Nonsense(http.server.BaseHTTPRequestHandler):

@@ -1,6 +1,7 @@
 """The dashboard: an empty folder, runs, and queries and files that must not make it show more."""
 
 import json
+import os
 import shutil
 import socket
 import sqlite3
@@ -82,6 +83,33 @@ def test_an_empty_folder_names_the_command(page: str) -> None:
     app = show(page)
     assert [element.value for element in app.code] == ["make demo"]
     assert not app.multiselect
+
+
+@pytest.mark.parametrize("page", ["compare", "playground", "blind"])
+def test_pages_of_pictures_wait_for_a_denoiser_beside_an_autoencoder(tmp_path: Path, page: str) -> None:
+    (tmp_path / "outputs" / "demo" / "vae").mkdir(parents=True)
+    (tmp_path / "outputs" / "demo" / "vae" / "run.json").write_text("{}")
+    (tmp_path / "outputs" / "demo" / "vae" / "metrics.jsonl").write_text('{"step": 1, "train_loss": 1}\n')
+    app = show(page)
+    assert [info.value for info in app.info] == [
+        "outputs/ has only autoencoders so far. A denoiser appears here when its training starts."
+    ]
+    assert not app.code
+
+
+@pytest.mark.parametrize("page", [*PAGES, "blind", "data", "vae"])
+def test_a_folder_whose_name_is_not_utf8_is_named_once_and_left_out(tmp_path: Path, page: str) -> None:
+    make_run(tmp_path / "outputs" / "one")
+    try:
+        make_run(tmp_path / "outputs" / os.fsdecode(b"caf\xe9"))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    app = show(page)
+    named = [warning.value.replace("\\", "") for warning in app.warning if "not UTF-8" in warning.value]
+    assert len(named) == 1
+    assert "outputs/caf\ufffd; rename" in named[0]
+    assert len([one for one in app.run().warning if "not UTF-8" in one.value]) == 1
+    assert list(sys.modules["helpers.run_list"].find_runs("any")) == ["one"]
 
 
 def test_a_run_shows_figures_curves_and_pictures(tmp_path: Path) -> None:

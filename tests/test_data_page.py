@@ -328,6 +328,21 @@ def test_labels_kept_as_numbers_have_their_names_and_need_no_captions(tmp_path):
     app = show()
     assert [one["label"] for one in gallery(app)] == ["rose", "daisy", ""]
     assert "training writes them from the labels" in words(app)
+    make_set(tmp_path / "outputs" / "two")
+    app = show(dataset="two", finding="duplicates")
+    assert app.selectbox(key="finding").value == "duplicates"
+    app.selectbox(key="dataset").set_value("one").run()  # no finding of captions stays chosen
+    app = app.run()
+    assert app.selectbox(key="finding").options == ["any", "near duplicates", "left out"]
+    assert app.selectbox(key="finding").value == "any"
+    assert rows_of(app) == [0, 1, 2]
+
+
+def test_the_audit_counts_pictures(tmp_path):
+    make_set(tmp_path / "outputs" / "one", [["a rose", "a rose </s>", "a lily </s>"], ["a tulip"]], ["rose", "tulip"])
+    table = next(frame.value for frame in show().dataframe if "finding" in frame.value)
+    assert list(table.columns) == ["finding", "pictures", "share", "what it means"]
+    assert table.set_index("finding").loc["special tokens", "pictures"] == 1
 
 
 def test_the_pictures_of_scattered_rows_are_those_of_the_rows(tmp_path):

@@ -1,6 +1,9 @@
 """Repairs on the page Data: captions edited in place, pictures left out, sorting by loss, near duplicates over splits."""
 
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import streamlit
@@ -82,6 +85,30 @@ def test_a_picture_is_left_out_and_taken_back(flowers, only_here):
     assert sorted(trained(flowers)) == sorted(CAPTIONS[:3])
     press(show(picture="3"), "Train on this picture again")
     assert sorted(trained(flowers)) == sorted(CAPTIONS)
+
+
+def test_a_picture_is_taken_back_after_its_file_was_renamed(flowers, only_here):
+    press(show(picture="3"), "Leave out of training")
+    (line,) = repairs.read_repairs(flowers).left_out
+    repairs.set_left_out(flowers, line["image"], "train", line["file"], False)
+    repairs.set_left_out(flowers, line["image"], "train", "an earlier name.png", True)
+    assert sorted(trained(flowers)) == sorted(CAPTIONS[:3])
+    press(show(picture="3"), "Train on this picture again")
+    assert sorted(trained(flowers)) == sorted(CAPTIONS)
+
+
+def test_a_save_keeps_what_another_session_saved_meanwhile(flowers, only_here):
+    first, second = show(picture="1"), show(picture="1")
+    first.text_area[0].set_value("a tulip")
+    press(first, "Save")
+    second.text_area[0].set_value("a peony")
+    press(second, "Save")
+    assert "the captions of picture 1 were edited meanwhile; open the picture again" in words(second)
+    assert second.text_area[0].value == "a tulip"
+    assert sorted(trained(flowers)) == sorted(["a red tulip", "a tulip", *CAPTIONS[2:]])
+    second.text_area[0].set_value("a daisy")
+    press(second, "Save")
+    assert browse.read_rows(browse.find_splits(flowers, home=flowers)["train"]).captions[1] == ["a daisy"]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +213,23 @@ def test_pictures_are_sorted_by_how_much_their_captions_raise_the_loss(flowers, 
     assert rows_of(show(dataset="flowers")) == [0, 1, 2, 3]
 
 
+def test_a_measurement_of_another_data_sets_losses_is_not_shown(flowers, only_here):
+    run = flowers.parent / "run"
+    (run / "pipeline" / "unet").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "config.yaml").write_text(f"data: {{dataset: {flowers}, cache_dir: cache}}\n")
+    app = show(dataset="flowers")
+    job = sys.modules["helpers.loss_jobs"].LossJob(
+        key="k", run=Path("outputs/other"), checkpoint="pipeline", settings={}, done=3, total=10
+    )
+    app.session_state["_loss_job"] = job
+    app.run()
+    assert not app.get("progress")
+    assert any(button.label == "Measure the loss of each picture" for button in app.button)
+    job.run = Path("outputs/run")
+    assert [one.proto.text for one in app.run().get("progress")] == ["3 of 10 pictures"]
+
+
 def test_near_duplicates_are_grouped_over_splits(tmp_path):
     from PIL import Image, ImageDraw
 
@@ -204,3 +248,16 @@ def test_near_duplicates_are_grouped_over_splits(tmp_path):
     assert gallery(app)[0]["heading"] == "2 pictures that are nearly the same: 1 in train, 1 in test"
     assert gallery(app)[1]["finding"] == "in test"
     assert rows_of(show(finding="near duplicates", search="flower 1")) == []
+
+
+def test_near_duplicates_over_three_splits_with_repairs_are_read_once(tmp_path):
+    folder = make_set(tmp_path / "outputs" / "one", CAPTIONS, LABELS)
+    test = folder / "data" / "test-00000-of-00001.parquet"
+    shutil.copy(test, test.with_name("validation-00000-of-00001.parquet"))
+    ids, files = browse.identities(browse.find_splits(folder)["train"])
+    repairs.set_left_out(folder, ids[0], "train", files[0], True)
+    app = show(finding="near duplicates")
+    assert {one["split"] for one in gallery(app)} == {"train", "validation", "test"}
+    read = browse.read_rows.cache_info().misses
+    app.run()
+    assert browse.read_rows.cache_info().misses == read

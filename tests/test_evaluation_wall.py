@@ -308,3 +308,12 @@ def test_the_report_is_offered_if_it_lies_in_the_run_folder(tmp_path):
     report.unlink()
     report.write_text("a report")
     assert offered() == ["Report as one file"]
+
+
+def test_runs_of_one_name_in_two_folders_offer_both_reports(tmp_path):
+    names = ["first/unet", "second/unet", "more/first"]
+    for name in names:
+        (evaluated_run(tmp_path / "outputs" / name) / "evaluation" / "report.html").write_text("a report")
+    app = show(run=names)
+    labels = [element.proto.label for element in app.get("download_button")]
+    assert labels.count("Report as one file") == 3

@@ -591,6 +591,13 @@ def test_pictures_are_found_by_words_and_by_their_star(tmp_path, painter, monkey
     assert "no picture matches" in texts(app)
 
 
+def test_pictures_of_a_copied_run_folder_are_shown_beside_those_of_the_run(tmp_path, painter):
+    run = make_run(tmp_path / "outputs" / "one", evaluated=False)
+    wait(press(show(seed="3"), DRAW), has_picture)
+    shutil.copytree(run, tmp_path / "outputs" / "copy")
+    assert strip(show(run="one")) == ["Seed 3", "Seed 3"]
+
+
 def strip(app: AppTest) -> list[str]:
     return [button.label for button in app.button if button.label.startswith("Seed")]
 

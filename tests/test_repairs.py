@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,36 @@ def test_the_list_is_one_json_object_a_line(tmp_path):
         repairs.set_left_out(tmp_path, digest(0), "train", "ü.png", True)
     lines = (tmp_path / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"image": digest(0), "split": "train", "file": "ü.png"}]
+
+
+def test_an_image_is_taken_off_the_list_with_names_that_no_copy_has(tmp_path):
+    names = ("old.png", "new.png", "copy.png")
+    for split in ("train", "test"):
+        for name in names:
+            repairs.set_left_out(tmp_path, digest(0), split, name, True)
+    repairs.set_left_out(tmp_path, digest(1), "train", "old.png", True)
+    repairs.set_left_out(tmp_path, digest(0), "train", "new.png", False, ["copy.png"])
+    rest = [(line["image"], line["split"], line["file"]) for line in repairs.read_repairs(tmp_path).left_out]
+    assert rest == [
+        (digest(0), "train", "copy.png"),
+        *((digest(0), "test", name) for name in names),
+        (digest(1), "train", "old.png"),
+    ]
+
+
+def test_an_edit_waits_until_another_session_has_read_and_written(tmp_path):
+    def edit(text):
+        with repairs.editing(tmp_path):
+            repairs.edit_captions(tmp_path, digest(0), "x", ["a rose"], [text])
+
+    other = threading.Thread(target=edit, args=["a lily"])
+    with repairs.editing(tmp_path):
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        edit("a tulip")
+    other.join(30)
+    assert [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()] == [
+        "a tulip",
+        "a lily",
+    ]

@@ -61,7 +61,9 @@ def button(app: AppTest):
 
 def test_an_empty_folder_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "train_vae.py" in show(vae="../../etc").code[0].value
+    first, second = show(vae="../../etc").code[0].value.splitlines()
+    assert first.startswith("python scripts/make_flowers.py --output_dir outputs/demo/dataset ")
+    assert second.startswith("python scripts/train_vae.py --config demo --dataset outputs/demo/dataset ")
 
 
 def test_training_keeps_the_checkpoints_that_were_asked_for(workspace):

@@ -10,8 +10,9 @@ from helpers.page_texts import escape
 from t2i.captions.texts import clean, unprefixed
 from t2i.config import read_yaml
 from t2i.data import browse
-from t2i.data.repairs import edit_captions, set_left_out
+from t2i.data.repairs import edit_captions, editing, set_left_out
 from t2i.errors import UserError
+from t2i.files import hash_json
 
 
 def why_not(home: Path | None) -> str:
@@ -44,16 +45,15 @@ def show_editor(split: browse.Split, rows: browse.Rows, number: int) -> None:
             st.code(browse.visible(caption) or "(no caption)", language=None, wrap_lines=True)
         st.caption(escape(reason))
     else:
-        # As a training reads them, so that to save an unchanged text changes nothing.
-        texts = list(dict.fromkeys(filter(None, map(clean, rows.captions[number]))))
+        texts = texts_of(rows, number)
         count = max(1, len(texts))
-        key = f"captions {split.name} {number}"
+        key = f"captions {split.name} {number} {hash_json(texts)}"  # What was edited elsewhere replaces typed texts.
         with st.form(f"edit {split.name} {number}", border=False):
             st.text_area(
                 "Caption" if count == 1 else f"Captions, one per line, at most {count}",
                 "\n".join(texts), key=key, height="content",
             )  # fmt: skip
-            st.form_submit_button("Save", type="primary", on_click=save, args=(split, number, key))
+            st.form_submit_button("Save", type="primary", on_click=save, args=(split, number, key, texts))
         if number in rows.edited:
             original = browse.read_rows(split.as_stored()).captions[number]
             st.caption(escape(f"Before the edit: {' / '.join(map(browse.visible, original))}"))
@@ -67,18 +67,31 @@ def show_editor(split: browse.Split, rows: browse.Rows, number: int) -> None:
         st.rerun()  # the page behind the dialog shows the change
 
 
-def save(split: browse.Split, number: int, key: str) -> None:
-    """Write the typed captions of a picture into captions.jsonl, and close the dialog."""
+def texts_of(rows: browse.Rows, number: int) -> list[str]:
+    """Return the captions of a picture as a training reads them, so that to save an unchanged text changes nothing."""
+    return list(dict.fromkeys(filter(None, map(clean, rows.captions[number]))))
+
+
+def save(split: browse.Split, number: int, key: str, shown: list[str]) -> None:
+    """Write the typed captions of a picture into captions.jsonl, and close the dialog.
+
+    Nothing is written if the picture has other captions than `shown`, because another session edited them.
+    """
     if why_not(split.home):  # a button of a page that was opened before
         return
-    stored = split.as_stored()
+    stored, home = split.as_stored(), Path(str(split.home))
     try:
         ids, files = browse.identities(stored)
-        changed = edit_captions(
-            Path(str(split.home)), require_id(ids[number]), files[number],
-            [unprefixed(clean(text), split.prefix) for text in browse.read_rows(stored).captions[number]],
-            [unprefixed(clean(line), split.prefix) for line in st.session_state[key].split("\n")], captioning_prefix(split),
-        )  # fmt: skip
+        with editing(home):
+            present = browse.find_splits(split.folder, split.captions, home, split.prefix).get(split.name, split)
+            rows = browse.read_rows(present)
+            if number >= len(rows) or texts_of(rows, number) != shown:
+                raise UserError(f"the captions of picture {number} were edited meanwhile; open the picture again")
+            changed = edit_captions(
+                home, require_id(ids[number]), files[number],
+                [unprefixed(clean(text), split.prefix) for text in browse.read_rows(stored).captions[number]],
+                [unprefixed(clean(line), split.prefix) for line in st.session_state[key].split("\n")], captioning_prefix(split),
+            )  # fmt: skip
     except UserError as error:
         st.session_state["_error"] = str(error)
         return
@@ -91,8 +104,10 @@ def leave_out(split: browse.Split, rows: browse.Rows, number: int, is_left_out: 
         return
     try:
         ids, files = browse.identities(split.as_stored())
-        own_split = browse.own_splits(split, rows)[number]
-        set_left_out(Path(str(split.home)), require_id(ids[number]), own_split, files[number], is_left_out)
+        own, image = browse.own_splits(split, rows), require_id(ids[number])
+        copies = [row for row, one in enumerate(ids) if (one, own[row]) == (image, own[number])]
+        others = [files[row] for row in copies if row != number]
+        set_left_out(Path(str(split.home)), image, own[number], files[number], is_left_out, others)
     except UserError as error:
         st.session_state["_error"] = str(error)
         return

@@ -105,7 +105,14 @@ def show_verdict(run: Path, evaluation: dict[str, Any]) -> None:
     report = folder / "report.html"
     if report.is_file() and report.resolve().parent == folder.resolve():  # no link to another file
         name = f"{run_title(run)}-report.html"
-        st.download_button("Report as one file", partial(read_file, report), name, "text/html", on_click="ignore")
+        st.download_button(
+            "Report as one file",
+            partial(read_file, report),
+            name,
+            "text/html",
+            key=f"_report_{run.as_posix()}",  # Runs may share a title.
+            on_click="ignore",
+        )
 
 
 def read_file(path: Path) -> bytes:

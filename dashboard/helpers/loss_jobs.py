@@ -102,7 +102,7 @@ def show_measuring(runs: dict[str, Path], home: Path | None, measured: dict[str,
         st.caption(escape(f"Sort by the loss of {' or of '.join(measured)}: wrong captions come first."))
     jobs = [job for name, one in models.items() if (job := running_job(("losses", runs[name], one)))]
     job = jobs[0] if jobs else st.session_state.get("_loss_job")
-    if job is not None:
+    if job is not None and job.run in runs.values():  # not of another data set
         show_job(job)
         return
     fresh = [name for name, checkpoint in models.items() if f"{name}, {checkpoint}" not in measured]

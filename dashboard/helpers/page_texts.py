@@ -1,10 +1,14 @@
 """Show texts on a page: its title, empty states, warnings, and users' texts that must not be read as Markdown."""
 
+from collections.abc import Collection
 from typing import Any
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from t2i.hub.markdown import escape_markdown
+
+MAKE_FLOWERS = "python scripts/make_flowers.py --output_dir outputs/demo/dataset --count 4000 --size 64"
 
 
 def title_row(title: str) -> Any:
@@ -23,11 +27,29 @@ def show_empty_state(sentence: str, command: str) -> None:
     st.code(command, language="sh", wrap_lines=True)
 
 
-def show_no_runs() -> None:
-    """Show on a page of runs that there is none, and the command that makes the first."""
+def show_no_runs(others: Collection[str] = ()) -> None:
+    """Show on a page of runs that there is none, and the command that makes the first.
+
+    Args:
+        others: the runs that the page does not list. If there are some, autoencoders are said to be all there is.
+    """
+    if others:
+        st.info("outputs/ has only autoencoders so far. A denoiser appears here when its training starts.")
+        return
     show_empty_state(
         "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"
     )
+
+
+def warn_once(sentence: str) -> None:
+    """Show a warning, unless this run of the page's script has shown it: several parts of a page may read the same file."""
+    context = get_script_run_ctx()
+    run = context and context.cursors  # a new dictionary in each run
+    last, shown = st.session_state.get("_warned", (None, ()))
+    shown = shown if last is run else ()
+    if sentence not in shown:
+        st.session_state["_warned"] = (run, (*shown, sentence))
+        st.warning(escape(sentence))
 
 
 def warn(error: Exception) -> None:

@@ -60,7 +60,7 @@ def show_thumbnail(
     pixels = thumbnail(planned)
     if pixels is None:  # deleted meanwhile
         return
-    key = planned.path.stem
+    key = planned.path.as_posix()  # A copied run has pictures of the same file names.
     starred = has_star and cells.is_starred(planned)
     with st.container(width=THUMB + 48, gap=None):
         st.image(pixels, width=THUMB, alt=planned.cell.prompt, output_format="PNG")

@@ -11,7 +11,7 @@ from stat import S_ISREG
 
 import streamlit as st
 
-from helpers.page_texts import escape
+from helpers.page_texts import escape, warn_once
 from helpers.page_url import gone_names, warn_of_gone
 from t2i.runs import checkpoint_folders, checkpoint_step
 
@@ -25,14 +25,19 @@ def find_runs(kind: str = "unet") -> dict[str, Path]:
     """Return the run folders below outputs/ by name, the newest run first.
 
     Pages open only run folders in this list, whatever a URL says. Run folders behind symbolic links are found as well.
-    Each run folder is listed once, by its own name rather than by the name of a link.
+    Each run folder is listed once, by its own name rather than by the name of a link. A warning names run folders whose
+    names are not UTF-8, because no browser shows such names.
 
     Args:
         kind: "unet" for runs of denoisers that have pictures or models, or "any" for every run with metrics, such as VAEs.
             A folder with only a pipeline is also a run, so a model of the Hub can be put into outputs/NAME/pipeline.
     """
     changed = {folder: time for folder in _candidates() if (time := _changed(folder)) is not None}
-    newest_first = sorted(changed, key=lambda folder: changed[folder], reverse=True)
+    unreadable = sorted(os.fsencode(folder).decode(errors="replace") for folder in changed if not _is_utf8(folder))
+    if unreadable:
+        several = f"{', '.join(unreadable[:3])}{', …' if len(unreadable) > 3 else ''}"
+        warn_once(f"Runs whose names are not UTF-8 are not listed: {several}; rename these folders")
+    newest_first = sorted(filter(_is_utf8, changed), key=lambda folder: changed[folder], reverse=True)
     return {folder.relative_to(OUTPUTS).as_posix(): folder for folder in newest_first if _is_kind(folder, kind)}
 
 
@@ -70,6 +75,10 @@ def _changed(folder: Path) -> float | None:
             if S_ISREG(state.st_mode):
                 return state.st_mtime
     return None
+
+
+def _is_utf8(folder: Path) -> bool:
+    return str(folder).encode(errors="ignore").decode() == str(folder)
 
 
 def _is_kind(folder: Path, kind: str) -> bool:

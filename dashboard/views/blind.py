@@ -36,7 +36,7 @@ def main() -> None:
     st.title("Blind test")
     runs = find_runs()
     if not runs:
-        show_no_runs()
+        show_no_runs(find_runs("any"))
         return
     test = st.container()  # above the models: their widgets come first in this function, as the test depends on them
     with st.expander("The two models", expanded=False):

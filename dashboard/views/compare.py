@@ -1,6 +1,7 @@
 """What the evaluation found, and pictures and curves of the chosen runs: a grid over any settings, two pictures compared."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,9 @@ def main() -> None:
     runs = find_runs()
     if not runs:
         st.title("Compare")
-        show_trainings(find_runs("any"))
-        show_no_runs()
+        others = find_runs("any")
+        show_trainings(others)
+        show_no_runs(others)
         return
     evaluated_runs = [name for name in runs if cells.evaluated_grid(runs[name])]
     gone = gone_names("run", runs)
@@ -150,8 +152,9 @@ def show_curves(runs: dict[str, Path], grid: Grid | None) -> None:
             continue
         if points:
             chart = layered([chart, point_chart(points, colors)], 320)
+            key = f"_curve_{metric}"
             st.vega_lite_chart(
-                chart, key=f"_curve_{metric}", on_select=remember_clicked_checkpoint, selection_mode="mark"
+                chart, key=key, on_select=partial(remember_clicked_checkpoint, key), selection_mode="mark"
             )
         else:
             st.vega_lite_chart(chart)
@@ -196,14 +199,10 @@ def point_chart(points: Sequence[Point], colors: dict[str, str]) -> Chart:
     }
 
 
-def remember_clicked_checkpoint() -> None:
-    """Remember the clicked checkpoint for the page's next run."""
-    for key in list(st.session_state):
-        if str(key).startswith("_curve_"):
-            clicked = st.session_state[key].get("selection", {}).get("mark", [])
-            if clicked and clicked != st.session_state.get("_last_point"):
-                st.session_state["_last_point"] = clicked
-                st.session_state["_point"] = clicked[-1].get("checkpoint")
+def remember_clicked_checkpoint(key: str) -> None:
+    """Remember the checkpoint that was clicked on a chart for the page's next run."""
+    if clicked := st.session_state[key].get("selection", {}).get("mark", []):
+        st.session_state["_point"] = clicked[-1].get("checkpoint")
 
 
 def take_clicked_checkpoint() -> None:
@@ -225,12 +224,18 @@ def take_clicked_checkpoint() -> None:
 def show_evaluation(name: str, run: Path) -> None:
     """Show a run's state, the figures of its checkpoints by guidance scale, and its report."""
     st.text(name)
-    state = read_or_warn(run / "run.json")
-    st.text(f"status: {state.get('status', 'unknown')}   steps: {state.get('steps', 'not finished')}")
+    is_trained_here = (run / "run.json").is_file()
+    if is_trained_here:
+        state = read_or_warn(run / "run.json")
+        st.text(f"status: {state.get('status', 'unknown')}   steps: {state.get('steps', 'not finished')}")
+    else:
+        st.text("This model was not trained here: its folder has no run.json, which an evaluation needs.")
     results = sweep_results(run)
     if not results:
-        st.text("Not evaluated yet. This does it:")
-        st.code(f"python scripts/evaluate_checkpoints.py --model {run.as_posix()}", language="sh", wrap_lines=True)
+        if is_trained_here:
+            st.text("Not evaluated yet. This does it:")
+            command = f"python scripts/evaluate_checkpoints.py --model {shlex.quote(run.as_posix())}"
+            st.code(command, language="sh", wrap_lines=True)
         return
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     if isinstance(report, dict):

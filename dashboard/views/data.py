@@ -14,7 +14,7 @@ from helpers.charts import bar_chart
 from helpers.components import data_address, gallery
 from helpers.data_repairs import show_editor
 from helpers.loss_jobs import measured_losses, show_measuring
-from helpers.page_texts import escape, shorten, show_empty_state, warn
+from helpers.page_texts import MAKE_FLOWERS, escape, shorten, show_empty_state, warn
 from helpers.page_url import asked, gone_names, name_choices, warn_of_gone
 from helpers.run_files import read_settings
 from helpers.run_list import OUTPUTS, find_runs
@@ -47,7 +47,7 @@ def main() -> None:
     if not sets:
         show_empty_state(
             "No data set in outputs/ yet. This draws one in a minute; scripts/caption_to_hub.py makes one of photos:",
-            "python scripts/make_flowers.py --output_dir outputs/demo/dataset --count 4000 --size 64",
+            MAKE_FLOWERS,
         )
         return
     left, right = st.columns([3, 1])
@@ -217,7 +217,8 @@ def choose_pictures(
     orders = {ORDER: None} | {f"loss of {name}": losses for name, losses in measured.items()}
     order = two.selectbox("Sort by", list(orders), key="sort", help=SORT_HELP, **options)
     one, two, three = st.columns(3)
-    finding = one.selectbox("Finding", [ANY, *FINDINGS, *MARKS], key="finding", **options)
+    findings = [ANY, *FINDINGS, *MARKS] if rows.has_captions else [ANY, NEAR, OUT]
+    finding = one.selectbox("Finding", findings, key="finding", **options)
     kinds = browse.kinds_of(rows)
     column = (
         two.selectbox("Filter by", list(kinds), key="by", bind="query-params", on_change=no_values) if kinds else None
@@ -234,7 +235,7 @@ def choose_pictures(
     if finding == NEAR:
         return near_duplicates(splits, split, matching)
     choice = Choice([(split.name, row) for row in shown])
-    if finding in FINDINGS and rows.has_captions:
+    if finding in FINDINGS:
         notes = browse.audit(split)[FINDINGS[finding]] or {}
         choice = Choice([(split.name, row) for row in shown if row in notes])
         choice.notes = {(split.name, row): note for row, note in notes.items()}
@@ -435,9 +436,9 @@ def show_audit(findings: dict[str, Any], total: int, split: browse.Split) -> Non
     for title, name in FINDINGS.items():
         count = None if findings[name] is None else len(findings[name])
         share = "not measured" if count is None else f"{count / max(1, total):.1%}"
-        rows.append({"finding": title, "captions": count, "share": share, "what it means": CHECKS[name]})
+        rows.append({"finding": title, "pictures": count, "share": share, "what it means": CHECKS[name]})
     st.dataframe(
-        pd.DataFrame(rows).astype({"captions": "Int64"}),
+        pd.DataFrame(rows).astype({"pictures": "Int64"}),
         hide_index=True,
         on_select=take_finding,
         selection_mode="single-row",

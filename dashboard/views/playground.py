@@ -74,7 +74,7 @@ def main() -> None:
     st.title("Playground")
     runs = find_runs()
     if not runs:
-        show_no_runs()
+        show_no_runs(find_runs("any"))
         return
     st.html(LAYOUT)
     with st.container(key="play"):

@@ -12,7 +12,7 @@ from helpers.charts import curves_chart, layered, nominal, quantity
 from helpers.components import data_address
 from helpers.folder_curves import folder_curves
 from helpers.model_pool import drawing_turn
-from helpers.page_texts import shorten, show_empty_state, warn
+from helpers.page_texts import MAKE_FLOWERS, shorten, show_empty_state, warn
 from helpers.page_url import gone_names, name_choices, warn_of_gone
 from helpers.picture_table import encode_png, show_pair, show_pictures
 from helpers.run_files import read_or_warn
@@ -39,8 +39,9 @@ def main() -> None:
     ]
     if not sources:
         show_empty_state(
-            "No VAE in outputs/ yet. This trains one in some minutes on two CPU cores; --checkpoints_total_limit 4 keeps its "
-            "checkpoints, to be compared here:",
+            "No VAE in outputs/ yet. This draws a data set and trains one in some minutes on two CPU cores; "
+            "--checkpoints_total_limit 4 keeps its checkpoints, to be compared here:",
+            f"{MAKE_FLOWERS}\n"
             "python scripts/train_vae.py --config demo --dataset outputs/demo/dataset --output_dir outputs/demo/vae",
         )
         return

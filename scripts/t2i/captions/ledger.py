@@ -13,7 +13,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from t2i.errors import UserError
 
@@ -39,6 +39,14 @@ def is_inspection(name: str) -> bool:
     return bool(re.fullmatch(rf"{re.escape(WORK)}/photos-\w+\.jsonl", name))
 
 
+def lock(path: Path) -> BaseFileLock:
+    """Return the lock of a captions.jsonl, by which writers take turns. Its holder can append, too.
+
+    The system frees the lock of a killed writer.
+    """
+    return FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+
+
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append captions to the file and wait until they are on disk.
 
@@ -53,8 +61,7 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         UserError: The last line of the file is complete, but not a caption.
     """
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-    # Writers take turns. The system frees the lock of a killed writer.
-    with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+b", buffering=0) as file:
+    with lock(path), open(path, "a+b", buffering=0) as file:
         tail = _tail(file)
         if tail and _row(tail) is None:
             if not _is_torn(tail):

@@ -159,7 +159,7 @@ def _state(path: Path) -> tuple[Path, int, int]:
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)  # Near duplicates read three splits, each with and without its repairs.
 def read_rows(split: Split) -> Rows:
     """Return the rows of a split without its pictures.
 

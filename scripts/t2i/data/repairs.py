@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,12 @@ def _parsed(line: str) -> dict[str, Any]:
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def set_left_out(folder: Path, image: str, split: str, file: str, is_left_out: bool) -> None:
+def set_left_out(
+    folder: Path, image: str, split: str, file: str, is_left_out: bool, others: Collection[str] = ()
+) -> None:
     """Add an image to the list of a data set's folder, or take it off the list.
+
+    A line whose file no copy of the image has leaves out every copy, so it goes with the line that is taken off.
 
     Args:
         folder: the data set's folder.
@@ -166,6 +171,7 @@ def set_left_out(folder: Path, image: str, split: str, file: str, is_left_out: b
         split: the data set's own split.
         file: file name of the image.
         is_left_out: whether trainings leave the image out.
+        others: file names of the image's other copies in the split.
 
     Raises:
         UserError: the list cannot be read or written.
@@ -174,13 +180,28 @@ def set_left_out(folder: Path, image: str, split: str, file: str, is_left_out: b
     try:
         with FileLock(folder / f".{LEFT_OUT}.lock"):
             rest = [
-                other for other in read_repairs(folder).left_out
-                if (other["image"][:ID_DIGITS], other["split"], other["file"]) != (image[:ID_DIGITS], split, file)
+                row for row in read_repairs(folder).left_out
+                if (row["image"][:ID_DIGITS], row["split"]) != (image[:ID_DIGITS], split)
+                or (row["file"] != file and (is_left_out or row["file"] in others))
             ]  # fmt: skip
             rows = [*rest, line] if is_left_out else rest
             write_text(folder / LEFT_OUT, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise _not_writable(folder / LEFT_OUT, error) from None
+
+
+@contextmanager
+def editing(folder: Path) -> Iterator[None]:
+    """Let no one else edit captions of a data set during the `with` block, so that captions read in it are the present ones.
+
+    Raises:
+        UserError: the data set's folder cannot be written.
+    """
+    try:
+        with ledger.lock(folder / CAPTIONS):
+            yield
+    except OSError as error:
+        raise _not_writable(folder / CAPTIONS, error) from None
 
 
 def edit_captions(folder: Path, image: str, file: str, original: list[str], after: list[str], prefix: str = "") -> int:

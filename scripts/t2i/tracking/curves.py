@@ -28,6 +28,7 @@ from t2i.tracking.spool import SPOOL_FILE
 
 POINTS = 500  # maximum per curve; a chart has fewer columns of pixels for each line that an eye can follow
 CONNECT_S = 2.0  # seconds after which a server that takes no connection is reported as down
+BUSY_S = 5.0  # Seconds for which reading a SQLite store waits until another process has written it.
 REQUESTS_AT_ONCE = 4  # Others use the MLflow server as well.
 CACHE_KIB = 256 * 1024  # memory for a SQLite store while it is read
 READ_AHEAD_RUNS = 20  # For fewer runs, reading single pages is faster than reading the full store.
@@ -290,7 +291,7 @@ def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
             f"{file} is missing; train a run with MLflow, or set MLFLOW_TRACKING_URI to where your runs are"
         )
     try:
-        store = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=5)
+        store = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=BUSY_S)
         try:
             # The points of runs that trained at the same time are interleaved. With SQLite's usual cache of 2 MB each
             # page of the file is fetched many times, which takes twice as long. Closing the store frees the memory.
@@ -299,6 +300,8 @@ def _sqlite(file: Path) -> Iterator[sqlite3.Connection]:
         finally:
             store.close()
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise UserError(f"{file} is being written by another process ({error}); open the page again") from None
         raise UserError(f"{file} cannot be read as MLflow's database ({error}); fix MLFLOW_TRACKING_URI") from None
 
 
