@@ -183,7 +183,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "outputs" / "one")
     (run / "evaluation" / "evaluation.json").write_text('{"cells": [')
     app = show()
-    assert "evaluation.json is not readable JSON" in app.warning[0].value.replace("\\", "")
+    (warning,) = app.warning
+    assert "evaluation.json is not readable JSON" in warning.value.replace("\\", "")
     assert any("evaluate_checkpoints.py --model outputs/one" in element.value for element in app.code)
 
 

@@ -284,7 +284,7 @@ def test_changed_settings_do_not_end_a_drawing_and_draw_replaces_it(tmp_path, pa
     painter.go.clear()
     app = wait(press(show(seed="1"), DRAW), lambda app: "step 2 of 4" in progress(app))
     app.number_input(key="seed").set_value(2).run()
-    assert "This picture has earlier settings" in texts(app)
+    assert "The picture being drawn has earlier settings" in texts(app)
     assert "step 2 of 4" in progress(app)
     painter.go.set()
     wait(app, lambda app: "not drawn yet" in texts(app))

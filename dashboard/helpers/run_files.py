@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 import yaml
 
-from helpers.page_texts import escape
+from helpers.page_texts import escape, warn_once
 from helpers.run_list import checkpoints_of
 from t2i.errors import UserError
 from t2i.evaluation.figures import flatten, is_finite
@@ -30,10 +30,10 @@ def read_or_warn(path: Path, read: Callable[[Path], Any] = read_json) -> dict[st
     try:
         value = read(path)
     except UserError as error:
-        st.warning(escape(error))
+        warn_once(str(error))
         return {}
     except (OSError, RecursionError) as error:  # deleted meanwhile, or nested to do harm
-        st.warning(escape(f"{path} cannot be read ({type(error).__name__})"))
+        warn_once(f"{path} cannot be read ({type(error).__name__})")
         return {}
     return value if isinstance(value, dict) else {}
 
