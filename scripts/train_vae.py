@@ -110,7 +110,7 @@ def main() -> None:
     keep_freed_memory(accelerator)
     micro_batches, keeps_last = config.gradient_accumulation_steps, config.checkpoints_total_limit != 1
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
-    batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
+    batches = Prefetcher(make, steps * micro_batches, accelerator.device)
     compute = partial(loss_and_gradients, train_state, perceptual, config, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph, unless steps differ. Otherwise it is `compute` itself.
     forward_backward = record_pass(compute, partial(make, start * micro_batches), train_state, config, accelerator)
