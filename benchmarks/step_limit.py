@@ -155,9 +155,7 @@ def make_training(
     scheduler = models.build_noise_scheduler(recipe.unet)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     given = train_unet.Inputs(scheduler, {"train": (latents, text)}, 1.0, [""] * count)
-    batches = Prefetcher(
-        partial(train_unet.make_batch, given, settings, accelerator), 10_000, in_thread=accelerator.device.type != "cpu"
-    )
+    batches = Prefetcher(partial(train_unet.make_batch, given, settings, accelerator), 10_000, accelerator.device)
     return trained, given, batches
 
 

@@ -49,7 +49,7 @@ class Inputs:
 
 TRACKED = 50  # Number of last logged losses whose mean is the run's final train loss.
 VALIDATION_SEED = 20231  # This is added to the seed for the noise of the validation trajectories.
-VALIDATION_BATCH = 32
+VALIDATION_BATCH = 32  # Trajectories per batch of the validation loss, if training's own batch is not smaller.
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def main() -> None:
     # loop
     keep_freed_memory(accelerator)
     make, micro_batches = partial(make_batch, inputs, config, accelerator), config.gradient_accumulation_steps
-    batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
+    batches = Prefetcher(make, steps * micro_batches, accelerator.device)
     compute = partial(loss_and_gradients, train_state, inputs, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
@@ -443,7 +443,7 @@ def validate(
 
     samples = sampling_settings(recipe)
     with loop.averaged(train_state) as unet:
-        losses = validation_loss(unet, inputs, accelerator)
+        losses = validation_loss(unet, inputs, recipe.distill, accelerator)
         if accelerator.is_main_process and samples["prompts"]:
             denoiser.draw_samples(unet, folder, samples, tracker, step)
     del unet  # Under ZeRO it is a separate model.
@@ -452,7 +452,7 @@ def validate(
     return losses
 
 
-def validation_loss(unet: Any, inputs: Inputs, accelerator: Any) -> dict[str, float]:
+def validation_loss(unet: Any, inputs: Inputs, config: DistillConfig, accelerator: Any) -> dict[str, float]:
     """Return the student's mean loss over the steps of the validation trajectories, and the error of its pictures.
 
     The error `val_picture` is the squared error of latents that the student draws from the noise of a trajectory, as a
@@ -467,8 +467,9 @@ def validation_loss(unet: Any, inputs: Inputs, accelerator: Any) -> dict[str, fl
     world, rank, steps = accelerator.num_processes, accelerator.process_index, len(inputs.timesteps) - 1
     sums = torch.zeros(3)  # They are losses, squared errors of pictures, and squares of the teacher's latents.
     unet.eval()
-    for start in range(0, len(trajectories), VALIDATION_BATCH):
-        rows = np.arange(start, min(start + VALIDATION_BATCH, len(trajectories)))[rank::world]
+    at_once = min(VALIDATION_BATCH, config.train_batch_size * world)  # What fits into memory in training, fits here.
+    for start in range(0, len(trajectories), at_once):
+        rows = np.arange(start, min(start + at_once, len(trajectories)))[rank::world]
         drawn = None
         for point in range(steps if len(rows) else 0):
             batch = batch_of(inputs, "validation", rows, np.full(len(rows), point), accelerator)

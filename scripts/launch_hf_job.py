@@ -96,7 +96,8 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     secrets = hf_job.secrets_here(config, account.token)
     plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
     plan += costs.report(estimate, command, config, prices)
-    plan += [f"NOTE: {note}" for note in notes(command, config, estimate, repo_id, run.newest, secrets)]
+    all_notes = [*notes(command, config, estimate, repo_id, run.newest, secrets), hf_job.precision_note(config, inner)]
+    plan += [f"NOTE: {note}" for note in all_notes if note]
     plan += [f"MISSING: {sentence}" for sentence in account.missing]
     if options.dry_run:
         hidden = dict.fromkeys(secrets, "[redacted]")

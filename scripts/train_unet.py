@@ -50,6 +50,7 @@ class Inputs:
 
 
 VALIDATION_SEED = 20231  # Seed of the noise for the validation loss of every run.
+VALIDATION_BATCH = 32  # Images per batch of the validation loss, if training's own batch is not smaller.
 TRACKED = 50  # Number of last logged losses whose mean is the run's final train loss.
 
 
@@ -132,7 +133,7 @@ def main() -> None:
     # loop
     keep_freed_memory(accelerator)
     make, micro_batches = partial(make_batch, inputs, config, accelerator), config.gradient_accumulation_steps
-    batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
+    batches = Prefetcher(make, steps * micro_batches, accelerator.device)
     compute = partial(loss_and_gradients, train_state, inputs, config, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph. Otherwise it is `compute` itself.
     forward_backward = capture(compute, partial(make, start * micro_batches), train_state, config, accelerator)
@@ -529,7 +530,8 @@ def validate(
     from t2i.training import denoiser, loop
 
     with loop.averaged(train_state) as unet:
-        losses = validation_loss(unet, inputs, config.validation_images, accelerator)
+        at_once = config.train_batch_size * accelerator.num_processes
+        losses = validation_loss(unet, inputs, config.validation_images, accelerator, at_once)
         if accelerator.is_main_process and config.validation_prompts:
             denoiser.draw_samples(unet, folder, sampling_settings(config), tracker, step)
     del unet  # Under ZeRO it is a separate model.
@@ -538,10 +540,16 @@ def validate(
     return losses
 
 
-def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> dict[str, float]:
+def validation_loss(
+    unet: Any, inputs: Inputs, limit: int, accelerator: Any, at_once: int = VALIDATION_BATCH
+) -> dict[str, float]:
     """Return the unweighted loss on validation images with fixed noise: the mean, and the loss per quarter of the noise levels.
 
     Every run on the same data gets the same noise at the same timesteps, so that runs can be compared.
+
+    Args:
+        limit: largest number of images to measure.
+        at_once: largest number of images per batch of all processes. It does not decide an image's noise.
     """
     import numpy as np
     import torch
@@ -552,8 +560,9 @@ def validation_loss(unet: Any, inputs: Inputs, limit: int, accelerator: Any) -> 
     side, world, rank = latents.shape[-1], accelerator.num_processes, accelerator.process_index
     sums, counted = torch.zeros(TIMESTEP_BANDS), 0
     unet.eval()
-    for start in range(0, min(limit, len(latents)), 32):
-        indices = np.arange(start, min(start + 32, limit, len(latents)))[rank::world]
+    count, at_once = min(limit, len(latents)), min(VALIDATION_BATCH, at_once)
+    for start in range(0, count, at_once):
+        indices = np.arange(start, min(start + at_once, count))[rank::world]
         counted += len(indices)
         if not len(indices):
             continue

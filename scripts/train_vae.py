@@ -110,7 +110,7 @@ def main() -> None:
     keep_freed_memory(accelerator)
     micro_batches, keeps_last = config.gradient_accumulation_steps, config.checkpoints_total_limit != 1
     make = partial(make_batch, splits.train, config, recipe.data.random_flip, vae, accelerator)
-    batches = Prefetcher(make, steps * micro_batches, in_thread=accelerator.device.type != "cpu")
+    batches = Prefetcher(make, steps * micro_batches, accelerator.device)
     compute = partial(loss_and_gradients, train_state, perceptual, config, accelerator)
     # On one GPU this is `compute` recorded as a CUDA graph, unless steps differ. Otherwise it is `compute` itself.
     forward_backward = record_pass(compute, partial(make, start * micro_batches), train_state, config, accelerator)
@@ -496,12 +496,12 @@ def latent_statistics(vae: Any, pixels: "np.ndarray") -> "tuple[torch.Tensor, to
     """Return mean and deviation [C] of the raw latents per channel, for images uint8 [N, S, S, 3]."""
     import torch
 
-    from t2i.data.caches import to_pixels
+    from t2i.data.caches import to_pixels, vae_batch
 
-    means, variances = [], []
+    means, variances, batch_size = [], [], vae_batch(pixels.shape[1])
     with torch.no_grad():
-        for start in range(0, len(pixels), 32):
-            posterior = vae.encode(to_pixels(pixels[start : start + 32]).to(vae.device)).latent_dist
+        for start in range(0, len(pixels), batch_size):
+            posterior = vae.encode(to_pixels(pixels[start : start + batch_size]).to(vae.device)).latent_dist
             means.append(posterior.mean.float().movedim(1, 0).flatten(1))
             variances.append(posterior.var.float().movedim(1, 0).flatten(1))
         mean, variance = torch.cat(means, 1), torch.cat(variances, 1)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import train_unet
+import train_vae
 from t2i import config, models
 from t2i.config import UnetConfig, VaeConfig
 from t2i.data import caches
 from t2i.data.prepared import Split
 from t2i.diffusion import sample_posterior
+from t2i.pictures.reconstructions import reconstruct
 
 CAPTIONS = ["a red flower", "a blue flower", "a red flower", ""]
 
@@ -52,6 +54,21 @@ def test_pictures_of_stored_latents_are_those_of_float32_and_the_cache_is_half_a
         error = (vae.decode(stored).sample - vae.decode(exact).sample).square().mean() / 4  # Pixels span 2.
     assert stored.dtype == torch.float32
     assert -10 * error.log10() > 85  # dB
+
+
+@pytest.mark.parametrize(("side", "images"), [(32, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)])
+def test_a_vae_gets_fewer_images_at_once_if_they_are_large(side, images):
+    assert caches.vae_batch(side) == images
+
+
+def test_measuring_a_vae_gives_it_no_more_large_images_at_once(monkeypatch):
+    monkeypatch.setattr(caches, "VAE_BATCH_PIXELS", 8 * 32**2)
+    vae, batches = models.build_vae(VaeConfig(vae_channels=[4, 4], vae_layers=1)).eval(), []
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    pixels = np.zeros((9, 32, 32, 3), np.uint8)
+    assert len(reconstruct(vae, pixels)[0]) == 9
+    train_vae.latent_statistics(vae, pixels)
+    assert batches == [8, 1] * 2
 
 
 def test_latents_beyond_the_range_of_float16_are_stored_as_its_largest_number(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ import generate_images
 from t2i.errors import UserError
 from t2i.pictures import sampling
 from t2i.pictures.png import read_parameters
+from t2i.training import denoiser
 
 
 @pytest.fixture
@@ -160,6 +162,22 @@ def test_numbers_that_overflow_and_memory_that_ends_get_a_sentence(draw, workspa
     monkeypatch.setattr(type(broken), "__call__", fails)
     with pytest.raises(UserError, match=r"memory does not suffice for 1 pictures at once .*--batch_size"):
         sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
+
+
+def test_a_training_lives_on_if_its_samples_cannot_be_drawn(workspace, monkeypatch, tmp_path, capsys):
+    unet = sampling.load_pipeline(workspace / "unet").unet.train()
+    settings = {"prompts": ["x"], "num_inference_steps": 2}
+    denoiser.draw_samples(unet, tmp_path, settings, None, 7)
+    assert "WARNING: no validation pictures at step 7: " in capsys.readouterr().err
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has")
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "to", fails)
+    denoiser.draw_samples(unet, workspace / "unet", settings, None, 8)
+    said = capsys.readouterr().err
+    assert "step 8: the memory is full (CUDA out of memory. Tried to allocate 2 GiB); to see pictures, lower" in said
+    assert unet.training
 
 
 def test_a_rescaled_picture_says_so_and_others_are_as_before(draw, tmp_path):

@@ -295,6 +295,15 @@ def test_a_dry_run_shows_the_request_and_sends_nothing(hub, launcher):
     assert "ends it after 0.2 h; raise timeout" in launcher("--dry_run", *CARD, timeout="12m")
 
 
+def test_bf16_is_noted_where_gpus_have_no_units_for_it(hub, launcher):
+    note = (
+        "NOTE: the GPU of t4-small has no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
+    )
+    assert note in launcher("--dry_run", *CARD, mixed_precision="bf16")
+    assert "bf16 units" not in launcher("--dry_run", *CARD)
+    assert "bf16 units" not in launcher("--dry_run", *CARD, mixed_precision="bf16", flavor="l4x1")
+
+
 def test_the_costs_in_the_documents_are_those_of_dry_runs(hub, launcher):
     text = (ROOT / "docs" / "clouds.md").read_text().split("## Compare the costs")[1].split("##")[0]
     table = {

@@ -235,6 +235,18 @@ def test_clip_score_equals_the_cosine_by_hand(clip_folder: str) -> None:
     assert metrics.clip_score(pictures, prompts, None) is None
 
 
+def test_a_clip_score_keeps_no_graph_of_its_pictures(clip_folder: str) -> None:
+    pictures, _ = discs(2, 48, seed=7)
+    outputs: list[bool] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: outputs.append(torch.is_grad_enabled()))
+    try:
+        metrics.clip_score(pictures, ["red", "blue"], clip_folder)
+    finally:
+        hook.remove()
+    assert outputs
+    assert not any(outputs)
+
+
 def test_a_network_from_a_folder_judges_pictures(clip_folder: str) -> None:
     real, labels = discs(80, 32, seed=8)
     same, _ = discs(80, 32, seed=9)

@@ -46,6 +46,13 @@ class OutOfMemoryError(RuntimeError):
             "(CUDA out of memory. Tried to allocate 2 GiB)",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "the memory is full"),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+            "the memory is full (CUDA error: out of memory CUDA kernel",
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), "the memory is full (MPS backend"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory is full"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the memory is full (cuDNN error"),
     ],
 )
 def test_a_mistake_or_a_limit_gets_one_sentence(error, sentence, capsys):

@@ -2,7 +2,10 @@
 
 import threading
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
@@ -10,7 +13,10 @@ from diffusers.training_utils import EMAModel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from t2i.config import TrainConfig
+import train_unet
+from t2i import models
+from t2i.config import TrainConfig, UnetConfig
+from t2i.data.caches import TextCache
 from t2i.training.loop import Average, build_optimizer, rate_share, warn_of_warmup
 from t2i.training.prefetch import Prefetcher
 
@@ -23,7 +29,7 @@ def test_a_batch_is_made_while_the_one_before_is_trained_on():
         threads.add(threading.current_thread())
         return number * number
 
-    batches = Prefetcher(make, 4, in_thread=True)
+    batches = Prefetcher(make, 4, torch.device("cuda"))
     assert batches.take(1) == 1
     for _ in range(200):
         if made == [1, 2]:
@@ -37,20 +43,52 @@ def test_a_batch_is_made_while_the_one_before_is_trained_on():
     assert batches.take(0) == 0  # any other number is made when asked for
 
 
-@pytest.mark.parametrize("in_thread", [True, False])
-def test_what_making_a_batch_raises_arrives_and_waiting_is_counted(in_thread):
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_only_beside_an_nvidia_gpu_a_thread_makes_batches(device):
+    """On an Apple GPU, two threads that give commands end the process."""
+    threads = []
+    batches = Prefetcher(lambda number: threads.append(threading.current_thread()), 9, torch.device(device))
+    for number in range(3):
+        batches.take(number)
+    assert threads == [threading.current_thread()] * 3
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_what_making_a_batch_raises_arrives_and_waiting_is_counted(device):
     def make(number):
         time.sleep(0.02)
         if number == 1:
             raise ValueError("image 7 is gone")
         return number
 
-    batches = Prefetcher(make, 9, in_thread=in_thread)
+    batches = Prefetcher(make, 9, torch.device(device))
     assert batches.take(0) == 0
     assert batches.waited >= 0.02
     with pytest.raises(ValueError, match="image 7 is gone"):
         batches.take(1)
     assert batches.take(2) == 2
+
+
+def test_the_validation_loss_takes_no_more_images_at_once_than_training_and_stays_the_same():
+    torch.manual_seed(0)
+    moments = np.random.default_rng(0).normal(size=(9, 1, 8, 8, 8)).astype(np.float16)
+    embeddings = np.random.default_rng(1).normal(size=(9, 3, 8)).astype(np.float16)
+    blocks = ["DownBlock2D", "CrossAttnDownBlock2D"]
+    small = UnetConfig(
+        unet_channels=[8, 16], unet_layers=1, down_block_types=blocks, attention_head_dim=2, text_hidden_size=8
+    )
+    unet, batches = models.build_unet(small, 8, 4, 8), []
+    unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    text = TextCache(embeddings, np.arange(9), np.ones(9, np.int64))
+    inputs = train_unet.Inputs(models.build_noise_scheduler(small), {"validation": (moments, text)}, 1.0, [])
+    accelerator = SimpleNamespace(
+        num_processes=1, process_index=0, device=torch.device("cpu"), autocast=nullcontext, reduce=lambda sums: sums
+    )
+    whole = train_unet.validation_loss(unet, inputs, 9, accelerator)
+    assert set(batches) == {9}
+    batches.clear()
+    assert train_unet.validation_loss(unet, inputs, 9, accelerator, 2) == pytest.approx(whole, rel=1e-5)
+    assert set(batches) == {2, 1}
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0.0, 0.9999), st.integers(1, 30))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +15,11 @@ import pytest
 import torch
 from accelerate.commands import launch
 from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from safetensors.torch import load_file
 
 import train_unet
@@ -183,7 +188,7 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     accelerator = SimpleNamespace(
         backward=lambda loss: None, device="cpu",
         clip_grad_norm_=lambda parameters, limit: norm, optimizer_step_was_skipped=told, mixed_precision="fp16",
-        reduce=lambda value, reduction: value, process_index=0, num_processes=1,
+        reduce=lambda value, reduction: value, process_index=0, num_processes=1, scaler=None,
     )  # fmt: skip
     step = SimpleNamespace(step=lambda *_: moved.append("moved"))
     optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
@@ -202,8 +207,38 @@ def test_a_skipped_update_moves_neither_average_nor_schedule(norm, told, monkeyp
     assert (trained.skipped["overflow"], moved) == ((0, ["moved", "moved"]) if norm == 1.0 else (1, []))
     if norm != 1.0:  # and where the loss itself is no number, it is not the gradients' scale: samples are named
         monkeypatch.setattr("t2i.diffusion.denoising_loss", lambda *_: torch.full((1,), float("nan")))
-        with pytest.raises(UserError, match="non-finite at step 2, with the training samples id"):
+        with pytest.raises(UserError, match="non-finite at step 2, with the training samples id") as raised:
             train_step(1)
+        assert "; fp16 may have overflowed, so try --mixed_precision bf16" in str(raised.value)
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_training():
+    """With the scaler of a training in fp16, which works on a CPU too."""
+    weight, scaler = torch.nn.Parameter(torch.ones(2)), torch.amp.GradScaler("cpu")
+    adamw = torch.optim.AdamW([weight], fused=True)
+    optimizer = SimpleNamespace(step=lambda: (scaler.step(adamw), scaler.update()), zero_grad=adamw.zero_grad)
+    accelerator = SimpleNamespace(
+        mixed_precision="fp16", scaler=scaler, reduce=lambda value, reduction: value, process_index=0,
+        optimizer_step_was_skipped=False,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.ConstantLR(adamw)
+    trained = loop.TrainState("unet", None, None, [weight], optimizer, schedule, None)
+
+    def update(step, value):
+        loss = value.sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(adamw)
+        norm = float(weight.grad.norm())
+        loop.step_optimizer(trained, config.TrainUnetConfig(), step, norm, loss, list, accelerator)
+
+    update(0, 2 * weight)
+    moved = weight.detach().clone()
+    for step in range(1, 17):
+        update(step, (weight - moved).sqrt())  # The slope of a root at 0 is infinite.
+    assert (trained.skipped["overflow"], scaler.get_scale()) == (16, 1)
+    assert torch.equal(weight, moved)
+    with pytest.raises(UserError, match=r"overflow in fp16 at step 18, .* --learning_rate .* --mixed_precision bf16"):
+        update(17, (weight - moved).sqrt())
 
 
 @pytest.fixture
@@ -247,6 +282,80 @@ def test_a_precision_is_in_force_or_refused(word, settings, monkeypatch):
         assert not torch.equal(model(torch.full((1, 2), 1 / 3)), model.weight.sum(1) / 3 + model.bias)
     finally:
         AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("settings", [None, config.TrainVaeConfig(), config.TrainUnetConfig()])
+def test_more_processes_than_gpus_are_refused_and_cpu_processes_are_not(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=r"2 processes .* 1 GPU\(s\); launch with --num_processes 1, or .* the launch's YAML"
+    ):
+        distributed.prepare_launch(settings)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    distributed.prepare_launch(settings)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    distributed.prepare_launch(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "prepare"),
+    [
+        ("single_gpu", "simple_launcher", prepare_simple_launcher_cmd_env),
+        ("multi_gpu", "multi_gpu_launcher", lambda options: (None, prepare_multi_gpu_env(options))),
+        ("deepspeed_zero2", "deepspeed_launcher", prepare_deepspeed_cmd_env),
+    ],
+)
+def test_a_launch_leaves_the_choice_of_gpus_to_the_shell(name, launcher, prepare, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    words = ["--config_file", str(ROOT / f"accelerate_configs/{name}.yaml"), "train_unet.py"]
+    taken = []
+    monkeypatch.setattr(launch, launcher, taken.append)
+    launch.launch_command(launch.launch_command_parser().parse_args(words))
+    assert prepare(*taken)[1]["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+@pytest.mark.parametrize(("has_units", "precision"), [(False, "bf16"), (True, "bf16"), (False, "fp16")])
+def test_bf16_without_units_for_it_is_told(has_units, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    said = []
+    distributed.warn_of_slow_bf16(
+        SimpleNamespace(mixed_precision=precision, device=torch.device("cuda"), print=said.append)
+    )
+    wanted = [
+        "WARNING: Tesla T4 has no bf16 units, so mixed_precision bf16 is slow there; launch with --mixed_precision fp16"
+    ]
+    assert said == (wanted if precision == "bf16" and not has_units else [])
+
+
+def test_processes_of_a_training_wait_an_hour_for_each_other(monkeypatch):
+    """The first one measures and draws alone, for which the ten minutes of NCCL may be too short."""
+    launched = {"ACCELERATE_USE_CPU": "true", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(True)
+    try:
+        distributed.make_accelerator(config.TrainUnetConfig())
+        group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=1)
+    finally:
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(True)
+
+
+def test_the_machine_of_a_run_is_the_one_that_trained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    names = [
+        loop.machine(SimpleNamespace(device=torch.device(device), num_processes=2)) for device in ("cuda", "mps", "cpu")
+    ]
+    assert names[:2] == ["2 x Tesla T4", "Apple GPU"]
+    assert "CPU cores" in names[2]
 
 
 def test_other_scripts_run_data_parallel_under_the_same_launch(asked):

@@ -45,12 +45,18 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of the machine or of a GPU is full."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in _FULL)
+
+
 def _sentence_of(error: Exception) -> str | None:
     """Return the message for a user's mistake or a limit of the machine, or None for any other exception."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return (
             f"the memory is full ({text[:160] or 'MemoryError'}); use a smaller batch, and for a training a higher "
             "--gradient_accumulation_steps or --gradient_checkpointing"
@@ -63,6 +69,11 @@ def _sentence_of(error: Exception) -> str | None:
     return None
 
 
+# What torch says on a CPU, an NVIDIA GPU and an Apple GPU. Most of these errors have no type of their own.
+_FULL = (
+    *("can't allocate memory", "CUDA error: out of memory", "MPS backend out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 _OS_FIXES = {
     errno.EEXIST: "a file stands where a folder is needed; name another folder",
     errno.ENOTDIR: "a file stands where a folder is needed; name another folder",

@@ -143,6 +143,13 @@ def check_precision(config: HfJobsConfig, inside: Path, inner: dict[str, Any], g
         )
 
 
+def precision_note(config: HfJobsConfig, inner: dict[str, Any]) -> str:
+    """Return a note if `config` or `inner` asks for bf16 on a T4, which is slow, otherwise ""."""
+    if (config.mixed_precision or inner.get("mixed_precision")) != "bf16" or not config.flavor.startswith("t4-"):
+        return ""
+    return f"the GPU of {config.flavor} has no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
+
+
 def default_inside(flavor: str, gpus: int | None) -> Path:
     """Return the accelerate YAML for a container with this number of GPUs. An unknown number, None, raises `UserError`."""
     if gpus is None:

@@ -28,6 +28,7 @@ FLOAT16_MAX = 65504.0  # Largest number of float16.
 AXES_IMAGES = 1024  # Images whose features give the principal axes of an alignment.
 NETWORK_BATCH = 32  # Images per call of the judge's network and of the alignment's.
 CPU_BATCH_PIXELS = 1 << 16  # Pixels per batch on a CPU: 4 images of 128 px, or 16 images of 64 px.
+VAE_BATCH_PIXELS = 1 << 21  # Pixels per batch of a VAE: 32 images of 256 px, or 8 images of 512 px.
 
 
 @dataclass
@@ -72,7 +73,7 @@ def cache_latents(
         cache_dir: folder that holds all caches.
         flip: whether the mirrored images are encoded and cached too.
         crops: random crops of the images, uint8 [N, K, R, R, 3], which are encoded and cached too.
-        batch_size: images per call of the VAE. With None, use 32 on a GPU, and fewer large images on a CPU.
+        batch_size: images per call of the VAE. With None, use `vae_batch` on a GPU, and fewer images on a CPU.
         say: function that prints a progress message.
 
     Returns:
@@ -83,7 +84,8 @@ def cache_latents(
     count, resolution = versions[0].shape[0], versions[0].shape[1]
     mirrors = 2 if flip else 1
     if batch_size is None:  # On a CPU, small batches are faster and need less memory.
-        batch_size = max(1, CPU_BATCH_PIXELS // resolution**2) if vae.device.type == "cpu" else 32
+        on_cpu = vae.device.type == "cpu"
+        batch_size = max(1, CPU_BATCH_PIXELS // resolution**2) if on_cpu else vae_batch(resolution)
     side = resolution // vae_factor(vae)
     shape = (count, mirrors * len(versions), 2 * vae.config.latent_channels, side, side)
 
@@ -100,6 +102,11 @@ def cache_latents(
     key = hash_json({"kind": "latents", "stored": "float16", "shape": shape, **identity})
     what, folder = f"latents of {count} images", Path(cache_dir) / "latents" / key
     return select(shared_array(folder, shape, "float16", what, fill, batch_size, say))
+
+
+def vae_batch(side: int) -> int:
+    """Return the number of images of `side` px per call of a VAE in float32: at most 32, and fewer above 256 px."""
+    return max(1, min(32, VAE_BATCH_PIXELS // side**2))
 
 
 def cache_text(

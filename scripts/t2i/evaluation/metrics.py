@@ -18,6 +18,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from t2i.errors import UserError
 from t2i.evaluation.networks import loading
+from t2i.models import best_device
 
 
 def _spread(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
@@ -108,7 +109,6 @@ def uniform_ssim(a: Tensor, b: Tensor, side: int = 7) -> Tensor:
     return similarity.mean()
 
 
-@torch.no_grad()
 def clipped_share(pictures: np.ndarray) -> float:
     """Return the share of color values near black or white, at most 5 or at least 250.
 
@@ -117,6 +117,7 @@ def clipped_share(pictures: np.ndarray) -> float:
     return float(((pictures <= 5) | (pictures >= 250)).mean())
 
 
+@torch.no_grad()
 def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.PathLike | None) -> dict[str, Any] | None:
     """Measure the CLIP score: mean of 100 * max(cosine(picture, prompt), 0) over pairs.
 
@@ -140,7 +141,8 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.Path
     name = str(clip)
     with loading(name, "as the CLIP model"):
         processor = CLIPProcessor.from_pretrained(name)
-        model = CLIPModel.from_pretrained(name, use_safetensors=True).eval()
+        model: Any = CLIPModel.from_pretrained(name, use_safetensors=True).eval()
+    model.to(best_device())
     scores = []
     for start in range(0, len(pictures), 32):
         inputs = processor(
@@ -151,6 +153,6 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str], clip: str | os.Path
             truncation=True,
             max_length=model.config.text_config.max_position_embeddings,
         )
-        output = model(**inputs)
-        scores.append(100 * F.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0))
+        output = model(**inputs.to(model.device))
+        scores.append(100 * F.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0).cpu())
     return {"mean": float(torch.cat(scores).mean()), "pictures": len(pictures), "model": name}

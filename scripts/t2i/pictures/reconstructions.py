@@ -211,18 +211,18 @@ def make(
     return len(missing)
 
 
-def reconstruct(vae: Any, images: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Encode images uint8 [N, R, R, 3] to posterior means and decode them, in batches.
+def reconstruct(vae: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode images uint8 [N, R, R, 3] to posterior means and decode them, in batches of `caches.vae_batch`.
 
     Returns:
         The decoded images, uint8 [N, R, R, 3]; PSNR in dB, [N]; SSIM, [N].
     """
     import torch
 
-    from t2i.data.caches import to_images, to_pixels
+    from t2i.data.caches import to_images, to_pixels, vae_batch
     from t2i.evaluation import metrics
 
-    parts = []
+    parts, batch_size = [], vae_batch(images.shape[1])
     with torch.no_grad():
         for start in range(0, len(images), batch_size):
             pixels = to_pixels(images[start : start + batch_size]).to(vae.device)

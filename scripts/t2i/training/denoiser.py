@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from t2i import config, models
 from t2i.config import Recipe, TrainUnetConfig
-from t2i.errors import UserError
+from t2i.errors import UserError, is_out_of_memory
 from t2i.files import append_jsonl, hash_json, write_json
 from t2i.hub import model_card
 from t2i.pictures import sampling
@@ -73,20 +73,28 @@ def draw_samples(unet: Any, folder: Path, settings: dict[str, Any], tracker: Any
     Args:
         settings: arguments of `sampling.generate`. The prompts are the validation prompts.
     """
-    count = len(settings["prompts"])
+    count, problem = len(settings["prompts"]), ""
     unet.eval()
-    pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)
     try:
+        pipeline = sampling.assemble(folder / "pipeline", unet).to(unet.device)
         pictures = sampling.generate(pipeline, seeds=range(count), **settings, progress=False)
         grid = sampling.picture_grid(pictures, columns=min(8, count))
         (folder / "samples").mkdir(exist_ok=True)
         grid.save(folder / "samples" / f"step-{step:06d}.png")
     except (UserError, OSError) as error:  # A training must not end because of this.
-        print(f"WARNING: no validation pictures at step {step}: {error}", file=sys.stderr)
-        return
+        problem = str(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = (
+            f"the memory is full ({str(error).splitlines()[0][:150]}); to see pictures, lower --train_batch_size and raise "
+            "--gradient_accumulation_steps"
+        )
     finally:
         unet.train()
-    if tracker:
+    if problem:
+        print(f"WARNING: no validation pictures at step {step}: {problem}", file=sys.stderr)
+    elif tracker:
         tracker.log_image(grid, "samples", step)
 
 
@@ -146,9 +154,10 @@ def finish(
     sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
     skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
     run.finish(
-        **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision, machine=loop.machine(),
-        output_unet_hash=models.hash_model(unet), distribution=str(accelerator.distributed_type.value),
-        tracking=tracker.view if tracker else None, zero_stage=run.state["effective"]["zero_stage"],
+        **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
+        machine=loop.machine(accelerator), output_unet_hash=models.hash_model(unet),
+        distribution=str(accelerator.distributed_type.value), tracking=tracker.view if tracker else None,
+        zero_stage=run.state["effective"]["zero_stage"],
     )  # fmt: skip
     loop.finish_tracker(tracker, run)
     print(f"pipeline in {folder}: train loss {results['train_loss']:.4f}, validation loss {results['val_loss']:.4f}")

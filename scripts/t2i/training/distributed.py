@@ -62,9 +62,11 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-    kinds: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(days=7))]}
+    # In a training, the others wait while the first process measures, draws or writes. NCCL's own limit is 10 minutes.
+    wait = timedelta(days=7) if config is None else timedelta(hours=1)
+    kinds: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=wait)]}
     if config is not None:
-        kinds = {
+        kinds |= {
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "step_scheduler_with_optimizer": False,
         }
@@ -76,6 +78,7 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
     in_fp16 = accelerator.device.type != "cpu" or (accelerator.deepspeed_plugin and _processor_has_fp16())
     if accelerator.mixed_precision == "fp16" and not in_fp16:
         raise UserError(NO_FP16)  # accelerate 1.15 would compute in float32 and report fp16.
+    warn_of_slow_bf16(accelerator)
     if config is None:
         return accelerator
     # run_sagemaker_job.py sets this variable to the number of GPUs of all machines.
@@ -94,6 +97,18 @@ def make_accelerator(config: TrainConfig | None = None) -> Any:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(config.seed)
     return accelerator
+
+
+def warn_of_slow_bf16(accelerator: Any) -> None:
+    """Warn if the launch asks for bf16 and the GPU is older than Ampere, so that it only emulates bf16."""
+    import torch
+
+    in_bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+    if in_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        accelerator.print(
+            f"WARNING: {torch.cuda.get_device_name()} has no bf16 units, so mixed_precision bf16 is slow there; launch with "
+            "--mixed_precision fp16"
+        )
 
 
 def scale_learning_rate(config: TrainConfig, accelerator: Any) -> None:
@@ -170,9 +185,11 @@ def prepare_launch(config: TrainConfig | None) -> None:
     the same processes.
 
     Raises:
-        UserError: DeepSpeed is needed and not installed, the precision is unknown, or the machine lacks it.
+        UserError: DeepSpeed is needed and not installed, the precision is unknown, the machine lacks it, or there are more
+            processes than GPUs.
     """
     import torch
+    from accelerate.utils import parse_flag_from_env
 
     choose_precision(config)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -182,6 +199,13 @@ def prepare_launch(config: TrainConfig | None) -> None:
             "by --mixed_precision, or in ACCELERATE_MIXED_PRECISION"
         )
     on_cpu = not torch.cuda.is_available()
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    # NCCL would end with a traceback.
+    if not on_cpu and local > gpus and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise UserError(
+            f"the launch starts {local} processes on this machine, which has {gpus} GPU(s); launch with --num_processes {gpus}, or "
+            f"set num_processes: {gpus} in the launch's YAML"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -114,6 +114,7 @@ _LATER = {
 # Layers at the edges of a UNet or VAE, and the embeddings of time and pooled text, which Muon leaves to AdamW.
 EDGES = ("conv_in", "conv_out", "quant_conv", "time_emb", "add_embedding")
 
+NO_OVERFLOW = "--mixed_precision bf16 (Ampere GPUs and later) or no"  # Precisions with the range of float32.
 LEAST_SHARE = 0.01  # Share of the peak learning rate below which further updates teach nothing.
 
 
@@ -492,7 +493,7 @@ def step_optimizer(
     """Update weights, schedule and moving average from the clipped gradients. Every process must call this function.
 
     The update is skipped if the loss or its gradient is non-finite. Schedule and average then stay unchanged.
-    An overflow of fp16's scaled gradients under a finite loss is counted, but raises no error.
+    An overflow of fp16's scaled gradients under a finite loss is counted, and lowers the loss scale.
 
     Args:
         norm: norm of the gradients, from `clip_gradients`.
@@ -500,8 +501,8 @@ def step_optimizer(
         sample_ids: function that returns the ids of this process's samples.
 
     Raises:
-        UserError: more than `max_nonfinite_steps` updates had a non-finite loss or gradient. The message names the
-            samples.
+        UserError: more than `max_nonfinite_steps` updates had a non-finite loss or gradient, whose samples the message
+            names; or the gradients overflow in fp16 although the loss is no longer scaled.
     """
     finite, scaled = math.isfinite(norm), accelerator.mixed_precision == "fp16"
     if finite or scaled:  # The loss scale of fp16 must see an overflow.
@@ -514,6 +515,12 @@ def step_optimizer(
             train_state.ema.step(zero.fp32_weights(train_state.model, train_state.parameters))
     elif scaled and not accelerator.reduce((~torch.isfinite(loss)).float(), reduction="sum") > 0:
         train_state.skipped["overflow"] += 1
+        # The scale begins at 65536, and each overflow halves it. DeepSpeed has its own limit.
+        if accelerator.scaler and accelerator.scaler.get_scale() < 1:
+            raise UserError(
+                f"the gradients overflow in fp16 at step {step + 1}, although the loss is scaled down already; lower --learning_rate "
+                f"(now {config.learning_rate}), or launch with {NO_OVERFLOW}"
+            )
     else:
         train_state.skipped["nonfinite"] += 1
         message = (
@@ -523,6 +530,7 @@ def step_optimizer(
         if train_state.skipped["nonfinite"] > config.max_nonfinite_steps:
             raise UserError(
                 f"{message}; look at them, lower --learning_rate (now {config.learning_rate}), or raise --max_nonfinite_steps"
+                + (f"; fp16 may have overflowed, so try {NO_OVERFLOW}" if scaled else "")
             )
         print(f"WARNING: {message}; the update is skipped", flush=True)
 
@@ -666,8 +674,9 @@ def averaged(train_state: TrainState) -> Iterator[Any]:
     not change.
     """
     if zero.is_sharded(train_state.model):
-        weights, average = gather(train_state)
-        yield zero.with_weights(train_state.module, weights if average is None else average)
+        model, parameters, ema = train_state.model, train_state.parameters, train_state.ema
+        tensors = zero.full_average(model, parameters, ema) if ema else zero.full_weights(model, parameters)
+        yield zero.with_weights(train_state.module, tensors)
         return
     if train_state.ema is None:
         yield train_state.module
@@ -680,10 +689,12 @@ def averaged(train_state: TrainState) -> Iterator[Any]:
         train_state.ema.restore(train_state.parameters)
 
 
-def machine() -> str:
+def machine(accelerator: Any) -> str:
     """Return the name of the processor or GPUs that training runs on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    if accelerator.device.type == "mps":
+        return "Apple GPU"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

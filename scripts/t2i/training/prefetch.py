@@ -12,21 +12,21 @@ Batch = TypeVar("Batch")
 
 
 class Prefetcher(Generic[Batch]):
-    """Source of batches. `take(n)` returns batch n and, if `in_thread`, starts making batch n + 1.
+    """Source of batches. `take(n)` returns batch n and, on an NVIDIA GPU, starts making batch n + 1 in a thread.
 
     If making a batch fails, `take` raises the error.
 
     Args:
         make: pure function that returns the batch of a number, so that a batch does not depend on when it is made.
         end: number after the last batch.
-        in_thread: whether a thread makes batches ahead. Set it only if training runs on a GPU. On a CPU the thread
-            would compete with the training's threads.
+        device: device of the training. On a CPU the thread would compete with the training's threads. An Apple GPU
+            takes commands of one thread only.
     """
 
-    def __init__(self, make: Callable[[int], Batch], end: int, in_thread: bool):
+    def __init__(self, make: Callable[[int], Batch], end: int, device: "torch.device"):
         self.make, self.end = make, end
         self.waited = 0.0  # Seconds that `take` has waited for batches.
-        self._pool = ThreadPoolExecutor(1, "batches") if in_thread else None
+        self._pool = ThreadPoolExecutor(1, "batches") if device.type == "cuda" else None
         self._coming: dict[int, Future[Batch]] = {}
 
     def take(self, number: int) -> Batch:
