@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -630,6 +633,46 @@ def test_credentials_travel_through_secrets_manager_alone(launcher, cloud, monke
     assert inside["NCCL_SOCKET_IFNAME"] == "eth0"
 
 
+def test_a_role_that_may_not_read_the_secret_says_so(cloud, tmp_path, monkeypatch):
+    """The first thing that such a job does in its container."""
+    real = botocore.client.BaseClient._make_api_call
+
+    def denied(client, name, arguments):
+        if name == "GetSecretValue" and arguments["SecretId"] == "t2i/mine-1":
+            raise ClientError({"Error": {"Code": "AccessDeniedException", "Message": "not authorized"}}, name)
+        return real(client, name, arguments)
+
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", denied)
+    cloud.session.client("secretsmanager").create_secret(Name="t2i/odd", SecretString="hf_no-json")
+    for name in ("scripts", "output"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "job.json").write_text('{"machines": 1}')
+    resources = {"hosts": ["localhost"], "current_host": "localhost", "network_interface_name": "lo"}
+    (tmp_path / "resources.json").write_text(json.dumps(resources))
+    for name, path in (("ROOT", "."), ("CONFIG", "resources.json"), ("FAILURE", "output/failure")):
+        monkeypatch.setattr(run_sagemaker_job, name, tmp_path / path)
+    monkeypatch.setattr(sys, "argv", ["run_sagemaker_job.py"])
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for secret, sentence in (
+        ("t2i/mine-1", "the role may not read the secret t2i/mine-1 (.*); allow it secretsmanager:GetSecretValue, or unset .*HF_TOKEN"),
+        ("t2i/odd", "the secret t2i/odd holds no JSON object; write it as"),
+    ):  # fmt: skip
+        monkeypatch.setenv("T2I_SECRETS", secret)
+        assert run_sagemaker_job.main() == 1
+        assert re.match(sentence, (tmp_path / "output/failure").read_text())
+
+
+def test_a_job_without_a_network_gets_no_secrets(launcher, cloud, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary-6a2e")
+    extra = {"enable_network_isolation": True}
+    words = (UNET, "--dataset", "s3://photos/flowers")
+    told = launcher("--yes", *words, image_uri="mine:1", additional_args=extra)
+    assert "T2I_SECRETS" not in cloud.requests[-1].get("Environment", {})
+    assert "the job gets no HF_TOKEN, since it has no network (enable_network_isolation)" in told
+    with pytest.raises(UserError, match="cannot read a secret; remove T2I_SECRETS from environment"):
+        launcher("--yes", *words, image_uri="mine:1", additional_args=extra | {"environment": {"T2I_SECRETS": "mine"}})
+
+
 def test_following_a_job(launcher, cloud, monkeypatch, tmp_path):
     """--wait shows the log and ends with the job; Ctrl-C leaves it running."""
     launcher("--yes", UNET, "--config", "flowers", base_job_name="followed")
@@ -918,6 +961,76 @@ def test_fetching_what_there_is(tmp_path, launcher, cloud):
         launcher("--fetch", "nobodys-job", "--output_dir", tmp_path / "other")
     with pytest.raises(UserError, match="profile"):
         launcher("--fetch", job, "--output_dir", tmp_path / "other", profile="nope")
+
+
+def test_a_finished_run_of_a_failed_job_comes_home_with_its_model(tmp_path, launcher, cloud):
+    """Its push to the Hub failed, so SageMaker made no archive of its model."""
+    launcher("--yes", UNET, "--config", "flowers", base_job_name="unpushed")
+    request = cloud.requests[-1]
+    job = request["TrainingJobName"]
+    finish_in_moto(request)
+    backend().training_jobs[job].training_job_status = "Failed"
+    bucket, _, prefix = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
+    s3 = cloud.session.client("s3")
+    for name in ("pipeline/model_index.json", "vae/config.json"):
+        s3.put_object(Bucket=bucket, Key=f"{prefix}/run/{name}", Body=b"{}")
+    for status, told in (("unfinished", "no model"), ("finished", "pipeline, vae")):
+        s3.put_object(Bucket=bucket, Key=f"{prefix}/run/run.json", Body=json.dumps({"status": status}).encode())
+        assert told in launcher("--fetch", job, "--output_dir", tmp_path / status)
+    assert (tmp_path / "finished/pipeline/model_index.json").is_file()
+    place = f"s3://{bucket}/{prefix}"
+    (tmp_path / "archive/pipeline").mkdir(parents=True)  # a model that the archive brought is not mixed with another
+    launch_sagemaker.fetch_run(s3, place, tmp_path / "archive")
+    assert not list((tmp_path / "archive/pipeline").iterdir())
+    assert (tmp_path / "archive/vae/config.json").is_file()
+
+
+def test_captions_made_twice_come_home_once(tmp_path, cloud):
+    s3 = cloud.session.client("s3")
+    now, later = (f"data/{{}}-{{:05d}}-of-{count:05d}.parquet" for count in (2, 3))
+    names = [now.format(split, number) for split in ("train", "test") for number in range(2)]
+    names += [later.format("train", number) for number in range(3)] + [later.format("test", 0)]  # test is cut off
+    from moto.s3.models import s3_backends
+
+    stored = s3_backends["123456789012"]["aws"].buckets["photos"].keys
+    for second, name in enumerate([*names, "data/mine.parquet"]):
+        s3.put_object(Bucket="photos", Key=f"captioned/run/{name}", Body=b"x")
+        stored[f"captioned/run/{name}"].last_modified = datetime.datetime(2026, 11, 30, 12, 0, second)
+    launch_sagemaker.fetch_run(s3, "s3://photos/captioned", tmp_path)
+    home = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")}
+    assert home == {*(later.format("train", number) for number in range(3)),
+                    *(now.format("test", number) for number in range(2)), "data/mine.parquet"}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_model_of_a_finished_run_is_left_also_if_its_push_failed(code, tmp_path, monkeypatch):
+    """run_sagemaker_job.py around a command that stands for the launcher of a training."""
+    run = tmp_path / "checkpoints/run"
+    (run / "pipeline").mkdir(parents=True)
+    (run / "pipeline/model_index.json").write_text("{}")
+    (run / "run.json").write_text('{"status": "finished"}')
+    for name, path in (("RUN", run), ("MODEL", tmp_path / "model"), ("FAILURE", tmp_path / "output/failure")):
+        monkeypatch.setattr(run_sagemaker_job, name, path)
+    words = [sys.executable, "-c", f"print('error: the push failed') if {code} else None; raise SystemExit({code})"]
+    with kept_signals():
+        assert run_sagemaker_job.run(words, dict(os.environ), "train_unet.py", first=True) == code
+    assert (tmp_path / "model/pipeline/model_index.json").is_file()
+    if code:
+        assert (tmp_path / "output/failure").read_text() == "the push failed"
+        (run / "run.json").write_text('{"status": "unfinished"}')
+        shutil.rmtree(tmp_path / "model")
+        with kept_signals():
+            assert run_sagemaker_job.run(words, dict(os.environ), "train_unet.py", first=True) == code
+        assert not (tmp_path / "model").exists()
+
+
+@contextlib.contextmanager
+def kept_signals():
+    """Give SIGTERM and Ctrl-C back to pytest: a container's first process takes them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_machines_that_would_train_apart_are_stopped(monkeypatch):

@@ -262,6 +262,8 @@ def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str,
     if not config.additional_args.enable_network_isolation:
         return
     without = "enable_network_isolation: true leaves the job without a network"
+    if SECRETS in config.additional_args.environment:
+        raise UserError(f"{without}, so it cannot read a secret; remove {SECRETS} from environment in the YAML")
     if not config.image_uri:
         raise UserError(
             f"{without}, so scripts/requirements.txt cannot be installed; name an image with these packages in image_uri"
