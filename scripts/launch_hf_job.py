@@ -202,8 +202,9 @@ def follow(job_id: str, account: "Account") -> Any:
 
 
 def stop(job_id: str, account: "Account") -> None:
-    """Cancel a job. Its checkpoints stay in its repository."""
+    """Cancel a job. Its checkpoints and captions stay in its repository."""
     from t2i.clouds import hf_account
+    from t2i.clouds.mirror import CAPTIONS_S
 
     account.require()
     job = account.api.inspect_job(job_id=job_id, namespace=account.namespace)
@@ -212,7 +213,10 @@ def stop(job_id: str, account: "Account") -> None:
     if job.status.stage in hf_account.ENDED:
         raise UserError(f"{job_id} has ended already ({job.status.stage}); nothing is left to stop")
     account.api.cancel_job(job_id=job_id, namespace=account.namespace)
-    print(f"{job_id} is cancelled; checkpoints in its repository are kept, and the same command resumes from them")
+    print(
+        f"{job_id} is cancelled; checkpoints and captions in its repository are kept, and the same command resumes from them "
+        f"(captions go there every {CAPTIONS_S / 60:g} min)"
+    )
 
 
 def fetch(job_id: str, folder: Path, account: "Account", follows: bool) -> None:

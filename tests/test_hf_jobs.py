@@ -28,6 +28,7 @@ from conftest import ROOT, SCRIPTS, TINY
 from local_jobs import JobRun, JobsHub, why_not
 from local_sagemaker import aws
 from t2i import config
+from t2i.captions import ledger
 from t2i.clouds import costs, hf_job, mirror, sagemaker_job, staging
 from t2i.errors import UserError
 
@@ -210,6 +211,52 @@ def test_a_captioning_resumes_also_after_its_end(hub, launcher, short, tmp_path)
     (tmp_path / "work/run/run.json").write_text('{"status": "finished", "identity": {}}')
     kept._push(10.0)
     assert "resumes there from captions.jsonl" in launcher("--dry_run", *words)  # for photos that were added
+
+
+def test_captions_are_pushed_while_they_are_made(hub, tmp_path, monkeypatch):
+    """A machine that is lost, or a job that is stopped, costs the captions of some minutes alone."""
+    monkeypatch.setattr(mirror, "POLL_S", 0.02)
+    monkeypatch.setattr(mirror, "CAPTIONS_S", 0.3)
+    hub.create("models/me/run")
+    said, run = [], tmp_path / "work/run"
+    (run / ".captioning").mkdir(parents=True)
+    (run / ".captioning/photos-0a1b2c.jsonl").write_text("{}\n")
+    kept = mirror.Mirror(tmp_path / "work", "me/run", said.append)
+    kept.start()
+
+    def add(image):
+        caption = dict.fromkeys(ledger.Key._fields, image) | {"caption": "a rose"}
+        ledger.append(run / "captions.jsonl", [caption])
+
+    def wait_for(count):
+        end = time.monotonic() + 20
+        while len(said) < count:
+            assert time.monotonic() < end, said
+            time.sleep(0.01)
+        return hub.files("models/me/run")
+
+    add("first")
+    start = time.monotonic()
+    files = wait_for(1)
+    assert b"first" in files["run/captions.jsonl"]
+    assert mirror.resumes_from(huggingface_hub.HfApi(), "me/run") == "captions.jsonl"
+    add("second")
+    assert b"second" in wait_for(2)["run/captions.jsonl"]
+    assert time.monotonic() - start > 0.3  # not with each batch
+    pushes = len(hub.commits("models/me/run"))
+    time.sleep(0.5)
+    assert len(hub.commits("models/me/run")) == pushes  # nothing is new
+    hub.fault("503", path="/commit/")
+    add("third")
+    assert b"third" in wait_for(4)["run/captions.jsonl"]
+    assert said[0] == said[1] == said[3] == "captions.jsonl is in me/run"
+    other = mirror.Mirror(tmp_path / "other", "me/run", said.append)
+    assert other.restore() == "captions.jsonl"
+    other.start()
+    time.sleep(0.5)
+    other.end(5.0)
+    kept.end(5.0)
+    assert len(hub.commits("models/me/run")) == pushes + 1
 
 
 def test_a_second_launch_during_the_question_is_refused(hub, launcher, short, monkeypatch):
