@@ -34,6 +34,7 @@ from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, image_bytes, image_digest
+from t2i.data.split_names import SHARD
 from t2i.errors import UserError, run_main
 from t2i.files import hash_json, read_json, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
@@ -812,11 +813,16 @@ def push(folder: Path, config: CaptionConfig) -> None:
         merged = ours if theirs in (None, last) else dataset_card.merge_cards(ours, theirs)
         return merged
 
+    shards = (re.fullmatch(SHARD, f"data/{path.name}") for path in folder.glob("data/*.parquet"))
+    number = "[0-9]" * 5
+    own = [
+        f"data/{split}-{number}-of-{number}.parquet" for split in sorted({shard["split"] for shard in shards if shard})
+    ]
     result = upload.push_folder(
         folder,
         str(config.hub_dataset_id),
         "dataset",
-        files=["README.md", "data/*.parquet", "images/grid.png"],
+        files=["README.md", *own, "images/grid.png"],
         message="Captioned images",
         private=config.hub_private_repo,
         deadline=config.hub_deadline,
@@ -831,6 +837,11 @@ def push(folder: Path, config: CaptionConfig) -> None:
     write_text(card, merged)
     write_text(pushed, merged)
     print(result)
+    if others := [name for name in result.others if name.endswith(".parquet")]:
+        print(
+            f"NOTE: {len(others):,} other Parquet files stay in {config.hub_dataset_id} ({', '.join(others[:3])}"
+            f"{', …' if len(others) > 3 else ''}); delete them there if they are of no use"
+        )
 
 
 if __name__ == "__main__":

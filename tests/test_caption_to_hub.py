@@ -7,6 +7,7 @@ import os
 import sys
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -310,6 +311,32 @@ def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
     caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/x"))
     assert "theirs" in (tmp_path / "README.md").read_text()
     assert "mine" in (tmp_path / "README.local.md").read_text()
+
+
+def test_parquet_files_of_others_survive_a_push(monkeypatch, tmp_path, capsys):
+    """Splits that were not read, and other configurations, below data/ or not. Earlier shards of the own split go."""
+    names = ("train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002", "unsupervised-00000-of-00001",
+             "small/train-00000-of-00001", "train-extra")  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"captioned")
+    (tmp_path / "README.md").write_text("---\nlicense: unknown\n---\n")
+    (tmp_path / caption_to_hub.WORK).mkdir()
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        hub.create("datasets/me/photos")
+        hub.edit("datasets/me/photos", {f"data/{name}.parquet": "another's" for name in names})
+        caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/photos"))
+        files = {name: content for name, content in hub.files("datasets/me/photos").items() if name.endswith("parquet")}
+        caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/photos"))
+    others = [f"data/{name}.parquet" for name in sorted(names[3:])]
+    assert files == {"data/train-00000-of-00001.parquet": b"captioned", **dict.fromkeys(others, b"another's")}
+    told = (
+        f"NOTE: 3 other Parquet files stay in me/photos ({', '.join(others)}); delete them there if they are of no use"
+    )
+    assert capsys.readouterr().out.count(told) == 2
 
 
 @pytest.mark.parametrize(
