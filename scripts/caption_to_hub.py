@@ -33,10 +33,10 @@ from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
 from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
 from t2i.data.dataset_folder import save_dataset_folder
-from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, image_bytes, image_digest
+from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, has_gps, image_bytes, image_digest
 from t2i.data.split_names import SHARD
 from t2i.errors import UserError, run_main
-from t2i.files import hash_json, read_json, sha256_file, write_json, write_text
+from t2i.files import hash_json, read_json, read_optional, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
 from t2i.redaction import public_yaml
 from t2i.run_lock import lock_run
@@ -625,8 +625,9 @@ def write_dataset(
     shutil.rmtree(staging, ignore_errors=True)
     features = features_of(rows, labelled, any(len(entry.lines) > 1 for entry in entries), recipe)
     by_split = {split: [entry for entry in entries if entry.photo.split == split] for split in rows}
+    located: list[str] = []
     splits = {
-        split: dataset_rows(split_entries, rows[split], source, features, recipe)
+        split: dataset_rows(split_entries, rows[split], source, features, recipe, located)
         for split, split_entries in by_split.items()
         if split_entries
     }
@@ -643,7 +644,7 @@ def write_dataset(
     write_text(readme, merged)
     shutil.rmtree(folder / WORK / "source", ignore_errors=True)
     write_text(folder / "config.yaml", public_yaml(to_dict(recipe)))
-    run.finish(images=sum(counts.values()), splits=counts)
+    run.finish(images=sum(counts.values()), splits=counts, images_with_gps=len(located))
     print(f"{sum(counts.values()):,} captioned images in {folder}: {counts}")
 
 
@@ -786,11 +787,17 @@ def dataset_rows(
     source: records.Source,
     features: datasets.Features,
     recipe: Recipe,
+    located: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split of the dataset folder. The bytes of the images do not change."""
+    """Yield the rows of a split of the dataset folder. The bytes of the images do not change.
+
+    Names of photos that say where they were taken are appended to `located`.
+    """
     for entry in entries:
         row = split_rows[entry.photo.row]
         data = image_bytes(row[recipe.data.image_column], source.roots)
+        if has_gps(data):
+            located.append(entry.photo.file)
         image = {"bytes": data, "path": Path(entry.photo.file).name}
         caption = entry.captions if isinstance(features["caption"], datasets.List) else entry.captions[0]
         out: dict[str, Any] = {"image": image, "caption": caption, "label": entry.label}
@@ -803,6 +810,11 @@ def dataset_rows(
 
 def push(folder: Path, config: CaptionConfig) -> None:
     """Upload the dataset folder to the Hub. Texts that people wrote into the card, here or on the Hub, stay."""
+    if located := read_optional(folder / "run.json").get("images_with_gps"):
+        print(
+            f"NOTE: {located:,} photos say where they were taken (GPS in EXIF), and go to {config.hub_dataset_id} unchanged; to "
+            "avoid that, remove it from your photos (exiftool -gps:all= FOLDER), and caption them again"
+        )
     card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")
     last = pushed.read_text(encoding="utf-8") if pushed.is_file() else None
