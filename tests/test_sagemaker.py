@@ -218,6 +218,21 @@ def test_folders_become_channels(tmp_path, launcher, cloud):
     )
 
 
+def test_linked_folders_of_a_data_set_are_uploaded(tmp_path, launcher, cloud):
+    """Links lead out of the data set, to a folder that it has already, to itself and above it."""
+    for folder in ("elsewhere/rose", "photos/daisy"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.jpg").write_bytes(folder.encode())
+    for link, target in (("rose", tmp_path / "elsewhere/rose"), ("a", "daisy"), ("round", "."), ("up", tmp_path)):
+        (tmp_path / "photos" / link).symlink_to(target, target_is_directory=True)
+    told = launcher("--yes", "--train_images", 10, UNET, "--dataset", tmp_path / "photos")
+    assert "dataset: 2 of 2 files uploaded" in told
+    channel = next(part for part in cloud.requests[-1]["InputDataConfig"] if part["ChannelName"] == "dataset")
+    bucket, _, prefix = channel["DataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://").partition("/")
+    listed = cloud.session.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+    assert {item["Key"].removeprefix(prefix) for item in listed} == {"daisy/1.jpg", "rose/1.jpg"}
+
+
 def mistakes():
     yield (
         "unknown instance type",

@@ -16,7 +16,7 @@ from t2i.command_line import option, plain_option, typed_options
 from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
 from t2i.config_types import checked
 from t2i.errors import UserError
-from t2i.files import sha256_file, write_text
+from t2i.files import files_below, sha256_file, write_text
 from t2i.redaction import holds_token, redact
 from t2i.runs import code_revision
 
@@ -193,14 +193,12 @@ def hash_folder(folder: Path) -> tuple[str, list[Path]]:
     """Hash the content of a folder. Uploads are named by this hash, so that equal folders are sent once.
 
     Returns:
-        The first 16 hex digits of the hash over paths and contents, and the hashed files. Hidden files of the folder
-            are skipped.
+        The first 16 hex digits of the hash over paths and contents, and the hashed files, with those of linked folders.
+            Hidden files of the folder are skipped.
     """
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files = [
+        path for path in files_below(folder) if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     if not files:
         raise UserError(f"{folder} holds no files; give a folder with files")
     total = hashlib.sha256()

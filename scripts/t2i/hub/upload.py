@@ -33,7 +33,7 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils._http import default_client_factory
 
 from t2i.errors import UserError
-from t2i.files import sha256_file
+from t2i.files import files_below, sha256_file
 from t2i.loading import NO_XET, RepoType
 from t2i.redaction import redact
 
@@ -279,7 +279,7 @@ def push_folder(
     (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
 
     Args:
-        folder: Folder of the files to push. The push does not change the folder.
+        folder: Folder of the files to push, whose linked folders are pushed too. The push does not change the folder.
         repo_id: Name of the repository, `owner/name`. A missing repository is created.
         repo_type: Kind of the repository: model, dataset or space.
         files: Patterns of the files to push, relative to `folder`. As in huggingface_hub, `*` also matches `/`. Files
@@ -298,7 +298,7 @@ def push_folder(
         HubError: The push has finally failed. The error's message contains no secrets.
     """
     check_repo_id(repo_id, "repo_id")
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in files_below(folder))
     local = {name: folder / name for name in _matching(names, files)}
     if not local:
         raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
