@@ -40,7 +40,7 @@ from t2i.files import hash_json, read_json, read_optional, sha256_file, write_js
 from t2i.hub import dataset_card, model_card, upload
 from t2i.redaction import public_yaml
 from t2i.run_lock import lock_run
-from t2i.runs import RunFolder, code_revision
+from t2i.runs import FREE_OF_CAPTIONING, RunFolder, code_revision
 from t2i.training.distributed import broadcast_from_main, make_accelerator
 
 if TYPE_CHECKING:
@@ -50,18 +50,6 @@ DECODE_SIDE = 768  # px; Florence-2 reads images at 768 px, other models at less
 GRID, GRID_SIDE = 16, 128  # pictures in the card, and their side in px
 BATCHES_AHEAD = 2  # batches that a thread decodes while the model generates
 NO_MODEL = ("label", "existing")  # captioners that take their text from the data set
-# Options that may change without another data set: they say how the work is done and where the result goes.
-FREE_OPTIONS = {
-    "output_dir",
-    "dry_run",
-    "caption_batch_size",
-    "fail_on",
-    "push_to_hub",
-    "hub_private_repo",
-    "hub_deadline",
-    "hub_revision",
-    "create_pr",
-}
 # Options that older folders do not record. They enter a run's settings only if they are set, so older folders still match.
 NEWER_OPTIONS = ("no_repeat_ngram_size", "repetition_penalty")
 
@@ -198,7 +186,7 @@ def model_names(config: CaptionConfig) -> list["ModelName"]:
 
 def run_settings(recipe: Recipe, source: records.Source, names: list["ModelName"]) -> dict[str, Any]:
     """Return the settings that must be unchanged for the captions in the output folder to be reused."""
-    settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OPTIONS}
+    settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OF_CAPTIONING}
     settings = {key: value for key, value in settings.items() if value is not None or key not in NEWER_OPTIONS}
     settings |= {key: unlisted(settings[key]) for key in ("captioner", "task")}
     data = recipe.data

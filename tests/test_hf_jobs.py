@@ -213,6 +213,34 @@ def test_a_captioning_resumes_also_after_its_end(hub, launcher, short, tmp_path)
     assert "resumes there from captions.jsonl" in launcher("--dry_run", *words)  # for photos that were added
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "reordered", "harmless", "others"),
+    [
+        (
+            "train_unet.py", ["--config", "flowers", "--dataset", "me/photos", "--run_name", "a"],
+            ["--run_name=a", "--dataset", "me/photos", "--config", "flowers"],
+            [["--checkpointing_steps", "50"], ["--push_to_hub", "--hub_model_id", "me/model"], ["--no_push_to_hub"],
+             ["--report_to", "none"], ["--validation_prompt", "a rose"], ["--max_train_steps", "70"]],
+            [["--run_name", "b"], ["--learning_rate", "0.01"], ["--train_batch_size", "4"], ["--dataset", "me/others"]],
+        ),
+        (
+            "caption_to_hub.py", ["--dataset", "me/photos", "--task", "<CAPTION>", "<OD>"],
+            ["--task", "<CAPTION>", "<OD>", "--dataset=me/photos"],
+            [["--caption_batch_size", "2"], ["--push_to_hub", "--hub_dataset_id", "me/captioned"]],
+            [["--num_beams", "1"], ["--task", "<MORE_DETAILED_CAPTION>"]],
+        ),
+    ],
+)  # fmt: skip
+def test_what_changes_no_result_changes_no_run(script, words, reordered, harmless, others):
+    jobs = hf_job.read_config(ROOT / "accelerate_configs/hf_jobs.yaml")
+
+    def name(*typed):
+        return hf_job.run_name(staging.read_command([str(SCRIPTS / script), *typed], hf_job.CLOUD), jobs, {})
+
+    assert {name(*reordered), *(name(*words, *more) for more in harmless)} == {name(*words)}
+    assert name(*words) not in {name(*words, *more) for more in others}
+
+
 def test_captions_are_pushed_while_they_are_made(hub, tmp_path, monkeypatch):
     """A machine that is lost, or a job that is stopped, costs the captions of some minutes alone."""
     monkeypatch.setattr(mirror, "POLL_S", 0.02)

@@ -100,8 +100,10 @@ def files_below(folder: Path) -> list[Path]:
 
     A folder with several paths is entered once, by a path without links if there is one. So circles of links end.
     """
-    root, seen, found = Path(os.path.realpath(folder)), set(), []
-    folders, links = [folder], []
+    root = Path(os.path.realpath(folder))
+    seen: set[str] = set()
+    found: list[Path] = []
+    folders, links = [folder], list[Path]()
     while folders or links:
         current = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(current)
