@@ -84,6 +84,7 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     launch.check_push(command, token_travels=bool(account.token))
     if account.missing and not options.dry_run:
         raise UserError("; ".join(account.missing))
+    unchecked = "" if account.missing else launch.check_hub_ids(command, inputs, account.token)
     hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
     repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
     whole = hf_job.command_hash(command, hashes)
@@ -96,7 +97,8 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     secrets = hf_job.secrets_here(config, account.token)
     plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
     plan += costs.report(estimate, command, config, prices)
-    plan += [f"NOTE: {note}" for note in notes(command, config, estimate, repo_id, run.newest, secrets)]
+    all_notes = [*notes(command, config, estimate, repo_id, run.newest, secrets), unchecked]
+    plan += [f"NOTE: {note}" for note in all_notes if note]
     plan += [f"MISSING: {sentence}" for sentence in account.missing]
     if options.dry_run:
         hidden = dict.fromkeys(secrets, "[redacted]")

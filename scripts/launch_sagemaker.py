@@ -68,7 +68,10 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
     sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)
-    launch.check_push(command, token_travels=bool(os.environ.get("HF_TOKEN")))
+    token = aws.secrets_here(config).get("HF_TOKEN", "")
+    launch.check_push(command, token_travels=bool(token))
+    own_secret = sagemaker_job.SECRETS in config.additional_args.environment  # may hold another token
+    unchecked = "" if own_secret else launch.check_hub_ids(command, inputs, token)
 
     # check the account
     account = aws.look(config, inputs)
@@ -92,7 +95,7 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
         where = f"{config.region} ({config.region_from})"
         plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        all_notes = [*notes(command, config, estimate, secrets), sagemaker_job.precision_note(config, inner)]
+        all_notes = [*notes(command, config, estimate, secrets), sagemaker_job.precision_note(config, inner), unchecked]
         plan += [f"NOTE: {note}" for note in all_notes if note]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:

@@ -51,6 +51,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", hub.token)
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in ("models/stabilityai/sd-vae-ft-mse", "models/openai/clip-vit-large-patch14", "datasets/nelorth/oxford-flowers",
+                     "datasets/me/photos"):  # fmt: skip
+            hub.create(name, private=False)
+        hub.commits("datasets/nelorth/oxford-flowers")[-1].id = config.load_recipe("flowers").data.dataset_revision
         yield hub
 
 
@@ -353,6 +357,40 @@ def test_what_is_wrong_is_refused_before_anything_is_sent(hub, launcher):
         with pytest.raises(UserError, match="there is no token for the Hub; run `hf auth login`"):
             launcher("--yes", *CARD)
     assert {method for method, _ in hub.requests} == {"GET"}
+
+
+def test_what_the_job_could_not_read_on_the_hub_is_refused_before_it_costs(hub, launcher):
+    own = SCRIPTS / "caption_to_hub.py"
+    hub.create("models/other/gated", private=False)
+    hub.repos["models/other/gated"].gated = True
+    for words, sentence in (
+        (
+            [*CARD, "--dataset", "me/fotos"],
+            "--dataset me/fotos: the Hub shows no me/fotos: correct the name, or your token",
+        ),
+        (
+            [*CARD, "--dataset_revision", "v9"],
+            "--dataset nelorth/oxford-flowers: nelorth/oxford-flowers has no revision v9",
+        ),
+        ([*CARD, "--vae", "me/vae"], "--vae me/vae: the Hub shows no me/vae"),
+        (
+            [*CARD, "--text_encoder", "other/gated"],
+            "--text_encoder other/gated: other/gated is gated: accept its conditions at",
+        ),
+        (
+            [own, "--dataset", "me/photos", "--captioner", "label", "me/blip"],
+            "--captioner me/blip: the Hub shows no me/blip",
+        ),
+    ):
+        for asked in ("--yes", "--dry_run"):
+            with pytest.raises(UserError) as told:
+                launcher(asked, *words)
+            assert str(told.value).startswith(sentence)
+    assert {method for method, _ in hub.requests} == {"GET"}
+    hub.fault("503", path="/api/models/stabilityai")
+    told = launcher("--dry_run", *CARD)
+    assert "nobody checked whether the job can read --vae stabilityai/sd-vae-ft-mse, --text_encoder openai/clip" in told
+    assert "nobody checked" not in launcher("--dry_run", *CARD)
 
 
 def test_a_dry_run_shows_the_request_and_sends_nothing(hub, launcher):

@@ -20,6 +20,7 @@ from unittest import mock
 import boto3
 import botocore.client
 import botocore.exceptions
+import huggingface_hub
 import pytest
 import yaml
 from botocore.exceptions import ClientError
@@ -30,6 +31,7 @@ import launch_sagemaker
 import run_sagemaker_job
 from conftest import ROOT, SCRIPTS
 from local_sagemaker import aws
+from loopback_hub import LoopbackHub
 from rehearse_sagemaker import finish_in_moto, launch
 from t2i import config
 from t2i.clouds import aws_account, costs, sagemaker_job
@@ -96,6 +98,7 @@ def launcher(tmp_path, cloud, monkeypatch):
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(costs, "unet_size", size_counted_once)
 
     def run(*words, **changes):
@@ -675,6 +678,29 @@ def test_a_role_that_may_not_read_the_secret_says_so(cloud, tmp_path, monkeypatc
         monkeypatch.setenv("T2I_SECRETS", secret)
         assert run_sagemaker_job.main() == 1
         assert re.match(sentence, (tmp_path / "output/failure").read_text())
+
+
+def test_a_private_data_set_needs_a_token_that_travels(launcher, cloud, monkeypatch, tmp_path):
+    """The token of hf auth login stays here, so what it may read, the job may not."""
+    words = ("--yes", "--train_images", 10, UNET, "--dataset", "me/photos")
+    assert "the Hub does not answer now, so nobody checked whether the job can read --dataset me/photos" in launcher(
+        *words
+    )
+    with LoopbackHub() as hub:
+        hub.create("datasets/me/photos")
+        (tmp_path / "token").write_text(hub.token)
+        for name, value in (
+            ("ENDPOINT", hub.url),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_TOKEN_PATH", str(tmp_path / "token")),
+        ):
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        with pytest.raises(
+            UserError, match=r"the Hub shows no me/photos: .*; the job gets no token of .*, so export HF_TOKEN"
+        ):
+            launcher(*words)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        assert "nobody checked" not in launcher(*words)
 
 
 def test_a_job_without_a_network_gets_no_secrets(launcher, cloud, monkeypatch):

@@ -15,11 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from t2i.captions.ledger import is_inspection
-from t2i.clouds.staging import Command
+from t2i.clouds.staging import FOLDERS, Command
+from t2i.config import REVISIONS
 from t2i.errors import UserError
 from t2i.redaction import redact
 from t2i.tracking.addresses import Address, is_managed, split_uri
@@ -129,6 +130,63 @@ def check_push(command: Command, token_travels: bool) -> None:
         target = upload.Target(settings.hub_revision, settings.create_pr)
         say = partial(print, file=sys.stderr)
         upload.check_access(repo_id, "dataset" if captions else "model", say, target)
+
+
+def check_hub_ids(command: Command, inputs: dict[str, str], token: str) -> str:
+    """Check that the job will find the data set and the models that its command names on the Hub.
+
+    Args:
+        inputs: folders that are sent, by option.
+        token: the Hub's token that the job gets, or "".
+
+    Returns:
+        A note on what could not be checked, since the Hub did not answer, or "".
+
+    Raises:
+        UserError: the Hub does not show a data set or model to this token.
+    """
+    import httpx2
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from t2i.hub import upload
+    from t2i.loading import explain_loading
+
+    ids = list(_hub_ids(command, inputs))
+    for number, (option, name, revision) in enumerate(ids):
+        kind: Literal["dataset", "model"] = "dataset" if option == "dataset" else "model"
+        try:
+            with upload.limited(upload.CHECK_S):
+                api = HfApi(token=token or False)
+                if api.repo_info(name, revision=revision, repo_type=kind).gated:
+                    api.auth_check(name, repo_type=kind)
+        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # all that huggingface_hub raises
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
+            why = explain_loading(error, name, revision, kind) if refused else None
+            if why is None:
+                rest = ", ".join(f"--{option} {name}" for option, name, _ in ids[number:])
+                return f"the Hub does not answer now, so nobody checked whether the job can read {rest}"
+            unsent = (
+                "; the job gets no token of `hf auth login`, so export HF_TOKEN" if not token and get_token() else ""
+            )
+            raise UserError(f"--{option} {name}: {why}{unsent}") from None
+    return ""
+
+
+def _hub_ids(command: Command, inputs: dict[str, str]) -> Iterator[tuple[str, str, str | None]]:
+    """Yield option, Hub id and revision of each data set and model that the job itself will download."""
+    for option, value in command.folder_options().items():
+        section = getattr(command.recipe, FOLDERS[option][0])
+        is_used = getattr(section, option.replace("_network", "_weight"), True)  # of the networks of losses
+        if option in inputs or option == "audit_tokenizer" or not is_used:  # an audit does without the tokenizer
+            continue
+        names = section.captioner if option == "captioner" else [value]
+        key = "captioner_revision" if option == "captioner" else REVISIONS.get(option, "")
+        yield from (
+            (option, name, getattr(section, key, None))
+            for name in names
+            if name not in ("label", "existing", "florence2")
+        )
 
 
 def confirm(yes: bool) -> None:
