@@ -93,7 +93,7 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
     run = hf_account.find_run(account, repo_id, whole)
     if not options.dry_run:
-        check_run(run, estimate)
+        check_run(run, estimate, command.script)
     secrets = hf_job.secrets_here(config, account.token)
     plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
     plan += costs.report(estimate, command, config, prices)
@@ -108,7 +108,9 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
         return
     print("\n".join(plan))
     launch.confirm(options.yes)
-    check_run(hf_account.find_run(account, repo_id, whole), estimate)  # meanwhile, another launch may have been faster
+    check_run(
+        hf_account.find_run(account, repo_id, whole), estimate, command.script
+    )  # meanwhile, another launch may have been faster
     job = submit(command, config, account, inside, inputs, hashes, repo_id, secrets)
     own = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(options.config_file))}"
     print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
@@ -118,11 +120,18 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
             raise UserError(hf_account.describe_end(account.api, ended))
 
 
-def check_run(run: "Run", estimate: costs.Estimate) -> None:
+def check_run(run: "Run", estimate: costs.Estimate, script: str) -> None:
     """Raise `UserError` if the run of the command's repository is at work, has finished, or cannot be resumed by this command."""
     if run.active:
         raise UserError(
             f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
+        )
+    longer = estimate.updates and run.steps and estimate.updates != run.steps
+    if run.completed and not run.newest and (run.finished_by or longer):
+        option = "vae" if script == "train_vae.py" else "pretrained_model_name_or_path"
+        raise UserError(
+            f"{run.completed} has finished the run of this command, and no checkpoint is left to extend it from; bring it home "
+            f"with --fetch {run.completed}, and train it further as a new run with --{option} outputs/{run.completed}"
         )
     if run.finished_by:
         raise UserError(

@@ -175,6 +175,7 @@ def test_a_command_that_the_run_cannot_take_is_refused_before_it_costs(hub, laun
     launcher("--yes", *CARD, "--max_train_steps", 70)
     run = hub.jobs[-1].spec["labels"][hf_job.LABEL]
     assert hub.jobs[-1].wait(20) == "COMPLETED"
+    hub.edit(f"models/me/{run}", {"run/checkpoint-000070/manifest.json": "{}"})
     state = json.dumps({"status": "finished", "identity": {"steps": 70, "global_batch": 32}}).encode()
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
     with pytest.raises(UserError, match="is shorter: updates 70 there, 60 now; raise --max_train_steps"):
@@ -515,6 +516,7 @@ def test_a_longer_command_extends_the_finished_run(hub, launcher, short):
     first = hub.jobs[-1]
     assert first.wait(20) == "COMPLETED"
     run = first.spec["labels"][hf_job.LABEL]
+    hub.edit(f"models/me/{run}", {"run/checkpoint-000060/manifest.json": "{}"})
     state = b'{"status": "finished"}'
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
     with pytest.raises(UserError, match=f"{first.id} has finished the run of this command.*raise --max_train_steps"):
@@ -526,6 +528,27 @@ def test_a_longer_command_extends_the_finished_run(hub, launcher, short):
         launcher("--yes", *CARD, "--max_train_steps=70", "--lr_on_extend", "constant")
     launcher("--yes", *CARD, "--max_train_steps", 60, "--learning_rate", "0.01")
     assert hub.jobs[-1].spec["labels"][hf_job.LABEL] != run
+
+
+def test_a_finished_vae_without_checkpoints_is_trained_further_as_a_new_run(hub, launcher, short):
+    """An autoencoder's only checkpoint goes at its end, so a longer command would be refused in the paid job."""
+    short("true")
+    words = ["--yes", "--train_images", 6811, SCRIPTS / "train_vae.py", "--config", "flowers"]
+    launcher(*words, "--max_train_steps", 60)
+    job = hub.jobs[-1]
+    assert job.wait(20) == "COMPLETED"
+    state = json.dumps({"status": "finished", "identity": {"steps": 60}})
+    hub.edit(f"models/me/{job.spec['labels'][hf_job.LABEL]}", {"run/run.json": state})
+    for steps in (60, 70):
+        with pytest.raises(UserError) as told:
+            launcher(*words, "--max_train_steps", steps)
+        assert (
+            f"bring it home with --fetch {job.id}, and train it further as a new run with --vae outputs/{job.id}"
+            in str(told.value)
+        )
+        assert "raise --max_train_steps" not in str(told.value)
+    launcher(*words, "--max_train_steps", 60, "--push_to_hub", "--hub_model_id", "me/vae", "--license", "mit")
+    assert len(hub.jobs) == 2  # to push, it needs no checkpoint
 
 
 def test_checkpoints_are_pushed_whole_and_restored(hub, tmp_path, monkeypatch):

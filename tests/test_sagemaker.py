@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import types
 from typing import Any
 from unittest import mock
@@ -21,6 +22,8 @@ import boto3
 import botocore.client
 import botocore.exceptions
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from botocore.exceptions import ClientError
@@ -1129,6 +1132,26 @@ def test_the_estimate(launcher):
         command, dataclasses.replace(settings, ec2_instance_type="ml.p4d.24xlarge"), ZERO2, prices, 6400, None
     )
     assert (unknown.usd, unknown.updates, unknown.epochs) == (None, None, 150.0)
+
+
+def test_rows_of_parquet_files_are_counted_without_a_copy(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "test/data").mkdir(parents=True)  # only the data set's own names tell splits
+
+    def count(**shards):
+        for name, rows in shards.items():
+            table = pa.table({"image": [b"x"] * rows, "caption": ["a rose"] * rows})
+            pq.write_table(table, tmp_path / f"test/data/{name}.parquet")
+        data = config.DataConfig(dataset=str(tmp_path / "test"), validation_fraction=0.1)
+        return costs.count_images(data)
+
+    before = (tmp_path / "scratch").stat().st_mtime_ns
+    assert count(all=20, more=10) == 27  # 10 % are for validation
+    assert count(**{"train-00000-of-00002": 40, "train-00001-of-00002": 5}, val=9) == 45
+    assert (tmp_path / "scratch").stat().st_mtime_ns == before
+    (tmp_path / "test/data/val.parquet").write_bytes(b"PAR1 damaged")
+    assert count() is None  # the estimate lacks a figure, and the launch goes on
 
 
 def read_yaml_text(tmp_path, additional):
