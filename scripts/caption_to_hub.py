@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from t2i.captions import auditing, ledger
 from t2i.captions.ledger import WORK, Key
-from t2i.captions.texts import label_captions, prefixed, prefixed_all
+from t2i.captions.texts import check_templates, label_captions, prefixed, prefixed_all
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
 from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
@@ -85,6 +85,7 @@ def main() -> None:
     recipe = parse(("source", "caption"), __doc__ or "")
     config = recipe.caption
     limits = auditing.parse_thresholds(config.fail_on)
+    check_templates(recipe.data.caption_template)
     upload.check_license(config.license or None)
     if config.push_to_hub:
         upload.check_repo_id(config.hub_dataset_id, "--hub_dataset_id")

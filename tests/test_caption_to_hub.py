@@ -382,6 +382,7 @@ def test_parquet_files_of_others_survive_a_push(monkeypatch, tmp_path, capsys):
         (["--captioner", "nowhere/at/all"], "neither florence2"),
         (["--captioner", "PHOTOS"], "config.json"),
         (["--captioner", "label"], "no labels"),
+        (["--captioner", "label", "--caption_template", "a flower"], "'a flower' does not contain {label}; write"),
         (["--captioner", "existing", "--fail_on", "emty=0"], "empty"),
         (["--captioner", "existing", "--push_to_hub"], "--hub_dataset_id"),
     ],

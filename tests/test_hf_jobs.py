@@ -336,6 +336,19 @@ def test_only_code_is_staged_and_no_token(tmp_path, monkeypatch):
         staging.stage(tmp_path / "again", command, tmp_path / "inner.yaml")
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "mlflow", "none"])
+def test_the_package_of_a_tracker_reaches_the_job(tracker, tmp_path):
+    command = staging.read_command([UNET, "--dataset", "me/photos", "--report_to", tracker], hf_job.CLOUD)
+    staging.stage(tmp_path / "code", command, ROOT / "accelerate_configs/cpu.yaml")
+    added = (
+        (tmp_path / "code/scripts/requirements.txt")
+        .read_text()
+        .removeprefix((SCRIPTS / "requirements.txt").read_text())
+    )
+    assert re.fullmatch(rf"({tracker}(==\S+)?  # --report_to {tracker}\n)?", added)
+    assert bool(added) == (tracker in ("wandb", "tensorboard"))
+
+
 def test_no_fetched_file_leaves_the_folder():
     for name in ("/etc/passwd", "../x", "samples/", "checkpoint-000001/x", ".lock", ""):
         assert not launch_hf_job.launch.is_result(name)
@@ -350,6 +363,7 @@ def test_what_is_wrong_is_refused_before_anything_is_sent(hub, launcher):
         ([*CARD, "--dataset", "s3://photos/flowers"], {}, "needs an AWS account"),
         ([*CARD, "--push_to_hub", "--hub_model_id", "me"], {}, "hub_model_id"),
         ([UNET], {}, "no data set"),
+        ([*CARD, "--caption_template", "a flower"], {}, "'a flower' does not contain {label}"),
     ):
         with pytest.raises(UserError, match=sentence):
             launcher("--yes", *words, **changes)

@@ -7,11 +7,14 @@ import dataclasses
 import hashlib
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from t2i.captions.texts import check_templates
 from t2i.command_line import option, plain_option, typed_options
 from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
 from t2i.config_types import checked
@@ -124,6 +127,8 @@ def read_command(words: list[str], cloud: str) -> Command:
     if script.name in AT_HOME:
         raise UserError(f"{script.name} runs on your own machine; scripts for {cloud} are {', '.join(SECTIONS)}")
     recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", arguments) if sections else None
+    if recipe:
+        check_templates(recipe.data.caption_template)
     file = recipe_file(arguments)
     if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
         raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
@@ -254,6 +259,8 @@ def read_keys(cls: Any, path: Path) -> Any:
 def stage(folder: Path, command: Command, inside: Path) -> None:
     """Write the files that every container gets: scripts/, templates of cards, the inner YAML, the recipe and the revision.
 
+    The requirements get the package of the tracker in `report_to`.
+
     Raises:
         UserError: a file holds a token, which everybody with access to the job's files could read.
     """
@@ -265,6 +272,13 @@ def stage(folder: Path, command: Command, inside: Path) -> None:
                 f"{file.relative_to(folder)} holds what looks like a token, and would be sent to the cloud; remove it there"
             )
     shutil.copyfile(inside, folder / "accelerate.yaml")
+    tracker = getattr(command.settings, "report_to", "none")
+    if tracker not in ("none", "mlflow"):  # other jobs need no such package
+        pinned = ""
+        with suppress(PackageNotFoundError):
+            pinned = f"=={version(tracker)}"
+        with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as file:
+            file.write(f"{tracker}{pinned}  # --report_to {tracker}\n")
     if recipe := recipe_file(command.arguments):
         shutil.copyfile(recipe, folder / "recipe.yaml")
     write_text(folder / "REVISION", code_revision() + "\n")
