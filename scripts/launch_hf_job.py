@@ -138,20 +138,14 @@ def check_run(run: "Run", estimate: costs.Estimate, script: str) -> None:
             f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, "
             "raise --max_train_steps to extend it, or start another run, for example by --run_name"
         )
-    for name, there, now, fix in (
-        ("is shorter: updates", run.steps, estimate.updates, "raise --max_train_steps"),
-        (
-            "makes other batches: samples per update",
-            run.global_batch,
-            estimate.global_batch,
-            "choose a flavor with as many GPUs",
-        ),
-    ):
-        if there and now and (now < there if "shorter" in name else now != there):
-            raise UserError(
-                f"the command has a run already, and {name} {there} there, {now} now; {fix}, or start another run, for example "
-                "by --run_name"
-            )
+    other, now = "", estimate
+    if run.steps and now.updates and now.updates < run.steps:
+        other = f"is shorter: updates {run.steps} there, {now.updates} now; raise --max_train_steps"
+    elif run.global_batch and now.global_batch and now.global_batch != run.global_batch:
+        batches = f"samples per update {run.global_batch} there, {now.global_batch} now"
+        other = f"makes other batches: {batches}; choose a flavor with as many GPUs"
+    if other:
+        raise UserError(f"the command has a run already, and {other}, or start another run, for example by --run_name")
 
 
 def notes(

@@ -35,13 +35,10 @@ LABEL = "t2i-run"  # label of a job that names the repository of its run, withou
 # Label of a job with the hash of its whole command, which tells an extension from a repetition.
 COMMAND_LABEL = "t2i-command"
 # Options that may differ between two commands that resume or extend the same run. Another run_name or experiment is the
-# way to start another training. Of a captioning, two more change only the data set's card.
-FREE_OF_RUN = {
-    "training": {*LENGTHS, *FREE_OF_TRAINING} - {"run_name", "experiment"},
-    "captioning": FREE_OF_CAPTIONING | {"hub_dataset_id", "license"},
-}
+# way to start another training. The repository of captions stands only in their card.
+FREE = {*FREE_OF_TRAINING, *FREE_OF_CAPTIONING, *LENGTHS, "hub_dataset_id"} - {"run_name", "experiment"}
 # A job is worth its price on a finished run, too, if one of these options differs.
-WORTH_A_JOB = {*LENGTHS, *PUSHING, "hub_model_id", "license"}
+WORTH_A_JOB = {*LENGTHS, *PUSHING, "hub_model_id", "hub_dataset_id", "license"}
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -214,9 +211,8 @@ def _sorted_words(command: Command, kept: set[str]) -> list[str]:
     """
     if command.recipe is None:
         return command.arguments
-    free = FREE_OF_RUN["captioning" if command.script == "caption_to_hub.py" else "training"] - kept
     typed = [(plain_option(name), values) for name, values, words in typed_options(command.arguments)
-             if not typed_fields(Recipe, words) & free]  # fmt: skip
+             if not typed_fields(Recipe, words) & (FREE - kept)]  # fmt: skip
     return [word for name, values in sorted(typed, key=lambda option: option[0]) for word in (f"--{name}", *values)]
 
 

@@ -49,11 +49,14 @@ class Mirror:
         """Download the run of an earlier job, and return what it resumes from: a checkpoint's name, `CAPTIONS` or ""."""
         # One file at a time: on a failed connection huggingface_hub closes the client that its other threads still use.
         snapshot_download(self.repo_id, allow_patterns=["run/*"], local_dir=self.run.parent, max_workers=1)
-        self._pushed, self._captions = self.newest(), _size(self.run / CAPTIONS)
-        return self._pushed or (CAPTIONS if self._captions else "")
+        self._pushed, self._captions = self._newest(), _size(self.run / CAPTIONS)
+        return self.resumes_from()
 
-    def newest(self) -> str:
-        """Return the name of the newest complete checkpoint on this machine, or ""."""
+    def resumes_from(self) -> str:
+        """Return what a run resumes from on this machine: the newest checkpoint's name, `CAPTIONS` or ""."""
+        return self._newest() or (CAPTIONS if _size(self.run / CAPTIONS) else "")
+
+    def _newest(self) -> str:
         folders = checkpoint_folders(self.run)
         return folders[-1].name if folders else ""
 
@@ -85,12 +88,12 @@ class Mirror:
     def _follow(self) -> None:
         while not self._ended.wait(POLL_S):
             captions = _size(self.run / CAPTIONS) != self._captions and time.monotonic() - self._pushed_at > CAPTIONS_S
-            if self.newest() in ("", self._pushed) and not captions:
+            if self._newest() in ("", self._pushed) and not captions:
                 continue
             try:
                 self._push(FOLLOW_S)
             except (UserError, OSError) as error:  # the next checkpoint, or the end of the training, tries again
-                self._say(f"WARNING: {self.newest() or CAPTIONS} is not in {self.repo_id} yet: {error}")
+                self._say(f"WARNING: {self.resumes_from()} is not in {self.repo_id} yet: {error}")
 
     def _push(self, deadline: float) -> None:
         shutil.rmtree(self._copy, ignore_errors=True)
