@@ -108,9 +108,8 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
         return
     print("\n".join(plan))
     launch.confirm(options.yes)
-    check_run(
-        hf_account.find_run(account, repo_id, whole), estimate, command.script
-    )  # meanwhile, another launch may have been faster
+    run = hf_account.find_run(account, repo_id, whole)  # meanwhile, another launch may have been faster
+    check_run(run, estimate, command.script)
     job = submit(command, config, account, inside, inputs, hashes, repo_id, secrets)
     own = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(options.config_file))}"
     print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
@@ -126,24 +125,24 @@ def check_run(run: "Run", estimate: costs.Estimate, script: str) -> None:
         raise UserError(
             f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
         )
-    longer = estimate.updates and run.steps and estimate.updates != run.steps
+    longer = estimate.updates and run.steps and estimate.updates > run.steps
     if run.completed and not run.newest and (run.finished_by or longer):
         option = "vae" if script == "train_vae.py" else "pretrained_model_name_or_path"
         raise UserError(
             f"{run.completed} has finished the run of this command, and no checkpoint is left to extend it from; bring it home "
             f"with --fetch {run.completed}, and train it further as a new run with --{option} outputs/{run.completed}"
         )
-    if run.finished_by:
+    if job := run.finished_by:
         raise UserError(
-            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, "
-            "raise --max_train_steps to extend it, or start another run, for example by --run_name"
+            f"{job} has finished the run of this command; bring it home with --fetch {job}, raise --max_train_steps to extend "
+            "it, or start another run, for example by --run_name"
         )
     other, now = "", estimate
     if run.steps and now.updates and now.updates < run.steps:
         other = f"is shorter: updates {run.steps} there, {now.updates} now; raise --max_train_steps"
     elif run.global_batch and now.global_batch and now.global_batch != run.global_batch:
-        batches = f"samples per update {run.global_batch} there, {now.global_batch} now"
-        other = f"makes other batches: {batches}; choose a flavor with as many GPUs"
+        numbers = f"{run.global_batch} there, {now.global_batch} now"
+        other = f"makes other batches: samples per update {numbers}; choose a flavor with as many GPUs"
     if other:
         raise UserError(f"the command has a run already, and {other}, or start another run, for example by --run_name")
 
