@@ -7,7 +7,7 @@ import os
 import sys
 
 import datasets
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

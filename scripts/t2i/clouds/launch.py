@@ -146,7 +146,7 @@ def check_hub_ids(command: Command, inputs: dict[str, str], token: str) -> str:
         UserError: the Hub does not show a data set or model to this token.
     """
     import httpx2
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     from t2i.hub import upload
@@ -161,15 +161,17 @@ def check_hub_ids(command: Command, inputs: dict[str, str], token: str) -> str:
                 if api.repo_info(name, revision=revision, repo_type=kind).gated:
                     api.auth_check(name, repo_type=kind)
         except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # all that huggingface_hub raises
-            refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
-            why = explain_loading(error, name, revision, kind) if refused else None
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+            why = explain_loading(error, name, revision, kind) if status in (401, 403, 404) else None
+            if status in (401, 403) and not token:
+                why = (
+                    f"the Hub does not show {name} to a job without a token; correct the name, or export HF_TOKEN (the token of "
+                    "hf auth login is not sent)"
+                )
             if why is None:
                 rest = ", ".join(f"--{option} {name}" for option, name, _ in ids[number:])
                 return f"the Hub does not answer now, so nobody checked whether the job can read {rest}"
-            unsent = (
-                "; the job gets no token of `hf auth login`, so export HF_TOKEN" if not token and get_token() else ""
-            )
-            raise UserError(f"--{option} {name}: {why}{unsent}") from None
+            raise UserError(f"--{option} {name}: {why}") from None
     return ""
 
 
