@@ -277,8 +277,8 @@ def stage(folder: Path, command: Command, inside: Path) -> None:
         pinned = ""
         with suppress(PackageNotFoundError):
             pinned = f"=={version(tracker)}"
-        with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as file:
-            file.write(f"{tracker}{pinned}  # --report_to {tracker}\n")
+        with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as requirements:
+            requirements.write(f"{tracker}{pinned}  # --report_to {tracker}\n")
     if recipe := recipe_file(command.arguments):
         shutil.copyfile(recipe, folder / "recipe.yaml")
     write_text(folder / "REVISION", code_revision() + "\n")

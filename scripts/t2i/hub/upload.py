@@ -438,7 +438,7 @@ def _differences(
         card = _read_card(api, f"{_address(api, repo_id, repo_type)}/resolve/{head}/{CARD}") if CARD in remote else None
         contents[CARD] = merge_card(card).encode("utf-8")
     stale = [path for path in _matching(remote, files) if path not in contents]
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(
             CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
             for path, content in contents.items()
