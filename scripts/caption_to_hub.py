@@ -28,18 +28,19 @@ from tqdm import tqdm
 
 from t2i.captions import auditing, ledger
 from t2i.captions.ledger import WORK, Key
-from t2i.captions.texts import label_captions, prefixed, prefixed_all
+from t2i.captions.texts import check_templates, label_captions, prefixed, prefixed_all
 from t2i.config import CaptionConfig, Recipe, dataset_name, parse, to_dict
 from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
 from t2i.data.dataset_folder import save_dataset_folder
-from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, image_bytes, image_digest
+from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, has_gps, image_bytes, image_digest
+from t2i.data.split_names import SHARD
 from t2i.errors import UserError, run_main
-from t2i.files import hash_json, read_json, sha256_file, write_json, write_text
+from t2i.files import hash_json, read_json, read_optional, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
 from t2i.redaction import public_yaml
 from t2i.run_lock import lock_run
-from t2i.runs import RunFolder, code_revision
+from t2i.runs import FREE_OF_CAPTIONING, RunFolder, code_revision
 from t2i.training.distributed import broadcast_from_main, make_accelerator
 
 if TYPE_CHECKING:
@@ -49,18 +50,6 @@ DECODE_SIDE = 768  # px; Florence-2 reads images at 768 px, other models at less
 GRID, GRID_SIDE = 16, 128  # pictures in the card, and their side in px
 BATCHES_AHEAD = 2  # batches that a thread decodes while the model generates
 NO_MODEL = ("label", "existing")  # captioners that take their text from the data set
-# Options that may change without another data set: they say how the work is done and where the result goes.
-FREE_OPTIONS = {
-    "output_dir",
-    "dry_run",
-    "caption_batch_size",
-    "fail_on",
-    "push_to_hub",
-    "hub_private_repo",
-    "hub_deadline",
-    "hub_revision",
-    "create_pr",
-}
 # Options that older folders do not record. They enter a run's settings only if they are set, so older folders still match.
 NEWER_OPTIONS = ("no_repeat_ngram_size", "repetition_penalty")
 
@@ -96,6 +85,7 @@ def main() -> None:
     recipe = parse(("source", "caption"), __doc__ or "")
     config = recipe.caption
     limits = auditing.parse_thresholds(config.fail_on)
+    check_templates(recipe.data.caption_template)
     upload.check_license(config.license or None)
     if config.push_to_hub:
         upload.check_repo_id(config.hub_dataset_id, "--hub_dataset_id")
@@ -197,7 +187,7 @@ def model_names(config: CaptionConfig) -> list["ModelName"]:
 
 def run_settings(recipe: Recipe, source: records.Source, names: list["ModelName"]) -> dict[str, Any]:
     """Return the settings that must be unchanged for the captions in the output folder to be reused."""
-    settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OPTIONS}
+    settings = {key: value for key, value in asdict(recipe.caption).items() if key not in FREE_OF_CAPTIONING}
     settings = {key: value for key, value in settings.items() if value is not None or key not in NEWER_OPTIONS}
     settings |= {key: unlisted(settings[key]) for key in ("captioner", "task")}
     data = recipe.data
@@ -624,8 +614,9 @@ def write_dataset(
     shutil.rmtree(staging, ignore_errors=True)
     features = features_of(rows, labelled, any(len(entry.lines) > 1 for entry in entries), recipe)
     by_split = {split: [entry for entry in entries if entry.photo.split == split] for split in rows}
+    located: list[str] = []
     splits = {
-        split: dataset_rows(split_entries, rows[split], source, features, recipe)
+        split: dataset_rows(split_entries, rows[split], source, features, recipe, located)
         for split, split_entries in by_split.items()
         if split_entries
     }
@@ -642,7 +633,7 @@ def write_dataset(
     write_text(readme, merged)
     shutil.rmtree(folder / WORK / "source", ignore_errors=True)
     write_text(folder / "config.yaml", public_yaml(to_dict(recipe)))
-    run.finish(images=sum(counts.values()), splits=counts)
+    run.finish(images=sum(counts.values()), splits=counts, images_with_gps=len(located))
     print(f"{sum(counts.values()):,} captioned images in {folder}: {counts}")
 
 
@@ -785,11 +776,17 @@ def dataset_rows(
     source: records.Source,
     features: datasets.Features,
     recipe: Recipe,
+    located: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split of the dataset folder. The bytes of the images do not change."""
+    """Yield the rows of a split of the dataset folder. The bytes of the images do not change.
+
+    Names of photos that say where they were taken are appended to `located`.
+    """
     for entry in entries:
         row = split_rows[entry.photo.row]
         data = image_bytes(row[recipe.data.image_column], source.roots)
+        if has_gps(data):
+            located.append(entry.photo.file)
         image = {"bytes": data, "path": Path(entry.photo.file).name}
         caption = entry.captions if isinstance(features["caption"], datasets.List) else entry.captions[0]
         out: dict[str, Any] = {"image": image, "caption": caption, "label": entry.label}
@@ -802,6 +799,11 @@ def dataset_rows(
 
 def push(folder: Path, config: CaptionConfig) -> None:
     """Upload the dataset folder to the Hub. Texts that people wrote into the card, here or on the Hub, stay."""
+    if located := read_optional(folder / "run.json").get("images_with_gps"):
+        print(
+            f"NOTE: {located:,} photos say where they were taken (GPS in EXIF), and go to {config.hub_dataset_id} unchanged; to "
+            "avoid that, remove it from your photos (exiftool -gps:all= FOLDER), and caption them again"
+        )
     card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")
     last = pushed.read_text(encoding="utf-8") if pushed.is_file() else None
@@ -812,11 +814,16 @@ def push(folder: Path, config: CaptionConfig) -> None:
         merged = ours if theirs in (None, last) else dataset_card.merge_cards(ours, theirs)
         return merged
 
+    shards = (re.fullmatch(SHARD, f"data/{path.name}") for path in folder.glob("data/*.parquet"))
+    number = "[0-9]" * 5
+    own = [
+        f"data/{split}-{number}-of-{number}.parquet" for split in sorted({shard["split"] for shard in shards if shard})
+    ]
     result = upload.push_folder(
         folder,
         str(config.hub_dataset_id),
         "dataset",
-        files=["README.md", "data/*.parquet", "images/grid.png"],
+        files=["README.md", *own, "images/grid.png"],
         message="Captioned images",
         private=config.hub_private_repo,
         deadline=config.hub_deadline,
@@ -831,6 +838,11 @@ def push(folder: Path, config: CaptionConfig) -> None:
     write_text(card, merged)
     write_text(pushed, merged)
     print(result)
+    if others := [name for name in result.others if name.endswith(".parquet")]:
+        print(
+            f"NOTE: {len(others):,} other Parquet files stay in {config.hub_dataset_id} ({', '.join(others[:3])}"
+            f"{', …' if len(others) > 3 else ''}); delete them there if they are of no use"
+        )
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     launch.check_push(command, token_travels=bool(account.token))
     if account.missing and not options.dry_run:
         raise UserError("; ".join(account.missing))
+    unchecked = "" if account.missing else launch.check_hub_ids(command, inputs, account.token)
     hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
     repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
     whole = hf_job.command_hash(command, hashes)
@@ -92,11 +93,12 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     estimate = costs.estimate(command, config, inner, prices, images, options.samples_per_second)
     run = hf_account.find_run(account, repo_id, whole)
     if not options.dry_run:
-        check_run(run, estimate)
+        check_run(run, estimate, command.script)
     secrets = hf_job.secrets_here(config, account.token)
     plan = [f"{command.script} on {hf_job.CLOUD}, in the container by {inside.name}:"]
     plan += costs.report(estimate, command, config, prices)
-    all_notes = [*notes(command, config, estimate, repo_id, run.newest, secrets), hf_job.precision_note(config, inner)]
+    slow = launch.precision_note(config.flavor, config.mixed_precision, inner)
+    all_notes = [*notes(command, config, estimate, repo_id, run.newest, secrets), slow, unchecked]
     plan += [f"NOTE: {note}" for note in all_notes if note]
     plan += [f"MISSING: {sentence}" for sentence in account.missing]
     if options.dry_run:
@@ -107,7 +109,8 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
         return
     print("\n".join(plan))
     launch.confirm(options.yes)
-    check_run(hf_account.find_run(account, repo_id, whole), estimate)  # meanwhile, another launch may have been faster
+    run = hf_account.find_run(account, repo_id, whole)  # meanwhile, another launch may have been faster
+    check_run(run, estimate, command.script)
     job = submit(command, config, account, inside, inputs, hashes, repo_id, secrets)
     own = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(options.config_file))}"
     print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
@@ -117,31 +120,32 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
             raise UserError(hf_account.describe_end(account.api, ended))
 
 
-def check_run(run: "Run", estimate: costs.Estimate) -> None:
+def check_run(run: "Run", estimate: costs.Estimate, script: str) -> None:
     """Raise `UserError` if the run of the command's repository is at work, has finished, or cannot be resumed by this command."""
     if run.active:
         raise UserError(
             f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
         )
-    if run.finished_by:
+    longer = estimate.updates and run.steps and estimate.updates > run.steps
+    if run.completed and not run.newest and (run.finished_by or longer):
+        option = "vae" if script == "train_vae.py" else "pretrained_model_name_or_path"
         raise UserError(
-            f"{run.finished_by} has finished the run of this command; bring it home with --fetch {run.finished_by}, "
-            "raise --max_train_steps to extend it, or start another run, for example by --run_name"
+            f"{run.completed} has finished the run of this command, and no checkpoint is left to extend it from; bring it home "
+            f"with --fetch {run.completed}, and train it further as a new run with --{option} outputs/{run.completed}"
         )
-    for name, there, now, fix in (
-        ("is shorter: updates", run.steps, estimate.updates, "raise --max_train_steps"),
-        (
-            "makes other batches: samples per update",
-            run.global_batch,
-            estimate.global_batch,
-            "choose a flavor with as many GPUs",
-        ),
-    ):
-        if there and now and (now < there if "shorter" in name else now != there):
-            raise UserError(
-                f"this command already has a run, but {name} {there} in that run, {now} in this command; {fix}, "
-                "or start another run, for example by --run_name"
-            )
+    if job := run.finished_by:
+        raise UserError(
+            f"{job} has finished the run of this command; bring it home with --fetch {job}, raise --max_train_steps to extend "
+            "it, or start another run, for example by --run_name"
+        )
+    other, now = "", estimate
+    if run.steps and now.updates and now.updates < run.steps:
+        other = f"is shorter: updates {run.steps} in that run, {now.updates} in this command; raise --max_train_steps"
+    elif run.global_batch and now.global_batch and now.global_batch != run.global_batch:
+        numbers = f"{run.global_batch} in that run, {now.global_batch} in this command"
+        other = f"makes other batches: samples per update {numbers}; choose a flavor with as many GPUs"
+    if other:
+        raise UserError(f"this command already has a run, but {other}, or start another run, for example by --run_name")
 
 
 def notes(
@@ -203,8 +207,9 @@ def follow(job_id: str, account: "Account") -> Any:
 
 
 def stop(job_id: str, account: "Account") -> None:
-    """Cancel a job. Its checkpoints stay in its repository."""
+    """Cancel a job. Its checkpoints and captions stay in its repository."""
     from t2i.clouds import hf_account
+    from t2i.clouds.mirror import CAPTIONS_S
 
     account.require()
     job = account.api.inspect_job(job_id=job_id, namespace=account.namespace)
@@ -213,7 +218,10 @@ def stop(job_id: str, account: "Account") -> None:
     if job.status.stage in hf_account.ENDED:
         raise UserError(f"{job_id} has ended already ({job.status.stage}); nothing is left to stop")
     account.api.cancel_job(job_id=job_id, namespace=account.namespace)
-    print(f"{job_id} is cancelled; checkpoints in its repository are kept, and the same command resumes from them")
+    print(
+        f"{job_id} is cancelled; checkpoints and captions in its repository are kept, and the same command resumes from them "
+        f"(captions go there every {CAPTIONS_S / 60:g} min)"
+    )
 
 
 def fetch(job_id: str, folder: Path, account: "Account", follows: bool) -> None:

@@ -14,12 +14,14 @@ AWS's packages.
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,8 +30,9 @@ from t2i.clouds import aws_account as aws
 from t2i.clouds import aws_errors, costs, launch, sagemaker_job, staging
 from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
 from t2i.config import check_optimizer
+from t2i.data.split_names import SHARD
 from t2i.errors import UserError, run_main
-from t2i.files import write_json
+from t2i.files import read_optional, write_json
 
 CONFIGS = ROOT / "accelerate_configs"
 LOGS = "/aws/sagemaker/TrainingJobs"  # CloudWatch's group
@@ -65,7 +68,10 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
     sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)
-    launch.check_push(command, token_travels=bool(os.environ.get("HF_TOKEN")))
+    token = aws.secrets_here(config).get("HF_TOKEN", "")
+    launch.check_push(command, token_travels=bool(token))
+    own_secret = sagemaker_job.SECRETS in config.additional_args.environment  # may hold another token
+    unchecked = "" if own_secret else launch.check_hub_ids(command, inputs, token)
 
     # check the account
     account = aws.look(config, inputs)
@@ -89,7 +95,11 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
         where = f"{config.region} ({config.region_from})"
         plan = [f"{command.script} on SageMaker in {where}, in each container by {inside.name}:"]
         plan += costs.report(estimate, command, config, prices)
-        all_notes = [*notes(command, config, estimate, secrets), sagemaker_job.precision_note(config, inner)]
+        all_notes = [
+            *notes(command, config, estimate, secrets),
+            launch.precision_note(config.ec2_instance_type, config.mixed_precision, inner),
+            unchecked,
+        ]
         plan += [f"NOTE: {note}" for note in all_notes if note]
         plan += [f"MISSING: {sentence}" for sentence in account.missing]
         if options.dry_run:
@@ -150,6 +160,9 @@ def notes(
         texts.append(
             f"{', '.join(secrets)} go to Secrets Manager as {aws.secret_name(config, secrets)}; the role must be allowed to read it"
         )
+    unsent = launch.secrets_here(sagemaker_job.tracking_server(config)[0])
+    if unsent and config.additional_args.enable_network_isolation:
+        texts.append(f"the job gets no {', '.join(unsent)}, since it has no network (enable_network_isolation)")
     if command.recipe is None:
         texts.append(
             f"{command.script} is your own script: local folders in its arguments are not sent; "
@@ -450,9 +463,9 @@ def fetch(job: str, folder: Path, config: sagemaker_job.Place, follows: bool) ->
                     f"{job} is still running ({state.get('SecondaryStatus', '')}); fetch it when it has ended, or add --wait"
                 )
             s3, uri = session.client("s3"), state.get("CheckpointConfig", {}).get("S3Uri")
+            fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
             if uri:
                 fetch_run(s3, uri, part)
-            fetch_model(s3, state.get("ModelArtifacts", {}).get("S3ModelArtifacts"), part)
             write_json(part / "sagemaker.json", {key: state.get(key) for key in ("TrainingJobName", "TrainingJobStatus",
                        "BillableTimeInSeconds", "TrainingTimeInSeconds", "FailureReason", "ResourceConfig")})  # fmt: skip
     except ClientError as error:
@@ -469,16 +482,47 @@ def fetch(job: str, folder: Path, config: sagemaker_job.Place, follows: bool) ->
 
 
 def fetch_run(s3: Any, uri: str, folder: Path) -> None:
-    """Download the run folder's own files. The download leaves out checkpoints and the model."""
+    """Download the run folder's own files without checkpoints.
+
+    A finished run whose job failed later, such as by its push to the Hub, has its model only here. A model that `folder`
+    already has from the job's archive is left out, and so is the incomplete model of an unfinished run.
+    """
     parts = urlsplit(uri)
     prefix = f"{parts.path.strip('/')}/run/".lstrip("/")
-    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix):
-        for item in page.get("Contents", []):
-            name = item["Key"][len(prefix) :]
-            if not launch.is_result(name) or name.startswith(("pipeline/", "vae/")):
-                continue
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            s3.download_file(parts.netloc, item["Key"], str(folder / name))
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
+    found = {item["Key"][len(prefix) :]: item["LastModified"] for page in pages for item in page.get("Contents", [])}
+    wanted = {name for name in found if launch.is_result(name)} - stale_shards(found)
+    model = {name for name in wanted if name.startswith(("pipeline/", "vae/"))}
+    here = tuple(f"{name}/" for name in ("pipeline", "vae") if (folder / name).is_dir())
+    download(s3, parts.netloc, prefix, wanted - model, folder)
+    if read_optional(folder / "run.json").get("status") == "finished":
+        missing = {name for name in model if not name.startswith(here)}
+        download(s3, parts.netloc, prefix, missing, folder)
+
+
+def download(s3: Any, bucket: str, prefix: str, names: set[str], folder: Path) -> None:
+    """Download objects below a prefix of a bucket to the same relative paths below `folder`."""
+    for name in sorted(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file(bucket, prefix + name, str(folder / name))
+
+
+def stale_shards(dates: dict[str, datetime]) -> set[str]:
+    """Return the shards of earlier captionings: SageMaker's sync deletes nothing, so they lie beside those of the last one.
+
+    Args:
+        dates: date of each file of the run folder.
+    """
+    sets: dict[str, dict[int, list[str]]] = {}  # split -> number of shards -> shards
+    for name in dates:
+        if shard := re.fullmatch(SHARD, name):
+            sets.setdefault(shard["split"], {}).setdefault(int(shard["count"]), []).append(name)
+    stale: set[str] = set()
+    for by_count in sets.values():
+        ages = {count: (len(names) == count, max(dates[name] for name in names)) for count, names in by_count.items()}
+        newest = max(ages, key=lambda count: ages[count])  # a complete set before others
+        stale |= {name for count, names in by_count.items() if count != newest for name in names}
+    return stale
 
 
 def fetch_model(s3: Any, uri: str | None, folder: Path) -> None:

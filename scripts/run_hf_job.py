@@ -103,8 +103,7 @@ def finish(training: Training, mirror: Mirror, code: int, deadline: float) -> in
         say(f"error: the run is not in {mirror.repo_id}: {error}")
         return 1
     if training.has_saved and code:
-        captions = "captions.jsonl"
-        newest = mirror.newest() or (captions if (mirror.run / captions).is_file() else "")
+        newest = mirror.resumes_from()
         at = (
             f"at {newest}, which is in {mirror.repo_id}; the same command resumes"
             if newest

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from t2i.clouds import sagemaker_job
+from t2i.clouds import launch, sagemaker_job
+from t2i.clouds.aws_errors import brief
 from t2i.clouds.container import LOGGED, Training
+from t2i.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Path("/opt/ml/input/config/resourceconfig.json")
@@ -47,7 +49,10 @@ def main() -> int:
         if not wait_for_name(host):
             return fail(f"the machine {host} has no address after {HOSTS_WAIT_S:.0f} s; submit the job again")
     processes = len(hosts) * max(1, int(os.environ.get("SM_NUM_GPUS", "0")))
-    environment = make_environment(resources["network_interface_name"], processes)
+    try:
+        environment = make_environment(resources["network_interface_name"], processes)
+    except UserError as error:
+        return fail(str(error))
     words = launch_words(job, hosts, rank, processes)
     print(f"machine {rank + 1} of {len(hosts)}: {' '.join(words[2:])}", flush=True)
     return run(words, environment, job["script"], first=rank == 0)
@@ -69,7 +74,11 @@ def launch_words(job: dict[str, Any], hosts: list[str], rank: int, processes: in
 
 
 def make_environment(interface: str, processes: int) -> dict[str, str]:
-    """Return the environment variables of the training: SageMaker's network, the world size, and the secret's credentials."""
+    """Return the environment variables of the training: SageMaker's network, the world size, and the secret's credentials.
+
+    Raises:
+        UserError: the job's role may not read the secret, or the secret holds no JSON object.
+    """
     variables = os.environ | {
         "NCCL_SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
@@ -78,11 +87,22 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
     }
     variables.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{RUN.parent / 'mlflow.db'}")
     if name := os.environ.get(sagemaker_job.SECRETS):
-        import boto3  # only AWS's images have it
+        import boto3  # only AWS's images have it and botocore
+        from botocore.exceptions import BotoCoreError, ClientError
 
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        answer = boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)
-        secrets = json.loads(answer["SecretString"])
+        try:
+            answer = boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)
+            secrets = dict(json.loads(answer["SecretString"]))
+        except (BotoCoreError, ClientError) as error:
+            raise UserError(
+                f"the role may not read the secret {name} ({brief(error)}); allow it secretsmanager:GetSecretValue, or unset "
+                f"{', '.join(launch.SECRET_NAMES)} where you launch, and submit again"
+            ) from None
+        except (KeyError, ValueError, TypeError):
+            raise UserError(
+                f'the secret {name} holds no JSON object; write it as {{"HF_TOKEN": "…"}}, and submit the job again'
+            ) from None
         variables |= {key: str(value) for key, value in secrets.items()}
         print(f"{', '.join(secrets)} from the secret {name}", flush=True)
     return variables
@@ -107,6 +127,8 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
     """Run the training, and copy the model to the folder that SageMaker uploads. Return the container's exit code."""
     training = Training(words, ROOT, environment, script)
     code = training.run()
+    if first and (code == 0 or is_finished()):  # also if the push of a finished run failed
+        leave_model()
     if training.has_saved and code:
         print(
             "interrupted: the checkpoint is saved; SageMaker resumes from it, or a new job with its checkpoint_s3_uri",
@@ -115,9 +137,13 @@ def run(words: list[str], environment: dict[str, str], script: str, first: bool)
         return 75
     if code:
         return fail(training.error or f"the training ended with code {code}; its log gives the reason")
-    if first:
-        leave_model()
     return 0
+
+
+def is_finished() -> bool:
+    """Return whether the run's own state says that its training came to its end."""
+    file = RUN / "run.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("status") == "finished"
 
 
 def leave_model() -> None:

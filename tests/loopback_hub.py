@@ -95,6 +95,7 @@ class Repo:
     sdk: str | None = None  # of a Space
     commits: list = field(default_factory=list)
     refs: dict = field(default_factory=dict)  # branch or refs/pr/N -> its newest commit
+    gated: bool = False  # its conditions were not accepted
 
 
 def is_lfs(path, size):
@@ -295,15 +296,17 @@ class Handler(BaseHTTPRequestHandler):
         return 200, user | {"auth": {"type": "access_token", "accessToken": access}}, {}
 
     def auth_check(self, repo, write):
-        self.open(repo, bool(write))
+        if self.open(repo, bool(write)).gated:
+            raise Refusal(403, f"Access to {repo} is restricted", "GatedRepo")
         return 200, {}, {}
 
     def info(self, repo, revision):
         commit = self.commit_of(repo, revision)
         name = repo.partition("/")[2]
         files = [{"rfilename": path, "size": len(file.content)} for path, file in commit.files.items()]
+        gated = "auto" if self.hub.repos[repo].gated else False
         return 200, {"_id": name, "id": name, "author": name.split("/")[0], "sha": commit.id, "siblings": files,
-                     "private": self.hub.repos[repo].private, "gated": False, "disabled": False, "tags": []}, {}  # fmt: skip
+                     "private": self.hub.repos[repo].private, "gated": gated, "disabled": False, "tags": []}, {}  # fmt: skip
 
     def entry(self, commit, path):
         file = commit.files.get(path)

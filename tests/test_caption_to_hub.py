@@ -7,6 +7,7 @@ import os
 import sys
 
 import datasets
+import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -312,6 +313,60 @@ def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
     assert "mine" in (tmp_path / "README.local.md").read_text()
 
 
+def test_photos_that_say_where_they_were_taken_are_counted_before_a_push(run_main, monkeypatch, tmp_path, capsys):
+    (tmp_path / "photos/rose").mkdir(parents=True)
+    for number, (place, ending) in enumerate(
+        ((True, "jpg"), (True, "png"), (True, "webp"), (False, "jpg"), (False, "png"))
+    ):
+        exif = Image.Exif()
+        exif[0x0110] = "phone"
+        if place:
+            exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 0.0)})
+        Image.new("RGB", (32, 32), (40 * number, 9, 9)).save(tmp_path / f"photos/rose/{number}.{ending}", exif=exif)
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        words = ("--dataset", tmp_path / "photos", "--captioner", "label", "--output_dir", "out", "--audit_tokenizer",
+                 tmp_path / "none", "--hub_dataset_id", "me/photos")  # fmt: skip
+        run_main(*words)
+        assert "GPS" not in capsys.readouterr().out
+        run_main(*words, "--push_to_hub")
+    said = capsys.readouterr().out
+    assert (
+        "NOTE: 3 photos say where they were taken (GPS in EXIF), and go to me/photos unchanged; to avoid that, remove"
+        in said
+    )
+    assert said.index("GPS") < said.index("has it now")
+
+
+def test_parquet_files_of_others_survive_a_push(monkeypatch, tmp_path, capsys):
+    """Splits that were not read, and other configurations, below data/ or not. Earlier shards of the own split go."""
+    names = ("train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002", "unsupervised-00000-of-00001",
+             "small/train-00000-of-00001", "train-extra")  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"captioned")
+    (tmp_path / "README.md").write_text("---\nlicense: unknown\n---\n")
+    (tmp_path / caption_to_hub.WORK).mkdir()
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        hub.create("datasets/me/photos")
+        hub.edit("datasets/me/photos", {f"data/{name}.parquet": "another's" for name in names})
+        caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/photos"))
+        files = {name: content for name, content in hub.files("datasets/me/photos").items() if name.endswith("parquet")}
+        caption_to_hub.push(tmp_path, CaptionConfig(hub_dataset_id="me/photos"))
+    others = [f"data/{name}.parquet" for name in sorted(names[3:])]
+    assert files == {"data/train-00000-of-00001.parquet": b"captioned", **dict.fromkeys(others, b"another's")}
+    told = (
+        f"NOTE: 3 other Parquet files stay in me/photos ({', '.join(others)}); delete them there if they are of no use"
+    )
+    assert capsys.readouterr().out.count(told) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -327,6 +382,7 @@ def test_prose_edited_here_and_on_the_hub_is_not_lost(monkeypatch, tmp_path):
         (["--captioner", "nowhere/at/all"], "neither florence2"),
         (["--captioner", "PHOTOS"], "config.json"),
         (["--captioner", "label"], "no labels"),
+        (["--captioner", "label", "--caption_template", "a flower"], "'a flower' does not contain {label}; write"),
         (["--captioner", "existing", "--fail_on", "emty=0"], "empty"),
         (["--captioner", "existing", "--push_to_hub"], "--hub_dataset_id"),
     ],

@@ -28,6 +28,7 @@ from conftest import ROOT, SCRIPTS, TINY
 from local_jobs import JobRun, JobsHub, why_not
 from local_sagemaker import aws
 from t2i import config
+from t2i.captions import ledger
 from t2i.clouds import costs, hf_job, mirror, sagemaker_job, staging
 from t2i.errors import UserError
 
@@ -50,6 +51,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", hub.token)
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in ("models/stabilityai/sd-vae-ft-mse", "models/openai/clip-vit-large-patch14", "datasets/nelorth/oxford-flowers",
+                     "datasets/me/photos"):  # fmt: skip
+            hub.create(name, private=False)
+        hub.commits("datasets/nelorth/oxford-flowers")[-1].id = config.load_recipe("flowers").data.dataset_revision
         yield hub
 
 
@@ -170,15 +175,20 @@ def test_a_command_that_the_run_cannot_take_is_refused_before_it_costs(hub, laun
     launcher("--yes", *CARD, "--max_train_steps", 70)
     run = hub.jobs[-1].spec["labels"][hf_job.LABEL]
     assert hub.jobs[-1].wait(20) == "COMPLETED"
+    hub.edit(f"models/me/{run}", {"run/checkpoint-000070/manifest.json": "{}"})
     state = json.dumps({"status": "finished", "identity": {"steps": 70, "global_batch": 32}}).encode()
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
-    with pytest.raises(UserError, match="is shorter: updates 70 there, 60 now; raise --max_train_steps"):
+    with pytest.raises(
+        UserError, match="is shorter: updates 70 in that run, 60 in this command; raise --max_train_steps"
+    ):
         launcher("--yes", *CARD, "--max_train_steps", 60)
     with pytest.raises(UserError, match="has finished the run of this command"):
         launcher("--yes", *CARD, "--max_train_steps", 70)
     state = json.dumps({"identity": {"steps": 70, "global_batch": 64}}).encode()
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
-    with pytest.raises(UserError, match="samples per update 64 there, 32 now; choose a flavor with as many GPUs"):
+    with pytest.raises(
+        UserError, match="samples per update 64 in that run, 32 in this command; choose a flavor with as many GPUs"
+    ):
         launcher("--yes", *CARD, "--max_train_steps", 80, "--resume_from_checkpoint", "latest")
     assert len(hub.jobs) == 1
 
@@ -210,6 +220,80 @@ def test_a_captioning_resumes_also_after_its_end(hub, launcher, short, tmp_path)
     (tmp_path / "work/run/run.json").write_text('{"status": "finished", "identity": {}}')
     kept._push(10.0)
     assert "resumes there from captions.jsonl" in launcher("--dry_run", *words)  # for photos that were added
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "reordered", "harmless", "others"),
+    [
+        (
+            "train_unet.py", ["--config", "flowers", "--dataset", "me/photos", "--run_name", "a"],
+            ["--run_name=a", "--dataset", "me/photos", "--config", "flowers"],
+            [["--checkpointing_steps", "50"], ["--push_to_hub", "--hub_model_id", "me/model"], ["--no_push_to_hub"],
+             ["--report_to", "none"], ["--validation_prompt", "a rose"], ["--max_train_steps", "70"]],
+            [["--run_name", "b"], ["--learning_rate", "0.01"], ["--train_batch_size", "4"], ["--dataset", "me/others"]],
+        ),
+        (
+            "caption_to_hub.py", ["--dataset", "me/photos", "--task", "<CAPTION>", "<OD>"],
+            ["--task", "<CAPTION>", "<OD>", "--dataset=me/photos"],
+            [["--caption_batch_size", "2"], ["--push_to_hub", "--hub_dataset_id", "me/captioned"]],
+            [["--num_beams", "1"], ["--task", "<MORE_DETAILED_CAPTION>"]],
+        ),
+    ],
+)  # fmt: skip
+def test_what_changes_no_result_changes_no_run(script, words, reordered, harmless, others):
+    jobs = hf_job.read_config(ROOT / "accelerate_configs/hf_jobs.yaml")
+
+    def name(*typed):
+        return hf_job.run_name(staging.read_command([str(SCRIPTS / script), *typed], hf_job.CLOUD), jobs, {})
+
+    assert {name(*reordered), *(name(*words, *more) for more in harmless)} == {name(*words)}
+    assert name(*words) not in {name(*words, *more) for more in others}
+
+
+def test_captions_are_pushed_while_they_are_made(hub, tmp_path, monkeypatch):
+    """A machine that is lost, or a job that is stopped, costs the captions of some minutes alone."""
+    monkeypatch.setattr(mirror, "POLL_S", 0.02)
+    monkeypatch.setattr(mirror, "CAPTIONS_S", 0.3)
+    hub.create("models/me/run")
+    said, run = [], tmp_path / "work/run"
+    (run / ".captioning").mkdir(parents=True)
+    (run / ".captioning/photos-0a1b2c.jsonl").write_text("{}\n")
+    kept = mirror.Mirror(tmp_path / "work", "me/run", said.append)
+    kept.start()
+
+    def add(image):
+        caption = dict.fromkeys(ledger.Key._fields, image) | {"caption": "a rose"}
+        ledger.append(run / "captions.jsonl", [caption])
+
+    def wait_for(count):
+        end = time.monotonic() + 20
+        while len(said) < count:
+            assert time.monotonic() < end, said
+            time.sleep(0.01)
+        return hub.files("models/me/run")
+
+    add("first")
+    start = time.monotonic()
+    files = wait_for(1)
+    assert b"first" in files["run/captions.jsonl"]
+    assert mirror.resumes_from(huggingface_hub.HfApi(), "me/run") == "captions.jsonl"
+    add("second")
+    assert b"second" in wait_for(2)["run/captions.jsonl"]
+    assert time.monotonic() - start > 0.3  # not with each batch
+    pushes = len(hub.commits("models/me/run"))
+    time.sleep(0.5)
+    assert len(hub.commits("models/me/run")) == pushes  # nothing is new
+    hub.fault("503", path="/commit/")
+    add("third")
+    assert b"third" in wait_for(4)["run/captions.jsonl"]
+    assert said[0] == said[1] == said[3] == "captions.jsonl is in me/run"
+    other = mirror.Mirror(tmp_path / "other", "me/run", said.append)
+    assert other.restore() == "captions.jsonl"
+    other.start()
+    time.sleep(0.5)
+    other.end(5.0)
+    kept.end(5.0)
+    assert len(hub.commits("models/me/run")) == pushes + 1
 
 
 def test_a_second_launch_during_the_question_is_refused(hub, launcher, short, monkeypatch):
@@ -256,6 +340,19 @@ def test_only_code_is_staged_and_no_token(tmp_path, monkeypatch):
         staging.stage(tmp_path / "again", command, tmp_path / "inner.yaml")
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "mlflow", "none"])
+def test_the_package_of_a_tracker_reaches_the_job(tracker, tmp_path):
+    command = staging.read_command([UNET, "--dataset", "me/photos", "--report_to", tracker], hf_job.CLOUD)
+    staging.stage(tmp_path / "code", command, ROOT / "accelerate_configs/cpu.yaml")
+    added = (
+        (tmp_path / "code/scripts/requirements.txt")
+        .read_text()
+        .removeprefix((SCRIPTS / "requirements.txt").read_text())
+    )
+    assert re.fullmatch(rf"({tracker}(==\S+)?  # --report_to {tracker}\n)?", added)
+    assert bool(added) == (tracker in ("wandb", "tensorboard"))
+
+
 def test_no_fetched_file_leaves_the_folder():
     for name in ("/etc/passwd", "../x", "samples/", "checkpoint-000001/x", ".lock", ""):
         assert not launch_hf_job.launch.is_result(name)
@@ -270,6 +367,7 @@ def test_what_is_wrong_is_refused_before_anything_is_sent(hub, launcher):
         ([*CARD, "--dataset", "s3://photos/flowers"], {}, "needs an AWS account"),
         ([*CARD, "--push_to_hub", "--hub_model_id", "me"], {}, "hub_model_id"),
         ([UNET], {}, "no data set"),
+        ([*CARD, "--caption_template", "a flower"], {}, "'a flower' does not contain {label}"),
     ):
         with pytest.raises(UserError, match=sentence):
             launcher("--yes", *words, **changes)
@@ -278,6 +376,40 @@ def test_what_is_wrong_is_refused_before_anything_is_sent(hub, launcher):
         with pytest.raises(UserError, match="there is no token for the Hub; run `hf auth login`"):
             launcher("--yes", *CARD)
     assert {method for method, _ in hub.requests} == {"GET"}
+
+
+def test_what_the_job_could_not_read_on_the_hub_is_refused_before_it_costs(hub, launcher):
+    own = SCRIPTS / "caption_to_hub.py"
+    hub.create("models/other/gated", private=False)
+    hub.repos["models/other/gated"].gated = True
+    for words, sentence in (
+        (
+            [*CARD, "--dataset", "me/fotos"],
+            "--dataset me/fotos: the Hub shows no me/fotos: correct the name, or your token",
+        ),
+        (
+            [*CARD, "--dataset_revision", "v9"],
+            "--dataset nelorth/oxford-flowers: nelorth/oxford-flowers has no revision v9",
+        ),
+        ([*CARD, "--vae", "me/vae"], "--vae me/vae: the Hub shows no me/vae"),
+        (
+            [*CARD, "--text_encoder", "other/gated"],
+            "--text_encoder other/gated: other/gated is gated: accept its conditions at",
+        ),
+        (
+            [own, "--dataset", "me/photos", "--captioner", "label", "me/blip"],
+            "--captioner me/blip: the Hub shows no me/blip",
+        ),
+    ):
+        for asked in ("--yes", "--dry_run"):
+            with pytest.raises(UserError) as told:
+                launcher(asked, *words)
+            assert str(told.value).startswith(sentence)
+    assert {method for method, _ in hub.requests} == {"GET"}
+    hub.fault("503", path="/api/models/stabilityai")
+    told = launcher("--dry_run", *CARD)
+    assert "nobody checked whether the job can read --vae stabilityai/sd-vae-ft-mse, --text_encoder openai/clip" in told
+    assert "nobody checked" not in launcher("--dry_run", *CARD)
 
 
 def test_a_dry_run_shows_the_request_and_sends_nothing(hub, launcher):
@@ -411,6 +543,7 @@ def test_a_longer_command_extends_the_finished_run(hub, launcher, short):
     first = hub.jobs[-1]
     assert first.wait(20) == "COMPLETED"
     run = first.spec["labels"][hf_job.LABEL]
+    hub.edit(f"models/me/{run}", {"run/checkpoint-000060/manifest.json": "{}"})
     state = b'{"status": "finished"}'
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
     with pytest.raises(UserError, match=f"{first.id} has finished the run of this command.*raise --max_train_steps"):
@@ -422,6 +555,27 @@ def test_a_longer_command_extends_the_finished_run(hub, launcher, short):
         launcher("--yes", *CARD, "--max_train_steps=70", "--lr_on_extend", "constant")
     launcher("--yes", *CARD, "--max_train_steps", 60, "--learning_rate", "0.01")
     assert hub.jobs[-1].spec["labels"][hf_job.LABEL] != run
+
+
+def test_a_finished_vae_without_checkpoints_is_trained_further_as_a_new_run(hub, launcher, short):
+    """An autoencoder's only checkpoint goes at its end, so a longer command would be refused in the paid job."""
+    short("true")
+    words = ["--yes", "--train_images", 6811, SCRIPTS / "train_vae.py", "--config", "flowers"]
+    launcher(*words, "--max_train_steps", 60)
+    job = hub.jobs[-1]
+    assert job.wait(20) == "COMPLETED"
+    state = json.dumps({"status": "finished", "identity": {"steps": 60}})
+    hub.edit(f"models/me/{job.spec['labels'][hf_job.LABEL]}", {"run/run.json": state})
+    for steps in (60, 70):
+        with pytest.raises(UserError) as told:
+            launcher(*words, "--max_train_steps", steps)
+        assert (
+            f"bring it home with --fetch {job.id}, and train it further as a new run with --vae outputs/{job.id}"
+            in str(told.value)
+        )
+        assert "raise --max_train_steps" not in str(told.value)
+    launcher(*words, "--max_train_steps", 60, "--push_to_hub", "--hub_model_id", "me/vae", "--license", "mit")
+    assert len(hub.jobs) == 2  # to push, it needs no checkpoint
 
 
 def test_checkpoints_are_pushed_whole_and_restored(hub, tmp_path, monkeypatch):

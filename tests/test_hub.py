@@ -117,6 +117,17 @@ def test_stale_files_go_and_foreign_files_stay(hub, folder):
     assert "data/.hidden.parquet" not in hub.files(REPO)
 
 
+def test_linked_folders_are_pushed(hub, folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/1.jpg").write_bytes(b"a rose")
+    (folder / "rose").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "round").symlink_to(folder, target_is_directory=True)
+    push(folder, files=["*"])
+    files = without_attributes(hub.files(REPO))
+    assert files["rose/1.jpg"] == b"a rose"
+    assert not [name for name in files if name.startswith("round/")]
+
+
 def test_an_edit_between_head_and_commit_survives(hub, folder):
     push(folder)
     (folder / "notes.txt").write_text("drawn again\n")

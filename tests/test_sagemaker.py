@@ -2,14 +2,18 @@
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import types
 from typing import Any
 from unittest import mock
@@ -17,6 +21,9 @@ from unittest import mock
 import boto3
 import botocore.client
 import botocore.exceptions
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from botocore.exceptions import ClientError
@@ -27,10 +34,11 @@ import launch_sagemaker
 import run_sagemaker_job
 from conftest import ROOT, SCRIPTS
 from local_sagemaker import aws
+from loopback_hub import LoopbackHub
 from rehearse_sagemaker import finish_in_moto, launch
 from t2i import config
 from t2i.clouds import aws_account, costs, sagemaker_job
-from t2i.clouds.launch import FORWARDED, OF_A_SERVER, SECRET_NAMES
+from t2i.clouds.launch import FORWARDED, OF_A_SERVER, SECRET_NAMES, precision_note
 from t2i.clouds.staging import SECTIONS
 from t2i.errors import UserError
 
@@ -93,6 +101,7 @@ def launcher(tmp_path, cloud, monkeypatch):
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(costs, "_hub_counts", lambda *_: {})  # no network
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(costs, "unet_size", size_counted_once)
 
     def run(*words, **changes):
@@ -213,6 +222,21 @@ def test_folders_become_channels(tmp_path, launcher, cloud):
         f"{sagemaker_job.CHANNELS}/dataset",
         f"{sagemaker_job.CHANNELS}/vae",
     )
+
+
+def test_linked_folders_of_a_data_set_are_uploaded(tmp_path, launcher, cloud):
+    """Links lead out of the data set, to a folder that it has already, to itself and above it."""
+    for folder in ("elsewhere/rose", "photos/daisy"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.jpg").write_bytes(folder.encode())
+    for link, target in (("rose", tmp_path / "elsewhere/rose"), ("a", "daisy"), ("round", "."), ("up", tmp_path)):
+        (tmp_path / "photos" / link).symlink_to(target, target_is_directory=True)
+    told = launcher("--yes", "--train_images", 10, UNET, "--dataset", tmp_path / "photos")
+    assert "dataset: 2 of 2 files uploaded" in told
+    channel = next(part for part in cloud.requests[-1]["InputDataConfig"] if part["ChannelName"] == "dataset")
+    bucket, _, prefix = channel["DataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://").partition("/")
+    listed = cloud.session.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+    assert {item["Key"].removeprefix(prefix) for item in listed} == {"daisy/1.jpg", "rose/1.jpg"}
 
 
 def mistakes():
@@ -524,14 +548,18 @@ def test_one_round_of_advice_makes_accelerates_yaml_work(changes, tmp_path, clou
     ("machine", "own", "inner", "said"),
     [
         ("ml.g4dn.xlarge", "bf16", {}, "ml.g4dn.xlarge have no bf16 units, .* set mixed_precision: fp16$"),
-        ("ml.p3.2xlarge", None, {"mixed_precision": "bf16"}, "set mixed_precision: fp16 in the SageMaker YAML$"),
+        (
+            "ml.p3.2xlarge",
+            None,
+            {"mixed_precision": "bf16"},
+            "set mixed_precision: fp16 in the YAML that submits the job$",
+        ),
         ("ml.g4dn.xlarge", "fp16", {"mixed_precision": "bf16"}, "^$"),
         ("ml.g5.xlarge", "bf16", {}, "^$"),
     ],
 )
 def test_bf16_is_noted_where_gpus_have_no_units_for_it(machine, own, inner, said):
-    settings = sagemaker_job.SageMakerConfig("AMAZON_SAGEMAKER", machine, mixed_precision=own)
-    assert re.search(said, sagemaker_job.precision_note(settings, inner))
+    assert re.search(said, precision_note(machine, own, inner))
 
 
 @pytest.mark.parametrize(
@@ -628,6 +656,70 @@ def test_credentials_travel_through_secrets_manager_alone(launcher, cloud, monke
     assert (inside["MLFLOW_TRACKING_PASSWORD"], inside["HF_TOKEN"]) == (canary, f"hf_{canary}")
     assert canary not in capsys.readouterr().out
     assert inside["NCCL_SOCKET_IFNAME"] == "eth0"
+
+
+def test_a_role_that_may_not_read_the_secret_says_so(cloud, tmp_path, monkeypatch):
+    """The first thing that such a job does in its container."""
+    real = botocore.client.BaseClient._make_api_call
+
+    def denied(client, name, arguments):
+        if name == "GetSecretValue" and arguments["SecretId"] == "t2i/mine-1":
+            raise ClientError({"Error": {"Code": "AccessDeniedException", "Message": "not authorized"}}, name)
+        return real(client, name, arguments)
+
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", denied)
+    cloud.session.client("secretsmanager").create_secret(Name="t2i/odd", SecretString="hf_no-json")
+    for name in ("scripts", "output"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "job.json").write_text('{"machines": 1}')
+    resources = {"hosts": ["localhost"], "current_host": "localhost", "network_interface_name": "lo"}
+    (tmp_path / "resources.json").write_text(json.dumps(resources))
+    for name, path in (("ROOT", "."), ("CONFIG", "resources.json"), ("FAILURE", "output/failure")):
+        monkeypatch.setattr(run_sagemaker_job, name, tmp_path / path)
+    monkeypatch.setattr(sys, "argv", ["run_sagemaker_job.py"])
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for secret, sentence in (
+        ("t2i/mine-1", "the role may not read the secret t2i/mine-1 (.*); allow it secretsmanager:GetSecretValue, or unset .*HF_TOKEN"),
+        ("t2i/odd", "the secret t2i/odd holds no JSON object; write it as"),
+    ):  # fmt: skip
+        monkeypatch.setenv("T2I_SECRETS", secret)
+        assert run_sagemaker_job.main() == 1
+        assert re.match(sentence, (tmp_path / "output/failure").read_text())
+
+
+def test_a_private_data_set_needs_a_token_that_travels(launcher, cloud, monkeypatch, tmp_path):
+    """The token of hf auth login stays here, so what it may read, the job may not."""
+    words = ("--yes", "--train_images", 10, UNET, "--dataset", "me/photos")
+    assert "the Hub does not answer now, so nobody checked whether the job can read --dataset me/photos" in launcher(
+        *words
+    )
+    with LoopbackHub() as hub:
+        hub.create("datasets/me/photos")
+        (tmp_path / "token").write_text(hub.token)
+        for name, value in (
+            ("ENDPOINT", hub.url),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_TOKEN_PATH", str(tmp_path / "token")),
+        ):
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        with pytest.raises(
+            UserError,
+            match="the Hub does not show me/photos to a job without a token; correct the name, or export HF_TOKEN",
+        ):
+            launcher(*words)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        assert "nobody checked" not in launcher(*words)
+
+
+def test_a_job_without_a_network_gets_no_secrets(launcher, cloud, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary-6a2e")
+    extra = {"enable_network_isolation": True}
+    words = (UNET, "--dataset", "s3://photos/flowers")
+    told = launcher("--yes", *words, image_uri="mine:1", additional_args=extra)
+    assert "T2I_SECRETS" not in cloud.requests[-1].get("Environment", {})
+    assert "the job gets no HF_TOKEN, since it has no network (enable_network_isolation)" in told
+    with pytest.raises(UserError, match="cannot read a secret; remove T2I_SECRETS from environment"):
+        launcher("--yes", *words, image_uri="mine:1", additional_args=extra | {"environment": {"T2I_SECRETS": "mine"}})
 
 
 def test_following_a_job(launcher, cloud, monkeypatch, tmp_path):
@@ -920,6 +1012,76 @@ def test_fetching_what_there_is(tmp_path, launcher, cloud):
         launcher("--fetch", job, "--output_dir", tmp_path / "other", profile="nope")
 
 
+def test_a_finished_run_of_a_failed_job_comes_home_with_its_model(tmp_path, launcher, cloud):
+    """Its push to the Hub failed, so SageMaker made no archive of its model."""
+    launcher("--yes", UNET, "--config", "flowers", base_job_name="unpushed")
+    request = cloud.requests[-1]
+    job = request["TrainingJobName"]
+    finish_in_moto(request)
+    backend().training_jobs[job].training_job_status = "Failed"
+    bucket, _, prefix = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
+    s3 = cloud.session.client("s3")
+    for name in ("pipeline/model_index.json", "vae/config.json"):
+        s3.put_object(Bucket=bucket, Key=f"{prefix}/run/{name}", Body=b"{}")
+    for status, told in (("unfinished", "no model"), ("finished", "pipeline, vae")):
+        s3.put_object(Bucket=bucket, Key=f"{prefix}/run/run.json", Body=json.dumps({"status": status}).encode())
+        assert told in launcher("--fetch", job, "--output_dir", tmp_path / status)
+    assert (tmp_path / "finished/pipeline/model_index.json").is_file()
+    place = f"s3://{bucket}/{prefix}"
+    (tmp_path / "archive/pipeline").mkdir(parents=True)  # a model that the archive brought is not mixed with another
+    launch_sagemaker.fetch_run(s3, place, tmp_path / "archive")
+    assert not list((tmp_path / "archive/pipeline").iterdir())
+    assert (tmp_path / "archive/vae/config.json").is_file()
+
+
+def test_captions_made_twice_come_home_once(tmp_path, cloud):
+    s3 = cloud.session.client("s3")
+    now, later = (f"data/{{}}-{{:05d}}-of-{count:05d}.parquet" for count in (2, 3))
+    names = [now.format(split, number) for split in ("train", "test") for number in range(2)]
+    names += [later.format("train", number) for number in range(3)] + [later.format("test", 0)]  # test is cut off
+    from moto.s3.models import s3_backends
+
+    stored = s3_backends["123456789012"]["aws"].buckets["photos"].keys
+    for second, name in enumerate([*names, "data/mine.parquet"]):
+        s3.put_object(Bucket="photos", Key=f"captioned/run/{name}", Body=b"x")
+        stored[f"captioned/run/{name}"].last_modified = datetime.datetime(2026, 11, 30, 12, 0, second)
+    launch_sagemaker.fetch_run(s3, "s3://photos/captioned", tmp_path)
+    home = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")}
+    assert home == {*(later.format("train", number) for number in range(3)),
+                    *(now.format("test", number) for number in range(2)), "data/mine.parquet"}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_model_of_a_finished_run_is_left_also_if_its_push_failed(code, tmp_path, monkeypatch):
+    """run_sagemaker_job.py around a command that stands for the launcher of a training."""
+    run = tmp_path / "checkpoints/run"
+    (run / "pipeline").mkdir(parents=True)
+    (run / "pipeline/model_index.json").write_text("{}")
+    (run / "run.json").write_text('{"status": "finished"}')
+    for name, path in (("RUN", run), ("MODEL", tmp_path / "model"), ("FAILURE", tmp_path / "output/failure")):
+        monkeypatch.setattr(run_sagemaker_job, name, path)
+    words = [sys.executable, "-c", f"print('error: the push failed') if {code} else None; raise SystemExit({code})"]
+    with kept_signals():
+        assert run_sagemaker_job.run(words, dict(os.environ), "train_unet.py", first=True) == code
+    assert (tmp_path / "model/pipeline/model_index.json").is_file()
+    if code:
+        assert (tmp_path / "output/failure").read_text() == "the push failed"
+        (run / "run.json").write_text('{"status": "unfinished"}')
+        shutil.rmtree(tmp_path / "model")
+        with kept_signals():
+            assert run_sagemaker_job.run(words, dict(os.environ), "train_unet.py", first=True) == code
+        assert not (tmp_path / "model").exists()
+
+
+@contextlib.contextmanager
+def kept_signals():
+    """Give SIGTERM and Ctrl-C back to pytest: a container's first process takes them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_machines_that_would_train_apart_are_stopped(monkeypatch):
     from t2i.training import distributed
 
@@ -975,6 +1137,26 @@ def test_the_estimate(launcher):
         command, dataclasses.replace(settings, ec2_instance_type="ml.p4d.24xlarge"), ZERO2, prices, 6400, None
     )
     assert (unknown.usd, unknown.updates, unknown.epochs) == (None, None, 150.0)
+
+
+def test_rows_of_parquet_files_are_counted_without_a_copy(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "test/data").mkdir(parents=True)  # only the data set's own names tell splits
+
+    def count(**shards):
+        for name, rows in shards.items():
+            table = pa.table({"image": [b"x"] * rows, "caption": ["a rose"] * rows})
+            pq.write_table(table, tmp_path / f"test/data/{name}.parquet")
+        data = config.DataConfig(dataset=str(tmp_path / "test"), validation_fraction=0.1)
+        return costs.count_images(data)
+
+    before = (tmp_path / "scratch").stat().st_mtime_ns
+    assert count(all=20, more=10) == 27  # 10 % are for validation
+    assert count(**{"train-00000-of-00002": 40, "train-00001-of-00002": 5}, val=9) == 45
+    assert (tmp_path / "scratch").stat().st_mtime_ns == before
+    (tmp_path / "test/data/val.parquet").write_bytes(b"PAR1 damaged")
+    assert count() is None  # the estimate lacks a figure, and the launch goes on
 
 
 def read_yaml_text(tmp_path, additional):

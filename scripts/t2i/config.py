@@ -560,7 +560,7 @@ def override(recipe: Recipe, name: str, argv: list[str]) -> None:
 
 
 # Options of Hub ids, and the options of their revisions.
-_REVISIONS = {
+REVISIONS = {
     "dataset": "dataset_revision",
     "vae": "vae_revision",
     "text_encoder": "text_encoder_revision",
@@ -605,7 +605,7 @@ def _put(recipe: Recipe, name: str, chosen: Any, before: Any, argv: list[str]) -
     ):
         if key in typed:
             _clear_dependent(section, dependent, typed)
-    for key, revision in _REVISIONS.items():
+    for key, revision in REVISIONS.items():
         _check_revision(section, key, revision)
     if name == "source":
         recipe.data = dataclasses.replace(recipe.data, **dataclasses.asdict(section))

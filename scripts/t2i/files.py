@@ -95,6 +95,29 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted, also those behind links to folders.
+
+    A folder with several paths is entered once, by a path without links if there is one. So circles of links end.
+    """
+    root = Path(os.path.realpath(folder))
+    seen: set[str] = set()
+    found: list[Path] = []
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(current)
+        if real in seen or (seen and root.is_relative_to(real)):  # a link may lead to a folder above
+            continue
+        seen.add(real)
+        for path in sorted(current.iterdir()):
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_file():
+                found.append(path)
+    return sorted(found)
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a model: name -> 64 hex digits.
 

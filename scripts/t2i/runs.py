@@ -42,6 +42,29 @@ def code_revision() -> str:
 
 NOT_COMPARED = {"Distill.model", "TrainUnet.guidance_rescale"}  # Settings that earlier versions compared.
 LENGTHS = ("max_train_steps", "num_train_epochs")  # The settings that may be raised to extend a training.
+PUSHING = {"push_to_hub", "hub_private_repo", "hub_deadline", "hub_revision", "create_pr"}
+# Settings that change neither a training nor its result.
+FREE_OF_TRAINING = {
+    *(
+        "output_dir",
+        "cache_dir",
+        "dry_run",
+        "mixed_precision",
+        "logging_dir",
+        "max_bad_share",
+        "report_to",
+        "experiment",
+        "run_name",
+    ),
+    "lr_on_extend",  # Each extension is recorded with its own.
+    *("logging_steps", "validation_steps", "validation_epochs", "validation_prompts"),
+    *("guidance_scale", "guidance_rescale", "num_inference_steps"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_nonfinite_steps"),
+    *("gradient_checkpointing", "compile", "channels_last", "cuda_graphs"),
+    *(*PUSHING, "hub_model_id", "license", "gallery_pictures"),
+}
+# Settings of a captioning that may change without another data set: how the work is done, and where the result goes.
+FREE_OF_CAPTIONING = {"output_dir", "dry_run", "caption_batch_size", "fail_on", *PUSHING}
 
 
 class RunFolder:

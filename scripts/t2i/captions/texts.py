@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from t2i.errors import UserError
+
 
 def clean(value: Any) -> str:
     """Return a caption as one line of text. A list of captions gives its first non-empty one."""
@@ -28,6 +30,15 @@ def _begins_with(caption: str, words: str) -> bool:
     """Return whether a caption begins with whole words: "photo" does not begin "photograph"."""
     is_cut = words[-1:].isalnum() and caption[len(words) :][:1].isalnum()
     return caption.startswith(words) and not is_cut
+
+
+def check_templates(templates: list[str]) -> None:
+    """Raise `UserError` if a template of `--caption_template` has no place for the label, so that all captions would be alike."""
+    for template in templates:
+        if "{label}" not in template:
+            raise UserError(
+                f"caption_template {template!r} does not contain {{label}}; write e.g. 'a photo of a {{label}}'"
+            )
 
 
 def label_captions(label: str | None, templates: list[str]) -> list[str]:

@@ -405,8 +405,8 @@ def store_secret(config: sagemaker_job.SageMakerConfig, secrets: dict[str, str],
 def secrets_here(config: sagemaker_job.SageMakerConfig) -> dict[str, str]:
     """Return the credentials of this shell that the job needs.
 
-    Return no credentials if the YAML names a secret of the user.
+    Return no credentials if the YAML names a secret of the user, or if the job has no network to read a secret by.
     """
-    if sagemaker_job.SECRETS in config.additional_args.environment:
+    if sagemaker_job.SECRETS in config.additional_args.environment or config.additional_args.enable_network_isolation:
         return {}
     return launch.secrets_here(sagemaker_job.tracking_server(config)[0])

@@ -259,8 +259,12 @@ def count_images(data: DataConfig) -> int | None:
     name = str(data.dataset)
     counts: dict[str, int]
     if Path(name).expanduser().is_dir():
-        with tempfile.TemporaryDirectory() as scratch:
-            counts = {split: len(rows) for split, rows in find_source(data).open(Path(scratch)).items()}
+        source = find_source(data)
+        if source.count:
+            counts = source.count()
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                counts = {split: len(rows) for split, rows in source.open(Path(scratch)).items()}
     elif not name.startswith("s3://"):
         counts = _hub_counts(name, data.dataset_revision)
     else:

@@ -162,6 +162,7 @@ class Run:
     newest: str = ""  # Name of the newest checkpoint, or of the file of captions.
     active: str = ""  # Job that is at work on the run.
     finished_by: str = ""  # Job that finished the run by the same command.
+    completed: str = ""  # Job that finished the run last, by any of its commands.
     steps: int | None = None  # Length of the run in weight updates.
     global_batch: int | None = None  # Samples per weight update of the run.
 
@@ -187,6 +188,7 @@ def find_run(account: Account, repo_id: str, command: str) -> Run:
         # A finished captioning may be repeated: photos may have been added.
         if state.get("status") == "finished" and run.newest != CAPTIONS:
             done = [job for job in jobs if _text(job.status.stage) == "COMPLETED"]
+            run.completed = done[-1].id if done else ""
             run.finished_by = next((job.id for job in done if (job.labels or {}).get(COMMAND_LABEL) == command), "")
     return run
 

@@ -17,11 +17,13 @@ from pydantic import BeforeValidator
 from t2i.clouds import launch, staging
 from t2i.clouds.launch import CURVES_AT_HOME, SERVER
 from t2i.clouds.staging import Command, read_mapping
-from t2i.command_line import plain_option, typed_options
+from t2i.command_line import plain_option, typed_fields, typed_options
+from t2i.config import Recipe
 from t2i.config_types import Count, checked, known_key, matching
 from t2i.errors import UserError
 from t2i.files import hash_json, sha256_file, write_json
 from t2i.redaction import redact
+from t2i.runs import FREE_OF_CAPTIONING, FREE_OF_TRAINING, LENGTHS, PUSHING
 from t2i.tracking.addresses import Address, is_managed
 
 KIND = "HF_JOBS"
@@ -32,8 +34,11 @@ SECONDS = "T2I_SECONDS"  # variable of the container: seconds that the job had r
 LABEL = "t2i-run"  # label of a job that names the repository of its run, without the namespace
 # Label of a job with the hash of its whole command, which tells an extension from a repetition.
 COMMAND_LABEL = "t2i-command"
-# Options that may differ between two commands that resume or extend the same run.
-RESUMING = ("max_train_steps", "num_train_epochs", "lr_on_extend", "resume_from_checkpoint")
+# Options that may differ between two commands that resume or extend the same run. Another run_name or experiment is the
+# way to start another training. The repository of captions stands only in their card.
+FREE = {*FREE_OF_TRAINING, *FREE_OF_CAPTIONING, *LENGTHS, "hub_dataset_id"} - {"run_name", "experiment"}
+# A job is worth its price on a finished run, too, if one of these options differs.
+WORTH_A_JOB = {*LENGTHS, *PUSHING, "hub_model_id", "hub_dataset_id", "license"}
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -143,13 +148,6 @@ def check_precision(config: HfJobsConfig, inside: Path, inner: dict[str, Any], g
         )
 
 
-def precision_note(config: HfJobsConfig, inner: dict[str, Any]) -> str:
-    """Return a note if `config` or `inner` asks for bf16 on a T4, which is slow, otherwise ""."""
-    if (config.mixed_precision or inner.get("mixed_precision")) != "bf16" or not config.flavor.startswith("t4-"):
-        return ""
-    return f"the GPU of {config.flavor} has no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
-
-
 def default_inside(flavor: str, gpus: int | None) -> Path:
     """Return the accelerate YAML for a container with this number of GPUs. An unknown number, None, raises `UserError`."""
     if gpus is None:
@@ -188,29 +186,41 @@ def local_inputs(command: Command) -> dict[str, str]:
 def run_name(command: Command, config: HfJobsConfig, hashes: dict[str, str]) -> str:
     """Return the name of the repository that keeps the command's run.
 
-    The same script with the same arguments, recipe and inputs has the same repository on every flavor. A later job
-    therefore resumes the run of an earlier one. A raised --max_train_steps keeps the name too, and extends the run.
+    The same script with the same arguments in any order, recipe and inputs has the same repository on every flavor. A
+    later job therefore resumes the run of an earlier one. Options that never change a result keep the name too, and so
+    does a raised --max_train_steps, which extends the run.
 
     Args:
         hashes: hash of each input folder by option, from `staging.hash_folder`.
     """
-    words = command.arguments
-    if command.recipe:  # an own script may mean something else by these options
-        words = [
-            word for name, _, typed in typed_options(words) if plain_option(name) not in RESUMING for word in typed
-        ]
-    return f"{config.base_job_name}-{_hash(command, words, hashes)}"
+    return f"{config.base_job_name}-{_hash(command, set(), hashes)}"
 
 
 def command_hash(command: Command, hashes: dict[str, str]) -> str:
-    """Return the hash of a whole command. `hashes` are those of `run_name`."""
-    return _hash(command, command.arguments, hashes)
+    """Return the hash by which a repeated command is told from one that extends or pushes the same run.
+
+    The argument `hashes` is that of `run_name`.
+    """
+    return _hash(command, WORTH_A_JOB, hashes)
 
 
-def _hash(command: Command, words: list[str], hashes: dict[str, str]) -> str:
+def _sorted_words(command: Command, kept: set[str]) -> list[str]:
+    """Return the words of the command's options by name: those that decide a run, and those in `kept`.
+
+    The words of a user's own script stay as they are, since its options may mean something else.
+    """
+    if command.recipe is None:
+        return command.arguments
+    student = {"num_inference_steps", "guidance_scale"} if command.script == "distill_unet.py" else set()
+    typed = [(plain_option(name), values) for name, values, words in typed_options(command.arguments)
+             if not typed_fields(Recipe, words) & (FREE - kept - student)]  # fmt: skip
+    return [word for name, values in sorted(typed, key=lambda option: option[0]) for word in (f"--{name}", *values)]
+
+
+def _hash(command: Command, kept: set[str], hashes: dict[str, str]) -> str:
     file = staging.recipe_file(command.arguments)
     recipe = sha256_file(Path(file)) if file else None
-    return hash_json([command.script, words, recipe, hashes])[:12]
+    return hash_json([command.script, _sorted_words(command, kept), recipe, hashes])[:12]
 
 
 def stage(

@@ -15,11 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from t2i.captions.ledger import is_inspection
-from t2i.clouds.staging import Command
+from t2i.clouds.staging import FOLDERS, Command
+from t2i.config import REVISIONS
 from t2i.errors import UserError
 from t2i.redaction import redact
 from t2i.tracking.addresses import Address, is_managed, split_uri
@@ -111,6 +112,22 @@ def _names_secret(name: str) -> bool:
     return name in SECRET_NAMES or name.upper().rpartition("_")[2] in SECRET_WORDS
 
 
+def precision_note(machine: str, own: str | None, inner: dict[str, Any]) -> str:
+    """Return a note if the job's precision is slow on the machine, otherwise "".
+
+    Args:
+        machine: the instance type or flavor. GPUs older than Ampere have no units for bf16.
+        own: precision in the YAML that submits the job, or None.
+        inner: the YAML for the containers, from `staging.read_inside`.
+    """
+    if (own or inner.get("mixed_precision")) != "bf16" or not re.match(r"ml\.(g4dn|p2|p3|p3dn)\.|t4-", machine):
+        return ""
+    return (
+        f"the GPUs of {machine} have no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
+        f"{'' if own else ' in the YAML that submits the job'}"
+    )
+
+
 def check_push(command: Command, token_travels: bool) -> None:
     """Raise `UserError` if the Hub would refuse, at the job's end, the push that the arguments ask for.
 
@@ -129,6 +146,65 @@ def check_push(command: Command, token_travels: bool) -> None:
         target = upload.Target(settings.hub_revision, settings.create_pr)
         say = partial(print, file=sys.stderr)
         upload.check_access(repo_id, "dataset" if captions else "model", say, target)
+
+
+def check_hub_ids(command: Command, inputs: dict[str, str], token: str) -> str:
+    """Check that the job will find the data set and the models that its command names on the Hub.
+
+    Args:
+        inputs: folders that are sent, by option.
+        token: the Hub's token that the job gets, or "".
+
+    Returns:
+        A note on what could not be checked, since the Hub did not answer, or "".
+
+    Raises:
+        UserError: the Hub does not show a data set or model to this token.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from t2i.hub import upload
+    from t2i.loading import explain_loading
+
+    ids = list(_hub_ids(command, inputs))
+    for number, (option, name, revision) in enumerate(ids):
+        kind: Literal["dataset", "model"] = "dataset" if option == "dataset" else "model"
+        try:
+            with upload.limited(upload.CHECK_S):
+                api = HfApi(token=token or False)
+                if api.repo_info(name, revision=revision, repo_type=kind).gated:
+                    api.auth_check(name, repo_type=kind)
+        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # all that huggingface_hub raises
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+            why = explain_loading(error, name, revision, kind) if status in (401, 403, 404) else None
+            if status in (401, 403) and not token:
+                why = (
+                    f"the Hub does not show {name} to a job without a token; correct the name, or export HF_TOKEN (the token of "
+                    "hf auth login is not sent)"
+                )
+            if why is None:
+                rest = ", ".join(f"--{option} {name}" for option, name, _ in ids[number:])
+                return f"the Hub does not answer now, so nobody checked whether the job can read {rest}"
+            raise UserError(f"--{option} {name}: {why}") from None
+    return ""
+
+
+def _hub_ids(command: Command, inputs: dict[str, str]) -> Iterator[tuple[str, str, str | None]]:
+    """Yield option, Hub id and revision of each data set and model that the job itself will download."""
+    for option, value in command.folder_options().items():
+        section = getattr(command.recipe, FOLDERS[option][0])
+        is_used = getattr(section, option.replace("_network", "_weight"), True)  # of the networks of losses
+        if option in inputs or option == "audit_tokenizer" or not is_used:  # an audit does without the tokenizer
+            continue
+        names = section.captioner if option == "captioner" else [value]
+        key = "captioner_revision" if option == "captioner" else REVISIONS.get(option, "")
+        yield from (
+            (option, name, getattr(section, key, None))
+            for name in names
+            if name not in ("label", "existing", "florence2")
+        )
 
 
 def confirm(yes: bool) -> None:

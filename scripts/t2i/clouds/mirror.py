@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,13 +22,15 @@ CAPTIONS = "captions.jsonl"  # file of a captioning
 
 POLL_S = 5.0  # between two looks at the run folder
 FOLLOW_S = 60.0  # Time for which the push of a checkpoint is retried. The next look tries again.
+CAPTIONS_S = 300.0  # between two pushes of captions that are being made
 
 
 class Mirror:
     """The copy of a run folder in a private repository, where the folder is named run/.
 
-    A thread pushes the run folder once per new checkpoint. Each push is one commit, so the repository never holds part
-    of a checkpoint. Checkpoints that the training removes are removed in the repository.
+    A thread pushes the run folder once per new checkpoint, and every `CAPTIONS_S` while a captioning adds captions. Each
+    push is one commit, so the repository never holds part of a checkpoint. Checkpoints that the training removes are
+    removed in the repository.
 
     Args:
         work: folder that holds run/. A copy of it is made beside it during a push, by hard links if possible.
@@ -38,18 +41,22 @@ class Mirror:
     def __init__(self, work: Path, repo_id: str, say: Callable[[str], Any] = print) -> None:
         self.run, self.repo_id, self._say = work / "run", repo_id, say
         self._copy, self._pushed = work / "sent", ""
+        self._captions, self._pushed_at = 0, time.monotonic()  # bytes of the captions that were pushed last, and when
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def restore(self) -> str:
-        """Download the run of an earlier job, and return the name of its newest checkpoint, or ""."""
+        """Download the run of an earlier job, and return what it resumes from: a checkpoint's name, `CAPTIONS` or ""."""
         # One file at a time: on a failed connection huggingface_hub closes the client that its other threads still use.
         snapshot_download(self.repo_id, allow_patterns=["run/*"], local_dir=self.run.parent, max_workers=1)
-        self._pushed = self.newest()
-        return self._pushed
+        self._pushed, self._captions = self._newest(), _size(self.run / CAPTIONS)
+        return self.resumes_from()
 
-    def newest(self) -> str:
-        """Return the name of the newest complete checkpoint on this machine, or ""."""
+    def resumes_from(self) -> str:
+        """Return what a run resumes from on this machine: the newest checkpoint's name, `CAPTIONS` or ""."""
+        return self._newest() or (CAPTIONS if _size(self.run / CAPTIONS) else "")
+
+    def _newest(self) -> str:
         folders = checkpoint_folders(self.run)
         return folders[-1].name if folders else ""
 
@@ -80,17 +87,18 @@ class Mirror:
 
     def _follow(self) -> None:
         while not self._ended.wait(POLL_S):
-            if self.newest() in ("", self._pushed):
+            captions = _size(self.run / CAPTIONS) != self._captions and time.monotonic() - self._pushed_at > CAPTIONS_S
+            if self._newest() in ("", self._pushed) and not captions:
                 continue
             try:
                 self._push(FOLLOW_S)
             except (UserError, OSError) as error:  # the next checkpoint, or the end of the training, tries again
-                self._say(f"WARNING: {self.newest()} is not in {self.repo_id} yet: {error}")
+                self._say(f"WARNING: {self.resumes_from()} is not in {self.repo_id} yet: {error}")
 
     def _push(self, deadline: float) -> None:
         shutil.rmtree(self._copy, ignore_errors=True)
         copy_run(self.run, self._copy / "run")
-        whole = checkpoint_folders(self._copy / "run")
+        whole, captions = checkpoint_folders(self._copy / "run"), _size(self._copy / "run" / CAPTIONS)
         newest = whole[-1].name if whole else ""
         self._check_owner({folder.name for folder in whole})
         if not any((self._copy / "run").iterdir()):
@@ -107,9 +115,9 @@ class Mirror:
             say=self._say,
         )
         shutil.rmtree(self._copy, ignore_errors=True)
-        self._pushed = newest
-        if newest:
-            self._say(f"{newest} is in {self.repo_id}")
+        self._pushed, self._captions, self._pushed_at = newest, captions, time.monotonic()
+        if newest or captions:
+            self._say(f"{newest or CAPTIONS} is in {self.repo_id}")
 
 
 def newest_checkpoint(api: HfApi, repo_id: str) -> str:
@@ -133,6 +141,11 @@ def resumes_from(api: HfApi, repo_id: str) -> str:
         return newest
     is_whole = f"run/{CAPTIONS}" in files and any(is_inspection(file.removeprefix("run/")) for file in files)
     return CAPTIONS if is_whole else ""
+
+
+def _size(file: Path) -> int:
+    """Return the size of a file in bytes, or 0 if the file does not exist."""
+    return file.stat().st_size if file.is_file() else 0
 
 
 def step_of(name: str) -> int:

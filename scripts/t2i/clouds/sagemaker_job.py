@@ -178,21 +178,6 @@ def check_precision(config: SageMakerConfig, inside: Path, inner: dict[str, Any]
         )
 
 
-def precision_note(config: SageMakerConfig, inner: dict[str, Any]) -> str:
-    """Return a note if the job's precision is slow on the machine, otherwise "".
-
-    The argument `inner` is the result of `staging.read_inside`.
-    """
-    own = config.mixed_precision
-    has_bf16 = not re.match(r"ml\.(g4dn|p2|p3|p3dn)\.", config.ec2_instance_type)
-    if (own or inner.get("mixed_precision")) != "bf16" or has_bf16:
-        return ""
-    return (
-        f"the GPUs of {config.ec2_instance_type} have no bf16 units, so mixed_precision bf16 is slow there; "
-        f"set mixed_precision: fp16{'' if own else ' in the SageMaker YAML'}"
-    )
-
-
 def read_config(path: Path) -> SageMakerConfig:
     """Read accelerate's YAML for SageMaker.
 
@@ -262,6 +247,8 @@ def check_isolation(command: Command, config: SageMakerConfig, inputs: dict[str,
     if not config.additional_args.enable_network_isolation:
         return
     without = "enable_network_isolation: true leaves the job without a network"
+    if SECRETS in config.additional_args.environment:
+        raise UserError(f"{without}, so it cannot read a secret; remove {SECRETS} from environment in the YAML")
     if not config.image_uri:
         raise UserError(
             f"{without}, so scripts/requirements.txt cannot be installed; name an image with these packages in image_uri"

@@ -7,16 +7,19 @@ import dataclasses
 import hashlib
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from t2i.captions.texts import check_templates
 from t2i.command_line import option, plain_option, typed_options
 from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
 from t2i.config_types import checked
 from t2i.errors import UserError
-from t2i.files import sha256_file, write_text
+from t2i.files import files_below, sha256_file, write_text
 from t2i.redaction import holds_token, redact
 from t2i.runs import code_revision
 
@@ -124,6 +127,8 @@ def read_command(words: list[str], cloud: str) -> Command:
     if script.name in AT_HOME:
         raise UserError(f"{script.name} runs on your own machine; scripts for {cloud} are {', '.join(SECTIONS)}")
     recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", arguments) if sections else None
+    if recipe:
+        check_templates(recipe.data.caption_template)
     file = recipe_file(arguments)
     if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
         raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
@@ -193,14 +198,12 @@ def hash_folder(folder: Path) -> tuple[str, list[Path]]:
     """Hash the content of a folder. Uploads are named by this hash, so that equal folders are sent once.
 
     Returns:
-        The first 16 hex digits of the hash over paths and contents, and the hashed files. Hidden files of the folder
-            are skipped.
+        The first 16 hex digits of the hash over paths and contents, and the hashed files, with those of linked folders.
+            Hidden files of the folder are skipped.
     """
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files = [
+        path for path in files_below(folder) if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     if not files:
         raise UserError(f"{folder} holds no files; give a folder with files")
     total = hashlib.sha256()
@@ -256,6 +259,8 @@ def read_keys(cls: Any, path: Path) -> Any:
 def stage(folder: Path, command: Command, inside: Path) -> None:
     """Write the files that every container gets: scripts/, templates of cards, the inner YAML, the recipe and the revision.
 
+    The requirements get the package of the tracker in `report_to`.
+
     Raises:
         UserError: a file holds a token, which everybody with access to the job's files could read.
     """
@@ -267,6 +272,13 @@ def stage(folder: Path, command: Command, inside: Path) -> None:
                 f"{file.relative_to(folder)} holds what looks like a token, and would be sent to the cloud; remove it there"
             )
     shutil.copyfile(inside, folder / "accelerate.yaml")
+    tracker = getattr(command.settings, "report_to", "none")
+    if tracker not in ("none", "mlflow"):  # other jobs need no such package
+        pinned = ""
+        with suppress(PackageNotFoundError):
+            pinned = f"=={version(tracker)}"
+        with open(folder / "scripts" / "requirements.txt", "a", encoding="utf-8") as requirements:
+            requirements.write(f"{tracker}{pinned}  # --report_to {tracker}\n")
     if recipe := recipe_file(command.arguments):
         shutil.copyfile(recipe, folder / "recipe.yaml")
     write_text(folder / "REVISION", code_revision() + "\n")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 # The formats that cameras, browsers and data sets use. Each further decoder (PSD, ICO, EPS, FITS …) is code that reads
 # untrusted bytes, and some decoders start other programs. Images in other formats are quarantined by the format's name.
@@ -50,6 +50,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False  # A truncated photo, grey in part, must
 # MAX_PIXELS is checked below, and is lower than the size at which Pillow would start to warn.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_EXIF_MARKS = (b"Exif", b"eXIf", b"EXIF", b"II*\0", b"MM\0*")  # Bytes of JPEG and HEIF, PNG, WebP, and TIFF with EXIF.
 LFS_POINTER = b"version https://git-lfs"
 _SIGNATURES = (  # (offset, bytes, name): names the format of a file without running its decoder.
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"),
@@ -258,6 +259,17 @@ def image_bytes(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
     if not any(path.is_relative_to(os.path.abspath(root)) for root in roots):
         raise BadImage("outside the dataset folder")
     return read_image_file(path)
+
+
+def has_gps(data: bytes) -> bool:
+    """Return whether the bytes of an image file say where the photo was taken: its EXIF block has a directory for GPS."""
+    if not any(mark in data for mark in _EXIF_MARKS):  # The usual case, without Pillow.
+        return False
+    try:
+        with Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS) as image:
+            return bool(image.getexif().get_ifd(ExifTags.IFD.GPSInfo))
+    except Exception:  # Decoders raise a dozen types, and a broken EXIF block does not make the pixels bad.
+        return False
 
 
 def image_digest(image: dict[str, Any] | None, roots: tuple[Path, ...]) -> bytes:

@@ -35,7 +35,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from t2i.captions.texts import clean
+from t2i.captions.texts import check_templates, clean
 from t2i.config import DataConfig, check_dataset
 from t2i.config_types import unlisted
 from t2i.data import overview
@@ -110,11 +110,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
         UserError: the data set is missing, empty or without captions, the disk is full, or more than
             `cfg.max_bad_share` of the images are bad.
     """
-    for template in cfg.caption_template:
-        if "{label}" not in template:
-            raise UserError(
-                f"caption_template {template!r} does not contain {{label}}; write e.g. 'a photo of a {{label}}'"
-            )
+    check_templates(cfg.caption_template)
     cache = Path(cfg.cache_dir).expanduser() / "pixels"
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -172,7 +173,33 @@ def shard_source(
 
     size = sum((folder / shard).stat().st_size for shard in shards)
     notes = {"form": f"{form}, {len(shards)} {'file' if len(shards) == 1 else 'files'}", "left_out": left_out}
-    return Source(name, hash_json(content), load, roots, disk_bytes=2 * size, notes=notes)
+    return Source(
+        name,
+        hash_json(content),
+        load,
+        roots,
+        disk_bytes=2 * size,
+        count=lambda: _count_rows(folder, shards),
+        notes=notes,
+    )
+
+
+def _count_rows(folder: Path, shards: list[str]) -> dict[str, int]:
+    """Return the rows by split of Parquet shards, by their footers and names, or {} if a shard has no such footer.
+
+    If some shards are named by a split, others are not counted, as `datasets` does not read them. Without any names, all
+    are the train split.
+    """
+    counts: Counter[str] = Counter()
+    try:
+        for shard in shards:
+            words = re.split(r"[^a-z0-9]+", shard.lower())  # data/train-00000-of-00002.parquet
+            split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+            counts[split] += pq.read_metadata(folder / shard).num_rows
+    except (OSError, pa.ArrowException):
+        return {}
+    unnamed = counts.pop("", 0)
+    return dict(counts) or {"train": unnamed}
 
 
 def _front_matter(card: Path) -> list[str]:

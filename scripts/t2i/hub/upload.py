@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -33,7 +33,7 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils._http import default_client_factory
 
 from t2i.errors import UserError
-from t2i.files import sha256_file
+from t2i.files import files_below, sha256_file
 from t2i.loading import NO_XET, RepoType
 from t2i.redaction import redact
 
@@ -89,6 +89,8 @@ class Pushed:
     url: str
     commit: str  # Hash of the pushed commit, 40 hex digits.
     changed: bool  # Whether files were uploaded. The value is False if the Hub already had all files.
+    # Files on the Hub that the push left as they were, since they are not its own.
+    others: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.url} {'has it now' if self.changed else 'is up to date'} (commit {self.commit[:7]})"
@@ -277,7 +279,7 @@ def push_folder(
     (HF_XET_CLIENT_RETRY_MAX_ATTEMPTS, HF_XET_CLIENT_READ_TIMEOUT).
 
     Args:
-        folder: Folder of the files to push. The push does not change the folder.
+        folder: Folder of the files to push, whose linked folders are pushed too. The push does not change the folder.
         repo_id: Name of the repository, `owner/name`. A missing repository is created.
         repo_type: Kind of the repository: model, dataset or space.
         files: Patterns of the files to push, relative to `folder`. As in huggingface_hub, `*` also matches `/`. Files
@@ -296,7 +298,7 @@ def push_folder(
         HubError: The push has finally failed. The error's message contains no secrets.
     """
     check_repo_id(repo_id, "repo_id")
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in files_below(folder))
     local = {name: folder / name for name in _matching(names, files)}
     if not local:
         raise HubError(f"{folder} has no file that matches {', '.join(files)}; nothing is pushed")
@@ -309,9 +311,9 @@ def push_folder(
         try:
             with limited(silence_s):
                 head = _open_head(api, repo_id, repo_type, private, folder, merge_card, target)
-                operations = _differences(api, repo_id, repo_type, head, local, files, merge_card)
+                operations, others = _differences(api, repo_id, repo_type, head, local, files, merge_card)
                 if not operations:  # the Hub had all files, or a commit arrived whose answer was lost
-                    return Pushed(url, head, changed=sent)
+                    return Pushed(url, head, changed=sent, others=others)
                 sent = True
                 commit = api.create_commit(
                     repo_id,
@@ -322,7 +324,7 @@ def push_folder(
                     revision=target.revision,
                     create_pr=target.create_pr,
                 )
-                return Pushed(commit.pr_url or url, commit.oid, changed=True)
+                return Pushed(commit.pr_url or url, commit.oid, changed=True, others=others)
         except (OSError, RuntimeError, ValueError) as error:
             failure = _read_failure(error, api)
         now = time.monotonic()
@@ -427,8 +429,8 @@ def _differences(
     local: dict[str, Path],
     files: list[str],
     merge_card: Callable[[str | None], str] | None,
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return the operations of the commit that makes the repository at `head` equal to the folder."""
+) -> tuple[list[CommitOperationAdd | CommitOperationDelete], list[str]]:
+    """Return the operations of the commit that makes the repository at `head` equal to the folder, and other files there."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=repo_type)
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     contents: dict[str, Path | bytes] = dict(local)
@@ -436,7 +438,7 @@ def _differences(
         card = _read_card(api, f"{_address(api, repo_id, repo_type)}/resolve/{head}/{CARD}") if CARD in remote else None
         contents[CARD] = merge_card(card).encode("utf-8")
     stale = [path for path in _matching(remote, files) if path not in contents]
-    return [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(
             CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
             for path, content in contents.items()
@@ -444,6 +446,7 @@ def _differences(
         ),
         *(CommitOperationDelete(path, is_folder=False) for path in stale),
     ]
+    return operations, sorted(remote.keys() - contents.keys() - set(stale))
 
 
 def _read_card(api: HfApi, address: str) -> str:

@@ -24,7 +24,7 @@ from t2i.data import preparing
 from t2i.errors import UserError
 from t2i.files import append_jsonl, read_json, write_json, write_text
 from t2i.redaction import public_yaml
-from t2i.runs import RunFolder, checkpoint_step, own_checkpoint
+from t2i.runs import FREE_OF_TRAINING, RunFolder, checkpoint_step, own_checkpoint
 from t2i.training import checkpoints, zero
 from t2i.training.distributed import broadcast_from_main
 from t2i.training.muon import Muon
@@ -61,33 +61,25 @@ class Average(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1.0 - self.cur_decay_value)
 
 
-# These settings change neither the training nor its result. Inputs are compared by the hashes of their contents.
+# These settings are not compared themselves. Inputs are compared by the hashes of their contents.
 _PASSING = {
-    *("output_dir", "cache_dir", "dataset", "dataset_revision", "vae", "vae_revision", "text_encoder"),
-    *("dry_run", "dataset_config_name", "revision", "variant", "mixed_precision", "validation_epochs", "logging_dir"),
+    *FREE_OF_TRAINING,
+    *(
+        "dataset",
+        "dataset_revision",
+        "dataset_config_name",
+        "vae",
+        "vae_revision",
+        "text_encoder",
+        "text_encoder_revision",
+    ),
+    *("pretrained_model_name_or_path", "revision", "variant"),
+    *("image_column", "caption_column", "caption_template", "caption_prefix", "label_names"),
     "scale_lr",  # The resulting learning rate is compared instead.
-    "lr_on_extend",  # Each extension is recorded with its own.
-    *("text_encoder_revision", "pretrained_model_name_or_path", "image_column", "caption_column", "caption_template"),
-    "caption_prefix",
-    *("label_names", "max_bad_share", "report_to", "experiment", "run_name", "logging_steps", "validation_steps"),
-    *("validation_prompts", "guidance_scale", "guidance_rescale", "num_inference_steps"),
-    *("checkpointing_steps", "checkpoints_total_limit"),
     "model",  # The hash of its weights is compared.
-    *("resume_from_checkpoint", "max_nonfinite_steps", "gradient_checkpointing"),
-    *("compile", "channels_last", "cuda_graphs"),
     "perceptual_network",  # Its hash is compared if the network is used.
     "alignment_network",  # Its hash is compared if the network is used.
     *("train_batch_size", "gradient_accumulation_steps"),  # The global batch is compared instead.
-    *(
-        "push_to_hub",
-        "hub_private_repo",
-        "hub_deadline",
-        "hub_revision",
-        "create_pr",
-        "hub_model_id",
-        "license",
-        "gallery_pictures",
-    ),
 }
 # Settings added later. Runs made before them behaved as these values say.
 _LATER = {
