@@ -429,7 +429,7 @@ def test_a_dry_run_shows_the_request_and_sends_nothing(hub, launcher):
 
 def test_bf16_is_noted_where_gpus_have_no_units_for_it(hub, launcher):
     note = (
-        "NOTE: the GPU of t4-small has no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
+        "NOTE: the GPUs of t4-small have no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
     )
     assert note in launcher("--dry_run", *CARD, mixed_precision="bf16")
     assert "bf16 units" not in launcher("--dry_run", *CARD)
