@@ -129,9 +129,10 @@ def read_command(words: list[str], cloud: str) -> Command:
         )
     if script.name in AT_HOME:
         raise UserError(f"{script.name} runs on your own machine; scripts for {cloud} are {', '.join(SECTIONS)}")
-    words = with_settings_of_model(arguments) if "distill" in (sections or ()) else arguments
+    distils = "distill" in (sections or ())
+    words = with_settings_of_model(arguments) if distils else arguments
     recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", words) if sections else None
-    if recipe and "distill" in sections and not recipe.distill.model:
+    if recipe and distils and not recipe.distill.model:
         raise UserError("no model: give --model with the run folder of train_unet.py, whose denoiser is distilled")
     file = recipe_file(words)
     if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
