@@ -78,14 +78,14 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     inside = Path(options.inside) if options.inside else hf_job.default_inside(config.flavor, gpus)
     inner = staging.read_inside(inside)
     hf_job.check_precision(config, inside, inner, 1 if gpus is None else gpus)
-    if command.script == "train_unet.py":
-        check_optimizer(command.settings.optimizer, inner)
+    if optimizer := getattr(command.settings, "optimizer", None):
+        check_optimizer(optimizer, inner)
     inputs = hf_job.local_inputs(command)
     launch.check_push(command, token_travels=bool(account.token))
     if account.missing and not options.dry_run:
         raise UserError("; ".join(account.missing))
     unchecked = "" if account.missing else launch.check_hub_ids(command, inputs, account.token)
-    hashes = {name: staging.hash_folder(Path(folder))[0] for name, folder in inputs.items()}
+    hashes = {name: digest for name, (digest, _) in staging.hash_inputs(command, inputs).items()}
     repo_id = f"{account.namespace or 'NAMESPACE'}/{hf_job.run_name(command, config, hashes)}"
     whole = hf_job.command_hash(command, hashes)
     images = options.train_images or (costs.count_images(command.recipe.data) if command.recipe else None)
@@ -113,7 +113,8 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     check_run(run, estimate, command.script)
     job = submit(command, config, account, inside, inputs, hashes, repo_id, secrets)
     own = f"python scripts/launch_hf_job.py --config_file {shlex.quote(str(options.config_file))}"
-    print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {own} --fetch {job.id}")
+    fetch = f"{own} --fetch {job.id}{launch.place_of_student(command, job.id)}"
+    print(f"submitted {job.id}\n  page:  {job.url}\n  stop:  {own} --stop {job.id}\n  fetch: {fetch}")
     if options.wait:
         ended = follow(job.id, account)
         if ended.status.stage != "COMPLETED":
@@ -175,7 +176,9 @@ def submit(
     """Upload inputs and code, submit the job, and return the Hub's `JobInfo`."""
     from t2i.clouds import hf_account
 
-    repositories = hf_account.upload_inputs(account, inputs, hashes)
+    teacher = staging.find_teacher(command)
+    files = {"model": teacher.names} if teacher else {}
+    repositories = hf_account.upload_inputs(account, inputs, hashes, files)
     with tempfile.TemporaryDirectory() as name:
         hf_job.stage(Path(name), command, config, inside, repositories, repo_id)
         commit = hf_account.upload_code(Path(name), repo_id)

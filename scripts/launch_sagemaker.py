@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from t2i.clouds import aws_account as aws
 from t2i.clouds import aws_errors, costs, launch, sagemaker_job, staging
-from t2i.clouds.staging import ROOT, Command, hash_folder, read_inside
+from t2i.clouds.staging import ROOT, Command, hash_inputs, read_inside
 from t2i.config import check_optimizer
 from t2i.data.split_names import SHARD
 from t2i.errors import UserError, run_main
@@ -63,8 +63,8 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
     inside = Path(options.inside)
     inner = read_inside(inside)
     sagemaker_job.check_precision(config, inside, inner)
-    if command.script == "train_unet.py":
-        check_optimizer(command.settings.optimizer, inner)
+    if optimizer := getattr(command.settings, "optimizer", None):
+        check_optimizer(optimizer, inner)
     sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)
@@ -88,7 +88,7 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "code"
         sagemaker_job.stage(source, command, config, inside, inputs)
-        folders = {name: hash_folder(Path(value)) for name, value in inputs.items() if "://" not in value}
+        folders = hash_inputs(command, inputs)
         hashes = {name: digest for name, (digest, _) in folders.items()}
         files = {name: local_files for name, (_, local_files) in folders.items()}
         secrets = aws.secrets_here(config)
@@ -120,6 +120,7 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
         f"  state: aws sagemaker describe-training-job --training-job-name {job} --region {config.region}\n"
         f"  stop:  python scripts/launch_sagemaker.py --config_file {file} --stop {job}\n"
         f"  fetch: python scripts/launch_sagemaker.py --config_file {file} --fetch {job}"
+        f"{launch.place_of_student(command, job)}"
     )
     if options.wait and (bad_end := describe_end(job, follow(job, config, account.session))):
         raise UserError(bad_end)

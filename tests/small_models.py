@@ -69,6 +69,24 @@ def florence(folder: Path, size: str = "tiny") -> Path:
     return folder
 
 
+def untrained_run(folder: Path, recipe: Any) -> Path:
+    """A finished run of train_unet.py in `folder`, whose models have the sizes of `recipe` and random weights."""
+    from t2i import models
+    from t2i.config import to_dict
+    from t2i.files import write_json
+    from t2i.redaction import public_yaml
+
+    vae = models.build_vae(recipe.vae)
+    encoder, tokenizer = models.build_text_encoder(recipe.unet, ["a red flower", "a blue flower with five petals"], 0)
+    side, channels = recipe.data.resolution // models.vae_factor(vae), vae.config.latent_channels
+    unet = models.build_unet(recipe.unet, side, channels, encoder.config.hidden_size)
+    scheduler = models.build_ddim(models.build_noise_scheduler(recipe.unet))
+    models.build_pipeline(vae, encoder, tokenizer, unet, scheduler).save_pretrained(folder / "pipeline")
+    (folder / "config.yaml").write_text(public_yaml(to_dict(recipe)))
+    write_json(folder / "run.json", {"status": "finished", "steps": 8, "output_unet_hash": models.hash_model(unet)})
+    return folder
+
+
 def blip(folder: Path) -> Path:
     """A small BLIP with random weights: an image-to-text model of another kind."""
     import torch

@@ -18,12 +18,14 @@ from streamlit.testing.v1 import AppTest
 import distill_unet
 from conftest import ROOT, SCRIPTS
 from t2i import models
-from t2i.config import DistillConfig
+from t2i.clouds import staging
+from t2i.config import DistillConfig, Recipe, run_of
 from t2i.data.caches import to_pixels
 from t2i.diffusion import jump, jump_loss
 from t2i.errors import UserError
 from t2i.evaluation import image_losses
 from t2i.evaluation.metrics import psnr
+from t2i.files import write_json
 from t2i.pictures import cells, guide, sampling
 from t2i.pictures.png import (
     choose_preset,
@@ -177,6 +179,56 @@ def test_the_same_command_reuses_the_student(student, teacher, run_main, capsys)
         "--model", f"{teacher}/", "--output_dir", student, *OPTIONS
     )  # the same model, as a shell completes its name
     assert "reusing the finished run" in capsys.readouterr().out
+
+
+def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
+    """What is sent of a run, a run in training, a checkpoint or a pipeline draws as on this machine, by the same settings."""
+    run = tmp_path / "unet"
+    shutil.copytree(teacher, run)
+    shutil.copytree(run / "checkpoint-000004" / "unet_ema", run / "pipeline" / "guide")
+    write_json(run / "pipeline" / "guide" / "guide.json", {"step": 4})
+    write_json(run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": 3.0}})
+    (run / "pipeline" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    shutil.copytree(run / "pipeline", tmp_path / "pipeline")
+    training = tmp_path / "training"
+    shutil.copytree(run, training, ignore=lambda folder, _: ["unet"] if Path(folder).name == "pipeline" else [])
+    for model, inside, checkpoints in (
+        (run, ".", set()), (run / "checkpoint-4", "checkpoint-000004", {"checkpoint-000004"}), (run / "pipeline", "pipeline", set()),
+        (tmp_path / "pipeline", ".", set()), (training, "checkpoint-000008", {"checkpoint-000008"}),
+    ):  # fmt: skip
+        words = [str(SCRIPTS / "distill_unet.py"), "--model", str(model), "--dataset", "a/b", "--resolution", "32"]
+        sent = staging.find_teacher(staging.read_command(words, "a cloud"))
+        assert sent.path == inside
+        assert {name.split("/")[0] for name in sent.names if name.startswith("check")} == checkpoints
+        assert not [
+            name for name in sent.names if name.endswith((".bin", ".png", "optimizer.safetensors", "README.md"))
+        ]
+        there = tmp_path / "job" / str(len(list(tmp_path.glob("job/*"))))
+        for name in sent.names:
+            (there / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sent.folder / name, there / name)
+        here, copied = (sampling.load_pipeline(path).unet for path in (model, there / sent.path))
+        assert models.hash_model(guide.unguided(copied)) == models.hash_model(guide.unguided(here))
+        assert guide.guide_hash(copied) == guide.guide_hash(here)
+        assert (guide.guide_of(copied) is None) == (inside == "checkpoint-000004")
+        scales = [distill_unet.choose_scale(Recipe(), run_of(str(path))) for path in (model, there / sent.path)]
+        assert scales == ([7.5, 7.5] if model == tmp_path / "pipeline" else [3.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "no model: give --model with the run folder"),
+        (["--model", "STUDENT"], "is a student already"),
+        (["--model", "WORKSPACE/vae"], r"vae lacks .*unet.config\.json; give a run folder of train_unet\.py"),
+        (["--model", "flowers"], "--model flowers does not exist; give a local folder, an s3:// folder or a Hub id"),
+    ],
+)
+def test_a_job_without_a_teacher_is_refused(words, sentence, student, workspace):
+    words = [word.replace("STUDENT", str(student)).replace("WORKSPACE", str(workspace)) for word in words]
+    words = [str(SCRIPTS / "distill_unet.py"), "--dataset", "a/b", *words]
+    with pytest.raises(UserError, match=sentence):
+        staging.find_inputs(staging.read_command(words, "a cloud"))
 
 
 # --- Stop and resume -------------------------------------------------------------------------------------------------

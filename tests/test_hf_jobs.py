@@ -27,10 +27,12 @@ import run_hf_job
 from conftest import ROOT, SCRIPTS, TINY
 from local_jobs import JobRun, JobsHub, why_not
 from local_sagemaker import aws
+from small_models import untrained_run
 from t2i import config
 from t2i.captions import ledger
 from t2i.clouds import costs, hf_job, mirror, sagemaker_job, staging
 from t2i.errors import UserError
+from t2i.runs import find_student
 
 UNET = str(SCRIPTS / "train_unet.py")
 CARD = ["--train_images", "6811", UNET, "--config", "flowers"]
@@ -428,9 +430,7 @@ def test_a_dry_run_shows_the_request_and_sends_nothing(hub, launcher):
 
 
 def test_bf16_is_noted_where_gpus_have_no_units_for_it(hub, launcher):
-    note = (
-        "NOTE: the GPUs of t4-small have no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
-    )
+    note = "NOTE: the GPUs of t4-small have no bf16 units, so mixed_precision bf16 is slow there; set mixed_precision: fp16"
     assert note in launcher("--dry_run", *CARD, mixed_precision="bf16")
     assert "bf16 units" not in launcher("--dry_run", *CARD)
     assert "bf16 units" not in launcher("--dry_run", *CARD, mixed_precision="bf16", flavor="l4x1")
@@ -684,6 +684,59 @@ def test_a_job_is_cut_off_and_the_same_command_goes_on(hub, launcher, tmp_path, 
     assert list((tmp_path / "pictures").glob("*.png"))
     logs = told + cut.log() + job.log()
     check_token_is_nowhere_else(hub, logs, [hub.folder, tmp_path / "home", tmp_path / "hf_jobs.yaml"])
+
+
+def test_a_distillation_is_a_job_that_goes_on_and_comes_home_beside_its_teacher(hub, launcher, tmp_path, command):
+    """Of the teacher's run only what the job needs is sent, and an interruption does not change the student."""
+    if reason := why_not(tmp_path):
+        pytest.skip(reason)
+    command("make_flowers.py", "--output_dir", "dataset", "--count", 40, "--validation_count", 8, "--test_count", 4,
+            "--size", 32, "--workers", 1, cwd=tmp_path, fork=True)  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    recipe = config.load_recipe(str(tmp_path / "tiny.yaml"))
+    recipe.data.dataset = str(tmp_path / "dataset")
+    teacher = untrained_run(tmp_path / "runs" / "unet", recipe)
+    for name in ("evaluation", "samples", "checkpoint-000008"):
+        (teacher / name).mkdir()
+    (teacher / "samples" / "grid.png").write_bytes(b"stays here")
+    (teacher / "checkpoint-000008" / "state.json").write_text("{}")
+    (teacher / "evaluation" / "evaluation.json").write_text('{"report": {"guidance_scale": 3.0}}')
+    options = ["--trajectories", 16, "--validation_images", 4, "--train_batch_size", 4, "--max_train_steps", 24,
+               "--lr_warmup_steps", 4, "--checkpointing_steps", 8, "--decoder_steps", 2, "--report_to", "none"]  # fmt: skip
+    words = ["--yes", "--train_images", 40, SCRIPTS / "distill_unet.py", "--model", teacher, *options]
+    here, cut = tmp_path / "undisturbed", tmp_path / "cut"
+    command("distill_unet.py", "--model", teacher, "--output_dir", here, *options, cwd=tmp_path, fork=True)
+    # what an earlier job has left, which was cut off after 8 of the 24 updates
+    later = shutil.ignore_patterns("checkpoint-000016", "checkpoint-000024", "unet", "*.jsonl", "samples")
+    shutil.copytree(
+        here, cut / "run", ignore=lambda folder, names: later(folder, names) if "check" not in folder else []
+    )
+    state = json.loads((here / "run.json").read_text())
+    kept = {key: state[key] for key in ("identity", "seconds", "quarantined", "precisions", "student", "effective")}
+    (cut / "run" / "run.json").write_text(json.dumps(kept | {"status": "unfinished"}))
+    request, _ = json.JSONDecoder().raw_decode(launcher("--dry_run", *words[1:], **CPU))
+    mirror.Mirror(cut, f"me/{request['labels'][hf_job.LABEL]}", print)._push(10.0)
+    told = launcher(*words, **CPU)
+    assert "the training resumes there from checkpoint-000008" in told
+    assert "24 updates of 4 samples = 3.0 epochs of 32 steps of the teacher's pictures" in told
+    assert (
+        "the teacher draws 20 pictures and a tiny decoder may be trained; how long this takes was not measured" in told
+    )
+    job = hub.jobs[-1]
+    assert job.wait(1200) == "COMPLETED", job.log()[-6000:]
+    assert re.search(r"^going on from .*checkpoint-000008", job.log(), re.MULTILINE), job.log()[-3000:]
+    (place,) = re.findall(rf"--fetch {job.id} --output_dir (\S+)", told)
+    assert place == str(tmp_path / "runs" / "turbo")
+    assert f"{place} is the student of {teacher}, whose preset turbo" in launcher(
+        "--fetch", job.id, "--output_dir", place, **CPU
+    )
+    assert find_student(teacher) == tmp_path / "runs" / "turbo"
+    result, other = (json.loads((run / "run.json").read_text()) for run in (tmp_path / "runs" / "turbo", here))
+    assert result["student"]["distilled_guidance_scale"] == 3.0
+    assert (result["output_unet_hash"], result["identity"]) == (other["output_unet_hash"], other["identity"])
+    sent = {name for repo in hub.repos if "t2i-input" in repo for name in hub.files(repo)}
+    assert {"config.yaml", "run.json", "evaluation/evaluation.json", "pipeline/model_index.json"} <= sent
+    assert not [name for name in sent if name.startswith(("checkpoint-", "samples", "metrics"))]
 
 
 def check_token_is_nowhere_else(hub, logs, places):

@@ -239,6 +239,49 @@ def test_linked_folders_of_a_data_set_are_uploaded(tmp_path, launcher, cloud):
     assert {item["Key"].removeprefix(prefix) for item in listed} == {"daisy/1.jpg", "rose/1.jpg"}
 
 
+def test_a_teacher_becomes_a_channel(tmp_path, launcher, cloud):
+    """Of a teacher's run its settings and pipeline are sent. What is not known of the job's hours is said."""
+    run, photos = tmp_path / "runs/flowers", tmp_path / "photos"
+    for name in ("config.yaml", "run.json", "pipeline/model_index.json", "pipeline/unet/config.json", "pipeline/vae/config.json",
+                 "pipeline/scheduler/scheduler_config.json", "pipeline/unet/weights.bin", "samples/step-000500.json",
+                 "checkpoint-000500/unet/config.json"):  # fmt: skip
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    (run / "pipeline/model_index.json").write_text('{"unet": ["", ""], "vae": ["", ""], "scheduler": ["", ""]}')
+    photos.mkdir()
+    (photos / "1.jpg").write_bytes(b"not looked at")
+    settings = {"data": {"dataset": str(photos)}, "distill": {"optimizer": "muon", "decoder_steps": 0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    words = ("--train_images", 10, SCRIPTS / "distill_unet.py", "--model", run)
+    with pytest.raises(UserError, match="optimizer muon does not run under DeepSpeed"):
+        launcher("--yes", *words)
+    told = launcher("--yes", "--samples_per_second", 100, *words, "--optimizer", "adamw")
+    assert "model: 6 of 6 files uploaded" in told
+    assert "256 updates of 32 samples = 4.0 epochs of 2,048 steps of the teacher's pictures" in told
+    assert "8,192 samples / 100 per s + 20 min" in told
+    assert "the teacher draws 1,088 pictures; how long this takes was not measured, and no hours here count it" in told
+    job = cloud.requests[-1]["TrainingJobName"]
+    assert f"--fetch {job} --output_dir {tmp_path}/runs/turbo\n" in told
+    channels = {channel["ChannelName"] for channel in cloud.requests[-1]["InputDataConfig"]}
+    assert channels == {"dataset", "model", "code", "sm_drivers"}
+    (tmp_path / "runs/turbo").mkdir()
+    told = launcher("--yes", *words, "--optimizer", "adamw", "--max_train_steps", 7)
+    assert f"--fetch {cloud.requests[-1]['TrainingJobName']} --output_dir {tmp_path}/runs/" in told
+    assert "7 updates of 32 samples" in told
+    assert "model: 0 of 6 files uploaded" in told
+    command = sagemaker_job.read_command(list(map(str, words[2:])))
+    arguments = sagemaker_job.container_arguments(command, {"dataset": str(photos), "model": str(run)})
+    assert arguments[-8:-4] == [
+        "--dataset",
+        f"{sagemaker_job.CHANNELS}/dataset",
+        "--model",
+        f"{sagemaker_job.CHANNELS}/model",
+    ]
+    with pytest.raises(UserError, match="--model ORG/FLOWERS is on the Hub; give a local folder"):
+        launcher("--yes", SCRIPTS / "distill_unet.py", "--config", "flowers", "--dataset", photos, "--model", "ORG/FLOWERS",
+                 additional_args={"enable_network_isolation": True}, image_uri="me/mine")  # fmt: skip
+
+
 def mistakes():
     yield (
         "unknown instance type",

@@ -200,6 +200,14 @@ def find_student(run: Path) -> Path | None:
     return max(found, default=(0.0, None))[1]
 
 
+def find_teacher_run(student: Path) -> Path | None:
+    """Return the run folder beside a student's that holds its teacher, or None."""
+    identity = _state_of(student).get("identity")
+    teacher = identity.get("teacher_hash") if isinstance(identity, dict) else None
+    runs = (file.parent for file in student.parent.glob("*/run.json") if teacher)
+    return next((run for run in sorted(runs) if _state_of(run).get("output_unet_hash") == teacher), None)
+
+
 def guide_folder(pipeline: Path, checkpoint: Path | None = None) -> Path | None:
     """Return the folder of the earlier weights that guide a model's pictures, or None if the model has no guide.
 

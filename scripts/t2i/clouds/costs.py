@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from t2i.clouds.staging import ROOT, Command, read_mapping
-from t2i.config import DataConfig, Recipe, TrainConfig
+from t2i.config import DataConfig, DistillConfig, Recipe, TrainConfig
 from t2i.config_types import Natural, NonNegative, Positive, checked
 from t2i.files import read_json
 
@@ -142,6 +142,8 @@ def estimate(
     settings = command.settings
     if command.recipe is None or not isinstance(settings, TrainConfig):
         return result
+    if isinstance(settings, DistillConfig):  # its samples are the steps of pictures that the teacher draws
+        images = result.images = settings.trajectories * settings.num_inference_steps
     if machine is None:  # its number of GPUs is unknown
         result.updates = settings.max_train_steps
         result.epochs = None if settings.max_train_steps else settings.num_train_epochs
@@ -289,16 +291,17 @@ def _hub_counts(name: str, revision: str | None) -> dict[str, int]:
 
 def report(estimate: Estimate, command: Command, config: Rental, prices: Prices) -> list[str]:
     """Return the estimate as lines for the terminal."""
-    lines = []
+    lines, settings = [], command.settings
+    what = "steps of the teacher's pictures" if isinstance(settings, DistillConfig) else "images"
     if estimate.updates and estimate.epochs and estimate.images:
         lines.append(
             f"{estimate.updates:,} updates of {estimate.global_batch} samples = "
-            f"{estimate.epochs:.1f} epochs of {estimate.images:,} images"
+            f"{estimate.epochs:.1f} epochs of {estimate.images:,} {what}"
         )
     elif estimate.updates:
         lines.append(f"{estimate.updates:,} updates of {estimate.global_batch} samples")
     elif estimate.epochs and estimate.images:
-        lines.append(f"{estimate.epochs:g} epochs of {estimate.images:,} images")
+        lines.append(f"{estimate.epochs:g} epochs of {estimate.images:,} {what}")
     elif estimate.epochs:
         lines.append(
             f"{estimate.epochs:g} epochs of an unknown number of images; give --train_images N for an estimate"
@@ -310,6 +313,12 @@ def report(estimate: Estimate, command: Command, config: Rental, prices: Prices)
         lines.append(f"{estimate.samples_per_second:.0f} samples/s ({how})")
         lines.append(
             f"{samples:,} samples / {estimate.samples_per_second:.0f} per s + {prices.overhead_minutes:g} min = {estimate.hours:.1f} h"
+        )
+    if isinstance(settings, DistillConfig):
+        drawn, decoder = settings.trajectories + settings.validation_images, settings.decoder_steps != 0
+        lines.append(
+            f"before the updates, the teacher draws {drawn:,} pictures{' and a tiny decoder may be trained' if decoder else ''}; "
+            "how long this takes was not measured, and no hours here count it"
         )
     if estimate.usd_per_hour is None:
         return [*lines, f"{prices.file} has no price of {config.machine}; add it there for an estimate"]

@@ -193,17 +193,26 @@ def find_run(account: Account, repo_id: str, command: str) -> Run:
     return run
 
 
-def upload_inputs(account: Account, inputs: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
+def upload_inputs(
+    account: Account, inputs: dict[str, str], hashes: dict[str, str], files: dict[str, list[str]]
+) -> dict[str, str]:
     """Upload each input folder to a private repository that its content names, and return the repositories by option.
 
     An equal folder is uploaded only once.
+
+    Args:
+        files: names of the files to upload, by option. Of other options, all files are uploaded.
     """
     repositories = {name: input_repository(account.namespace, hashes[name]) for name in inputs}
     for name, folder in inputs.items():
         if not account.api.repo_exists(repositories[name], repo_type="dataset"):
             print(f"uploading {folder} to {repositories[name]}", flush=True)
         upload.push_folder(
-            Path(folder), repositories[name], "dataset", files=["*"], message=f"input {hashes[name]} of jobs"
+            Path(folder),
+            repositories[name],
+            "dataset",
+            files=files.get(name, ["*"]),
+            message=f"input {hashes[name]} of jobs",
         )
     return repositories
 

@@ -19,10 +19,12 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from t2i.captions.ledger import is_inspection
-from t2i.clouds.staging import FOLDERS, Command
-from t2i.config import REVISIONS
+from t2i.clouds.staging import FOLDERS, Command, find_teacher
+from t2i.config import REVISIONS, run_of
 from t2i.errors import UserError
+from t2i.files import read_optional
 from t2i.redaction import redact
+from t2i.runs import find_teacher_run
 from t2i.tracking.addresses import Address, is_managed, split_uri
 
 SERVER = "MLFLOW_TRACKING_URI"
@@ -371,6 +373,15 @@ def is_result(name: str) -> bool:
     return inside and (is_inspection(name) or not parts[0].startswith((".", "checkpoint-", "node-")))
 
 
+def place_of_student(command: Command, job: str) -> str:
+    """Return the option by which `--fetch` puts a student beside its teacher's run, or "" for other results."""
+    run = run_of(command.settings.model) if find_teacher(command) else None
+    if run is None:
+        return ""
+    folder = (run if run.name else run.resolve()).parent / "turbo"
+    return f" --output_dir {shlex.quote(str(folder.with_name(job) if folder.exists() else folder))}"
+
+
 def say_fetched(folder: Path, bad_end: str, followed: bool) -> None:
     """Print what a fetched run folder holds, the command that draws with its model, and how the job ended.
 
@@ -383,6 +394,15 @@ def say_fetched(folder: Path, bad_end: str, followed: bool) -> None:
     print(f"{folder}: {', '.join(models) or 'no model'}; show it with streamlit run dashboard")
     if "pipeline" in models:
         print(f"python scripts/generate_images.py --model {shlex.quote(str(folder))} --prompt …")
+    state = read_optional(folder / "run.json")
+    if state.get("student") and state.get("status") == "finished":
+        teacher = find_teacher_run(folder)
+        print(
+            f"{folder} is the student of {teacher}, whose preset turbo draws with it"
+            if teacher
+            else f"{folder} is a student; move it beside the run whose finished model taught it, and preset turbo of that run "
+            "draws with it"
+        )
     if bad_end and followed:
         raise UserError(bad_end)
     if bad_end:

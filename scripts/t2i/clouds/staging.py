@@ -11,17 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from t2i.captions.texts import check_templates
 from t2i.command_line import option, plain_option, typed_options
-from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml
+from t2i.config import PACKAGED_NETWORKS, Recipe, parse, read_yaml, with_settings_of_model
 from t2i.config_types import checked
 from t2i.errors import UserError
-from t2i.files import files_below, sha256_file, write_text
+from t2i.files import files_below, read_optional, sha256_file, write_text
+from t2i.pictures.png import student_steps
 from t2i.redaction import holds_token, redact
-from t2i.runs import code_revision
+from t2i.runs import GUIDE, checkpoint_folders, code_revision, own_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[3]
 SECTIONS: dict[str, tuple[str, ...]] = {
     "train_unet.py": ("data", "vae", "unet", "train_unet"),
     "train_vae.py": ("data", "vae", "train_vae"),
+    "distill_unet.py": ("data", "distill"),
     "caption_to_hub.py": ("source", "caption"),
 }
 # Options that may name a local folder: their section of the recipe, and the part of a run folder that is sent.
@@ -41,12 +43,16 @@ FOLDERS = {
     "alignment_network": ("train_unet", ""),
     "captioner": ("caption", ""),
     "audit_tokenizer": ("caption", ""),
+    "model": ("distill", ""),
 }
-AT_HOME = ("make_flowers.py", "distill_unet.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py",
-           "publish_space.py", "export_pipeline.py", "clean_caches.py", "run_recipe.py", "launch_local.py", "launch_sagemaker.py",
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"  # Old repositories of the Hub have no owner. Pipelines always have one.
+AT_HOME = ("make_flowers.py", "generate_images.py", "evaluate_checkpoints.py", "publish_model.py", "publish_space.py",
+           "export_pipeline.py", "clean_caches.py", "run_recipe.py", "launch_local.py", "launch_sagemaker.py",
            "run_sagemaker_job.py", "launch_hf_job.py", "run_hf_job.py", "run_container.py", "list_jobs.py")  # fmt: skip
 # Files of these folders that a container gets. Others, such as runs, databases and files of tokens, stay here.
 SENT = {"scripts": (".py", ".yaml", ".txt", ".md"), "datasets_card": (".md",)}
+# Files of a teacher's models that a job gets. Weights in other formats are never read.
+SENT_OF_MODELS = (".json", ".txt", ".model", ".safetensors")
 
 
 # --- The training command --------------------------------------------------------------------------------------------
@@ -126,10 +132,14 @@ def read_command(words: list[str], cloud: str) -> Command:
         )
     if script.name in AT_HOME:
         raise UserError(f"{script.name} runs on your own machine; scripts for {cloud} are {', '.join(SECTIONS)}")
-    recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", arguments) if sections else None
+    distils = "distill" in (sections or ())
+    words = with_settings_of_model(arguments) if distils else arguments
+    recipe = parse(sections, f"{script.name}, before it is sent to {cloud}", words) if sections else None
+    if recipe and distils and not recipe.distill.model:
+        raise UserError("no model: give --model with the run folder of train_unet.py, whose denoiser is distilled")
     if recipe:
         check_templates(recipe.data.caption_template)
-    file = recipe_file(arguments)
+    file = recipe_file(words)
     if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
         raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
     return Command(script.name, arguments, recipe)
@@ -157,7 +167,9 @@ def container_arguments(command: Command, inputs: dict[str, str], channels: str,
         words = [word for name, _, parts in typed if plain_option(name) != "captioner" for word in parts]
     if recipe_file(words):
         words += ["--config", "recipe.yaml"]
-    words += [word for name in sent for word in (f"--{name}", f"{channels}/{name}")]
+    teacher = find_teacher(command)
+    places = {"model": PurePosixPath("model", teacher.path)} if teacher else {}
+    words += [word for name in sent for word in (f"--{name}", f"{channels}/{places.get(name, name)}")]
     if command.recipe:
         words += ["--output_dir", run]
         if "data" in SECTIONS[command.script]:
@@ -176,12 +188,14 @@ def find_inputs(command: Command) -> dict[str, str]:
         folder = expand_user(value)
         if value.startswith("s3://"):
             inputs[name] = value
+        elif name == "model" and (teacher := find_teacher(command)):
+            inputs[name] = str(teacher.folder)
         elif folder.is_dir():
             inner_folders = [folder / part, folder / "pipeline" / part] if part else []
             inputs[name] = str(next((inner for inner in inner_folders if inner.is_dir()), folder.resolve()))
         elif folder.exists():
             raise UserError(f"--{name} {value} is a file; give the folder that holds it")
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or value.startswith("."):
+        elif not re.fullmatch(r"[\w.-]+/[\w.-]+" if name == "model" else HUB_ID, value) or value.startswith("."):
             raise UserError(f"--{name} {value} does not exist; give a local folder, an s3:// folder or a Hub id")
     return inputs
 
@@ -194,16 +208,83 @@ def expand_user(value: str) -> Path:
         return Path(value)
 
 
-def hash_folder(folder: Path) -> tuple[str, list[Path]]:
+@dataclass
+class Teacher:
+    """A model on this machine that a distillation learns from, as its job needs it."""
+
+    folder: Path  # Folder of the files. The job sees them at the same paths in a folder of its own.
+    path: str  # Path of the model in this folder. "." is the folder itself.
+    files: list[Path]  # The files that are sent.
+
+    @property
+    def names(self) -> list[str]:
+        """Return the paths of the files in the folder."""
+        return [file.relative_to(self.folder).as_posix() for file in self.files]
+
+
+def find_teacher(command: Command) -> Teacher | None:
+    """Return the teacher that `--model` names, or None if the command has none on this machine.
+
+    Of a run, its settings, the choice of its evaluation and its pipeline are sent. A checkpoint's averaged weights take
+    the place of the pipeline's. A run that is not finished is sent as its newest checkpoint.
+
+    Raises:
+        UserError: the folder holds no denoiser, or a student.
+    """
+    value = command.folder_options().get("model", "")
+    folder = expand_user(value).absolute()
+    folder = own_checkpoint(folder.parent, str(folder))
+    if not value or not folder.is_dir():
+        return None
+    home, pipeline, checkpoint = folder, folder / "pipeline", None
+    if (folder / "model_index.json").is_file():  # the run around a pipeline has its settings
+        home, pipeline = folder.parent if (folder.parent / "config.yaml").is_file() else folder, folder
+    elif (folder / "state.json").is_file():
+        home, pipeline, checkpoint = folder.parent, folder.parent / "pipeline", folder
+    elif (folder / "run.json").is_file() and not (pipeline / "unet").is_dir():
+        checkpoint = next(reversed(checkpoint_folders(folder)), None)
+    averaged = checkpoint is not None and (checkpoint / "unet_ema").is_dir()
+    unet = (checkpoint or pipeline) / ("unet_ema" if averaged else "unet")
+    needed = [*([folder / "run.json"] if folder not in (pipeline, checkpoint) else []), unet / "config.json"]
+    needed += [pipeline / "vae" / "config.json"]
+    if missing := next((file for file in needed if not file.is_file()), None):
+        raise UserError(
+            f"--model {value} lacks {missing}; give a run folder of train_unet.py, one of its checkpoints, or a whole pipeline"
+        )
+    if student_steps(read_optional(pipeline / "scheduler" / "scheduler_config.json")):
+        raise UserError(f"{value} is a student already; give --model with the run that it was distilled from")
+    index = {} if checkpoint else read_optional(pipeline / "model_index.json")
+    parts = [name for name, kind in index.items() if isinstance(kind, list)]
+    parts = parts or ["vae", "text_encoder", "tokenizer", "scheduler"]
+    models = [unet, *(pipeline / name for name in (*parts, GUIDE) if name != "unet")]
+    files = [file for model in models for file in model.rglob("*") if file.suffix in SENT_OF_MODELS]
+    about = ("state.json", "manifest.json") if checkpoint else ("model_index.json",)
+    files += [(checkpoint or pipeline) / name for name in about]
+    files += [home / name for name in ("config.yaml", "run.json", "evaluation/evaluation.json")]
+    path = (checkpoint or folder).relative_to(home).as_posix()
+    return Teacher(home, path, [file for file in files if file.is_file()])
+
+
+def hash_inputs(command: Command, inputs: dict[str, str]) -> dict[str, tuple[str, list[Path]]]:
+    """Return `hash_folder` of each local folder in `inputs`, by option. Only the files that are sent are hashed."""
+    teacher = find_teacher(command)
+    files = {"model": teacher.files} if teacher else {}
+    local = {name: Path(value) for name, value in inputs.items() if "://" not in value}
+    return {name: hash_folder(folder, files.get(name)) for name, folder in local.items()}
+
+
+def hash_folder(folder: Path, files: list[Path] | None = None) -> tuple[str, list[Path]]:
     """Hash the content of a folder. Uploads are named by this hash, so that equal folders are sent once.
+
+    Args:
+        files: files of the folder to hash. With None, all files but hidden ones.
 
     Returns:
         The first 16 hex digits of the hash over paths and contents, and the hashed files, with those of linked folders.
             Hidden files of the folder are skipped.
     """
-    files = [
-        path for path in files_below(folder) if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    found = files_below(folder) if files is None else [path for path in files if path.is_file()]
+    files = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
         raise UserError(f"{folder} holds no files; give a folder with files")
     total = hashlib.sha256()
