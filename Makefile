@@ -160,6 +160,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/damaged_images.py
 	$(BIN)/python benchmarks/dashboard_curves.py
 	$(BIN)/python benchmarks/dashboard_start.py
+	$(BIN)/python benchmarks/dashboard_runs.py
 	$(BIN)/python benchmarks/captioning.py tiny
 	$(BIN)/python benchmarks/captioning.py base
 	$(BIN)/python benchmarks/step_limit.py 4 card bf16

@@ -17,7 +17,6 @@ from helpers.tables import column, show_rows
 from t2i.evaluation.figures import figure, flatten, interval, is_finite, rank
 from t2i.redaction import redact_config
 from t2i.run_lock import run_status
-from t2i.runs import checkpoint_folders
 
 FACTS = {  # of run.json, by the titles of their columns
     "steps": "steps",
@@ -142,13 +141,13 @@ def candidates(run: Path, is_student: bool) -> list[dict[str, Any]]:
         for row in measured_results(run)
     ]
     curves = {key: curve for key, curve in folder_curves(run).items() if key.startswith("val_")}
-    for folder in checkpoint_folders(run):
-        step = step_of(folder.name)
+    for name in there:
+        step = step_of(name)
         values = {
             key: float(curve.values[curve.steps == step][0]) for key, curve in curves.items() if step in curve.steps
         }
         if values and not math.isnan(step):
-            rows.append({"checkpoint": folder.name, "scale": None, "pictures": None, "values": values})
+            rows.append({"checkpoint": name, "scale": None, "pictures": None, "values": values})
     if is_student:
         rows = [
             row | {"values": {STUDENTS.get(key, key): value for key, value in row["values"].items()}} for row in rows
