@@ -53,7 +53,7 @@ def test_the_verdict_and_the_wall_stand_above_the_grid(tmp_path):
     for topic, title in TOPICS.items():
         assert f"**{title}: " in marked(app)
         assert " ".join(verdict["sentences"][topic]) in marked(app)
-    assert "**Best setting: checkpoint-000020 at guidance 3**" in marked(app)
+    assert "**Best setting: checkpoint-000020 at guidance scale 3**" in marked(app)
     assert "**Copies of training images: 0.0%**" in marked(app)
     names = [element.proto.component_name for element in app.get("bidi_component")]
     assert names == ["gallery", "picture_grid", "picture_pair"]
@@ -94,7 +94,7 @@ def test_pictures_of_the_grid_have_their_figures_below_them(tmp_path):
 
     assert below() == [""] * 4  # an evaluation of an earlier version
     save_pictures(run, [one, two])
-    measured = ["✗ petal color blue instead of red\ndistance 0.32", "✓ 2 of 2", "", ""]
+    measured = ["✗ petal color: blue instead of red\ndistance 0.32", "✓ 2 of 2", "", ""]
     assert below() == measured
     damaged = (
         None,

@@ -48,11 +48,11 @@ def test_the_judge_chooses_and_the_runner_up_is_named():
     near = [result(10, 3.0, 50.0, 0.9), result(20, 1.5, 12.0, 0.5), result(20, 3.0, 28.5, 0.9)]
     found = evaluation(near)
     assert said(found, "best") == (
-        "3 settings, each of a checkpoint and a guidance scale, were compared, by 24 pictures each. "
-        "checkpoint-000020 at guidance scale 1.5 is the best. The other figures are of 256 pictures that it drew afterwards. "
+        "3 settings were compared, on 24 pictures each. A setting is a checkpoint and a guidance scale. "
         "checkpoint-000020 at guidance scale 1.5 has the lowest kernel distance to real images: 12.0. "
         "checkpoint-000020 at guidance scale 3 comes second with 28.5. "
-        "The difference is larger than chance explains (11.1)."
+        "The difference is larger than chance explains (11.1). "
+        "All other figures are of 256 new pictures at the best setting."
     )
     best = make_verdict(found)["best"]
     assert (best["chosen_by"], best["value"], best["difference"]) == ("judge.kernel_distance", 12.0, 16.5)
@@ -62,13 +62,12 @@ def test_the_judge_chooses_and_the_runner_up_is_named():
 def test_prompt_following_decides_among_distances_that_chance_explains():
     close = [result(10, 3.0, 12.0, 0.50), result(20, 1.5, 23.0, 0.55), result(20, 3.0, 99.0, 1.0)]
     text = said(evaluation(close), "best")
-    assert "checkpoint-000020 at guidance scale 1.5 is the best" in text
     assert (
-        "As far as 24 pictures can tell, 2 settings are equally near to real images (lowest kernel distance: 12.0 ± 4.0). "
-        "Of these, checkpoint-000020 at guidance scale 1.5 has the highest mean share of right attributes: 55.0%. "
+        "2 settings look equally near to real images: 24 pictures cannot tell them apart (lowest kernel distance: 12.0 ± 4.0). "
+        "Of these, checkpoint-000020 at guidance scale 1.5 gets the most attributes right, on average: 55.0%. "
         "checkpoint-000010 at guidance scale 3 comes second with 50.0%." in text
     )
-    assert "Chance alone explains a difference of up to" in text
+    assert "With 24 pictures, a difference of up to" in text
     close[1] = result(20, 1.5, 23.0, 0.50)
     tie = said(evaluation(close), "best")
     assert "checkpoint-000010 at guidance scale 3 equals it, but is an earlier checkpoint." in tie
@@ -86,16 +85,16 @@ def test_colors_like_those_of_photos_decide_among_distances_that_chance_explains
     glaring = [result(20, 3.0, 40.0, 0.3, clipped=0.04), result(20, 5.0, 22.0, 0.3, clipped=0.08),
                result(20, 7.5, 14.0, 0.4, clipped=0.12)]  # fmt: skip
     text = said(evaluation(glaring), "best")
-    assert "checkpoint-000020 at guidance scale 5 is the best" in text
+    assert "checkpoint-000020 at guidance scale 5 has the share of clipped colors" in text
     assert (
-        "As far as 24 pictures can tell, 2 guidance scales of checkpoint-000020 are equally near to real images "
+        "2 guidance scales of checkpoint-000020 look equally near to real images: 24 pictures cannot tell them apart "
         "(lowest kernel distance: 14.0 ± 4.0)." in text
     )
     assert "has the share of clipped colors nearest to that of real images: 8.0% (real images: 7.0%)." in text
     assert "checkpoint-000020 at guidance scale 7.5 comes second with 12.0%." in text
     assert make_verdict(evaluation(glaring))["best"]["is_clear"] is None
     glaring.append(result(10, 7.5, 15.0, 0.4, clipped=0.07))  # Colors choose no checkpoint.
-    assert "checkpoint-000020 at guidance scale 5 is the best" in said(evaluation(glaring), "best")
+    assert "checkpoint-000020 at guidance scale 5 has the share of clipped colors" in said(evaluation(glaring), "best")
     glaring[1:] = [result(20, 5.0, 30.0, 0.3, clipped=0.08), glaring[2]]
     text = said(evaluation(glaring), "best")
     assert "has the lowest kernel distance to real images: 14.0." in text
@@ -141,13 +140,18 @@ def test_what_is_right_has_its_interval_and_the_classifiers_own_errors():
         (0.0, 0.01, 1.0, "no more frequent than among unseen real images"),
         (0.02, 0.01, 1.0, "may be chance"),
         (0.2, 0.01, 1.0, "copies more than chance explains"),
-        (0.0, 0.01, 0.3, "The test is weak here: it finds only 30.0%"),
+        (
+            0.0,
+            0.01,
+            0.3,
+            "The test is weak here: of training images that the autoencoder reconstructed, it finds only 30.0%",
+        ),
     ],
 )
 def test_copies_stand_beside_those_among_unseen_images(copies, of_unseen, control, sentence):
     text = said(evaluation([result(10, 3.0)], copies=copies, of_unseen=of_unseen, control=control), "copies")
     assert sentence in text
-    assert "Of 400 real images that training never saw, 1.0%" in text
+    assert "the same test finds 1.0% (0–3%) among 400 real images that training never saw" in text
     assert ("weak" in text) == (control < 0.9)
 
 
@@ -226,5 +230,5 @@ def test_a_damaged_evaluation_gets_no_verdict_or_short_sentences(path, value):
 
 def test_a_reading_is_told_as_right_and_wrong():
     reading = {"petal_color": {"wanted": "red", "read": "red"}, "petal_count": {"wanted": 5, "read": 8}, "b": 3}
-    assert outcome(reading) == (["petal color red"], ["petal count 8 instead of 5"])
+    assert outcome(reading) == (["petal color red"], ["petal count: 8 instead of 5"])
     assert outcome({"label": {"wanted": None, "read": "rose"}}) == outcome(None) == ([], [])

@@ -56,14 +56,14 @@ def choose_pictures(pictures: Sequence[Reported]) -> list[Reported]:
     Few pictures are all shown, without the widget. "Some" are spread evenly, because the prompts of held-out combinations
     come last.
     """
-    title = "Pictures at the best setting. An outline marks a miss of something that the prompt names."
+    title = "Pictures at the best setting. An outline marks a picture that gets something of its prompt wrong."
     if len(pictures) <= WALL:
         if pictures:
             st.caption(title)
         return list(pictures)
     misses = [one for one in pictures if outcome(one[2])[1]]
     most = "all" if len(pictures) <= MOST else f"{MOST} of"
-    titles = {"some": f"{WALL} of {len(pictures)} pictures", "all": f"{most} {len(pictures)}"}
+    titles = {"some": f"{WALL} of {len(pictures)}, evenly spread", "all": f"{most} {len(pictures)}"}
     first = "" if len(misses) <= MOST else f"{MOST} of "
     titles |= {"misses": f"{first}{len(misses)} with a miss"} if misses else {}
     shown = st.segmented_control(

@@ -158,7 +158,9 @@ def _wall(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> Ite
     if not shown:
         yield tag("p", "The pictures of this evaluation are not in the run folder.")
         return
-    notes = ["An outline marks a picture that misses something of its prompt."] if evaluation.get("readings") else []
+    notes = (
+        ["An outline marks a picture that gets something of its prompt wrong."] if evaluation.get("readings") else []
+    )
     if "seeds" in evaluation:
         notes.append(
             f"The shares above were measured on {len(evaluation['seeds'])} pictures, of which {len(shown)} are shown."

@@ -18,11 +18,11 @@ NAME_CHARACTERS = 60  # longest name from a file within a sentence
 CONTROL = 0.9  # With a smaller share of control images found, the test for copies overlooks copies.
 DISTANCE, FOLLOWING, CLIP, LOSS = "judge.kernel_distance", "prompt_following", "clip_score.mean", "val_loss"
 CLIPPED = "clipped.pictures"
-NAMES = {
-    FOLLOWING: "the highest mean share of right attributes",
-    CLIP: "the highest CLIP score",
-    DISTANCE: "the lowest kernel distance to real images",
-    CLIPPED: "the share of clipped colors nearest to that of real images",
+REASONS = {
+    FOLLOWING: "gets the most attributes right, on average",
+    CLIP: "has the highest CLIP score",
+    DISTANCE: "has the lowest kernel distance to real images",
+    CLIPPED: "has the share of clipped colors nearest to that of real images",
 }
 
 
@@ -161,7 +161,7 @@ def outcome(reading: Any) -> tuple[list[str], list[str]]:
         if wanted == read:
             right.append(f"{shown} {_name(wanted)}")
         else:
-            wrong.append(f"{shown} {_name(read)} instead of {_name(wanted)}")
+            wrong.append(f"{shown}: {_name(read)} instead of {_name(wanted)}")
     return right, wrong
 
 
@@ -171,7 +171,7 @@ def headline(figures: Any) -> str:
     if is_finite(figures.get("share")):
         return percent(float(figures["share"]))
     name, scale = figures.get("checkpoint"), figures.get("guidance_scale")
-    return f"{name} at guidance {scale:g}" if isinstance(name, str) and is_finite(scale) else ""
+    return f"{name} at guidance scale {scale:g}" if isinstance(name, str) and is_finite(scale) else ""
 
 
 def is_setting(results: Any, checkpoint: Any, scale: Any) -> bool:
@@ -246,7 +246,7 @@ def _copies(report: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     sentences = [
         f"{percent(share, count)} of {count} pictures are copies of a training image.",
-        f"Of {unseen} real images that training never saw, {percent(of_unseen, unseen)} count as copies too.",
+        f"As a check, the same test finds {percent(of_unseen, unseen)} among {unseen} real images that training never saw.",
     ]
     if low > unseen_high:
         sentences.append("The model copies more than chance explains.")
@@ -256,7 +256,7 @@ def _copies(report: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         sentences.append("So copies are no more frequent than among unseen real images.")
     if control is not None and control < CONTROL:
         sentences.append(
-            f"The test is weak here: it finds only {percent(control)} of training images that the autoencoder reconstructed."
+            f"The test is weak here: of training images that the autoencoder reconstructed, it finds only {percent(control)}."
         )
     return figures, sentences
 
@@ -274,16 +274,17 @@ def _best(
     if len(results) == 1:
         return figures | {"chosen_by": None}, [f"Only {_setting(report)} was evaluated."]
     sentences = [
-        f"{len(results)} settings, each of a checkpoint and a guidance scale, were compared, by {pictures} pictures each.",
-        f"{_setting(report)} is the best. The other figures are of {report['prompts']} pictures that it drew afterwards.",
+        f"{len(results)} settings were compared, on {pictures} pictures each. A setting is a checkpoint and a guidance scale."
     ]
     choice = choose(results, scale)
     (best, *_) = [result for result in results if is_setting(result, name, scale)]
     if choice.key == LOSS:
-        sentences.append("No figure of its pictures chose it: it has the lowest validation loss at its guidance scale.")
+        sentences.append(
+            f"{_setting(report)} has the lowest validation loss at its guidance scale. No figure of pictures chose it."
+        )
         return figures | {"chosen_by": LOSS, "value": best["val_loss"]}, sentences
     if best is not choice.best:
-        sentences.append("An earlier version of the evaluation chose it, by another rule.")
+        sentences.append(f"An earlier version of the evaluation chose {_setting(report)}, by another rule.")
         return figures | {"chosen_by": None}, sentences
     value, other, runner_up = _value(best, choice.key), _value(choice.rivals[0], choice.key), choice.rivals[0]
     among = ""
@@ -292,12 +293,12 @@ def _best(
         distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}"
         those = f"guidance scales of {_name(name)}" if choice.key == CLIPPED else "settings"
         sentences.append(
-            f"As far as {pictures} pictures can tell, {len(choice.rivals) + 1} {those} are equally near to real images "
+            f"{len(choice.rivals) + 1} {those} look equally near to real images: {pictures} pictures cannot tell them apart "
             f"(lowest kernel distance: {distance})."
         )
         among = "Of these, "
     real = f" (real images: {percent(_real(best))})" if choice.key == CLIPPED else ""
-    sentences.append(f"{among}{_setting(best)} has {NAMES[choice.key]}: {_shown(value, choice.key)}{real}.")
+    sentences.append(f"{among}{_setting(best)} {REASONS[choice.key]}: {_shown(value, choice.key)}{real}.")
     is_tie = choice.key in (FOLLOWING, CLIP) and value == other
     if is_tie and _step(best["checkpoint"]) != _step(runner_up["checkpoint"]):
         sentences.append(f"{_setting(runner_up)} equals it, but is an earlier checkpoint.")
@@ -313,8 +314,9 @@ def _best(
         sentences.append(
             f"The difference is larger than chance explains ({known})."
             if gap > limit
-            else f"Chance alone explains a difference of up to {known}, so both may be equally good."
+            else f"With {pictures} pictures, a difference of up to {known} can be chance, so the runner-up may be as good."
         )
+    sentences.append(f"All other figures are of {report['prompts']} new pictures at the best setting.")
     return figures | {
         "chosen_by": choice.key,
         "value": value,
