@@ -801,8 +801,8 @@ def push(folder: Path, config: CaptionConfig) -> None:
     """Upload the dataset folder to the Hub. Texts that people wrote into the card, here or on the Hub, stay."""
     if located := read_optional(folder / "run.json").get("images_with_gps"):
         print(
-            f"NOTE: {located:,} photos say where they were taken (GPS in EXIF), and go to {config.hub_dataset_id} unchanged; to "
-            "avoid that, remove it from your photos (exiftool -gps:all= FOLDER), and caption them again"
+            f"NOTE: {located:,} photos contain their location (GPS in EXIF), and go to {config.hub_dataset_id} unchanged; to "
+            "prevent that, remove the location from your photos (exiftool -r -gps:all= FOLDER), and caption them again"
         )
     card, pushed = folder / "README.md", folder / WORK / "pushed.md"
     ours = card.read_text(encoding="utf-8")

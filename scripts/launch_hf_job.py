@@ -141,12 +141,12 @@ def check_run(run: "Run", estimate: costs.Estimate, script: str) -> None:
         )
     other, now = "", estimate
     if run.steps and now.updates and now.updates < run.steps:
-        other = f"is shorter: updates {run.steps} in that run, {now.updates} in this command; raise --max_train_steps"
+        other = f"fewer updates than its run ({now.updates} instead of {run.steps}); raise --max_train_steps"
     elif run.global_batch and now.global_batch and now.global_batch != run.global_batch:
-        numbers = f"{run.global_batch} in that run, {now.global_batch} in this command"
-        other = f"makes other batches: samples per update {numbers}; choose a flavor with as many GPUs"
+        numbers = f"{now.global_batch} instead of {run.global_batch}"
+        other = f"another number of samples per update than its run ({numbers}); choose a flavor with as many GPUs"
     if other:
-        raise UserError(f"this command already has a run, but {other}, or start another run, for example by --run_name")
+        raise UserError(f"this command asks for {other}, or start another run, for example with --run_name")
 
 
 def notes(

@@ -63,7 +63,7 @@ def test_the_verdict_and_the_wall_stand_above_the_grid(tmp_path):
     assert wall[0]["source"] == best
     assert [picture["is_miss"] for picture in wall] == [False, True]
     assert wall[0]["label"] == "✓ petal color red, petal count 5"
-    assert wall[1]["finding"].startswith("✗ petal color a <script>")
+    assert wall[1]["finding"].startswith("✗ petal color: a <script>")
     assert "<script" not in marked(app)
 
 

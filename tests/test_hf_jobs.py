@@ -180,16 +180,14 @@ def test_a_command_that_the_run_cannot_take_is_refused_before_it_costs(hub, laun
     hub.edit(f"models/me/{run}", {"run/checkpoint-000070/manifest.json": "{}"})
     state = json.dumps({"status": "finished", "identity": {"steps": 70, "global_batch": 32}}).encode()
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
-    with pytest.raises(
-        UserError, match="is shorter: updates 70 in that run, 60 in this command; raise --max_train_steps"
-    ):
+    with pytest.raises(UserError, match=r"fewer updates than its run \(60 instead of 70\); raise --max_train_steps"):
         launcher("--yes", *CARD, "--max_train_steps", 60)
     with pytest.raises(UserError, match="has finished the run of this command"):
         launcher("--yes", *CARD, "--max_train_steps", 70)
     state = json.dumps({"identity": {"steps": 70, "global_batch": 64}}).encode()
     huggingface_hub.HfApi().upload_file(path_or_fileobj=state, path_in_repo="run/run.json", repo_id=f"me/{run}")
     with pytest.raises(
-        UserError, match="samples per update 64 in that run, 32 in this command; choose a flavor with as many GPUs"
+        UserError, match=r"samples per update than its run \(32 instead of 64\); choose a flavor with as many GPUs"
     ):
         launcher("--yes", *CARD, "--max_train_steps", 80, "--resume_from_checkpoint", "latest")
     assert len(hub.jobs) == 1

@@ -259,7 +259,10 @@ def test_a_teacher_becomes_a_channel(tmp_path, launcher, cloud):
     assert "model: 6 of 6 files uploaded" in told
     assert "256 updates of 32 samples = 4.0 epochs of 2,048 steps of the teacher's pictures" in told
     assert "8,192 samples / 100 per s + 20 min" in told
-    assert "the teacher draws 1,088 pictures; how long this takes was not measured, and no hours here count it" in told
+    assert (
+        "the teacher draws 1,088 pictures; the time for this was not measured, so the hours of this plan leave it out"
+        in told
+    )
     job = cloud.requests[-1]["TrainingJobName"]
     assert f"--fetch {job} --output_dir {tmp_path}/runs/turbo\n" in told
     channels = {channel["ChannelName"] for channel in cloud.requests[-1]["InputDataConfig"]}

@@ -39,8 +39,8 @@ def main() -> None:
     ]
     if not sources:
         show_empty_state(
-            "No VAE in outputs/ yet. This draws a data set and trains one in some minutes on two CPU cores; "
-            "--checkpoints_total_limit 4 keeps its checkpoints, to be compared here:",
+            "No VAE in outputs/ yet. To compare its checkpoints here, add --checkpoints_total_limit 4. These commands draw a "
+            "data set and train a VAE in a few minutes on two CPU cores:",
             f"{MAKE_FLOWERS}\n"
             "python scripts/train_vae.py --config demo --dataset outputs/demo/dataset --output_dir outputs/demo/vae",
         )

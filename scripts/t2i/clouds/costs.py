@@ -318,7 +318,7 @@ def report(estimate: Estimate, command: Command, config: Rental, prices: Prices)
         drawn, decoder = settings.trajectories + settings.validation_images, settings.decoder_steps != 0
         lines.append(
             f"before the updates, the teacher draws {drawn:,} pictures{' and a tiny decoder may be trained' if decoder else ''}; "
-            "how long this takes was not measured, and no hours here count it"
+            "the time for this was not measured, so the hours of this plan leave it out"
         )
     if estimate.usd_per_hour is None:
         return [*lines, f"{prices.file} has no price of {config.machine}; add it there for an estimate"]
