@@ -34,7 +34,7 @@ from t2i.config_types import unlisted
 from t2i.data import overview, prepared, records, sources, workers
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, has_gps, image_bytes, image_digest
-from t2i.data.split_names import SHARD
+from t2i.data.split_names import FOLDER_SHARD
 from t2i.errors import UserError, run_main
 from t2i.files import hash_json, read_json, read_optional, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
@@ -814,7 +814,7 @@ def push(folder: Path, config: CaptionConfig) -> None:
         merged = ours if theirs in (None, last) else dataset_card.merge_cards(ours, theirs)
         return merged
 
-    shards = (re.fullmatch(SHARD, f"data/{path.name}") for path in folder.glob("data/*.parquet"))
+    shards = (re.fullmatch(FOLDER_SHARD, f"data/{path.name}") for path in folder.glob("data/*.parquet"))
     number = "[0-9]" * 5
     own = [
         f"data/{split}-{number}-of-{number}.parquet" for split in sorted({shard["split"] for shard in shards if shard})

@@ -78,8 +78,8 @@ def plan_and_submit(options: argparse.Namespace, config: hf_job.HfJobsConfig, ac
     inside = Path(options.inside) if options.inside else hf_job.default_inside(config.flavor, gpus)
     inner = staging.read_inside(inside)
     hf_job.check_precision(config, inside, inner, 1 if gpus is None else gpus)
-    if optimizer := getattr(command.settings, "optimizer", None):
-        check_optimizer(optimizer, inner)
+    if command.script in ("train_unet.py", "distill_unet.py"):  # the others never run under DeepSpeed
+        check_optimizer(command.settings.optimizer, inner)
     inputs = hf_job.local_inputs(command)
     launch.check_push(command, token_travels=bool(account.token))
     if account.missing and not options.dry_run:
@@ -128,11 +128,10 @@ def check_run(run: "Run", estimate: costs.Estimate, script: str) -> None:
             f"{run.active} is at work on the same command; stop it with --stop {run.active}, or fetch it once it ended"
         )
     longer = estimate.updates and run.steps and estimate.updates > run.steps
-    if run.completed and not run.newest and (run.finished_by or longer):
-        option = "vae" if script == "train_vae.py" else "pretrained_model_name_or_path"
+    if script == "train_vae.py" and run.completed and not run.newest and (run.finished_by or longer):
         raise UserError(
             f"{run.completed} has finished the run of this command, and no checkpoint is left to extend it from; bring it home "
-            f"with --fetch {run.completed}, and train it further as a new run with --{option} outputs/{run.completed}"
+            f"with --fetch {run.completed}, and train it further as a new run with --vae outputs/{run.completed}"
         )
     if job := run.finished_by:
         raise UserError(
@@ -176,7 +175,7 @@ def submit(
     """Upload inputs and code, submit the job, and return the Hub's `JobInfo`."""
     from t2i.clouds import hf_account
 
-    teacher = staging.find_teacher(command)
+    teacher = command.teacher
     files = {"model": teacher.names} if teacher else {}
     repositories = hf_account.upload_inputs(account, inputs, hashes, files)
     with tempfile.TemporaryDirectory() as name:

@@ -30,7 +30,7 @@ from t2i.clouds import aws_account as aws
 from t2i.clouds import aws_errors, costs, launch, sagemaker_job, staging
 from t2i.clouds.staging import ROOT, Command, hash_inputs, read_inside
 from t2i.config import check_optimizer
-from t2i.data.split_names import SHARD
+from t2i.data.split_names import FOLDER_SHARD
 from t2i.errors import UserError, run_main
 from t2i.files import read_optional, write_json
 
@@ -63,8 +63,8 @@ def plan_and_submit(options: argparse.Namespace, config: sagemaker_job.SageMaker
     inside = Path(options.inside)
     inner = read_inside(inside)
     sagemaker_job.check_precision(config, inside, inner)
-    if optimizer := getattr(command.settings, "optimizer", None):
-        check_optimizer(optimizer, inner)
+    if command.script in ("train_unet.py", "distill_unet.py"):  # the others never run under DeepSpeed
+        check_optimizer(command.settings.optimizer, inner)
     sagemaker_job.tracking_server(config)  # refuses an address that cannot be used
     inputs = sagemaker_job.local_inputs(command, config)
     sagemaker_job.check_isolation(command, config, inputs)
@@ -516,7 +516,7 @@ def stale_shards(dates: dict[str, datetime]) -> set[str]:
     """
     sets: dict[str, dict[int, list[str]]] = {}  # split -> number of shards -> shards
     for name in dates:
-        if shard := re.fullmatch(SHARD, name):
+        if shard := re.fullmatch(FOLDER_SHARD, name):
             sets.setdefault(shard["split"], {}).setdefault(int(shard["count"]), []).append(name)
     stale: set[str] = set()
     for by_count in sets.values():

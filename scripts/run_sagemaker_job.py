@@ -96,8 +96,8 @@ def make_environment(interface: str, processes: int) -> dict[str, str]:
             secrets = dict(json.loads(answer["SecretString"]))
         except (BotoCoreError, ClientError) as error:
             raise UserError(
-                f"the role may not read the secret {name} ({brief(error)}); allow it secretsmanager:GetSecretValue, or unset "
-                f"{', '.join(launch.SECRET_NAMES)} where you launch, and submit again"
+                f"the secret {name} cannot be read ({brief(error)}); allow the role secretsmanager:GetSecretValue, or submit again "
+                f"without a secret: remove {sagemaker_job.SECRETS} from the YAML, and unset {', '.join(launch.SECRET_NAMES)}"
             ) from None
         except (KeyError, ValueError, TypeError):
             raise UserError(

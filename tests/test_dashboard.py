@@ -92,7 +92,7 @@ def test_pages_of_pictures_wait_for_a_denoiser_beside_an_autoencoder(tmp_path: P
     (tmp_path / "outputs" / "demo" / "vae" / "metrics.jsonl").write_text('{"step": 1, "train_loss": 1}\n')
     app = show(page)
     assert [info.value for info in app.info] == [
-        "outputs/ has only autoencoders so far. A denoiser appears here when its training starts."
+        "outputs/ has no run that draws pictures yet. A denoiser appears here when its training starts."
     ]
     assert not app.code
 

@@ -717,12 +717,10 @@ def test_a_distillation_is_a_job_that_goes_on_and_comes_home_beside_its_teacher(
     told = launcher(*words, **CPU)
     assert "the training resumes there from checkpoint-000008" in told
     assert "24 updates of 4 samples = 3.0 epochs of 32 steps of the teacher's pictures" in told
-    assert (
-        "the teacher draws 20 pictures and a tiny decoder may be trained; how long this takes was not measured" in told
-    )
+    assert "the teacher draws 20 pictures and a tiny decoder may be trained; the time for this was not measured" in told
     job = hub.jobs[-1]
     assert job.wait(1200) == "COMPLETED", job.log()[-6000:]
-    assert re.search(r"^going on from .*checkpoint-000008", job.log(), re.MULTILINE), job.log()[-3000:]
+    assert re.search(r"^resuming from .*checkpoint-000008", job.log(), re.MULTILINE), job.log()[-3000:]
     (place,) = re.findall(rf"--fetch {job.id} --output_dir (\S+)", told)
     assert place == str(tmp_path / "runs" / "turbo")
     assert f"{place} is the student of {teacher}, whose preset turbo" in launcher(

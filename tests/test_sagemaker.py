@@ -725,7 +725,7 @@ def test_a_role_that_may_not_read_the_secret_says_so(cloud, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["run_sagemaker_job.py"])
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     for secret, sentence in (
-        ("t2i/mine-1", "the role may not read the secret t2i/mine-1 (.*); allow it secretsmanager:GetSecretValue, or unset .*HF_TOKEN"),
+        ("t2i/mine-1", "the secret t2i/mine-1 cannot be read .*; allow the role secretsmanager:GetSecretValue, .*HF_TOKEN"),
         ("t2i/odd", "the secret t2i/odd holds no JSON object; write it as"),
     ):  # fmt: skip
         monkeypatch.setenv("T2I_SECRETS", secret)

@@ -31,10 +31,10 @@ def show_no_runs(others: Collection[str] = ()) -> None:
     """Show on a page of runs that there is none, and the command that makes the first.
 
     Args:
-        others: the runs that the page does not list. If there are some, autoencoders are said to be all there is.
+        others: the runs that the page does not list. If there are some, a page says that it waits for a denoiser.
     """
     if others:
-        st.info("outputs/ has only autoencoders so far. A denoiser appears here when its training starts.")
+        st.info("outputs/ has no run that draws pictures yet. A denoiser appears here when its training starts.")
         return
     show_empty_state(
         "No run in outputs/ yet. This fills it, in about a quarter of an hour on two CPU cores:", "make demo"

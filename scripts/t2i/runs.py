@@ -43,7 +43,7 @@ def code_revision() -> str:
 NOT_COMPARED = {"Distill.model", "TrainUnet.guidance_rescale"}  # Settings that earlier versions compared.
 LENGTHS = ("max_train_steps", "num_train_epochs")  # The settings that may be raised to extend a training.
 PUSHING = {"push_to_hub", "hub_private_repo", "hub_deadline", "hub_revision", "create_pr"}
-# Settings that change neither a training nor its result.
+# Settings that are not compared when a training is resumed or extended.
 FREE_OF_TRAINING = {
     *(
         "output_dir",

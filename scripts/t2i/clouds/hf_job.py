@@ -187,7 +187,7 @@ def run_name(command: Command, config: HfJobsConfig, hashes: dict[str, str]) -> 
     """Return the name of the repository that keeps the command's run.
 
     The same script with the same arguments in any order, recipe and inputs has the same repository on every flavor. A
-    later job therefore resumes the run of an earlier one. Options that never change a result keep the name too, and so
+    later job therefore resumes the run of an earlier one. Options that may differ when a run is resumed keep the name too, and so
     does a raised --max_train_steps, which extends the run.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from t2i.captions.ledger import is_inspection
-from t2i.clouds.staging import FOLDERS, Command, find_teacher
+from t2i.clouds.staging import FOLDERS, Command
 from t2i.config import REVISIONS, run_of
 from t2i.errors import UserError
 from t2i.files import read_optional
@@ -375,7 +375,7 @@ def is_result(name: str) -> bool:
 
 def place_of_student(command: Command, job: str) -> str:
     """Return the option by which `--fetch` puts a student beside its teacher's run, or "" for other results."""
-    run = run_of(command.settings.model) if find_teacher(command) else None
+    run = run_of(command.settings.model) if command.teacher else None
     if run is None:
         return ""
     folder = (run if run.name else run.resolve()).parent / "turbo"

@@ -9,7 +9,7 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,6 +65,11 @@ class Command:
     script: str  # File name of the training script in scripts/.
     arguments: list[str]
     recipe: Recipe | None  # The recipe as the training script will read it. The recipe is None for a user's own script.
+
+    @cached_property
+    def teacher(self) -> "Teacher | None":
+        """The local model that a distillation learns from, as `find_teacher` found it first, even if its training continues."""
+        return find_teacher(self)
 
     @property
     def settings(self) -> Any:
@@ -167,7 +172,7 @@ def container_arguments(command: Command, inputs: dict[str, str], channels: str,
         words = [word for name, _, parts in typed if plain_option(name) != "captioner" for word in parts]
     if recipe_file(words):
         words += ["--config", "recipe.yaml"]
-    teacher = find_teacher(command)
+    teacher = command.teacher
     places = {"model": PurePosixPath("model", teacher.path)} if teacher else {}
     words += [word for name in sent for word in (f"--{name}", f"{channels}/{places.get(name, name)}")]
     if command.recipe:
@@ -188,7 +193,7 @@ def find_inputs(command: Command) -> dict[str, str]:
         folder = expand_user(value)
         if value.startswith("s3://"):
             inputs[name] = value
-        elif name == "model" and (teacher := find_teacher(command)):
+        elif name == "model" and (teacher := command.teacher):
             inputs[name] = str(teacher.folder)
         elif folder.is_dir():
             inner_folders = [folder / part, folder / "pipeline" / part] if part else []
@@ -267,7 +272,7 @@ def find_teacher(command: Command) -> Teacher | None:
 
 def hash_inputs(command: Command, inputs: dict[str, str]) -> dict[str, tuple[str, list[Path]]]:
     """Return `hash_folder` of each local folder in `inputs`, by option. Only the files that are sent are hashed."""
-    teacher = find_teacher(command)
+    teacher = command.teacher
     files = {"model": teacher.files} if teacher else {}
     local = {name: Path(value) for name, value in inputs.items() if "://" not in value}
     return {name: hash_folder(folder, files.get(name)) for name, folder in local.items()}
@@ -283,7 +288,7 @@ def hash_folder(folder: Path, files: list[Path] | None = None) -> tuple[str, lis
         The first 16 hex digits of the hash over paths and contents, and the hashed files, with those of linked folders.
             Hidden files of the folder are skipped.
     """
-    found = files_below(folder) if files is None else [path for path in files if path.is_file()]
+    found = files_below(folder) if files is None else sorted(path for path in files if path.is_file())
     files = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
         raise UserError(f"{folder} holds no files; give a folder with files")

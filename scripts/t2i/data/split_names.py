@@ -6,5 +6,5 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 SPLIT_COLUMNS = {"split", "set", "subset"}  # Columns that name an image's split.
-# Pattern of the shards of a dataset folder: split, number of the shard, number of shards.
-SHARD = r"data/(?P<split>[^/]+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet"
+# Pattern of the shards of a dataset folder, with their split and their number.
+FOLDER_SHARD = r"data/(?P<split>[^/]+)-\d{5}-of-(?P<count>\d{5})\.parquet"

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -179,7 +180,7 @@ def shard_source(
         load,
         roots,
         disk_bytes=2 * size,
-        count=lambda: _count_rows(folder, shards),
+        count=partial(_count_rows, folder, shards) if form == "Parquet" else None,
         notes=notes,
     )
 

@@ -276,15 +276,18 @@ def _best(
     sentences = [
         f"{len(results)} settings were compared, on {pictures} pictures each. A setting is a checkpoint and a guidance scale."
     ]
+    others = f"All other figures are of {report['prompts']} new pictures at the best setting."
     choice = choose(results, scale)
     (best, *_) = [result for result in results if is_setting(result, name, scale)]
     if choice.key == LOSS:
         sentences.append(
             f"{_setting(report)} has the lowest validation loss at its guidance scale. No figure of pictures chose it."
         )
+        sentences.append(others)
         return figures | {"chosen_by": LOSS, "value": best["val_loss"]}, sentences
     if best is not choice.best:
         sentences.append(f"An earlier version of the evaluation chose {_setting(report)}, by another rule.")
+        sentences.append(others)
         return figures | {"chosen_by": None}, sentences
     value, other, runner_up = _value(best, choice.key), _value(choice.rivals[0], choice.key), choice.rivals[0]
     among = ""
@@ -316,7 +319,7 @@ def _best(
             if gap > limit
             else f"With {pictures} pictures, a difference of up to {known} can be chance, so the runner-up may be as good."
         )
-    sentences.append(f"All other figures are of {report['prompts']} new pictures at the best setting.")
+    sentences.append(others)
     return figures | {
         "chosen_by": choice.key,
         "value": value,
