@@ -335,7 +335,7 @@ def test_photos_that_say_where_they_were_taken_are_counted_before_a_push(run_mai
         run_main(*words, "--push_to_hub")
     said = capsys.readouterr().out
     assert (
-        "NOTE: 3 photos say where they were taken (GPS in EXIF), and go to me/photos unchanged; to avoid that, remove"
+        "NOTE: 3 photos contain their location (GPS in EXIF), and go to me/photos unchanged; to prevent that, remove"
         in said
     )
     assert said.index("GPS") < said.index("has it now")
