@@ -231,6 +231,17 @@ def test_a_job_without_a_teacher_is_refused(words, sentence, student, workspace)
         staging.find_inputs(staging.read_command(words, "a cloud"))
 
 
+def test_a_teachers_settings_with_a_credential_are_not_sent(tmp_path):
+    run = tmp_path / "unet"
+    for name in ("run.json", "pipeline/unet/config.json", "pipeline/vae/config.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    (run / "config.yaml").write_text("data: {dataset: 'https://me:hf_abcdefghijklmnopqrstuv@example.org/a'}")
+    words = [str(SCRIPTS / "distill_unet.py"), "--config", "demo", "--dataset", "a/b", "--model", str(run)]
+    with pytest.raises(UserError, match=r"unet/config\.yaml holds what looks like a credential"):
+        staging.read_command(words, "a cloud")
+
+
 # --- Stop and resume -------------------------------------------------------------------------------------------------
 
 KILLED = """

@@ -144,10 +144,12 @@ def read_command(words: list[str], cloud: str) -> Command:
         raise UserError("no model: give --model with the run folder of train_unet.py, whose denoiser is distilled")
     if recipe:
         check_templates(recipe.data.caption_template)
-    file = recipe_file(words)
-    if file and redact(text := Path(file).read_text(encoding="utf-8")) != text:
-        raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
-    return Command(script.name, arguments, recipe)
+    command = Command(script.name, arguments, recipe)
+    settings = [file for file in command.teacher.files if file.suffix == ".yaml"] if distils and command.teacher else []
+    for file in [*filter(None, [recipe_file(words)]), *settings]:
+        if redact(text := Path(file).read_text(encoding="utf-8")) != text:
+            raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
+    return command
 
 
 def recipe_file(arguments: list[str]) -> str | None:

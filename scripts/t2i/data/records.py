@@ -52,7 +52,7 @@ class Source:
     # Images given by path must lie below one of these folders. Relative paths start at the first folder.
     roots: tuple[Path, ...]
     disk_bytes: int = 0  # Bytes that `open` writes to its scratch folder.
-    # Estimate of the rows by split, which copies nothing. None if `open` copies nothing either.
+    # Estimate of the rows by split, which copies nothing. With None, only `open` tells the rows.
     count: Callable[[], dict[str, int]] | None = None
     quarantine: list[dict[str, str]] = field(default_factory=list)  # Bad images that were found while listing.
     notes: dict[str, Any] = field(default_factory=dict)  # Facts for the report.
