@@ -146,8 +146,9 @@ def read_command(words: list[str], cloud: str) -> Command:
         check_templates(recipe.data.caption_template)
     command = Command(script.name, arguments, recipe)
     settings = [file for file in command.teacher.files if file.suffix == ".yaml"] if distils and command.teacher else []
-    for file in [*filter(None, [recipe_file(words)]), *settings]:
-        if redact(text := Path(file).read_text(encoding="utf-8")) != text:
+    own = recipe_file(words)
+    for file in [*([Path(own)] if own else []), *settings]:
+        if redact(text := file.read_text(encoding="utf-8")) != text:
             raise UserError(f"{file} holds what looks like a credential, and would be sent to the cloud; remove it")
     return command
 
