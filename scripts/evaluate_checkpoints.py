@@ -24,7 +24,7 @@ from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load
 from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import other_prompts, percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
-from t2i.files import hash_files, read_object, write_json
+from t2i.files import hash_files, read_object, read_optional, write_json
 from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
 from t2i.runs import (
     RunFolder,
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 CONTROLS = 256  # Training images whose reconstructions must count as copies.
 REFERENCE_DRAWINGS = 512  # New drawings that pictures of drawn flowers are compared with.
 NEAR_COPY = 0.1  # An image with a smaller relative distance to a training image is the same photo.
+CAPTIONS_SEED = 0  # Seed of the order in which captions become prompts. Sweep and report take theirs from one order.
+RANDOM_CAPTIONS = "random captions"  # Earlier versions took the first captions of a split, and before that labels.
 REPORT_SEED = 1_000_000  # This is added to the seeds of the reported pictures, so that they differ from the sweep's.
 
 
@@ -103,6 +105,7 @@ def main() -> None:
     splits = load_data(recipe, recipe_of_run, training)
     folder, kind = run / "evaluation", kind_of(splits)
     inputs = {"checkpoints": checkpoints, **input_hashes(run, training, splits, kind)}
+    say_other_prompts(folder, inputs)
     state = RunFolder(folder, {**evaluation_settings(config, preset), **inputs}, replace=True)
     if state.finished:
         print(f"reusing the finished evaluation in {folder}")
@@ -184,9 +187,23 @@ def input_hashes(run: Path, training: dict[str, Any], splits: Any, kind: str) ->
     }
     if guide:
         hashes["guide"] = hash_files(guide)
-    if kind == "captioned" and "label" in splits.train.rows.column_names:
-        hashes["prompts"] = "captions"  # Earlier versions took labels for prompts here.
+    if kind == "captioned":
+        hashes["prompts"] = RANDOM_CAPTIONS
     return hashes
+
+
+def say_other_prompts(folder: Path, inputs: dict[str, Any]) -> None:
+    """Say so if an earlier version made the evaluation in `folder`, on other prompts.
+
+    Args:
+        inputs: what stands for the inputs of the new evaluation.
+    """
+    before = read_optional(folder / "run.json").get("identity") or {}
+    if before and "prompts" in inputs and before.get("prompts") != inputs["prompts"]:
+        print(
+            f"NOTE: an earlier version made the evaluation in {folder} on other prompts; it is made again on random captions "
+            "of unseen images"
+        )
 
 
 def prepare_study(
@@ -564,7 +581,7 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     """Return `count` prompts.
 
     Kind `drawn`: half of the prompts name held-out combinations. Kind `labelled`: captions of random training images, which
-    name their labels. Kind `captioned`: the prompts are captions of unseen images.
+    name their labels. Kind `captioned`: the prompts are captions of random unseen images.
 
     Args:
         offset: number of captions to skip, because other prompts use these captions.
@@ -587,7 +604,10 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
     captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
     if not captions:
         raise UserError(f"{recipe.data.dataset} has no caption in its test or validation split; give a captioned set")
-    return Prompts([captions[(offset + number) % len(captions)] for number in range(count)], [], [False] * count)
+    # Rows have the order of their paths, so the first ones may show few of the classes that pictures are compared with.
+    order = np.random.default_rng(CAPTIONS_SEED).permutation(len(captions))
+    texts = [captions[order[(offset + number) % len(captions)]] for number in range(count)]
+    return Prompts(texts, [], [False] * count)
 
 
 def sampler(run: Path, config: EvaluateConfig) -> Preset:

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from torchmetrics.image.kid import poly_mmd
 
 import evaluate_checkpoints
-from t2i.config import EvaluateConfig
+from t2i.config import DataConfig, EvaluateConfig, Recipe
+from t2i.data import preparing
 from t2i.data.caches import cache_features
+from t2i.data.dataset_folder import save_dataset_folder
 from t2i.errors import UserError
 from t2i.evaluation import judge, memorisation
 from t2i.evaluation.figures import other_prompts
 from t2i.evaluation.networks import FeatureNetwork, load_efficientnet_lite
+from t2i.runs import RunFolder
 
 
 def normal(count: int, width: int = 16, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -221,6 +224,43 @@ def test_an_evaluation_of_a_run_without_checkpoints_says_why(tmp_path) -> None:
         (tmp_path / "run.json").write_text(json.dumps({"status": status}))
         with pytest.raises(UserError, match=sentence):
             evaluate_checkpoints.choose_checkpoints(tmp_path, EvaluateConfig())
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory) -> tuple[Recipe, preparing.Splits]:
+    """A captioned data set, whose rows are sorted by their 102 classes as those of class folders are."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rows = [
+        {"image": np.full((16, 16, 3), number // 2, np.uint8), "caption": f"class {number // 3}, photo {number}"}
+        for number in range(306)
+    ]
+    save_dataset_folder(folder / "photos", {"train": rows[:6], "test": rows})
+    recipe = Recipe(data=DataConfig(dataset=str(folder / "photos"), resolution=16, cache_dir=str(folder / "cache")))
+    return recipe, preparing.load_splits(recipe.data, say=lambda text: None)
+
+
+def test_prompts_of_a_captioned_set_name_most_of_its_classes(captioned) -> None:
+    recipe, splits = captioned
+    assert evaluate_checkpoints.kind_of(splits) == "captioned"
+    sweep, reported = (
+        evaluate_checkpoints.make_prompts("captioned", splits, recipe, count, 0, offset).texts
+        for count, offset in ((24, 0), (256, 24))
+    )
+    assert len({text.split(",")[0] for text in sweep}) > 16
+    assert len({text.split(",")[0] for text in reported}) > 90
+    assert len({*sweep, *reported}) == 24 + 256
+    assert evaluate_checkpoints.make_prompts("captioned", splits, recipe, 256, 1, 24).texts == reported
+
+
+def test_an_evaluation_on_the_first_captions_is_said_to_be_made_again(captioned, tmp_path, capsys) -> None:
+    _, splits = captioned
+    inputs = evaluate_checkpoints.input_hashes(tmp_path, {}, splits, "captioned")
+    evaluate_checkpoints.say_other_prompts(tmp_path, inputs)  # There is no evaluation yet.
+    for identity, is_said in ((inputs, False), ({"dataset_hash": splits.fingerprint}, True)):
+        RunFolder(tmp_path, identity, replace=True).finish()
+        evaluate_checkpoints.say_other_prompts(tmp_path, inputs)
+        assert ("it is made again on random captions" in capsys.readouterr().out) == is_said
+    assert not RunFolder(tmp_path, inputs, replace=True).finished
 
 
 def test_prompts_that_chose_the_setting_are_counted() -> None:
