@@ -158,20 +158,28 @@ def main() -> None:
 
 
 def load_data(recipe: Recipe, recipe_of_run: Recipe, training: dict[str, Any]) -> Any:
-    """Return the prepared splits. Warn if the model was trained on another data set.
+    """Return the prepared splits. Warn if the model was trained on another data set, or with other images left out.
 
     Args:
         recipe_of_run: settings of the training.
         training: content of the training's run.json.
     """
     from t2i.data import preparing
+    from t2i.data.repairs import LEFT_OUT
 
     recipe.data.random_crops = recipe_of_run.data.random_crops  # So the images that the training prepared are found.
-    splits = preparing.load_splits(recipe.data)
-    if splits.fingerprint != training.get("identity", {}).get("dataset_hash"):
+    splits, identity = preparing.load_splits(recipe.data), training.get("identity", {})
+    if splits.fingerprint != identity.get("dataset_hash"):
         print(
             f"WARNING: {recipe.data.dataset} is not the data set that the model was trained on, or its captions have changed. "
             "Images that count as unseen may be training images.",
+            file=sys.stderr,
+        )
+    left_out = splits.repair_hashes().get("left_out_hash")
+    if left_out and left_out != identity.get("left_out_hash"):
+        print(
+            f"WARNING: {LEFT_OUT} of {recipe.data.dataset} has changed since the training. If it leaves out images that the "
+            "model was trained on, copies of them are not found; train again to be sure.",
             file=sys.stderr,
         )
     return splits

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchmetrics.image.kid import poly_mmd
 
 import evaluate_checkpoints
 from t2i.config import DataConfig, EvaluateConfig, Recipe
-from t2i.data import preparing
+from t2i.data import preparing, repairs
 from t2i.data.caches import cache_features
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.errors import UserError
@@ -214,6 +215,26 @@ def test_images_that_may_have_been_trained_on_are_said(is_same, workspace, tmp_p
     with pytest.raises(TypeError):
         evaluate_checkpoints.main()
     assert ("Images that count as unseen may be training images." in capsys.readouterr().err) != is_same
+
+
+def test_images_left_out_since_the_training_are_said(captioned, capsys) -> None:
+    recipe, splits = captioned
+    row = splits.train.rows[0]
+    identity = {"dataset_hash": splits.fingerprint}
+    try:
+        repairs.set_left_out(Path(recipe.data.dataset), row["id"], "train", row["file"], True)
+        fewer = evaluate_checkpoints.load_data(recipe, recipe, {"identity": identity})
+        said = "WARNING: left_out.jsonl of"
+        assert said in capsys.readouterr().err
+        assert len(fewer.train) == len(splits.train) - 1
+        evaluate_checkpoints.load_data(recipe, recipe, {"identity": identity | fewer.repair_hashes()})
+        assert said not in capsys.readouterr().err
+    finally:
+        repairs.set_left_out(Path(recipe.data.dataset), row["id"], "train", row["file"], False)
+    evaluate_checkpoints.load_data(
+        recipe, recipe, {"identity": identity | fewer.repair_hashes()}
+    )  # All copies are found.
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_an_evaluation_of_a_run_without_checkpoints_says_why(tmp_path) -> None:
