@@ -216,12 +216,16 @@ def test_evaluation_results_name_the_data_set_on_the_hub(tmp_path, monkeypatch):
     assert "datasets:" not in model_card.write_model_card(run, None)
 
 
-def test_figures_of_a_run_before_its_extension_are_not_published(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("identity", "is_published"),
+    [({}, True), ({"unet_hash": "new"}, True), ({"unet_hash": "old"}, False), ({"unet_hash": None}, False)],
+)
+def test_figures_of_earlier_weights_are_not_published(identity, is_published, tmp_path, capsys):
     write_json(tmp_path / "evaluation/evaluation.json", EVALUATION)
-    for identity, figures in (({}, EVALUATION), ({"unet_hash": "new"}, EVALUATION), ({"unet_hash": "old"}, {})):
-        write_json(tmp_path / "evaluation/run.json", {"identity": identity})
-        assert publish.evaluation_of(tmp_path, "new") == figures
-    assert "run scripts/evaluate_checkpoints.py again, then publish again" in capsys.readouterr().out
+    write_json(tmp_path / "evaluation/run.json", {"identity": identity})
+    assert publish.evaluation_of(tmp_path, "new") == (EVALUATION if is_published else {})
+    said = "run scripts/evaluate_checkpoints.py again, then publish again" in capsys.readouterr().out
+    assert said != is_published
 
 
 def test_another_model_on_the_hub_is_told(workspace, monkeypatch):

@@ -192,15 +192,15 @@ def publish_vae(run: Path, config: TrainVaeConfig) -> None:
 
 
 def evaluation_of(run: Path, unet_hash: str) -> dict[str, Any]:
-    """Return the content of a run's evaluation.json, or {} if the run was extended after its evaluation.
+    """Return the content of a run's evaluation.json, or {} if the run was trained further after its evaluation.
 
     Args:
         unet_hash: hash of the weights to publish.
     """
     identity = read_optional(run / "evaluation" / "run.json").get("identity") or {}
-    if identity.get("unet_hash") not in (unet_hash, None):
+    if "unet_hash" in identity and identity["unet_hash"] != unet_hash:  # It is None if the training had not finished.
         print(
-            f"WARNING: {run / 'evaluation'} is of the weights before the run was extended, so the card has none of its "
+            f"WARNING: the run was trained further after {run / 'evaluation'} was made, so the card has none of its "
             "figures; run scripts/evaluate_checkpoints.py again, then publish again"
         )
         return {}
