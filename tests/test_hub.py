@@ -8,10 +8,14 @@ from huggingface_hub.utils import get_session
 
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
+from t2i.config import DataConfig, Recipe
 from t2i.errors import UserError
+from t2i.files import read_json
+from t2i.hub import publish
 from t2i.hub import upload as t2i_hub
 from t2i.hub.upload import HubError, Target, check_access, check_license, check_repo_id, push_folder
 from t2i.loading import explain_loading
+from test_cards import EVALUATION, make_run
 
 REPO = "datasets/me/flowers"
 FILES = ["data/*.parquet", "notes.txt"]
@@ -72,6 +76,30 @@ def without_attributes(files):
 
 
 # --- What a push does ------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_results_of_another_run_are_deleted_and_those_of_people_stay(hub, tmp_path, monkeypatch):
+    def push_run(dataset):
+        recipe = Recipe(data=DataConfig(dataset=dataset))
+        run = make_run(tmp_path / "runs" / dataset, recipe)
+        files = publish.write_eval_results(run, recipe, read_json(run / "run.json"), EVALUATION["report"])
+        return push_folder(
+            run / "pipeline", "me/tiny", "model", files=["unet/*", *files], message="run",
+            outdated=publish.is_from_evaluation,
+        )  # fmt: skip
+
+    monkeypatch.chdir(tmp_path)
+    push_run("me/drawn")
+    ours = hub.files("models/me/tiny")[".eval_results/drawn.yaml"]
+    mine = b"- dataset: {id: me/mine, task_id: mine}\n  value: 0.5\n"
+    kept = {".eval_results/mine.yaml": mine, ".eval_results/mixed.yaml": ours + mine, ".eval_results/odd.yaml": b"\xff"}
+    hub.edit("models/me/tiny", kept)
+    others = push_run("me/shells").others
+    assert {path: content for path, content in hub.files("models/me/tiny").items() if path in kept} == kept
+    assert set(kept) < set(others)
+    assert ".eval_results/drawn.yaml" not in hub.files("models/me/tiny")
+    assert push_run("photos").changed  # A run on no data set of the Hub has no such results.
+    assert ".eval_results/shells.yaml" not in hub.files("models/me/tiny")
 
 
 def test_first_push_creates_a_private_repository_and_the_second_changes_nothing(hub, folder):

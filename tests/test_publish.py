@@ -168,6 +168,30 @@ def test_another_gallery_renews_the_pictures_of_ours_alone():
         publish.merge_model_card(card(), "---\na: [\n---\n# Title\n", licensed=False)
 
 
+def card_of(folder, dataset, base=None):
+    """The published card of a run on a data set of the Hub, fine-tuned from `base`."""
+    recipe = Recipe()
+    recipe.data.dataset, recipe.unet.pretrained_model_name_or_path = dataset, base
+    publication = model_card.Publication("me/tiny", "mit", [])
+    return model_card.write_model_card(make_run(folder, recipe), EVALUATION, publication)
+
+
+@pytest.mark.parametrize(("dataset", "base"), [("me/shells", "me/other-base"), ("photos", None)])
+def test_another_run_renews_the_data_set_and_base_model_of_ours_alone(dataset, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # So that no folder of this name is a data set here.
+    old, new = card_of(tmp_path / "old", "me/drawn", "me/base"), card_of(tmp_path / "new", dataset, base)
+    merged = publish.merge_model_card(new, old, licensed=True)
+    data = ModelCard(merged).data
+    assert (data.datasets, data.base_model) == (ModelCard(new).data.datasets, base)
+    assert publish.merge_model_card(new, merged, licensed=True) == merged
+    edited = old.replace("- me/drawn\n", "- me/drawn\n- me/mine\n").replace(
+        "base_model: me/base", "base_model: me/mine"
+    )
+    assert ModelCard(edited).data.datasets == ["me/drawn", "me/mine"]
+    data = ModelCard(publish.merge_model_card(new, edited, licensed=True)).data
+    assert (data.datasets, data.base_model) == (["me/drawn", "me/mine"], "me/mine")
+
+
 def test_prompts_of_the_gallery():
     recipe = Recipe(
         train_unet=TrainUnetConfig(validation_prompts=["a rose", "a  rose\n", "", "hf_abcdefghijklmnopqrst"])

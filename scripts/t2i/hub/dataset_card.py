@@ -199,6 +199,16 @@ def merge_cards(new: str, existing: str | None, renewed: Collection[str] = ("siz
     return f"---\n{_merge_front(new_front, front, renewed)}---\n{body}"
 
 
+def without_keys(card: str, keys: Collection[str]) -> str:
+    """Return a card without some keys of its front matter, and without the comments above these keys.
+
+    Raises:
+        UserError: The YAML of the card is broken.
+    """
+    front, body = _split(card)
+    return f"---\n{''.join(text for key, text in _keys(front).items() if key not in keys)}---\n{body}"
+
+
 # --- Parts of the card -----------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from t2i.runs import GUIDE, guide_folder, guide_step, run_title
 
 TEMPLATE = Path(__file__).parents[3] / "datasets_card" / "model_card.md"
 NOT_MEASURED = "not measured"
+FINE_TUNED = ", fine-tuned from {}"  # of the row Architecture; `base_of` reads it
 PROMPT_CHARACTERS = 500  # longest prompt on a card; CLIP reads fewer
 # Markers of the generated blocks. dataset_card.merge_cards renews the blocks and keeps everything outside them.
 BEGIN = "<!-- t2i:{} begin (generated; edits here are replaced) -->"
@@ -169,6 +170,12 @@ def hub_id(name: str | None) -> str | None:
     return None if Path(name.split("/")[0]).exists() or redact(name) != name else name
 
 
+def base_of(card: str) -> str | None:
+    """Return the Hub id of the model from which a card's model was fine-tuned, or None if the card names none."""
+    found = re.search(rf"^\| \*\*Architecture\*\* \|.*{FINE_TUNED.format('`(.+)`')} \|$", card, re.MULTILINE)
+    return found[1] if found else None
+
+
 def dataset_id(recipe: Recipe, provenance: dict[str, Any]) -> str | None:
     """Return the Hub id of a run's training data set, or None if the data set was a folder."""
     # Only the training could check whether a folder of that name existed.
@@ -216,7 +223,7 @@ def _details(pipeline: Path, recipe: Recipe, vae_run: dict[str, Any], report: di
     scheduler = read_optional(pipeline / "scheduler/scheduler_config.json")
     base = recipe.unet.pretrained_model_name_or_path
     channels = "/".join(str(width) for width in unet.get("block_out_channels") or [])
-    origin = f", fine-tuned from {_source(base)}" if base else ", trained from scratch"
+    origin = FINE_TUNED.format(_source(base)) if base else ", trained from scratch"
     architecture = "Cross-Attentional UNet2DConditionModel (Hugging Face Diffusers)"
     if channels:
         architecture += f", channels {channels}, layers per level: {_text(unet.get('layers_per_block'))}"

@@ -20,7 +20,7 @@ from t2i.config import ModelHubConfig, Recipe, TrainVaeConfig, load_recipe
 from t2i.errors import UserError
 from t2i.files import hash_files, hash_json, read_object, read_optional, write_text
 from t2i.hub import model_card, upload
-from t2i.hub.dataset_card import merge_cards
+from t2i.hub.dataset_card import merge_cards, without_keys
 from t2i.hub.markdown import one_line
 from t2i.loading import explain_loading
 from t2i.redaction import redact
@@ -28,6 +28,9 @@ from t2i.run_lock import run_status
 from t2i.runs import GUIDE, guide_folder, guide_problem
 
 GALLERY = "images/gallery-{}.png"  # {}: 00, 01, …; other pictures in images/ belong to a person
+# Notes of evaluation results, after the name of the figure. By them, results of an earlier push are known.
+AT_END = "at the end of training"
+OF_PICTURES = "{prompts} pictures by {checkpoint} at guidance scale {guidance_scale:g}, {num_inference_steps} steps"
 CHECK_STEPS = 2  # denoising steps of the picture that compares the Hub's model with the folder's
 
 
@@ -132,6 +135,7 @@ def publish_run(
         private=private,
         deadline=deadline,
         merge_card=partial(merge_model_card, card, licensed=chosen != "unknown"),
+        outdated=is_from_evaluation,
         target=target,
     )
     print(pushed, flush=True)
@@ -292,21 +296,32 @@ def write_eval_results(run: Path, recipe: Recipe, result: dict[str, Any], report
     if not dataset or not figures:
         return []
     revision = recipe.data.dataset_revision or ""
-    drawn = "{prompts} pictures by {checkpoint} at guidance scale {guidance_scale:g}, {num_inference_steps} steps"
     entries = [
         EvalResultEntry(
             dataset_id=dataset,
             task_id=re.sub(r"\W+", "_", name.lower()),
             value=value,
             dataset_revision=revision if re.fullmatch(r"[0-9a-f]{40}", revision) else None,
-            notes=f"{name}; {'at the end of training' if kind == 'loss' else drawn.format_map(report)}",
+            notes=f"{name}; {AT_END if kind == 'loss' else OF_PICTURES.format_map(report)}",
         )
         for (kind, name), value in figures.items()
     ]
-    path = f".eval_results/{dataset.split('/')[-1]}.yaml"
+    path = f"{upload.EVAL_RESULTS}/{dataset.split('/')[-1]}.yaml"
     text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
     write_text(run / "pipeline" / path, text)
     return [path]
+
+
+def is_from_evaluation(content: bytes) -> bool:
+    """Return whether `write_eval_results` wrote a file of evaluation results with this content."""
+    try:
+        entries = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError):
+        return False
+    entries = entries if isinstance(entries, list) else []
+    notes = [entry.get("notes") if isinstance(entry, dict) else None for entry in entries]
+    ours = re.compile(rf"[^;]+; ({AT_END}|\d+ pictures by \S+ at guidance scale \S+, \d+ steps)")
+    return bool(notes) and all(ours.fullmatch(str(note)) for note in notes)
 
 
 def pipeline_files(folder: Path) -> list[str]:
@@ -328,10 +343,18 @@ def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
     """Return the README.md on the Hub, `existing`, with all generated parts renewed from `card`.
 
     The renewed parts are figures, the gallery's pictures, the blocks between markers, and the licence if `licensed` is
-    set. All other parts of `existing` stay, with pictures that a person added to `widget`.
+    set. Data set and base model are renewed if they are those of the run that was published before. All other parts of
+    `existing` stay, with pictures that a person added to `widget`.
     """
+    front, old_front = _front_matter(card), _front_matter(existing or "")
+    earlier = {
+        "datasets": [_evaluated_dataset(old_front)],
+        "base_model": model_card.base_of(existing or ""),
+    }
+    outdated = [key for key, value in earlier.items() if key in old_front and old_front[key] == value != front.get(key)]
+    existing = without_keys(existing, outdated) if existing and outdated else existing
     renewed = ["model-index", *(["license"] if licensed else [])]
-    ours, theirs = _widget(card), _widget(existing or "")
+    ours, theirs = (one if isinstance(one := part.get("widget"), list) else [] for part in (front, old_front))
     if [entry for entry in theirs if _is_ours(entry)] != ours:
         renewed.append("widget")
         new = ModelCard(card)
@@ -340,18 +363,22 @@ def merge_model_card(card: str, existing: str | None, *, licensed: bool) -> str:
     return merge_cards(card, existing, renewed)
 
 
-def _widget(card: str) -> list[Any]:
-    """Return the entries of the key `widget` in a card's front matter.
-
-    A broken front matter gives [], and merge_cards reports it as an error.
-    """
+def _front_matter(card: str) -> dict[str, Any]:
+    """Return the front matter of a card. A broken front matter gives {}, and merge_cards reports it as an error."""
     match = REGEX_YAML_BLOCK.search(card)
     try:
         data = yaml.safe_load(match[2]) if match else None
     except (yaml.YAMLError, ValueError):
-        return []
-    entries = data.get("widget") if isinstance(data, dict) else None
-    return entries if isinstance(entries, list) else []
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _evaluated_dataset(front: dict[str, Any]) -> Any:
+    """Return the data set that the figures in a card's front matter name, or None without figures."""
+    try:
+        return front["model-index"][0]["results"][0]["dataset"]["type"]
+    except (LookupError, TypeError):
+        return None
 
 
 def _is_ours(entry: Any) -> bool:

@@ -17,6 +17,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
@@ -38,6 +39,7 @@ from t2i.loading import NO_XET, RepoType
 from t2i.redaction import redact
 
 CARD = "README.md"
+EVAL_RESULTS = ".eval_results"  # folder that the Hub reads evaluation results from
 SILENCE_S = 120.0  # a request fails if no byte moves for so long; the Hub takes a minute for large commits
 SHORTEST_SILENCE_S = 10.0  # the same limit close to the deadline; huggingface_hub's own limit for downloads
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # waits between attempts; they double, and the Hub may ask for more
@@ -263,6 +265,7 @@ def push_folder(
     private: bool = True,
     deadline: float = 900.0,
     merge_card: Callable[[str | None], str] | None = None,
+    outdated: Callable[[bytes], bool] | None = None,
     say: Callable[[str], Any] = print,
     target: Target = MAIN,
 ) -> Pushed:
@@ -291,6 +294,8 @@ def push_folder(
         merge_card: Function that makes the README.md to push from the README.md on the Hub, which is None if the Hub
             has no README.md. Each attempt to push calls `merge_card`. Without `merge_card`, README.md is pushed like
             any other file.
+        outdated: Function that tells from the content of a file in `.eval_results/` on the Hub whether an earlier push wrote
+            it. Such a file is deleted if `files` does not name it.
         say: Function that prints one line on the reason and the time of the next attempt.
         target: Branch or pull request that receives the push.
 
@@ -311,7 +316,9 @@ def push_folder(
         try:
             with limited(silence_s):
                 head = _open_head(api, repo_id, repo_type, private, folder, merge_card, target)
-                operations, others = _differences(api, repo_id, repo_type, head, local, files, merge_card)
+                operations, others = _differences(
+                    api, repo_id, repo_type, head, local, files, merge_card, outdated
+                )  # fmt: skip
                 if not operations:  # the Hub had all files, or a commit arrived whose answer was lost
                     return Pushed(url, head, changed=sent, others=others)
                 sent = True
@@ -429,15 +436,23 @@ def _differences(
     local: dict[str, Path],
     files: list[str],
     merge_card: Callable[[str | None], str] | None,
+    outdated: Callable[[bytes], bool] | None,
 ) -> tuple[list[CommitOperationAdd | CommitOperationDelete], list[str]]:
     """Return the operations of the commit that makes the repository at `head` equal to the folder, and other files there."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=repo_type)
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     contents: dict[str, Path | bytes] = dict(local)
+    at_head = f"{_address(api, repo_id, repo_type)}/resolve/{head}"
     if merge_card:
-        card = _read_card(api, f"{_address(api, repo_id, repo_type)}/resolve/{head}/{CARD}") if CARD in remote else None
+        card = _read(api, f"{at_head}/{CARD}").decode("utf-8") if CARD in remote else None
         contents[CARD] = merge_card(card).encode("utf-8")
     stale = [path for path in _matching(remote, files) if path not in contents]
+    results = filter_repo_objects(remote, allow_patterns=[f"{EVAL_RESULTS}/*.yaml"]) if outdated else ()
+    stale += [
+        path
+        for path in results
+        if outdated and path not in contents and outdated(_read(api, f"{at_head}/{quote(path)}"))
+    ]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(
             CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
@@ -449,10 +464,10 @@ def _differences(
     return operations, sorted(remote.keys() - contents.keys() - set(stale))
 
 
-def _read_card(api: HfApi, address: str) -> str:
+def _read(api: HfApi, address: str) -> bytes:
     response = get_session().get(address, headers=build_hf_headers(token=api.token))
     hf_raise_for_status(response)
-    return response.content.decode("utf-8")
+    return response.content
 
 
 def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
