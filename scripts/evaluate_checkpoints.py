@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse, with_settings_of_model
 from t2i.errors import UserError, run_main
-from t2i.evaluation.figures import other_prompts, percent
+from t2i.evaluation.figures import chance_closer, other_prompts, percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
 from t2i.files import hash_files, read_object, read_optional, write_json
 from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
@@ -921,8 +921,10 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
     if report["judge"]:
         print_judge(report["judge"])
     if report["memorisation"]:
-        share = report["memorisation"]["share_closer"]
-        print(f"  memorisation: {share:.1%} closer to a training image than 99 % of unseen images are")
+        share, chance = report["memorisation"]["share_closer"], chance_closer(report["unseen_images"])
+        print(
+            f"  memorisation: {share:.1%} closer to a training image than 99 % of unseen images (chance: {chance:.1%})"
+        )
     print(f"pictures: {folder}/*.png")
 
 

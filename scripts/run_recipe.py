@@ -38,6 +38,7 @@ from t2i.config import (
 )
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
+from t2i.evaluation.figures import chance_closer
 from t2i.files import read_json, read_optional, write_json
 from t2i.launch_config import check_launch_config
 from t2i.loading import find_model
@@ -324,7 +325,8 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
         probe = report["probe_accuracy"].get(name)
         print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{probe:.1%}' if probe is not None else ''}")
     if report["memorisation"]:
-        print(f"  {'memorised (chance: 1 %)':<28}{report['memorisation']['share_closer']:8.1%}")
+        title = f"memorised (chance: {chance_closer(report['unseen_images']):.1%})"
+        print(f"  {title:<28}{report['memorisation']['share_closer']:8.1%}")
     if report["judge"]:
         distances = {name: report["judge"][name]["kernel_distance"] for name in ("pictures", "reconstructions", "real")}
         print(f"  {'kernel distance (judge)':<28}{distances['pictures']:8.1f}", end="")

@@ -55,6 +55,7 @@ EVALUATION = {
         "judge": {"network": "efficientnet-lite0", "kernel_distance": 31.2, "pictures": JUDGED, "real": JUDGED},
         "clip_score": None,
         "prompts": 256,
+        "unseen_images": 100,
         "num_inference_steps": 20,
         "seconds_per_picture_cpu": 0.81,
         "seconds_per_picture_gpu": None,
@@ -166,6 +167,7 @@ def test_rows_are_filled_from_the_run(tmp_path: Path) -> None:
     assert row(text, "CFG Scale") == "3 (chosen by the evaluation)"
     assert "| petal color | 98.4% (96–99%) | 96.1% | 99.9% |" in text
     assert "| checkpoint-000750 | 3.00 | 0.2114 | 85.1% | 1.2% | not measured |" in text
+    assert "By chance, about 2.0% of the pictures lie closer than 99% of the unseen images do. A larger" in text
     assert "[MLflow](https://mlflow.example/#/experiments/1/runs/2)" in text
     assert "The weights in this folder come from the end of training." in text
     assert "guidance_scale=3,\n    height=64," in text

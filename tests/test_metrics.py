@@ -1,5 +1,7 @@
 """Metrics: the classifier learns, known values are reproduced, copies are found, and networks load from a folder."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,17 @@ def test_memorisation_flags_copies_and_passes_fresh_pictures() -> None:
     assert memorisation.memorisation(pale, train, held_out)["share_closer"] <= 0.05
     with pytest.raises(UserError, match="held-out"):
         memorisation.memorisation(fresh, train, held_out[:0])
+
+
+def test_the_share_that_lies_closer_by_chance_is_larger_with_few_unseen_images() -> None:
+    draw = partial(np.random.default_rng(1).integers, 0, 256, dtype=np.uint8)
+    train = memorisation.pixel_embedding(draw(size=(60, 16, 16, 3)))
+    shares = [
+        memorisation.Memory(train, draw(size=(10, 16, 16, 3))).measure(draw(size=(20, 16, 16, 3)))["share_closer"]
+        for _ in range(12)
+    ]
+    assert figures.chance_closer(10) == pytest.approx(np.mean(shares), abs=0.05) == pytest.approx(0.1, abs=0.05)
+    assert figures.chance_closer(100_000) == pytest.approx(0.01, rel=0.01)
 
 
 def test_nearest_in_blocks_equals_the_full_search() -> None:

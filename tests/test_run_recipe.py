@@ -139,8 +139,8 @@ def test_a_launch_by_a_wrong_yaml_gets_one_sentence(text, sentence, tmp_path, co
 def test_stages_that_were_run_one_by_one_are_reported_too(tmp_path, monkeypatch, capsys):
     images = ["real", "reconstructions", "pictures"]
     report = {
-        "guidance_scale": 2.0, "prompt_following": {"color": 0.5}, "probe_accuracy": {}, "memorisation": None,
-        "judge": {name: {"kernel_distance": 3.0} for name in images},
+        "guidance_scale": 2.0, "prompt_following": {"color": 0.5}, "probe_accuracy": {}, "unseen_images": 10,
+        "memorisation": {"share_closer": 0.1}, "judge": {name: {"kernel_distance": 3.0} for name in images},
     }  # fmt: skip
     for folder, results in (
         ("vae", {"psnr_db": 20.0}),
@@ -152,7 +152,9 @@ def test_stages_that_were_run_one_by_one_are_reported_too(tmp_path, monkeypatch,
     monkeypatch.setattr(run_recipe, "stage", lambda *_: None)  # each is reused
     monkeypatch.setattr(sys, "argv", ["run_recipe.py", "--config", "demo", "--output_dir", str(tmp_path)])
     run_recipe.main()
-    assert "chosen guidance scale            2.0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "chosen guidance scale            2.0" in said
+    assert "memorised (chance: 9.9%)       10.0%" in said
     assert json.loads((tmp_path / "report.json").read_text())["seconds"] == {}
 
 

@@ -110,6 +110,18 @@ def interval(
     return None
 
 
+def chance_closer(unseen: int) -> float:
+    """Return which share of pictures lies closer to a training image than 99 % of unseen images only by chance, 0 to 1.
+
+    The limit is interpolated at place 0.01 (K - 1) of the sorted distances of K unseen images. Each of the K + 1 gaps beside
+    these distances holds a picture with equal chance, if pictures lie as far from training images as unseen images do.
+
+    Args:
+        unseen: number K of unseen images, at least 1.
+    """
+    return (1 + 0.01 * (unseen - 1)) / (unseen + 1)
+
+
 def percent(share: float, count: int | None = None) -> str:
     """Return a share as text, with its interval if the number of pictures is known: "75.0% (58–87%)"."""
     text = f"{100 * share:.1f}%"

@@ -186,7 +186,7 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray)
         "median_ratio": median relative distance of the generated pictures, divided by that of the held-out images (1:
             equally far).
         "share_closer": share of generated pictures whose relative distance is below the 1st percentile of the held-out
-            images (0.01 by chance).
+            images (by chance: `figures.chance_closer`, which is above 0.01 if there are few held-out images).
         "probability_closer": chance that a generated picture is relatively nearer than a held-out image (0.5: no
             difference).
         "near_copies" and "near_copies_held_out": shares of pictures and of held-out images with a relative distance

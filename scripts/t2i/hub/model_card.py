@@ -16,7 +16,7 @@ from typing import Any
 
 from t2i.config import Recipe, load_recipe
 from t2i.errors import UserError
-from t2i.evaluation.figures import other_prompts, percent
+from t2i.evaluation.figures import chance_closer, other_prompts, percent
 from t2i.evaluation.verdict import TOPICS, verdict_of
 from t2i.files import read_object, read_optional, write_text
 from t2i.hub.markdown import escape_markdown, one_line
@@ -96,7 +96,6 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     dataset = one_line(provenance.get("dataset") or _last_part(recipe.data.dataset))
     hub = dataset_id(recipe, provenance)
     gallery = publication.gallery if publication else []
-    base = hub_id(recipe.unet.pretrained_model_name_or_path)
     results = _eval_results(hub or dataset or "unknown", dataset or "unknown", result, report)
     data = ModelCardData(
         language="en",
@@ -105,7 +104,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion"],
         datasets=[hub] if hub else None,
-        base_model=base,
+        base_model=hub_id(recipe.unet.pretrained_model_name_or_path),
         model_name=name if results else None,
         eval_results=results or None,
         widget=[{"text": prompt, "output": {"url": path}} for prompt, path in gallery] if publication else None,
@@ -142,6 +141,7 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         following=_following(report),
         judge=_text(_last_part((report.get("judge") or {}).get("network"))),
         judged=_judge_rows(report),
+        chance=f"{chance_closer(int(unseen)):.1%}" if (unseen := _number(report.get("unseen_images"))) else None,
         sweep=[_sweep_row(result) for result in sweep_results],
         tracking=_tracking(result.get("tracking")),
         limitations=_limitations(recipe, result, domain, drawn),
