@@ -176,6 +176,11 @@ def test_memorisation_flags_copies_and_passes_fresh_pictures() -> None:
         memorisation.memorisation(fresh, train, held_out[:0])
 
 
+def test_diversity_of_many_real_images_is_that_of_all_their_classes() -> None:
+    classes = torch.arange(1200.0)[:, None].div(600, rounding_mode="floor")  # two classes, one after the other
+    assert metrics.diversity(classes[::2], classes)["real"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_the_share_that_lies_closer_by_chance_is_larger_with_few_unseen_images() -> None:
     draw = partial(np.random.default_rng(1).integers, 0, 256, dtype=np.uint8)
     train = memorisation.pixel_embedding(draw(size=(60, 16, 16, 3)))

@@ -17,18 +17,20 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from t2i.errors import UserError
+from t2i.evaluation.judge import spread
 from t2i.evaluation.networks import loading
 from t2i.models import best_device
 
+MAX_MEMBERS = 512  # Members of a group whose distances are measured, which bounds the matrix of distances.
 
-def _spread(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
+
+def _mean_distance(embeddings: Tensor, groups: Sequence[Any], only: set) -> float:
     """Return the mean L2 distance between two members of a group, averaged over the groups in `only`."""
     names = np.array([str(group) for group in groups])
     means = []
     for name in sorted(only):
-        members = embeddings[
-            torch.from_numpy(np.flatnonzero(names == name)[:512])
-        ].float()  # 512 bounds the distance matrix
+        rows = spread(np.flatnonzero(names == name), MAX_MEMBERS)  # The first rows may all be of one class.
+        members = embeddings[torch.from_numpy(rows)].float()
         means.append(float(torch.pdist(members).mean()))
     return float(np.mean(means))
 
@@ -62,7 +64,7 @@ def diversity(
         raise UserError(
             "diversity needs a group with at least 2 generated and 2 real pictures; generate more per prompt"
         )
-    ours, theirs = _spread(generated, groups, shared), _spread(real, real_groups, shared)
+    ours, theirs = _mean_distance(generated, groups, shared), _mean_distance(real, real_groups, shared)
     return {"generated": ours, "real": theirs, "ratio": ours / max(theirs, 1e-12)}
 
 
