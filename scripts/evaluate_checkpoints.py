@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse, with_settings_of_model
 from t2i.errors import UserError, run_main
-from t2i.evaluation.figures import chance_closer, other_prompts, percent
+from t2i.evaluation.figures import attribute_names, chance_closer, other_prompts, percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
 from t2i.files import hash_files, read_object, read_optional, write_json
 from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
@@ -892,14 +892,15 @@ def track(run: Path, results: dict[str, Any], experiment: str) -> None:
 
 def print_sweep(sweep_results: list[dict[str, Any]]) -> None:
     """Print one line per checkpoint and guidance scale."""
-    heads = list(sweep_results[0]["prompt_following"] or {})
+    names = attribute_names(sweep_results[0]["prompt_following"])
+    widths = {head: max(15, len(name) + 2) for head, name in names.items()}
     print(
         f"\n{'checkpoint':<20}{'guidance':>9}{'val loss':>10}"
-        + "".join(f"{head:>15}" for head in heads)
+        + "".join(f"{name:>{widths[head]}}" for head, name in names.items())
         + f"{'distance':>16}{'copies':>8}"
     )
     for result in sweep_results:
-        shares = "".join(f"{result['prompt_following'][head]:>15.1%}" for head in heads)
+        shares = "".join(f"{result['prompt_following'][head]:>{width}.1%}" for head, width in widths.items())
         loss = f"{result['val_loss']:.4f}" if result["val_loss"] is not None else "-"
         judged = result["judge"]
         distance = f"{judged['kernel_distance']:.1f} ± {judged['standard_error']:.1f}" if judged else "-"
@@ -914,10 +915,10 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
         f"\nchosen: {report['checkpoint']} at guidance scale {report['guidance_scale']:g}, on {other_prompts(results)}; "
         f"here {report['prompts']} pictures:"
     )
-    for head, share in (report["prompt_following"] or {}).items():
+    for head, name in attribute_names(report["prompt_following"]).items():
         known = report["probe_accuracy"].get(head)
-        text = percent(share, report["prompts"])
-        print(f"  {head:<16}{text:>18}" + (f"   (on unseen real images: {known:.1%})" if known is not None else ""))
+        text = percent(report["prompt_following"][head], report["prompts"])
+        print(f"  {name:<20}{text:>18}" + (f"   (on unseen real images: {known:.1%})" if known is not None else ""))
     if report["judge"]:
         print_judge(report["judge"])
     if report["memorisation"]:

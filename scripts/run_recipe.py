@@ -38,7 +38,7 @@ from t2i.config import (
 )
 from t2i.config_types import LocalPath, PathText, known_key
 from t2i.errors import UserError, run_main
-from t2i.evaluation.figures import chance_closer
+from t2i.evaluation.figures import attribute_names, chance_closer
 from t2i.files import read_json, read_optional, write_json
 from t2i.launch_config import check_launch_config
 from t2i.loading import find_model
@@ -321,9 +321,9 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
     print(f"  {'VAE on validation':<28}{report['vae']['psnr_db']:8.2f} dB")
     print(f"  {'chosen guidance scale':<28}{report['guidance_scale']:8.1f}")
     print(f"  {'as prompted':<28}{'share':>8}   accuracy on photos or drawings")
-    for name, share in (report["prompt_following"] or {}).items():
-        probe = report["probe_accuracy"].get(name)
-        print(f"    {name.replace('_', ' '):<26}{share:8.1%}   {f'{probe:.1%}' if probe is not None else ''}")
+    for key, name in attribute_names(report["prompt_following"]).items():
+        share, probe = report["prompt_following"][key], report["probe_accuracy"].get(key)
+        print(f"    {name:<26}{share:8.1%}   {f'{probe:.1%}' if probe is not None else ''}")
     if report["memorisation"]:
         title = f"memorised (chance: {chance_closer(report['unseen_images']):.1%})"
         print(f"  {title:<28}{report['memorisation']['share_closer']:8.1%}")

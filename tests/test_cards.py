@@ -227,6 +227,35 @@ def test_front_matter_is_valid_and_model_index_round_trips(tmp_path: Path) -> No
     assert "clip score" not in values
 
 
+@pytest.mark.parametrize("decoder", [{}, {"decoder_psnr_db": 31.2}])
+def test_the_card_of_a_student_names_its_loss_and_its_decoder(tmp_path: Path, decoder: dict) -> None:
+    run = make_run(tmp_path / "run", student={"num_inference_steps": 2}, **decoder)
+    of_vae = {"psnr_db": 28.125, "ssim": 0.91, "scaling_factor": 0.9, "from": None}
+    write_json(run / "provenance.json", {"dataset": "dataset", "teacher_hash": "bb", "vae_run": of_vae})
+    text = model_card.write_model_card(run, EVALUATION)
+    assert row(text, "Val distillation loss") == "0.2114"
+    assert "| Checkpoint | CFG Scale | Val distillation loss |" in text
+    assert "diffuser loss" not in text
+    assert "Validation distillation loss" in {result.metric_name for result in ModelCard(text).data.eval_results}
+    assert ("VAE reconstruction" in text) == ("and the reconstruction were measured" in text) == (not decoder)
+    assert ("31.2 dB PSNR to its pictures" in row(text, "Decoder")) == bool(decoder)
+
+
+def test_the_share_of_combined_attributes_is_called_so_and_a_label_is_told_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    text = model_card.write_model_card(run, EVALUATION)
+    assert "| combined attributes | 44.0% (38–50%) | 44.0% | not measured |" in text
+    names = [result.metric_name for result in ModelCard(text).data.eval_results]
+    assert "Prompt following: combined attributes" in names
+    report = EVALUATION["report"] | {"prompt_following": {"label": 0.6, "all": 0.6}}
+    text = model_card.write_model_card(run, EVALUATION | {"report": report})
+    assert row(text, "Prompt following, label") == "60.0% (54–66%)"
+    assert text.count("| label | 60.0% (54–66%) |") == 1
+    assert "combined attributes" not in text
+    names = [result.metric_name for result in ModelCard(text).data.eval_results]
+    assert [name for name in names if name.startswith("Prompt")] == ["Prompt following: label"]
+
+
 def test_the_differences_from_the_reference_are_named(tmp_path: Path) -> None:
     recipe = Recipe()
     recipe.data.dataset = "nelorth/oxford-flowers"

@@ -1,6 +1,7 @@
 """The judge's distances, its probe and its networks."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -282,6 +283,24 @@ def test_an_evaluation_on_the_first_captions_is_said_to_be_made_again(captioned,
         evaluate_checkpoints.say_other_prompts(tmp_path, inputs)
         assert ("it is made again on random captions" in capsys.readouterr().out) == is_said
     assert not RunFolder(tmp_path, inputs, replace=True).finished
+
+
+@pytest.mark.parametrize(
+    ("following", "names"),
+    [
+        ({"petal_color": 0.9, "all": 0.4}, ["petal color", "combined attributes"]),
+        ({"label": 0.6, "all": 0.6}, ["label"]),
+    ],
+)
+def test_the_terminal_calls_shares_of_prompts_by_their_names(following, names, tmp_path, capsys) -> None:
+    result = {"checkpoint": "checkpoint-000004", "guidance_scale": 3.0, "val_loss": 0.1, "prompt_following": following}
+    evaluate_checkpoints.print_sweep([result | {"judge": None, "memorisation": None}])
+    head, line = capsys.readouterr().out.strip().splitlines()
+    assert re.sub(" {2,}", "|", head).split("|")[3:-2] == names
+    assert len(line) == len(head)
+    report = result | {"prompts": 100, "probe_accuracy": {}, "judge": None, "memorisation": None}
+    evaluate_checkpoints.print_report({"report": report}, tmp_path)
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if "%" in line] == names
 
 
 def test_prompts_that_chose_the_setting_are_counted() -> None:

@@ -98,7 +98,7 @@ def test_the_hub_holds_a_private_pipeline_with_card_and_pictures(hub, run, publi
     result = read_json(run / "run.json")
     assert {figure.metric_name for figure in card.data.eval_results} >= {
         "Validation diffuser loss",
-        "Prompt following: all",
+        "Prompt following: combined attributes",
     }
     assert (card.data.license, card.data.datasets) == ("mit", ["me/drawn"])
     assert 'from_pretrained("me/tiny")' in card.text

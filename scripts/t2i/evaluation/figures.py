@@ -78,6 +78,16 @@ def words(key: str) -> str:
     return key.replace("_", " ").replace(".", ", ")
 
 
+def attribute_names(following: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the names for people of the shares of prompt following, by their keys.
+
+    "all" combines some of the attributes. If it only repeats "label", it is left out.
+    """
+    shares = following or {}
+    names = {key: "combined attributes" if key == "all" else words(key) for key in shares}
+    return {key: name for key, name in names.items() if key != "all" or "label" not in shares}
+
+
 @lru_cache(maxsize=4096)
 def rank(key: str) -> int:
     """Return the place of a figure in `FIGURES`, the figures that choose best first."""

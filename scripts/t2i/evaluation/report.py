@@ -179,6 +179,8 @@ def _sweep(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> It
             *dict.fromkeys(key for row in flat for key in row if key.startswith("prompt_following.")),
             "clip_score.mean", "memorisation.copies"]  # fmt: skip
     keys = [key for key in keys if any(row.get(key) is not None for row in flat)]
+    if "prompt_following.label" in keys:  # which "all" repeats
+        keys = [key for key in keys if key != "prompt_following.all"]
     rows = [[figure_text(key, row.get(key)) for key in keys] for row in flat]
     yield _table([figure(key).name for key in keys], rows)
     evaluated = cells.evaluated_grid(run)

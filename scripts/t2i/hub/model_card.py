@@ -16,7 +16,7 @@ from typing import Any
 
 from t2i.config import Recipe, load_recipe
 from t2i.errors import UserError
-from t2i.evaluation.figures import chance_closer, other_prompts, percent
+from t2i.evaluation.figures import attribute_names, chance_closer, other_prompts, percent
 from t2i.evaluation.verdict import TOPICS, verdict_of
 from t2i.files import read_object, read_optional, write_text
 from t2i.hub.markdown import escape_markdown, one_line
@@ -86,7 +86,6 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
     recipe, result = load_recipe(str(run / "config.yaml")), read_object(run / "run.json")
     provenance = read_optional(run / "provenance.json")
     report = (evaluation or {}).get("report") or {}
-    sweep_results = (evaluation or {}).get("cells") or []
     vae_run = provenance.get("vae_run", find_vae_run(recipe, provenance))
     details = _details(run / "pipeline", recipe, vae_run, report)
     training = _training(recipe, result, provenance)
@@ -142,7 +141,8 @@ def write_model_card(run: Path, evaluation: dict[str, Any] | None, publication: 
         judge=_text(_last_part((report.get("judge") or {}).get("network"))),
         judged=_judge_rows(report),
         chance=f"{chance_closer(int(unseen)):.1%}" if (unseen := _number(report.get("unseen_images"))) else None,
-        sweep=[_sweep_row(result) for result in sweep_results],
+        loss=_loss(result),
+        sweep=[_sweep_row(cell) for cell in (evaluation or {}).get("cells") or []],
         tracking=_tracking(result.get("tracking")),
         limitations=_limitations(recipe, result, domain, drawn),
         deepspeed=result.get("distribution") == "DEEPSPEED",
@@ -199,9 +199,10 @@ def find_vae_run(recipe: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
 
 def measured(result: dict[str, Any], report: dict[str, Any]) -> dict[tuple[str, str], float]:
     """Return the measured figures by kind and name, from the results of a run and the report of its evaluation."""
-    figures: dict[tuple[str, str], Any] = {("loss", "Validation diffuser loss"): result.get("val_loss")}
-    for head, share in (report.get("prompt_following") or {}).items():
-        figures["prompt_following", f"Prompt following: {one_line(head).replace('_', ' ')}"] = share
+    figures: dict[tuple[str, str], Any] = {("loss", f"Validation {_loss(result)}"): result.get("val_loss")}
+    following = report.get("prompt_following") or {}
+    for head, name in attribute_names(following).items():
+        figures["prompt_following", f"Prompt following: {one_line(name)}"] = following[head]
     for key, label in {
         "memorisation": "share_closer",
         "diversity": "ratio",
@@ -357,20 +358,22 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
     """
     bands = {key: value for key, value in result.items() if re.fullmatch(r"val_loss_\d+_\d+", key)}
     copies, clip = (report.get(name) or {} for name in ("memorisation", "clip_score"))
-    rows = {
-        "Train diffuser loss": _figure(result.get("train_loss")),
-        "Val diffuser loss": _figure(result.get("val_loss")),
-    }
+    loss = _loss(result)
+    rows = {f"Train {loss}": _figure(result.get("train_loss")), f"Val {loss}": _figure(result.get("val_loss"))}
     for key, value in bands.items():
         low, high = key.removeprefix("val_loss_").split("_")
-        rows[f"Val diffuser loss, timesteps {low} to {high}"] = _figure(value)
-    rows["VAE reconstruction of validation images"] = (
-        f"{_figure(vae_run.get('psnr_db'), 2)} dB PSNR, {_figure(vae_run.get('ssim'), 3)} SSIM"
-        if vae_run
-        else NOT_MEASURED
-    )
-    overall, count = (report.get("prompt_following") or {}).get("all"), report.get("prompts")
-    rows["Prompt following, combined attributes"] = _percent(overall, count)
+        rows[f"Val {loss}, timesteps {low} to {high}"] = _figure(value)
+    if not _has_tiny_decoder(
+        result
+    ):  # Its PSNR stands in the row Decoder. It is not that of the teacher's autoencoder.
+        rows["VAE reconstruction of validation images"] = (
+            f"{_figure(vae_run.get('psnr_db'), 2)} dB PSNR, {_figure(vae_run.get('ssim'), 3)} SSIM"
+            if vae_run
+            else NOT_MEASURED
+        )
+    following, count = report.get("prompt_following") or {}, report.get("prompts")
+    overall = "label" if "label" in following else "combined attributes"
+    rows[f"Prompt following, {overall}"] = _percent(following.get("all"), count)
     rows["Memorisation: closer to a training image than 99% of unseen images"] = _percent(
         copies.get("share_closer"), count
     )
@@ -382,6 +385,15 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
     rows["Diversity relative to real images"] = _figure((report.get("diversity") or {}).get("ratio"), 3)
     rows["CLIP score"] = _figure(clip.get("mean"), 2) + (f", {_text(_last_part(clip.get('model')))}" if clip else "")
     return rows
+
+
+def _loss(result: dict[str, Any]) -> str:
+    """Return the name of a run's loss. That of a student is measured on its teacher's pictures."""
+    return "distillation loss" if result.get("student") else "diffuser loss"
+
+
+def _has_tiny_decoder(result: dict[str, Any]) -> bool:
+    return _number(result.get("decoder_psnr_db")) is not None
 
 
 def _verdict(evaluation: dict[str, Any] | None) -> dict[str, str]:
@@ -400,7 +412,7 @@ def _protocol(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any]
         return "The pictures have not been evaluated."
     checkpoint, scale = report.get("checkpoint"), _figure(report.get("guidance_scale"), 2)
     sentences = [
-        "The losses and the reconstruction were measured at the end of training.",
+        f"The losses{'' if _has_tiny_decoder(result) else ' and the reconstruction'} were measured at the end of training.",
         f"All other figures were measured on {_text(report.get('prompts'))} pictures, one per prompt.",
     ]
     if report.get("prompt_following_held_out"):
@@ -421,15 +433,17 @@ def _following(report: dict[str, Any]) -> list[list[str]]:
     """Return a table row per attribute: its name, shares of pictures that follow all and held-out prompts, and the
     classifier's accuracy.
     """
-    held_out, probe = report.get("prompt_following_held_out") or {}, report.get("probe_accuracy") or {}
+    following, held_out, probe = (
+        report.get(name) or {} for name in ("prompt_following", "prompt_following_held_out", "probe_accuracy")
+    )
     return [
         [
-            _text(head.replace("_", " ")),
-            _percent(share, report.get("prompts")),
+            _text(name),
+            _percent(following[head], report.get("prompts")),
             _percent(held_out.get(head)),
             _percent(probe.get(head)),
         ]
-        for head, share in (report.get("prompt_following") or {}).items()
+        for head, name in attribute_names(following).items()
     ]
 
 
