@@ -104,6 +104,12 @@ def test_a_run_tells_its_teacher_and_how_the_student_draws(student, teacher):
     assert (student / "samples" / "step-000048.png").is_file()
 
 
+def test_no_file_of_a_students_pipeline_names_a_folder_of_this_machine(student, teacher):
+    for file in student.rglob("*.json"):
+        if file.parent != student:  # The run's own files are not published.
+            assert str(teacher.parent) not in file.read_text(), file
+
+
 def test_a_tiny_decoder_takes_the_autoencoders_place(student, teacher):
     tiny, vae = models.load_decoder(str(student / "pipeline")), models.load_vae(str(teacher))
     assert isinstance(tiny, AutoencoderTiny)

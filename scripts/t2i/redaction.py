@@ -126,3 +126,10 @@ def _redact_value(key: str, value: Any, secrets: list[str]) -> Any:
 def public_yaml(settings: dict[str, Any]) -> str:
     """Return settings as YAML that `load_recipe` reads, without the secrets that a user typed into an option."""
     return yaml.safe_dump(redact_config(settings), sort_keys=False)
+
+
+def without_paths(settings: Any) -> Any:
+    """Return settings with each absolute path cut to its last part, so that they can be published."""
+    if isinstance(settings, Mapping):
+        return {key: without_paths(value) for key, value in settings.items()}
+    return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings

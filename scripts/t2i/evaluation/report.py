@@ -21,7 +21,7 @@ from t2i.evaluation.verdict import TOPICS, is_setting, outcome, verdict_of
 from t2i.files import read_optional, write_text
 from t2i.hub.markdown import one_line
 from t2i.pictures import cells
-from t2i.redaction import public_yaml, redact_config
+from t2i.redaction import public_yaml, redact_config, without_paths
 from t2i.runs import run_title
 from t2i.tracking.curves import Curve, read_folder, thin
 
@@ -271,14 +271,14 @@ def _curve(name: str, curve: Curve) -> Html | None:
 
 def _tables(run: Path, evaluation: Mapping[str, Any]) -> Iterator[Html]:
     """Yield the tables of the report's figures, of provenance and of settings."""
-    report = evaluation["report"]
+    report = without_paths(evaluation["report"])
     values = [
         [figure(key).name, figure_text(key, value, report.get("prompts"))] for key, value in flatten(report).items()
     ]
     state, identity = read_optional(run / "run.json"), read_optional(run / "evaluation" / "run.json").get("identity")
     known = {key: state[key] for key in STATE_KEYS if state.get(key) is not None}
-    provenance = flatten(redact_config(read_optional(run / "provenance.json") | known))
-    settings = flatten(redact_config(identity)) if isinstance(identity, dict) else {}
+    provenance = flatten(redact_config(without_paths(read_optional(run / "provenance.json") | known)))
+    settings = flatten(redact_config(without_paths(identity))) if isinstance(identity, dict) else {}
     for title, rows in (
         ("Figures", values),
         ("Provenance", [[key, figure_text("", value)] for key, value in provenance.items()]),
@@ -288,7 +288,7 @@ def _tables(run: Path, evaluation: Mapping[str, Any]) -> Iterator[Html]:
         yield _table([], rows[:ROWS])
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     yield tag("h2", "Settings of the training")
-    yield tag("details", tag("summary", "show"), tag("pre", public_yaml(recipe)[:SETTINGS_CHARACTERS]))
+    yield tag("details", tag("summary", "show"), tag("pre", public_yaml(without_paths(recipe))[:SETTINGS_CHARACTERS]))
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------

@@ -586,10 +586,15 @@ def _minutes(result: dict[str, Any]) -> str:
 
 
 def _tracking(view: Any) -> str:
-    """Return a link to an MLflow server, or the file name of a local database without its folders, which are private."""
+    """Return a link to an MLflow server, or the file name of a local database without its folders, which are private.
+
+    The address of SageMaker's managed MLflow is private too, because it holds the number of an account.
+    """
     shown = one_line(view)
     if not shown:
         return "none"
+    if "aws sagemaker create-presigned-mlflow-" in shown:  # of `Tracker.view`
+        return "SageMaker's managed MLflow"
     if re.fullmatch(r"https?://[^\s<>()\[\]|`\\\"]+", shown):
         return f"[MLflow]({html.escape(shown)})"
     database = re.search(r"sqlite:///(\S+)", shown)

@@ -103,6 +103,11 @@ def load_pipeline(
             raise UserError(
                 f"no folder {model} here, and as a Hub id it cannot be loaded ({reason}); correct --model"
             ) from None
+    for part in (unguided(pipeline.unet), pipeline.vae):
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(
+                _name_or_path=""
+            )  # A student is saved with it, and a local path must not be published.
     if engine == "openvino" and not compiled:
         pipeline = engines.compile_pipeline(pipeline)
     if scheduler:

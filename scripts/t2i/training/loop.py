@@ -23,7 +23,7 @@ from t2i.config import DataConfig, DistillConfig, TrainConfig, TrainUnetConfig, 
 from t2i.data import preparing
 from t2i.errors import UserError
 from t2i.files import append_jsonl, read_json, write_json, write_text
-from t2i.redaction import public_yaml
+from t2i.redaction import public_yaml, without_paths
 from t2i.runs import FREE_OF_TRAINING, RunFolder, checkpoint_step, own_checkpoint
 from t2i.training import checkpoints, zero
 from t2i.training.distributed import broadcast_from_main
@@ -641,13 +641,6 @@ def start_tracker(config: TrainConfig, folder: Path) -> Any:
         tracker = LOGGER_TYPE_TO_CLASS["wandb"](run_name=config.experiment, name=name, dir=str(folder))
     tracker.start()
     return tracker
-
-
-def without_paths(settings: Any) -> Any:
-    """Return the settings with each absolute path cut to its last part, so that they can be published."""
-    if isinstance(settings, dict):
-        return {key: without_paths(value) for key, value in settings.items()}
-    return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
 
 
 def require_finite(loss: float, step: int, learning_rate: float) -> None:
