@@ -35,6 +35,7 @@ from t2i.runs import (
     guide_problem,
     own_checkpoint,
 )
+from t2i.tracking.addresses import resolve_uri
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,6 +90,8 @@ def main() -> None:
     if not recipe.data.dataset:
         raise UserError("no data set: give --dataset with the one that the model was trained on")
     check_data(recipe.data, recipe_of_run.data)
+    if trained.report_to != "none":
+        resolve_uri(None)  # A wrong MLFLOW_TRACKING_URI is refused now, not after the evaluation.
     checkpoints = choose_checkpoints(run, config)
     check_judge(run, config)
 
@@ -147,9 +150,9 @@ def main() -> None:
     write_json(folder / "pictures.json", [*single, reported])
     write_json(folder / "evaluation.json", results)
     model_card.write_model_card(run, results)
+    state.finish(**results)
     if trained.report_to != "none":
         track(run, results, trained.experiment)
-    state.finish(**results)
     print_sweep(sweep_results)
     print_report(results, folder)
     print_verdict(results["verdict"])

@@ -238,6 +238,19 @@ def test_images_left_out_since_the_training_are_said(captioned, capsys) -> None:
     assert "WARNING" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("report_to", "sentence"),
+    [("mlflow", "MLFLOW_TRACKING_URI=localhost:5000 lacks http"), ("none", "holds no checkpoint")],
+)
+def test_a_wrong_tracking_address_is_refused_before_an_evaluation(report_to, sentence, tmp_path, monkeypatch) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {{dataset: photos}}\ntrain_unet: {{report_to: {report_to}}}\n")
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    monkeypatch.setattr(sys, "argv", ["evaluate_checkpoints.py", "--model", str(tmp_path)])
+    with pytest.raises(UserError, match=sentence):
+        evaluate_checkpoints.main()
+
+
 def test_an_evaluation_of_a_run_without_checkpoints_says_why(tmp_path) -> None:
     for status, sentence in (
         ("finished", "were removed; restore one from a copy"),
