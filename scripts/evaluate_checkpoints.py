@@ -612,7 +612,9 @@ def make_prompts(kind: str, splits: Any, recipe: Any, count: int, seed: int, off
         known = [row for row in rows if row[0] is not None]
         chosen = [known[row] for row in np.random.default_rng(seed).integers(len(known), size=count)]
         return Prompts([caption for _, caption in chosen], [{"label": label} for label, _ in chosen], [False] * count)
-    captions = [caption for caption in (splits.test or splits.validation).rows["caption"] if caption]
+    captions: list[str] = []
+    for split in (splits.test, splits.validation):  # A test split may have no captions, although training has them.
+        captions = captions or [caption for caption in (split.rows["caption"] if split else ()) if caption]
     if not captions:
         raise UserError(f"{recipe.data.dataset} has no caption in its test or validation split; give a captioned set")
     # Rows have the order of their paths, so the first ones may show few of the classes that pictures are compared with.

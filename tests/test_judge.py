@@ -287,6 +287,15 @@ def test_prompts_of_a_captioned_set_name_most_of_its_classes(captioned) -> None:
     assert evaluate_checkpoints.make_prompts("captioned", splits, recipe, 256, 1, 24).texts == reported
 
 
+def test_captions_of_validation_are_prompts_if_the_test_split_has_none(tmp_path) -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    rows = {split: [{"image": image + at, "caption": f"{split} 0"}] for at, split in enumerate(("train", "validation"))}
+    save_dataset_folder(tmp_path / "photos", rows | {"test": [{"image": image + 2, "caption": ""}]})
+    recipe = Recipe(data=DataConfig(dataset=str(tmp_path / "photos"), resolution=16, cache_dir=str(tmp_path / "cache")))
+    splits = preparing.load_splits(recipe.data, say=lambda text: None)
+    assert evaluate_checkpoints.make_prompts("captioned", splits, recipe, 2, 0, 0).texts == ["validation 0"] * 2
+
+
 def test_an_evaluation_on_the_first_captions_is_said_to_be_made_again(captioned, tmp_path, capsys) -> None:
     _, splits = captioned
     inputs = evaluate_checkpoints.input_hashes(tmp_path, {}, splits, "captioned")
