@@ -1,6 +1,8 @@
 """Metrics: the classifier learns, known values are reproduced, copies are found, and networks load from a folder."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +275,48 @@ def test_a_network_from_a_folder_judges_pictures(clip_folder: str) -> None:
     equal = judge.kernel_distance(features, network.features(same))
     blue = judge.kernel_distance(features, network.features(real[labels["color"] == 1]))
     assert abs(equal["mean"]) < 0.3 * blue["mean"]
+
+
+@pytest.fixture
+def save_vit(tmp_path):
+    """Return a function that saves a small ViT of a class, and its processor, in a folder."""
+    from transformers import ViTImageProcessorPil
+
+    def save(cls, **options) -> str:
+        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        cls(cls.config_class(**small, image_size=32, patch_size=8, **options)).save_pretrained(tmp_path)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+def test_a_classifier_judges_pictures_without_a_random_pooler(save_vit) -> None:
+    from transformers import ViTForImageClassification
+
+    folder, (pictures, _) = save_vit(ViTForImageClassification), discs(3, 32, seed=0)
+    features, identities = [], set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        network = networks.FeatureNetwork(folder)
+        features.append(network.features(pictures))
+        identities.add(network.identity())
+    torch.testing.assert_close(*features, rtol=0, atol=0)
+    assert features[0].shape == (3, 16)
+    assert len(identities) == 1
+
+
+def test_networks_without_all_weights_or_with_random_features_judge_nothing(save_vit) -> None:
+    from transformers import ViTForImageClassification, ViTMAEModel
+
+    with pytest.raises(UserError, match=r"as the network of the judge \(its features differ from call to call\)"):
+        networks.FeatureNetwork(save_vit(ViTMAEModel))
+    folder = save_vit(ViTForImageClassification)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(UserError, match="is not among its weights, so they are of another kind of model"):
+        networks.FeatureNetwork(folder)
 
 
 def test_networks_that_cannot_be_had_are_one_sentence(tmp_path) -> None:

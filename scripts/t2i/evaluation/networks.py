@@ -69,18 +69,27 @@ def load_efficientnet_lite(name: str) -> nn.Module:
 def load_vision_model(name: str, use: str) -> tuple[Any, Any]:
     """Return the image processor and the frozen model of a vision or CLIP model of transformers, in eval mode.
 
+    The weights of a classifier have no pooler. The model then gets none, because a new one would be random.
+
     Args:
         name: Hub id or folder with safetensors weights.
         use: what the network is for, in the words of the message if it cannot be loaded.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, or lacks weights.
     """
     from transformers import AutoImageProcessor, AutoModel  # These are slow to import, and seldom needed.
 
     with loading(name, use):
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
+        model, info = AutoModel.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+        missing = sorted(info["missing_keys"])
+        if missing and all(key.startswith("pooler.") for key in missing):
+            model.pooler = None
+        elif missing:
+            raise ValueError(f"{missing[0]} is not among its weights, so they are of another kind of model")
     return processor, model.eval().requires_grad_(False)
 
 
@@ -121,7 +130,7 @@ class FeatureNetwork:
                 transformers (safetensors).
 
         Raises:
-            UserError: the network cannot be loaded.
+            UserError: the network cannot be loaded, or gives a picture other features from call to call.
         """
         self.name = str(source)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,6 +144,10 @@ class FeatureNetwork:
             return
         self.processor, self.model = load_vision_model(self.name, "as the network of the judge")
         self.model.to(self.device)
+        with loading(self.name, "as the network of the judge"):
+            example = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+            if not torch.equal(self.features(example), self.features(example)):
+                raise ValueError("its features differ from call to call")
 
     def identity(self) -> str:
         """Return a hash of the network's weights and of the preparing of its input, for caches of features."""
