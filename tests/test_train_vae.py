@@ -300,7 +300,11 @@ def test_an_extended_training_is_one_that_had_its_length_from_the_start(train, n
 
 
 def in_two_processes(train, *arguments, output, **variables):
-    """Run a training in two forked processes that average their gradients, with further environment variables."""
+    """Run a training in two forked processes that average their gradients, with further environment variables.
+
+    With LOCAL_WORLD_SIZE 1, each process is that of another node.
+    """
+    local = {"LOCAL_WORLD_SIZE": "2"} | variables
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -311,8 +315,8 @@ def in_two_processes(train, *arguments, output, **variables):
             code = 1
             try:
                 AcceleratorState._reset_state(True)
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % int(local["LOCAL_WORLD_SIZE"])), "WORLD_SIZE": "2",
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **local}  # fmt: skip
                 train(*arguments, output=output)
                 code = 0
             finally:
@@ -332,6 +336,16 @@ def test_two_processes_train_what_one_does(train, pretrained, narrow, tmp_path):
         alone, shared = (load_file(run / "checkpoint-000004" / file) for run in (one, tmp_path / "two"))
         for name in alone:
             torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_of_two_nodes_is_resumed_on_one(train, tmp_path, capfd):
+    """The random states of the second node's process lie in its own folder."""
+    options = ("--checkpoints_total_limit", 2, "--lr_scheduler", "constant")
+    in_two_processes(train, *options, "--max_train_steps", 1, output=tmp_path / "run", LOCAL_WORLD_SIZE="1")
+    assert (tmp_path / "run/node-1/checkpoint-000001/rng-1.safetensors").is_file()
+    in_two_processes(train, *options, "--max_train_steps", 2, output=tmp_path / "run")
+    assert "on 2 process(es) instead of 2 process(es) of 2 nodes: weights, average," in capfd.readouterr().out
+    assert (tmp_path / "run/checkpoint-000002/rng-1.safetensors").is_file()
 
 
 def test_a_launch_for_deepspeed_trains_what_data_parallelism_trains(train, pretrained, tmp_path):

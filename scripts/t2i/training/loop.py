@@ -285,12 +285,15 @@ def shard_file(folder: Path, accelerator: Any) -> Path:
 def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> dict[str, Any]:
     """Restore the training state of `checkpoint` and return its `state.json`. Every process must call this function.
 
-    If the number of processes changes, or ZeRO is switched on or off, weights and average are read from the portable
-    files. A printed message then names the state that is reset.
+    If the number of processes or nodes changes, or ZeRO is switched on or off, weights and average are read from the
+    portable files. A printed message then names the state that is reset.
     """
     state = read_json(checkpoint / "state.json")
-    sharded, processes = zero.is_sharded(train_state.model), accelerator.num_processes
-    alike = state["processes"] == processes and state["sharded"] == sharded
+    sharded = zero.is_sharded(train_state.model)
+    # A checkpoint of another number of nodes lacks files of this node's processes.
+    earlier = (state["processes"], read_json(checkpoint / checkpoints.MANIFEST)["nodes"], state["sharded"])
+    launch = (accelerator.num_processes, checkpoints.Node(accelerator).count, sharded)
+    alike = launch == earlier
     if sharded and alike:
         zero.load_shard_state(train_state.model, train_state.ema, load_file(shard_file(checkpoint, accelerator)))
     else:
@@ -311,8 +314,10 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
         checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
         accelerator.print(f"resuming from {checkpoint}")
         return state
-    before, now = (f"{count} process(es){' under ZeRO' if split else ''}" for count, split in
-                   ((state["processes"], state["sharded"]), (processes, sharded)))  # fmt: skip
+    before, now = (
+        f"{processes} process(es){f' of {nodes} nodes' if nodes > 1 else ''}{' under ZeRO' if split else ''}"
+        for processes, nodes, split in (earlier, launch)
+    )
     lost = "random states of layers" if keeps_moments else "the optimiser's moments and random states of layers"
     accelerator.print(
         f"resuming from {checkpoint} on {now} instead of {before}: weights, average, schedule and the order of samples are kept; "
