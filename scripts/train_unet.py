@@ -126,7 +126,7 @@ def main() -> None:
     tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, input_hashes, accelerator)
 
     # resume
-    saved, node = loop.resume(folder, train_state, config, accelerator)
+    saved, node = loop.resume(run, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
     accelerator.print(describe_run(config, steps, batch, count, parameters, effective, accelerator))
 

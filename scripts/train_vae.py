@@ -100,7 +100,7 @@ def main() -> None:
     tracker = loop.make_tracker(config, folder, to_dict(recipe), input_hashes, accelerator)
 
     # resume
-    saved, node = loop.resume(folder, train_state, config, accelerator)
+    saved, node = loop.resume(run, train_state, config, accelerator)
     start, before = saved["step"], saved["before"] if saved["step"] else measure(vae, splits.validation)
     accelerator.print(
         f"{steps} steps of {batch} images out of {count}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"

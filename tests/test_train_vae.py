@@ -299,6 +299,25 @@ def test_an_extended_training_is_one_that_had_its_length_from_the_start(train, n
         train(*options, "--max_train_steps", 5, output=run)
 
 
+def test_a_command_that_names_a_checkpoint_goes_back_once(train, capsys):
+    """A job repeats its command after each interruption, and must not lose what it has trained since."""
+    options = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--max_train_steps", 2)
+    back = (*options, "--resume_from_checkpoint", "checkpoint-1")
+    run = train(*options)
+    for status in ("stopped", "finished", "stopped"):
+        state = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(state | {"status": status}))
+        train(*back, output=run)
+    first, second, third = capsys.readouterr().out.split("how the data set was understood")[2:]
+    assert "made anew from step 1, and removed now: checkpoint-000002" in first
+    assert "reusing the finished VAE" in second
+    assert "went back to checkpoint-1 before, so it resumes from its newest checkpoint; to go back once more" in third
+    assert f"resuming from {run / 'checkpoint-000002'}" in third
+    assert "removed now" not in third
+    train(*back, "--max_train_steps", 3, output=run)  # another length is another wish
+    assert "removed now: checkpoint-000002" in capsys.readouterr().out
+
+
 def in_two_processes(train, *arguments, output, **variables):
     """Run a training in two forked processes that average their gradients, with further environment variables.
 

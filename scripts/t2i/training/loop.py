@@ -347,13 +347,28 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
     if not broadcast_from_main(run.finished, accelerator):
         return False
     name, steps = config.resume_from_checkpoint, broadcast_from_main(run.state.get("steps"), accelerator)
-    step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
-    if name not in (None, "latest") and step != steps:
+    if name in (None, "latest") or went_back(run, config, accelerator):
+        return True
+    if checkpoint_step(own_checkpoint(run.folder, name)) != steps:
         raise UserError(
             f"the run in {run.folder} has finished, so it is not resumed from {name}; leave out --resume_from_checkpoint to "
             "reuse it, or give another --output_dir"
         )
     return True
+
+
+def went_back(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
+    """Return whether the run has resumed from the named checkpoint already. Every process must call this function.
+
+    The same command then resumes from the newest checkpoint. It may be a job that repeats itself. With another length it
+    goes back again.
+    """
+    return bool(broadcast_from_main(run.state.get("went_back") == _way_back(run, config), accelerator))
+
+
+def _way_back(run: RunFolder, config: TrainConfig) -> dict[str, Any]:
+    name = Path(config.resume_from_checkpoint or "").name
+    return {"checkpoint": name, "steps": run.state["identity"].get("steps")}
 
 
 def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) -> list[dict[str, Any]]:
@@ -407,27 +422,38 @@ def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) ->
 
 
 def resume(
-    run: Path, train_state: TrainState, config: TrainConfig, accelerator: Any
+    run: RunFolder, train_state: TrainState, config: TrainConfig, accelerator: Any
 ) -> tuple[dict[str, Any], checkpoints.Node]:
     """Resume from the requested checkpoint, if there is one, and save once as a rehearsal.
 
-    The rehearsal finds a full or read-only disk before training starts. Every process must call this function.
+    A checkpoint that is named again, with the same length, was left behind already. The newest one is then resumed. The
+    rehearsal finds a full or read-only disk before training starts. Every process must call this function.
 
     Returns:
         The checkpoint's state and this process's node. A new training has `step` 0.
     """
-    node = checkpoints.Node(accelerator)
-    checkpoint = checkpoints.find_checkpoint(run, config.resume_from_checkpoint, node)
+    node, name = checkpoints.Node(accelerator), config.resume_from_checkpoint
+    is_named, checkpoint = name not in (None, "latest"), None
+    if is_named and went_back(run, config, accelerator):
+        accelerator.print(
+            f"the run went back to {name} before, so it resumes from its newest checkpoint; to go back once more, delete the "
+            "later ones"
+        )
+        checkpoint = checkpoints.find_checkpoint(run.folder, "latest", node)
+    checkpoint = checkpoint or checkpoints.find_checkpoint(run.folder, name, node)
     state = load_state(checkpoint, train_state, accelerator) if checkpoint else {"step": 0}
     accelerator.wait_for_everyone()
     if node.first:
-        checkpoints.forget_after(run, state["step"] if checkpoint else -1, node)  # -1: a measurement before step 1, too
+        # -1: a measurement before step 1, too
+        checkpoints.forget_after(run.folder, state["step"] if checkpoint else -1, node)
     others = train_state.discriminator.parameters if train_state.discriminator else []
     moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in [*train_state.parameters, *others])
     gathered = gather(train_state)
     checkpoints.rehearse(
-        run, lambda part: save_state(part, train_state, gathered, {"step": 0}, accelerator), node, moments
+        run.folder, lambda part: save_state(part, train_state, gathered, {"step": 0}, accelerator), node, moments
     )
+    if is_named and accelerator.is_main_process:  # All nodes have removed their later checkpoints.
+        run.save(went_back=_way_back(run, config))
     return state, node
 
 
