@@ -356,6 +356,7 @@ def cache_inputs(
     import torch
 
     from t2i.data import caches
+    from t2i.models import hash_encoder
     from t2i.pictures.png import cut_prompt
 
     for prompt in recipe.train_unet.validation_prompts:
@@ -373,7 +374,7 @@ def cache_inputs(
         captions, pixels = split.captions(limit), split.first(limit)
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
-        latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
+        latent_identity = {"images": split.fingerprint, "encoder": hash_encoder(vae), **precision}
         flip = recipe.data.random_flip and name == "train"
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
             text = caches.cache_text(

@@ -272,7 +272,8 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep the newest checkpoint until
     # the run has finished. A finished run that keeps checkpoints can be extended from its last update.
     checkpoints_total_limit: Count | None = 1
-    # Part of the autoencoder to train. With decoder, the latents do not change, so caches and UNets stay valid.
+    # Part of the autoencoder to train. With decoder, the latents do not change, so their caches stay valid, and UNets that
+    # were trained before draw with the new decoder.
     vae_train_part: Literal["all", "decoder"] = "all"
     # Last updates that train only the decoder. The encoder then keeps its averaged weights, so latents stay as they are.
     decoder_only_steps: Natural = 0

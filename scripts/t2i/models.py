@@ -414,10 +414,13 @@ def build_pipeline(
     return pipeline
 
 
-def hash_model(model: Any) -> str:
+def hash_model(model: Any, without: tuple[str, ...] = ()) -> str:
     """Return a model's identity: a hash (16 hex digits) of its architecture and of its weights' names, types and bytes.
 
     Notes that libraries write into the config, such as a version or the model's origin, are ignored.
+
+    Args:
+        without: beginnings of the names of weights that are ignored too.
     """
     digest = hashlib.sha256()
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
@@ -425,9 +428,16 @@ def hash_model(model: Any) -> str:
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in passing}
     digest.update(hash_json(json.loads(json.dumps(kept, default=str))).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def hash_encoder(vae: AutoencoderKL) -> str:
+    """Return the identity of the part of a VAE that latents depend on, as `hash_model` does: all but the decoder's weights."""
+    return hash_model(vae, without=("decoder.", "post_quant_conv."))
 
 
 def hash_tokenizer(tokenizer: CLIPTokenizer) -> str:
