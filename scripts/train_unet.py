@@ -322,7 +322,7 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     from t2i import models
 
     vae, side, factor = frozen["vae"], recipe.data.resolution, models.vae_factor(frozen["vae"])
-    check_vae(recipe, factor, crop=False)
+    check_vae(recipe, factor, is_trained=False)
     check_unet(recipe, factor)
     base, channels, context = (
         recipe.unet.pretrained_model_name_or_path,
