@@ -233,6 +233,12 @@ def warn_of_steps(config: TrainVaeConfig, steps: int, say: Any) -> None:
         say(
             f"WARNING: crop_steps {config.crop_steps} is not below the training's {steps} updates, so no update sees whole images"
         )
+    last = steps - config.decoder_only_steps
+    if config.equivariance_share and 0 < last <= config.equivariance_start:
+        say(
+            f"WARNING: equivariance_start {config.equivariance_start} is not below {last}, the number of updates that train the "
+            "encoder, so no latents are transformed"
+        )
     if config.decoder_only_steps >= steps:
         say(
             f"WARNING: decoder_only_steps {config.decoder_only_steps} takes all {steps} updates, so the encoder is never trained"

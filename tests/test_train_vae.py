@@ -489,6 +489,8 @@ def test_a_vision_model_of_transformers_gives_the_features(tmp_path):
         ("--perceptual_network efficientnet-lite0", "judges pictures"),
         ("--perceptual_weight 0.1 --config judged.yaml", "judges pictures"),
         ("--crop_steps 100", "needs crop_size"),
+        ("--vae_train_part decoder", "give --vae with the autoencoder to fine-tune"),
+        ("--decoder_only", "give --vae with the autoencoder to fine-tune"),
         ("--vae_train_part decoder --decoder_only_steps 5", "leave out decoder_only_steps 5"),
         ("--vae_train_part decoder --equivariance_share 0.5", "which vae_train_part decoder keeps"),
         ("--adversarial_weight 0.5 --crop_size 4", "at least 8 px, not 4"),
@@ -511,6 +513,10 @@ def test_a_phase_that_never_comes_is_told():
     assert ["never used" in said[0], "never trained" in said[1]] == [True, True]
     train_vae.warn_of_steps(TrainVaeConfig(crop_size=32, crop_steps=10), 10, said.append)
     assert "no update sees whole images" in said.pop()
+    late = TrainVaeConfig(equivariance_share=0.5, equivariance_start=7, decoder_only_steps=3)
+    train_vae.warn_of_steps(late, 10, said.append)
+    assert "equivariance_start 7 is not below 7" in said.pop()
+    train_vae.warn_of_steps(late, 11, said.append)
     train_vae.warn_of_steps(config, 11, said.append)
     train_vae.warn_of_steps(TrainVaeConfig(), 10, said.append)
     assert len(said) == 2
