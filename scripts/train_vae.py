@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from t2i.data.prepared import Split
+    from t2i.data.prepared import Selection, Split
     from t2i.training.autoencoder_losses import Transform
     from t2i.training.loop import TrainState
 
@@ -454,7 +454,7 @@ def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
     """Return PSNR in dB and SSIM of reconstructions from posterior means, averaged over at most `limit` images."""
     from t2i.pictures.reconstructions import reconstruct
 
-    _, psnr, ssim = reconstruct(vae, split.pixels[:limit])
+    _, psnr, ssim = reconstruct(vae, split.first(limit))
     return {"psnr_db": float(psnr.mean()), "ssim": float(ssim.mean())}
 
 
@@ -488,7 +488,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
     """
     from t2i.models import fold_normalisation
 
-    pixels = train.pixels[:limit]
+    pixels = train.first(limit)
     mean, std = latent_statistics(vae, pixels)
     if fold:
         fold_normalisation(vae, mean, std)
@@ -498,7 +498,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
         vae.register_to_config(scaling_factor=1.0 / total.item())
 
 
-def latent_statistics(vae: Any, pixels: "np.ndarray") -> "tuple[torch.Tensor, torch.Tensor]":
+def latent_statistics(vae: Any, pixels: "np.ndarray | Selection") -> "tuple[torch.Tensor, torch.Tensor]":
     """Return mean and deviation [C] of the raw latents per channel, for images uint8 [N, S, S, 3]."""
     import torch
 

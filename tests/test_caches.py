@@ -12,7 +12,7 @@ import train_vae
 from t2i import config, models
 from t2i.config import UnetConfig, VaeConfig
 from t2i.data import caches
-from t2i.data.prepared import Split
+from t2i.data.prepared import Selection, Split
 from t2i.diffusion import sample_posterior
 from t2i.pictures.reconstructions import reconstruct
 
@@ -69,6 +69,28 @@ def test_measuring_a_vae_gives_it_no_more_large_images_at_once(monkeypatch):
     assert len(reconstruct(vae, pixels)[0]) == 9
     train_vae.latent_statistics(vae, pixels)
     assert batches == [8, 1] * 2
+
+
+def test_measuring_a_vae_reads_no_more_images_than_a_batch_if_some_are_left_out(monkeypatch):
+    monkeypatch.setattr(caches, "VAE_BATCH_PIXELS", 4 * 32**2)
+    reads = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, key):
+            found = np.asarray(self)[key]
+            reads.append(len(found))
+            return found
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    kept = np.array([0, 1, 3, 4, 6, 7])
+    repaired, same = (
+        Split(pixels, datasets.Dataset.from_dict({"caption": CAPTIONS}), fingerprint="a")
+        for pixels in (Selection(images.view(Counted), kept), images[kept])
+    )
+    vae = models.build_vae(VaeConfig(vae_channels=[4, 4], vae_layers=1)).eval()
+    assert train_vae.measure(vae, repaired, limit=5) == train_vae.measure(vae, same, limit=5)
+    train_vae.normalise_latents(vae, repaired, fold=False, rescale=True, limit=5)
+    assert reads == [4, 1] * 2
 
 
 def test_latents_beyond_the_range_of_float16_are_stored_as_its_largest_number(tmp_path):
