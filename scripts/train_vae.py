@@ -179,6 +179,7 @@ def finish(
     if not accelerator.is_main_process:
         return
     vae, folder, config = train_state.module, run.folder, recipe.train_vae
+    factor = vae.config.scaling_factor
     if train_state.ema:
         train_state.ema.copy_to(train_state.parameters)
     with run.timed("measure"):
@@ -200,9 +201,11 @@ def finish(
         tracker.log_metrics(results, steps)
     loop.finish_tracker(tracker, run)
     on_test = f", {test['psnr_db']:.2f} dB on test" if test else ""
+    earlier = f" ({factor:.4f} before)" if recipe.vae.vae and vae.config.scaling_factor != factor else ""
     print(
         f"VAE in {folder / 'vae'}: {before['psnr_db']:.2f} -> {after['psnr_db']:.2f} dB, "
         f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{on_test}; scaling_factor {vae.config.scaling_factor:.4f}"
+        f"{earlier}"
     )
 
 

@@ -197,6 +197,15 @@ def test_the_last_updates_move_the_decoder_alone(train, pretrained):
         assert not torch.equal(began[name], ended[name])
 
 
+def test_fine_tuning_names_the_scaling_factor_before_if_it_changes(train, pretrained, capsys):
+    before = models.load_vae(str(pretrained)).config.scaling_factor
+    options = ("--vae", pretrained, "--max_train_steps", 1, "--learning_rate", 1e-2, "--lr_warmup_steps", 0)
+    after = models.load_vae(str(train(*options))).config.scaling_factor
+    assert f"; scaling_factor {after:.4f} ({before:.4f} before)\n" in capsys.readouterr().out
+    train(*options, "--vae_train_part", "decoder")
+    assert capsys.readouterr().out.endswith(f"; scaling_factor {before:.4f}\n")
+
+
 def test_whole_images_follow_crops():
     config = TrainVaeConfig(crop_size=16, crop_steps=3, gradient_accumulation_steps=2)
     assert [train_vae.image_side(config, 32, number) for number in range(8)] == [16] * 6 + [32] * 2
