@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from t2i.data.prepared import Selection, Split
     from t2i.training.autoencoder_losses import Transform
+    from t2i.training.checkpoints import Node
     from t2i.training.loop import TrainState
 
 
@@ -149,6 +150,7 @@ def main() -> None:
     # finish
     del forward_backward  # This frees the memory of a step.
     finish(run, train_state, recipe, splits, before, steps, tracker, accelerator)
+    remove_checkpoints(folder, config, node)
     push(folder, config, accelerator)
 
 
@@ -194,9 +196,6 @@ def finish(
         **{f"test_{name}": value for name, value in test.items()},
     }
     run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
-    if config.checkpoints_total_limit == 1:  # A single one served only to resume. Several are kept for comparison.
-        for checkpoint in checkpoint_folders(folder):
-            shutil.rmtree(checkpoint)
     if tracker:
         tracker.log_metrics(results, steps)
     loop.finish_tracker(tracker, run)
@@ -207,6 +206,19 @@ def finish(
         f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{on_test}; scaling_factor {vae.config.scaling_factor:.4f}"
         f"{earlier}"
     )
+
+
+def remove_checkpoints(folder: Path, config: TrainVaeConfig, node: "Node") -> None:
+    """Remove this node's checkpoint once the results are saved, if `checkpoints_total_limit` is 1: it served only to resume.
+
+    Several checkpoints are kept for comparison. Every process must call this function.
+    """
+    from t2i.training.checkpoints import node_folder
+
+    node.meet()
+    if config.checkpoints_total_limit == 1 and node.first:
+        for checkpoint in checkpoint_folders(node_folder(folder, node)):
+            shutil.rmtree(checkpoint)
 
 
 def freeze(vae: Any, config: TrainVaeConfig) -> None:

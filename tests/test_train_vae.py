@@ -376,6 +376,14 @@ def test_a_checkpoint_of_two_nodes_is_resumed_on_one(train, tmp_path, capfd):
     assert (tmp_path / "run/checkpoint-000002/rng-1.safetensors").is_file()
 
 
+def test_a_finished_training_of_two_nodes_leaves_no_checkpoint_behind(train, tmp_path):
+    run, length = tmp_path / "run", ("--max_train_steps", 2, "--checkpointing_steps", 1)
+    in_two_processes(train, *length, "--checkpoints_total_limit", 1, output=run, LOCAL_WORLD_SIZE="1")
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "node-1").is_dir()
+    assert not [*run.rglob("checkpoint-*")]
+
+
 def test_a_launch_for_deepspeed_trains_what_data_parallelism_trains(train, pretrained, tmp_path):
     """The autoencoder is small, so a launch under ZeRO-2 trains it data parallel, bit for bit."""
     options = ("--vae", pretrained, "--max_train_steps", 3, "--gradient_accumulation_steps", 2, "--train_batch_size", 2)
