@@ -109,6 +109,8 @@ def load_part(
             if os.path.isdir(path) and hasattr(model, "register_to_config"):
                 model.register_to_config(_name_or_path="")  # A local path must not be published.
             return model
+        except TypeError as error:  # Another class may have a setting of the same name and another type.
+            causes.append(OSError(f"its settings are not those of {cls.__name__}: {error}"))
         except (OSError, ValueError, RuntimeError) as error:
             causes.append(error)
         if not os.path.isdir(path):
@@ -167,12 +169,22 @@ def _norm_groups(channels: list[int], least: int) -> int:
 
 
 def load_vae(source: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
-    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode. A tiny autoencoder is refused."""
+    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode.
+
+    Raises:
+        UserError: it cannot be loaded, is a tiny autoencoder, or is not one of color images.
+    """
     if is_tiny(source):
         raise UserError(
             f"{source} holds a tiny autoencoder, which only decodes for a student; give the VAE of its teacher"
         )
-    return load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
+    vae = load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
+    channels = (vae.config.in_channels, vae.config.out_channels)
+    if channels != (3, 3):
+        raise UserError(
+            f"the VAE {source} reads images of {channels[0]} channels and writes {channels[1]}; give one of color images, with 3 and 3"
+        )
+    return vae
 
 
 def load_decoder(source: str) -> AutoencoderKL | AutoencoderTiny:
