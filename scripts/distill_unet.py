@@ -117,7 +117,7 @@ def main() -> None:
     tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, input_hashes, accelerator)
 
     # resume
-    saved, node = loop.resume(folder, train_state, config, accelerator)
+    saved, node = loop.resume(run, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
     if not start:  # These are the teacher's own errors, if it draws like the student.
         validate(train_state, inputs, folder, recipe, tracker, 0, accelerator)

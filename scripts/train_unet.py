@@ -126,7 +126,7 @@ def main() -> None:
     tracker = loop.make_tracker(config, folder, {**to_dict(recipe), "effective": effective}, input_hashes, accelerator)
 
     # resume
-    saved, node = loop.resume(folder, train_state, config, accelerator)
+    saved, node = loop.resume(run, train_state, config, accelerator)
     start, losses, validation = saved["step"], saved.get("losses", []), saved.get("validation", {})
     accelerator.print(describe_run(config, steps, batch, count, parameters, effective, accelerator))
 
@@ -322,7 +322,7 @@ def make_unet(recipe: Recipe, frozen: dict[str, Any]) -> Any:
     from t2i import models
 
     vae, side, factor = frozen["vae"], recipe.data.resolution, models.vae_factor(frozen["vae"])
-    check_vae(recipe, factor, crop=False)
+    check_vae(recipe, factor, is_trained=False)
     check_unet(recipe, factor)
     base, channels, context = (
         recipe.unet.pretrained_model_name_or_path,
@@ -356,6 +356,7 @@ def cache_inputs(
     import torch
 
     from t2i.data import caches
+    from t2i.models import hash_encoder
     from t2i.pictures.png import cut_prompt
 
     for prompt in recipe.train_unet.validation_prompts:
@@ -373,7 +374,7 @@ def cache_inputs(
         captions, pixels = split.captions(limit), split.first(limit)
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
-        latent_identity = {"images": split.fingerprint, "vae": hashes["vae_hash"], **precision}
+        latent_identity = {"images": split.fingerprint, "encoder": hash_encoder(vae), **precision}
         flip = recipe.data.random_flip and name == "train"
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
             text = caches.cache_text(

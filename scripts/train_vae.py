@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from t2i.data.prepared import Split
+    from t2i.data.prepared import Selection, Split
     from t2i.training.autoencoder_losses import Transform
+    from t2i.training.checkpoints import Node
     from t2i.training.loop import TrainState
 
 
@@ -100,7 +101,7 @@ def main() -> None:
     tracker = loop.make_tracker(config, folder, to_dict(recipe), input_hashes, accelerator)
 
     # resume
-    saved, node = loop.resume(folder, train_state, config, accelerator)
+    saved, node = loop.resume(run, train_state, config, accelerator)
     start, before = saved["step"], saved["before"] if saved["step"] else measure(vae, splits.validation)
     accelerator.print(
         f"{steps} steps of {batch} images out of {count}; validation before: {before['psnr_db']:.2f} dB, SSIM {before['ssim']:.3f}"
@@ -149,6 +150,7 @@ def main() -> None:
     # finish
     del forward_backward  # This frees the memory of a step.
     finish(run, train_state, recipe, splits, before, steps, tracker, accelerator)
+    remove_checkpoints(folder, config, node)
     push(folder, config, accelerator)
 
 
@@ -179,6 +181,7 @@ def finish(
     if not accelerator.is_main_process:
         return
     vae, folder, config = train_state.module, run.folder, recipe.train_vae
+    factor = vae.config.scaling_factor
     if train_state.ema:
         train_state.ema.copy_to(train_state.parameters)
     with run.timed("measure"):
@@ -193,17 +196,29 @@ def finish(
         **{f"test_{name}": value for name, value in test.items()},
     }
     run.finish(**results, steps=steps, scaling_factor=vae.config.scaling_factor, output_vae_hash=models.hash_model(vae))
-    if config.checkpoints_total_limit == 1:  # A single one served only to resume. Several are kept for comparison.
-        for checkpoint in checkpoint_folders(folder):
-            shutil.rmtree(checkpoint)
     if tracker:
         tracker.log_metrics(results, steps)
     loop.finish_tracker(tracker, run)
     on_test = f", {test['psnr_db']:.2f} dB on test" if test else ""
+    earlier = f" ({factor:.4f} before)" if recipe.vae.vae and vae.config.scaling_factor != factor else ""
     print(
         f"VAE in {folder / 'vae'}: {before['psnr_db']:.2f} -> {after['psnr_db']:.2f} dB, "
         f"SSIM {before['ssim']:.3f} -> {after['ssim']:.3f} on validation{on_test}; scaling_factor {vae.config.scaling_factor:.4f}"
+        f"{earlier}"
     )
+
+
+def remove_checkpoints(folder: Path, config: TrainVaeConfig, node: "Node") -> None:
+    """Remove this node's checkpoint once the results are saved, if `checkpoints_total_limit` is 1: it served only to resume.
+
+    Several checkpoints are kept for comparison. Every process must call this function.
+    """
+    from t2i.training.checkpoints import node_folder
+
+    node.meet()
+    if config.checkpoints_total_limit == 1 and node.first:
+        for checkpoint in checkpoint_folders(node_folder(folder, node)):
+            shutil.rmtree(checkpoint)
 
 
 def freeze(vae: Any, config: TrainVaeConfig) -> None:
@@ -232,6 +247,12 @@ def warn_of_steps(config: TrainVaeConfig, steps: int, say: Any) -> None:
     if config.crop_size and config.crop_steps is not None and config.crop_steps >= steps:
         say(
             f"WARNING: crop_steps {config.crop_steps} is not below the training's {steps} updates, so no update sees whole images"
+        )
+    last = steps - config.decoder_only_steps
+    if config.equivariance_share and 0 < last <= config.equivariance_start:
+        say(
+            f"WARNING: equivariance_start {config.equivariance_start} is not below {last}, the number of updates that train the "
+            "encoder, so no latents are transformed"
         )
     if config.decoder_only_steps >= steps:
         say(
@@ -448,7 +469,7 @@ def measure(vae: Any, split: "Split", limit: int = 512) -> dict[str, float]:
     """Return PSNR in dB and SSIM of reconstructions from posterior means, averaged over at most `limit` images."""
     from t2i.pictures.reconstructions import reconstruct
 
-    _, psnr, ssim = reconstruct(vae, split.pixels[:limit])
+    _, psnr, ssim = reconstruct(vae, split.first(limit))
     return {"psnr_db": float(psnr.mean()), "ssim": float(ssim.mean())}
 
 
@@ -482,7 +503,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
     """
     from t2i.models import fold_normalisation
 
-    pixels = train.pixels[:limit]
+    pixels = train.first(limit)
     mean, std = latent_statistics(vae, pixels)
     if fold:
         fold_normalisation(vae, mean, std)
@@ -492,7 +513,7 @@ def normalise_latents(vae: Any, train: "Split", *, fold: bool, rescale: bool, li
         vae.register_to_config(scaling_factor=1.0 / total.item())
 
 
-def latent_statistics(vae: Any, pixels: "np.ndarray") -> "tuple[torch.Tensor, torch.Tensor]":
+def latent_statistics(vae: Any, pixels: "np.ndarray | Selection") -> "tuple[torch.Tensor, torch.Tensor]":
     """Return mean and deviation [C] of the raw latents per channel, for images uint8 [N, S, S, 3]."""
     import torch
 

@@ -12,7 +12,7 @@ import train_vae
 from t2i import config, models
 from t2i.config import UnetConfig, VaeConfig
 from t2i.data import caches
-from t2i.data.prepared import Split
+from t2i.data.prepared import Selection, Split
 from t2i.diffusion import sample_posterior
 from t2i.pictures.reconstructions import reconstruct
 
@@ -26,7 +26,7 @@ def make_vae(seed):
 
 def latents(pixels, vae, folder, images="a", flip=True):
     said = []
-    identity = {"images": images, "vae": models.hash_model(vae)}
+    identity = {"images": images, "encoder": models.hash_encoder(vae)}
     return caches.cache_latents(pixels, identity, vae, str(folder), flip=flip, batch_size=2, say=said.append), said
 
 
@@ -69,6 +69,28 @@ def test_measuring_a_vae_gives_it_no_more_large_images_at_once(monkeypatch):
     assert len(reconstruct(vae, pixels)[0]) == 9
     train_vae.latent_statistics(vae, pixels)
     assert batches == [8, 1] * 2
+
+
+def test_measuring_a_vae_reads_no_more_images_than_a_batch_if_some_are_left_out(monkeypatch):
+    monkeypatch.setattr(caches, "VAE_BATCH_PIXELS", 4 * 32**2)
+    reads = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, key):
+            found = np.asarray(self)[key]
+            reads.append(len(found))
+            return found
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    kept = np.array([0, 1, 3, 4, 6, 7])
+    repaired, same = (
+        Split(pixels, datasets.Dataset.from_dict({"caption": CAPTIONS}), fingerprint="a")
+        for pixels in (Selection(images.view(Counted), kept), images[kept])
+    )
+    vae = models.build_vae(VaeConfig(vae_channels=[4, 4], vae_layers=1)).eval()
+    assert train_vae.measure(vae, repaired, limit=5) == train_vae.measure(vae, same, limit=5)
+    train_vae.normalise_latents(vae, repaired, fold=False, rescale=True, limit=5)
+    assert reads == [4, 1] * 2
 
 
 def test_latents_beyond_the_range_of_float16_are_stored_as_its_largest_number(tmp_path):
@@ -139,7 +161,7 @@ def test_several_captions_are_each_embedded_once_and_known_by_their_rows(tmp_pat
     assert single.embeddings.filename == text.embeddings.filename  # the same captions, so the same cache
 
 
-def cached_for(folder, precision, **other):
+def cached_for(folder, precision, vae=None, **other):
     """What train_unet.py caches of four noisy images in a training of this precision, and what it says."""
     recipe = config.Recipe(data=config.DataConfig(cache_dir=str(folder), random_flip=False))
     recipe.train_unet.validation_images = 3
@@ -151,8 +173,8 @@ def cached_for(folder, precision, **other):
     accelerator = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, print=said.append)
     cached = train_unet.cache_inputs(
         recipe, types.SimpleNamespace(train=split, validation=split),
-        {"vae": make_vae(0), "text_encoder": encoder, "tokenizer": tokenizer},
-        {"vae_hash": "v", "text_encoder_hash": "t", "tokenizer_hash": "k"} | other, accelerator,
+        {"vae": vae or make_vae(0), "text_encoder": encoder, "tokenizer": tokenizer},
+        {"text_encoder_hash": "t", "tokenizer_hash": "k"} | other, accelerator,
     )  # fmt: skip
     latents, text = cached["validation"]  # what the loss is measured on, and no more
     assert (len(latents), len(text.rows)) == (3, 3)
@@ -172,12 +194,30 @@ def test_a_training_in_bf16_caches_in_bf16_near_float32_and_apart_from_it(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "made"), [("vae_hash", "latents"), ("text_encoder_hash", "embeddings"), ("tokenizer_hash", "embeddings")]
+    ("name", "value", "made"),
+    [
+        ("vae", make_vae(1), "latents"),
+        ("text_encoder_hash", "new", "embeddings"),
+        ("tokenizer_hash", "new", "embeddings"),
+    ],
 )
-def test_a_training_with_another_model_reads_no_cache_that_the_model_would_change(name, made, tmp_path):
+def test_a_training_with_another_model_reads_no_cache_that_the_model_would_change(name, value, made, tmp_path):
     cached_for(tmp_path, "no")
-    _, said = cached_for(tmp_path, "no", **{name: "another"})
+    _, said = cached_for(tmp_path, "no", **{name: value})
     told = {word: [line.split()[0] for line in said if word in line] for word in ("latents", "embeddings")}
     other = ({"latents", "embeddings"} - {made}).pop()
     assert told[made][0] == "computing"  # the validation split may have the captions of the training split
     assert set(told[other]) == {"reusing"}
+
+
+@pytest.mark.parametrize(
+    ("part", "word"), [("decoder", "reusing"), ("post_quant_conv", "reusing"), ("quant_conv", "computing")]
+)
+def test_another_decoder_keeps_the_cache_of_latents(part, word, tmp_path):
+    """As `--vae_train_part decoder` trains it."""
+    cached_for(tmp_path, "no")
+    vae = make_vae(0)
+    with torch.no_grad():
+        next(getattr(vae, part).parameters()).add_(0.1)
+    _, said = cached_for(tmp_path, "no", vae=vae)
+    assert [line.split()[0] for line in said if "latents" in line] == [word] * 2

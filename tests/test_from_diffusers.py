@@ -298,7 +298,7 @@ def test_a_published_autoencoder(tmp_path, monkeypatch):
     config = TrainVaeConfig(push_to_hub=True, hub_model_id="me/vae", license="mit")
     publish.publish_vae(tmp_path, config)
     assert (pushed["folder"], pushed["repo_id"]) == (tmp_path / "vae", "me/vae")
-    assert pushed["files"] == ["config.json", "*.safetensors", "README.md"]
+    assert pushed["files"] == ["config.json", "diffusion_pytorch_model.safetensors", "README.md"]
     card = pushed["card"]
     for words in ("license: mit", "27.30", 'AutoencoderKL.from_pretrained("me/vae")', "4 px per latent"):
         assert words in card

@@ -1,6 +1,7 @@
 """Pushing to the Hub: the real clients against a Hub on 127.0.0.1, through every fault that can occur."""
 
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -8,9 +9,9 @@ from huggingface_hub.utils import get_session
 
 from conftest import SCRIPTS
 from loopback_hub import LoopbackHub
-from t2i.config import DataConfig, Recipe
+from t2i.config import DataConfig, Recipe, TrainUnetConfig, TrainVaeConfig
 from t2i.errors import UserError
-from t2i.files import read_json
+from t2i.files import read_json, write_json
 from t2i.hub import publish
 from t2i.hub import upload as t2i_hub
 from t2i.hub.upload import HubError, Target, check_access, check_license, check_repo_id, push_folder
@@ -654,3 +655,40 @@ def test_a_pull_request_that_is_not_there(hub, folder):
     push(folder)
     with pytest.raises(HubError, match="me/flowers has no refs/pr/7; give the number of an open pull request"):
         push(folder, target=Target("refs/pr/7"))
+
+
+# --- Autoencoders ----------------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_leaves_the_files_of_others(hub, tmp_path):
+    """Weights in folders of the same repository are not the autoencoder's, even with the same file name."""
+    weights = "diffusion_pytorch_model.safetensors"
+    figures = {"psnr_db": 27.3, "psnr_db_before": 20.0, "ssim": 0.9, "ssim_before": 0.5, "scaling_factor": 0.9}
+    write_json(tmp_path / "run.json", {**figures, "steps": 1200, "output_vae_hash": "abc"})
+    write_json(tmp_path / "vae/config.json", {"block_out_channels": [8, 8, 8]})
+    (tmp_path / "vae" / weights).write_bytes(b"new")
+    others = {f"{part}/{weights}": part.encode() for part in ("unet", "text_encoder", "vae")}
+    hub.create("models/me/both")
+    hub.edit("models/me/both", {**others, weights: b"old"})
+    config = TrainVaeConfig(push_to_hub=True, hub_model_id="me/both", license="mit")
+    publish.check_push(config, SimpleNamespace(is_main_process=True))
+    publish.publish_vae(tmp_path, config)
+    files = hub.files("models/me/both")
+    assert {path: files.get(path) for path in others} == others
+    assert files[weights] == b"new"
+    assert "4 px per latent" in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("branch", [None, "dev", "new"])
+def test_an_autoencoder_is_not_pushed_beside_a_pipeline(hub, branch):
+    hub.create("models/me/both")
+    main = SimpleNamespace(is_main_process=True)
+    config = TrainVaeConfig(push_to_hub=True, hub_model_id="me/both", license="mit", hub_revision=branch)
+    publish.check_push(config, main)
+    hub.edit("models/me/both", {"model_index.json": "{}"})
+    if branch == "dev":
+        hub.repos["models/me/both"].refs["dev"] = hub.commits("models/me/both")[-1]
+        hub.edit("models/me/both", {"model_index.json": None})
+    with pytest.raises(UserError, match=r"me/both holds a pipeline .*; give another one, such as me/both-vae$"):
+        publish.check_push(config, main)
+    publish.check_push(TrainUnetConfig(push_to_hub=True, hub_model_id="me/both", license="mit"), main)

@@ -98,7 +98,7 @@ def run(tmp_path):
     pipeline.save_pretrained(folder / "pipeline")
     hashes = {"dataset_hash": splits.fingerprint, "vae_hash": models.hash_model(vae), "text_encoder_hash": "t"}
     (folder / "run.json").write_text(json.dumps({"identity": hashes, "precision": "no"}))
-    images = {"images": splits.train.fingerprint, "vae": hashes["vae_hash"]}
+    images = {"images": splits.train.fingerprint, "encoder": models.hash_encoder(vae)}
     cache_latents(splits.train.pixels, images, vae, settings["cache_dir"], flip=False, say=lambda _: None)
     return folder, settings, pipeline, splits
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, AutoencoderKLMochi, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +83,18 @@ def test_identity_of_a_model_follows_its_weights():
 def test_refusals_name_the_fix():
     with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
         models.locate("./missing", "vae")
+
+
+def test_an_autoencoder_of_another_kind_gets_a_sentence(tmp_path):
+    wide = (32, 32, 32, 32)
+    AutoencoderKLMochi(
+        encoder_block_out_channels=wide, decoder_block_out_channels=wide, layers_per_block=(1, 1, 1, 1, 1)
+    ).save_pretrained(tmp_path / "video")
+    with pytest.raises(UserError, match=r"video cannot be loaded \(its settings are not those of AutoencoderKL: "):
+        models.load_vae(str(tmp_path / "video"))
+    AutoencoderKL(in_channels=4, block_out_channels=(32,)).save_pretrained(tmp_path / "masked")
+    with pytest.raises(UserError, match=r"masked reads images of 4 channels and writes 3; give one of color images"):
+        models.load_vae(str(tmp_path / "masked"))
 
 
 def test_the_recipe_flowers_is_the_model_card():

@@ -197,6 +197,15 @@ def test_the_last_updates_move_the_decoder_alone(train, pretrained):
         assert not torch.equal(began[name], ended[name])
 
 
+def test_fine_tuning_names_the_scaling_factor_before_if_it_changes(train, pretrained, capsys):
+    before = models.load_vae(str(pretrained)).config.scaling_factor
+    options = ("--vae", pretrained, "--max_train_steps", 1, "--learning_rate", 1e-2, "--lr_warmup_steps", 0)
+    after = models.load_vae(str(train(*options))).config.scaling_factor
+    assert f"; scaling_factor {after:.4f} ({before:.4f} before)\n" in capsys.readouterr().out
+    train(*options, "--vae_train_part", "decoder")
+    assert capsys.readouterr().out.endswith(f"; scaling_factor {before:.4f}\n")
+
+
 def test_whole_images_follow_crops():
     config = TrainVaeConfig(crop_size=16, crop_steps=3, gradient_accumulation_steps=2)
     assert [train_vae.image_side(config, 32, number) for number in range(8)] == [16] * 6 + [32] * 2
@@ -299,8 +308,31 @@ def test_an_extended_training_is_one_that_had_its_length_from_the_start(train, n
         train(*options, "--max_train_steps", 5, output=run)
 
 
+def test_a_command_that_names_a_checkpoint_goes_back_once(train, capsys):
+    """A job repeats its command after each interruption, and must not lose what it has trained since."""
+    options = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--max_train_steps", 2)
+    back = (*options, "--resume_from_checkpoint", "checkpoint-1")
+    run = train(*options)
+    for status in ("stopped", "finished", "stopped"):
+        state = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(state | {"status": status}))
+        train(*back, output=run)
+    first, second, third = capsys.readouterr().out.split("how the data set was understood")[2:]
+    assert "made anew from step 1, and removed now: checkpoint-000002" in first
+    assert "reusing the finished VAE" in second
+    assert "went back to checkpoint-1 before, so it resumes from its newest checkpoint; to go back once more" in third
+    assert f"resuming from {run / 'checkpoint-000002'}" in third
+    assert "removed now" not in third
+    train(*back, "--max_train_steps", 3, output=run)  # another length is another wish
+    assert "removed now: checkpoint-000002" in capsys.readouterr().out
+
+
 def in_two_processes(train, *arguments, output, **variables):
-    """Run a training in two forked processes that average their gradients, with further environment variables."""
+    """Run a training in two forked processes that average their gradients, with further environment variables.
+
+    With LOCAL_WORLD_SIZE 1, each process is that of another node.
+    """
+    local = {"LOCAL_WORLD_SIZE": "2"} | variables
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -311,8 +343,8 @@ def in_two_processes(train, *arguments, output, **variables):
             code = 1
             try:
                 AcceleratorState._reset_state(True)
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % int(local["LOCAL_WORLD_SIZE"])), "WORLD_SIZE": "2",
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **local}  # fmt: skip
                 train(*arguments, output=output)
                 code = 0
             finally:
@@ -332,6 +364,24 @@ def test_two_processes_train_what_one_does(train, pretrained, narrow, tmp_path):
         alone, shared = (load_file(run / "checkpoint-000004" / file) for run in (one, tmp_path / "two"))
         for name in alone:
             torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_of_two_nodes_is_resumed_on_one(train, tmp_path, capfd):
+    """The random states of the second node's process lie in its own folder."""
+    options = ("--checkpoints_total_limit", 2, "--lr_scheduler", "constant")
+    in_two_processes(train, *options, "--max_train_steps", 1, output=tmp_path / "run", LOCAL_WORLD_SIZE="1")
+    assert (tmp_path / "run/node-1/checkpoint-000001/rng-1.safetensors").is_file()
+    in_two_processes(train, *options, "--max_train_steps", 2, output=tmp_path / "run")
+    assert "on 2 process(es) instead of 2 process(es) of 2 nodes: weights, average," in capfd.readouterr().out
+    assert (tmp_path / "run/checkpoint-000002/rng-1.safetensors").is_file()
+
+
+def test_a_finished_training_of_two_nodes_leaves_no_checkpoint_behind(train, tmp_path):
+    run, length = tmp_path / "run", ("--max_train_steps", 2, "--checkpointing_steps", 1)
+    in_two_processes(train, *length, "--checkpoints_total_limit", 1, output=run, LOCAL_WORLD_SIZE="1")
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "node-1").is_dir()
+    assert not [*run.rglob("checkpoint-*")]
 
 
 def test_a_launch_for_deepspeed_trains_what_data_parallelism_trains(train, pretrained, tmp_path):
@@ -456,6 +506,8 @@ def test_a_vision_model_of_transformers_gives_the_features(tmp_path):
         ("--perceptual_network efficientnet-lite0", "judges pictures"),
         ("--perceptual_weight 0.1 --config judged.yaml", "judges pictures"),
         ("--crop_steps 100", "needs crop_size"),
+        ("--vae_train_part decoder", "give --vae with the autoencoder to fine-tune"),
+        ("--decoder_only", "give --vae with the autoencoder to fine-tune"),
         ("--vae_train_part decoder --decoder_only_steps 5", "leave out decoder_only_steps 5"),
         ("--vae_train_part decoder --equivariance_share 0.5", "which vae_train_part decoder keeps"),
         ("--adversarial_weight 0.5 --crop_size 4", "at least 8 px, not 4"),
@@ -478,6 +530,10 @@ def test_a_phase_that_never_comes_is_told():
     assert ["never used" in said[0], "never trained" in said[1]] == [True, True]
     train_vae.warn_of_steps(TrainVaeConfig(crop_size=32, crop_steps=10), 10, said.append)
     assert "no update sees whole images" in said.pop()
+    late = TrainVaeConfig(equivariance_share=0.5, equivariance_start=7, decoder_only_steps=3)
+    train_vae.warn_of_steps(late, 10, said.append)
+    assert "equivariance_start 7 is not below 7" in said.pop()
+    train_vae.warn_of_steps(late, 11, said.append)
     train_vae.warn_of_steps(config, 11, said.append)
     train_vae.warn_of_steps(TrainVaeConfig(), 10, said.append)
     assert len(said) == 2

@@ -272,7 +272,8 @@ class TrainVaeConfig(ModelHubConfig, TrainConfig):
     # Number of newest checkpoints to keep. With None, keep all checkpoints. With 1, keep the newest checkpoint until
     # the run has finished. A finished run that keeps checkpoints can be extended from its last update.
     checkpoints_total_limit: Count | None = 1
-    # Part of the autoencoder to train. With decoder, the latents do not change, so caches and UNets stay valid.
+    # Part of the autoencoder to train. With decoder, the latents do not change, so their caches stay valid, and UNets that
+    # were trained before draw with the new decoder.
     vae_train_part: Literal["all", "decoder"] = "all"
     # Last updates that train only the decoder. The encoder then keeps its averaged weights, so latents stay as they are.
     decoder_only_steps: Natural = 0
@@ -532,7 +533,7 @@ def parse(sections: tuple[str, ...], doc: str, argv: list[str] | None = None) ->
     for name, before in defaults.items():
         _put(recipe, name, getattr(chosen, name), before, argv)
     if "vae" in sections:
-        check_vae(recipe, crop="train_vae" in sections)
+        check_vae(recipe, is_trained="train_vae" in sections)
     if "unet" in sections:
         check_unet(recipe)
     return recipe
@@ -695,14 +696,14 @@ def near_folder(folder: Path) -> Path | None:
     return folder.with_name(near[0]) if near else None
 
 
-def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> None:
+def check_vae(recipe: Recipe, factor: int | None = None, is_trained: bool = True) -> None:
     """Refuse a resolution or crop that the autoencoder cannot take.
 
     Args:
         recipe: settings to check.
         factor: image pixels per latent pixel along a side. With None, use the factor of the recipe's VAE, if the VAE is
             on this machine.
-        crop: whether `crop_size` is checked too.
+        is_trained: whether the autoencoder is trained. Then `crop_size` and `vae_train_part` are checked too.
 
     Raises:
         UserError: a setting does not fit; the message names a value that does.
@@ -714,9 +715,14 @@ def check_vae(recipe: Recipe, factor: int | None = None, crop: bool = True) -> N
             "set mse_weight: 1"
         )
     check_vae_terms(recipe)
+    if is_trained and losses.vae_train_part == "decoder" and recipe.vae.vae is None:
+        raise UserError(
+            "vae_train_part decoder keeps the encoder, and that of a new autoencoder has learnt nothing; give --vae with the "
+            "autoencoder to fine-tune, or leave out vae_train_part (--decoder_only)"
+        )
     if factor is None:
         return
-    sides = {"resolution": resolution, "crop_size": recipe.train_vae.crop_size if crop else None}
+    sides = {"resolution": resolution, "crop_size": losses.crop_size if is_trained else None}
     for name, side in sides.items():
         if side and (side % factor or side > resolution):
             raise UserError(

@@ -109,6 +109,8 @@ def load_part(
             if os.path.isdir(path) and hasattr(model, "register_to_config"):
                 model.register_to_config(_name_or_path="")  # A local path must not be published.
             return model
+        except TypeError as error:  # Another class may have a setting of the same name and another type.
+            causes.append(OSError(f"its settings are not those of {cls.__name__}: {error}"))
         except (OSError, ValueError, RuntimeError) as error:
             causes.append(error)
         if not os.path.isdir(path):
@@ -167,12 +169,22 @@ def _norm_groups(channels: list[int], least: int) -> int:
 
 
 def load_vae(source: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
-    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode. A tiny autoencoder is refused."""
+    """Load the VAE of a run folder, path or Hub id in float32 and evaluation mode.
+
+    Raises:
+        UserError: it cannot be loaded, is a tiny autoencoder, or is not one of color images.
+    """
     if is_tiny(source):
         raise UserError(
             f"{source} holds a tiny autoencoder, which only decodes for a student; give the VAE of its teacher"
         )
-    return load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
+    vae = load_part(AutoencoderKL, source, "vae", revision, variant).float().eval()
+    channels = (vae.config.in_channels, vae.config.out_channels)
+    if channels != (3, 3):
+        raise UserError(
+            f"the VAE {source} reads images of {channels[0]} channels and writes {channels[1]}; give one of color images, with 3 and 3"
+        )
+    return vae
 
 
 def load_decoder(source: str) -> AutoencoderKL | AutoencoderTiny:
@@ -414,10 +426,13 @@ def build_pipeline(
     return pipeline
 
 
-def hash_model(model: Any) -> str:
+def hash_model(model: Any, without: tuple[str, ...] = ()) -> str:
     """Return a model's identity: a hash (16 hex digits) of its architecture and of its weights' names, types and bytes.
 
     Notes that libraries write into the config, such as a version or the model's origin, are ignored.
+
+    Args:
+        without: beginnings of the names of weights that are ignored too.
     """
     digest = hashlib.sha256()
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
@@ -425,9 +440,16 @@ def hash_model(model: Any) -> str:
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in passing}
     digest.update(hash_json(json.loads(json.dumps(kept, default=str))).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def hash_encoder(vae: AutoencoderKL) -> str:
+    """Return the identity of the part of a VAE that latents depend on, as `hash_model` does: all but the decoder's weights."""
+    return hash_model(vae, without=("decoder.", "post_quant_conv."))
 
 
 def hash_tokenizer(tokenizer: CLIPTokenizer) -> str:

@@ -68,7 +68,7 @@ def cache_latents(
     Args:
         pixels: the images, uint8 [N, R, R, 3]. If images are left out, theirs are computed as well, so that a longer list
             of them changes no cache.
-        identity: hashes of the images and of the VAE, which name the cache.
+        identity: hashes of the images and of the VAE's encoder, which name the cache.
         vae: the VAE in evaluation mode.
         cache_dir: folder that holds all caches.
         flip: whether the mirrored images are encoded and cached too.

@@ -119,6 +119,7 @@ def measure(
 
     from t2i.data import caches
     from t2i.data.prepared import open_prepared, repair
+    from t2i.models import hash_encoder
     from t2i.pictures.guide import unguided
 
     state = read_json(run / "run.json")
@@ -148,7 +149,7 @@ def measure(
     ids: list[str] = []
     values: list[list[float]] = []
     for number, split in enumerate(split for split in splits if split):
-        images = {"images": split.fingerprint, "vae": identity.get("vae_hash"), **precision}
+        images = {"images": split.fingerprint, "encoder": hash_encoder(vae), **precision}
         flip = bool(settings.get("random_flip")) and number == 0
         with torch.autocast(unet.device.type, torch.bfloat16, enabled=in_bf16):
             latents = caches.cache_latents(

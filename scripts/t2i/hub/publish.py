@@ -35,12 +35,18 @@ CHECK_STEPS = 2  # denoising steps of the picture that compares the Hub's model 
 
 
 def check_push(config: ModelHubConfig, accelerator: Any) -> None:
-    """Raise `UserError` before a training starts if the Hub would refuse its model."""
+    """Raise `UserError` before a training starts if the Hub would refuse its model, or an autoencoder replace a pipeline."""
     if config.push_to_hub:
         repo_id = upload.check_repo_id(config.hub_model_id, "--hub_model_id")
         upload.check_license(config.license or None)
         if accelerator.is_main_process:
-            upload.check_access(repo_id, "model", target=upload.Target(config.hub_revision, config.create_pr))
+            target = upload.Target(config.hub_revision, config.create_pr)
+            upload.check_access(repo_id, "model", target=target)
+            if isinstance(config, TrainVaeConfig) and upload.holds(repo_id, "model", "model_index.json", target):
+                raise UserError(
+                    f"--hub_model_id {repo_id} holds a pipeline (model_index.json), and an autoencoder needs a repository of its "
+                    f"own; give another one, such as {repo_id}-vae"
+                )
 
 
 def find_run(model: str | None) -> Path:
@@ -185,7 +191,7 @@ def publish_vae(run: Path, config: TrainVaeConfig) -> None:
         run / "vae",
         repo_id,
         "model",
-        files=["config.json", "*.safetensors", "README.md"],
+        files=["config.json", "diffusion_pytorch_model.safetensors", "README.md"],
         message=f"VAE {result['output_vae_hash']}, {result['steps']:,} updates",
         private=config.hub_private_repo,
         deadline=config.hub_deadline,

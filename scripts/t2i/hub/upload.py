@@ -187,6 +187,19 @@ def check_access(repo_id: str, repo_type: RepoType, say: Callable[[str], Any] = 
             say(f"warning: cannot check now whether {repo_id} may be written to: {failure.reason}")
 
 
+def holds(repo_id: str, repo_type: RepoType, path: str, target: Target = MAIN) -> bool:
+    """Return whether a repository holds a file on main, or on the branch of `target`. False if the Hub cannot say."""
+    api = _connect(repo_id)
+    for branch in {None, target.revision}:
+        try:
+            with limited(CHECK_S):
+                if api.get_paths_info(repo_id, path, revision=branch, repo_type=repo_type):
+                    return True
+        except (OSError, ValueError):  # The repository or its branch does not exist yet, or the Hub does not answer.
+            continue
+    return False
+
+
 def _no_repository(repo_id: str) -> str:
     return (
         f"{repo_id} does not exist, so no pull request can be opened in it; correct the name, or leave out --create_pr"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,9 @@ from t2i.files import hash_files, hash_json, read_json
 from t2i.pictures.cells import MAX_SIDE
 from t2i.pictures.png import DAMAGE, pixel_hash, read_parameters, save_picture
 from t2i.runs import checkpoint_folders, find_prepared
+
+if TYPE_CHECKING:  # The module imports the library datasets.
+    from t2i.data.prepared import Selection
 
 STORE = "reconstructions"  # folder of a run
 
@@ -211,7 +214,7 @@ def make(
     return len(missing)
 
 
-def reconstruct(vae: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reconstruct(vae: Any, images: "np.ndarray | Selection") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Encode images uint8 [N, R, R, 3] to posterior means and decode them, in batches of `caches.vae_batch`.
 
     Returns:

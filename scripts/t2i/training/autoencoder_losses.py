@@ -140,5 +140,7 @@ def turn_and_shrink(images: Tensor, turns: int, scale: float) -> Tensor:
     """Return images or latents [B, C, S, S] turned by `turns` times 90 degrees, with sides `scale` times as long."""
     side = round(images.shape[-1] * scale)
     if side != images.shape[-1]:
-        images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        whole = images.cpu() if images.device.type == "mps" else images  # MPS has no gradient of this interpolation.
+        shrunk = F.interpolate(whole, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        images = shrunk.to(images.device)
     return images.rot90(turns, dims=(-2, -1))

@@ -285,12 +285,15 @@ def shard_file(folder: Path, accelerator: Any) -> Path:
 def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> dict[str, Any]:
     """Restore the training state of `checkpoint` and return its `state.json`. Every process must call this function.
 
-    If the number of processes changes, or ZeRO is switched on or off, weights and average are read from the portable
-    files. A printed message then names the state that is reset.
+    If the number of processes or nodes changes, or ZeRO is switched on or off, weights and average are read from the
+    portable files. A printed message then names the state that is reset.
     """
     state = read_json(checkpoint / "state.json")
-    sharded, processes = zero.is_sharded(train_state.model), accelerator.num_processes
-    alike = state["processes"] == processes and state["sharded"] == sharded
+    sharded = zero.is_sharded(train_state.model)
+    # A checkpoint of another number of nodes lacks files of this node's processes.
+    earlier = (state["processes"], read_json(checkpoint / checkpoints.MANIFEST)["nodes"], state["sharded"])
+    launch = (accelerator.num_processes, checkpoints.Node(accelerator).count, sharded)
+    alike = launch == earlier
     if sharded and alike:
         zero.load_shard_state(train_state.model, train_state.ema, load_file(shard_file(checkpoint, accelerator)))
     else:
@@ -311,8 +314,10 @@ def load_state(checkpoint: Path, train_state: TrainState, accelerator: Any) -> d
         checkpoints.load_rng(checkpoint / f"rng-{accelerator.process_index}.safetensors")
         accelerator.print(f"resuming from {checkpoint}")
         return state
-    before, now = (f"{count} process(es){' under ZeRO' if split else ''}" for count, split in
-                   ((state["processes"], state["sharded"]), (processes, sharded)))  # fmt: skip
+    before, now = (
+        f"{processes} process(es){f' of {nodes} nodes' if nodes > 1 else ''}{' under ZeRO' if split else ''}"
+        for processes, nodes, split in (earlier, launch)
+    )
     lost = "random states of layers" if keeps_moments else "the optimiser's moments and random states of layers"
     accelerator.print(
         f"resuming from {checkpoint} on {now} instead of {before}: weights, average, schedule and the order of samples are kept; "
@@ -342,13 +347,28 @@ def is_done(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
     if not broadcast_from_main(run.finished, accelerator):
         return False
     name, steps = config.resume_from_checkpoint, broadcast_from_main(run.state.get("steps"), accelerator)
-    step = None if name in (None, "latest") else checkpoint_step(own_checkpoint(run.folder, str(name)))
-    if name not in (None, "latest") and step != steps:
+    if name in (None, "latest") or went_back(run, config, accelerator):
+        return True
+    if checkpoint_step(own_checkpoint(run.folder, name)) != steps:
         raise UserError(
             f"the run in {run.folder} has finished, so it is not resumed from {name}; leave out --resume_from_checkpoint to "
             "reuse it, or give another --output_dir"
         )
     return True
+
+
+def went_back(run: RunFolder, config: TrainConfig, accelerator: Any) -> bool:
+    """Return whether the run has resumed from the named checkpoint already. Every process must call this function.
+
+    The same command then resumes from the newest checkpoint. It may be a job that repeats itself. With another length it
+    goes back again.
+    """
+    return bool(broadcast_from_main(run.state.get("went_back") == _way_back(run, config), accelerator))
+
+
+def _way_back(run: RunFolder, config: TrainConfig) -> dict[str, Any]:
+    name = Path(config.resume_from_checkpoint or "").name
+    return {"checkpoint": name, "steps": run.state["identity"].get("steps")}
 
 
 def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) -> list[dict[str, Any]]:
@@ -402,27 +422,38 @@ def extend(run: RunFolder, config: TrainConfig, steps: int, accelerator: Any) ->
 
 
 def resume(
-    run: Path, train_state: TrainState, config: TrainConfig, accelerator: Any
+    run: RunFolder, train_state: TrainState, config: TrainConfig, accelerator: Any
 ) -> tuple[dict[str, Any], checkpoints.Node]:
     """Resume from the requested checkpoint, if there is one, and save once as a rehearsal.
 
-    The rehearsal finds a full or read-only disk before training starts. Every process must call this function.
+    A checkpoint that is named again, with the same length, was left behind already. The newest one is then resumed. The
+    rehearsal finds a full or read-only disk before training starts. Every process must call this function.
 
     Returns:
         The checkpoint's state and this process's node. A new training has `step` 0.
     """
-    node = checkpoints.Node(accelerator)
-    checkpoint = checkpoints.find_checkpoint(run, config.resume_from_checkpoint, node)
+    node, name = checkpoints.Node(accelerator), config.resume_from_checkpoint
+    is_named, checkpoint = name not in (None, "latest"), None
+    if is_named and went_back(run, config, accelerator):
+        accelerator.print(
+            f"the run went back to {name} before, so it resumes from its newest checkpoint; to go back once more, delete the "
+            "later ones"
+        )
+        checkpoint = checkpoints.find_checkpoint(run.folder, "latest", node)
+    checkpoint = checkpoint or checkpoints.find_checkpoint(run.folder, name, node)
     state = load_state(checkpoint, train_state, accelerator) if checkpoint else {"step": 0}
     accelerator.wait_for_everyone()
     if node.first:
-        checkpoints.forget_after(run, state["step"] if checkpoint else -1, node)  # -1: a measurement before step 1, too
+        # -1: a measurement before step 1, too
+        checkpoints.forget_after(run.folder, state["step"] if checkpoint else -1, node)
     others = train_state.discriminator.parameters if train_state.discriminator else []
     moments = 0 if checkpoint else 8 * sum(parameter.numel() for parameter in [*train_state.parameters, *others])
     gathered = gather(train_state)
     checkpoints.rehearse(
-        run, lambda part: save_state(part, train_state, gathered, {"step": 0}, accelerator), node, moments
+        run.folder, lambda part: save_state(part, train_state, gathered, {"step": 0}, accelerator), node, moments
     )
+    if is_named and accelerator.is_main_process:  # All nodes have removed their later checkpoints.
+        run.save(went_back=_way_back(run, config))
     return state, node
 
 
