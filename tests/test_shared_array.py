@@ -1,5 +1,6 @@
 """Arrays that several processes compute together: each range once, whole or not at all, whoever is killed."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -140,6 +141,26 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"numbers need 0 MB in .*, which has 0 MB free; give another --cache_dir"):
         compute(tmp_path / "key", 5, rows)
     assert not (tmp_path / ".key.part").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room")
+def test_room_is_reserved_before_the_work(tmp_path, monkeypatch):
+    """A write into a memory-mapped file kills the process if the disk is full by then."""
+
+    def look(array, start, stop):
+        status = (tmp_path / ".key.part/array.npy").stat()
+        assert status.st_blocks * 512 >= status.st_size
+        rows(array, start, stop)
+
+    compute(tmp_path / "key", 50_000, look, batch=1000)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"numbers need 0 MB in .* MB free; give another --cache_dir"):
+        compute(tmp_path / "other", 5, rows)
+    assert not (tmp_path / ".other.part").exists()
 
 
 @settings(max_examples=15)

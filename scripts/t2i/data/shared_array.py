@@ -13,6 +13,7 @@ While an array is computed, these files lie beside the folder KEY, which appears
     KEY.lock                lock for beginning and ending
 """
 
+import errno
 import os
 import shutil
 import time
@@ -27,6 +28,7 @@ from t2i.errors import UserError
 from t2i.files import write_json
 
 RANGES = 256  # Most ranges of an array. A killed process loses at most one of them.
+FULL = (errno.ENOSPC, errno.EDQUOT)  # Errors of a disk or a quota without room.
 POLL_S = 0.1  # Wait between two looks at ranges that other processes compute.
 
 
@@ -123,18 +125,35 @@ def _begin(
         return int((part / "rows").read_text())
     shutil.rmtree(part, ignore_errors=True)  # A process was killed here.
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(part.parent).free
-    if size > free:
-        raise UserError(
-            f"{what} need {size / 1e6:.0f} MB in {part.parent}, which has {free / 1e6:.0f} MB free; give another --cache_dir"
-        )
+    if size > shutil.disk_usage(part.parent).free:
+        raise _too_full(what, size, part.parent)
     say(f"computing {what}: {size / 1e6:.1f} MB in {part.parent}")
     (part / "done").mkdir(parents=True)
     rows = batch * -(-shape[0] // (batch * RANGES))  # a multiple of `batch`
     (part / "rows").write_text(str(rows))
     np.lib.format.open_memmap(part / "new.npy", mode="w+", dtype=dtype, shape=shape).flush()
+    try:
+        _reserve(part / "new.npy")
+    except OSError as error:
+        if error.errno in FULL:  # otherwise the file system cannot reserve room
+            shutil.rmtree(part)
+            raise _too_full(what, size, part.parent) from None
     os.replace(part / "new.npy", part / "array.npy")
     return rows
+
+
+def _reserve(path: Path) -> None:
+    """Reserve a file's room on the disk, on systems that can. Otherwise a disk that fills up later kills the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _too_full(what: str, size: int, folder: Path) -> UserError:
+    free = shutil.disk_usage(folder).free
+    return UserError(
+        f"{what} need {size / 1e6:.0f} MB in {folder}, which has {free / 1e6:.0f} MB free; give another --cache_dir"
+    )
 
 
 def _compute_one(
