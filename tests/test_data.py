@@ -10,6 +10,7 @@ import tarfile
 import time
 import unicodedata
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -936,18 +937,42 @@ def test_a_configuration_is_chosen_and_the_names_are_said(tmp_path):
     assert [{text[0] for text in captions_of(part).values()} for part in splits] == [{"a"}, {"b"}]
 
 
+def write_tar(path: Path, parts: dict[str, Callable[[int], bytes]]) -> None:
+    """A shard of webdataset with four samples of one file per ending."""
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for index in range(4):
+            for ending, make in parts.items():
+                blob = make(index)
+                entry = tarfile.TarInfo(f"{index:09d}.{ending}")
+                entry.size = len(blob)
+                tar.addfile(entry, io.BytesIO(blob))
+
+
+def test_what_img2dataset_writes_is_read_as_it_is(tmp_path):
+    """Beside each .tar lie a Parquet file of addresses and a file of counts."""
+    rows = [
+        {"url": f"https://x/{index}.jpg", "caption": f"rose {index}", "key": f"{index:09d}", "status": "success",
+         "error_message": None, "width": 20, "height": 20, "exif": "{}", "sha256": "0" * 64}
+        for index in range(4)
+    ]  # fmt: skip
+    parts = {"jpg": png, "txt": lambda index: f"rose {index}".encode(), "json": lambda i: json.dumps(rows[i]).encode()}
+    write_tar(tmp_path / "a/00000.tar", parts)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a/00000.parquet")
+    write(tmp_path / "a/00000_stats.json", json.dumps({"count": 4, "successes": 4}))
+    splits = load(tmp_path / "a", tmp_path)
+    assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
+    assert splits.report["form"] == "webdataset, 1 file"
+    left_out = splits.report["left_out"]["Parquet files without an image column"]
+    assert left_out == {"count": 1, "first": ["00000.parquet"]}
+
+
 def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
     rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "text": [f"rose {i}" for i in range(4)]}
     table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     table.save_to_disk(str(tmp_path / "disk"))
     datasets.DatasetDict({"train": table, "extra": table}).save_to_disk(str(tmp_path / "dict"))
-    (tmp_path / "tar").mkdir()
-    with tarfile.open(tmp_path / "tar/00000.tar", "w") as tar:
-        for index in range(4):
-            for ending, blob in (("png", png(index)), ("txt", f"rose {index}".encode())):
-                entry = tarfile.TarInfo(f"{index:05d}.{ending}")
-                entry.size = len(blob)
-                tar.addfile(entry, io.BytesIO(blob))
+    write_tar(tmp_path / "tar/00000.tar", {"png": png, "txt": lambda index: f"rose {index}".encode()})
     for form in ("disk", "dict", "tar"):
         splits = load(tmp_path / form, tmp_path)
         assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
