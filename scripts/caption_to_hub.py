@@ -199,6 +199,7 @@ def run_settings(recipe: Recipe, source: records.Source, names: list["ModelName"
         "images": source.identity,
         "model": models if len(models) > 1 else models[0],
         "columns": columns,
+        **({} if HEIF_FIX else {"heif": True}),  # With pillow-heif, photos are read that were left out without it.
     }
 
 

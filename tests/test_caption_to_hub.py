@@ -16,12 +16,13 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 import caption_to_hub
-from conftest import photos
+from conftest import SCRIPTS, photos
 from loopback_hub import LoopbackHub
 from prove_captions import draw_photos, prove
 from small_models import blip, florence
 from t2i.captions import captioners, ledger
 from t2i.config import CaptionConfig, Recipe
+from t2i.data.images import HEIF_FIX
 from t2i.errors import UserError
 
 FAST = ("--caption_batch_size", 4, "--max_new_tokens", 6, "--num_beams", 1)
@@ -83,6 +84,38 @@ def test_florence_captions_resume_edits_and_added_images(drawn, model, command, 
     assert (drawn / "0000.png").read_bytes() in [
         row["bytes"] for row in table.cast_column("image", datasets.Image(decode=False))["image"]
     ]
+
+
+STAND_IN_FOR_PILLOW_HEIF = """
+from PIL import Image, ImageFile
+
+class HeifFile(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+        self._mode, self._size = "RGB", (32, 32)
+
+    def load(self):
+        self.im = Image.new("RGB", self.size, "red").im
+
+def register_heif_opener():
+    Image.register_open("HEIF", HeifFile, lambda head: head[4:12] == b"ftypheic")
+"""
+
+
+@pytest.mark.skipif(not HEIF_FIX, reason="pillow-heif is installed")
+def test_photos_of_a_phone_are_captioned_once_their_decoder_is_installed(drawn, run_main, command, capsys, tmp_path):
+    (drawn / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (drawn / "phone.txt").write_text("a red square")
+    words = ("--dataset", drawn, "--captioner", "existing", "--output_dir", "out", "--audit_tokenizer", tmp_path / "no")
+    run_main(*words, "--max_bad_share", 0.5)
+    assert "1 of 13 images cannot be used" in capsys.readouterr().out
+    (tmp_path / "pillow_heif.py").write_text(STAND_IN_FOR_PILLOW_HEIF)
+    script = SCRIPTS / "caption_to_hub.py"
+    later = f"import runpy, sys; sys.path[:0] = {[str(tmp_path), str(SCRIPTS)]}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    (tmp_path / "installed.py").write_text(later)
+    command(tmp_path / "installed.py", *words, cwd=tmp_path, fork=True)
+    assert "a red square" in datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]
 
 
 def test_captions_of_every_kind_stay_valid(run_main, tmp_path):
