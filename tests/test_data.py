@@ -1163,6 +1163,16 @@ def test_a_column_that_names_splits_is_used(form, column, tmp_path):
     assert found == [["flower 0", "flower 1", "flower 4"], ["flower 3"], ["flower 2"]]
 
 
+def test_metadata_above_the_splits_that_names_bare_files_is_told_the_names(tmp_path):
+    for split in ("train", "test"):
+        for index in range(2):
+            write(tmp_path / "a/photos" / split / f"{split}{index}.png", png(index + 2 * (split == "test")))
+    lines = [f"{split}{index}.png,a rose" for split in ("train", "test") for index in range(2)]
+    write(tmp_path / "a/metadata.csv", "\n".join(["file_name,text", *lines, "gone.png,a rose"]))
+    with pytest.raises(UserError, match=r"train0\.png \(missing file: did you mean photos/train/train0\.png\?\)"):
+        load(tmp_path / "a", tmp_path)
+
+
 SPLIT_COLUMN_MISTAKES = {
     "empty": ("0.png,train\n1.png,test\n2.png,\n", "metadata.csv, line 4: column 'split' is empty; write train"),
     "no train": (

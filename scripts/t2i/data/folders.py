@@ -323,7 +323,10 @@ class _Listing:
     by_row: list[tuple[str, str, bool]] = field(default_factory=list)
 
     def split_of(self, file: str) -> str | None:
-        return split_name(file.split("/")[self.depth - 1]) if self.depth else "train"
+        if not self.depth:
+            return "train"
+        above = file.split("/")[:-1]
+        return split_name(above[self.depth - 1]) if len(above) >= self.depth else None
 
     def count(self, split: str) -> int:
         return len(self.columns.get(split, {"image": ()})["image"])
