@@ -527,8 +527,12 @@ def caption_batches(
     The batch size is halved if memory runs out."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    column = recipe.data.image_column
+    # Other columns may hold images too, and damaged ones, which nobody needs to decode.
+    cells_of = {split: split_rows.select_columns([column]) for split, split_rows in rows.items()}
+
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list[Image.Image], Any]:
-        cells = (rows[photo.split][photo.row][recipe.data.image_column] for _, photo in batch)
+        cells = (cells_of[photo.split][photo.row][column] for _, photo in batch)
         images = [decode_image(image_bytes(cell, source.roots), draft_side=DECODE_SIDE) for cell in cells]
         return batch, images, captioner.prepare(images)
 
@@ -675,7 +679,8 @@ def make_card(
     """Return the text of the dataset card, and write its picture grid to images/grid.png."""
     config, data = recipe.caption, recipe.data
     shown = entries[:: max(1, len(entries) // GRID)][:GRID]  # from all over the data set
-    cells = (rows[entry.photo.split][entry.photo.row][data.image_column] for entry in shown)
+    cells_of = {split: split_rows.select_columns([data.image_column]) for split, split_rows in rows.items()}
+    cells = (cells_of[entry.photo.split][entry.photo.row][data.image_column] for entry in shown)
     images = (decode_image(image_bytes(cell, source.roots), draft_side=GRID_SIDE) for cell in cells)
     grid = dataset_card.caption_grid(
         [fit(image, GRID_SIDE) for image in images], [entry.captions[0] for entry in shown], side=GRID_SIDE
@@ -783,8 +788,11 @@ def dataset_rows(
 
     Names of photos that say where they were taken are appended to `located`.
     """
+    other = features.keys() - {"image", "caption", "label"}
+    wanted = [key for key in split_rows.column_names if key in other or key == recipe.data.image_column]
+    selected = split_rows.select_columns(wanted)
     for entry in entries:
-        row = split_rows[entry.photo.row]
+        row = selected[entry.photo.row]
         data = image_bytes(row[recipe.data.image_column], source.roots)
         if has_gps(data):
             located.append(entry.photo.file)

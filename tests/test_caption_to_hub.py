@@ -194,6 +194,30 @@ def test_existing_captions_of_parquet_are_named(run_main, drawn, tmp_path, capsy
     assert "2 per image: each training step draws one of them" in said
 
 
+def test_damaged_images_in_other_columns_are_not_decoded(run_main, drawn, model, tmp_path):
+    images = [path.read_bytes() for path in sorted(drawn.glob("*.png"))[:3]]
+    cut = [{"bytes": data[:150], "path": None} for data in images]
+    columns = {"image": [{"bytes": data, "path": None} for data in images], "mask": cut, "text": ["a", "b", "c"],
+               "painter": ["x", "y", "z"], "size": [1, 2, 3]}  # fmt: skip
+    rows = datasets.Dataset.from_dict(columns)
+    for column in ("image", "mask"):
+        rows = rows.cast_column(column, datasets.Image())
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(OSError, match=r"[Tt]runcated"):
+        datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))[0]
+    run_main(
+        "--dataset", "set", "--captioner", "existing", model, "--output_dir", "out", *FAST, "--audit_tokenizer", "no"
+    )
+    made = datasets.load_dataset(str(tmp_path / "out"), split="train").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    assert made.column_names == ["image", "caption", "painter", "size"]
+    assert [image["bytes"] for image in made["image"]] == images
+    assert [captions[0] for captions in made["caption"]] == ["a", "b", "c"]
+    assert (list(made["painter"]), list(made["size"])) == (["x", "y", "z"], [1, 2, 3])
+
+
 def test_several_tasks_give_an_image_several_captions(drawn, model, run_main, capsys, tmp_path):
     tasks = ("<CAPTION>", "<MORE_DETAILED_CAPTION>")
     words = ("--dataset", drawn, "--output_dir", "out", *FAST, "--audit_tokenizer", model)
