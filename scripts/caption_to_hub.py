@@ -36,7 +36,7 @@ from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, has_gps, image_bytes, image_digest
 from t2i.data.split_names import FOLDER_SHARD
 from t2i.errors import UserError, run_main
-from t2i.files import hash_json, read_json, read_optional, sha256_file, write_json, write_text
+from t2i.files import hash_json, json_lines, read_json, read_optional, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
 from t2i.redaction import public_yaml
 from t2i.run_lock import lock_run
@@ -712,14 +712,13 @@ def make_card(
     if data.caption_prefix:
         making["Prefix of each caption"] = data.caption_prefix
     hub_id = model_card.hub_id(data.dataset)
-    quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     return dataset_card.render_dataset_card(
         name=str(config.hub_dataset_id or folder.resolve().name).split("/")[-1],
         source=hub_id or dataset_name(data),
         splits=dict(Counter(entry.photo.split for entry in entries)),
         making=making,
         audit=audit,
-        quarantine=quarantine,
+        quarantine=list(json_lines(folder / "quarantine.jsonl")),
         provenance={
             "Images": source.identity,
             "Captions": captions_hash(folder),

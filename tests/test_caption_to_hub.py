@@ -194,6 +194,13 @@ def test_existing_captions_of_parquet_are_named(run_main, drawn, tmp_path, capsy
     assert "2 per image: each training step draws one of them" in said
 
 
+def test_a_damaged_photo_whose_name_holds_a_line_separator_is_counted_on_the_card(run_main, drawn, tmp_path):
+    (drawn / "a\u2028b.png").write_bytes(b"damaged")
+    words = ("--captioner", "existing", "--audit_tokenizer", "no", "--max_bad_share", 0.5)
+    run_main("--dataset", drawn, "--output_dir", "out", *words)
+    assert "| not an image | 1 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_damaged_images_in_other_columns_are_not_decoded(run_main, drawn, model, tmp_path):
     images = [path.read_bytes() for path in sorted(drawn.glob("*.png"))[:3]]
     cut = [{"bytes": data[:150], "path": None} for data in images]

@@ -1173,6 +1173,15 @@ def test_metadata_above_the_splits_that_names_bare_files_is_told_the_names(tmp_p
         load(tmp_path / "a", tmp_path)
 
 
+def test_damaged_images_whose_names_hold_line_separators_are_quarantined(tmp_path):
+    names = ["a\u2028b.png", "c\u0085d.png", "e\u2029f.png"]
+    for index, name in enumerate([*names, "0.png", "1.png", "2.png"]):
+        write(tmp_path / "a/rose" / name, "damaged" if name in names else png(index))
+    for _ in range(2):  # once prepared, once from the cache
+        splits = load(tmp_path / "a", tmp_path, max_bad_share=0.6)
+        assert sorted(row["file"] for row in splits.quarantine) == sorted(f"rose/{name}" for name in names)
+
+
 SPLIT_COLUMN_MISTAKES = {
     "empty": ("0.png,train\n1.png,test\n2.png,\n", "metadata.csv, line 4: column 'split' is empty; write train"),
     "no train": (
