@@ -25,7 +25,7 @@ from PIL import Image
 
 from t2i.captions.texts import prefixed, unprefixed
 from t2i.config import DataConfig
-from t2i.data import dataset_folder, overview, preparing, tables
+from t2i.data import caption_files, dataset_folder, overview, preparing, tables
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import decode_image, fit
 from t2i.data.preparing import batch_indices, count_long_captions, epoch_order, load_splits
@@ -1180,6 +1180,13 @@ def test_damaged_images_whose_names_hold_line_separators_are_quarantined(tmp_pat
     for _ in range(2):  # once prepared, once from the cache
         splits = load(tmp_path / "a", tmp_path, max_bad_share=0.6)
         assert sorted(row["file"] for row in splits.quarantine) == sorted(f"rose/{name}" for name in names)
+
+
+def test_a_caption_that_begins_with_many_numbers_is_read_at_once(tmp_path):
+    text = "0 " + "123 " * 40 + "rose"
+    start = time.perf_counter()
+    assert caption_files.read_sidecar(write(tmp_path / "0.txt", text)) == text
+    assert time.perf_counter() - start < 1
 
 
 SPLIT_COLUMN_MISTAKES = {
