@@ -1189,6 +1189,17 @@ def test_a_caption_that_begins_with_many_numbers_is_read_at_once(tmp_path):
     assert time.perf_counter() - start < 1
 
 
+def test_persian_and_emoji_are_shown_as_they_are(tmp_path):
+    captions = ["گل\u200cها", "👩\u200d🌾 with a rose", "a\u202erose\x07"]
+    for index, caption in enumerate(captions):
+        write(tmp_path / f"a/{index}.png", png(index))
+        write(tmp_path / f"a/{index}.txt", caption)
+    said = []
+    load_splits(config(tmp_path / "a", tmp_path, validation_fraction=0), said.append)
+    shown = [line.split(" → ")[1] for line in said[1].split("\n") if " → " in line]
+    assert sorted(shown) == sorted([*captions[:2], "a?rose?"])
+
+
 SPLIT_COLUMN_MISTAKES = {
     "empty": ("0.png,train\n1.png,test\n2.png,\n", "metadata.csv, line 4: column 'split' is empty; write train"),
     "no train": (
