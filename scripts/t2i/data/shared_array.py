@@ -7,7 +7,7 @@ of several hosts share the work if the folder is on a shared disk.
 While an array is computed, these files lie beside the folder KEY, which appears complete or not at all:
 
     .KEY.part/array.npy     the rows
-    .KEY.part/rows          number of rows per range, as the process that began chose it
+    .KEY.part/rows          number of rows per range
     .KEY.part/done/N        mark of range N
     .KEY.locks/N            lock of range N, outside the folder that is renamed
     KEY.lock                lock for beginning and ending
@@ -122,7 +122,7 @@ def _begin(
     # Older versions wrote no number of rows, so their marks tell nothing. Such an array is begun anew.
     if (part / "array.npy").is_file() and (part / "rows").is_file():
         say(f"computing {what}, which another process began, in {part.parent}")
-        return int((part / "rows").read_text())
+        return int((part / "rows").read_text(encoding="utf-8"))
     shutil.rmtree(part, ignore_errors=True)  # A process was killed here.
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if size > shutil.disk_usage(part.parent).free:
@@ -130,7 +130,7 @@ def _begin(
     say(f"computing {what}: {size / 1e6:.1f} MB in {part.parent}")
     (part / "done").mkdir(parents=True)
     rows = batch * -(-shape[0] // (batch * RANGES))  # a multiple of `batch`
-    (part / "rows").write_text(str(rows))
+    (part / "rows").write_text(str(rows), encoding="utf-8")
     np.lib.format.open_memmap(part / "new.npy", mode="w+", dtype=dtype, shape=shape).flush()
     try:
         _reserve(part / "new.npy")
