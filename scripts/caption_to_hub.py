@@ -36,7 +36,7 @@ from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import HEIF_FIX, BadImage, decode_image, fit, has_gps, image_bytes, image_digest
 from t2i.data.split_names import FOLDER_SHARD
 from t2i.errors import UserError, run_main
-from t2i.files import hash_json, read_json, read_optional, sha256_file, write_json, write_text
+from t2i.files import hash_json, json_lines, read_json, read_optional, sha256_file, write_json, write_text
 from t2i.hub import dataset_card, model_card, upload
 from t2i.redaction import public_yaml
 from t2i.run_lock import lock_run
@@ -199,6 +199,7 @@ def run_settings(recipe: Recipe, source: records.Source, names: list["ModelName"
         "images": source.identity,
         "model": models if len(models) > 1 else models[0],
         "columns": columns,
+        **({} if HEIF_FIX else {"heif": True}),  # With pillow-heif, photos are read that were left out without it.
     }
 
 
@@ -526,8 +527,12 @@ def caption_batches(
     The batch size is halved if memory runs out."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    column = recipe.data.image_column
+    # Other columns may hold images too, and damaged ones, which nobody needs to decode.
+    cells_of = {split: split_rows.select_columns([column]) for split, split_rows in rows.items()}
+
     def load(batch: list[tuple[Key, Photo]]) -> tuple[list[Any], list[Image.Image], Any]:
-        cells = (rows[photo.split][photo.row][recipe.data.image_column] for _, photo in batch)
+        cells = (cells_of[photo.split][photo.row][column] for _, photo in batch)
         images = [decode_image(image_bytes(cell, source.roots), draft_side=DECODE_SIDE) for cell in cells]
         return batch, images, captioner.prepare(images)
 
@@ -674,7 +679,8 @@ def make_card(
     """Return the text of the dataset card, and write its picture grid to images/grid.png."""
     config, data = recipe.caption, recipe.data
     shown = entries[:: max(1, len(entries) // GRID)][:GRID]  # from all over the data set
-    cells = (rows[entry.photo.split][entry.photo.row][data.image_column] for entry in shown)
+    cells_of = {split: split_rows.select_columns([data.image_column]) for split, split_rows in rows.items()}
+    cells = (cells_of[entry.photo.split][entry.photo.row][data.image_column] for entry in shown)
     images = (decode_image(image_bytes(cell, source.roots), draft_side=GRID_SIDE) for cell in cells)
     grid = dataset_card.caption_grid(
         [fit(image, GRID_SIDE) for image in images], [entry.captions[0] for entry in shown], side=GRID_SIDE
@@ -706,14 +712,13 @@ def make_card(
     if data.caption_prefix:
         making["Prefix of each caption"] = data.caption_prefix
     hub_id = model_card.hub_id(data.dataset)
-    quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     return dataset_card.render_dataset_card(
         name=str(config.hub_dataset_id or folder.resolve().name).split("/")[-1],
         source=hub_id or dataset_name(data),
         splits=dict(Counter(entry.photo.split for entry in entries)),
         making=making,
         audit=audit,
-        quarantine=quarantine,
+        quarantine=list(json_lines(folder / "quarantine.jsonl")),
         provenance={
             "Images": source.identity,
             "Captions": captions_hash(folder),
@@ -782,8 +787,11 @@ def dataset_rows(
 
     Names of photos that say where they were taken are appended to `located`.
     """
+    other = features.keys() - {"image", "caption", "label"}
+    wanted = [key for key in split_rows.column_names if key in other or key == recipe.data.image_column]
+    selected = split_rows.select_columns(wanted)
     for entry in entries:
-        row = split_rows[entry.photo.row]
+        row = selected[entry.photo.row]
         data = image_bytes(row[recipe.data.image_column], source.roots)
         if has_gps(data):
             located.append(entry.photo.file)

@@ -7,6 +7,7 @@ does not touch runs that are at work.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from t2i.config import DataConfig
 from t2i.config_types import Flag, PathText
 from t2i.errors import UserError, run_main
 from t2i.files import read_object
-from t2i.run_lock import run_status
+from t2i.run_lock import LOCK, UNFINISHED, run_status
 from t2i.runs import checkpoint_folders
 
 CACHES = (
@@ -90,17 +91,40 @@ def main() -> None:
 
 
 def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
-    """Return the idle run folders below `outputs`, and the run folders that are at work or unreadable."""
+    """Return the idle run folders below `outputs`, also behind links, and the folders that are at work or unreadable.
+
+    A run is at work if a process holds its lock, or the lock of a folder in it, such as `evaluation/` and `cells/`. A
+    training holds the lock before it writes run.json, and while it extends a finished run.
+    """
+    found = dict(walk(outputs))
+    locked = [
+        folder
+        for folder, files in found.items()
+        if LOCK in files and run_status(folder, {"status": UNFINISHED}) == "running"
+    ]
+    folders = sorted(folder for folder in found if (folder / "run.json").is_file())
     runs: list[Path] = []
-    busy: list[Path] = []
-    for file in sorted(outputs.rglob("run.json")):
-        if file.parent.is_symlink() or not file.is_file():
-            continue
+    busy = [folder for folder in locked if not any(folder.is_relative_to(run) for run in folders)]
+    for run in folders:
         try:
-            (busy if run_status(file.parent) == "running" else runs).append(file.parent)
+            read_object(run / "run.json")
+            (busy if any(folder.is_relative_to(run) for folder in locked) else runs).append(run)
         except UserError:
-            busy.append(file.parent)
+            busy.append(run)
     return runs, busy
+
+
+def walk(outputs: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield all folders from `outputs` down, each with the names of its files. Links are followed, and a folder is met once."""
+    root, seen = Path(os.path.realpath(outputs)), set[str]()
+    for folder, names, files in os.walk(outputs, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or (seen and root.is_relative_to(real)):  # a link may lead to a folder above
+            names.clear()
+            continue
+        seen.add(real)
+        names.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))
+        yield Path(folder), files
 
 
 def is_finished(run: Path) -> bool:

@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from t2i.evaluation.figures import attribute_names, chance_closer, other_prompts
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
 from t2i.files import hash_files, read_object, read_optional, write_json
 from t2i.pictures.png import SCHEDULERS, Preset, choose_preset, scheduler_problem, student_steps
+from t2i.run_lock import lock_run
 from t2i.runs import (
     RunFolder,
     checkpoint_copies,
@@ -117,7 +119,8 @@ def main() -> None:
         if config.report:
             save_report(run, state.state, splits.train, trained)
         return
-    folder.mkdir(exist_ok=True)
+    held = ExitStack()  # It holds the lock until the evaluation ends.
+    held.enter_context(lock_run(folder, 0, lambda: None, "--model"))
     (folder / "report.html").unlink(missing_ok=True)  # of the evaluation that this one replaces
 
     study, accuracy, left_out = prepare_study(kind, recipe, splits, preset, state)

@@ -16,12 +16,13 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 import caption_to_hub
-from conftest import photos
+from conftest import SCRIPTS, photos
 from loopback_hub import LoopbackHub
 from prove_captions import draw_photos, prove
 from small_models import blip, florence
 from t2i.captions import captioners, ledger
 from t2i.config import CaptionConfig, Recipe
+from t2i.data.images import HEIF_FIX
 from t2i.errors import UserError
 
 FAST = ("--caption_batch_size", 4, "--max_new_tokens", 6, "--num_beams", 1)
@@ -83,6 +84,38 @@ def test_florence_captions_resume_edits_and_added_images(drawn, model, command, 
     assert (drawn / "0000.png").read_bytes() in [
         row["bytes"] for row in table.cast_column("image", datasets.Image(decode=False))["image"]
     ]
+
+
+STAND_IN_FOR_PILLOW_HEIF = """
+from PIL import Image, ImageFile
+
+class HeifFile(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+        self._mode, self._size = "RGB", (32, 32)
+
+    def load(self):
+        self.im = Image.new("RGB", self.size, "red").im
+
+def register_heif_opener():
+    Image.register_open("HEIF", HeifFile, lambda head: head[4:12] == b"ftypheic")
+"""
+
+
+@pytest.mark.skipif(not HEIF_FIX, reason="pillow-heif is installed")
+def test_photos_of_a_phone_are_captioned_once_their_decoder_is_installed(drawn, run_main, command, capsys, tmp_path):
+    (drawn / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (drawn / "phone.txt").write_text("a red square")
+    words = ("--dataset", drawn, "--captioner", "existing", "--output_dir", "out", "--audit_tokenizer", tmp_path / "no")
+    run_main(*words, "--max_bad_share", 0.5)
+    assert "1 of 13 images cannot be used" in capsys.readouterr().out
+    (tmp_path / "pillow_heif.py").write_text(STAND_IN_FOR_PILLOW_HEIF)
+    script = SCRIPTS / "caption_to_hub.py"
+    later = f"import runpy, sys; sys.path[:0] = {[str(tmp_path), str(SCRIPTS)]}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    (tmp_path / "installed.py").write_text(later)
+    command(tmp_path / "installed.py", *words, cwd=tmp_path, fork=True)
+    assert "a red square" in datasets.load_dataset(str(tmp_path / "out"), split="train")["caption"]
 
 
 def test_captions_of_every_kind_stay_valid(run_main, tmp_path):
@@ -159,6 +192,37 @@ def test_existing_captions_of_parquet_are_named(run_main, drawn, tmp_path, capsy
     said = capsys.readouterr().out
     assert "captions      column 'text'" in said
     assert "2 per image: each training step draws one of them" in said
+
+
+def test_a_damaged_photo_whose_name_holds_a_line_separator_is_counted_on_the_card(run_main, drawn, tmp_path):
+    (drawn / "a\u2028b.png").write_bytes(b"damaged")
+    words = ("--captioner", "existing", "--audit_tokenizer", "no", "--max_bad_share", 0.5)
+    run_main("--dataset", drawn, "--output_dir", "out", *words)
+    assert "| not an image | 1 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_damaged_images_in_other_columns_are_not_decoded(run_main, drawn, model, tmp_path):
+    images = [path.read_bytes() for path in sorted(drawn.glob("*.png"))[:3]]
+    cut = [{"bytes": data[:150], "path": None} for data in images]
+    columns = {"image": [{"bytes": data, "path": None} for data in images], "mask": cut, "text": ["a", "b", "c"],
+               "painter": ["x", "y", "z"], "size": [1, 2, 3]}  # fmt: skip
+    rows = datasets.Dataset.from_dict(columns)
+    for column in ("image", "mask"):
+        rows = rows.cast_column(column, datasets.Image())
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(OSError, match=r"[Tt]runcated"):
+        datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))[0]
+    run_main(
+        "--dataset", "set", "--captioner", "existing", model, "--output_dir", "out", *FAST, "--audit_tokenizer", "no"
+    )
+    made = datasets.load_dataset(str(tmp_path / "out"), split="train").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    assert made.column_names == ["image", "caption", "painter", "size"]
+    assert [image["bytes"] for image in made["image"]] == images
+    assert [captions[0] for captions in made["caption"]] == ["a", "b", "c"]
+    assert (list(made["painter"]), list(made["size"])) == (["x", "y", "z"], [1, 2, 3])
 
 
 def test_several_tasks_give_an_image_several_captions(drawn, model, run_main, capsys, tmp_path):

@@ -84,6 +84,46 @@ def test_each_kind_is_asked_for(folder, monkeypatch, capsys):
     assert (folder / "outputs" / "done" / "checkpoint-000001").is_dir()
 
 
+def test_a_training_that_still_prepares_its_images_keeps_the_caches(folder, monkeypatch, capsys):
+    """It holds its lock, and has no run.json yet."""
+    with run_lock.lock_run(folder / "outputs" / "new", 0, lambda: None):
+        clean(monkeypatch, "--remove", "caches", "cells")
+    assert f"{os.path.join('outputs', 'new')} is at work" in capsys.readouterr().out
+    assert (folder / ".cache" / "t2i" / "pixels").is_dir()
+    assert not (folder / "outputs" / "done" / "cells").exists()
+    clean(monkeypatch, "--remove", "caches")
+    assert not (folder / ".cache" / "t2i" / "pixels").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "evaluation"])
+def test_a_finished_run_that_is_extended_or_evaluated_keeps_its_checkpoints(inside, folder, monkeypatch):
+    done = folder / "outputs" / "done"
+    before = files(folder)
+    with run_lock.lock_run(done / inside, 0, lambda: None):
+        clean(monkeypatch, "--remove", "caches", "checkpoints", "spools")
+    assert before <= files(folder)
+    clean(monkeypatch, "--remove", "checkpoints")
+    assert not (done / "checkpoint-000001").exists()
+
+
+def test_runs_behind_links_are_seen_and_circles_of_links_end(folder, monkeypatch, capsys):
+    (folder / "scratch").mkdir()
+    (folder / "outputs" / "killed").rename(folder / "scratch" / "big")
+    (folder / "outputs" / "big").symlink_to(folder / "scratch" / "big", target_is_directory=True)
+    (folder / "outputs" / "again").symlink_to(folder / "outputs" / "done", target_is_directory=True)
+    (folder / "outputs" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "scratch" / "big" / "round").symlink_to(folder / "outputs", target_is_directory=True)
+    with run_lock.lock_run(folder / "scratch" / "big", 0, lambda: None):
+        clean(monkeypatch, "--remove", "caches", "cells")
+    said = capsys.readouterr().out
+    assert f"{os.path.join('outputs', 'big')} is at work" in said
+    assert said.count(os.path.join("done", "cells")) == 1
+    assert (folder / ".cache" / "t2i" / "pixels").is_dir()
+    assert (folder / "scratch" / "big" / "cells").is_dir()
+    clean(monkeypatch, "--remove", "cells")
+    assert not (folder / "scratch" / "big" / "cells").exists()
+
+
 def test_a_run_at_work_and_the_caches_are_left_alone(folder, monkeypatch, capsys):
     killed = folder / "outputs" / "killed"
     with run_lock.lock_run(killed, 0, lambda: None):

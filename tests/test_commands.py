@@ -17,6 +17,7 @@ import run_recipe
 from conftest import SCRIPTS, TINY
 from t2i.data import flowers
 from t2i.pictures import cells
+from t2i.run_lock import lock_run
 
 # The help of launch_local.py is accelerate's own, which imports torch.
 SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "launch_local.py")
@@ -153,6 +154,13 @@ def test_evaluation_writes_figures_pictures_and_card(workspace, command):
     assert "Pictures nearest to training images" in page
     tracked = [path for path in workspace.rglob("report.html") if path.parent.name != "evaluation"]
     assert tracked
+    with lock_run(workspace / "unet/evaluation", 0, lambda: None):  # another evaluation is at work
+        options = ("--config", "tiny.yaml", "--model", "unet", "--dataset", "dataset", "--report")
+        refused = command("evaluate_checkpoints.py", *options, "--eval_seed", 7, cwd=workspace, code=2)
+        assert "another run is at work in unet/evaluation (process " in refused.stderr
+        assert refused.stderr.strip().endswith("wait for it, stop it, or give another --model")
+        command("evaluate_checkpoints.py", *options, cwd=workspace)  # it reuses the finished one
+    assert (workspace / "unet/evaluation/evaluation.json").stat().st_mtime_ns == before
     shutil.rmtree(workspace / "unet/cells")  # as clean_caches.py does
     again = command("evaluate_checkpoints.py", "--model", "unet", "--redraw", cwd=workspace)
     assert "drawing 6 of 6 reported pictures" in again.stdout

@@ -10,6 +10,7 @@ import tarfile
 import time
 import unicodedata
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -24,7 +25,7 @@ from PIL import Image
 
 from t2i.captions.texts import prefixed, unprefixed
 from t2i.config import DataConfig
-from t2i.data import dataset_folder, overview, preparing, tables
+from t2i.data import caption_files, dataset_folder, overview, preparing, tables
 from t2i.data.dataset_folder import save_dataset_folder
 from t2i.data.images import decode_image, fit
 from t2i.data.preparing import batch_indices, count_long_captions, epoch_order, load_splits
@@ -936,18 +937,42 @@ def test_a_configuration_is_chosen_and_the_names_are_said(tmp_path):
     assert [{text[0] for text in captions_of(part).values()} for part in splits] == [{"a"}, {"b"}]
 
 
+def write_tar(path: Path, parts: dict[str, Callable[[int], bytes]]) -> None:
+    """A shard of webdataset with four samples of one file per ending."""
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for index in range(4):
+            for ending, make in parts.items():
+                blob = make(index)
+                entry = tarfile.TarInfo(f"{index:09d}.{ending}")
+                entry.size = len(blob)
+                tar.addfile(entry, io.BytesIO(blob))
+
+
+def test_what_img2dataset_writes_is_read_as_it_is(tmp_path):
+    """Beside each .tar lie a Parquet file of addresses and a file of counts."""
+    rows = [
+        {"url": f"https://x/{index}.jpg", "caption": f"rose {index}", "key": f"{index:09d}", "status": "success",
+         "error_message": None, "width": 20, "height": 20, "exif": "{}", "sha256": "0" * 64}
+        for index in range(4)
+    ]  # fmt: skip
+    parts = {"jpg": png, "txt": lambda index: f"rose {index}".encode(), "json": lambda i: json.dumps(rows[i]).encode()}
+    write_tar(tmp_path / "a/00000.tar", parts)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a/00000.parquet")
+    write(tmp_path / "a/00000_stats.json", json.dumps({"count": 4, "successes": 4}))
+    splits = load(tmp_path / "a", tmp_path)
+    assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
+    assert splits.report["form"] == "webdataset, 1 file"
+    left_out = splits.report["left_out"]["Parquet files without an image column"]
+    assert left_out == {"count": 1, "first": ["00000.parquet"]}
+
+
 def test_folders_of_save_to_disk_webdataset_and_archives(tmp_path):
     rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "text": [f"rose {i}" for i in range(4)]}
     table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     table.save_to_disk(str(tmp_path / "disk"))
     datasets.DatasetDict({"train": table, "extra": table}).save_to_disk(str(tmp_path / "dict"))
-    (tmp_path / "tar").mkdir()
-    with tarfile.open(tmp_path / "tar/00000.tar", "w") as tar:
-        for index in range(4):
-            for ending, blob in (("png", png(index)), ("txt", f"rose {index}".encode())):
-                entry = tarfile.TarInfo(f"{index:05d}.{ending}")
-                entry.size = len(blob)
-                tar.addfile(entry, io.BytesIO(blob))
+    write_tar(tmp_path / "tar/00000.tar", {"png": png, "txt": lambda index: f"rose {index}".encode()})
     for form in ("disk", "dict", "tar"):
         splits = load(tmp_path / form, tmp_path)
         assert set(captions_of(splits).values()) == {f"rose {index}" for index in range(4)}
@@ -1136,6 +1161,43 @@ def test_a_column_that_names_splits_is_used(form, column, tmp_path):
     splits = load(tmp_path / "a", tmp_path)
     found = [list(part.rows["caption"]) for part in (splits.train, splits.validation, splits.test)]
     assert found == [["flower 0", "flower 1", "flower 4"], ["flower 3"], ["flower 2"]]
+
+
+def test_metadata_above_the_splits_that_names_bare_files_is_told_the_names(tmp_path):
+    for split in ("train", "test"):
+        for index in range(2):
+            write(tmp_path / "a/photos" / split / f"{split}{index}.png", png(index + 2 * (split == "test")))
+    lines = [f"{split}{index}.png,a rose" for split in ("train", "test") for index in range(2)]
+    write(tmp_path / "a/metadata.csv", "\n".join(["file_name,text", *lines, "gone.png,a rose"]))
+    with pytest.raises(UserError, match=r"train0\.png \(missing file: did you mean photos/train/train0\.png\?\)"):
+        load(tmp_path / "a", tmp_path)
+
+
+def test_damaged_images_whose_names_hold_line_separators_are_quarantined(tmp_path):
+    names = ["a\u2028b.png", "c\u0085d.png", "e\u2029f.png"]
+    for index, name in enumerate([*names, "0.png", "1.png", "2.png"]):
+        write(tmp_path / "a/rose" / name, "damaged" if name in names else png(index))
+    for _ in range(2):  # once prepared, once from the cache
+        splits = load(tmp_path / "a", tmp_path, max_bad_share=0.6)
+        assert sorted(row["file"] for row in splits.quarantine) == sorted(f"rose/{name}" for name in names)
+
+
+def test_a_caption_that_begins_with_many_numbers_is_read_at_once(tmp_path):
+    text = "0 " + "123 " * 40 + "rose"
+    start = time.perf_counter()
+    assert caption_files.read_sidecar(write(tmp_path / "0.txt", text)) == text
+    assert time.perf_counter() - start < 1
+
+
+def test_persian_and_emoji_are_shown_as_they_are(tmp_path):
+    captions = ["گل\u200cها", "👩\u200d🌾 with a rose", "a\u202erose\x07"]
+    for index, caption in enumerate(captions):
+        write(tmp_path / f"a/{index}.png", png(index))
+        write(tmp_path / f"a/{index}.txt", caption)
+    said = []
+    load_splits(config(tmp_path / "a", tmp_path, validation_fraction=0), said.append)
+    shown = [line.split(" → ")[1] for line in said[1].split("\n") if " → " in line]
+    assert sorted(shown) == sorted([*captions[:2], "a?rose?"])
 
 
 SPLIT_COLUMN_MISTAKES = {

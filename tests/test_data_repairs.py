@@ -1,10 +1,13 @@
 """Repairs on the page Data: captions edited in place, pictures left out, sorting by loss, near duplicates over splits."""
 
+import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import streamlit
 
@@ -12,7 +15,7 @@ from t2i.config import DataConfig
 from t2i.data import browse, repairs
 from t2i.data.preparing import load_splits
 from t2i.evaluation import image_losses
-from test_data_page import _own_folder, gallery, make_set, rows_of, show, words  # noqa: F401
+from test_data_page import _own_folder, gallery, make_set, picture, rows_of, show, words  # noqa: F401
 
 CAPTIONS = ["a red tulip", "a rose", "a rose by the lake", "a lily"]
 LABELS = ["tulip", "rose", "rose", "lily"]
@@ -64,8 +67,8 @@ def test_a_caption_is_edited_in_place_and_trainings_read_it(flowers, only_here):
 def test_an_unchanged_text_changes_no_caption(tmp_path, only_here):
     captions = [["a red\ntulip"], ["a\x07rose", "a  rose", "a rose"]]
     folder = make_set(tmp_path / "outputs" / "flowers", captions, ["tulip", "rose"])
-    for picture, text in ((0, "a red tulip"), (1, "a\x07rose\na rose")):
-        app = show(picture=str(picture))
+    for row, text in ((0, "a red tulip"), (1, "a\x07rose\na rose")):
+        app = show(picture=str(row))
         assert app.text_area[0].value == text
         assert [toast.value for toast in press(app, "Save").toast] == ["Nothing was changed."]
     assert not (folder / repairs.CAPTIONS).exists()
@@ -126,6 +129,48 @@ def test_a_picture_of_the_test_split_is_left_out_of_it_whatever_its_shard_is_cal
     config = DataConfig(dataset=str(flowers), resolution=16, cache_dir="cache", validation_fraction=0)
     splits = load_splits(config, say=lambda _: None)
     assert (len(splits.train), len(splits.test)) == (4, 1)
+
+
+SPLIT_COLUMNS = {
+    "one split": ({"split": ["test"] * 8}, "train"),
+    "two splits": ({"split": ["train", "test"] * 4}, "test"),
+    "another word": ({"split": ["train", "test"] * 3 + ["train", "new"]}, "train"),
+    "two columns": ({"set": ["meadow"] * 8, "split": ["train", "test"] * 4}, "test"),
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "parquet with a test file"])
+@pytest.mark.parametrize("columns", SPLIT_COLUMNS)
+def test_a_picture_is_left_out_of_the_split_in_which_the_training_has_it(form, columns, tmp_path):
+    """A column that names one split only, or a word that is no split, sorts no images. So do files with names of splits."""
+    columns, split = SPLIT_COLUMNS[columns]
+    folder, images = tmp_path / "a", [picture(number) for number in range(8)]
+    folder.mkdir()
+    if form == "csv":
+        lines = [",".join(["file_name,text", *columns])]
+        lines += [",".join([f"{row}.png,a rose", *(values[row] for values in columns.values())]) for row in range(8)]
+        (folder / "metadata.csv").write_text("\n".join(lines))
+        for number, data in enumerate(images):
+            (folder / f"{number}.png").write_bytes(data)
+    else:
+        pq.write_table(pa.table({"image": images, "text": ["a rose"] * 8, **columns}), folder / "train.parquet")
+    if form == "parquet with a test file":
+        split = "train"
+        pq.write_table(pa.table({"image": images[:2], "text": ["a rose"] * 2}), folder / "test.parquet")
+    config = DataConfig(dataset=str(folder), resolution=16, cache_dir="cache", validation_fraction=0)
+    before = load_splits(config, say=lambda _: None)
+    prepared = tmp_path / "cache" / "pixels" / before.fingerprint
+    shown = browse.find_splits(prepared if form == "csv" else folder, home=folder)
+    shown = shown[split] if form == "csv" else shown["train"]
+    rows, (ids, files) = browse.read_rows(shown), browse.identities(shown)
+    row = ids.index(hashlib.sha256(images[1]).hexdigest()[: len(ids[0])])
+    own = browse.own_splits(shown, rows)[row]
+    assert own == split
+    repairs.set_left_out(folder, ids[row], own, files[row], True)
+    after = load_splits(config, say=lambda _: None)
+    assert len(getattr(after, split)) == len(getattr(before, split)) - 1
+    again = browse.find_splits(shown.folder, home=folder)[shown.name]
+    assert browse.read_rows(again).left_out == {row}
 
 
 @pytest.mark.parametrize(

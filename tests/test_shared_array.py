@@ -1,5 +1,6 @@
 """Arrays that several processes compute together: each range once, whole or not at all, whoever is killed."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -98,6 +99,28 @@ def test_a_failing_computation_ends_with_its_error_and_the_next_one_resumes(tmp_
     np.testing.assert_array_equal(compute(tmp_path / "key", 5, rows)[:, 0], np.arange(5))
 
 
+def test_an_array_begun_with_one_batch_and_continued_with_another_has_all_its_rows(tmp_path):
+    """A training begins on a CPU with small batches, is stopped, and goes on on a GPU with large ones."""
+
+    def until_stopped(array, start, stop):
+        if stop > 400:
+            raise KeyboardInterrupt
+        rows(array, start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "key", 679, until_stopped, batch=16)
+    found = compute(tmp_path / "key", 679, rows, batch=32)
+    np.testing.assert_array_equal(found[:, 0], np.arange(679))
+    assert sorted(path.name for path in (tmp_path / "key").iterdir()) == ["array.npy", "cache.json"]
+
+
+def test_marks_of_a_version_that_wrote_no_number_of_rows_are_not_trusted(tmp_path):
+    (tmp_path / ".key.part/done").mkdir(parents=True)
+    (tmp_path / ".key.part/done/3").touch()
+    np.save(tmp_path / ".key.part/array.npy", np.zeros((5, 2), np.float32))
+    np.testing.assert_array_equal(compute(tmp_path / "key", 5, rows)[:, 0], np.arange(5))
+
+
 def test_a_process_killed_before_the_first_range_is_no_obstacle(tmp_path):
     (tmp_path / ".key.part/done").mkdir(parents=True)
     (tmp_path / ".key.part/new.npy").write_bytes(b"half a head")
@@ -118,6 +141,26 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"numbers need 0 MB in .*, which has 0 MB free; give another --cache_dir"):
         compute(tmp_path / "key", 5, rows)
     assert not (tmp_path / ".key.part").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room")
+def test_room_is_reserved_before_the_work(tmp_path, monkeypatch):
+    """A write into a memory-mapped file kills the process if the disk is full by then."""
+
+    def look(array, start, stop):
+        status = (tmp_path / ".key.part/array.npy").stat()
+        assert status.st_blocks * 512 >= status.st_size
+        rows(array, start, stop)
+
+    compute(tmp_path / "key", 50_000, look, batch=1000)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"numbers need 0 MB in .* MB free; give another --cache_dir"):
+        compute(tmp_path / "other", 5, rows)
+    assert not (tmp_path / ".other.part").exists()
 
 
 @settings(max_examples=15)

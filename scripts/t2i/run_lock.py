@@ -1,4 +1,4 @@
-"""Lock a run folder, so that one training at a time uses it, and tell a run's present status. This module imports no torch."""
+"""Lock a run folder for one training or evaluation at a time, and tell a run's present status. This module imports no torch."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SAME_START_S = 2.0  # largest difference between two readings of a process's sta
 
 
 @contextmanager
-def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]:
+def lock_run(folder: Path, rank: int, meet: Callable[[], Any], option: str = "--output_dir") -> Iterator[None]:
     """Lock a run folder for the processes of this run.
 
     Each process holds a lock of its own, which the system frees when the process ends or is killed. A process that
@@ -41,6 +41,7 @@ def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]
         folder: path of the run folder. A missing run folder is made.
         rank: number of this process in the run, from 0.
         meet: function at which all processes of the run wait for each other (a barrier).
+        option: option of the command that names the folder, for messages.
 
     Raises:
         UserError: another run is at work in `folder`, or the folder cannot be written.
@@ -50,10 +51,10 @@ def lock_run(folder: Path, rank: int, meet: Callable[[], Any]) -> Iterator[None]
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
         rank_file = open(folder / f"{LOCK}-{rank}", "ab") if rank else file  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); give another --output_dir") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}); give another {option}") from None
     with file, rank_file:
         if rank == 0:
-            _wait_for_ending(file, folder)
+            _wait_for_ending(file, folder, option)
             with suppress(OSError):  # stale names do no harm, as the lock decides
                 os.ftruncate(file.fileno(), 0)
             _write_holder(file.fileno(), _this_process())
@@ -127,7 +128,7 @@ def _locks_of_others(folder: Path) -> list[Path]:
     return [path for path in folder.glob(f"{LOCK}-*") if path.name.removeprefix(f"{LOCK}-").isdecimal()]
 
 
-def _wait_for_ending(file: Any, folder: Path) -> None:
+def _wait_for_ending(file: Any, folder: Path, option: str) -> None:
     """Wait for processes that hold the lock and are about to end, then take the lock.
 
     If other processes hold the lock, raise `UserError`.
@@ -142,7 +143,7 @@ def _wait_for_ending(file: Any, folder: Path) -> None:
             who = f" ({_names(holders)})" if holders else ""
             late = f" and has not ended within {waited:.0f} s" if ending else ""
             raise UserError(
-                f"another run is at work in {folder}{who}{late}; wait for it, stop it, or give another --output_dir"
+                f"another run is at work in {folder}{who}{late}; wait for it, stop it, or give another {option}"
             )
         if ending and not waited_for:
             waited_for = _names(holders)

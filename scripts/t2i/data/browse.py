@@ -30,7 +30,7 @@ from t2i.config import read_yaml
 from t2i.data.images import BadImage, decode_image
 from t2i.data.near_duplicates import SIDE, group, thumbnail
 from t2i.data.repairs import CAPTIONS, ID_DIGITS, LEFT_OUT, read_repairs
-from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
+from t2i.data.split_names import SPLIT_NAMES, named_splits
 from t2i.errors import UserError
 from t2i.files import json_lines, read_json
 
@@ -265,14 +265,16 @@ def identities(split: Split) -> tuple[list[str], list[str]]:
 def own_splits(split: Split, rows: Rows) -> list[str]:
     """Return for each row the split to which a training assigns the row in the data set itself.
 
-    A validation split that a training took from the train split is a part of the train split.
+    A validation split that a training took from the train split is a part of the train split. A column sorts the rows of
+    Parquet files into splits only if the files' names do not (`t2i.data.tables`).
     """
     name = SPLIT_NAMES.get(split.name.lower(), "train")
-    if split.files[0][0].suffix != ".parquet" and name == "validation":
-        report = read_json(split.folder / "report.json")
-        name = "train" if str(report.get("validation_from")).startswith("train") else name
-    named = next((values for key, values in rows.columns.items() if key.lower() in SPLIT_COLUMNS), None)
-    if name != "train" or named is None:
+    if split.files[0][0].suffix != ".parquet":  # Prepared images are sorted already.
+        report = read_json(split.folder / "report.json") if name == "validation" else {}
+        is_drawn = str(report.get("validation_from")).startswith("train")
+        return ["train" if is_drawn else name] * len(rows)
+    named = next((values for key, values in rows.columns.items() if named_splits(key, values)), None)
+    if name != "train" or named is None or len(find_splits(split.folder).keys() & set(SPLIT_NAMES.values())) > 1:
         return [name] * len(rows)
     return [SPLIT_NAMES.get(str(value).strip().lower(), name) for value in named]
 

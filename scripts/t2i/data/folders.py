@@ -41,7 +41,7 @@ from t2i.data.caption_files import (
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
 from t2i.data.records import LABELS, LeftOut, Source, caption_keys, check_label_names, label_name
 from t2i.data.repairs import CAPTIONS
-from t2i.data.split_names import SPLIT_COLUMNS, SPLIT_NAMES
+from t2i.data.split_names import SPLIT_NAMES, named_splits, split_name
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json
@@ -75,11 +75,6 @@ _SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
 
 
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
-
-
-def split_name(folder: str) -> str | None:
-    """Return the split that a folder of this name holds, or None if the name is not the name of a split."""
-    return SPLIT_NAMES.get(folder.strip().lower())
 
 
 def split_depth(files: Iterable[str], images: Iterable[str]) -> int:
@@ -328,7 +323,10 @@ class _Listing:
     by_row: list[tuple[str, str, bool]] = field(default_factory=list)
 
     def split_of(self, file: str) -> str | None:
-        return split_name(file.split("/")[self.depth - 1]) if self.depth else "train"
+        if not self.depth:
+            return "train"
+        above = file.split("/")[:-1]
+        return split_name(above[self.depth - 1]) if len(above) >= self.depth else None
 
     def count(self, split: str) -> int:
         return len(self.columns.get(split, {"image": ()})["image"])
@@ -498,24 +496,17 @@ def told_split(where: str, column: str, value: Any, split: str | None, target: s
 
 
 def names_splits(name: str, column: str, values: Iterable[Any]) -> bool:
-    """Return whether a column names the split of each row.
-
-    Such a column is called split, set or subset, and holds only names of splits, at least two of them.
+    """Return whether a column names the split of each row (`named_splits`).
 
     Raises:
         UserError: the column names several splits, but not train.
     """
-    if column.strip().lower() not in SPLIT_COLUMNS:
-        return False
-    splits = {split_name(str(value)) for value in values if value}
-    if None in splits or len(splits) < 2:
-        return False
-    if "train" not in splits:
+    splits = named_splits(column, values)
+    if splits and "train" not in splits:
         raise UserError(
-            f"{name}: column {column!r} names {' and '.join(sorted(map(str, splits)))} but no train; write train into the "
-            "rows to train on"
+            f"{name}: column {column!r} names {' and '.join(sorted(splits))} but no train; write train into the rows to train on"
         )
-    return True
+    return bool(splits)
 
 
 def _refuse_class_train(name: str, images: list[str]) -> None:

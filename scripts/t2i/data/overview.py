@@ -15,9 +15,8 @@ from t2i.data.records import OTHER_SPLITS, Source
 from t2i.files import read_json
 
 _MISREAD = re.compile("[ÂÃ][\u0080-\u00bf]|â€|Ã[ƒ‚]|ï»¿")  # UTF-8 that was read as Windows-1252.
-_INVISIBLE = re.compile(
-    "[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]"
-)  # Emoji and Persian need their joiners, so these are allowed.
+_JOINERS = "\u200c\u200d"  # Persian and emoji need these invisible characters, so they are allowed and shown.
+_INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")
 _NO_VALUE = re.compile(
     r"[<(\[]?(nan|none|null|nil|n/?a|undefined|unknown|todo|tbd|true|false)[>)\]]?[.:!]?"
     r"|#(n/a|(name|value|ref|null|num|div/0|error)[?!]?)",
@@ -219,7 +218,7 @@ def _short(text: str, length: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return "".join(character if character.isprintable() or character in _JOINERS else "?" for character in text)
 
 
 def read_report(folder: Path, source: Source) -> dict[str, Any]:

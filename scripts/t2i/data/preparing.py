@@ -65,7 +65,7 @@ from t2i.data.repairs import LEFT_OUT, Repairs, read_repairs
 from t2i.data.sources import find_source
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
-from t2i.files import hash_json, read_json, write_json
+from t2i.files import hash_json, json_lines, read_json, write_json
 from t2i.runs import prepared_folder
 
 CACHE_VERSION = 1  # Part of every cache key. Change it if the content of a cache folder changes.
@@ -141,7 +141,7 @@ def load_splits(cfg: DataConfig, say: Callable[[str], None] = print, captions: b
     if captions and report.get("captions_missing"):  # The images were prepared for a training without captions.
         raise UserError(report["captions_missing"])
     say(overview.table(report))
-    quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    quarantine = list(json_lines(folder / "quarantine.jsonl"))
     check_bad_share(source.name, quarantine, report["found"], cfg.max_bad_share, folder / "quarantine.jsonl")
     train, validation, test = repair_all(open_splits(folder, report), repairs, report, cfg, say)
     if train is None:

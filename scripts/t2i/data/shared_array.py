@@ -7,11 +7,13 @@ of several hosts share the work if the folder is on a shared disk.
 While an array is computed, these files lie beside the folder KEY, which appears complete or not at all:
 
     .KEY.part/array.npy     the rows
+    .KEY.part/rows          number of rows per range
     .KEY.part/done/N        mark of range N
     .KEY.locks/N            lock of range N, outside the folder that is renamed
     KEY.lock                lock for beginning and ending
 """
 
+import errno
 import os
 import shutil
 import time
@@ -26,6 +28,7 @@ from t2i.errors import UserError
 from t2i.files import write_json
 
 RANGES = 256  # Most ranges of an array. A killed process loses at most one of them.
+FULL = (errno.ENOSPC, errno.EDQUOT)  # Errors of a disk or a quota without room.
 POLL_S = 0.1  # Wait between two looks at ranges that other processes compute.
 
 
@@ -46,7 +49,8 @@ def shared_array(
         dtype: numpy's name of the type of its values.
         what: what the array holds, for messages.
         fill: function of array, start and stop that writes the rows from start up to stop.
-        batch: rows per batch of `fill`. Each start is a multiple of it, so batches do not depend on the number of processes.
+        batch: rows per batch of `fill`. Each start is a multiple of the `batch` of the process that began the array, so
+            batches do not depend on the number of processes.
         say: function that prints a progress message.
 
     Raises:
@@ -72,9 +76,9 @@ def _compute(
     """Compute ranges of rows until all are done, and let the folder appear."""
     part, locks = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.locks")
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            _begin(part, locks, shape, dtype, what, say)
-    rows = batch * -(-shape[0] // (batch * RANGES))  # Rows per range, a multiple of `batch`.
+        if folder.is_dir():
+            return
+        rows = _begin(part, locks, shape, dtype, what, batch, say)
     ranges = [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
     is_quiet = os.environ.get("RANK", "0") != "0"  # One process shows the progress of all.
     with tqdm(total=shape[0], desc=what, unit="row", disable=is_quiet, mininterval=0.5) as bar:
@@ -106,23 +110,50 @@ def _pending(part: Path, count: int, folder: Path) -> list[int]:
     return [number for number in range(count) if str(number) not in done]
 
 
-def _begin(part: Path, locks: Path, shape: tuple[int, ...], dtype: str, what: str, say: Callable[[str], None]) -> None:
-    """Create the files of an array without rows, unless a process has done so. The caller holds the lock of the folder."""
+def _begin(
+    part: Path, locks: Path, shape: tuple[int, ...], dtype: str, what: str, batch: int, say: Callable[[str], None]
+) -> int:
+    """Create the files of an array without rows, unless a process has done so. The caller holds the lock of the folder.
+
+    Returns:
+        Number of rows per range. Marks of ranges are valid for this number only, whatever `batch` a later process has.
+    """
     locks.mkdir(exist_ok=True)
-    if (part / "array.npy").is_file():
+    # Older versions wrote no number of rows, so their marks tell nothing. Such an array is begun anew.
+    if (part / "array.npy").is_file() and (part / "rows").is_file():
         say(f"computing {what}, which another process began, in {part.parent}")
-        return
+        return int((part / "rows").read_text(encoding="utf-8"))
     shutil.rmtree(part, ignore_errors=True)  # A process was killed here.
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(part.parent).free
-    if size > free:
-        raise UserError(
-            f"{what} need {size / 1e6:.0f} MB in {part.parent}, which has {free / 1e6:.0f} MB free; give another --cache_dir"
-        )
+    if size > shutil.disk_usage(part.parent).free:
+        raise _too_full(what, size, part.parent)
     say(f"computing {what}: {size / 1e6:.1f} MB in {part.parent}")
     (part / "done").mkdir(parents=True)
+    rows = batch * -(-shape[0] // (batch * RANGES))  # a multiple of `batch`
+    (part / "rows").write_text(str(rows), encoding="utf-8")
     np.lib.format.open_memmap(part / "new.npy", mode="w+", dtype=dtype, shape=shape).flush()
+    try:
+        _reserve(part / "new.npy")
+    except OSError as error:
+        if error.errno in FULL:  # otherwise the file system cannot reserve room
+            shutil.rmtree(part)
+            raise _too_full(what, size, part.parent) from None
     os.replace(part / "new.npy", part / "array.npy")
+    return rows
+
+
+def _reserve(path: Path) -> None:
+    """Reserve a file's room on the disk, on systems that can. Otherwise a disk that fills up later kills the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _too_full(what: str, size: int, folder: Path) -> UserError:
+    free = shutil.disk_usage(folder).free
+    return UserError(
+        f"{what} need {size / 1e6:.0f} MB in {folder}, which has {free / 1e6:.0f} MB free; give another --cache_dir"
+    )
 
 
 def _compute_one(
@@ -158,4 +189,5 @@ def _finish(part: Path, locks: Path, folder: Path, what: str, shape: tuple[int, 
             write_json(part / "cache.json", {"what": what, "shape": shape})
             os.replace(part, folder)
             shutil.rmtree(folder / "done", ignore_errors=True)
+            (folder / "rows").unlink(missing_ok=True)
             shutil.rmtree(locks, ignore_errors=True)

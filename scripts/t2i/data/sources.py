@@ -50,19 +50,19 @@ def _local_source(name: str, folder: Path, cfg: SourceConfig) -> Source:
     ]  # fmt: skip
     passed: LeftOut = {}
     images = pick_images(folder, files, passed)
+    tars = [file for file in files if file.lower().endswith(".tar")]
     shards = [file for file in parquet if holds_images(folder / file, cfg)]
-    if shards or (parquet and not images):
+    if shards or (parquet and not images and not tars):
         refuse_pointers(folder, shards or parquet)
         return shard_source(name, folder, files, shards or parquet, cfg, "Parquet", left_out)
+    for file in parquet:  # img2dataset writes one with addresses and sizes beside each .tar.
+        leave_out(left_out, "Parquet files without an image column", file)
     endings = Counter(PurePosixPath(file).suffix.lower() for file in files)
-    if not images and endings[".tar"]:
-        tars = [file for file in files if file.lower().endswith(".tar")]
+    if not images and tars:
         refuse_pointers(folder, tars)
         return shard_source(name, folder, files, tars, cfg, "webdataset", left_out)
     if not images and (archives := sorted(ARCHIVES & endings.keys())):
         raise UserError(
             f"{name} holds archives ({', '.join(archives)}) and no images; unpack the archives, and give the unpacked folder"
         )
-    for file in parquet:
-        leave_out(left_out, "Parquet files without an image column", file)
     return folder_source(name, folder, files, images, cfg, left_out | passed)
