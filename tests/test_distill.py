@@ -35,8 +35,8 @@ from t2i.pictures.png import (
     scheduler_problem,
     student_steps,
 )
-from t2i.runs import find_student
-from t2i.training import tiny_decoder, trajectories
+from t2i.runs import RunFolder, find_student
+from t2i.training import denoiser, tiny_decoder, trajectories
 
 OPTIONS = (
     "--trajectories", 48, "--validation_images", 8, "--max_train_steps", 48, "--lr_warmup_steps", 4,
@@ -102,6 +102,24 @@ def test_a_run_tells_its_teacher_and_how_the_student_draws(student, teacher):
     assert "num_inference_steps=2,\n    guidance_scale=1,\n" in card
     assert f"UNet `{hashed}`" in card
     assert (student / "samples" / "step-000048.png").is_file()
+
+
+def test_frozen_models_are_written_once_and_the_pipeline_is_whole(student, workspace):
+    """Windows refuses to replace files that are mapped into memory, as those of loaded models are."""
+    for run, first in ((workspace / "unet", "checkpoint-000004"), (student, "checkpoint-000016")):
+        for part in ("vae", "text_encoder"):
+            (weights,) = (run / "pipeline" / part).glob("*.safetensors")
+            assert weights.stat().st_mtime_ns < (run / first / "manifest.json").stat().st_mtime_ns
+        drawn = DiffusionPipeline.from_pretrained(run / "pipeline")
+        assert models.hash_model(drawn.unet) == json.loads((run / "run.json").read_text())["output_unet_hash"]
+
+
+def test_the_place_of_a_teacher_is_not_written_into_the_pipeline(workspace, tmp_path):
+    loaded = sampling.load_pipeline(workspace / "unet")
+    frozen = {name: getattr(loaded, name) for name in ("vae", "text_encoder", "tokenizer")}
+    denoiser.save_frozen(RunFolder(tmp_path / "turbo", {}), frozen, loaded.scheduler)
+    written = [file for file in tmp_path.rglob("*.json") if str(workspace) in file.read_text()]
+    assert not written
 
 
 def test_a_tiny_decoder_takes_the_autoencoders_place(student, teacher):

@@ -33,6 +33,8 @@ def provenance(recipe: Recipe, input_hashes: dict[str, str]) -> dict[str, Any]:
 def save_frozen(run: RunFolder, frozen: dict[str, Any], scheduler: Any) -> None:
     """Save the models that the training leaves as they are, and the scheduler, in the run's pipeline."""
     for name in {"vae", "text_encoder", "tokenizer"} & set(frozen):
+        if hasattr(frozen[name], "register_to_config"):
+            frozen[name].register_to_config(_name_or_path="")  # A local path must not be published.
         frozen[name].save_pretrained(run.folder / "pipeline" / name)
     scheduler.save_pretrained(run.folder / "pipeline" / "scheduler")
 
@@ -151,7 +153,9 @@ def finish(
     if weights is None:  # This makes room for VAE and text encoder. Nothing needs the moments any more.
         train_state.optimizer.state.clear()
     give_back_memory()
-    sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
+    unet.cpu().save_pretrained(folder / "unet", safe_serialization=True)
+    # The frozen models are there since the start. Windows refuses to replace their files while they are mapped into memory.
+    sampling.assemble(folder, unet).save_config(folder)
     skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
     run.finish(
         **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
