@@ -1,5 +1,6 @@
 """generate_images.py: refusals before it draws, its messages, and no picture of other settings overwritten."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -249,3 +250,26 @@ def test_a_prompt_file_has_one_prompt_per_line(data, prompts, tmp_path):
     else:
         with pytest.raises(UserError, match=prompts):
             generate_images.read_prompts(options)
+
+
+# --- Pipelines that other programs saved -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(workspace, tmp_path):
+    """A copy of the workspace's pipeline folder, and a function that changes its model_index.json."""
+    folder = Path(shutil.copytree(workspace / "unet" / "pipeline", tmp_path / "foreign"))
+    index = json.loads((folder / "model_index.json").read_text())
+    return folder, lambda **parts: (folder / "model_index.json").write_text(json.dumps(index | parts))
+
+
+def test_a_pipeline_in_half_precision_draws_as_in_float32(foreign, tmp_path):
+    folder, _ = foreign
+    pipeline = sampling.load_pipeline(folder)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 2, "progress": False}
+    wanted = sampling.generate(pipeline, ["a red flower"], [0], **options)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half")
+    half = sampling.load_pipeline(tmp_path / "half")
+    assert {model.dtype for model in (half.unet, half.vae, half.text_encoder)} == {torch.float32}
+    drawn = sampling.generate(half, ["a red flower"], [0], **options)
+    assert np.abs(drawn.astype(int) - wanted).max() <= 2

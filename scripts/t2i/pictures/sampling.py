@@ -36,6 +36,13 @@ from t2i.pictures.png import (  # noqa: F401 - other modules import them from he
 from t2i.runs import checkpoint_copies, checkpoint_folders, guide_folder, own_checkpoint
 from t2i.training.checkpoints import MANIFEST, find_damage
 
+OPTIONS: dict[str, Any] = {  # Options of diffusers' `from_pretrained` for a whole pipeline.
+    "dtype": torch.float32,  # By default, transformers keeps weights in half precision, which a CPU cannot mix with others.
+    "use_safetensors": True,
+    "safety_checker": None,
+    "requires_safety_checker": False,
+}
+
 
 def load_pipeline(
     model: str | Path,
@@ -94,9 +101,7 @@ def load_pipeline(
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
     else:
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(model), revision=revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-            )
+            pipeline = StableDiffusionPipeline.from_pretrained(str(model), revision=revision, **OPTIONS)
             pipeline = attach(pipeline, download_guide(str(model), revision))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -145,7 +150,6 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
 
 
 def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
-    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     if (folder / "model_index.json").is_file():
         parts = read_object(folder / "model_index.json").items()
         missing = [
@@ -158,7 +162,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
                 f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy the whole folder"
             )
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **OPTIONS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             # Damaged JSON raises the last three.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
