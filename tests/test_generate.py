@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import generate_images
+from loopback_hub import LoopbackHub
 from t2i.errors import UserError
 from t2i.pictures import sampling
 from t2i.pictures.png import read_parameters
@@ -273,3 +274,24 @@ def test_a_pipeline_in_half_precision_draws_as_in_float32(foreign, tmp_path):
     assert {model.dtype for model in (half.unet, half.vae, half.text_encoder)} == {torch.float32}
     drawn = sampling.generate(half, ["a red flower"], [0], **options)
     assert np.abs(drawn.astype(int) - wanted).max() <= 2
+
+
+def test_pipelines_of_other_kinds_are_refused_before_their_weights_are_read(draw, foreign):
+    folder, change = foreign
+    change(_class_name="StableDiffusionXLPipeline")
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(UserError, match=r"foreign is a StableDiffusionXLPipeline, .* give a StableDiffusionPipeline"):
+        draw("--prompt", "x", model=folder)
+
+
+def test_pipelines_of_other_kinds_on_the_hub_are_refused(foreign, command, tmp_path):
+    folder, change = foreign
+    change(_class_name="StableDiffusionXLPipeline")
+    with LoopbackHub() as hub:
+        hub.create("models/me/xl")
+        hub.edit("models/me/xl", {"model_index.json": (folder / "model_index.json").read_bytes()})
+        done = command("generate_images.py", "--model", "me/xl", "--prompt", "x", cwd=tmp_path, env=hub.environment(),
+                       code=2, fork=True)  # fmt: skip
+    assert done.stderr.count("error: model me/xl is a StableDiffusionXLPipeline, ") == 1
+    assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ generator.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def load_pipeline(
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
     else:
         try:
+            _check_class(model, StableDiffusionPipeline.load_config(str(model), revision=revision))
             pipeline = StableDiffusionPipeline.from_pretrained(str(model), revision=revision, **OPTIONS)
             pipeline = attach(pipeline, download_guide(str(model), revision))
         except (OSError, ValueError) as error:
@@ -132,6 +133,13 @@ def _check_device(device: str | torch.device) -> None:
         ) from None
 
 
+def _check_class(model: str | Path, index: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the content of a model_index.json names another class than `StableDiffusionPipeline`."""
+    kind = index.get("_class_name", "StableDiffusionPipeline")
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"model {model} is a {kind}, which this suite cannot draw with; give a StableDiffusionPipeline")
+
+
 def _exported(folder: Path, weights: str, device: str | torch.device, engine: str) -> Path | None:
     """Return the pipeline folder with valid compiled models for `folder` and `weights`.
 
@@ -151,10 +159,11 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
 
 def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
     if (folder / "model_index.json").is_file():
-        parts = read_object(folder / "model_index.json").items()
+        index = read_object(folder / "model_index.json")
+        _check_class(folder, index)
         missing = [
             name
-            for name, kind in parts
+            for name, kind in index.items()
             if isinstance(kind, list) and kind[:1] != [None] and not (folder / name).is_dir()
         ]
         if missing:
