@@ -295,3 +295,13 @@ def test_pipelines_of_other_kinds_on_the_hub_are_refused(foreign, command, tmp_p
                        code=2, fork=True)  # fmt: skip
     assert done.stderr.count("error: model me/xl is a StableDiffusionXLPipeline, ") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_pipeline_without_its_safety_checker_draws(draw, foreign):
+    folder, change = foreign
+    wanted = draw("--prompt", "a red flower", model=folder)
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    change(
+        safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True
+    )
+    assert draw("--prompt", "a red flower", model=folder) == wanted

@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {  # Options of diffusers' `from_pretrained` for a who
     "dtype": torch.float32,  # By default, transformers keeps weights in half precision, which a CPU cannot mix with others.
     "use_safetensors": True,
     "safety_checker": None,
+    "feature_extractor": None,  # Only the safety checker needs it.
     "requires_safety_checker": False,
 }
 
@@ -164,7 +165,7 @@ def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
         missing = [
             name
             for name, kind in index.items()
-            if isinstance(kind, list) and kind[:1] != [None] and not (folder / name).is_dir()
+            if isinstance(kind, list) and kind[:1] != [None] and name not in OPTIONS and not (folder / name).is_dir()
         ]
         if missing:
             raise UserError(
