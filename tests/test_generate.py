@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
 
 import generate_images
@@ -305,3 +306,25 @@ def test_a_pipeline_without_its_safety_checker_draws(draw, foreign):
         safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True
     )
     assert draw("--prompt", "a red flower", model=folder) == wanted
+
+
+# --- Guidance that ends early ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("steps", [4, 6, 12])
+def test_pndm_guides_as_many_steps_as_ddim(workspace, steps, skips):
+    """PNDM calls the UNet several times in its first steps."""
+    last, pipeline = [], sampling.load_pipeline(workspace / "unet")
+    config = pipeline.scheduler.config
+    for scheduler in (DDIMScheduler.from_config(config), PNDMScheduler.from_config(config, skip_prk_steps=skips)):
+        calls = []
+        hook = pipeline.unet.register_forward_pre_hook(
+            lambda module, inputs, calls=calls: calls.append((len(inputs[0]), int(inputs[1])))
+        )
+        pipeline.scheduler = scheduler
+        sampling.generate(pipeline, ["x"], [0], num_inference_steps=steps, guidance_end=0.5, progress=False)
+        hook.remove()
+        last.append(min(timestep for rows, timestep in calls if rows == 2))
+        assert any(rows == 1 for rows, _ in calls)
+    assert abs(last[0] - last[1]) <= 1000 / steps + 1

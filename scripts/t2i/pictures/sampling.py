@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -367,7 +367,7 @@ def _after_steps(
         guidance_end: share of the steps, from the first on, that are guided.
     """
     guided = guided_steps(steps, guidance_end)
-    last_guided = guided * pipeline.scheduler.order  # counts calls of the UNet; Heun's method makes two per step
+    last_guided = _calls(pipeline.scheduler, guided)
     if guided == steps and watch is None:
         return {}
     wanted = ["latent_model_input", "noise_pred"] if watch else []
@@ -390,6 +390,14 @@ def _after_steps(
         return {}
 
     return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": [*wanted, "prompt_embeds"]}
+
+
+def _calls(scheduler: Any, steps: int) -> int:
+    """Return how many calls of the UNet a scheduler's first steps take. Heun's method makes two per step."""
+    if not isinstance(scheduler, PNDMScheduler):
+        return steps * scheduler.order
+    # PNDM starts with three steps of Runge and Kutta, or with one of Heun.
+    return steps + 1 if scheduler.config.skip_prk_steps else steps + 3 * min(steps, 3)
 
 
 def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:
