@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import models
-from t2i.errors import UserError
+from t2i.errors import UserError, is_out_of_memory
 from t2i.files import read_object
 from t2i.models import best_device
 from t2i.pictures import engines
@@ -341,10 +341,9 @@ def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any
         with guiding(pipeline):
             made = pipeline(prompts, **options).images
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not exhausted and "allocate memory" not in text and "out of memory" not in text:
+        if not is_out_of_memory(error):
             raise
+        text = str(error)
         raise UserError(
             f"memory does not suffice for {len(prompts)} pictures at once ({text.splitlines()[0][:150] if text else 'none left'}); "
             "draw fewer at once, by a smaller --batch_size, --eval_batch_size or number of --validation_prompts"
