@@ -37,7 +37,7 @@ from t2i.runs import checkpoint_copies, checkpoint_folders, guide_folder, own_ch
 from t2i.training.checkpoints import MANIFEST, find_damage
 
 OPTIONS: dict[str, Any] = {  # Options of diffusers' `from_pretrained` for a whole pipeline.
-    "dtype": torch.float32,  # By default, transformers keeps weights in half precision, which a CPU cannot mix with others.
+    "dtype": torch.float32,  # By default, transformers keeps half precision, and diffusers does not. They cannot be mixed.
     "use_safetensors": True,
     "safety_checker": None,
     "feature_extractor": None,  # Only the safety checker needs it.
