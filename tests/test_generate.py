@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 from unittest.mock import Mock
+from urllib.parse import urlsplit
 
 import diffusers
 import numpy as np
@@ -295,8 +296,10 @@ def test_pipelines_of_other_kinds_on_the_hub_are_refused(draw, foreign, tmp_path
     with LoopbackHub() as hub:
         hub.create("models/me/xl")
         hub.edit("models/me/xl", {"model_index.json": (folder / "model_index.json").read_bytes()})
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": tmp_path / "hub"}.items():
-            monkeypatch.setattr(constants, name, value)
+        template = hub.url + urlsplit(constants.HUGGINGFACE_CO_URL_TEMPLATE).path
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("HF_TOKEN", hub.token)
         with pytest.raises(
             UserError, match=r"^model me/xl is a StableDiffusionXLPipeline, .* give a StableDiffusionPipe"

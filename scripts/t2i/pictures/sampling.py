@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -102,7 +103,7 @@ def load_pipeline(
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
     else:
         try:
-            _check_class(model, StableDiffusionPipeline.load_config(str(model), revision=revision))
+            _check_class(model, _download_index(str(model), revision))
             pipeline = StableDiffusionPipeline.from_pretrained(str(model), revision=revision, **OPTIONS)
             pipeline = attach(pipeline, download_guide(str(model), revision))
         except (OSError, ValueError) as error:
@@ -132,6 +133,18 @@ def _check_device(device: str | torch.device) -> None:
         raise UserError(
             f"device {device} cannot be used ({str(error).splitlines()[0][:150]}); give one of {', '.join(known)}, or leave it out"
         ) from None
+
+
+def _download_index(repo_id: str, revision: str | None) -> dict[str, Any]:
+    """Return the model_index.json of a pipeline on the Hub, or {} if it cannot be read, as diffusers then explains."""
+    name = "model_index.json"
+    try:
+        cached = try_to_load_from_cache(repo_id, name, revision=revision)  # A pipeline keeps its class.
+        return read_object(
+            Path(cached if isinstance(cached, str) else hf_hub_download(repo_id, name, revision=revision))
+        )
+    except (OSError, ValueError):
+        return {}
 
 
 def _check_class(model: str | Path, index: Mapping[str, Any]) -> None:
