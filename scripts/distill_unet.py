@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from t2i import redaction
 from t2i.config import DistillConfig, Recipe, parse, run_of, to_dict, with_settings_of_model
 from t2i.errors import UserError, run_main
-from t2i.files import read_optional, write_json
+from t2i.files import read_optional, share_weights, write_json
 from t2i.hub import model_card
 from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
@@ -355,6 +355,7 @@ def save_decoder(run: RunFolder, recipe: Recipe, inputs: Inputs, vae: Any, accel
         if not folder.is_dir():  # A resumed run has it already.
             part = folder.with_name(".vae.part")
             tiny.save_pretrained(part, safe_serialization=True)
+            share_weights(part)
             os.replace(part, folder)
         run.save(decoder_psnr_db=decibels)
         print(f"tiny decoder: {decibels:.1f} dB PSNR to the pictures of the autoencoder")

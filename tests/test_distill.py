@@ -114,6 +114,12 @@ def test_frozen_models_are_written_once_and_the_pipeline_is_whole(student, works
         assert models.hash_model(drawn.unet) == json.loads((run / "run.json").read_text())["output_unet_hash"]
 
 
+def test_whoever_may_read_a_folder_may_read_the_weights_in_it(student, workspace):
+    weights = [file for run in (workspace / "vae", workspace / "unet", student) for file in run.rglob("*.safetensors")]
+    assert {"optimizer.safetensors", "rng-0.safetensors", "model.safetensors"} < {file.name for file in weights}
+    assert not [file for file in weights if file.stat().st_mode & 0o777 != file.parent.stat().st_mode & 0o666]
+
+
 def test_the_place_of_a_teacher_is_not_written_into_the_pipeline(workspace, tmp_path):
     loaded = sampling.load_pipeline(workspace / "unet")
     frozen = {name: getattr(loaded, name) for name in ("vae", "text_encoder", "tokenizer")}

@@ -118,6 +118,12 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def share_weights(folder: Path) -> None:
+    """Let everybody who may read the folders below `folder` read the weights in them. safetensors writes for the owner alone."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a model: name -> 64 hex digits.
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from t2i.errors import UserError
-from t2i.files import sha256_file, write_text
+from t2i.files import sha256_file, share_weights, write_text
 from t2i.runs import checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
 
 MANIFEST = "manifest.json"
@@ -131,6 +131,7 @@ def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node
     node.meet()
     if not node.first:
         return
+    share_weights(part)
     files = {}
     for file in sorted(path for path in part.rglob("*") if path.is_file()):
         sync(file)

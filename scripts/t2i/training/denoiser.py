@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from t2i import config, models
 from t2i.config import Recipe, TrainUnetConfig
 from t2i.errors import UserError, is_out_of_memory
-from t2i.files import append_jsonl, hash_json, write_json
+from t2i.files import append_jsonl, hash_json, share_weights, write_json
 from t2i.hub import model_card
 from t2i.pictures import sampling
 from t2i.runs import GUIDE, GUIDE_STEP, RunFolder, code_revision
@@ -37,6 +37,7 @@ def save_frozen(run: RunFolder, frozen: dict[str, Any], scheduler: Any) -> None:
             frozen[name].register_to_config(_name_or_path="")  # A local path must not be published.
         frozen[name].save_pretrained(run.folder / "pipeline" / name)
     scheduler.save_pretrained(run.folder / "pipeline" / "scheduler")
+    share_weights(run.folder / "pipeline")
 
 
 def show_progress(progress: Any, losses: list[float], validation: dict[str, float]) -> None:
@@ -116,6 +117,7 @@ def keep_guide(
                 shutil.rmtree(part, ignore_errors=True)  # A killed save leaves it behind.
                 unet.save_pretrained(part, safe_serialization=True)
                 write_json(part / GUIDE_STEP, {"step": step})
+                share_weights(part)
                 for file in (*part.iterdir(), part):
                     checkpoints.sync(file)
                 shutil.rmtree(place, ignore_errors=True)
@@ -154,6 +156,7 @@ def finish(
         train_state.optimizer.state.clear()
     give_back_memory()
     unet.cpu().save_pretrained(folder / "unet", safe_serialization=True)
+    share_weights(folder)
     # The frozen models are there since the start. Windows refuses to replace their files while they are mapped into memory.
     sampling.assemble(folder, unet).save_config(folder)
     skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
