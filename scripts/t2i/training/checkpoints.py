@@ -301,8 +301,8 @@ def forget_after(run: Path, step: int, node: Node, say: Callable[[str], Any] = p
 
 @torch.no_grad()
 def save_weights(folder: Path, module: Any, parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Save `module` in diffusers' format with `values` (float32) in place of `parameters`."""
-    own = [parameter.detach().clone() for parameter in parameters]
+    """Save `module` in diffusers' format with `values` (float32) in place of `parameters`, which the CPU keeps meanwhile."""
+    own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     try:
         copy_weights(values, parameters)
         module.save_pretrained(folder)
