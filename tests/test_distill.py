@@ -211,7 +211,7 @@ def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
     shutil.copytree(teacher, run)
     shutil.copytree(run / "checkpoint-000004" / "unet_ema", run / "pipeline" / "guide")
     write_json(run / "pipeline" / "guide" / "guide.json", {"step": 4})
-    write_json(run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": 3.0}})
+    write_json(run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": 3.0, "guidance_rescale": 0.7}})
     (run / "pipeline" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
     shutil.copytree(run / "pipeline", tmp_path / "pipeline")
     training = tmp_path / "training"
@@ -235,8 +235,8 @@ def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
         assert models.hash_model(guide.unguided(copied)) == models.hash_model(guide.unguided(here))
         assert guide.guide_hash(copied) == guide.guide_hash(here)
         assert (guide.guide_of(copied) is None) == (inside == "checkpoint-000004")
-        scales = [distill_unet.choose_scale(Recipe(), run_of(str(path))) for path in (model, there / sent.path)]
-        assert scales == ([7.5, 7.5] if model == tmp_path / "pipeline" else [3.0, 3.0])
+        chosen = [distill_unet.choose_guidance(Recipe(), run_of(str(path))) for path in (model, there / sent.path)]
+        assert chosen == ([(7.5, 0.0)] * 2 if model == tmp_path / "pipeline" else [(3.0, 0.7)] * 2)
 
 
 @pytest.mark.parametrize(
@@ -393,8 +393,28 @@ def test_the_loss_of_a_jump_is_the_error_of_the_velocity():
         torch.testing.assert_close(loss, (output - right).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-6)
 
 
+def test_the_guidance_of_the_evaluation_is_distilled_unless_another_is_asked_for(tmp_path):
+    recipe = Recipe()
+    recipe.train_unet.guidance_rescale = 0.35
+    assert distill_unet.choose_guidance(recipe, tmp_path) == (7.5, 0.35)
+    for report, found in (
+        ({"guidance_scale": 3}, (3.0, 0.0)),
+        ({"guidance_scale": 5.0, "guidance_rescale": 0.7}, (5.0, 0.7)),
+    ):
+        write_json(tmp_path / "evaluation" / "evaluation.json", {"report": report})
+        assert distill_unet.choose_guidance(recipe, tmp_path) == found
+    recipe.distill.guidance_scale = 2.0
+    assert distill_unet.choose_guidance(recipe, tmp_path) == (2.0, 0.7)
+    recipe.distill.guidance_rescale = 0.0
+    assert distill_unet.choose_guidance(recipe, tmp_path) == (2.0, 0.0)
+    assert "guidance_rescale" not in distill_unet.identity_of(recipe, {})
+    recipe.distill.guidance_rescale = 0.7
+    assert distill_unet.identity_of(recipe, {})["guidance_rescale"] == 0.7
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided):
+def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided, rescale):
     pipeline = sampling.load_pipeline(teacher, scheduler="unipc")
     if guided:  # by a UNet that answers otherwise
         weak = copy.deepcopy(pipeline.unet)
@@ -404,14 +424,15 @@ def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     hidden = models.encode_captions(pipeline.text_encoder, pipeline.tokenizer, ["", "a red flower", "a blue flower"])
     found = trajectories.solve_trajectories(
-        guide.unguided(pipeline.unet), guide.guide_of(pipeline.unet), pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:]
+        guide.unguided(pipeline.unet), guide.guide_of(pipeline.unet), pipeline.scheduler, 3.0, rescale, hidden[:1], 5, noise,
+        hidden[1:],
     )  # fmt: skip
     assert found.shape == (2, 5, 4, 16, 16)
     assert torch.equal(found[:, 0], noise)
     with guide.guiding(pipeline):
         drawn = pipeline(
             prompt_embeds=hidden[1:], negative_prompt_embeds=hidden[:1].repeat(2, 1, 1), latents=noise, guidance_scale=3.0,
-            num_inference_steps=trajectories.SOLVER.num_inference_steps, output_type="latent",
+            guidance_rescale=rescale, num_inference_steps=trajectories.SOLVER.num_inference_steps, output_type="latent",
         ).images  # fmt: skip
     torch.testing.assert_close(found[:, -1], drawn, rtol=1e-3, atol=1e-3)
 
