@@ -23,7 +23,7 @@ from t2i.files import read_optional, share_weights, write_json
 from t2i.hub import model_card
 from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
-from t2i.runs import RunFolder
+from t2i.runs import RunFolder, check_finished
 from t2i.training.prefetch import Prefetcher
 
 # Modules that import torch are imported inside functions. `--help` and error messages about options then appear at once.
@@ -175,11 +175,12 @@ def check_model(config: DistillConfig) -> Path | None:
     """Return the run folder of the teacher, if it has one.
 
     Raises:
-        UserError: no teacher is named, or the student would be written into the teacher's folder.
+        UserError: no teacher is named, its training has not finished, or the student would be written into its folder.
     """
     if not config.model:
         raise UserError("no model: give --model with the run folder of train_unet.py, whose denoiser is distilled")
     run = run_of(config.model)
+    check_finished(Path(config.model).expanduser())
     if run and config.output_dir and Path(config.output_dir).expanduser().resolve() == run.resolve():
         raise UserError(f"--output_dir {config.output_dir} is the teacher's own run; give another folder")
     return run

@@ -206,7 +206,7 @@ def test_the_same_command_reuses_the_student(student, teacher, run_main, capsys)
 
 
 def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
-    """What is sent of a run, a run in training, a checkpoint or a pipeline draws as on this machine, by the same settings."""
+    """What is sent of a run, a checkpoint of a training or a pipeline draws as on this machine, by the same settings."""
     run = tmp_path / "unet"
     shutil.copytree(teacher, run)
     shutil.copytree(run / "checkpoint-000004" / "unet_ema", run / "pipeline" / "guide")
@@ -216,9 +216,11 @@ def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
     shutil.copytree(run / "pipeline", tmp_path / "pipeline")
     training = tmp_path / "training"
     shutil.copytree(run, training, ignore=lambda folder, _: ["unet"] if Path(folder).name == "pipeline" else [])
+    state = json.loads((run / "run.json").read_text()) | {"status": "unfinished"}
+    write_json(training / "run.json", {key: value for key, value in state.items() if key != "output_unet_hash"})
     for model, inside, checkpoints in (
         (run, ".", set()), (run / "checkpoint-4", "checkpoint-000004", {"checkpoint-000004"}), (run / "pipeline", "pipeline", set()),
-        (tmp_path / "pipeline", ".", set()), (training, "checkpoint-000008", {"checkpoint-000008"}),
+        (tmp_path / "pipeline", ".", set()), (training / "checkpoint-000008", "checkpoint-000008", {"checkpoint-000008"}),
     ):  # fmt: skip
         words = [str(SCRIPTS / "distill_unet.py"), "--model", str(model), "--dataset", "a/b", "--resolution", "32"]
         sent = staging.find_teacher(staging.read_command(words, "a cloud"))
@@ -245,11 +247,14 @@ def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
         ([], "no model: give --model with the run folder"),
         (["--model", "STUDENT"], "is a student already"),
         (["--model", "WORKSPACE/vae"], r"vae lacks .*unet.config\.json; give a run folder of train_unet\.py"),
+        (["--model", "TRAINING"], "training has not finished; let it finish, or give one of its checkpoints"),
         (["--model", "flowers"], "--model flowers does not exist; give a local folder, an s3:// folder or a Hub id"),
     ],
 )
-def test_a_job_without_a_teacher_is_refused(words, sentence, student, workspace):
-    words = [word.replace("STUDENT", str(student)).replace("WORKSPACE", str(workspace)) for word in words]
+def test_a_job_without_a_teacher_is_refused(words, sentence, student, workspace, tmp_path):
+    write_json(tmp_path / "training" / "run.json", {"status": "unfinished"})
+    places = {"STUDENT": student, "WORKSPACE/vae": workspace / "vae", "TRAINING": tmp_path / "training"}
+    words = [str(places.get(word, word)) for word in words]
     words = [str(SCRIPTS / "distill_unet.py"), "--dataset", "a/b", *words]
     with pytest.raises(UserError, match=sentence):
         staging.find_inputs(staging.read_command(words, "a cloud"))
@@ -311,6 +316,7 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         ("distill_unet.py", [], "no model: give --model"),
         ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "TEACHER"], "is the teacher's own run"),
         ("distill_unet.py", ["--model", "STUDENT"], "is a student already"),
+        ("distill_unet.py", ["--model", "TRAINING"], "has not finished; let it finish, or give one of its checkpoints"),
         ("distill_unet.py", ["--model", "TEACHER", "--num_inference_steps", "3"], "num_inference_steps"),
         ("distill_unet.py", ["--model", "TEACHER", "--resolution", "64"], "give --resolution 32"),
         ("distill_unet.py", ["--model", "nowhere/at/all", "--dataset", "dataset"], "neither a folder here nor a Hub id"),
@@ -340,7 +346,9 @@ def test_mistakes_get_one_sentence(
         if "OLDER" in arguments:  # A version whose teacher drew otherwise did not say how.
             del state["identity"]["teacher_solver"]
         (other / "run.json").write_text(json.dumps(state))
-    places = {"TEACHER": teacher, "STUDENT": student, "OTHER": other, "OLDER": other}
+    training = tmp_path / "training"
+    write_json(training / "run.json", {"status": "unfinished"})
+    places = {"TEACHER": teacher, "STUDENT": student, "OTHER": other, "OLDER": other, "TRAINING": training}
     words = [str(places.get(word, word)) for word in arguments]
     options = [*map(str, OPTIONS), "--output_dir", str(other)] if script == "distill_unet.py" else []
     options = options[:-2] if "--output_dir" in words else options

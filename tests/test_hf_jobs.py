@@ -238,6 +238,12 @@ def test_a_captioning_resumes_also_after_its_end(hub, launcher, short, tmp_path)
             [["--caption_batch_size", "2"], ["--push_to_hub", "--hub_dataset_id", "me/captioned"]],
             [["--num_beams", "1"], ["--task", "<MORE_DETAILED_CAPTION>"]],
         ),
+        (
+            "distill_unet.py", ["--model", "me/flowers", "--dataset", "me/photos", "--resolution", "64"],
+            ["--resolution=64", "--dataset", "me/photos", "--model", "me/flowers"],
+            [["--checkpointing_steps", "50"], ["--max_train_steps", "70"]],
+            [["--num_inference_steps", "4"], ["--guidance_scale", "2"], ["--guidance_rescale", "0.5"]],
+        ),
     ],
 )  # fmt: skip
 def test_what_changes_no_result_changes_no_run(script, words, reordered, harmless, others):
