@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,13 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def share_weights(folder: Path) -> None:
-    """Let everybody who may read the folders below `folder` read the weights in them. safetensors writes for the owner alone."""
+    """Let everybody who may read a new folder, or folders below it, read the weights in them.
+
+    safetensors writes for the owner alone.
+    """
     for file in folder.rglob("*.safetensors"):
-        file.chmod(file.parent.stat().st_mode & 0o666)
+        with suppress(OSError):  # Some network disks have no permissions.
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -36,8 +36,8 @@ def save_frozen(run: RunFolder, frozen: dict[str, Any], scheduler: Any) -> None:
         if hasattr(frozen[name], "register_to_config"):
             frozen[name].register_to_config(_name_or_path="")  # A local path must not be published.
         frozen[name].save_pretrained(run.folder / "pipeline" / name)
+        share_weights(run.folder / "pipeline" / name)
     scheduler.save_pretrained(run.folder / "pipeline" / "scheduler")
-    share_weights(run.folder / "pipeline")
 
 
 def show_progress(progress: Any, losses: list[float], validation: dict[str, float]) -> None:
@@ -156,7 +156,7 @@ def finish(
         train_state.optimizer.state.clear()
     give_back_memory()
     unet.cpu().save_pretrained(folder / "unet", safe_serialization=True)
-    share_weights(folder)
+    share_weights(folder / "unet")
     # The frozen models are there since the start. Windows refuses to replace their files while they are mapped into memory.
     sampling.assemble(folder, unet).save_config(folder)
     skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
