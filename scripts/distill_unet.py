@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from t2i import redaction
 from t2i.config import DistillConfig, Recipe, parse, run_of, to_dict, with_settings_of_model
 from t2i.errors import UserError, run_main
-from t2i.files import read_optional, write_json
+from t2i.files import read_optional, share_weights, write_json
 from t2i.hub import model_card
 from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
-from t2i.runs import RunFolder
+from t2i.runs import RunFolder, check_finished
 from t2i.training.prefetch import Prefetcher
 
 # Modules that import torch are imported inside functions. `--help` and error messages about options then appear at once.
@@ -175,11 +175,12 @@ def check_model(config: DistillConfig) -> Path | None:
     """Return the run folder of the teacher, if it has one.
 
     Raises:
-        UserError: no teacher is named, or the student would be written into the teacher's folder.
+        UserError: no teacher is named, its training has not finished, or the student would be written into its folder.
     """
     if not config.model:
         raise UserError("no model: give --model with the run folder of train_unet.py, whose denoiser is distilled")
     run = run_of(config.model)
+    check_finished(Path(config.model).expanduser())
     if run and config.output_dir and Path(config.output_dir).expanduser().resolve() == run.resolve():
         raise UserError(f"--output_dir {config.output_dir} is the teacher's own run; give another folder")
     return run
@@ -217,7 +218,7 @@ def load_teacher(
             f"resolution {recipe.data.resolution} does not fit {config.model}, which draws {side} px; give --resolution {side}"
         )
     sampling.make_scheduler("ddim", schedule, config.num_inference_steps)  # This refuses other kinds of models.
-    config.guidance_scale = choose_scale(recipe, run)
+    config.guidance_scale, config.guidance_rescale = choose_guidance(recipe, run)
     if config.decoder_steps is None:
         config.decoder_steps = tiny_decoder.default_steps(pipeline.vae)
     scheduler = sampling.student_scheduler(schedule, config.num_inference_steps)
@@ -251,16 +252,18 @@ def identity_of(recipe: Recipe, inputs: dict[str, Any]) -> dict[str, Any]:
 
     config = recipe.distill
     decisive = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale")}
+    decisive |= {"guidance_rescale": config.guidance_rescale} if config.guidance_rescale else {}
     return loop.identity(recipe.data, config, teacher_solver=list(SOLVER), **decisive, **inputs)
 
 
-def choose_scale(recipe: Recipe, run: Path | None) -> float:
-    """Return the guidance scale to distil: the option's, or the evaluation's choice, or that of the validation pictures."""
-    if recipe.distill.guidance_scale is not None:
-        return recipe.distill.guidance_scale
+def choose_guidance(recipe: Recipe, run: Path | None) -> tuple[float, float]:
+    """Return guidance scale and guidance rescale to distil: the options', or the evaluation's, or those of the validation pictures."""
+    scale, rescale = recipe.distill.guidance_scale, recipe.distill.guidance_rescale
+    found = (recipe.train_unet.guidance_scale, recipe.train_unet.guidance_rescale)
     report = read_optional(run / "evaluation" / "evaluation.json").get("report") if run else None
-    chosen = report.get("guidance_scale") if isinstance(report, dict) else None
-    return float(chosen) if isinstance(chosen, int | float) else recipe.train_unet.guidance_scale
+    if isinstance(report, dict) and isinstance(report.get("guidance_scale"), int | float):
+        found = (float(report["guidance_scale"]), float(report.get("guidance_rescale") or 0.0))
+    return found[0] if scale is None else scale, found[1] if rescale is None else rescale
 
 
 def start_run(
@@ -279,7 +282,8 @@ def start_run(
     if accelerator.is_main_process:
         run.start(redaction.public_yaml(to_dict(recipe)), splits.quarantine, accelerator.mixed_precision)
         drawn = {"num_inference_steps": config.num_inference_steps, "guidance_scale": 1.0}
-        run.save(student={**drawn, "distilled_guidance_scale": config.guidance_scale})
+        rescaled = {"distilled_guidance_rescale": config.guidance_rescale} if config.guidance_rescale else {}
+        run.save(student={**drawn, "distilled_guidance_scale": config.guidance_scale, **rescaled})
         write_json(run.folder / "provenance.json", denoiser.provenance(recipe, input_hashes))
         kept = {name: model for name, model in frozen.items() if name != "vae" or not config.decoder_steps}
         denoiser.save_frozen(run, kept, scheduler)  # A tiny autoencoder is saved when it is trained.
@@ -307,7 +311,8 @@ def cache_inputs(
     from t2i.training import trajectories
 
     config, directory, say = recipe.distill, recipe.data.cache_dir, accelerator.print
-    scale = float(config.guidance_scale or 0)
+    scale, rescale = float(config.guidance_scale or 0), float(config.guidance_rescale or 0)
+    guidance = {"guidance_scale": scale, **({"guidance_rescale": rescale} if rescale else {})}
     in_bf16 = accelerator.mixed_precision == "bf16"
     precision = {"precision": "bf16"} if in_bf16 else {}
     points, side = config.num_inference_steps + 1, unet.config.sample_size
@@ -328,8 +333,8 @@ def cache_inputs(
             text = caches.cache_text(captions, identity, text_encoder, frozen["tokenizer"], directory, say=say)
             empty = torch.from_numpy(np.array(text.embeddings[:1])).float()
             inputs.trajectories[name] = trajectories.cache_trajectories(
-                count, captions, text, {**identity, **teacher, "guidance_scale": scale},
-                partial(trajectories.solve_trajectories, unet, guide, solver, scale, empty, points),
+                count, captions, text, {**identity, **teacher, **guidance},
+                partial(trajectories.solve_trajectories, unet, guide, solver, scale, rescale, empty, points),
                 (points, unet.config.in_channels, side, side), seed, directory, say=say,
             )  # fmt: skip
         inputs.embeddings[name] = text.embeddings
@@ -355,6 +360,7 @@ def save_decoder(run: RunFolder, recipe: Recipe, inputs: Inputs, vae: Any, accel
         if not folder.is_dir():  # A resumed run has it already.
             part = folder.with_name(".vae.part")
             tiny.save_pretrained(part, safe_serialization=True)
+            share_weights(part)
             os.replace(part, folder)
         run.save(decoder_psnr_db=decibels)
         print(f"tiny decoder: {decibels:.1f} dB PSNR to the pictures of the autoencoder")

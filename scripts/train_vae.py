@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from t2i import redaction
 from t2i.config import Recipe, TrainVaeConfig, check_unet, check_vae, parse, to_dict
 from t2i.errors import UserError, run_main
+from t2i.files import share_weights
 from t2i.hub import publish
 from t2i.loading import find_dataset
 from t2i.run_lock import lock_run
@@ -188,6 +189,7 @@ def finish(
         vae.eval()
         normalise_latents(vae, splits.train, fold=recipe.vae.vae is None, rescale=config.vae_train_part == "all")
         vae.save_pretrained(folder / "vae")
+        share_weights(folder / "vae")
         after = validate(vae, splits.validation, folder, tracker, steps)
         test = measure(vae, splits.test) if splits.test else {}
     results = {

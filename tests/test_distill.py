@@ -110,6 +110,22 @@ def test_no_file_of_a_students_pipeline_names_a_folder_of_this_machine(student, 
             assert str(teacher.parent) not in file.read_text(), file
 
 
+def test_frozen_models_are_written_once_and_the_pipeline_is_whole(student, workspace):
+    """Windows refuses to replace files that are mapped into memory, as those of loaded models are."""
+    for run, first in ((workspace / "unet", "checkpoint-000004"), (student, "checkpoint-000016")):
+        for part in ("vae", "text_encoder"):
+            (weights,) = (run / "pipeline" / part).glob("*.safetensors")
+            assert weights.stat().st_mtime_ns < (run / first / "manifest.json").stat().st_mtime_ns
+        drawn = DiffusionPipeline.from_pretrained(run / "pipeline")
+        assert models.hash_model(drawn.unet) == json.loads((run / "run.json").read_text())["output_unet_hash"]
+
+
+def test_whoever_may_read_a_folder_may_read_the_weights_in_it(student, workspace):
+    weights = [file for run in (workspace / "vae", workspace / "unet", student) for file in run.rglob("*.safetensors")]
+    assert {"optimizer.safetensors", "rng-0.safetensors", "model.safetensors"} < {file.name for file in weights}
+    assert not [file for file in weights if file.stat().st_mode & 0o777 != file.parent.stat().st_mode & 0o666]
+
+
 def test_a_tiny_decoder_takes_the_autoencoders_place(student, teacher):
     tiny, vae = models.load_decoder(str(student / "pipeline")), models.load_vae(str(teacher))
     assert isinstance(tiny, AutoencoderTiny)
@@ -188,19 +204,21 @@ def test_the_same_command_reuses_the_student(student, teacher, run_main, capsys)
 
 
 def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
-    """What is sent of a run, a run in training, a checkpoint or a pipeline draws as on this machine, by the same settings."""
+    """What is sent of a run, a checkpoint of a training or a pipeline draws as on this machine, by the same settings."""
     run = tmp_path / "unet"
     shutil.copytree(teacher, run)
     shutil.copytree(run / "checkpoint-000004" / "unet_ema", run / "pipeline" / "guide")
     write_json(run / "pipeline" / "guide" / "guide.json", {"step": 4})
-    write_json(run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": 3.0}})
+    write_json(run / "evaluation" / "evaluation.json", {"report": {"guidance_scale": 3.0, "guidance_rescale": 0.7}})
     (run / "pipeline" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
     shutil.copytree(run / "pipeline", tmp_path / "pipeline")
     training = tmp_path / "training"
     shutil.copytree(run, training, ignore=lambda folder, _: ["unet"] if Path(folder).name == "pipeline" else [])
+    state = json.loads((run / "run.json").read_text()) | {"status": "unfinished"}
+    write_json(training / "run.json", {key: value for key, value in state.items() if key != "output_unet_hash"})
     for model, inside, checkpoints in (
         (run, ".", set()), (run / "checkpoint-4", "checkpoint-000004", {"checkpoint-000004"}), (run / "pipeline", "pipeline", set()),
-        (tmp_path / "pipeline", ".", set()), (training, "checkpoint-000008", {"checkpoint-000008"}),
+        (tmp_path / "pipeline", ".", set()), (training / "checkpoint-000008", "checkpoint-000008", {"checkpoint-000008"}),
     ):  # fmt: skip
         words = [str(SCRIPTS / "distill_unet.py"), "--model", str(model), "--dataset", "a/b", "--resolution", "32"]
         sent = staging.find_teacher(staging.read_command(words, "a cloud"))
@@ -217,8 +235,8 @@ def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
         assert models.hash_model(guide.unguided(copied)) == models.hash_model(guide.unguided(here))
         assert guide.guide_hash(copied) == guide.guide_hash(here)
         assert (guide.guide_of(copied) is None) == (inside == "checkpoint-000004")
-        scales = [distill_unet.choose_scale(Recipe(), run_of(str(path))) for path in (model, there / sent.path)]
-        assert scales == ([7.5, 7.5] if model == tmp_path / "pipeline" else [3.0, 3.0])
+        chosen = [distill_unet.choose_guidance(Recipe(), run_of(str(path))) for path in (model, there / sent.path)]
+        assert chosen == ([(7.5, 0.0)] * 2 if model == tmp_path / "pipeline" else [(3.0, 0.7)] * 2)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +245,14 @@ def test_a_job_gets_of_its_teacher_what_it_needs(teacher, tmp_path):
         ([], "no model: give --model with the run folder"),
         (["--model", "STUDENT"], "is a student already"),
         (["--model", "WORKSPACE/vae"], r"vae lacks .*unet.config\.json; give a run folder of train_unet\.py"),
+        (["--model", "TRAINING"], "training has not finished; let it finish, or give one of its checkpoints"),
         (["--model", "flowers"], "--model flowers does not exist; give a local folder, an s3:// folder or a Hub id"),
     ],
 )
-def test_a_job_without_a_teacher_is_refused(words, sentence, student, workspace):
-    words = [word.replace("STUDENT", str(student)).replace("WORKSPACE", str(workspace)) for word in words]
+def test_a_job_without_a_teacher_is_refused(words, sentence, student, workspace, tmp_path):
+    write_json(tmp_path / "training" / "run.json", {"status": "unfinished"})
+    places = {"STUDENT": student, "WORKSPACE/vae": workspace / "vae", "TRAINING": tmp_path / "training"}
+    words = [str(places.get(word, word)) for word in words]
     words = [str(SCRIPTS / "distill_unet.py"), "--dataset", "a/b", *words]
     with pytest.raises(UserError, match=sentence):
         staging.find_inputs(staging.read_command(words, "a cloud"))
@@ -293,6 +314,7 @@ def test_a_killed_distillation_resumes_bit_for_bit(student, teacher, command, ru
         ("distill_unet.py", [], "no model: give --model"),
         ("distill_unet.py", ["--model", "TEACHER", "--output_dir", "TEACHER"], "is the teacher's own run"),
         ("distill_unet.py", ["--model", "STUDENT"], "is a student already"),
+        ("distill_unet.py", ["--model", "TRAINING"], "has not finished; let it finish, or give one of its checkpoints"),
         ("distill_unet.py", ["--model", "TEACHER", "--num_inference_steps", "3"], "num_inference_steps"),
         ("distill_unet.py", ["--model", "TEACHER", "--resolution", "64"], "give --resolution 32"),
         ("distill_unet.py", ["--model", "nowhere/at/all", "--dataset", "dataset"], "neither a folder here nor a Hub id"),
@@ -322,7 +344,9 @@ def test_mistakes_get_one_sentence(
         if "OLDER" in arguments:  # A version whose teacher drew otherwise did not say how.
             del state["identity"]["teacher_solver"]
         (other / "run.json").write_text(json.dumps(state))
-    places = {"TEACHER": teacher, "STUDENT": student, "OTHER": other, "OLDER": other}
+    training = tmp_path / "training"
+    write_json(training / "run.json", {"status": "unfinished"})
+    places = {"TEACHER": teacher, "STUDENT": student, "OTHER": other, "OLDER": other, "TRAINING": training}
     words = [str(places.get(word, word)) for word in arguments]
     options = [*map(str, OPTIONS), "--output_dir", str(other)] if script == "distill_unet.py" else []
     options = options[:-2] if "--output_dir" in words else options
@@ -375,8 +399,28 @@ def test_the_loss_of_a_jump_is_the_error_of_the_velocity():
         torch.testing.assert_close(loss, (output - right).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-6)
 
 
+def test_the_guidance_of_the_evaluation_is_distilled_unless_another_is_asked_for(tmp_path):
+    recipe = Recipe()
+    recipe.train_unet.guidance_rescale = 0.35
+    assert distill_unet.choose_guidance(recipe, tmp_path) == (7.5, 0.35)
+    for report, found in (
+        ({"guidance_scale": 3}, (3.0, 0.0)),
+        ({"guidance_scale": 5.0, "guidance_rescale": 0.7}, (5.0, 0.7)),
+    ):
+        write_json(tmp_path / "evaluation" / "evaluation.json", {"report": report})
+        assert distill_unet.choose_guidance(recipe, tmp_path) == found
+    recipe.distill.guidance_scale = 2.0
+    assert distill_unet.choose_guidance(recipe, tmp_path) == (2.0, 0.7)
+    recipe.distill.guidance_rescale = 0.0
+    assert distill_unet.choose_guidance(recipe, tmp_path) == (2.0, 0.0)
+    assert "guidance_rescale" not in distill_unet.identity_of(recipe, {})
+    recipe.distill.guidance_rescale = 0.7
+    assert distill_unet.identity_of(recipe, {})["guidance_rescale"] == 0.7
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided):
+def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided, rescale):
     pipeline = sampling.load_pipeline(teacher, scheduler="unipc")
     if guided:  # by a UNet that answers otherwise
         weak = copy.deepcopy(pipeline.unet)
@@ -386,14 +430,15 @@ def test_a_trajectory_ends_in_the_picture_that_the_solver_draws(teacher, guided)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     hidden = models.encode_captions(pipeline.text_encoder, pipeline.tokenizer, ["", "a red flower", "a blue flower"])
     found = trajectories.solve_trajectories(
-        guide.unguided(pipeline.unet), guide.guide_of(pipeline.unet), pipeline.scheduler, 3.0, hidden[:1], 5, noise, hidden[1:]
+        guide.unguided(pipeline.unet), guide.guide_of(pipeline.unet), pipeline.scheduler, 3.0, rescale, hidden[:1], 5, noise,
+        hidden[1:],
     )  # fmt: skip
     assert found.shape == (2, 5, 4, 16, 16)
     assert torch.equal(found[:, 0], noise)
     with guide.guiding(pipeline):
         drawn = pipeline(
             prompt_embeds=hidden[1:], negative_prompt_embeds=hidden[:1].repeat(2, 1, 1), latents=noise, guidance_scale=3.0,
-            num_inference_steps=trajectories.SOLVER.num_inference_steps, output_type="latent",
+            guidance_rescale=rescale, num_inference_steps=trajectories.SOLVER.num_inference_steps, output_type="latent",
         ).images  # fmt: skip
     torch.testing.assert_close(found[:, -1], drawn, rtol=1e-3, atol=1e-3)
 

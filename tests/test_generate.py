@@ -1,16 +1,22 @@
 """generate_images.py: refusals before it draws, its messages, and no picture of other settings overwritten."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.parse import urlsplit
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from huggingface_hub import constants
 from PIL import Image
 
 import generate_images
+from loopback_hub import LoopbackHub
 from t2i.errors import UserError
 from t2i.pictures import sampling
 from t2i.pictures.png import read_parameters
@@ -156,12 +162,13 @@ def test_numbers_that_overflow_and_memory_that_ends_get_a_sentence(draw, workspa
     with pytest.raises(UserError, match=r"numbers overflowed at guidance_scale 7\.5 with DDIMScheduler"):
         sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
 
-    def fails(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(type(broken), "__call__", fails)
-    with pytest.raises(UserError, match=r"memory does not suffice for 1 pictures at once .*--batch_size"):
-        sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
+    for full in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),  # on Windows
+    ):
+        monkeypatch.setattr(type(broken), "__call__", Mock(side_effect=full))
+        with pytest.raises(UserError, match=r"memory does not suffice for 1 pictures at once .*--batch_size"):
+            sampling.generate(broken, ["x"], [0], num_inference_steps=2, progress=False)
 
 
 def test_a_training_lives_on_if_its_samples_cannot_be_drawn(workspace, monkeypatch, tmp_path, capsys):
@@ -249,3 +256,84 @@ def test_a_prompt_file_has_one_prompt_per_line(data, prompts, tmp_path):
     else:
         with pytest.raises(UserError, match=prompts):
             generate_images.read_prompts(options)
+
+
+# --- Pipelines that other programs saved -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(workspace, tmp_path):
+    """A copy of the workspace's pipeline folder, and a function that changes its model_index.json."""
+    folder = Path(shutil.copytree(workspace / "unet" / "pipeline", tmp_path / "foreign"))
+    index = json.loads((folder / "model_index.json").read_text())
+    return folder, lambda **parts: (folder / "model_index.json").write_text(json.dumps(index | parts))
+
+
+def test_a_pipeline_in_half_precision_draws_as_in_float32(foreign, tmp_path):
+    folder, _ = foreign
+    pipeline = sampling.load_pipeline(folder)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 2, "progress": False}
+    wanted = sampling.generate(pipeline, ["a red flower"], [0], **options)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half")
+    half = sampling.load_pipeline(tmp_path / "half")
+    assert {model.dtype for model in (half.unet, half.vae, half.text_encoder)} == {torch.float32}
+    drawn = sampling.generate(half, ["a red flower"], [0], **options)
+    assert np.abs(drawn.astype(int) - wanted).max() <= 2
+
+
+def test_pipelines_of_other_kinds_are_refused_before_their_weights_are_read(draw, foreign):
+    folder, change = foreign
+    change(_class_name="StableDiffusionXLPipeline")
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(UserError, match=r"foreign is a StableDiffusionXLPipeline, .* give a StableDiffusionPipeline"):
+        draw("--prompt", "x", model=folder)
+
+
+def test_pipelines_of_other_kinds_on_the_hub_are_refused(draw, foreign, tmp_path, monkeypatch):
+    folder, change = foreign
+    change(_class_name="StableDiffusionXLPipeline")
+    with LoopbackHub() as hub:
+        hub.create("models/me/xl")
+        hub.edit("models/me/xl", {"model_index.json": (folder / "model_index.json").read_bytes()})
+        template = hub.url + urlsplit(constants.HUGGINGFACE_CO_URL_TEMPLATE).path
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        with pytest.raises(
+            UserError, match=r"^model me/xl is a StableDiffusionXLPipeline, .* give a StableDiffusionPipe"
+        ):
+            draw("--prompt", "x", model="me/xl")
+
+
+def test_a_pipeline_without_its_safety_checker_draws(draw, foreign):
+    folder, change = foreign
+    wanted = draw("--prompt", "a red flower", model=folder)
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    change(
+        safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True
+    )
+    assert draw("--prompt", "a red flower", model=folder) == wanted
+
+
+# --- Guidance that ends early ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("steps", [4, 6, 12])
+def test_pndm_guides_as_many_steps_as_ddim(workspace, steps, skips):
+    """PNDM calls the UNet several times in its first steps."""
+    last, pipeline = [], sampling.load_pipeline(workspace / "unet")
+    config = pipeline.scheduler.config
+    for scheduler in (DDIMScheduler.from_config(config), PNDMScheduler.from_config(config, skip_prk_steps=skips)):
+        calls = []
+        hook = pipeline.unet.register_forward_pre_hook(
+            lambda module, inputs, calls=calls: calls.append((len(inputs[0]), int(inputs[1])))
+        )
+        pipeline.scheduler = scheduler
+        sampling.generate(pipeline, ["x"], [0], num_inference_steps=steps, guidance_end=0.5, progress=False)
+        hook.remove()
+        last.append(min(timestep for rows, timestep in calls if rows == 2))
+        assert any(rows == 1 for rows, _ in calls)
+    assert abs(last[0] - last[1]) <= 1000 / steps + 1

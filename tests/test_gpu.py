@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from conftest import ROOT, SCRIPTS, TINY
+from t2i.training import checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 # bf16 rounds to 3 digits and fp16 to 4; the order in which kernels add is not always the same
@@ -58,6 +60,17 @@ def test_autoencoder(folder, command):
     launch(command, folder, "train_vae.py", "vae_kernels", "no", "--ssim_weight", 0.1, "--no-cuda_graphs")
     assert len(losses(folder / "vae")) == 12
     np.testing.assert_allclose(losses(folder / "vae"), losses(folder / "vae_kernels"), rtol=NEARNESS["no"])
+
+
+def test_saving_the_average_needs_no_memory_of_the_gpu(tmp_path):
+    module = AutoencoderKL(block_out_channels=(64,)).to("cuda")
+    parameters = list(module.parameters())
+    before, average = [parameter.detach().clone() for parameter in parameters], [torch.rand_like(p) for p in parameters]
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    checkpoints.save_weights(tmp_path, module, parameters, average)
+    assert torch.cuda.max_memory_allocated() - held < sum(weight.nbytes for weight in parameters) / 2
+    assert all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
 
 
 @pytest.mark.parametrize("precision", NEARNESS)

@@ -64,6 +64,7 @@ def test_the_training_keeps_the_average_of_that_update(run):
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
     assert any(not torch.equal(kept[name], last[name]) for name in last)
     assert json.loads((run / "pipeline/guide/guide.json").read_text()) == {"step": 4}
+    assert len({file.stat().st_mode for file in (run / "pipeline/guide").iterdir()}) == 1
     assert not list((run / "pipeline").glob(".*"))
 
 

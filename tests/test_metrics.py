@@ -91,8 +91,10 @@ def test_classifier_shapes_and_round_trip(resolution: int, tmp_path) -> None:
     logits = model(x)
     assert {name: tuple(value.shape) for name, value in logits.items()} == {"color": (2, 3), "side": (2, 2)}
     assert model.features(x).shape == (2, 64)
-    model.save(tmp_path)
-    again = attributes.Classifier.load(tmp_path)
+    model.save(tmp_path / "classifier")
+    modes = {file.stat().st_mode for file in (tmp_path / "classifier").iterdir()}
+    assert len(modes) == 1  # Weights can be read by whoever can read the settings.
+    again = attributes.Classifier.load(tmp_path / "classifier")
     assert again.heads == HEADS
     assert torch.equal(again(x)["color"], logits["color"])
 

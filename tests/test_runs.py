@@ -46,6 +46,7 @@ class OutOfMemoryError(RuntimeError):
             "(CUDA out of memory. Tried to allocate 2 GiB)",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "the memory is full"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), "the memory is full"),
         (
             RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
             "the memory is full (CUDA error: out of memory CUDA kernel",

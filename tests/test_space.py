@@ -266,6 +266,9 @@ def test_a_model_too_large_for_a_space_is_stored_as_float16_and_draws_the_same(o
     halved = space.stage(space.find_model("own"), "me/half", said.append) / "outputs/half/pipeline"
     assert "storing the weights as float16" in said[0]
     assert (halved / weights.relative_to(own)).stat().st_size < 0.6 * weights.stat().st_size
+    assert {file.stat().st_mode for file in halved.rglob("*.safetensors")} == {
+        (halved / "model_index.json").stat().st_mode
+    }
     settings = {"guidance_scale": 3.0, "num_inference_steps": 4, "progress": False}
     here, there = (
         sampling.generate(sampling.load_pipeline(model), [PROMPT], [0], **settings) for model in (own, halved)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from hypothesis import assume, given, settings
@@ -17,6 +18,7 @@ import train_unet
 from t2i import models
 from t2i.config import TrainConfig, UnetConfig
 from t2i.data.caches import TextCache
+from t2i.training import checkpoints
 from t2i.training.loop import Average, build_optimizer, rate_share, warn_of_warmup
 from t2i.training.prefetch import Prefetcher
 
@@ -41,6 +43,17 @@ def test_a_batch_is_made_while_the_one_before_is_trained_on():
     assert [batches.take(2), batches.take(3)] == [4, 9]
     assert made == [1, 2, 3]  # there is no batch 4
     assert batches.take(0) == 0  # any other number is made when asked for
+
+
+def test_saving_the_average_leaves_the_weights_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    module = AutoencoderKL(block_out_channels=(8,), norm_num_groups=1)
+    parameters = list(module.parameters())
+    before, average = [parameter.detach().clone() for parameter in parameters], [torch.rand_like(p) for p in parameters]
+    checkpoints.save_weights(tmp_path, module, parameters, average)
+    assert all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
+    saved = AutoencoderKL.from_pretrained(tmp_path)
+    assert all(torch.equal(now, then) for now, then in zip(saved.parameters(), average, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])

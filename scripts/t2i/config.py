@@ -345,6 +345,8 @@ class DistillConfig(TrainConfig):
     # Guidance scale of the teacher's pictures. With None, use the scale that the teacher's evaluation chose, otherwise
     # that of the validation pictures in its training.
     guidance_scale: Guidance | None = None
+    # How far the teacher's guidance keeps the contrast of an unguided picture. With None, as in its evaluation or training.
+    guidance_rescale: Share | None = None
     trajectories: Count = 1024  # Number of pictures that the teacher draws, from whose latents the student learns.
     # Number of further pictures of the teacher, for captions of validation images, on which the error is measured.
     validation_images: Count = 64

@@ -69,9 +69,9 @@ def _sentence_of(error: Exception) -> str | None:
     return None
 
 
-# What torch says on a CPU, an NVIDIA GPU and an Apple GPU. Most of these errors have no type of their own.
+# What torch says on a CPU, on Windows' CPU, an NVIDIA GPU and an Apple GPU. Most of these errors have no type of their own.
 _FULL = (
-    *("can't allocate memory", "CUDA error: out of memory", "MPS backend out of memory"),
+    *("allocate memory", "not enough memory", "out of memory"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
 )
 _OS_FIXES = {

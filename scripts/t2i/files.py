@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,16 @@ def files_below(folder: Path) -> list[Path]:
             elif path.is_file():
                 found.append(path)
     return sorted(found)
+
+
+def share_weights(folder: Path) -> None:
+    """Let everybody who may read a new folder, or folders below it, read the weights in them.
+
+    safetensors writes for the owner alone.
+    """
+    for file in folder.rglob("*.safetensors"):
+        with suppress(OSError):  # Some network disks have no permissions.
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -208,6 +208,13 @@ def find_teacher_run(student: Path) -> Path | None:
     return next((run for run in sorted(runs) if _state_of(run).get("output_unet_hash") == teacher), None)
 
 
+def check_finished(run: Path) -> None:
+    """Raise `UserError` if a folder is the run of a training that has never finished, whose model is only in checkpoints."""
+    state = read_optional(run / "run.json")
+    if state and state.get("status") != "finished" and "output_unet_hash" not in state:
+        raise UserError(f"the run in {run} has not finished; let it finish, or give one of its checkpoints")
+
+
 def guide_folder(pipeline: Path, checkpoint: Path | None = None) -> Path | None:
     """Return the folder of the earlier weights that guide a model's pictures, or None if the model has no guide.
 

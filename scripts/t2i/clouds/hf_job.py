@@ -211,7 +211,9 @@ def _sorted_words(command: Command, kept: set[str]) -> list[str]:
     """
     if command.recipe is None:
         return command.arguments
-    student = {"num_inference_steps", "guidance_scale"} if command.script == "distill_unet.py" else set()
+    student = (
+        {"num_inference_steps", "guidance_scale", "guidance_rescale"} if command.script == "distill_unet.py" else set()
+    )
     typed = [(plain_option(name), values) for name, values, words in typed_options(command.arguments)
              if not typed_fields(Recipe, words) & (FREE - kept - student)]  # fmt: skip
     return [word for name, values in sorted(typed, key=lambda option: option[0]) for word in (f"--{name}", *values)]

@@ -22,7 +22,7 @@ from t2i.errors import UserError
 from t2i.files import files_below, read_optional, sha256_file, write_text
 from t2i.pictures.png import student_steps
 from t2i.redaction import holds_token, redact
-from t2i.runs import GUIDE, checkpoint_folders, code_revision, own_checkpoint
+from t2i.runs import GUIDE, check_finished, code_revision, own_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -234,23 +234,22 @@ def find_teacher(command: Command) -> Teacher | None:
     """Return the teacher that `--model` names, or None if the command has none on this machine.
 
     Of a run, its settings, the choice of its evaluation and its pipeline are sent. A checkpoint's averaged weights take
-    the place of the pipeline's. A run that is not finished is sent as its newest checkpoint.
+    the place of the pipeline's.
 
     Raises:
-        UserError: the folder holds no denoiser, or a student.
+        UserError: the folder holds no denoiser, a student, or a run that has not finished.
     """
     value = command.folder_options().get("model", "")
     folder = expand_user(value).absolute()
     folder = own_checkpoint(folder.parent, str(folder))
     if not value or not folder.is_dir():
         return None
+    check_finished(folder)
     home, pipeline, checkpoint = folder, folder / "pipeline", None
     if (folder / "model_index.json").is_file():  # the run around a pipeline has its settings
         home, pipeline = folder.parent if (folder.parent / "config.yaml").is_file() else folder, folder
     elif (folder / "state.json").is_file():
         home, pipeline, checkpoint = folder.parent, folder.parent / "pipeline", folder
-    elif (folder / "run.json").is_file() and not (pipeline / "unet").is_dir():
-        checkpoint = next(reversed(checkpoint_folders(folder)), None)
     averaged = checkpoint is not None and (checkpoint / "unet_ema").is_dir()
     unet = (checkpoint or pipeline) / ("unet_ema" if averaged else "unet")
     needed = [*([folder / "run.json"] if folder not in (pipeline, checkpoint) else []), unet / "config.json"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from t2i.errors import UserError
-from t2i.files import read_json, write_json
+from t2i.files import read_json, share_weights, write_json
 
 Heads = Mapping[str, Sequence[Any]]  # name of a head -> the values that it distinguishes, in the order of its logits
 
@@ -78,6 +78,7 @@ class Classifier(nn.Module):
         safetensors.torch.save_file(
             {k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
         )
+        share_weights(folder)
         write_json(folder / "config.json", {"heads": self.heads, "resolution": self.resolution, "width": self.width})
 
     @classmethod

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from t2i.errors import UserError
-from t2i.files import read_json, write_json, write_text
+from t2i.files import read_json, share_weights, write_json, write_text
 from t2i.hub import model_card, upload
 from t2i.hub.dataset_card import merge_cards
 from t2i.hub.markdown import one_line
@@ -300,6 +300,7 @@ def stage(model: Model, repo_id: str, say: Callable[[str], Any] = print) -> Path
             _write_half(source, target)
         else:
             shutil.copyfile(source, target)
+    share_weights(folder)
     if folder_size(folder) > SPACE_BYTES:
         raise UserError(
             f"the Space would be {folder_size(folder) / 1e9:.2f} GB, and the Hub takes at most {SPACE_BYTES / 1e9:.0f} GB; "

@@ -5,19 +5,20 @@ generator.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i import models
-from t2i.errors import UserError
+from t2i.errors import UserError, is_out_of_memory
 from t2i.files import read_object
 from t2i.models import best_device
 from t2i.pictures import engines
@@ -35,6 +36,14 @@ from t2i.pictures.png import (  # noqa: F401 - other modules import them from he
 )
 from t2i.runs import checkpoint_copies, checkpoint_folders, guide_folder, own_checkpoint
 from t2i.training.checkpoints import MANIFEST, find_damage
+
+OPTIONS: dict[str, Any] = {  # Options of diffusers' `from_pretrained` for a whole pipeline.
+    "dtype": torch.float32,  # By default, transformers keeps half precision, and diffusers does not. They cannot be mixed.
+    "use_safetensors": True,
+    "safety_checker": None,
+    "feature_extractor": None,  # Only the safety checker needs it.
+    "requires_safety_checker": False,
+}
 
 
 def load_pipeline(
@@ -94,9 +103,8 @@ def load_pipeline(
         raise UserError(f"model {model} is neither a folder here nor a Hub id of the form ORG/NAME; correct the path")
     else:
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(model), revision=revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-            )
+            _check_class(model, _download_index(str(model), revision))
+            pipeline = StableDiffusionPipeline.from_pretrained(str(model), revision=revision, **OPTIONS)
             pipeline = attach(pipeline, download_guide(str(model), revision))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -132,6 +140,25 @@ def _check_device(device: str | torch.device) -> None:
         ) from None
 
 
+def _download_index(repo_id: str, revision: str | None) -> dict[str, Any]:
+    """Return the model_index.json of a pipeline on the Hub, or {} if it cannot be read, as diffusers then explains."""
+    name = "model_index.json"
+    try:
+        cached = try_to_load_from_cache(repo_id, name, revision=revision)  # A pipeline keeps its class.
+        return read_object(
+            Path(cached if isinstance(cached, str) else hf_hub_download(repo_id, name, revision=revision))
+        )
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_class(model: str | Path, index: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the content of a model_index.json names another class than `StableDiffusionPipeline`."""
+    kind = index.get("_class_name", "StableDiffusionPipeline")
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"model {model} is a {kind}, which this suite cannot draw with; give a StableDiffusionPipeline")
+
+
 def _exported(folder: Path, weights: str, device: str | torch.device, engine: str) -> Path | None:
     """Return the pipeline folder with valid compiled models for `folder` and `weights`.
 
@@ -150,20 +177,20 @@ def _exported(folder: Path, weights: str, device: str | torch.device, engine: st
 
 
 def _load_folder(folder: Path, weights: str) -> StableDiffusionPipeline:
-    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     if (folder / "model_index.json").is_file():
-        parts = read_object(folder / "model_index.json").items()
+        index = read_object(folder / "model_index.json")
+        _check_class(folder, index)
         missing = [
             name
-            for name, kind in parts
-            if isinstance(kind, list) and kind[:1] != [None] and not (folder / name).is_dir()
+            for name, kind in index.items()
+            if isinstance(kind, list) and kind[:1] != [None] and name not in OPTIONS and not (folder / name).is_dir()
         ]
         if missing:
             raise UserError(
                 f"the pipeline in {folder} lacks {', '.join(missing)}, which its model_index.json names; copy the whole folder"
             )
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **OPTIONS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             # Damaged JSON raises the last three.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -332,10 +359,9 @@ def _drawn(pipeline: StableDiffusionPipeline, prompts: list[str], **options: Any
         with guiding(pipeline):
             made = pipeline(prompts, **options).images
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not exhausted and "allocate memory" not in text and "out of memory" not in text:
+        if not is_out_of_memory(error):
             raise
+        text = str(error)
         raise UserError(
             f"memory does not suffice for {len(prompts)} pictures at once ({text.splitlines()[0][:150] if text else 'none left'}); "
             "draw fewer at once, by a smaller --batch_size, --eval_batch_size or number of --validation_prompts"
@@ -358,7 +384,7 @@ def _after_steps(
         guidance_end: share of the steps, from the first on, that are guided.
     """
     guided = guided_steps(steps, guidance_end)
-    last_guided = guided * pipeline.scheduler.order  # counts calls of the UNet; Heun's method makes two per step
+    last_guided = _calls(pipeline.scheduler, guided)
     if guided == steps and watch is None:
         return {}
     wanted = ["latent_model_input", "noise_pred"] if watch else []
@@ -381,6 +407,14 @@ def _after_steps(
         return {}
 
     return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": [*wanted, "prompt_embeds"]}
+
+
+def _calls(scheduler: Any, steps: int) -> int:
+    """Return how many calls of the UNet a scheduler's first steps take. Heun's method makes two per step."""
+    if not isinstance(scheduler, PNDMScheduler):
+        return steps * scheduler.order
+    # PNDM starts with three steps of Runge and Kutta, or with one of Heun.
+    return steps + 1 if scheduler.config.skip_prk_steps else steps + 3 * min(steps, 3)
 
 
 def predicted_x0(scheduler: Any, sample: torch.Tensor, output: torch.Tensor, timestep: Any) -> torch.Tensor:

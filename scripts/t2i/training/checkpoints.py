@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from t2i.errors import UserError
-from t2i.files import sha256_file, write_text
+from t2i.files import sha256_file, share_weights, write_text
 from t2i.runs import checkpoint_copies, checkpoint_folders, checkpoint_step, own_checkpoint
 
 MANIFEST = "manifest.json"
@@ -131,6 +131,7 @@ def _write_part(part: Path, step: int, write: Callable[[Path], None], node: Node
     node.meet()
     if not node.first:
         return
+    share_weights(part)
     files = {}
     for file in sorted(path for path in part.rglob("*") if path.is_file()):
         sync(file)
@@ -300,8 +301,8 @@ def forget_after(run: Path, step: int, node: Node, say: Callable[[str], Any] = p
 
 @torch.no_grad()
 def save_weights(folder: Path, module: Any, parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Save `module` in diffusers' format with `values` (float32) in place of `parameters`."""
-    own = [parameter.detach().clone() for parameter in parameters]
+    """Save `module` in diffusers' format with `values` (float32) in place of `parameters`, which the CPU keeps meanwhile."""
+    own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     try:
         copy_weights(values, parameters)
         module.save_pretrained(folder)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from t2i import config, models
 from t2i.config import Recipe, TrainUnetConfig
 from t2i.errors import UserError, is_out_of_memory
-from t2i.files import append_jsonl, hash_json, write_json
+from t2i.files import append_jsonl, hash_json, share_weights, write_json
 from t2i.hub import model_card
 from t2i.pictures import sampling
 from t2i.runs import GUIDE, GUIDE_STEP, RunFolder, code_revision
@@ -34,6 +34,7 @@ def save_frozen(run: RunFolder, frozen: dict[str, Any], scheduler: Any) -> None:
     """Save the models that the training leaves as they are, and the scheduler, in the run's pipeline."""
     for name in {"vae", "text_encoder", "tokenizer"} & set(frozen):
         frozen[name].save_pretrained(run.folder / "pipeline" / name)
+        share_weights(run.folder / "pipeline" / name)
     scheduler.save_pretrained(run.folder / "pipeline" / "scheduler")
 
 
@@ -114,6 +115,7 @@ def keep_guide(
                 shutil.rmtree(part, ignore_errors=True)  # A killed save leaves it behind.
                 unet.save_pretrained(part, safe_serialization=True)
                 write_json(part / GUIDE_STEP, {"step": step})
+                share_weights(part)
                 for file in (*part.iterdir(), part):
                     checkpoints.sync(file)
                 shutil.rmtree(place, ignore_errors=True)
@@ -151,7 +153,10 @@ def finish(
     if weights is None:  # This makes room for VAE and text encoder. Nothing needs the moments any more.
         train_state.optimizer.state.clear()
     give_back_memory()
-    sampling.assemble(folder, unet.cpu()).save_pretrained(folder, safe_serialization=True)
+    unet.cpu().save_pretrained(folder / "unet", safe_serialization=True)
+    share_weights(folder / "unet")
+    # The frozen models are there since the start. Windows refuses to replace their files while they are mapped into memory.
+    sampling.assemble(folder, unet).save_config(folder)
     skips = {f"{kind}_skips": count for kind, count in train_state.skipped.items()}
     run.finish(
         **results, **skips, processes=accelerator.num_processes, precision=accelerator.mixed_precision,

@@ -27,7 +27,7 @@ from t2i.data.preparing import batch_indices
 from t2i.diffusion import mix
 from t2i.errors import UserError
 from t2i.evaluation.metrics import psnr
-from t2i.files import hash_json, read_object, write_json
+from t2i.files import hash_json, read_object, share_weights, write_json
 from t2i.models import hash_model, load_part
 from t2i.training.muon import Muon
 
@@ -113,6 +113,7 @@ def cache_tiny(
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         tiny.cpu().save_pretrained(part, safe_serialization=True)
+        share_weights(part)
         write_json(part / "psnr.json", {"psnr_db": decibels})
         os.replace(part, folder)
     return tiny, decibels

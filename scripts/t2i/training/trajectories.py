@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from t2i.data.caches import TextCache
 from t2i.data.preparing import batch_indices
@@ -76,8 +77,8 @@ def cache_trajectories(
 
 @torch.no_grad()
 def solve_trajectories(
-    unet: Any, guide: Any, scheduler: Any, guidance_scale: float, empty: torch.Tensor, points: int,
-    noise: torch.Tensor, hidden: torch.Tensor,
+    unet: Any, guide: Any, scheduler: Any, guidance_scale: float, guidance_rescale: float, empty: torch.Tensor,
+    points: int, noise: torch.Tensor, hidden: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Return latents [B, points, C, h, w] of pictures that a teacher draws with guidance, by the steps of `SOLVER`.
 
@@ -86,6 +87,7 @@ def solve_trajectories(
         guide: earlier UNet that guides it, as in `pictures/guide.py`. With None, the teacher guides with the empty caption.
         scheduler: scheduler of `SOLVER`, with steps spread evenly to the last noise level ("trailing").
         guidance_scale: scale of classifier-free guidance. A scale of at most 1 disables it.
+        guidance_rescale: how far the guided prediction is scaled to the standard deviation of the unguided one, 0 to 1.
         empty: text embedding of the empty caption, [1, L, D].
         points: number of points of a trajectory. The first is the noise, and the last the finished picture.
         noise: standard normal noise, [B, C, h, w].
@@ -103,6 +105,8 @@ def solve_trajectories(
             weak = guide(latents, timestep, weak_hidden).sample.float()
             strong = unet(latents, timestep, hidden).sample.float()
             output = weak + guidance_scale * (strong - weak)
+            if guidance_rescale:
+                output = rescale_noise_cfg(output, strong, guidance_rescale)
         else:
             output = unet(latents, timestep, hidden).sample.float()
         latents = scheduler.step(output, timestep, latents).prev_sample
