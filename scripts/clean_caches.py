@@ -91,12 +91,13 @@ def main() -> None:
 
 
 def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
-    """Return the idle run folders below `outputs`, also behind links, and the folders that are at work or unreadable.
+    """Return the idle run folders below `outputs`, and the folders that are at work or unreadable, also behind links.
 
-    A run is at work if a process holds its lock, or the lock of a folder in it, such as `evaluation/` and `cells/`. A
-    training holds the lock before it writes run.json, and while it extends a finished run.
+    Idle runs outside `outputs`, to which only a link leads, are left out: other people may use them. A run is at work if a
+    process holds its lock, or the lock of a folder in it, such as `evaluation/` and `cells/`. A training holds the lock before
+    it writes run.json, and while it extends a finished run.
     """
-    found = dict(walk(outputs))
+    found, root = dict(walk(outputs)), os.path.realpath(outputs)
     locked = [
         folder
         for folder, files in found.items()
@@ -108,7 +109,10 @@ def find_runs(outputs: Path) -> tuple[list[Path], list[Path]]:
     for run in folders:
         try:
             read_object(run / "run.json")
-            (busy if any(folder.is_relative_to(run) for folder in locked) else runs).append(run)
+            if any(folder.is_relative_to(run) for folder in locked):
+                busy.append(run)
+            elif Path(os.path.realpath(run)).is_relative_to(root):
+                runs.append(run)
         except UserError:
             busy.append(run)
     return runs, busy

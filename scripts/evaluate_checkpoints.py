@@ -21,7 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i.config import DataConfig, EvaluateConfig, Recipe, TrainUnetConfig, load_recipe, parse, with_settings_of_model
+from t2i.config import (
+    PACKAGED_NETWORKS,
+    DataConfig,
+    EvaluateConfig,
+    Recipe,
+    TrainUnetConfig,
+    load_recipe,
+    parse,
+    with_settings_of_model,
+)
 from t2i.errors import UserError, run_main
 from t2i.evaluation.figures import attribute_names, chance_closer, other_prompts, percent
 from t2i.evaluation.verdict import choose, make_verdict, verdict_of
@@ -293,6 +302,8 @@ def evaluation_settings(config: EvaluateConfig, preset: Preset) -> dict[str, Any
     }
     if config.engine != "openvino":
         del settings["engine"]  # The other engines draw the same pictures.
+    if config.judge_network and config.judge_network not in PACKAGED_NETWORKS:
+        settings["pooler"] = "learnt"  # In earlier versions that of a classifier was random.
     if not config.guidance_rescale:
         del settings["guidance_rescale"]  # Evaluations from before this setting existed had none.
     return settings | preset._asdict() if config.preset else settings

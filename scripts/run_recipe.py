@@ -162,7 +162,9 @@ def check_stages(recipe: Recipe, options: Options) -> None:
         check_optimizer(recipe.train_unet.optimizer, read_yaml(Path(options.accelerate_config)))
     folder, resume = Path(options.output_dir), recipe.train_unet.resume_from_checkpoint
     folder.mkdir(parents=True, exist_ok=True)
-    if resume not in (None, "latest") and not own_checkpoint(folder / "unet", resume).is_dir():
+    went_back = read_optional(folder / "unet" / "run.json").get("went_back") or {}  # of `t2i.training.loop.went_back`
+    is_new = resume not in (None, "latest") and Path(resume).name != went_back.get("checkpoint")
+    if is_new and not own_checkpoint(folder / "unet", str(resume)).is_dir():
         raise UserError(
             f"resume_from_checkpoint {resume}: {folder / 'unet'} has no such checkpoint; name one of its checkpoints, or latest"
         )

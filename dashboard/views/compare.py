@@ -25,7 +25,7 @@ from helpers.run_samples import show_samples
 from helpers.tables import show_rows, table_of_rows
 
 from t2i.errors import UserError
-from t2i.evaluation.figures import figure, figure_text, flatten, words
+from t2i.evaluation.figures import figure, figure_text, told, words
 from t2i.pictures import cells
 from t2i.tracking.curves import Curve
 
@@ -240,12 +240,12 @@ def show_evaluation(name: str, run: Path) -> None:
     report = read_or_warn(run / "evaluation" / "evaluation.json").get("report")
     if isinstance(report, dict):
         show_judge(report)
-    rows = [{figure(key).name: value for key, value in flatten(result).items()} for result in results]
+    rows = [{figure(key).name: value for key, value in told(result).items()} for result in results]
     show_rows(rows)
     if isinstance(report, dict):
         st.text("Report, on prompts of its own")
         count = report.get("prompts")
-        figures = flatten(report).items()
+        figures = told(report).items()
         show_rows([{"figure": figure(key).name, "value": figure_text(key, value, count)} for key, value in figures])
         show_file(run / "evaluation", "report.png")
 

@@ -132,4 +132,6 @@ def without_paths(settings: Any) -> Any:
     """Return settings with each absolute path cut to its last part, so that they can be published."""
     if isinstance(settings, Mapping):
         return {key: without_paths(value) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [without_paths(value) for value in settings]
     return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings

@@ -125,8 +125,11 @@ def _begin(
         return int((part / "rows").read_text(encoding="utf-8"))
     shutil.rmtree(part, ignore_errors=True)  # A process was killed here.
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if size > shutil.disk_usage(part.parent).free:
-        raise _too_full(what, size, part.parent)
+    free = shutil.disk_usage(part.parent).free
+    if size > free:
+        raise UserError(
+            f"{what} need {size / 1e6:.0f} MB in {part.parent}, which has {free / 1e6:.0f} MB free; give another --cache_dir"
+        )
     say(f"computing {what}: {size / 1e6:.1f} MB in {part.parent}")
     (part / "done").mkdir(parents=True)
     rows = batch * -(-shape[0] // (batch * RANGES))  # a multiple of `batch`
@@ -137,7 +140,9 @@ def _begin(
     except OSError as error:
         if error.errno in FULL:  # otherwise the file system cannot reserve room
             shutil.rmtree(part)
-            raise _too_full(what, size, part.parent) from None
+            raise UserError(
+                f"{what} need {size / 1e6:.0f} MB in {part.parent} ({error.strerror}); make room, or give another --cache_dir"
+            ) from None
     os.replace(part / "new.npy", part / "array.npy")
     return rows
 
@@ -147,13 +152,6 @@ def _reserve(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _too_full(what: str, size: int, folder: Path) -> UserError:
-    free = shutil.disk_usage(folder).free
-    return UserError(
-        f"{what} need {size / 1e6:.0f} MB in {folder}, which has {free / 1e6:.0f} MB free; give another --cache_dir"
-    )
 
 
 def _compute_one(

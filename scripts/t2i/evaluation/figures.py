@@ -40,6 +40,7 @@ FIGURES = {
     r"val_loss": Figure("validation loss", "lower", is_guided=False),
     # A student's loss is measured on its teacher's pictures, so it is no other model's loss.
     r"student_val_loss": Figure("validation loss of students", "lower", is_guided=False),
+    r"prompt_following_(held_out|seen)\.all": Figure("prompt following {}, combined attributes"),
     r"prompt_following\.(.+)": Figure("prompt following, {}", "higher", is_share=True),
     r"val_loss_(\d+)_(\d+)": Figure("validation loss, timesteps {} to {}", "lower", is_guided=False),
     r"val_psnr_db": Figure("PSNR of reconstructions in dB", "higher", is_guided=False),
@@ -166,6 +167,12 @@ def figure_text(key: str, value: Any, count: Any = None) -> str:
     if figure(key).is_share and is_finite(value):
         return percent(value, count if isinstance(count, int) else None)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of `values` as `flatten` does, without each "all" that only repeats the "label" beside it."""
+    row = flatten(values)
+    return {key: value for key, value in row.items() if not key.endswith(".all") or f"{key[:-3]}label" not in row}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

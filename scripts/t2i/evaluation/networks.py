@@ -66,17 +66,17 @@ def load_efficientnet_lite(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def load_vision_model(name: str, use: str) -> tuple[Any, Any]:
+def load_vision_model(name: str, use: str, is_pooled: bool = False) -> tuple[Any, Any]:
     """Return the image processor and the frozen model of a vision or CLIP model of transformers, in eval mode.
-
-    The weights of a classifier have no pooler. The model then gets none, because a new one would be random.
 
     Args:
         name: Hub id or folder with safetensors weights.
         use: what the network is for, in the words of the message if it cannot be loaded.
+        is_pooled: whether its pooler is used. The weights of a classifier have no pooler, and a new one would be random. The
+            model then gets none.
 
     Raises:
-        UserError: the model cannot be loaded, or lacks weights.
+        UserError: the model cannot be loaded, or lacks weights that are used.
     """
     from transformers import AutoImageProcessor, AutoModel  # These are slow to import, and seldom needed.
 
@@ -86,9 +86,9 @@ def load_vision_model(name: str, use: str) -> tuple[Any, Any]:
             name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
         missing = sorted(info["missing_keys"])
-        if missing and all(key.startswith("pooler.") for key in missing):
+        if is_pooled and missing and all(key.startswith("pooler.") for key in missing):
             model.pooler = None
-        elif missing:
+        elif is_pooled and missing:
             raise ValueError(f"{missing[0]} is not among its weights, so they are of another kind of model")
     return processor, model.eval().requires_grad_(False)
 
@@ -142,7 +142,7 @@ class FeatureNetwork:
                 # It takes a sixth of the time, and the features differ by less than 1e-4.
                 self.compiled = engines.compile_module(self.model, torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE))
             return
-        self.processor, self.model = load_vision_model(self.name, "as the network of the judge")
+        self.processor, self.model = load_vision_model(self.name, "as the network of the judge", is_pooled=True)
         self.model.to(self.device)
         with loading(self.name, "as the network of the judge"):
             example = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)

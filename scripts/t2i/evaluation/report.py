@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from t2i.evaluation.figures import figure, figure_text, flatten
+from t2i.evaluation.figures import figure, figure_text, flatten, told
 from t2i.evaluation.verdict import TOPICS, is_setting, outcome, verdict_of
 from t2i.files import read_optional, write_text
 from t2i.hub.markdown import one_line
@@ -174,13 +174,11 @@ def _wall(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> Ite
 def _sweep(run: Path, evaluation: Mapping[str, Any], side: int, kind: str) -> Iterator[Html]:
     """Yield the figures of each checkpoint and guidance scale, and a grid of pictures for some of the prompts."""
     yield tag("h2", "Checkpoints and guidance scales")
-    flat = [flatten(result) for result in evaluation.get("cells") or [] if isinstance(result, Mapping)][:ROWS]
+    flat = [told(result) for result in evaluation.get("cells") or [] if isinstance(result, Mapping)][:ROWS]
     keys = ["checkpoint", "guidance_scale", "val_loss", "judge.kernel_distance", "judge.standard_error",
             *dict.fromkeys(key for row in flat for key in row if key.startswith("prompt_following.")),
             "clip_score.mean", "memorisation.copies"]  # fmt: skip
     keys = [key for key in keys if any(row.get(key) is not None for row in flat)]
-    if "prompt_following.label" in keys:  # which "all" repeats
-        keys = [key for key in keys if key != "prompt_following.all"]
     rows = [[figure_text(key, row.get(key)) for key in keys] for row in flat]
     yield _table([figure(key).name for key in keys], rows)
     evaluated = cells.evaluated_grid(run)
@@ -272,9 +270,7 @@ def _curve(name: str, curve: Curve) -> Html | None:
 def _tables(run: Path, evaluation: Mapping[str, Any]) -> Iterator[Html]:
     """Yield the tables of the report's figures, of provenance and of settings."""
     report = without_paths(evaluation["report"])
-    values = [
-        [figure(key).name, figure_text(key, value, report.get("prompts"))] for key, value in flatten(report).items()
-    ]
+    values = [[figure(key).name, figure_text(key, value, report.get("prompts"))] for key, value in told(report).items()]
     state, identity = read_optional(run / "run.json"), read_optional(run / "evaluation" / "run.json").get("identity")
     known = {key: state[key] for key in STATE_KEYS if state.get(key) is not None}
     provenance = flatten(redact_config(without_paths(read_optional(run / "provenance.json") | known)))

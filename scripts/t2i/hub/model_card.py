@@ -300,11 +300,12 @@ def _distillation(recipe: Recipe, result: dict[str, Any], provenance: dict[str, 
     """Return the rows of a student: its teacher, and what it learnt from it."""
     config = recipe.distill
     steps = f"{config.num_inference_steps} step{'s' if config.num_inference_steps > 1 else ''}"
+    rescaled = f", rescaled by {config.guidance_rescale:g}" if config.guidance_rescale else ""
     decibels = _number(result.get("decoder_psnr_db"))
     return {
         "Teacher": f"UNet `{one_line(provenance.get('teacher_hash'))}`, of which this model is a student",
-        "CFG Training": f"guidance at scale {config.guidance_scale or 0:g}, distilled from {config.trajectories:,} pictures of the "
-        f"teacher; the student draws in {steps}, without guidance",
+        "CFG Training": f"guidance at scale {config.guidance_scale or 0:g}{rescaled}, distilled from {config.trajectories:,} pictures "
+        f"of the teacher; the student draws in {steps}, without guidance",
         "Decoder": f"tiny, distilled from the autoencoder's: {decibels:.1f} dB PSNR to its pictures"
         if decibels
         else "the autoencoder's",
@@ -363,9 +364,8 @@ def _figures(result: dict[str, Any], report: dict[str, Any], vae_run: dict[str, 
     for key, value in bands.items():
         low, high = key.removeprefix("val_loss_").split("_")
         rows[f"Val {loss}, timesteps {low} to {high}"] = _figure(value)
-    if not _has_tiny_decoder(
-        result
-    ):  # Its PSNR stands in the row Decoder. It is not that of the teacher's autoencoder.
+    # The PSNR of a tiny decoder stands in the row Decoder. It is not that of the teacher's autoencoder.
+    if not _has_tiny_decoder(result):
         rows["VAE reconstruction of validation images"] = (
             f"{_figure(vae_run.get('psnr_db'), 2)} dB PSNR, {_figure(vae_run.get('ssim'), 3)} SSIM"
             if vae_run

@@ -113,9 +113,8 @@ def load_pipeline(
             ) from None
     for part in (unguided(pipeline.unet), pipeline.vae):
         if hasattr(part, "register_to_config"):
-            part.register_to_config(
-                _name_or_path=""
-            )  # A student is saved with it, and a local path must not be published.
+            # A student is saved with it, and a local path must not be published.
+            part.register_to_config(_name_or_path="")
     if engine == "openvino" and not compiled:
         pipeline = engines.compile_pipeline(pipeline)
     if scheduler:
