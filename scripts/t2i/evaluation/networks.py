@@ -86,10 +86,10 @@ def load_vision_model(name: str, use: str, is_pooled: bool = False) -> tuple[Any
             name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
         missing = sorted(info["missing_keys"])
-        if is_pooled and missing and all(key.startswith("pooler.") for key in missing):
+        if lacking := [key for key in missing if not key.startswith("pooler.")]:
+            raise ValueError(f"{lacking[0]} is not among its weights, so they are of another kind of model")
+        if is_pooled and missing:
             model.pooler = None
-        elif is_pooled and missing:
-            raise ValueError(f"{missing[0]} is not among its weights, so they are of another kind of model")
     return processor, model.eval().requires_grad_(False)
 
 
