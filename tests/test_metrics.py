@@ -353,6 +353,13 @@ def test_no_figure_chooses_that_noise_or_a_copy_would_win() -> None:
     assert (known.name, known.better, known.is_share) == ("prompt following, petal color", "higher", True)
 
 
+def test_a_figure_that_repeats_the_label_is_told_once():
+    shares = {"label": 0.6, "all": 0.6}
+    told = figures.told({"prompt_following": shares, "prompt_following_held_out": shares, "steps": {"all": 3}})
+    assert told == {"prompt_following.label": 0.6, "prompt_following_held_out.label": 0.6, "steps.all": 3}
+    assert figures.figure("prompt_following_held_out.all").name == "prompt following held out, combined attributes"
+
+
 def test_clipped_colors_are_those_near_black_or_white():
     pictures = np.full((2, 4, 4, 3), 128, np.uint8)
     assert metrics.clipped_share(pictures) == 0

@@ -94,14 +94,18 @@ def test_the_report_holds_all_of_the_evaluation(tmp_path):
 
 def test_the_report_names_no_folder_of_this_machine(tmp_path):
     run = reported_run(tmp_path / "one")
-    (run / "config.yaml").write_text("data: {dataset: /home/someone/photos}\nvae: {vae: /home/someone/vae}\n")
+    (run / "config.yaml").write_text(
+        "data: {dataset: /home/someone/photos}\nvae: {vae: /home/someone/vae}\ncaption: {captioner: [/home/someone/blip]}\n"
+    )
     (run / "provenance.json").write_text(json.dumps({"dataset": "photos", "vae_run": {"from": "/home/someone/base"}}))
     (run / "evaluation" / "run.json").write_text(json.dumps({"identity": {"judge_network": "/home/someone/judge"}}))
     evaluation = evaluation_of(run)
     evaluation["report"]["clip_score"] = {"mean": 30.0, "model": "/home/someone/clip"}
     text = report.write_report(run, evaluation, []).read_text(encoding="utf-8")
     assert "/home/someone" not in text
-    assert all(f"{word}" in Page(text).text for word in ("dataset: photos", "vae: vae", "base", "judge", "clip"))
+    assert all(
+        f"{word}" in Page(text).text for word in ("dataset: photos", "vae: vae", "- blip", "base", "judge", "clip")
+    )
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,18 @@ except Exception as error: print(error, "torch" in sys.modules)
     assert "did you mean outputs/dataset? Else: outputs/datset is not in the Hub's cache here" in said
     assert said.strip().endswith("False")
     find_dataset(Recipe(data=type(Recipe().data)(dataset="outputs/dataset")).data)
+
+
+def test_a_checkpoint_that_the_run_went_back_to_may_be_gone(tmp_path):
+    """Later checkpoints have taken its place. The training then resumes from the newest one."""
+    recipe, options = load_recipe("demo"), run_recipe.Options(output_dir=str(tmp_path))
+    recipe.train_unet.resume_from_checkpoint = "checkpoint-000900"
+    with pytest.raises(UserError, match="has no such checkpoint"):
+        run_recipe.check_stages(recipe, options)
+    (tmp_path / "unet").mkdir()
+    state = {"went_back": {"checkpoint": "checkpoint-000900", "steps": 2000}}
+    (tmp_path / "unet" / "run.json").write_text(json.dumps(state))
+    run_recipe.check_stages(recipe, options)
+    recipe.train_unet.resume_from_checkpoint = "checkpoint-000800"
+    with pytest.raises(UserError, match="has no such checkpoint"):
+        run_recipe.check_stages(recipe, options)
