@@ -41,7 +41,8 @@ export PYTHONDONTWRITEBYTECODE :=
         prove-container prove-space load-dashboard sagemaker-train sagemaker-rehearse hf-train jobs train-config train-inputs clean-caches lock
 
 demo: $(READY)
-	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo
+	$(BIN)/python scripts/run_recipe.py --config scripts/recipes/demo.yaml --output_dir outputs/demo \
+	  $(if $(filter file,$(origin CONFIG)),,--accelerate_config $(CONFIG)) $(ARGS)
 
 # Test files run in the order of tests/conftest.py, the longest first. By default xdist would start with those of most tests.
 # On two cores, three workers are quicker than two: many tests wait for other processes.
@@ -49,7 +50,9 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The YAML's compute_environment decides where a training runs: as a job of SageMaker or Hugging Face, or here by accelerate.
-yes = $(filter 1 y yes true,$(1))
+# DRY_RUN, YES, WAIT, FRESH and SIZE: whether the value means yes. A value that is neither yes nor no ends make.
+yes = $(if $(filter 1 y Y yes Yes YES true True TRUE on On ON,$(1)),1,$(if $(filter-out \
+        0 n N no No NO false False FALSE off Off OFF,$(1)),$(error write 1 for yes or 0 for no, not $(1))))
 SUBMIT = $(if $(call yes,$(DRY_RUN)),--dry_run) $(if $(call yes,$(YES)),--yes) $(if $(call yes,$(WAIT)),--wait) $(if $(INSIDE),--inside $(INSIDE)) $(LAUNCH_ARGS)
 # Without ARGS, the demo's training runs, on its drawings and its autoencoder.
 DEMO := outputs/demo
@@ -79,7 +82,7 @@ train: $(READY) train-config
 	@case "$(KIND)" in \
 	  AMAZON_SAGEMAKER) set -x; $(BIN)/python scripts/launch_sagemaker.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS) ;; \
 	  HF_JOBS) set -x; $(BIN)/python scripts/launch_hf_job.py --config_file $(CONFIG) $(SUBMIT) $(SCRIPT) $(ARGS) ;; \
-	  *) set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS) ;; \
+	  *) set -x; $(BIN)/accelerate launch --quiet --config_file $(CONFIG) $(SCRIPT) $(ARGS) $(if $(call yes,$(DRY_RUN)),--dry_run) ;; \
 	esac
 
 sagemaker-train: ARGS ?= --config flowers
@@ -111,7 +114,7 @@ export: $(READY)
 	$(BIN)/python scripts/export_pipeline.py $(if $(MODEL),--model $(MODEL))
 
 publish: named $(READY)
-	$(BIN)/python scripts/publish_model.py --model $(MODEL) --hub_model_id $(REPO) $(ARGS)
+	$(if $(call yes,$(DRY_RUN)),$(error make publish has no dry run; leave out DRY_RUN))$(BIN)/python scripts/publish_model.py --model $(MODEL) --hub_model_id $(REPO) $(ARGS)
 
 named:
 	@[ -n "$(MODEL)" ] && [ -n "$(REPO)" ] || { \
@@ -170,13 +173,15 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py $(PEER)
 	$(if $(PEER),$(BIN)/python benchmarks/train.py $(PEER))
 
-# The environment is marked ready at the end, so an interrupted install is repeated. The lock holds all packages, so none is
+# The environment is marked ready at the end, so an interrupted install is repeated. One of another Python is emptied first. The lock holds all packages, so none is
 # resolved. uv installs them if it exists, otherwise pip. torch has its own pin, as its CPU and CUDA builds differ: pip takes
 # the CPU build if one of its indexes offers one.
 $(READY): $(REQUIREMENTS) requirements-train.txt scripts/requirements.txt $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'
 	@echo "installing $(LOCK) and torch into $(VENV): 2 to 6 GB on disk; a minute by uv, two to five by pip"
-	$(PYTHON) -m venv $(VENV)
+	@version='import sys; print(sys.version_info[:2])'; \
+	  if [ -e $(BIN)/python ] && [ "$$($(BIN)/python -c "$$version" 2>&1)" != "$$($(PYTHON) -c "$$version")" ]; then \
+	    set -x; $(PYTHON) -m venv --clear $(VENV); else set -x; $(PYTHON) -m venv $(VENV); fi
 	@if uv --version >/dev/null 2>&1; then \
 	  set -x; uv pip install --python $(BIN)/python --no-deps --requirement $(LOCK); \
 	else \

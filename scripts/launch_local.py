@@ -6,6 +6,7 @@ On Ctrl-C or SIGTERM this launcher waits until the training has saved a checkpoi
 once.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,19 +15,27 @@ from typing import Any
 
 import psutil
 
-from t2i.errors import run_main
+from t2i.errors import UserError, run_main
 from t2i.launch_config import check_launch_config
 from t2i.training.stopping import EXIT_STOPPED
+
+SAVE_S = 3600  # Longest wait for processes that save after a signal. torch's launcher would kill them after 30 s.
 
 
 def main() -> None:
     # accelerate is imported after this file's folder has left the path, as modules there have common names.
     sys.path.pop(0)
+    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     options = launch_command_parser().parse_args()
     if options.config_file:
         check_launch_config(Path(options.config_file), "--config_file")
+        try:
+            load_config_from_file(options.config_file)
+        except ValueError as error:
+            raise UserError(f"--config_file {options.config_file}: {error}") from None
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
     options.quiet = False  # --quiet would hide the exit code
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
@@ -43,7 +52,7 @@ def main() -> None:
 
 def pass_on(number: int, frame: Any) -> None:
     """Forward a signal to the training, unless it is a Ctrl-C that the terminal has already sent to all processes."""
-    if number != signal.SIGINT or not sys.stdin.isatty():
+    if number != signal.SIGINT or not (os.name == "nt" or sys.stdin.isatty()):  # Windows sends it to all as well.
         for process in psutil.Process().children():
             process.send_signal(number)
 

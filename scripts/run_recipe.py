@@ -244,7 +244,10 @@ def quiet_launcher(config: str) -> None:
     """On a CPU, set the environment variables that accelerate's launcher would otherwise warn about at each stage."""
     path = Path(config)
     if path.is_file() and "use_cpu: true" in path.read_text(encoding="utf-8"):
-        os.environ.setdefault("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))  # the launcher's own choice
+        values = read_yaml(path)
+        processes = max(int(values.get("num_processes") or 1) // int(values.get("num_machines") or 1), 1)
+        threads = max((psutil.cpu_count(logical=False) or 1) // processes, 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the launcher's own choice
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -286,7 +289,8 @@ def wait_for(process: "subprocess.Popen[bytes]") -> int:
     """
 
     def pass_on(number: int, frame: Any) -> None:
-        if number != signal.SIGINT or not sys.stdin.isatty():  # a terminal sends Ctrl-C to the stage as well
+        # A terminal sends Ctrl-C to the stage as well, and so does Windows.
+        if number != signal.SIGINT or not (os.name == "nt" or sys.stdin.isatty()):
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}

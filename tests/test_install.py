@@ -103,6 +103,27 @@ def test_make_train_alone_trains_what_the_demo_trains():
     assert "train_unet.py --config photos --dataset photos" in said
 
 
+@pytest.mark.parametrize("target", ["space SPACE=o/n", "train ARGS=x", "clean-caches"])
+def test_a_dry_run_in_any_spelling_is_one_and_another_word_ends_make(target):
+    words = ["-o", ".venv/.ready", *target.split(), "MODEL=m"]
+    assert all("--dry_run" in made(*words, f"DRY_RUN={value}") for value in ("1", "True", "YES", "on"))
+    assert all("--dry_run" not in made(*words, f"DRY_RUN={value}") for value in ("", "0", "False", "no"))
+    done = subprocess.run(["make", "-n", *words, "DRY_RUN=perhaps"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "write 1 for yes or 0 for no, not perhaps" in done.stderr
+
+
+def test_no_target_drops_a_variable_that_others_honour():
+    done = subprocess.run(
+        ["make", "-n", "-o", ".venv/.ready", "publish", "MODEL=m", "REPO=o/n", "DRY_RUN=1"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "make publish has no dry run" in done.stderr
+    said = made("-o", ".venv/.ready", "demo", "CONFIG=gpu.yaml", "ARGS=--train_unet.seed 1")
+    assert "--output_dir outputs/demo --accelerate_config gpu.yaml --train_unet.seed 1" in " ".join(said.split())
+    assert "--accelerate_config" not in made("-o", ".venv/.ready", "demo")
+
+
 def test_the_install_takes_the_lock_by_uv_or_by_pip():
     said = made("-W", "requirements.lock", ".venv/.ready")
     assert "uv pip install --python .venv/bin/python --no-deps --requirement requirements.lock" in said

@@ -122,6 +122,9 @@ def test_the_launcher_ends_as_the_training_does_and_without_a_traceback(number, 
             "compute_environment: AMAZON_SAGEMAKER",
             "is for AMAZON_SAGEMAKER, not for this machine; submit the job with make train",
         ),
+        ("compute_environment: LOCAL_MACHINE", "has no distributed_type; write distributed_type: 'NO'"),
+        ("distributed_type: NO", "YAML reads distributed_type: NO as false; write distributed_type: 'NO'"),
+        ("distributed_type: MULTI_GPU\nmixed_precision: no", "write mixed_precision: 'no'"),
     ],
 )
 def test_a_launch_by_a_wrong_yaml_gets_one_sentence(text, sentence, tmp_path, command):
@@ -250,3 +253,39 @@ def test_a_checkpoint_that_the_run_went_back_to_may_be_gone(tmp_path):
     recipe.train_unet.resume_from_checkpoint = "checkpoint-000800"
     with pytest.raises(UserError, match="has no such checkpoint"):
         run_recipe.check_stages(recipe, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("distributed_type: MULTIGPU\n", "'MULTIGPU' is not a valid"),
+        ("distributed_type: 'NO'\nnum_process: 2\n", "unknown keys (['num_process'])"),
+    ],
+)
+def test_a_mistyped_yaml_of_accelerate_gets_one_sentence(text, sentence, tmp_path, command):
+    (tmp_path / "launch.yaml").write_text(text)
+    said = command("launch_local.py", "--config_file", "launch.yaml", "x.py", cwd=tmp_path, code=2, fork=True).stderr
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+def test_processes_of_a_launch_share_the_cores(tmp_path, monkeypatch):
+    (tmp_path / "two.yaml").write_text("use_cpu: true\nnum_processes: 4\nnum_machines: 2\n")
+    monkeypatch.setattr(run_recipe.psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run_recipe.quiet_launcher(str(tmp_path / "two.yaml"))
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_recipe_in_the_home_of_nobody_is_told():
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe("~nobody-of-this-name/x.yaml")
+
+
+def test_processes_that_save_after_a_signal_are_not_killed_after_30_seconds(tmp_path, command):
+    """torch's launcher of several processes reads this variable."""
+    (tmp_path / "child.py").write_text("import os\nprint('waits', os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n")
+    said = command("launch_local.py", "--config_file", ROOT / "accelerate_configs/cpu.yaml", "child.py", cwd=tmp_path)
+    assert "waits 3600" in said.stdout

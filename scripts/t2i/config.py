@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -470,7 +471,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UserError: the file is missing, a section or key is unknown, or a value is wrong.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.suffix and not path.is_file():
         path = RECIPES / f"{name}.yaml"
     try:
