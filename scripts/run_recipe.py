@@ -255,7 +255,7 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
     """Run a stage of the recipe, with the stage's output on this terminal.
 
     Args:
-        name: name of the stage in stages.json, where its seconds are stored if the stage did any work.
+        name: name of the stage in stages.json, where its seconds are added up, also those before an interruption.
         title: description of the stage, to be printed.
         command: command line of the stage.
         folder: folder that holds stages.json.
@@ -267,8 +267,12 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
     """
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     before = marker.stat().st_mtime_ns if marker.is_file() else None
-    start = time.perf_counter()
+    is_new, start = not marker.parent.is_dir(), time.perf_counter()
     code = wait_for(subprocess.Popen(command))
+    if code or (marker.is_file() and marker.stat().st_mtime_ns != before):
+        seconds = read_optional(folder / "stages.json")
+        earlier = 0.0 if is_new else seconds.get(name, 0.0)
+        write_json(folder / "stages.json", {**seconds, name: round(earlier + time.perf_counter() - start, 1)})
     if code in RESUMABLE:
         print(f"interrupted while {title}: the same command resumes", file=sys.stderr)
         raise SystemExit(code if code > 0 else EXIT_STOPPED)
@@ -277,9 +281,6 @@ def stage(name: str, title: str, command: list[str], folder: Path, marker: Path)
             f"{title} ended with exit code {code}; fix the error above and run the same command again: "
             "finished stages are kept"
         )
-    if marker.is_file() and marker.stat().st_mtime_ns != before:
-        stages = folder / "stages.json"
-        write_json(stages, {**read_optional(stages), name: round(time.perf_counter() - start, 1)})
 
 
 def wait_for(process: "subprocess.Popen[bytes]") -> int:
@@ -304,7 +305,7 @@ def wait_for(process: "subprocess.Popen[bytes]") -> int:
 def make_report(folder: Path) -> dict[str, Any]:
     """Return the results of all stages of a recipe.
 
-    The time and memory of a reused stage are those of the run that did the stage's work.
+    The time of a stage is that of all runs that worked on it, and its memory that of the last one.
     """
     vae, unet = read_json(folder / "vae" / "run.json"), read_json(folder / "unet" / "run.json")
     evaluation = read_json(folder / "unet" / "evaluation" / "run.json")

@@ -289,3 +289,21 @@ def test_processes_that_save_after_a_signal_are_not_killed_after_30_seconds(tmp_
     (tmp_path / "child.py").write_text("import os\nprint('waits', os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n")
     said = command("launch_local.py", "--config_file", ROOT / "accelerate_configs/cpu.yaml", "child.py", cwd=tmp_path)
     assert "waits 3600" in said.stdout
+
+
+def test_the_time_of_a_stage_counts_what_it_took_before_an_interruption(tmp_path):
+    marker = tmp_path / "unet" / "run.json"
+    work = "import pathlib, sys, time; time.sleep(0.3); path = pathlib.Path(sys.argv[1]); path.parent.mkdir(exist_ok=True); "
+
+    def run(end):
+        run_recipe.stage("train_unet", "training", [sys.executable, "-c", work + end, str(marker)], tmp_path, marker)
+        return json.loads((tmp_path / "stages.json").read_text())["train_unet"]
+
+    with pytest.raises(SystemExit):
+        run("sys.exit(75)")
+    whole = run("path.write_text('{}')")
+    assert whole >= 0.6
+    assert run("") == whole  # reused
+    marker.unlink()
+    marker.parent.rmdir()
+    assert run("path.write_text('{}')") < whole  # a new run
