@@ -19,7 +19,7 @@ from t2i.errors import UserError, run_main
 from t2i.launch_config import check_launch_config
 from t2i.training.stopping import EXIT_STOPPED
 
-SAVE_S = 3600  # Longest wait for processes that save after a signal. torch's launcher would kill them after 30 s.
+SAVE_S = 600  # Longest wait for processes that save after a signal. torch's launcher would kill them after 30 s.
 
 
 def main() -> None:

@@ -158,7 +158,9 @@ def test_room_is_reserved_before_the_work(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"numbers need 0 MB in .* MB free; give another --cache_dir"):
+    with pytest.raises(
+        UserError, match=r"numbers need 0 MB in .* \(No space left on device\); make room, or give another"
+    ):
         compute(tmp_path / "other", 5, rows)
     assert not (tmp_path / ".other.part").exists()
 

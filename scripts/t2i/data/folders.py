@@ -41,7 +41,7 @@ from t2i.data.caption_files import (
 from t2i.data.images import HEIF_FIX, image_digest, starts_like_an_image
 from t2i.data.records import LABELS, LeftOut, Source, caption_keys, check_label_names, label_name
 from t2i.data.repairs import CAPTIONS
-from t2i.data.split_names import SPLIT_NAMES, named_splits, split_name
+from t2i.data.split_names import SPLIT_NAMES, named_splits
 from t2i.data.workers import WORKERS, in_order
 from t2i.errors import UserError
 from t2i.files import hash_json
@@ -75,6 +75,11 @@ _SET_ENDINGS = re.compile(r"(set|data|images?|imgs?|photos?|pics)$")
 
 
 NOT_CLASS_NAMES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "data"}
+
+
+def split_name(folder: str) -> str | None:
+    """Return the split that a folder of this name holds, or None if the name is not the name of a split."""
+    return SPLIT_NAMES.get(folder.strip().lower())
 
 
 def split_depth(files: Iterable[str], images: Iterable[str]) -> int:

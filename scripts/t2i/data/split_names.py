@@ -13,11 +13,6 @@ SPLIT_COLUMNS = {"split", "set", "subset"}  # Columns that name an image's split
 FOLDER_SHARD = r"data/(?P<split>[^/]+)-\d{5}-of-(?P<count>\d{5})\.parquet"
 
 
-def split_name(text: str) -> str | None:
-    """Return the split that a folder of this name holds, or None if the text is not the name of a split."""
-    return SPLIT_NAMES.get(text.strip().lower())
-
-
 def named_splits(column: str, values: Iterable[Any]) -> set[str]:
     """Return the splits that a column names, or no split if the column does not name the split of each row.
 
@@ -29,6 +24,6 @@ def named_splits(column: str, values: Iterable[Any]) -> set[str]:
     """
     if column.strip().lower() not in SPLIT_COLUMNS:
         return set()
-    named = {split_name(str(value)) for value in values if value}
+    named = {SPLIT_NAMES.get(str(value).strip().lower()) for value in values if value}
     splits = named - {None}
     return {str(split) for split in splits} if len(splits) > 1 and splits == named else set()
