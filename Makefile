@@ -173,8 +173,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py $(PEER)
 	$(if $(PEER),$(BIN)/python benchmarks/train.py $(PEER))
 
-# The environment is marked ready at the end, so an interrupted install is repeated. One of another Python is emptied first. The lock holds all packages, so none is
-# resolved. uv installs them if it exists, otherwise pip. torch has its own pin, as its CPU and CUDA builds differ: pip takes
+# The environment is marked ready at the end, so an interrupted install is repeated. An environment of another Python is emptied
+# first. The lock holds all packages, so none is resolved. uv installs them if it exists, otherwise pip. torch has its own pin, as its CPU and CUDA builds differ: pip takes
 # the CPU build if one of its indexes offers one.
 $(READY): $(REQUIREMENTS) requirements-train.txt scripts/requirements.txt $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.11")'

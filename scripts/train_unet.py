@@ -355,8 +355,8 @@ def cache_inputs(
     """
     import torch
 
+    from t2i import models
     from t2i.data import caches
-    from t2i.models import hash_encoder
     from t2i.pictures.png import cut_prompt
 
     for prompt in recipe.train_unet.validation_prompts:
@@ -368,13 +368,14 @@ def cache_inputs(
     precision = {"precision": "bf16"} if in_bf16 else {}
     # This memory format is a third faster, also on a CPU.
     vae = frozen["vae"].to(accelerator.device, memory_format=torch.channels_last)
+    encoder = models.hash_encoder(vae)
     text_encoder = frozen["text_encoder"].to(accelerator.device)
     for name, limit in (("train", None), ("validation", recipe.train_unet.validation_images)):
         split = getattr(splits, name)
         captions, pixels = split.captions(limit), split.first(limit)
         captions = captions if name == "train" else [texts[:1] for texts in captions]
         text_identity = {"encoder": hashes["text_encoder_hash"], "tokenizer": hashes["tokenizer_hash"], **precision}
-        latent_identity = {"images": split.fingerprint, "encoder": hash_encoder(vae), **precision}
+        latent_identity = {"images": split.fingerprint, "encoder": encoder, **precision}
         flip = recipe.data.random_flip and name == "train"
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=in_bf16):
             text = caches.cache_text(

@@ -148,8 +148,9 @@ def measure(
     total, done = sum(len(split) for split in splits if split), 0
     ids: list[str] = []
     values: list[list[float]] = []
+    encoder = hash_encoder(vae)
     for number, split in enumerate(split for split in splits if split):
-        images = {"images": split.fingerprint, "encoder": hash_encoder(vae), **precision}
+        images = {"images": split.fingerprint, "encoder": encoder, **precision}
         flip = bool(settings.get("random_flip")) and number == 0
         with torch.autocast(unet.device.type, torch.bfloat16, enabled=in_bf16):
             latents = caches.cache_latents(
